@@ -1,0 +1,65 @@
+"""A node of the grid (Sec. 3.2): its cell, its gate, and the transforms on its edges.
+
+Legend: B images, C channels, h, w the size of a feature map; alpha [B,3] activations up, keep, down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from routeseg.model.gate import SoftGate
+from routeseg.model.layers import CELL_OPERATIONS, Transform
+from routeseg.space import DIRECTIONS, RoutingSpace
+
+
+class Cell(nn.ModuleDict):
+    """H = sum of the operations on X (Eq. 1): [B,C,h,w] -> [B,C,h,w]."""
+
+    def __init__(self, channels: int, operations: Sequence[str]) -> None:
+        super().__init__({name: CELL_OPERATIONS[name](channels) for name in operations})
+
+    def forward(self, features: Tensor, drop_path: float = 0.0) -> Tensor:
+        """With `drop_path` each operation but identity is dropped per image with this probability, and the others are
+        divided by the keep probability (scheduled drop path; training only)."""
+        total: Tensor | None = None
+        for operation in self.values():
+            out = operation(features)
+            if drop_path > 0 and not isinstance(operation, nn.Identity):
+                keep = torch.rand(len(out), 1, 1, 1, device=out.device) >= drop_path
+                out = out * (keep / (1.0 - drop_path)).to(out.dtype)
+            total = out if total is None else total + out
+        assert total is not None
+        return total
+
+
+class RoutingNode(nn.Module):
+    """Cell, gate and the transforms of the legal directions of the node (layer, scale)."""
+
+    def __init__(
+        self,
+        space: RoutingSpace,
+        layer: int,
+        scale: int,
+        channels: int,
+        operations: Sequence[str],
+        gate: str = "soft",
+        small_gate: bool = False,
+    ) -> None:
+        super().__init__()
+        self.directions = space.directions(layer, scale)
+        self.cell = Cell(channels, operations)
+        self.transforms = nn.ModuleDict({DIRECTIONS[d]: Transform(channels, d) for d in self.directions})
+        self.gate = SoftGate(channels, len(self.directions), small_gate) if gate == "soft" else None
+
+    def activations(self, features: Tensor) -> Tensor:
+        """alpha [B,3], float32: 0 where the direction is illegal, 1 on the legal ones if the node has no gate."""
+        alpha = torch.zeros(len(features), len(DIRECTIONS), device=features.device)
+        alpha[:, self.directions] = 1.0 if self.gate is None else self.gate(features)
+        return alpha
+
+    def transform(self, direction: int, features: Tensor) -> Tensor:
+        """T_j(H) of Eq. 5."""
+        return self.transforms[DIRECTIONS[direction]](features)

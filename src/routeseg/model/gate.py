@@ -1,0 +1,51 @@
+"""The soft conditional gate (Sec. 3.2, Eq. 2-4): one activation per open direction, per image.
+
+Legend: B images, C channels, h, w the size of a feature map, D legal directions of the node (2 or 3; 1 in the last layer).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from routeseg.model.layers import conv_norm
+
+GATE_BIAS = 1.5  # tanh(1.5) = 0.905: every path starts open
+SMALL_GATE_FACTOR = 4  # the small gate looks at its input at 1/4 of the size
+
+
+class SoftGate(nn.Module):
+    """alpha = max(0, tanh(G(X))): features [B,C,h,w] -> [B,D] in [0,1). Directions are independent of each other.
+
+    With `small`, X is first resized by 1/4 (bilinear), so that the gate costs a sixteenth.
+    """
+
+    def __init__(self, channels: int, num_directions: int, small: bool = False) -> None:
+        super().__init__()
+        self.small = small
+        self.squeeze = conv_norm(channels, channels // 2)
+        self.score = nn.Linear(channels // 2, num_directions)
+        nn.init.constant_(self.score.bias, GATE_BIAS)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.small:
+            features = shrink(features)
+        hidden = self.squeeze(features)
+        scores = self.score(hidden.mean(dim=(2, 3)))  # Eq. 2-3: [B,C/2] -> [B,D]
+        return soft_gate(scores)
+
+
+def soft_gate(scores: Tensor) -> Tensor:
+    """Eq. 4. In float32 whatever the precision of the scores, and strictly below 1."""
+    alpha = torch.tanh(scores.float()).clamp(min=0.0)
+    return alpha.clamp(max=1.0 - torch.finfo(torch.float32).eps)
+
+
+def shrink(features: Tensor) -> Tensor:
+    """Bilinear resizing to a quarter, at least one pixel: [B,C,h,w] -> [B,C,h/4,w/4]."""
+    h, w = features.shape[-2:]
+    if h % SMALL_GATE_FACTOR == 0 and w % SMALL_GATE_FACTOR == 0:
+        return F.interpolate(features, scale_factor=1 / SMALL_GATE_FACTOR, mode="bilinear", align_corners=False)
+    size = (max(1, h // SMALL_GATE_FACTOR), max(1, w // SMALL_GATE_FACTOR))
+    return F.interpolate(features, size=size, mode="bilinear", align_corners=False)

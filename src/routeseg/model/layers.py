@@ -1,0 +1,113 @@
+"""The parts that have no choice to make: stem, separable convolution, the three scale transforms (Sec. 3.1).
+
+Legend: B images, C channels, h, w the size of a feature map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from routeseg.space import DOWN, KEEP, UP
+
+
+def conv_norm(
+    in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, relu: bool = True
+) -> nn.Sequential:
+    """Convolution without bias or padding, BatchNorm and, if asked, ReLU: [B,C,h,w] -> [B,C',h/stride,w/stride]."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, bias=False),
+        nn.BatchNorm2d(out_channels),
+    ]
+    return nn.Sequential(*layers, nn.ReLU()) if relu else nn.Sequential(*layers)
+
+
+def separable_conv(
+    in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, relu: bool = True
+) -> nn.Sequential:
+    """Depthwise convolution, then a 1x1 convolution with BatchNorm; the depthwise one has no norm of its own."""
+    depthwise = nn.Conv2d(
+        in_channels, in_channels, kernel_size, stride, padding=kernel_size // 2, groups=in_channels, bias=False
+    )
+    return nn.Sequential(depthwise, *conv_norm(in_channels, out_channels, relu=relu))
+
+
+class Stem(nn.Sequential):
+    """Image to the first node: [B,3,H,W] -> [B,C,H/4,W/4]. Three convolutions, the first and the last of stride 2.
+
+    The first one is not padded, as in the authors' network: its output has H/2 - 1 rows, the stem's has H/4.
+    """
+
+    def __init__(self, stem_channels: int, base_channels: int) -> None:
+        super().__init__(
+            conv_norm(3, stem_channels, kernel_size=3, stride=2),
+            separable_conv(stem_channels, stem_channels),
+            separable_conv(stem_channels, base_channels, stride=2),
+        )
+
+
+class StackedSepConv(nn.Sequential):
+    """The SepConv operation of a cell: two separable convolutions, ReLU only between them. Keeps the shape."""
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__(
+            separable_conv(channels, channels, kernel_size),
+            separable_conv(channels, channels, kernel_size, relu=False),
+        )
+
+
+CELL_OPERATIONS: dict[str, Callable[[int], nn.Module]] = {
+    "sep_conv_3x3": lambda channels: StackedSepConv(channels, 3),
+    "sep_conv_5x5": lambda channels: StackedSepConv(channels, 5),
+    "identity": lambda channels: nn.Identity(),
+}
+
+
+def upsample(features: Tensor, factor: int = 2) -> Tensor:
+    """Bilinear, corners not aligned: [B,C,h,w] -> [B,C,h*factor,w*factor]."""
+    return F.interpolate(features, scale_factor=float(factor), mode="bilinear", align_corners=False)
+
+
+class Transform(nn.Sequential):
+    """T_j of Eq. 5: takes a node's output to the node one scale up, at the same scale (keep) or one scale down.
+
+    up: [B,C,h,w] -> [B,C/2,2h,2w]; keep: the shape stays; down: [B,C,h,w] -> [B,2C,h/2,w/2].
+    """
+
+    def __init__(self, channels: int, direction: int) -> None:
+        layers: dict[int, list[nn.Module]] = {
+            UP: [nn.ReLU(), *conv_norm(channels, channels // 2), Upsample()],
+            KEEP: [nn.ReLU()],
+            DOWN: [nn.ReLU(), *conv_norm(channels, channels * 2, stride=2)],
+        }
+        super().__init__(*layers[direction])
+
+
+class Upsample(nn.Module):
+    """`upsample` as a layer."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return upsample(features)
+
+
+class InputNorm(nn.Module):
+    """The input normalisation, so that a checkpoint is complete in itself: (image - mean) / std per channel.
+
+    Images are RGB, uint8 or float in 0..1. Mean and std are part of the configuration, not of the weights.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.dtype == torch.uint8:
+            images = images.to(self.mean.dtype) / 255.0
+        return (images.to(self.mean.dtype) - self.mean) / self.std

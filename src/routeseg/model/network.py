@@ -1,0 +1,289 @@
+"""The network: stem, grid of gated nodes, decoder. `forward` is the dense one: the trainer's, and every engine's oracle.
+
+Legend: B images, H, W image size, K classes, L depth, S scales, C base channels.
+    gates [B, L+1, S, 3]   activation of every edge, direction 0 up, 1 keep, 2 down
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from routeseg.model.cell import RoutingNode
+from routeseg.model.decoder import Decoder
+from routeseg.model.gate import GATE_BIAS, SoftGate
+from routeseg.model.layers import CELL_OPERATIONS, InputNorm, Stem
+from routeseg.space import DIRECTIONS, DOWN, KEEP, UP, Route, RoutingSpace
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MIN_IMAGE_SIZE = 32
+SCALE_STEP = {UP: -1, KEEP: 0, DOWN: 1}
+
+Routes = Route | Sequence[Route] | None
+Activation = Literal["one", "own"]
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What a forward returns, always.
+
+    logits  [B,K,H,W] at the size of the images given
+    gates   [B,L+1,S,3] in [0,1] (the network's own are below 1): exactly 0 on illegal edges, closed paths and nodes
+            that nothing reached. `routeseg.cost` turns them into MACs, `Route.from_gates` into a route.
+    """
+
+    logits: Tensor
+    gates: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        """The most likely class of every pixel, int64 [B,H,W]."""
+        return self.logits.argmax(dim=1)
+
+
+class DynamicRoutingNetwork(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="routeseg",
+    tags=["semantic-segmentation", "dynamic-routing"],
+    license="apache-2.0",
+    pipeline_tag="image-segmentation",
+):
+    """Semantic segmentation with a route per image ("Learning Dynamic Routing for Semantic Segmentation", CVPR 2020).
+
+    num_classes      K
+    depth            L, the layers after the first node
+    num_scales       S, 1/4 of the image's resolution and S-1 halvings
+    base_channels    C at scale 0, doubling with each scale; even
+    stem_channels    width of the stem's first two convolutions
+    cell_operations  names in CELL_OPERATIONS, summed (Eq. 1)
+    gate             "soft" (Eq. 4) or "fixed": no gates, every legal edge open with activation 1
+    small_gate       gates look at a quarter-size input (used with a budget)
+    class_names, palette  names and RGB colours of the classes, kept with the weights
+    pixel_mean, pixel_std input normalisation of RGB in 0..1
+
+    Raises ValueError, naming the argument, where they make no network.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 19,
+        depth: int = 16,
+        num_scales: int = 4,
+        base_channels: int = 64,
+        stem_channels: int = 64,
+        cell_operations: Sequence[str] = ("sep_conv_3x3", "identity"),
+        gate: Literal["soft", "fixed"] = "soft",
+        small_gate: bool = False,
+        class_names: Sequence[str] | None = None,
+        palette: Sequence[Sequence[int]] | None = None,
+        pixel_mean: Sequence[float] = IMAGENET_MEAN,
+        pixel_std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        super().__init__()
+        self.space = RoutingSpace(depth, num_scales)
+        _check_arguments(num_classes, base_channels, stem_channels, cell_operations, gate, class_names, palette)
+        self.num_classes = num_classes
+        self.base_channels = base_channels
+        self.stem_channels = stem_channels
+        self.cell_operations = tuple(cell_operations)
+        self.small_gate = small_gate
+        self.gated = gate == "soft"
+        self.class_names = tuple(class_names or (f"class {k}" for k in range(num_classes)))
+        self.palette = tuple(tuple(colour) for colour in palette or _default_palette(num_classes))
+        self.drop_path = 0.0  # p of the scheduled drop path at this step, set by the trainer
+
+        self.normalize = InputNorm(tuple(pixel_mean), tuple(pixel_std))
+        self.stem = Stem(stem_channels, base_channels)
+        self.nodes = nn.ModuleDict(
+            {
+                f"{layer}-{s}": RoutingNode(
+                    self.space, layer, s, self.channels(s), self.cell_operations, gate, small_gate
+                )
+                for layer, s in self.space.nodes
+            }
+        )
+        self.decoder = Decoder(num_scales, base_channels, num_classes)
+        self._initialize()
+
+    def channels(self, scale: int) -> int:
+        """Channels of the nodes of a scale."""
+        return self.base_channels * 2**scale
+
+    def node(self, layer: int, scale: int) -> RoutingNode:
+        """The node (layer, scale)."""
+        return cast(RoutingNode, self.nodes[f"{layer}-{scale}"])
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """The parameters of all gates (they may get their own learning rate)."""
+        return [p for m in self.modules() if isinstance(m, SoftGate) for p in m.parameters()]
+
+    def forward(self, images: Tensor, route: Routes = None, activation: Activation = "one") -> Segmentation:
+        """Segments images [B,3,H,W], RGB, uint8 or float in 0..1, any H, W from 32.
+
+        route       None: the gates decide, per image. A Route: exactly its edges are open, for all images; or a
+                    sequence with one Route an image.
+        activation  of the open edges of a given route: "one", or "own", the network's own gates (an edge that they
+                    close stays closed).
+
+        The result for an image does not depend on the other images of the batch (in eval mode).
+        Raises ValueError for images of another shape, and for a route of another space.
+        """
+        x, (height, width) = prepare(self, images)
+        given = route_gates(self.space, route, len(images), images.device)
+        features, gates = self._route(self.stem(x), given, own=given is None or activation == "own")
+        logits = self.decoder(features)
+        return Segmentation(logits[..., :height, :width], gates)
+
+    def _route(self, x: Tensor, given: Tensor | None, own: bool) -> tuple[list[Tensor], Tensor]:
+        """From the stem's output [B,C,H/4,W/4] to what each scale hands to the decoder, and the gates."""
+        space, batch = self.space, len(x)
+        arrivals: list[Tensor | None] = [x] + [None] * (space.num_scales - 1)
+        reached = [x.new_ones(batch, dtype=torch.bool)] + [x.new_zeros(batch, dtype=torch.bool)] * (
+            space.num_scales - 1
+        )
+        all_gates = []
+        for layer in range(space.depth + 1):
+            next_arrivals: list[Tensor | None] = [None] * space.num_scales
+            next_reached = [torch.zeros_like(reached[0]) for _ in reached]
+            layer_gates = []
+            for scale in range(space.num_scales):
+                features = arrivals[scale]
+                if features is None:  # no image reaches this node
+                    layer_gates.append(torch.zeros(batch, len(DIRECTIONS), device=x.device))
+                    continue
+                node = self.node(layer, scale)
+                alpha = node.activations(features) if own else torch.ones(batch, 3, device=x.device)
+                alpha = alpha * reached[scale][:, None]
+                if given is not None:
+                    alpha = alpha * given[:, layer, scale]
+                layer_gates.append(alpha)
+                for target, out, arrives in self._leave(node, layer, scale, features, alpha, reached[scale]):
+                    before = next_arrivals[target]
+                    next_arrivals[target] = out if before is None else before + out
+                    next_reached[target] = next_reached[target] | arrives
+            arrivals, reached = next_arrivals, next_reached
+            all_gates.append(torch.stack(layer_gates, dim=1))
+        return fill_missing(arrivals, x), torch.stack(all_gates, dim=1)
+
+    def _leave(
+        self, node: RoutingNode, layer: int, scale: int, features: Tensor, alpha: Tensor, reached: Tensor
+    ) -> list[tuple[int, Tensor, Tensor]]:
+        """Eq. 5 for a batch: a list of (target scale, what is sent there [B,C,h,w], which images send it [B])."""
+        is_open = (alpha > 0).any(dim=1)
+        if not is_open.any():
+            return [(scale, features, reached)]
+        drop_path = self.drop_path * layer / self.space.depth if self.training else 0.0
+        hidden = node.cell(features, drop_path)  # Eq. 1
+        sent = []
+        for direction in node.directions:
+            out = alpha[:, direction, None, None, None].to(hidden.dtype) * node.transform(direction, hidden)
+            if direction == KEEP:  # an image that drops the cell keeps the input itself, for free
+                out = torch.where(is_open[:, None, None, None], out, features)
+            sent.append((scale + SCALE_STEP[direction], out, reached if direction == KEEP else is_open))
+        return sent
+
+    def _initialize(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, SoftGate):
+                nn.init.normal_(module.score.weight, std=0.01)
+                nn.init.constant_(module.score.bias, GATE_BIAS)
+        nn.init.normal_(self.decoder.predictor.weight, std=0.01)
+
+
+def prepare(model: DynamicRoutingNetwork, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Normalised images, zero-padded right and below to the space's stride, and their own size (H, W).
+
+    The padding depends on the image's size alone. Raises ValueError for images that are not [B,3,H,W], H, W >= 32.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
+        raise ValueError(f"images have shape {list(images.shape)}: expected [B,3,H,W], RGB, with B at least 1")
+    if not (images.is_floating_point() or images.dtype == torch.uint8):
+        raise ValueError(f"images are {images.dtype}: give uint8, or floating point in 0..1")
+    height, width = images.shape[-2:]
+    if min(height, width) < MIN_IMAGE_SIZE:
+        raise ValueError(f"images are {height}x{width}: the smallest size is {MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE}")
+    padded_height, padded_width = padded_size(model.space, height, width)
+    x = F.pad(model.normalize(images), (0, padded_width - width, 0, padded_height - height))
+    return x, (height, width)
+
+
+def padded_size(space: RoutingSpace, height: int, width: int) -> tuple[int, int]:
+    """The size that is computed for an image of this size: the next multiples of the space's stride."""
+    stride = space.stride
+    return math.ceil(height / stride) * stride, math.ceil(width / stride) * stride
+
+
+def route_gates(space: RoutingSpace, route: Routes, batch: int, device: torch.device) -> Tensor | None:
+    """A given route, or one for each image, as gates of 0 and 1 [B,L+1,S,3]; None stays None."""
+    if route is None:
+        return None
+    routes = [route] * batch if isinstance(route, Route) else list(route)
+    if len(routes) != batch:
+        raise ValueError(f"{len(routes)} routes for {batch} images: give one route, or one for each image")
+    for one in routes:
+        if one.space != space:
+            raise ValueError(f"the route is drawn in {one.space}, the network has {space}")
+    return torch.from_numpy(np.stack([one.to_gates() for one in routes])).to(device)
+
+
+def fill_missing(arrivals: Sequence[Tensor | None], stem: Tensor) -> list[Tensor]:
+    """What the decoder gets: zeros for a scale that no image reached."""
+    batch, channels, h, w = stem.shape
+    return [
+        stem.new_zeros(batch, channels * 2**s, h // 2**s, w // 2**s) if x is None else x for s, x in enumerate(arrivals)
+    ]
+
+
+def _check_arguments(
+    num_classes: int,
+    base_channels: int,
+    stem_channels: int,
+    cell_operations: Sequence[str],
+    gate: str,
+    class_names: Sequence[str] | None,
+    palette: Sequence[Sequence[int]] | None,
+) -> None:
+    for name, value, least in (
+        ("num_classes", num_classes, 1),
+        ("base_channels", base_channels, 2),
+        ("stem_channels", stem_channels, 1),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} is {value!r}: it must be a whole number of at least {least}")
+    if base_channels % 2:
+        raise ValueError(f"base_channels is {base_channels}: it must be even, a gate works on half of them")
+    unknown = [name for name in cell_operations if name not in CELL_OPERATIONS]
+    if unknown or not cell_operations:
+        raise ValueError(f"cell_operations {list(cell_operations)}: choose at least one of {', '.join(CELL_OPERATIONS)}")
+    if len(set(cell_operations)) != len(cell_operations):
+        raise ValueError(f"cell_operations {list(cell_operations)} names an operation twice")
+    if gate not in ("soft", "fixed"):
+        raise ValueError(f"gate is {gate!r}: choose soft or fixed")
+    for name, items in (("class_names", class_names), ("palette", palette)):
+        if items is not None and len(items) != num_classes:
+            raise ValueError(f"{name} has {len(items)} entries for {num_classes} classes")
+
+
+def _default_palette(num_classes: int) -> list[tuple[int, int, int]]:
+    """Colours far from each other: hues by the golden ratio, in three brightnesses."""
+    colours = []
+    for k in range(num_classes):
+        hue = (k * 0.618034) % 1.0 * 6.0
+        value = (230, 170, 110)[k % 3]
+        ramp = [abs((hue + shift) % 6.0 - 3.0) - 1.0 for shift in (0.0, 4.0, 2.0)]
+        colours.append(tuple(int(value * min(max(r, 0.0), 1.0) * 0.8 + value * 0.2) for r in ramp))
+    return cast(list[tuple[int, int, int]], colours)
