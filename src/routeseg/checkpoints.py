@@ -199,7 +199,8 @@ def _authors_key(ours: str) -> str:
             return f"{node}.gate_conv_beta.2.{parts[-1]}"
         return f"{node}.gate_conv_beta.0.{'norm.' * int(parts[4])}{parts[-1]}"
     assert parts[2] == "transforms" and parts[3] in DIRECTIONS
-    return f"{node}.res_{parts[3]}.1.{'norm.' * (int(parts[4]) - 1)}{parts[-1]}"
+    conv = 1 if parts[3] == "up" else 2
+    return f"{node}.res_{parts[3]}.1.{'norm.' * (int(parts[4]) - conv)}{parts[-1]}"
 
 
 def _separable_key(position: int) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of what the network does: label maps, routes, training runs, costs. Draws only; computes nothing new.
+"""Pictures of what the network does: label maps, routes, training runs, costs. Draws only.
 
 Legend: H, W image size, K classes, L depth, S scales. image    uint8 [H, W, 3]   RGB labels   uint8 [H, W]
 class of each pixel, or IGNORE_LABEL palette  uint8 [K, 3]      RGB colour of each class gates    [L+1, S, 3]
@@ -34,6 +34,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from routeseg.space import DOWN, KEEP, STEM_STRIDE, UP, RoutingSpace
 
+STEPS = {UP: -1, KEEP: 0, DOWN: 1}  # scales an edge climbs down
 IGNORE_LABEL = 255  # pixels without a class
 PNG_DPI = 160
 POINTS_PER_INCH = 72
@@ -41,8 +42,8 @@ POINTS_PER_INCH = 72
 INK, MUTED, FAINT = "#1d2530", "#67707c", "#d9dde2"  # text and nodes; secondary text; closed paths and grids
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#8e4585"  # told apart by colour-blind readers
 
-# Activation 0 to 1, light to dark, so that it survives a greyscale print. The pale end of viridis is left out: it
-# would be mistaken for a closed path.
+# Activation 0 to 1, light to dark, so that it survives a greyscale print. The pale end of viridis is left
+# out: it would be mistaken for a closed path.
 ACTIVATION_COLORS = ListedColormap(
     matplotlib.colormaps["viridis_r"](np.linspace(0.36, 0.97, 256)), name="activation"
 )
@@ -55,7 +56,7 @@ SIDE_LEGEND_RATIO = 1.8  # taller than this: the legend stands beside the pictur
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write `data` to a temporary name beside `path`, then rename: a reader sees the old file or the new, whole."""
+    """Write `data` to a temporary name beside `path`, then rename: the file is there whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -66,7 +67,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------------------ label maps
+# -------------------------------------------------------------------------------- label maps
 
 
 def colorize(labels: np.ndarray, palette: Any) -> np.ndarray:
@@ -87,8 +88,8 @@ def colorize(labels: np.ndarray, palette: Any) -> np.ndarray:
     strange = labels[(labels != IGNORE_LABEL) & ((labels < 0) | (labels >= len(palette)))]
     if strange.size:
         raise ValueError(
-            f"label {int(strange[0])} has no colour: the palette has {len(palette)} (classes 0 to {len(palette) - 1}; "
-            f"{IGNORE_LABEL} is ignored). Give the palette of the data set the labels were made for"
+            f"label {int(strange[0])} has no colour: the palette has {len(palette)} (classes 0 to "
+            f"{len(palette) - 1}; {IGNORE_LABEL} is ignored). Give the palette of the labels' data set"
         )
     table = np.zeros((IGNORE_LABEL + 1, 3), dtype=np.uint8)
     table[: len(palette)] = palette[: len(table)]
@@ -136,8 +137,9 @@ def overlay(
 
 def _inner_border(labels: np.ndarray) -> np.ndarray:
     """The pixels of each class that lie next to another class, bool [H, W]; thicker in larger pictures."""
-    thickness = max(1, round(max(labels.shape) / 900))
-    kernel = np.ones((2 * thickness + 1,) * 2, dtype=np.uint8)
+    longer = max(labels.shape)
+    window = 2 if longer < MIN_PICTURE else 1 + 2 * max(1, round(longer / 900))  # 2: on one side of a border
+    kernel = np.ones((window, window), dtype=np.uint8)
     values = labels.astype(np.uint8)
     return cv2.dilate(values, kernel) != cv2.erode(values, kernel)
 
@@ -151,7 +153,7 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 def legend_entries(
     labels: np.ndarray, class_names: Sequence[str], palette: Any
 ) -> list[tuple[str, tuple, float]]:
-    """(name, RGB colour, share of the picture 0..1) of the classes present, largest first; ignored pixels last."""
+    """(name, RGB colour, share of the picture 0..1) of the classes present, largest first; ignored last."""
     values, counts = np.unique(labels, return_counts=True)
     order = sorted(
         zip(values.tolist(), counts.tolist(), strict=True), key=lambda e: (e[0] == IGNORE_LABEL, -e[1])
@@ -215,7 +217,7 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
     return text.rstrip() + "…"
 
 
-# ---------------------------------------------------------------------------------------------- routes
+# ------------------------------------------------------------------------------------ routes
 
 
 def draw_route(
@@ -223,10 +225,10 @@ def draw_route(
 ) -> None:
     """Draw one image's route on `ax`: layers from left to right, scales from fine (top) to coarse.
 
-    An open path is a line whose colour and width say its activation. Only what the image reaches counts as
-    open. A node whose cell runs is a filled circle; one that is reached and has no open path is hollow, and
-    the dotted line along keep is its free skip (Eq. 5); a node that nothing reaches is a faint dot. Sizes
-    follow the size `ax` has now, so lay the figure out first. `legend` explains the signs below the axes.
+    An open path is a line whose colour and width say its activation. A node whose cell runs is a filled
+    circle, also where only the zeros of closed paths arrive. One that something arrives at and that has no
+    open path is hollow, and the dotted line along keep is its free skip (Eq. 5). The others are faint dots.
+    Sizes follow the size `ax` has now, so lay the figure out first. `legend` explains the signs below it.
 
     Raises ValueError where `gates` is not [L+1, S, 3] of this space, or holds NaN.
     """
@@ -234,6 +236,7 @@ def draw_route(
     reached = space.reached(gates)  # [L+1, S]
     gates = gates * reached[..., None]
     runs = (gates > 0).any(-1)
+    carries = _carries(space, gates, runs)
     last, coarsest = space.depth, space.num_scales - 1
 
     left, right, bottom, top = -1.45, last + 1.45, coarsest + 0.5, -0.5
@@ -250,11 +253,11 @@ def draw_route(
         strength = float(gates[layer, scale, direction])
         if strength > 0:
             opened.append((strength, line))
-        elif not (direction == KEEP and reached[layer, scale] and not runs[layer, scale]):
+        elif not (direction == KEEP and carries[layer, scale] and not runs[layer, scale]):
             closed.append(line)
     opened.sort(key=lambda entry: entry[0])  # the strongest on top
     skips = [
-        _edge_line(layer, s, KEEP) for layer, s in space.nodes if reached[layer, s] and not runs[layer, s]
+        _edge_line(layer, s, KEEP) for layer, s in space.nodes if carries[layer, s] and not runs[layer, s]
     ]
     strengths = np.clip([strength for strength, _ in opened], 0, 1)
 
@@ -274,10 +277,10 @@ def draw_route(
         )
     )
     nodes = np.array(space.nodes)
-    run, reach = runs[tuple(nodes.T)], reached[tuple(nodes.T)]
+    run, carry = runs[tuple(nodes.T)], carries[tuple(nodes.T)]
     ring = {"zorder": 4, "linewidths": 1.1 * unit}
-    ax.scatter(*nodes[~reach].T, s=(3.6 * unit) ** 2, color="#c3c9d0", zorder=4, linewidths=0)
-    ax.scatter(*nodes[reach & ~run].T, s=(8.2 * unit) ** 2, facecolor="white", edgecolor=INK, **ring)
+    ax.scatter(*nodes[~run & ~carry].T, s=(3.6 * unit) ** 2, color="#c3c9d0", zorder=4, linewidths=0)
+    ax.scatter(*nodes[carry & ~run].T, s=(8.2 * unit) ** 2, facecolor="white", edgecolor=INK, **ring)
     ax.scatter(*nodes[run].T, s=(10.5 * unit) ** 2, facecolor=INK, edgecolor="white", **ring)
 
     ax.plot((-0.82, 0), (0, 0), color=MUTED, linewidth=1.2 * unit, zorder=1)
@@ -320,8 +323,19 @@ def _checked_gates(space: RoutingSpace, gates: Any) -> np.ndarray:
     return np.where(space.legal, np.maximum(values, 0), 0)
 
 
+def _carries(space: RoutingSpace, gates: np.ndarray, runs: np.ndarray) -> np.ndarray:
+    """Which nodes get more than zeros, along an open path or a free skip from such a node: bool [L+1, S]."""
+    carries = np.zeros_like(runs)
+    carries[0, 0] = True
+    for layer, scale, direction in space.edges:  # layer by layer
+        skips = direction == KEEP and carries[layer, scale] and not runs[layer, scale]
+        if layer < space.depth and (gates[layer, scale, direction] > 0 or skips):
+            carries[layer + 1, scale + STEPS[direction]] = True
+    return carries
+
+
 def _edge_line(layer: int, scale: int, direction: int) -> tuple[tuple[float, float], tuple[float, float]]:
-    return (layer, scale), (layer + 1, scale + {UP: -1, KEEP: 0, DOWN: 1}[direction])
+    return (layer, scale), (layer + 1, scale + STEPS[direction])
 
 
 class _Wedge:
@@ -329,19 +343,24 @@ class _Wedge:
 
 
 class _WedgeHandler(HandlerBase):
-    STEPS = 24
+    PIECES = 24
 
-    def create_artists(self, legend, handle, xdescent, ydescent, width, height, fontsize, trans):  # noqa: PLR0913
-        shares = (np.arange(self.STEPS) + 0.5) / self.STEPS
+    def create_artists(self, legend, handle, xdescent, ydescent, width, height, fontsize, trans):
+        shares = (np.arange(self.PIECES) + 0.5) / self.PIECES
         tall = np.interp(shares, (0, 1), OPEN_WIDTH)
-        step = width / self.STEPS
+        step = width / self.PIECES
         return [
             Rectangle(
-                (i * step - xdescent, height / 2 - ydescent - h / 2), 1.6 * step, h, color=ACTIVATION_COLORS(share),
-                linewidth=0, transform=trans, snap=False,
+                (i * step - xdescent, height / 2 - ydescent - h / 2),
+                1.6 * step,
+                h,
+                color=ACTIVATION_COLORS(share),
+                linewidth=0,
+                transform=trans,
+                snap=False,
             )
             for i, (share, h) in enumerate(zip(shares, tall, strict=True))
-        ]  # fmt: skip
+        ]
 
 
 def _route_legend(columns: int) -> dict[str, Any]:
@@ -352,11 +371,19 @@ def _route_legend(columns: int) -> dict[str, Any]:
         "closed path": Line2D([], [], color="#b4bac2", linewidth=0.9),
         "cell runs": Line2D([], [], color=INK, markeredgecolor="white", markersize=8, **dot),
         "cell dropped, free skip": Line2D(
-            [], [], color=MUTED, linestyle=SKIP_STYLE, linewidth=1.9, dash_capstyle="round", marker="o", markersize=6,
-            markerfacecolor="white", markeredgecolor=INK,
+            [],
+            [],
+            color=MUTED,
+            linestyle=SKIP_STYLE,
+            linewidth=1.9,
+            dash_capstyle="round",
+            marker="o",
+            markersize=6,
+            markerfacecolor="white",
+            markeredgecolor=INK,
         ),
-        "not reached": Line2D([], [], color="#b4bac2", markersize=3.6, markeredgewidth=0, **dot),
-    }  # fmt: skip
+        "nothing arrives": Line2D([], [], color="#b4bac2", markersize=3.6, markeredgewidth=0, **dot),
+    }
     return {
         "handles": list(signs.values()),
         "labels": list(signs),
@@ -424,7 +451,7 @@ def routes_side_by_side(
     _save(figure, path, kind)
 
 
-# ---------------------------------------------------------------------------------------- training and evaluation
+# ------------------------------------------------------------------- training and evaluation
 
 LOSS_LINES = {
     "loss": ("loss", INK, "-"),
@@ -441,7 +468,7 @@ def learning_curves(
     budget_start_step: int | None = None,
     budget_target: float | None = None,
 ) -> None:
-    """How a run went: losses, validation mIoU, cost and learning rate over the steps, one panel for each that is there.
+    """How a run went: losses, validation mIoU, cost and learning rate over the steps, a panel each.
 
     A row has `step` and some of `loss`, `cross_entropy`, `budget_loss`, `expected_cost` and `real_cost`
     (shares of the full network, 0..1), `val_miou` (0..1), `lr`. Keys that are missing, empty or NaN are
@@ -494,10 +521,17 @@ def learning_curves(
         if budget_start_step is not None:
             ax.axvline(budget_start_step, color=PURPLE, linewidth=1, linestyle=(0, (4, 2)), zorder=1)
     if budget_start_step is not None:
-        _note(axes[0], (budget_start_step, 1), "budget starts", (4, -3), axes[0].get_xaxis_transform(), va="top",
-              color=PURPLE)  # fmt: skip
+        _note(
+            axes[0],
+            (budget_start_step, 1),
+            "budget starts",
+            (4, -3),
+            axes[0].get_xaxis_transform(),
+            va="top",
+            color=PURPLE,
+        )
     axes[-1].set_xlabel("step", color=INK)
-    axes[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=(1, 2, 5, 10)))
     axes[-1].xaxis.set_major_formatter(FuncFormatter(_short_number))
     axes[-1].margins(x=0.015)
     figure.align_ylabels(list(axes))
@@ -615,7 +649,7 @@ def class_iou_bars(path: str | Path, names: Sequence[str], iou: Sequence[float],
 
 
 def cost_histogram(path: str | Path, cost_gmacs: Sequence[float], full_gmacs: float) -> None:
-    """How the real cost spreads over images: a histogram in GMACs, and below it where that lies within 0 and full.
+    """How the real cost spreads over images: a histogram, and where that lies between 0 and full.
 
     `cost_gmacs` [B] is the real cost of each image, `full_gmacs` the cost of the network with everything
     open.
@@ -637,8 +671,16 @@ def cost_histogram(path: str | Path, cost_gmacs: Sequence[float], full_gmacs: fl
     ax, strip = figure.subplots(2, 1, height_ratios=(6, 1))
     _plain_axes(ax)
     bins = int(np.clip(2 * math.sqrt(cost.size), 8, 40)) if high > low else 1
-    ax.hist(cost, bins=bins, range=(low, high) if high > low else (low - pad, high + pad), color=BLUE, alpha=0.8,
-            edgecolor="white", linewidth=0.8, zorder=2)  # fmt: skip
+    ax.hist(
+        cost,
+        bins=bins,
+        range=(low, high) if high > low else (low - pad, high + pad),
+        color=BLUE,
+        alpha=0.8,
+        edgecolor="white",
+        linewidth=0.8,
+        zorder=2,
+    )
     around = 1.5 * pad if high > low else 8 * pad
     ax.set_xlim(low - around, high + around)
     ax.set_ylim(0, 1.16 * ax.get_ylim()[1])
@@ -648,8 +690,16 @@ def cost_histogram(path: str | Path, cost_gmacs: Sequence[float], full_gmacs: fl
     ax.axvline(mean, color=INK, linewidth=1.2, linestyle=(0, (4, 2)), zorder=3)
     right_half = mean > (low + high) / 2
     label = f"mean {mean:.3g} GMACs, {100 * mean / full_gmacs:.0f} % of full"
-    _note(ax, (mean, 1), label, (-5 if right_half else 5, -4), ax.get_xaxis_transform(), va="top", color=INK,
-          ha="right" if right_half else "left")  # fmt: skip
+    _note(
+        ax,
+        (mean, 1),
+        label,
+        (-5 if right_half else 5, -4),
+        ax.get_xaxis_transform(),
+        va="top",
+        color=INK,
+        ha="right" if right_half else "left",
+    )
     share = ax.secondary_xaxis(
         "top", functions=(lambda x: 100 * x / full_gmacs, lambda x: x * full_gmacs / 100)
     )
@@ -672,7 +722,7 @@ def cost_histogram(path: str | Path, cost_gmacs: Sequence[float], full_gmacs: fl
     _save(figure, path, kind)
 
 
-# ----------------------------------------------------------------------------------------------- common
+# ------------------------------------------------------------------------------------ common
 
 
 def _plain_axes(ax: Axes) -> None:

@@ -151,7 +151,8 @@ _PAGE = """<!DOCTYPE html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{title}</title>
 <style>{style}</style>
 </head>
@@ -167,20 +168,22 @@ _PAGE = """<!DOCTYPE html>
 """
 
 _STYLE = """
-:root { --ink: #1d2530; --muted: #5d6672; --line: #dde1e6; --soft: #f4f6f8; --page: #ffffff; --accent: #0072b2; }
+:root { --ink: #1d2530; --muted: #5d6672; --line: #dde1e6; --soft: #f4f6f8; --page: #ffffff; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8ed; --muted: #9aa4b0; --line: #343c46; --soft: #20262e; --page: #161a20; --accent: #6cb8e6; }
+  :root { --ink: #e4e8ed; --muted: #9aa4b0; --line: #343c46; --soft: #20262e; --page: #161a20; }
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); -webkit-text-size-adjust: 100%;
   font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 main { max-width: 1100px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0; letter-spacing: -0.015em; overflow-wrap: anywhere; }
-h2 { font-size: 1.3rem; line-height: 1.3; margin: 2.6rem 0 0.8rem; padding-top: 1.1rem; letter-spacing: -0.01em;
+h2 { font-size: 1.3rem; line-height: 1.3; margin: 2.6rem 0 0.8rem; padding-top: 1.1rem;
+  letter-spacing: -0.01em;
   border-top: 1px solid var(--line); overflow-wrap: anywhere; }
 p { max-width: 46rem; margin: 0 0 1rem; overflow-wrap: anywhere; }
 .subtitle { color: var(--muted); font-size: 1.08rem; margin: 0.45rem 0 0; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 0.8rem; margin: 1.8rem 0; }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 0.8rem;
+  margin: 1.8rem 0; }
 dl > div { display: flex; flex-direction: column; padding: 0.85rem 1rem; background: var(--soft);
   border: 1px solid var(--line); border-radius: 10px; }
 dd { margin: 0; font-size: 1.5rem; line-height: 1.25; font-weight: 650; font-variant-numeric: tabular-nums;
@@ -188,7 +191,9 @@ dd { margin: 0; font-size: 1.5rem; line-height: 1.25; font-weight: 650; font-var
 dt { color: var(--muted); font-size: 0.85rem; line-height: 1.35; margin-top: 0.15rem; }
 .wide { overflow-x: auto; margin: 1rem 0 1.6rem; }
 table { border-collapse: collapse; min-width: 50%; font-size: 0.94rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.42rem 0.95rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+th, td { padding: 0.42rem 0.95rem; text-align: left; vertical-align: top;
+  border-bottom: 1px solid var(--line); }
+td:not(.n) { min-width: 6.5rem; }
 th:first-child, td:first-child { padding-left: 0.35rem; }
 thead th { font-size: 0.85rem; font-weight: 600; color: var(--muted); vertical-align: bottom;
   border-bottom: 2px solid var(--line); }
@@ -197,13 +202,16 @@ tbody tr:hover { background: var(--soft); }
 figure { margin: 1.2rem 0 1.8rem; }
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; background: #ffffff; border-radius: 8px;
   border: 1px solid var(--line); }
-figcaption { color: var(--muted); font-size: 0.9rem; line-height: 1.45; margin: 0.55rem auto 0; max-width: 46rem;
+figcaption { color: var(--muted); font-size: 0.9rem; line-height: 1.45; margin: 0.55rem auto 0;
+  max-width: 46rem;
   text-align: center; overflow-wrap: anywhere; }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1.2rem;
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr));
+  gap: 1.2rem;
   align-items: start; margin: 1.2rem 0 1.8rem; }
 .gallery figure { margin: 0; }
 pre { background: var(--soft); border: 1px solid var(--line); border-radius: 8px; padding: 0.85rem 1rem;
-  overflow-x: auto; font: 0.86rem/1.55 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+  overflow-x: auto;
+  font: 0.86rem/1.55 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 code { font: inherit; }
 @media print {
   :root { --ink: #000000; --muted: #444444; --line: #bbbbbb; --soft: #ffffff; --page: #ffffff; }

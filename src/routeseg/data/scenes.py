@@ -12,6 +12,7 @@ World axes: x to the right, y up from the ground, z forward from the camera, all
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -45,6 +46,9 @@ LEAVES = np.array([(0.30, 0.46, 0.16), (0.22, 0.38, 0.18), (0.42, 0.48, 0.18), (
 SKINS = np.array([(0.86, 0.68, 0.56), (0.70, 0.50, 0.38), (0.46, 0.31, 0.23)], np.float32)
 GLASS, RUBBER, STEEL, BARK = (np.array(c, np.float32) for c in
                               ((0.20, 0.24, 0.29), (0.07, 0.07, 0.08), (0.40, 0.42, 0.44), (0.33, 0.25, 0.19)))
+_TURN = np.linspace(0, 2 * np.pi, 16, endpoint=False)
+CIRCLE, SQUARE = np.stack([np.cos(_TURN), np.sin(_TURN)], 1), np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
+TRIANGLE = np.array([(-1, -0.8), (1, -0.8), (0, 1)])
 LAMP_RGB, TAIL_RGB = (255, 206, 140), (255, 60, 40)
 
 # name: zenith, horizon, ambient light, sun light, sun height, share of the scenes
@@ -52,7 +56,7 @@ SKIES = {
     "day": ((0.25, 0.47, 0.84), (0.72, 0.84, 0.94), (0.46, 0.51, 0.60), (0.66, 0.60, 0.48), 0.75, 0.40),
     "dusk": ((0.30, 0.32, 0.56), (0.98, 0.68, 0.44), (0.38, 0.35, 0.43), (0.72, 0.42, 0.20), 0.30, 0.22),
     "overcast": ((0.60, 0.64, 0.69), (0.83, 0.84, 0.85), (0.70, 0.72, 0.75), (0.10, 0.10, 0.09), 0.90, 0.20),
-    "night": ((0.03, 0.05, 0.13), (0.19, 0.18, 0.28), (0.22, 0.24, 0.35), (0.05, 0.06, 0.10), 0.60, 0.18),
+    "night": ((0.03, 0.05, 0.13), (0.20, 0.19, 0.30), (0.32, 0.33, 0.44), (0.06, 0.07, 0.12), 0.60, 0.18),
 }
 # length, width, belt and roof height in metres; cabin from-to at the belt and at the roof, from the rear, in lengths
 CARS = (
@@ -68,7 +72,7 @@ CAR_ODDS = np.cumsum((0.26, 0.26, 0.20, 0.13, 0.08, 0.07))
 
 @dataclass(frozen=True)
 class Light:
-    """The light of a scene: colours in 0..1, `towards` the unit vector to the sun, `haze_m` the depth of 63 % haze."""
+    """The light of a scene: float32 RGB in 0..1, `towards` the unit vector to the sun, `haze_m` the depth of 63 % haze."""
 
     zenith: np.ndarray
     horizon: np.ndarray
@@ -81,19 +85,10 @@ class Light:
 
 
 @dataclass(frozen=True)
-class Street:
-    """Half the road's width, and the distance of kerb and building line from its middle, in metres."""
-
-    road_m: float
-    pavement_m: float
-    line_m: float
-
-
-@dataclass(frozen=True)
 class Thing:
-    """Something that stands on the ground: its painter, place, footprint half-axes, height, and its own dice."""
+    """What stands on the ground: its painter, place, half-axes of its footprint, height, and its own dice [DICE]."""
 
-    paint: object
+    paint: Callable[[Stage, Thing], None]
     x: float
     z: float
     foot: tuple[float, float]
@@ -103,7 +98,7 @@ class Thing:
 
 @lru_cache(maxsize=1)
 def _tiles() -> dict[str, np.ndarray]:
-    """Periodic noise, unit variance, [TILE, TILE] float32; and relief tiles, uint8 around NEUTRAL."""
+    """Periodic [TILE, TILE] tiles: noise of unit variance (float32), and reliefs (uint8 around NEUTRAL)."""
     rng = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(TILE)[:, None], np.fft.rfftfreq(TILE)[None]) * TILE
     frequency[0, 0] = np.inf
@@ -112,131 +107,128 @@ def _tiles() -> dict[str, np.ndarray]:
         noise = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((TILE, TILE))) / frequency**slope)
         return (noise / noise.std()).astype(np.float32)
 
-    def relief(noise: np.ndarray, joints: np.ndarray | float = 0.0) -> np.ndarray:
+    def relief(noise: np.ndarray, joints: np.ndarray) -> np.ndarray:
         return np.clip(NEUTRAL + 20 * noise - joints, 20, 235).astype(np.uint8)
 
     row, column = np.mgrid[:TILE, :TILE]
-    slab = 52 * ((row % 64 < 4) | ((column + 32 * (row // 64 % 2)) % 64 < 4))
-    brick = 30 * ((row % 16 < 3) | ((column + 16 * (row // 16 % 2)) % 32 < 2))
-    blotch = fractal(1.5)
-    return {"cloud": fractal(1.6), "leaf": fractal(1.05), "blotch": blotch,
-            "road": relief(0.6 * fractal(0.3) + 0.7 * blotch, 30 * (np.abs(fractal(1.9)) < 0.012)),
-            "pavement": relief(0.5 * fractal(0.4) + 0.5 * fractal(1.4), slab),
-            "grass": relief(1.1 * fractal(0.5) + 0.7 * fractal(1.4)),
-            "plaster": relief(0.35 * fractal(0.4) + 0.6 * fractal(1.5)),
-            "brick": relief(0.6 * fractal(0.4) + 0.5 * fractal(1.5), brick)}  # fmt: skip
+    slabs = 52 * ((row % 64 < 4) | ((column + 32 * (row // 64 % 2)) % 64 < 4))
+    bricks = 30 * ((row % 16 < 3) | ((column + 16 * (row // 16 % 2)) % 32 < 2))
+    blotch, cracks = fractal(1.5), 30 * (np.abs(fractal(1.9)) < 0.012)
+    return {
+        "cloud": fractal(1.6),
+        "leaf": fractal(1.05),
+        "blotch": blotch,
+        "road": relief(0.6 * fractal(0.3) + 0.7 * blotch, cracks),
+        "pavement": relief(0.5 * fractal(0.4) + 0.5 * fractal(1.4), slabs),
+        "grass": relief(1.1 * fractal(0.5) + 0.7 * fractal(1.4), 0 * row),
+        "plaster": relief(0.35 * fractal(0.4) + 0.6 * fractal(1.5), 0 * row),
+        "brick": relief(0.6 * fractal(0.4) + 0.5 * fractal(1.5), bricks),
+    }
 
 
 class Stage:
-    """The canvas, the camera and the light: everything that is painted goes through its four brushes.
+    """The canvas, the camera and the light.
 
-    `faces` paints plane shapes in space, `flat` upright shapes that face the camera, `limb` thick lines, `relief`
-    lays a texture on a plane. Each writes image [h, w, 3] and labels [h, w] under the same mask.
+    Brushes: `faces` paints plane shapes in space, `flat` upright shapes that face the camera, `limb` thick lines;
+    each writes image [h, w, 3] and labels [h, w] under one mask. A label of None keeps the label that is there.
     """
 
-    def __init__(self, size: tuple[int, int], camera: np.ndarray, x: float, light: Light) -> None:
-        self.shape = (size[0] * SUPERSAMPLE, size[1] * SUPERSAMPLE)
-        self.image = np.zeros((*self.shape, 3), np.uint8)
-        self.labels = np.zeros(self.shape, np.uint8)
-        self.light = light
-        self.focal = FOCAL * self.shape[0]
-        self.vanishing = np.array([(0.38 + 0.24 * camera[0]) * self.shape[1], (0.40 + 0.12 * camera[1]) * self.shape[0]])
-        self.eye = np.array([x, 1.4 + 0.6 * camera[2], 0.0])
-        self.glows: list[tuple[float, float, float, tuple[int, int, int]]] = []
+    def __init__(self, size: tuple[int, int], dice: np.ndarray, x: float, light: Light) -> None:
+        height, width = self.shape = (size[0] * SUPERSAMPLE, size[1] * SUPERSAMPLE)
+        self.image, self.labels = np.zeros((height, width, 3), np.uint8), np.zeros((height, width), np.uint8)
+        self.light, self.focal = light, FOCAL * height
+        self.vanishing = np.array([(0.38 + 0.24 * dice[0]) * width, (0.40 + 0.12 * dice[1]) * height])
+        self.eye = np.array([x, 1.4 + 0.6 * dice[2], 0.0])
+        self.glows: list[tuple[float, float, float, tuple[int, int, int], int | None]] = []
 
     def project(self, points: np.ndarray) -> np.ndarray:
         """World [..., 3] to canvas pixels [..., 2]."""
         scale = self.focal / np.maximum(points[..., 2:], NEAR_M)
         return self.vanishing + (points[..., :2] - self.eye[:2]) * (1, -1) * scale - 0.5
 
-    def colour(self, albedo: np.ndarray, depth: np.ndarray | float, lit: np.ndarray | float) -> np.ndarray:
-        """Albedo [..., 3] under the light (`lit`: share of the sun's light) and behind the haze, 0..255."""
-        depth, lit = np.asarray(depth)[..., None], np.asarray(lit)[..., None]
-        clear = np.exp(-depth / self.light.haze_m)
-        bright = albedo * (self.light.ambient + self.light.sun * lit)
+    def spot(self, x: float, y: float, z: float) -> tuple[float, float]:
+        """One point of the world in canvas pixels."""
+        scale = self.focal / z
+        return (self.vanishing[0] + (x - self.eye[0]) * scale - 0.5, self.vanishing[1] - (y - self.eye[1]) * scale - 0.5)
+
+    def shade(self, albedo: np.ndarray, depth: np.ndarray, lit: np.ndarray) -> np.ndarray:
+        """Albedo [F, 3] or [3] at depth [F], `lit` [F] the share of the sun's light: colours [F, 3] in 0..255."""
+        clear = np.exp(-depth / self.light.haze_m)[:, None]
+        bright = albedo * (self.light.ambient + self.light.sun * lit[:, None])
         return np.clip(255 * (bright * clear + self.light.horizon * (1 - clear)), 0, 255)
 
-    def fill(self, polygons: list[np.ndarray], colour: np.ndarray, label: int | None) -> None:
-        """Fill polygons in canvas pixels, each [P, 2]; no label: paint on what is already labelled."""
-        corners = [np.rint(p * 2**SUBPIXEL).astype(np.int32) for p in polygons]
-        cv2.fillPoly(self.image, corners, np.asarray(colour).tolist(), cv2.LINE_8, SUBPIXEL)
+    def fill(self, polygons: np.ndarray, colour: np.ndarray, label: int | None) -> None:
+        """Fill polygons [n, P, 2] in canvas pixels with one colour."""
+        corners = np.rint(polygons * 2**SUBPIXEL).astype(np.int32)
+        cv2.fillPoly(self.image, corners, colour.tolist(), cv2.LINE_8, SUBPIXEL)
         if label is not None:
             cv2.fillPoly(self.labels, corners, label, cv2.LINE_8, SUBPIXEL)
 
-    def faces(self, points: np.ndarray, albedo: np.ndarray, label: int | None, centre: np.ndarray | None = None) -> None:
+    def faces(self, points: np.ndarray, albedo: object, label: int | None, centre: np.ndarray | None = None) -> None:
         """Paint faces [F, P, 3] of albedo [F, 3] or [3], in order; with a `centre`, only those that look at us."""
         (ax, ay, az), (bx, by, bz) = (points[:, 1] - points[:, 0]).T, (points[:, 2] - points[:, 1]).T
         normal = np.stack([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx], 1)
-        normal /= np.sqrt((normal**2).sum(1, keepdims=True)) + 1e-9
-        middle = points.mean(1)
-        outside = self.eye - middle if centre is None else middle - centre
-        normal *= np.sign((normal * outside).sum(1, keepdims=True))
-        seen = (normal * (self.eye - middle)).sum(1) > 0
-        colours = self.colour(albedo, middle[:, 2], np.maximum(normal @ self.light.towards, 0)).tolist()
+        ours = ((self.eye - points[:, 0]) * normal).sum(1)  # > 0: the normal looks at us
+        outward = ours if centre is None else ((points[:, 0] - centre) * normal).sum(1)
+        lit = normal @ self.light.towards * np.sign(outward) / (np.sqrt((normal * normal).sum(1)) + 1e-9)
+        colours = self.shade(np.asarray(albedo), points[:, 0, 2], np.maximum(lit, 0)).tolist()
         corners = np.rint(self.project(points) * 2**SUBPIXEL).astype(np.int32)
-        for i in np.flatnonzero(seen):
+        for i in np.flatnonzero(ours * outward > 0).tolist():
             cv2.fillPoly(self.image, corners[i : i + 1], colours[i], cv2.LINE_8, SUBPIXEL)
             if label is not None:
                 cv2.fillPoly(self.labels, corners[i : i + 1], label, cv2.LINE_8, SUBPIXEL)
 
-    def flat(self, at: tuple[float, float], outline: object, albedo: np.ndarray, label: int, lit: float = 0.5) -> None:
-        """Paint an outline [P, 2] of metres (x, y) around the place `at` (x, z), facing the camera."""
-        outline = np.asarray(outline, float)
-        points = np.column_stack([outline[:, 0] + at[0], outline[:, 1], np.full(len(outline), at[1])])
-        self.fill([self.project(points)], self.colour(albedo, at[1], lit), label)
+    def flat(self, at: tuple[float, float], outline: np.ndarray, albedo: np.ndarray, label: int, lit: float = 0.5) -> None:
+        """Paint an outline [P, 2], metres (x, y) around the place `at` (x, z), facing the camera."""
+        scale = self.focal / at[1]
+        points = np.asarray(outline) * (scale, -scale) + self.spot(at[0], 0.0, at[1])
+        self.fill(points[None], self.shade(albedo, np.array([at[1]]), np.array([lit]))[0], label)
 
-    def limb(self, at: tuple[float, float], a: tuple, b: tuple, width: float, albedo: np.ndarray, label: int,
+    def limb(self, at: tuple[float, float], points: Sequence, width: float, albedo: np.ndarray, label: int,
              lit: float = 0.5) -> None:  # fmt: skip
-        """Paint a line of metres (x, y) with round ends, `width` metres and at least one picture pixel thick."""
-        ends = self.project(np.array([(at[0] + a[0], a[1], at[1]), (at[0] + b[0], b[1], at[1])]))
-        ends = np.rint(ends * 2**SUBPIXEL).astype(int).tolist()
+        """Paint a line through points of metres (x, y), `width` metres and at least one picture pixel thick."""
+        scale = 2**SUBPIXEL
+        ends = [[round(c * scale) for c in self.spot(at[0] + x, y, at[1])] for x, y in points]
         thick = max(SUPERSAMPLE, round(width * self.focal / at[1]))
-        colour = self.colour(albedo, at[1], lit).tolist()
-        cv2.line(self.image, *ends, colour, thick, cv2.LINE_8, SUBPIXEL)
-        cv2.line(self.labels, *ends, label, thick, cv2.LINE_8, SUBPIXEL)
+        colour = self.shade(albedo, np.array([at[1]]), np.array([lit]))[0].tolist()
+        for a, b in zip(ends[:-1], ends[1:], strict=True):
+            cv2.line(self.image, a, b, colour, thick, cv2.LINE_8, SUBPIXEL)
+            cv2.line(self.labels, a, b, label, thick, cv2.LINE_8, SUBPIXEL)
 
-    def warp(self, quad: np.ndarray, tile: np.ndarray, per_m: float, shift: np.ndarray) -> tuple | None:
-        """The tile laid on the plane of quad [4, 3], `per_m` tile pixels a metre: (rows, columns), texture, mask."""
-        corners = self.project(quad).astype(np.float32)
+    def warp(self, quad: np.ndarray, tile: str, per_m: float, shift: np.ndarray, strength: float = 1.0) -> tuple | None:
+        """A tile laid on the plane of quad [4, 3], `per_m` tile pixels a metre: (rows, columns), texture, mask."""
+        corners = self.project(quad)
         low = np.maximum(np.floor(corners.min(0)).astype(int), 0)
         high = np.minimum(np.ceil(corners.max(0)).astype(int) + 1, self.shape[::-1])
         if (high - low).min() < 2:
             return None
         across, along = (np.linalg.norm(quad[i] - quad[0]) * per_m for i in (1, 3))
         source = np.array([(0, 0), (across, 0), (across, along), (0, along)]) + shift * TILE
-        transform = cv2.getPerspectiveTransform(source.astype(np.float32), corners - low.astype(np.float32))
-        extent = tuple((high - low).tolist())
-        texture = cv2.warpPerspective(tile, transform, extent, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+        corners, extent = (corners - low).astype(np.float32), tuple((high - low).tolist())
+        transform = cv2.getPerspectiveTransform(source.astype(np.float32), corners)
+        texture = cv2.warpPerspective(_tiles()[tile], transform, extent, borderMode=cv2.BORDER_WRAP)
+        if strength < 1:
+            texture = cv2.convertScaleAbs(texture, alpha=strength, beta=NEUTRAL * (1 - strength))
         mask = np.zeros(extent[::-1], np.uint8)
-        cv2.fillConvexPoly(mask, np.rint((corners - low) * 2**SUBPIXEL).astype(np.int32), 255, cv2.LINE_8, SUBPIXEL)
+        cv2.fillConvexPoly(mask, np.rint(corners * 2**SUBPIXEL).astype(np.int32), 255, cv2.LINE_8, SUBPIXEL)
         return (slice(low[1], high[1]), slice(low[0], high[0])), texture, mask
 
-    def relief(self, quad: np.ndarray, tile: str, per_m: float, shift: np.ndarray, strength: float) -> None:
-        """Lighten and darken what is painted on quad [4, 3] by a relief tile."""
-        warped = self.warp(quad, _tiles()[tile], per_m, shift)
-        if warped is not None:
-            where, texture, mask = warped
-            texture = cv2.convertScaleAbs(texture, alpha=strength, beta=NEUTRAL * (1 - strength))
-            texture = cv2.cvtColor(texture, cv2.COLOR_GRAY2RGB)
-            cv2.copyTo(cv2.multiply(self.image[where], texture, scale=1 / NEUTRAL), mask, self.image[where])
-
-    def glow(self, at: tuple[float, float, float], radius: float, colour: tuple[int, int, int]) -> None:
-        """A light that shines at night, `radius` metres."""
+    def glow(self, x: float, y: float, z: float, radius: float, colour: tuple[int, int, int], label: int | None) -> None:
+        """A lamp that shines at night, `radius` metres wide, where `label` is what one sees of it."""
         if self.light.lamps:
-            x, y = self.project(np.array(at))
-            self.glows.append((x, y, radius * self.focal / at[2], colour))
+            self.glows.append((*self.spot(x, y, z), radius * self.focal / z, colour, label))
 
 
-def _patches(quad: np.ndarray, s0: object, s1: object, t0: object, t1: object) -> np.ndarray:
-    """The rectangles [s0, s1] x [t0, t1] (numbers or [n], in 0..1) of quad [4, 3]: [n, 4, 3]."""
-    s0, s1, t0, t1 = np.broadcast_arrays(*np.atleast_1d(s0, s1, t0, t1))
-    s, t = np.stack([s0, s1, s1, s0], 1)[..., None], np.stack([t0, t0, t1, t1], 1)[..., None]
-    return (quad[0] * (1 - s) + quad[1] * s) * (1 - t) + (quad[3] * (1 - s) + quad[2] * s) * t
+def _parts(quad: np.ndarray, rectangles: object) -> np.ndarray:
+    """The rectangles [n, 4] of (left, right, low, high), in 0..1, of quad [4, 3]: corners [n, 4, 3]."""
+    rectangles = np.asarray(rectangles, float)
+    s, t = rectangles[:, (0, 1, 1, 0)], rectangles[:, (2, 2, 3, 3)]
+    return np.stack([(1 - s) * (1 - t), s * (1 - t), s * t, (1 - s) * t], 2) @ quad
 
 
-def _upright(x0: float, z0: float, x1: float, z1: float, bottom: float, top: float) -> np.ndarray:
+def _upright(x0: float, z0: float, x1: float, z1: float, top: float) -> np.ndarray:
     """An upright quad [4, 3] over the ground line from (x0, z0) to (x1, z1)."""
-    return np.array([(x0, bottom, z0), (x1, bottom, z1), (x1, top, z1), (x0, top, z0)])
+    return np.array([(x0, 0, z0), (x1, 0, z1), (x1, top, z1), (x0, top, z0)])
 
 
 def _level(x0: float, x1: float, z0: float, z1: float, y: float = 0.0) -> np.ndarray:
@@ -244,7 +236,7 @@ def _level(x0: float, x1: float, z0: float, z1: float, y: float = 0.0) -> np.nda
     return np.array([(x0, y, z0), (x1, y, z0), (x1, y, z1), (x0, y, z1)])
 
 
-def _pick(table: np.ndarray, dice: float) -> np.ndarray:
+def _pick(table: Sequence, dice: float) -> np.ndarray:
     return table[int(dice * len(table))]
 
 
@@ -252,205 +244,208 @@ def _light(dice: np.ndarray) -> Light:
     names = list(SKIES)
     name = names[int(np.searchsorted(np.cumsum([SKIES[n][-1] for n in names])[:-1], dice[0]))]
     *colours, height, _ = SKIES[name]
-    tint = np.exp(0.16 * (dice[1:4] - 0.5)) * (0.85 + 0.3 * dice[4])
-    zenith, horizon, ambient, sun = (np.array(c) * tint for c in colours)
-    azimuth = 2 * np.pi * dice[5]
-    level = np.sqrt(1 - height**2)
+    tint = np.exp(0.16 * (dice[1:4] - 0.5)) * (0.88 + 0.24 * dice[4])
+    azimuth, level = 2 * np.pi * dice[5], np.sqrt(1 - height**2)
     towards = np.array([np.sin(azimuth) * level, height, np.cos(azimuth) * level])
     cloud = 0.9 if name == "overcast" else dice[6]
-    return Light(zenith, horizon, ambient, sun, towards, 60 + 240 * dice[7] ** 1.5, cloud, name in ("night", "dusk"))
+    colours = (np.float32(c * tint) for c in np.array(colours))
+    return Light(*colours, towards, 60 + 240 * dice[7] ** 1.5, cloud, name in ("night", "dusk"))
 
 
 def _sky(stage: Stage, dice: np.ndarray) -> None:
+    """A gradient, clouds on a ceiling in perspective, the glow of the sun."""
     light, rows = stage.light, int(stage.vanishing[1]) + 2
     fall = np.linspace(0, 1, rows, dtype=np.float32)[:, None, None] ** 1.4
-    sky = np.broadcast_to(light.zenith * (1 - fall) + light.horizon * fall, (rows, stage.shape[1], 3)).astype(np.float32)
-    bright = light.ambient + light.sun
+    sky = np.repeat(light.zenith * (1 - fall) + light.horizon * fall, stage.shape[1], 1)
     ceiling = _level(-60, 60, 1.5, 60, stage.eye[1] + 1.6)
-    (where, cloud, _) = stage.warp(ceiling, _tiles()["cloud"], 60 + 60 * dice[0], dice[1:3])
-    cover = np.clip(0.55 * (cloud + 2.6 * light.cloud - 1.7), 0, 0.92)[..., None]
-    part = sky[where[0].start : min(where[0].stop, rows), where[1]]
-    cover = cover[: len(part)] * (1 - 0.8 * fall[where[0].start : where[0].start + len(part)] ** 4)
-    tone = (0.95 - 0.22 * cover) * np.minimum(0.55 * bright + 0.45 * light.horizon, 1.05)
-    part += cover * (tone - part)
-    ahead, side, up = light.towards[2], light.towards[0], light.towards[1]
+    (band, _), cloud, _ = stage.warp(ceiling, "cloud", 60 + 60 * dice[0], dice[1:3])
+    fade = 0.55 - 0.5 * fall[band.start : band.stop, :, 0] ** 4
+    cover = np.clip(fade * (cloud[: len(fade)] + np.float32(2.6 * light.cloud - 1.7)), 0, 0.92)[..., None]
+    bright = np.minimum(0.52 * (light.ambient + light.sun) + 0.43 * light.horizon, 1)
+    part = sky[band.start : band.stop]
+    part *= 1 - cover
+    cover *= 1 - 0.22 * cover
+    part += cover * bright
+    side, up, ahead = light.towards
     if ahead > 0.3 and light.cloud < 0.85:
         x, y = stage.vanishing + stage.focal * np.array([side, -up]) / ahead
-        column, row = np.arange(stage.shape[1], dtype=np.float32), np.arange(rows, dtype=np.float32)
-        distance = np.hypot((column - x)[None], (row - y)[:, None]) / stage.shape[0]
-        sky += (np.exp(-9 * distance) * 0.8 + (distance < 0.03))[..., None] * (light.sun + 0.25 * bright)
-    stage.image[:rows] = np.clip(255 * sky, 0, 255)
+        column, row = np.arange(stage.shape[1]) - x, np.arange(rows)[:, None] - y
+        distance = np.sqrt(np.float32(column**2) + np.float32(row**2)) / stage.shape[0]
+        sky += (np.exp(-9 * distance) * 0.8 + (distance < 0.03))[..., None] * (light.sun * 1.25 + 0.25 * light.ambient)
+    np.minimum(sky, 1, out=sky)
+    stage.image[:rows] = cv2.convertScaleAbs(sky, alpha=255)
 
 
 def _skyline(stage: Stage, rng: np.random.Generator) -> None:
     """What closes the street: blocks and trees so far away that they are mostly haze."""
-    for x, width, height, z, tone in rng.random((18, 5)):
-        x, z, width = 500 * (x - 0.5), 230 - 70 * z, 12 + 30 * width
-        block = _upright(x - width / 2, z, x + width / 2, z, 0, 5 + 40 * height**2.5)
-        stage.faces(block[None], _pick(WALLS, tone), BUILDING)
-    for x, height, z, tone, *dice in rng.random((14, 8)):
-        height = 5 + 6 * height
-        _crown(stage, (260 * (x - 0.5), height / 2, 140 - 40 * z), (height, height / 2), _pick(LEAVES, tone), dice)
+    x, width, height, z, tone = rng.random((5, 16))
+    x, z, half = 500 * (x - 0.5), 220 - 60 * np.sort(z), 6 + 15 * width
+    blocks = np.stack([_upright(a - h, d, a + h, d, t) for a, h, d, t in zip(x, half, z, 5 + 40 * height**2.5, strict=True)])
+    stage.faces(blocks, np.stack([_pick(WALLS, t) for t in tone]), BUILDING)
+    for x, height, z, tone, *dice in rng.random((9, 8)):
+        size = 5 + 6 * height
+        _crown(stage, (240 * (x - 0.5), size / 2, 140 - 40 * z), (size, size / 2), _pick(LEAVES, tone), dice)
 
 
-def _ground(stage: Stage, street: Street, things: list[Thing], dice: np.ndarray) -> None:
-    """Lawn, pavement and road with their textures and markings, then the light and the shadows of the things."""
+def _ground(stage: Stage, kerb: float, wall: float, things: list[Thing], dice: np.ndarray) -> None:
+    """Lawn, pavement (out to `wall` metres) and road (to `kerb`): albedo, grain, light, shadows and haze."""
     top, far = int(stage.vanishing[1]) + 1, 3000.0
-    paving = (0.40 + 0.22 * dice[0]) * np.array([1.0, 0.97 - 0.08 * dice[1], 0.92 - 0.16 * dice[1]])
+    grain = np.full(stage.shape, NEUTRAL, np.uint8)
+    stage.labels[top:] = VEGETATION
+
+    def area(half: float, albedo: np.ndarray, label: int, lines: list[np.ndarray], lighter: float, per_m: float,
+             bands: tuple) -> None:  # fmt: skip
+        stage.fill(stage.project(_level(-half, half, NEAR_M, far)[None]), 255 * albedo, label)
+        if lines:
+            stage.fill(stage.project(np.stack(lines)), np.minimum(255 * albedo * lighter, 240), None)
+        tile = "grass" if label == VEGETATION else CLASSES[label]
+        for near, to, strength in bands:
+            warped = stage.warp(_level(-min(half, 90), min(half, 90), near, to), tile, per_m, dice[4:6], strength)
+            if warped is not None:
+                cv2.copyTo(warped[1], warped[2], grain[warped[0]])
+
     asphalt = (0.28 + 0.22 * dice[2]) * np.array([1.0, 0.99 - 0.05 * dice[3], 1.04 - 0.14 * dice[3]])
-
-    def area(half: float, albedo: np.ndarray, label: int, painted: list[np.ndarray], lighter: float, tile: str,
-             per_m: float) -> None:  # fmt: skip
-        stage.fill([stage.project(_level(-half, half, NEAR_M, far))], 255 * albedo, label)
-        for quad in painted:
-            stage.fill([stage.project(quad)], np.minimum(255 * albedo * lighter, 240), None)
-        for near, to, strength in ((NEAR_M, 11, 1.0), (11, 26, 0.6), (26, 70, 0.3)):
-            stage.relief(_level(-half, half, near, to), tile, per_m, dice[4:6], strength)
-
-    r, p = street.road_m, street.pavement_m
-    dashes = [_level(-0.08, 0.08, z, z + 2.5) for z in np.arange(1.0 + 4 * dice[6], 90, 6.0)]
-    edges = [_level(s * (r - 0.35) - 0.06, s * (r - 0.35) + 0.06, NEAR_M, far) for s in (-1, 1)] if dice[7] < 0.6 else []
-    zebra = 5 + 22 * dice[9]
-    stripes = [_level(x, x + 0.5, zebra, zebra + 3) for x in np.arange(-r + 0.5, r - 0.7, 1.0)] if dice[8] < 0.45 else []
-    dashes = [d for d in dashes if not stripes or abs(d[0, 2] - zebra) > 4]
-    kerbs = [_level(s * r, s * (r + 0.22), NEAR_M, far) for s in (-1, 1)]
-    area(far, 0.9 * _pick(LEAVES, 0.5 * dice[10]), VEGETATION, [], 1.0, "grass", 90)
-    area(p, paving, PAVEMENT, kerbs, 1.25, "pavement", 90)
-    area(r, asphalt, ROAD, dashes + edges + stripes, 1.9, "road", 70)
+    paving = (0.40 + 0.22 * dice[0]) * np.array([1.0, 0.97 - 0.08 * dice[1], 0.92 - 0.16 * dice[1]])
+    zebra = 5 + 22 * dice[9] if dice[8] < 0.45 else -9
+    stripes = [_level(x, x + 0.5, zebra, zebra + 3) for x in np.arange(-kerb + 0.5, kerb - 0.7, 1.0) if zebra > 0]
+    dashes = [_level(-0.08, 0.08, z, z + 2.5) for z in np.arange(1 + 4 * dice[6], 90, 6) if abs(z - zebra) > 4]
+    edges = [_level(s * (kerb - 0.35), s * (kerb - 0.24), NEAR_M, far) for s in (-1, 1) if dice[7] < 0.6]
+    stones = [_level(s * kerb, s * (kerb + 0.22), NEAR_M, far) for s in (-1, 1)]
+    area(far, 0.9 * _pick(LEAVES, 0.5 * dice[10]), VEGETATION, [], 1, 90, ((5, 26, 0.8), (26, 70, 0.3)))
+    bands = ((NEAR_M, 11, 1.0), (11, 26, 0.6), (26, 70, 0.3))
+    area(wall, paving, PAVEMENT, stones, 1.25, 90, bands)
+    area(kerb, asphalt, ROAD, dashes + edges + stripes, 1.9, 70, bands)
     for x, z, width, length in dice[11:23].reshape(3, 4):  # mended asphalt
-        x, z = 1.4 * r * (x - 0.6), 3 + 20 * z
-        stage.fill([stage.project(_level(x, x + 0.4 + width, z, z + 1 + 4 * length))], 255 * 0.8 * asphalt, None)
+        x, z = 1.4 * kerb * (x - 0.6), 3 + 20 * z
+        stage.fill(stage.project(_level(x, x + 0.4 + width, z, z + 1 + 4 * length)[None]), 204 * asphalt, None)
 
-    shadow, contact = _shadows(stage, things)
+    shadow, contact = (m[top:] for m in _shadows(stage, things))
     depth = stage.focal * stage.eye[1] / (np.arange(top, stage.shape[0]) + 0.5 - stage.vanishing[1])
-    clear = np.exp(-depth / stage.light.haze_m).astype(np.float32)[:, None, None]
-    sun = (stage.light.sun * stage.light.towards[1]).astype(np.float32)
-    light = (stage.light.ambient.astype(np.float32) + sun * shadow[top:, :, None]) * contact[top:, :, None]
-    lit = stage.image[top:] * light * clear + (255 * stage.light.horizon).astype(np.float32) * (1 - clear)
-    stage.image[top:] = np.minimum(lit, 255)
+    clear = np.exp(-depth / stage.light.haze_m).astype(np.float32)[:, None]
+    bright = stage.light.sun * np.float32(stage.light.towards[1]) * (1 - shadow * np.float32(0.9 / 255))[..., None]
+    bright += stage.light.ambient
+    bright *= (grain[top:] * (1 - contact * np.float32(0.5 / 255)) * (clear / NEUTRAL))[..., None]
+    bright *= stage.image[top:]
+    bright += 255 * stage.light.horizon * (1 - clear[..., None])
+    stage.image[top:] = cv2.convertScaleAbs(bright)
 
 
 def _shadows(stage: Stage, things: list[Thing]) -> tuple[np.ndarray, np.ndarray]:
-    """How much of the sun, and of all light, reaches the ground: two [h, w] float32 in 0..1."""
+    """Where the things keep the sun from the ground, and where they touch it: two masks [h, w] uint8, 255 inside."""
     turn = np.linspace(0, 2 * np.pi, 8, endpoint=False) + np.pi / 8
-    ring = np.stack([np.cos(turn), np.zeros(8), np.sin(turn)], 1) * 1.08
-    foot = np.array([(t.x, 0, t.z) for t in things])[:, None] + ring * np.array([(t.foot[0], 0, t.foot[1]) for t in things])[:, None]
-    cast = -stage.light.towards / stage.light.towards[1] * np.array([t.height for t in things])[:, None]
-    thrown = foot + (cast * (1, 0, 1))[:, None]
+    ring = np.stack([np.cos(turn), 0 * turn, np.sin(turn)], 1) * 1.08
+    place = np.array([(t.x, 0, t.z) for t in things])[:, None]
+    foot = place + ring * np.array([(t.foot[0], 0, t.foot[1]) for t in things])[:, None]  # [T, 8, 3]
+    cast = np.array([t.height for t in things])[:, None, None] * -stage.light.towards / stage.light.towards[1]
+    both = np.concatenate([foot, foot + cast * (1, 0, 1)], 1)  # [T, 16, 3]
+    corners = np.clip(stage.project(both), -1e4, 1e4).astype(np.int32)
     masks = np.zeros((2, *stage.shape), np.uint8)
-    for base, whole in zip(stage.project(foot), stage.project(np.concatenate([foot, thrown], 1)), strict=True):
-        for mask, corners in ((masks[0], whole), (masks[1], base)):
-            hull = cv2.convexHull(corners.astype(np.float32))
-            cv2.fillConvexPoly(mask, np.rint(hull).astype(np.int32), 255)
+    for outline in corners:
+        cv2.fillConvexPoly(masks[0], cv2.convexHull(outline), 255)
+        cv2.fillConvexPoly(masks[1], outline[:8], 255)
     soft = max(1, stage.shape[0] // 48)
-    shadow, contact = (cv2.blur(m, (2 * soft, soft)).astype(np.float32) / 255 for m in masks)
-    return 1 - 0.9 * shadow, 1 - 0.5 * contact
+    return cv2.blur(masks[0], (2 * soft, soft)), cv2.blur(masks[1], (2 * soft, soft))
 
 
 def _house(stage: Stage, thing: Thing) -> None:
-    """A house beside the street: walls, roof, rows of windows, and a shop or doors at the ground floor."""
+    """A house beside the street: two walls, a roof, rows of windows, and a shop or a door at the ground."""
     d, side, height = thing.dice, np.sign(thing.x), thing.height
     front, back = thing.x - side * thing.foot[0], thing.x + side * thing.foot[0]
     z0, z1 = max(thing.z - thing.foot[1], NEAR_M + 0.1), thing.z + thing.foot[1]
-    albedo, trim = _pick(WALLS, d[0]) * (0.8 + 0.35 * d[1]), _pick(WALLS, d[2])
-    wall, gable_wall = _upright(front, z1, front, z0, 0, height), _upright(front, z0, back, z0, 0, height)
-    ridge, rise = (front + back) / 2, height + (3.5 if d[3] < 0.55 else 0.0)
+    albedo, trim, ridge = _pick(WALLS, d[0]) * (0.8 + 0.35 * d[1]), _pick(WALLS, d[2]), thing.x
+    wall, end = _upright(front, z1, front, z0, height), _upright(front, z0, back, z0, height)
+    rise = height + (3.5 if d[3] < 0.55 else 0.0)
     roof = np.array([(front, height, z1), (front, height, z0), (ridge, rise, z0), (ridge, rise, z1)])
     gable = np.array([(front, height, z0), (back, height, z0), (ridge, rise, z0), (ridge, rise, z0)])
-    centre = np.array([thing.x, height / 2, thing.z])
-    solid = np.stack([roof, gable_wall, gable, wall])
-    stage.faces(solid, np.stack([_pick(WALLS, d[4]) * 0.6, albedo, albedo, albedo]), BUILDING, centre)
-    tile = "brick" if d[5] < 0.5 else "plaster"
-    for quad in (gable_wall, wall):
-        stage.relief(quad, tile, 60, d[6:8], np.exp(-max(z0 - 4, 0) / 30))
-    rng = np.random.default_rng(int(d[8] * 2**32))
-    for quad, length in ((gable_wall, 2 * thing.foot[0]), (wall, z1 - z0)):
-        _windows(stage, quad, length, height, thing, trim, rng)
-    shop = _patches(wall, 0.03, 0.97, 0.25 / height, 2.9 / height)[0]
+    paints = np.stack([_pick(WALLS, d[4]) * 0.6, albedo, albedo, albedo])
+    stage.faces(np.stack([roof, end, gable, wall]), paints, BUILDING, np.array([thing.x, height / 2, thing.z]))
+    for quad in (end, wall) if z0 < 30 else ():
+        warped = stage.warp(quad, "brick" if d[5] < 0.5 else "plaster", 60, d[6:8], 0.99 * np.exp(-max(z0 - 4, 0) / 25))
+        if warped is not None:
+            where, texture, mask = warped
+            lit = cv2.multiply(stage.image[where], cv2.cvtColor(texture, cv2.COLOR_GRAY2RGB), scale=1 / NEUTRAL)
+            cv2.copyTo(lit, mask, stage.image[where])
+    _windows(stage, thing, ((wall, z1 - z0), (end, 2 * thing.foot[0])), trim)
+    ground, paint = _parts(wall, [(0.03, 0.97, 0.25 / height, 2.9 / height)])[0], _pick(PAINTS, d[10])
     if d[9] < 0.5:
-        paint = _pick(PAINTS, d[10])
-        parts = _patches(shop, [0, 0.02, 0.36, 0.70, 0], [1, 0.32, 0.66, 0.98, 1], [0, 0.12, 0.12, 0, 0.78], [1, 0.72, 0.72, 0.72, 1])
-        stage.faces(parts, np.stack([0.7 * trim, GLASS, GLASS, 0.6 * paint, paint]), None)
-        if stage.light.lamps:
-            stage.glow((front, 1.7, (z0 + z1) / 2), 2.0, LAMP_RGB)
+        shop = [(0, 1, 0, 1), (0.02, 0.32, 0.12, 0.72), (0.36, 0.66, 0.12, 0.72), (0.7, 0.98, 0, 0.72), (0, 1, 0.78, 1)]
+        stage.faces(_parts(ground, shop), np.stack([0.7 * trim, GLASS, GLASS, 0.6 * paint, paint]), None)
+        stage.glow(front, 1.7, (z0 + z1) / 2, 2.0, LAMP_RGB, BUILDING)
     else:
-        door = 0.1 + 0.6 * d[11]
-        stage.faces(_patches(shop, [door, door + 0.015], [door + 0.12, door + 0.105], 0, [0.9, 0.84]), np.stack([trim, _pick(PAINTS, d[10])]), None)
+        x = 0.1 + 0.6 * d[11]
+        stage.faces(_parts(ground, [(x, x + 0.12, 0, 0.9), (x + 0.015, x + 0.105, 0, 0.84)]), np.stack([trim, paint]), None)
 
 
-def _windows(stage: Stage, quad: np.ndarray, length: float, height: float, house: Thing, trim: np.ndarray,
-             rng: np.random.Generator) -> None:  # fmt: skip
-    d, storeys, columns = house.dice, int(height / 3), max(1, int(length / (1.9 + 1.4 * house.dice[12])))
-    row, column = (i.ravel() for i in np.mgrid[1:storeys, :columns])
-    lamp, glint = rng.random((2, len(row)))
-    if not len(row):
-        return
-    wide, tall = (0.42 + 0.3 * d[13]) / columns, (0.45 + 0.25 * d[14]) * 3 / height
-    s, t = (column + 0.5) / columns, (row * 3 + 1.7) / height
-    depth = float(quad[:, 2].mean())
-    lit = 0.25 * np.ones(1)
-
-    def panes(keep: np.ndarray, grow: float, rgb: np.ndarray, up: float = 1.0) -> None:
-        parts = _patches(quad, s - wide * grow / 2, s + wide * grow / 2, t - tall * grow / 2, t + tall * grow * (up - 0.5))[keep]
-        if len(parts):
-            stage.fill(list(stage.project(parts)), stage.colour(rgb, depth, lit)[0], None)
-
-    bands = _patches(quad, 0, 1, np.arange(1, storeys + 1) * 3 / height - 0.035, np.arange(1, storeys + 1) * 3 / height)
-    if d[15] < 0.5:
-        stage.faces(bands, 0.85 * trim, None)
-    panes(lamp >= 0, 1.22, np.minimum(1.15 * trim, 0.9))
-    panes(lamp >= 0, 1.0, GLASS + 0.22 * stage.light.horizon)
-    panes(glint < 0.35, 1.0, 0.5 * GLASS + 0.5 * stage.light.zenith)
-    panes((glint > 0.4) & (glint < 0.6), 1.0, 0.8 * trim, 0.75)  # blinds
-    if stage.light.lamps:
-        panes(lamp < 0.35, 1.0, np.array([1.0, 0.78, 0.45]) / (stage.light.ambient + 0.25 * stage.light.sun))
+def _windows(stage: Stage, house: Thing, walls: tuple[tuple[np.ndarray, float], ...], trim: np.ndarray) -> None:
+    """Rows of windows over the ground floor of the walls, each a quad [4, 3] and its length in metres."""
+    d, light, height = house.dice, stage.light, house.height
+    frames, panes = [], []
+    for quad, length in walls:
+        columns = max(1, int(length / (1.9 + 1.4 * d[12])))
+        row, column = (i.ravel() for i in np.mgrid[1 : int(height / 3), :columns])
+        s, t = (column + 0.5) / columns, (row * 3 + 1.7) / height
+        wide, tall = (0.21 + 0.15 * d[13]) / columns, (0.22 + 0.12 * d[14]) * 3 / height
+        for grow, found in ((1.22, frames), (1.0, panes)):
+            found.append(_parts(quad, np.stack([s - wide * grow, s + wide * grow, t - tall * grow, t + tall * grow], 1)))
+    frames, panes = stage.project(np.concatenate(frames)), stage.project(np.concatenate(panes))
+    lamp, glint = np.random.default_rng(int(d[8] * 2**32)).random((2, len(panes)))
+    blinds = panes + 0.4 * (panes[:, (3, 2, 2, 3)] - panes) * np.array([1, 1, 0, 0])[:, None]
+    lantern = np.array([1.0, 0.78, 0.45]) / (light.ambient + 0.25 * light.sun)
+    for shapes, keep, albedo in (
+        (frames, lamp < 2, np.minimum(1.15 * trim, 0.9)),
+        (panes, lamp < 2, GLASS + 0.22 * light.horizon),
+        (panes, glint < 0.35, 0.5 * GLASS + 0.5 * light.zenith),
+        (panes, (lamp < 0.35) & light.lamps, lantern),
+        (blinds, glint > 0.8, 0.8 * trim),
+    ):
+        if keep.any():
+            stage.fill(shapes[keep], stage.shade(albedo, np.array([house.z]), np.array([0.25]))[0], None)
 
 
-def _crown(stage: Stage, at: tuple[float, float, float], radius: tuple[float, float], albedo: np.ndarray, dice: object,
+def _crown(stage: Stage, at: tuple[float, float, float], radius: tuple[float, float], albedo: np.ndarray, dice: Sequence,
            cone: float = 0.0) -> None:  # fmt: skip
     """Foliage around `at` (x, y, z): an ellipse (`cone` 0) to a cone (1) with a ragged edge and lit lumps of leaves."""
-    (x, y), scale = stage.project(np.array(at)), stage.focal / at[2]
+    (x, y), scale = stage.spot(*at), stage.focal / at[2]
     rx, ry = radius[0] * scale, radius[1] * scale
     left, top = max(0, int(x - 1.3 * rx)), max(0, int(y - 1.3 * ry))
     right, bottom = min(stage.shape[1], int(x + 1.3 * rx) + 2), min(stage.shape[0], int(y + 1.3 * ry) + 2)
     if right - left < 1 or bottom - top < 1:
         return
-    u = ((np.arange(left, right, dtype=np.float32) - x) / rx)[None]
-    v = ((np.arange(top, bottom, dtype=np.float32) - y) / ry)[:, None]
+    u = (np.arange(left, right, dtype=np.float32) - np.float32(x)) / np.float32(rx)
+    v = ((np.arange(top, bottom, dtype=np.float32) - np.float32(y)) / np.float32(ry))[:, None]
 
-    def noise(tile: str, span: float, k: int) -> np.ndarray:
+    def noise(tile: str, span: float, shift: Sequence) -> np.ndarray:
         step = span / (2 * rx)
-        matrix = np.array([[step, 0, (left - x) * step + dice[k] * TILE], [0, step, (top - y) * step + dice[k + 1] * TILE]])
-        return cv2.warpAffine(_tiles()[tile], matrix, (right - left, bottom - top),
-                              flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_WRAP)  # fmt: skip
+        matrix = np.array([[step, 0, (left - x) * step + shift[0] * TILE], [0, step, (top - y) * step + shift[1] * TILE]])
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        return cv2.warpAffine(_tiles()[tile], matrix, (right - left, bottom - top), flags=flags, borderMode=cv2.BORDER_WRAP)
 
-    lumps, leaves = noise("blotch", 150, 0), noise("leaf", 90 + 25 * radius[0], 2)
-    distance = (u / (1 - cone * (0.5 - 0.5 * v))) ** 2 + v * v
-    mask = (distance + 0.22 * lumps + 0.16 * leaves < 0.95).astype(np.uint8)
-    sunny = float(stage.light.towards[0])
-    tone = 0.5 - 0.22 * v + 0.16 * sunny * u + 0.13 * lumps + 0.15 * leaves
-    levels = np.linspace(0, 1, 256)[:, None]
-    table = stage.colour(albedo * (0.35 + 1.1 * levels), at[2], np.linspace(0, 1, 256) ** 1.5).astype(np.uint8)
-    tone = cv2.convertScaleAbs(np.maximum(tone, 0), alpha=255)
+    lumps, leaves = noise("blotch", 150, dice[:2]), noise("leaf", 90 + 25 * radius[0], dice[2:4])
+    distance = (u / (1 - np.float32(cone) * (0.5 - 0.5 * v))) ** 2 + v * v
+    mask = (distance + 0.22 * lumps + 0.16 * leaves < 0.95).view(np.uint8)
+    tone = (0.5 - 0.22 * v) + np.float32(0.16 * stage.light.towards[0]) * u
+    tone = cv2.convertScaleAbs(np.maximum(tone + 0.13 * lumps + 0.15 * leaves, 0), alpha=255)
+    levels = np.linspace(0, 1, 256)
+    table = stage.shade(albedo * (0.35 + 1.1 * levels)[:, None], np.full(256, at[2]), levels**1.5).astype(np.uint8)
     where = slice(top, bottom), slice(left, right)
     cv2.copyTo(cv2.applyColorMap(tone, table[:, None]), mask, stage.image[where])
-    stage.labels[where][mask > 0] = VEGETATION
+    cv2.copyTo(np.full_like(mask, VEGETATION), mask, stage.labels[where])
 
 
 def _tree(stage: Stage, thing: Thing) -> None:
     d, height, z = thing.dice, thing.height, thing.z
-    wide, stem = thing.foot[0] * 1.25, height * (0.24 + 0.12 * d[0])
-    bark, at, lean = BARK * (0.7 + 0.7 * d[1]), (thing.x, z), 0.5 * (d[2] - 0.5)
-    thick = 0.05 + 0.035 * height
-    stage.flat(at, [(-thick, 0), (thick, 0), (lean + 0.6 * thick, stem * 1.5), (lean - 0.6 * thick, stem * 1.5)], bark, VEGETATION)
-    stage.flat(at, [(0.2 * thick, 0), (thick, 0), (lean + 0.6 * thick, stem * 1.5), (lean, stem * 1.5)], 0.7 * bark, VEGETATION)
+    wide, stem, thick = thing.foot[0] * 1.25, height * (0.24 + 0.12 * d[0]), 0.05 + 0.035 * height
+    bark, at, lean, tall = BARK * (0.7 + 0.7 * d[1]), (thing.x, z), 0.5 * (d[2] - 0.5), (height - stem) / 2
+    for left, shade in ((-thick, 1.0), (0.2 * thick, 0.7)):
+        trunk = [(left, 0), (thick, 0), (lean + 0.6 * thick, stem * 1.5), (lean + 0.6 * left, stem * 1.5)]
+        stage.flat(at, trunk, shade * bark, VEGETATION)
     for reach in (-0.4, 0.45):
-        stage.limb(at, (lean, stem), (lean + reach * wide, stem + 0.25 * height), 0.8 * thick, bark, VEGETATION, 0.3)
+        stage.limb(at, [(lean, stem), (lean + reach * wide, stem + 0.25 * height)], 0.8 * thick, bark, VEGETATION, 0.3)
     leaves, cone = _pick(LEAVES, d[3] ** 1.5) * (0.8 + 0.4 * d[4]), 0.8 * (d[5] < 0.25)
-    tall = (height - stem) / 2
     _crown(stage, (thing.x + lean, stem + tall, z), (wide, tall), leaves, d[6:10], cone)
-    if not cone:
-        _crown(stage, (thing.x + lean + (d[10] - 0.5) * wide, stem + 0.8 * tall, z), (0.6 * wide, 0.6 * tall), leaves, d[11:15])
+    if not cone and z < 40:
+        at = (thing.x + lean + (d[10] - 0.5) * wide, stem + 0.8 * tall, z)
+        _crown(stage, at, (0.6 * wide, 0.6 * tall), leaves, d[11:15])
 
 
 def _bush(stage: Stage, thing: Thing) -> None:
@@ -464,256 +459,267 @@ def _fence(stage: Stage, thing: Thing) -> None:
     """A fence along the street: planks, pickets or rails."""
     d, height = thing.dice, thing.height
     z0, z1 = max(thing.z - thing.foot[1], NEAR_M + 0.1), thing.z + thing.foot[1]
-    quad, length = _upright(thing.x, z1, thing.x, z0, 0, height), z1 - z0
-    albedo = (_pick(PAINTS, d[0]) if d[1] < 0.5 else np.array([0.50, 0.36, 0.24])) * (0.8 + 0.3 * d[2])
-    style, posts = int(3 * d[3]), np.linspace(0, 1 - 0.09 / length, max(2, int(length / 1.5)))
-    bars = np.linspace(0, 1, int(length / 0.3), endpoint=False)
-    if style == 0:  # planks
-        stage.faces(quad[None], albedo, FENCE)
-        stage.relief(quad, "road", 60, d[4:6], 1.0)
-        stage.faces(_patches(quad, bars, bars + 0.04 / length, 0, 1), 0.55 * albedo, None)
-        stage.faces(_patches(quad, 0, 1, 0.93, 1), 1.15 * albedo, None)
-        return
-    wide = (0.19 if style == 1 else 0.07) / length
-    stage.faces(_patches(quad, 0, 1, [0.30, 0.74], [0.42, 0.86]), 0.8 * albedo, FENCE)
-    stage.faces(_patches(quad, bars, bars + wide, 0.05, 0.97 if style == 1 else 0.8), albedo, FENCE)
-    stage.faces(_patches(quad, posts, posts + 0.1 / length, 0, 1), 0.9 * albedo, FENCE)
+    quad, length, style = _upright(thing.x, z1, thing.x, z0, height), z1 - z0, int(3 * d[3])
+    albedo = (_pick(PAINTS, d[0]) if d[1] < 0.5 else 1.5 * BARK) * (0.8 + 0.3 * d[2])
+    start = np.linspace(0, 1, max(2, int(length / 0.3)), endpoint=False)
+    wide, top, joint = ((0.26, 1.0, 0.8), (0.19, 0.97, 0.8), (0.07, 0.8, 1.1))[style]
+    bars = np.stack([start, start + wide / length, 0 * start + 0.04, 0 * start + top], 1)
+    rails = [(0, 1, 0, 0.96)] if style == 0 else [(0, 1, 0.30, 0.42), (0, 1, 0.74, 0.86)]
+    tones = (0.85 + 0.3 * np.modf(start * 97 * d[5])[0])[:, None] * albedo
+    stage.faces(_parts(quad, rails), 0.6 * albedo, FENCE)
+    stage.faces(_parts(quad, bars), tones * joint, FENCE)
 
 
 def _lamp(stage: Stage, thing: Thing) -> None:
     d, at, top = thing.dice, (thing.x, thing.z), thing.height
     albedo = (_pick(PAINTS, d[0]) if d[1] < 0.4 else STEEL) * (0.6 + 0.6 * d[2])
     reach = -np.sign(thing.x) * (0.8 + 1.2 * d[3])
-    stage.limb(at, (0, 0), (0, 0.9), 0.26, 0.8 * albedo, POLE)
-    stage.limb(at, (0, 0), (0, top), 0.15, albedo, POLE)
-    stage.limb(at, (0.035, 0), (0.035, top), 0.03, np.minimum(1.5 * albedo, 0.9), POLE, 0.9)
-    stage.limb(at, (0, top), (reach, top + 0.3), 0.09, albedo, POLE)
-    stage.limb(at, (reach, top + 0.3), (1.4 * reach, top + 0.3), 0.17, np.full(3, 0.75), POLE)
-    stage.glow((thing.x + 1.2 * reach, top + 0.2, thing.z), 1.3, LAMP_RGB)
-    stage.glow((thing.x + 1.2 * reach, 0, thing.z), 3.0, (90, 66, 40))
+    stage.limb(at, [(0, 0), (0, 0.9)], 0.26, 0.8 * albedo, POLE)
+    stage.limb(at, [(0, 0), (0, top), (reach, top + 0.3)], 0.15, albedo, POLE)
+    stage.limb(at, [(0.035, 0), (0.035, top)], 0.03, np.minimum(1.5 * albedo, 0.9), POLE, 0.9)
+    stage.limb(at, [(reach, top + 0.3), (1.4 * reach, top + 0.3)], 0.17, np.full(3, 0.75), POLE)
+    stage.glow(thing.x + 1.2 * reach, top + 0.3, thing.z, 1.2, LAMP_RGB, POLE)
+    stage.glow(thing.x + 1.2 * reach, 0, thing.z, 3.5, (70, 52, 32), None)
 
 
 def _sign(stage: Stage, thing: Thing) -> None:
-    """A traffic sign, a pair of them, a direction board or traffic lights on a post."""
+    """Traffic lights, a direction board, or a round, square or warning sign on a post."""
     d, at, top = thing.dice, (thing.x, thing.z), thing.height
-    turn = np.linspace(0, 2 * np.pi, 16, endpoint=False)
-    circle, triangle = np.stack([np.cos(turn), np.sin(turn)], 1), np.array([(-1, -0.8), (1, -0.8), (0, 1)])
-    square = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
-    ground, border = _pick(PAINTS, d[1]), _pick(PAINTS, d[2])
-    red, white = np.array([0.72, 0.10, 0.10]), np.full(3, 0.88)
-    kind, half = int(6 * d[0]), 0.36 + 0.2 * d[3]
-    stage.limb(at, (0, 0), (0, top), 0.1, STEEL * (0.7 + 0.6 * d[4]), POLE)
+    paint, border = _pick(PAINTS, d[1]), _pick(PAINTS, d[2])
+    red, white, black = np.array([0.72, 0.10, 0.10]), np.full(3, 0.88), np.full(3, 0.09)
+    kind, size = int(6 * d[0]), 0.36 + 0.2 * d[3]
+    stage.limb(at, [(0, 0), (0, top)], 0.1, STEEL * (0.7 + 0.6 * d[4]), POLE)
 
-    def plate(shape: np.ndarray, y: float, size: float, albedo: np.ndarray, x: float = 0.0) -> None:
-        stage.flat(at, shape * size + (x, y), albedo, SIGN, 0.6)
+    def plate(shape: np.ndarray, half: float, albedo: np.ndarray, tall: float = 1.0, x: float = 0.0, y: float = 0.0) -> None:
+        stage.flat(at, shape * (half, half * tall) + (x, top + y), albedo, SIGN, 0.6)
 
     if kind == 0:
-        for k, lamp in enumerate(((0.95, 0.15, 0.1), (0.95, 0.6, 0.1), (0.15, 0.9, 0.4))):
-            plate(square, top - 0.3 * k, 0.22, np.full(3, 0.09))
-            plate(circle, top - 0.3 * k, 0.13, np.array(lamp) * (1.2 if k == int(3 * d[5]) else 0.3))
-        stage.glow((thing.x, top - 0.3 * int(3 * d[5]), thing.z), 0.5, ((255, 40, 30), (255, 150, 30), (40, 255, 120))[int(3 * d[5])])
+        lamps, on = np.array([(0.95, 0.15, 0.1), (0.95, 0.6, 0.1), (0.15, 0.9, 0.4)]), int(3 * d[5])
+        plate(SQUARE, 0.22, black, 2.4, y=-0.3)
+        for k, lamp in enumerate(lamps):
+            plate(CIRCLE, 0.13, lamp * (1.2 if k == on else 0.3), y=-0.3 * k)
+        stage.glow(thing.x, top - 0.3 * on, thing.z, 0.4, tuple((255 * lamps[on]).tolist()), SIGN)
     elif kind == 1:
-        plate(square * (1.9, 0.75), top, 1.25 * half, white)
-        plate(square * (1.84, 0.69), top, 1.25 * half, ground)
-        for k in (-0.35, 0.05, 0.4):
-            plate(square * (1.0 + k, 0.12), top + 1.2 * half * k, half, white * (0.9 - 0.5 * ground), -0.2)
+        plate(SQUARE, 2.4 * size, white, 0.4)
+        plate(SQUARE, 2.3 * size, paint, 0.37)
+        for k in (-0.5, 0.0, 0.5):
+            plate(SQUARE, size * (1.1 + 0.9 * k), white * (0.95 - 0.4 * paint), 0.1, -0.3 * size, size * k)
     elif kind == 2:
-        plate(triangle, top, 1.2 * half, red)
-        plate(triangle, top - 0.03, 0.8 * half, white)
-        plate(square * (0.3, 1), top - 0.1, 0.3 * half, np.full(3, 0.1))
+        plate(TRIANGLE, 1.2 * size, red)
+        plate(TRIANGLE, 0.8 * size, white, y=-0.03)
+        plate(SQUARE, 0.1 * size, black, 3.0, y=-0.1)
     else:
-        shape = square if kind == 3 else circle
-        plate(shape, top, half, red if kind == 4 else border)
-        plate(shape, top, 0.76 * half, white if kind == 4 else ground)
-        plate(square * (1, 0.35), top, 0.45 * half, white * (1 - 0.9 * (kind == 4)))
+        shape, rim, field, mark = ((SQUARE, border, paint, white), (CIRCLE, red, white, black), (CIRCLE, border, paint, white))[kind - 3]
+        plate(shape, size, rim)
+        plate(shape, 0.76 * size, field)
+        plate(SQUARE, 0.45 * size, mark, 0.35)
         if d[6] < 0.4:
-            plate(square * (1, 0.5), top - 1.7 * half, 0.8 * half, white)
+            plate(SQUARE, 0.8 * size, white, 0.5, y=-1.7 * size)
+
+
+@lru_cache(maxsize=None)
+def _car_model(shape: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A car of CARS in its own axes: faces [F, 12, 3] in painting order, the part (0..7) and centre [3] of each."""
+    length, width, belt, top, b0, b1, r0, r1 = CARS[shape]
+    faces, parts, centres = [], [], []
+
+    def add(corners: np.ndarray, part: int, centre: float) -> None:
+        for polygon in corners:
+            faces.append(np.concatenate([polygon, np.repeat(polygon[-1:], 12 - len(polygon), 0)]))
+            parts.append(part)
+            centres.append((0, centre, ((b0 + b1) / 2 - 0.5) * length if centre == belt else 0))
+
+    def prism(profile: list[tuple[float, float]], half: list[float]) -> tuple[np.ndarray, np.ndarray]:
+        """Strips [P, 4, 3] and flanks [2, P, 3] of a profile of (lengths from the rear, metres up), `half` widths."""
+        (u, y), w = np.array(profile).T, np.array(half) * width / 2
+        left, right = (np.stack([s * w, y, (u - 0.5) * length], 1) for s in (-1, 1))
+        return np.stack([left, np.roll(left, -1, 0), np.roll(right, -1, 0), right], 1), np.stack([left, right])
+
+    low, mid = 0.25, 0.5 * belt
+    profile = [(0, low), (0, 0.9 * belt), (0.04, belt), (b1, belt), (0.96, 0.8 * belt), (1, 0.62 * belt), (1, low)]
+    body, flanks = prism(profile, [1] * 7)
+    cabin, cabin_flanks = prism([(b0, belt), (r0, top), (r1, top), (b1, belt)], [0.96, 0.8, 0.8, 0.96])
+    add(body, 0, mid)
+    add(flanks, 0, mid)
+    add(prism([(0.02, low), (0.02, low + 0.14), (0.98, low + 0.14), (0.98, low)], [1.005] * 4)[1], 1, mid)
+    turn = np.linspace(0, 2 * np.pi, 12, endpoint=False)
+    radius = 0.2 + 0.1 * belt
+    for share, part in ((1.25, 1), (1.0, 2), (0.55, 3)):
+        for axle in (0.19, 0.80):
+            wheel = zip(axle + np.cos(turn) * radius * share / length, radius + np.sin(turn) * radius * share, strict=True)
+            add(prism(list(wheel), [1.01] * 12)[1], part, mid)
+    for end, lamp in ((body[0], 4), (body[5], 5)):
+        bumper, plate, *lamps = _parts(end, [(0, 1, 0, 0.12), (0.36, 0.64, 0.3, 0.5), (0.03, 0.2, 0.5, 0.9), (0.8, 0.97, 0.5, 0.9)])
+        # the strips' first axis runs up, their second across
+        for part, quad in ((1, bumper), (3, plate), (lamp, lamps[0]), (lamp, lamps[1])):
+            add(quad[None], part, mid)
+    add(cabin, 0, belt)
+    add(cabin_flanks, 0, belt)
+    for screen in (cabin[0], cabin[2]):
+        add(_parts(screen, [(0.1, 0.92, 0.08, 0.92)]), 6, belt)
+        add(_parts(screen, [(0.1, 0.5, 0.3, 0.75)]), 7, belt)
+    for flank in cabin_flanks[:, (0, 3, 2, 1)]:
+        add(_parts(flank, [(0.08, 0.47, 0.12, 0.86), (0.53, 0.93, 0.12, 0.86)]), 6, belt)
+        add(_parts(flank, [(0.08, 0.47, 0.55, 0.86), (0.53, 0.93, 0.55, 0.86)]), 7, belt)
+    return np.stack(faces), np.array(parts), np.array(centres)
 
 
 def _car(stage: Stage, thing: Thing) -> None:
-    """A car of one of the shapes in CARS, heading along the street, against us, or across."""
-    d = thing.dice
-    length, width, belt, top, b0, b1, r0, r1 = CARS[int(np.searchsorted(CAR_ODDS[:-1], d[0]))]
-    yaw = d[1] * 2 * np.pi
-    ahead, right = np.array([np.sin(yaw), 0, np.cos(yaw)]), np.array([np.cos(yaw), 0, -np.sin(yaw)])
-    origin = np.array([thing.x, 0, thing.z])
-
-    def place(u: object, y: object, w: object) -> np.ndarray:
-        """Lengths from the rear, metres up, half widths to the right -> world [..., 3]."""
-        u, y, w = np.broadcast_arrays(u, y, w)
-        return origin + (u - 0.5)[..., None] * length * ahead + y[..., None] * (0, 1, 0) + w[..., None] * (width / 2) * right
-
-    def prism(profile: list[tuple[float, float]], half: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The strips [P, 4, 3] and the two flanks [2, P, 3] of a profile (u, y) with half widths [P]."""
-        u, y = np.array(profile).T
-        flanks = np.stack([place(u, y, -half), place(u, y, half)])
-        after = np.roll(flanks, -1, 1)
-        return np.stack([flanks[0], after[0], after[1], flanks[1]], 1), flanks
-
-    paint = _pick(PAINTS, d[2]) * (0.8 + 0.4 * d[3])
-    body, sides = prism([(0, 0.25), (0, 0.9 * belt), (0.04, belt), (b1, belt), (0.96, 0.8 * belt), (1, 0.62 * belt), (1, 0.25)], np.ones(7))
-    cabin, cabin_sides = prism([(b0, belt), (r0, top), (r1, top), (b1, belt)], np.array([0.96, 0.8, 0.8, 0.96]))
-    middle, upper = place(0.5, 0.5 * belt, 0.0), place((b0 + b1) / 2, belt, 0.0)
-    stage.faces(body, paint, CAR, middle)
-    stage.faces(sides, paint, CAR, middle)
-    rear, nose = body[0], body[5]
-    lamps = [_patches(q, [0, 0, 0.30, 0], [1, 1, 0.55, 1], [0.03, 0.80, 0.36, 0], [0.2, 0.97, 0.64, 0.08]) for q in (rear, nose)]
-    turn = np.linspace(0, 2 * np.pi, 12, endpoint=False)
-    radius, axles = 0.2 + 0.1 * belt, np.array([0.19, 0.80])[:, None]
-    sill = place([0.02, 0.98, 0.98, 0.02], [0.24, 0.24, 0.38, 0.38], np.array([[1.0], [-1.0]]))
-    stage.faces(sill, 0.45 * paint, CAR, middle)
-    for share, albedo in ((1.25, 0.4 * paint), (1.0, RUBBER), (0.55, np.full(3, 0.55))):
-        for flank in (-1.0, 1.0):
-            wheel = place(axles + np.cos(turn) * radius * share / length, radius + np.sin(turn) * radius * share, flank * 1.01)
-            stage.faces(wheel, albedo, CAR, middle)
-    for lamp, albedo in zip(lamps, ((0.75, 0.10, 0.08), (0.92, 0.92, 0.85)), strict=True):
-        stage.faces(lamp, np.stack([np.array(albedo), np.array(albedo), np.full(3, 0.85), 0.4 * paint]), None, middle)
-    stage.faces(np.concatenate([cabin, cabin_sides]), paint, CAR, upper)
-    glass = GLASS + 0.3 * stage.light.zenith * d[4]
-    screens = [_patches(cabin[i], 0.1, 0.92, 0.08, 0.92) for i in (0, 2)]
-    split = 0.40 + 0.2 * d[5]
-    windows = [_patches(q[[0, 3, 2, 1]], [0.08, split + 0.03], [split - 0.03, 0.93], 0.12, 0.86) for q in cabin_sides]
-    stage.faces(np.concatenate(screens + windows), 0.8 * glass, None, upper)
-    rear_seen = ahead[2] > 0
-    for flank in (-0.8, 0.8):
-        at = place(0.0 if rear_seen else 1.0, 0.7 * belt, flank)
-        stage.glow(tuple(at), 0.3 if rear_seen else 0.55, TAIL_RGB if rear_seen else (255, 240, 210))
+    """A car of one of the shapes in CARS; dice[1] is its heading in turns."""
+    d, yaw = thing.dice, thing.dice[1] * 2 * np.pi
+    shape = int(np.searchsorted(CAR_ODDS[:-1], d[0]))
+    faces, parts, centres = _car_model(shape)
+    turned = np.array([(np.cos(yaw), 0, -np.sin(yaw)), (0, 1, 0), (np.sin(yaw), 0, np.cos(yaw))])
+    place = np.array([thing.x, 0, thing.z])
+    paint, glass = _pick(PAINTS, d[2]) * (0.8 + 0.4 * d[3]), GLASS + 0.15 * stage.light.zenith
+    hub, tail, head = np.full(3, 0.6), np.array([0.72, 0.1, 0.08]), np.array([0.92, 0.92, 0.85])
+    paints = np.stack([paint, 0.4 * paint, RUBBER, hub, tail, head, 0.75 * glass, glass + 0.2 * stage.light.horizon * d[4]])
+    stage.faces(faces @ turned + place, paints[parts], CAR, centres @ turned + place)
+    length, width, belt, *_ = CARS[shape]
+    away = turned[2, 2] > 0
+    for side in (-0.42, 0.42):
+        x, y, z = np.array([side * width, 0.7 * belt, (-0.5 if away else 0.5) * length]) @ turned + place
+        stage.glow(x, y, z, 0.25 if away else 0.5, TAIL_RGB if away else LAMP_RGB, CAR)
 
 
 def _pedestrian(stage: Stage, thing: Thing) -> None:
-    d, at, m = thing.dice, (thing.x, thing.z), thing.height / 1.75
-    coat, trousers = _pick(PAINTS, d[0]), 0.8 * _pick(PAINTS, d[1])
-    skin, hair = _pick(SKINS, d[2]), _pick(SKINS, d[3]) * 0.45
-    stride, swing, turn = 0.30 * d[4] * m, 0.22 * (d[5] - 0.5) * m, np.sign(d[6] - 0.5)
-    shade = 0.62
-
-    def limb(points: list[tuple[float, float]], width: float, albedo: np.ndarray, lit: float = 0.5) -> None:
-        for a, b in zip(points[:-1], points[1:], strict=True):
-            stage.limb(at, (a[0] * m, a[1] * m), (b[0] * m, b[1] * m), width * m, albedo, PEDESTRIAN, lit)
-
-    limb([(0.05, 0.85), (stride, 0.46), (stride * 0.7, 0.06)], 0.15, shade * trousers)
-    limb([(stride * 0.7, 0.04), (stride * 0.7 + 0.1 * turn, 0.04)], 0.09, RUBBER)
-    limb([(-0.05, 0.85), (-stride * 0.8, 0.46), (-stride * 1.1, 0.06)], 0.16, trousers)
-    limb([(-stride * 1.1, 0.04), (-stride * 1.1 + 0.1 * turn, 0.04)], 0.09, RUBBER)
-    limb([(0.2, 1.36), (0.26, 1.1), (0.24 + swing, 0.86)], 0.11, shade * coat)
+    d, m, at = thing.dice, thing.height / 1.75, (thing.x, thing.z)
+    coat, trousers, skin, hair = _pick(PAINTS, d[0]), 0.8 * _pick(PAINTS, d[1]), _pick(SKINS, d[2]), _pick(SKINS, d[3]) * 0.45
+    step, swing, turn, dark = 0.30 * d[4], 0.22 * (d[5] - 0.5), np.sign(d[6] - 0.5), 0.62
     hem = 0.62 if d[7] < 0.3 else 0.84
-    stage.flat(at, m * np.array([(-0.2, hem), (0.2, hem), (0.17, 1.1), (0.23, 1.38), (0.1, 1.47), (-0.1, 1.47), (-0.23, 1.38), (-0.17, 1.1)]),
-               coat, PEDESTRIAN)  # fmt: skip
-    stage.flat(at, m * np.array([(0.04, hem), (0.2, hem), (0.17, 1.1), (0.23, 1.38), (0.1, 1.47), (0.03, 1.2)]), shade * coat, PEDESTRIAN)
-    limb([(-0.21, 1.36), (-0.27, 1.1), (-0.24 - swing, 0.86)], 0.11, 0.85 * coat)
-    limb([(-0.24 - swing, 0.84), (-0.24 - swing, 0.82)], 0.09, skin)
-    if d[8] < 0.4:
-        bag = np.array([(-0.40, 0.5), (-0.12, 0.5), (-0.14, 0.8), (-0.38, 0.8)]) * m
-        stage.flat(at, bag, _pick(PAINTS, d[9]), PEDESTRIAN)
-    limb([(0, 1.45), (0, 1.56)], 0.1, 0.8 * skin)
-    limb([(0, 1.62), (0, 1.66)], 0.20, hair)
-    limb([(0.025 * turn, 1.59), (0.025 * turn, 1.62)], 0.16, skin, 0.7)
+    torso = np.array([(-0.2, hem), (0.2, hem), (0.17, 1.1), (0.23, 1.38), (0.1, 1.47), (-0.1, 1.47), (-0.23, 1.38), (-0.17, 1.1)])
+    for points, width, albedo in (
+        ([(0.05, 0.85), (step, 0.46), (0.7 * step, 0.06)], 0.15, dark * trousers),
+        ([(-0.05, 0.85), (-0.8 * step, 0.46), (-1.1 * step, 0.06)], 0.16, trousers),
+        ([(0.7 * step, 0.04), (0.7 * step + 0.1 * turn, 0.04)], 0.09, RUBBER),
+        ([(-1.1 * step, 0.04), (-1.1 * step + 0.1 * turn, 0.04)], 0.09, RUBBER),
+        ([(0.2, 1.36), (0.26, 1.1), (0.24 + swing, 0.86)], 0.11, dark * coat),
+        (torso, None, coat),
+        (torso[1:5] * (0.9, 1), None, dark * coat),
+        ([(-0.21, 1.36), (-0.27, 1.1), (-0.24 - swing, 0.86)], 0.11, 0.85 * coat),
+        ([(-0.24 - swing, 0.84), (-0.24 - swing, 0.82)], 0.09, skin),
+        (SQUARE * (0.13, 0.15) + (-0.26, 0.66), None, _pick(PAINTS, d[9]) if d[8] < 0.4 else None),
+        ([(0, 1.45), (0, 1.56)], 0.1, 0.8 * skin),
+        ([(0, 1.62), (0, 1.66)], 0.20, hair),
+        ([(0.025 * turn, 1.59), (0.025 * turn, 1.62)], 0.16, skin),
+    ):
+        if albedo is not None and width is None:
+            stage.flat(at, np.asarray(points) * m, albedo, PEDESTRIAN)
+        elif albedo is not None:
+            stage.limb(at, [(x * m, y * m) for x, y in points], width * m, albedo, PEDESTRIAN)
 
 
-KINDS = {  # painter: near things, far things (most of each), whether it stands on the road
-    "car": (_car, 3, 8), "pedestrian": (_pedestrian, 2, 9), "tree": (_tree, 2, 6), "bush": (_bush, 1, 3),
-    "lamp": (_lamp, 1, 5), "sign": (_sign, 2, 7), "fence": (_fence, 2, 5),
-}  # fmt: skip
+# kind: painter, how many near and far places are tried
+KINDS = {"car": (_car, 3, 8), "pedestrian": (_pedestrian, 2, 9), "tree": (_tree, 2, 6), "bush": (_bush, 1, 3),
+         "lamp": (_lamp, 1, 5), "sign": (_sign, 2, 7), "fence": (_fence, 2, 5)}  # fmt: skip
 
 
-def _stand(kind: str, street: Street, eye_x: float, z: float, dice: np.ndarray) -> Thing:
-    """One thing of a kind at depth z, where such things stand."""
+def _stand(kind: str, kerb: float, wall: float, eye_x: float, z: float, dice: np.ndarray) -> Thing:
+    """One thing of a kind at depth z, where such things stand: cars on the road, most others beside it."""
     paint, side = KINDS[kind][0], 1.0 if dice[-1] < 0.5 else -1.0
     a, b, c = dice[-4:-1]
-    kerb = side * (street.road_m + 0.35 + 0.5 * a)
     if kind == "car":
-        shape = CARS[int(np.searchsorted(CAR_ODDS[:-1], dice[0]))]
-        parked, crossing = a < 0.35, a > 0.86
-        yaw = 0.25 * np.sign(b - 0.5) + 0.06 * (c - 0.5) if crossing else 0.5 * (side < 0) + 0.012 * (c - 0.5)
-        dice[1] = yaw
-        x = side * (street.road_m - (1.1 if parked else 0.5 * street.road_m)) if not crossing else eye_x + (b - 0.5) * 1.2 * z
-        half = shape[0] / 2, shape[1] / 2
-        foot = half if crossing else half[::-1]
-        return Thing(paint, x, z + foot[1], foot, shape[3], dice)
+        length, width, _, top, *_ = CARS[int(np.searchsorted(CAR_ODDS[:-1], dice[0]))]
+        if a > 0.86:  # across the street
+            dice[1] = 0.25 * np.sign(b - 0.5) + 0.06 * (c - 0.5)
+            return Thing(paint, eye_x + (b - 0.5) * 1.2 * z, z + width / 2, (length / 2, width / 2), top, dice)
+        dice[1] = 0.5 * (side < 0) + 0.012 * (c - 0.5)
+        x = side * (kerb - 1.1 if a < 0.35 else 0.5 * kerb)  # parked, or in its lane
+        return Thing(paint, x, z + length / 2, (width / 2, length / 2), top, dice)
     if kind == "pedestrian":
-        x = side * (street.road_m + 0.5 + a * (street.pavement_m - street.road_m - 0.6)) if b < 0.75 else (2 * c - 1) * street.road_m
+        x = side * (kerb + 0.5 + a * (wall - kerb - 0.6)) if b < 0.75 else (2 * c - 1) * kerb
         return Thing(paint, x, z, (0.25, 0.2), 1.5 + 0.4 * c, dice)
     if kind == "tree":
         height = 4.0 + 5.0 * b
-        return Thing(paint, kerb + side * 0.5, z, (height * (0.2 + 0.1 * c),) * 2, height, dice)
+        return Thing(paint, side * (kerb + 0.9), z, (height * (0.2 + 0.1 * c),) * 2, height, dice)
     if kind == "bush":
-        return Thing(paint, side * (street.pavement_m + 0.4), z, (0.8 + 0.6 * a, 1.5), 0.9 + 0.9 * b, dice)
+        return Thing(paint, side * (wall + 0.4), z, (0.8 + 0.6 * a, 1.5), 0.9 + 0.9 * b, dice)
     if kind == "fence":
-        guard = b < 0.4
-        x = side * (street.road_m + 0.3 if guard else street.pavement_m + 0.3)
-        return Thing(paint, x, z + 2, (0.05, 2.0 + 4 * c), 1.0 if guard else 1.0 + 0.9 * a, dice)
+        x, height = (kerb + 0.3, 1.0) if b < 0.4 else (wall + 0.3, 1.0 + 0.9 * a)
+        return Thing(paint, side * x, z + 2, (0.05, 2.0 + 4 * c), height, dice)
     height = 4.5 + 2.0 * b if kind == "lamp" else 2.2 + 0.8 * b
-    return Thing(paint, kerb, z, (0.08, 0.08), height, dice)
+    return Thing(paint, side * (kerb + 0.35 + 0.5 * a), z, (0.08, 0.08), height, dice)
 
 
-def _houses(street: Street, rng: np.random.Generator) -> list[Thing]:
-    """Both rows of houses, with gaps where trees stand on the lawn."""
-    things = []
-    for side in (-1, 1):
-        z = 3 * rng.random() - 2
-        storeys = 2 + 4 * rng.random()
-        for dice in rng.random((11, DICE)):
-            length, setback = 7 + 11 * dice[-1], 1.5 * dice[-2]
-            if dice[-3] < 0.24:
-                for k, spot in enumerate(dice[-9:-5]):
-                    tall = 4 + 6 * dice[-10 - k]
-                    things.append(Thing(_tree, side * (street.line_m + 2.5 + 9 * spot), z + length * (k + 0.5) / 4, (0.25 * tall,) * 2, tall,
-                                        np.roll(dice, k)))  # fmt: skip
-            else:
-                height = 3 * max(2, round(storeys + 3 * dice[-4] - 1.5)) + 0.6
-                things.append(Thing(_house, side * (street.line_m + setback + 5), z + length / 2, (5.0, length / 2), height, dice))
-            z += length
-    return sorted(things, key=lambda t: -t.z)
-
-
-def _layout(preset: str, street: Street, eye_x: float, rng: np.random.Generator) -> list[Thing]:
+def _things(preset: str, kerb: float, wall: float, eye_x: float, rng: np.random.Generator) -> list[Thing]:
     """The things of a preset, far to near, none standing in another."""
     things: list[Thing] = []
     for (low, high), column, drawn in ((NEAR_RANGE_M, 1, preset != "small"), (FAR_RANGE_M, 2, preset != "large")):
         for kind, row in KINDS.items():
             for dice in rng.random((row[column] if drawn else 0, DICE)):
-                thing = _stand(kind, street, eye_x, low * (high / low) ** dice[-5], dice)
-                clear = all(abs(thing.x - o.x) > 0.7 * (thing.foot[0] + o.foot[0]) or abs(thing.z - o.z) > thing.foot[1] + o.foot[1] + 0.3
-                            for o in things)  # fmt: skip
-                if clear and dice[-6] < 0.85:
-                    things.append(thing)
-    return sorted(things, key=lambda t: -t.z)
+                new = _stand(kind, kerb, wall, eye_x, low * (high / low) ** dice[-5], dice)
+                apart = (abs(new.x - o.x) > 0.7 * (new.foot[0] + o.foot[0])
+                         or abs(new.z - o.z) > new.foot[1] + o.foot[1] + 0.3 for o in things)  # fmt: skip
+                if dice[-6] < 0.85 and all(apart):
+                    things.append(new)
+    return sorted(things, key=lambda thing: -thing.z)
+
+
+def _houses(wall: float, rng: np.random.Generator) -> list[Thing]:
+    """Both rows of houses, far to near, with gaps where trees stand on the lawn."""
+    things = []
+    for side in (-1, 1):
+        z, storeys = 3 * rng.random() - 2, 2 + 4 * rng.random()
+        for dice in rng.random((9, DICE)):
+            length = 8 + 11 * dice[-1]
+            for k in range(3 if dice[-3] < 0.24 else 0):
+                tall, x = 4 + 6 * dice[-6 - k], side * (wall + 3 + 9 * dice[-10 - k])
+                things.append(Thing(_tree, x, z + length * (k + 0.5) / 3, (0.25 * tall,) * 2, tall, np.roll(dice, k)))
+            if dice[-3] >= 0.24:
+                height = 3 * max(2, round(storeys + 3 * dice[-4] - 1.5)) + 0.6
+                things.append(Thing(_house, side * (wall + 0.8 + 2 * dice[-2] + 5), z + length / 2, (5.0, length / 2), height, dice))
+            z += length
+    return sorted(things, key=lambda thing: -thing.z)
 
 
 def _finish(stage: Stage, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Canvas to picture: average down, let the lamps glow, then lens and sensor."""
+    """Canvas to picture: average down, let the lamps glow, then the lens and the sensor."""
     image = cv2.resize(stage.image, size[::-1], interpolation=cv2.INTER_AREA).astype(np.float32)
-    dice = rng.random(8)
-    if stage.glows:
-        small = (max(8, size[1] // 2), max(8, size[0] // 2))
-        glow = np.zeros((small[1], small[0], 3), np.float32)
-        for x, y, radius, colour in stage.glows:
-            k = small[1] / stage.shape[0]
-            layer = np.zeros_like(glow)
-        image += cv2.resize(glow, size[::-1])
-    drift = cv2.resize(_tiles()["blotch"][: TILE // 2], size[::-1], interpolation=cv2.INTER_LINEAR)
+    dice = rng.random(4).astype(np.float32)
+    for x, y, radius, colour, label in stage.glows:
+        column, row = int(x), int(y)
+        inside = 0 <= row < stage.shape[0] and 0 <= column < stage.shape[1]
+        if label is None or (inside and stage.labels[row, column] == label):
+            x, y, radius = x / SUPERSAMPLE, y / SUPERSAMPLE, max(radius / SUPERSAMPLE, 0.7)
+            across = slice(max(0, int(x - 3 * radius)), max(0, int(x + 3 * radius) + 2))
+            down = slice(max(0, int(y - 3 * radius)), max(0, int(y + 3 * radius) + 2))
+            fall = [np.exp(-np.abs(np.arange(n)[s] - c) ** 1.3 / radius**1.3) for n, s, c in ((size[1], across, x), (size[0], down, y))]
+            image[down, across] += (fall[1][:, None] * fall[0])[..., None] * np.float32(colour)
+    drift = cv2.resize(_tiles()["blotch"][: TILE // 2], size[::-1])
     u, v = np.linspace(-1, 1, size[1], dtype=np.float32), np.linspace(-1, 1, size[0], dtype=np.float32)[:, None]
-    gain = (1.06 - 0.13 * (u * u + v * v)) * (1 + 0.05 * drift)
-    image *= gain[..., None] * (0.94 + 0.12 * dice[:3]).astype(np.float32)
+    image *= ((1.06 - 0.13 * (u * u + v * v)) * (1 + 0.05 * drift))[..., None]
+    image *= 0.94 + 0.12 * dice[:3]
     noise = rng.standard_normal((*size, 3), dtype=np.float32)
-    image += noise * (2.0 + 6.0 * np.float32(dice[3]))
-    return np.clip(image, 0, 255).astype(np.uint8)
+    noise *= 2 + 6 * dice[3]
+    image += noise
+    return np.clip(image, 0, 255, out=image).astype(np.uint8)
 
 
 def draw_scene(seed: int, index: int, size: tuple[int, int] = (128, 256), preset: str = "mixed") -> tuple[np.ndarray, np.ndarray]:
-    """..."""
+    """One picture of the street world, the same for the same arguments.
+
+    seed, index: the world and the picture in it, not negative. size: (height, width) in pixels, each >= 32.
+    preset: "large" has a few near things that fill up to half of the picture, "small" many far ones from a few pixels
+    on, "mixed" both; light, paints and textures are drawn alike in all three.
+    Returns image uint8 [H, W, 3] (RGB) and labels uint8 [H, W], indices into CLASSES.
+    Raises ValueError for an unknown preset, a size under 32 and a negative seed or index.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    if len(size) != 2 or min(size) < MIN_SIZE:
+        raise ValueError(f"size {size} is too small: give (height, width) of at least {MIN_SIZE} pixels each")
+    if seed < 0 or index < 0:
+        raise ValueError(f"seed {seed} and index {index} must not be negative: count from 0")
     rng = np.random.default_rng([seed, index, PRESETS.index(preset)])
-    light, camera, u = _light(rng.random(8)), rng.random(4), rng.random(3)
-    road = 3.2 + 1.8 * u[0]
-    street = Street(road, road + 2 + 1.6 * u[1], road + 2.4 + 2.5 * u[1] + u[2])
-    stage = Stage(size, camera, 0.85 * road * (2 * camera[3] - 1), light)
-    houses, things = _houses(street, rng), _layout(preset, street, stage.eye[0], rng)
-    _sky(stage, rng.random(4))
-    stage.labels[int(stage.vanishing[1]) + 1 :] = VEGETATION
-    _ground(stage, street, houses + things, rng.random(23))
+    light, camera, u = _light(rng.random(8)), rng.random(4), rng.random(2)
+    kerb = 3.2 + 1.8 * u[0]
+    wall = kerb + 2.0 + 1.6 * u[1]
+    stage = Stage(size, camera, 0.85 * kerb * (2 * camera[3] - 1), light)
+    houses, things = _houses(wall, rng), _things(preset, kerb, wall, stage.eye[0], rng)
+    _sky(stage, rng.random(3))
+    _ground(stage, kerb, wall, houses + things, rng.random(23))
     _skyline(stage, rng)
     for thing in houses + things:
-        if thing.z > NEAR_M + 0.5:
+        if thing.z + thing.foot[1] > NEAR_M + 1:
             thing.paint(stage, thing)
-    image = _finish(stage, size, rng)
-    return image, stage.labels[::SUPERSAMPLE, ::SUPERSAMPLE].copy()
+    return _finish(stage, size, rng), stage.labels[::SUPERSAMPLE, ::SUPERSAMPLE].copy()

@@ -218,7 +218,7 @@ def prepare(model: DynamicRoutingNetwork, images: Tensor) -> tuple[Tensor, tuple
         raise ValueError(f"images are {height}x{width}: the smallest size is {MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE}")
     padded_height, padded_width = padded_size(model.space, height, width)
     x = F.pad(model.normalize(images), (0, padded_width - width, 0, padded_height - height))
-    return x, (height, width)
+    return x.contiguous(memory_format=torch.channels_last), (height, width)
 
 
 def padded_size(space: RoutingSpace, height: int, width: int) -> tuple[int, int]:

@@ -1,0 +1,324 @@
+"""Training: loss, optimiser groups and schedules (the authors' recipe), around Lightning's loop.
+
+Legend: B images, K classes, H, W crop size.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from routeseg import checkpoints
+from routeseg.cost import Budget, budget_loss, model_cost
+from routeseg.data.datamodule import DataConfig, SegmentationDataModule
+from routeseg.data.transforms import IGNORE
+from routeseg.evaluation import Evaluation, evaluate
+from routeseg.model import DynamicRoutingNetwork
+
+RESUME_FILE = "last.ckpt"
+BEST_FOLDER, LAST_FOLDER = "best", "last"
+
+
+@dataclass
+class Recipe:
+    """The `recipe` section of a configuration; the defaults are the authors' for Cityscapes from scratch.
+
+    lr, momentum, weight_decay   SGD; norm weights do not decay
+    gate_lr_factor               the gates' learning rate, as a multiple (2.5 from ImageNet weights)
+    poly_power, warmup_steps, warmup_factor   lr * (1 - step / iterations)^power after a linear warm-up
+    clip_norm                    of all gradients together
+    drop_path                    p of the scheduled drop path at the last layer and the last step
+    precise_bn_batches           BatchNorm statistics are estimated anew from so many batches before an evaluation
+    validate_every, save_every   in iterations
+    precision                    "32-true" or "bf16-mixed"
+    compile                      torch.compile the parts of the network
+    """
+
+    iterations: int = 190_000
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    gate_lr_factor: float = 1.0
+    poly_power: float = 0.9
+    warmup_steps: int = 1000
+    warmup_factor: float = 0.001
+    clip_norm: float = 5.0
+    drop_path: float = 0.0
+    precise_bn_batches: int = 200
+    validate_every: int = 5000
+    save_every: int = 1000
+    log_every: int = 20
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    compile: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("iterations", "validate_every", "save_every", "log_every"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"recipe.{key} is {getattr(self, key)}: it must be at least 1")
+        if not self.lr > 0:
+            raise ValueError(f"recipe.lr is {self.lr}: it must be positive")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"recipe.drop_path is {self.drop_path}: it must be at least 0 and below 1")
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient became nan or infinite."""
+
+
+class SegmentationTask(LightningModule):
+    """Cross-entropy plus budget (Eq. 10), SGD with the authors' groups and schedule. The network knows nothing of it."""
+
+    def __init__(self, model: DynamicRoutingNetwork, recipe: Recipe, budget: Budget, crop: tuple[int, int]) -> None:
+        super().__init__()
+        self.model, self.recipe, self.budget = model, recipe, budget
+        self.cost = model_cost(model, crop)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Whatever a step draws at random depends on (seed, step) alone, so that a resumed run draws the same.
+        torch.manual_seed((self.recipe.seed << 32) + (self.global_step << 8) + self.global_rank)
+        self.model.drop_path = self.recipe.drop_path * self.global_step / self.recipe.iterations
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        images = batch["image"].contiguous(memory_format=torch.channels_last)
+        result = self.model(images)
+        cross_entropy = segmentation_loss(result.logits.float(), batch["labels"])
+        expected = self.cost.expected(result.gates)
+        budget = budget_loss(expected, self.cost.budgeted, self.budget.target)
+        weight = self.budget.weight_at(self.global_step / self.recipe.iterations)
+        loss = cross_entropy + weight * budget  # Eq. 10
+        if not torch.isfinite(loss):
+            raise NonFiniteLoss(self._diagnosis("the loss"))
+        if self.global_step % self.recipe.log_every == 0:
+            values = {
+                "loss": loss,
+                "cross_entropy": cross_entropy,
+                "budget_loss": budget,
+                "expected_cost": expected.mean() / self.cost.budgeted,
+                "real_cost": self.cost.of_gates(result.gates).mean() / self.cost.full,
+            }
+            self.log_dict({key: float(v) for key, v in values.items()}, prog_bar=True, batch_size=len(images))
+            self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+            self.log("skipped_images", float(batch["skipped"].sum()), reduce_fx="sum")
+        return loss
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.SGD(
+            parameter_groups(self.model, self.recipe), lr=self.recipe.lr, momentum=self.recipe.momentum
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, self.recipe))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        if not torch.isfinite(norm):  # before the step: the weights stay good
+            raise NonFiniteLoss(self._diagnosis("the gradient"))
+
+    def _diagnosis(self, what: str) -> str:
+        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        return (
+            f"{what} became nan or infinite at step {self.global_step}, learning rate {lr:.3g}. The last checkpoint is kept. "
+            f"Try a lower --recipe.lr (now {self.recipe.lr:g}; it should shrink with the batch size), a longer "
+            "--recipe.warmup_steps, or --recipe.precision 32-true, and --resume from the last checkpoint"
+        )
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of logits [B,K,H,W] and labels [B,H,W], over the pixels that have a label (0 where none has)."""
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / (labels != IGNORE).sum().clamp(min=1)
+
+
+def parameter_groups(model: DynamicRoutingNetwork, recipe: Recipe) -> list[dict[str, Any]]:
+    """Norm weights without decay, gates with their own learning rate, and the rest."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, module in model.named_modules():
+        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for parameter in module.parameters(recurse=False):
+            groups.setdefault((is_norm, ".gate." in f".{name}."), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if is_norm else recipe.weight_decay,
+            "lr": recipe.lr * (recipe.gate_lr_factor if is_gate else 1.0),
+        }
+        for (is_norm, is_gate), parameters in sorted(groups.items())
+    ]
+
+
+def lr_factor(step: int, recipe: Recipe) -> float:
+    """Poly decay with a linear warm-up from `warmup_factor`."""
+    poly = (1.0 - min(step, recipe.iterations) / recipe.iterations) ** recipe.poly_power
+    if step >= recipe.warmup_steps:
+        return poly
+    share = step / recipe.warmup_steps
+    return poly * (recipe.warmup_factor * (1 - share) + share)
+
+
+@torch.no_grad()
+def precise_batch_norm(model: DynamicRoutingNetwork, batches: Iterable[dict[str, Tensor]]) -> None:
+    """Sets BatchNorm's statistics to their mean over these batches, instead of a running mean over training."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    device, was_training, drop_path = next(model.parameters()).device, model.training, model.drop_path
+    momenta = [norm.momentum for norm in norms]
+    before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative mean
+    model.drop_path = 0.0
+    model.train()
+    for batch in batches:
+        model(batch["image"].to(device))
+    for norm, momentum, (mean, variance) in zip(norms, momenta, before, strict=True):
+        norm.momentum = momentum
+        if int(norm.num_batches_tracked) == 0:  # a node that no picture reached keeps what it had
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
+    model.train(was_training)
+    model.drop_path = drop_path
+
+
+class ValidateAndSave(Callback):
+    """Every `validate_every` steps: precise BatchNorm, validation, the best network; every `save_every`: all of the run.
+
+    Writes OUTPUT/last.ckpt (to resume from), OUTPUT/best and OUTPUT/last (networks, with `routeseg.load`).
+    """
+
+    def __init__(self, output: Path, recipe: Recipe) -> None:
+        self.output, self.recipe = output, recipe
+        self.best_miou = -1.0
+        self.latest: Evaluation | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_miou": self.best_miou}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best_miou = state["best_miou"]
+
+    def on_train_batch_end(self, trainer: Trainer, task: LightningModule, *args: Any) -> None:
+        step = trainer.global_step
+        if step % self.recipe.validate_every == 0 or step == self.recipe.iterations:
+            self._validate(trainer, task)
+            self._save(trainer)
+        elif step % self.recipe.save_every == 0:
+            self._save(trainer)
+
+    def _validate(self, trainer: Trainer, task: SegmentationTask) -> None:
+        data, model, step = trainer.datamodule, task.model, trainer.global_step
+        with trainer.precision_plugin.forward_context():
+            if self.recipe.precise_bn_batches:
+                precise_batch_norm(model, data.norm_dataloader(step, self.recipe.precise_bn_batches))
+            result = evaluate(model, data.val_dataloader())
+        self.latest = result
+        task.log("val_miou", result.miou, prog_bar=True)
+        task.log("val_cost", float((result.cost_macs / result.full_macs).mean()), prog_bar=True)
+        if trainer.is_global_zero and result.miou > self.best_miou:
+            self.best_miou = result.miou
+            checkpoints.save(model, self.output / BEST_FOLDER)
+
+    def _save(self, trainer: Trainer) -> None:
+        scratch, target = self.output / f".{RESUME_FILE}.tmp", self.output / RESUME_FILE
+        trainer.save_checkpoint(scratch)
+        if trainer.is_global_zero:
+            os.replace(scratch, target)
+            checkpoints.save(trainer.lightning_module.model, self.output / LAST_FOLDER)
+
+
+@dataclass
+class TrainingResult:
+    """What `train` returns: the last validation, the folder, and the seconds it took."""
+
+    evaluation: Evaluation | None
+    output: Path
+    seconds: float
+    trainer: Trainer = field(repr=False)
+
+
+def train(
+    model: DynamicRoutingNetwork,
+    data: DataConfig,
+    recipe: Recipe,
+    budget: Budget,
+    output: Path,
+    resume: bool = False,
+    progress: bool = True,
+    devices: int | str = "auto",
+    accelerator: str = "auto",
+) -> TrainingResult:
+    """Trains the network and writes checkpoints and logs into `output`.
+
+    With `resume` the run goes on from OUTPUT/last.ckpt and ends, on one CPU process, with the very weights of a run
+    that was never interrupted. Raises ValueError for a folder that already holds a run (unless resuming), or cannot
+    be written, and NonFiniteLoss.
+    """
+    first_step = _prepare_output(output, resume)
+    lightning.seed_everything(recipe.seed, workers=True, verbose=False)
+    module = SegmentationDataModule(data, recipe.iterations, recipe.seed, first_step)
+    model.to(memory_format=torch.channels_last)
+    if recipe.compile:
+        compile_parts(model)
+    saver = ValidateAndSave(output, recipe)
+    trainer = Trainer(
+        max_steps=recipe.iterations,
+        max_epochs=-1,
+        accelerator=accelerator,
+        devices=devices,
+        precision=recipe.precision,
+        sync_batchnorm=torch.cuda.is_available(),
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        logger=[CSVLogger(output, name="logs"), TensorBoardLogger(output, name="tensorboard", version="")],
+        callbacks=[saver, *([RichProgressBar()] if progress else [])],
+        enable_progress_bar=progress,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        default_root_dir=output,
+    )
+    task = SegmentationTask(model, recipe, budget, tuple(data.crop))
+    start = time.monotonic()
+    trainer.fit(task, datamodule=module, ckpt_path=output / RESUME_FILE if resume else None)
+    return TrainingResult(saver.latest, output, time.monotonic() - start, trainer)
+
+
+def compile_parts(model: DynamicRoutingNetwork) -> None:
+    """torch.compile for every cell, gate and transform; the routing between them stays plain Python."""
+    parts: list[nn.Module] = [model.stem, model.decoder]
+    for node in model.nodes.values():
+        parts += [node.cell, *node.transforms.values(), *([node.gate] if node.gate is not None else [])]
+    for part in parts:
+        part.compile()
+
+
+def _prepare_output(output: Path, resume: bool) -> int:
+    """Makes the folder; returns the step to go on from."""
+    checkpoint = output / RESUME_FILE
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write into {output}: {error.strerror}. Choose another --output") from error
+    if not resume:
+        if checkpoint.exists():
+            raise ValueError(f"{output} already holds a run: go on with it with --resume, or choose another --output")
+        return 0
+    if not checkpoint.exists():
+        raise ValueError(f"nothing to resume: {checkpoint} does not exist")
+    try:
+        return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
+    except Exception as error:  # a damaged file fails in many ways
+        raise ValueError(f"{checkpoint} is damaged or no checkpoint of a run: {error}") from error
