@@ -1,3 +1,30 @@
-"""routeseg: semantic segmentation with a network that picks its own depth and resolution for every image."""
+"""routeseg: semantic segmentation with a network that picks its own depth and resolution for every image.
 
-__version__ = "0.1.0"
+    import routeseg
+    model = routeseg.load()                        # the small street-scene network that is shipped
+    result = routeseg.SkipEngine(model)(images)    # images [B,3,H,W], RGB, uint8 or 0..1
+    result.labels, routeseg.model_cost(model, (H, W)).of_gates(result.gates)
+"""
+
+from routeseg.checkpoints import import_checkpoint, load, save
+from routeseg.cost import Budget, cost_table, model_cost
+from routeseg.engine import SkipEngine, build_engine
+from routeseg.model import DynamicRoutingNetwork, Segmentation
+from routeseg.space import Route, RoutingSpace
+from routeseg.version import __version__
+
+__all__ = [
+    "Budget",
+    "DynamicRoutingNetwork",
+    "Route",
+    "RoutingSpace",
+    "Segmentation",
+    "SkipEngine",
+    "__version__",
+    "build_engine",
+    "cost_table",
+    "import_checkpoint",
+    "load",
+    "model_cost",
+    "save",
+]

@@ -85,6 +85,7 @@ class SegmentationTask(LightningModule):
         super().__init__()
         self.model, self.recipe, self.budget = model, recipe, budget
         self.cost = model_cost(model, crop)
+        self.skipped_images = 0  # unreadable ones, since this process started
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Whatever a step draws at random depends on (seed, step) alone, so that a resumed run draws the same.
@@ -101,17 +102,20 @@ class SegmentationTask(LightningModule):
         loss = cross_entropy + weight * budget  # Eq. 10
         if not torch.isfinite(loss):
             raise NonFiniteLoss(self._diagnosis("the loss"))
-        if self.global_step % self.recipe.log_every == 0:
-            values = {
-                "loss": loss,
-                "cross_entropy": cross_entropy,
-                "budget_loss": budget,
-                "expected_cost": expected.mean() / self.cost.budgeted,
+        self.log_dict(
+            {
+                "loss": loss.detach(),
+                "cross_entropy": cross_entropy.detach(),
+                "budget_loss": budget.detach(),
+                "expected_cost": expected.detach().mean() / self.cost.budgeted,
                 "real_cost": self.cost.of_gates(result.gates).mean() / self.cost.full,
-            }
-            self.log_dict({key: float(v) for key, v in values.items()}, prog_bar=True, batch_size=len(images))
-            self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-            self.log("skipped_images", float(batch["skipped"].sum()), reduce_fx="sum")
+            },
+            prog_bar=True,
+            batch_size=len(images),
+        )
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.skipped_images += int(batch["skipped"].sum())
+        self.log("skipped_images", float(self.skipped_images), prog_bar=self.skipped_images > 0)
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -221,8 +225,10 @@ class ValidateAndSave(Callback):
                 precise_batch_norm(model, data.norm_dataloader(step, self.recipe.precise_bn_batches))
             result = evaluate(model, data.val_dataloader())
         self.latest = result
-        task.log("val_miou", result.miou, prog_bar=True)
-        task.log("val_cost", float((result.cost_macs / result.full_macs).mean()), prog_bar=True)
+        scores = {"val_miou": result.miou, "val_cost": float((result.cost_macs / result.full_macs).mean())}
+        for logger in trainer.loggers:
+            logger.log_metrics(scores, step)
+        task.log_dict(scores, prog_bar=True, logger=False)
         if trainer.is_global_zero and result.miou > self.best_miou:
             self.best_miou = result.miou
             checkpoints.save(model, self.output / BEST_FOLDER)
@@ -279,7 +285,7 @@ def train(
         use_distributed_sampler=False,
         limit_val_batches=0,
         num_sanity_val_steps=0,
-        log_every_n_steps=1,
+        log_every_n_steps=recipe.log_every,
         logger=[CSVLogger(output, name="logs"), TensorBoardLogger(output, name="tensorboard", version="")],
         callbacks=[saver, *([RichProgressBar()] if progress else [])],
         enable_progress_bar=progress,

@@ -6,7 +6,7 @@ Batch number n is a pure function of (seed, n): a run that is interrupted goes o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +14,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning import LightningDataModule
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from routeseg.data import scenes
 from routeseg.data.camvid import open_camvid
-from routeseg.data.folder import Classes, SegmentationData, UnreadableImage, open_folder
+from routeseg.data.folder import Classes, SegmentationData, UnreadableImage, open_folder, write_classes
 from routeseg.data.transforms import Augmentation
 
 TRAIN_STREAM, NORM_STREAM = 0, 1  # separate random streams: training batches, batches for precise BatchNorm
@@ -239,3 +240,29 @@ def _one_thread(worker: int) -> None:
 
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+
+
+def write_folder(config: DataConfig, root: Path, seed: int = 0, on_picture: Callable[[], None] | None = None) -> None:
+    """Writes the training and validation pictures of a configuration in the `folder` layout, PNG.
+
+    Raises ValueError where the folder already holds data, or cannot be written.
+    """
+    if (root / "classes.yaml").exists():
+        raise ValueError(f"{root} already holds a data set: choose another folder")
+    for split in ("train", "val"):
+        data = open_data(config, split, seed)
+        images, masks = root / "images" / split, root / "masks" / split
+        try:
+            images.mkdir(parents=True, exist_ok=True)
+            masks.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot write into {root}: {error.strerror}. Choose another folder") from error
+        for index in range(len(data)):
+            image, labels = data.read(index)
+            Image.fromarray(image).save(images / f"{index:06d}.png")
+            Image.fromarray(labels).save(masks / f"{index:06d}.png")
+            if on_picture is not None:
+                on_picture()
+    classes = data.classes
+    assert classes.palette is not None
+    write_classes(root / "classes.yaml", classes.names, classes.palette)  # last: a folder with it is complete

@@ -12,6 +12,7 @@ World axes: x to the right, y up from the ground, z forward from the camera, all
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,6 +34,8 @@ FOCAL = 1.2  # focal length over picture height
 TILE = 512  # pixels of a noise tile
 NEUTRAL = 128  # the grey of a relief tile that changes nothing
 NEAR_RANGE_M, FAR_RANGE_M = (3.4, 8.5), (15.0, 75.0)  # where near and far things stand, log-uniform
+SHARP_TILES = 512  # canvas rows up to which tiles are not magnified, and nearest sampling (6 times faster) is enough
+BARRIERS = 0.35  # share of the fences that are barriers across the street
 DICE = 32  # uniform numbers that each thing owns
 
 WALLS = np.array([(0.55, 0.30, 0.24), (0.78, 0.68, 0.50), (0.85, 0.80, 0.70), (0.52, 0.53, 0.55), (0.42, 0.50, 0.58),
@@ -46,6 +49,7 @@ LEAVES = np.array([(0.30, 0.46, 0.16), (0.22, 0.38, 0.18), (0.42, 0.48, 0.18), (
 SKINS = np.array([(0.86, 0.68, 0.56), (0.70, 0.50, 0.38), (0.46, 0.31, 0.23)], np.float32)
 GLASS, RUBBER, STEEL, BARK = (np.array(c, np.float32) for c in
                               ((0.20, 0.24, 0.29), (0.07, 0.07, 0.08), (0.40, 0.42, 0.44), (0.33, 0.25, 0.19)))
+LEVELS = np.linspace(0, 1, 256)
 _TURN = np.linspace(0, 2 * np.pi, 16, endpoint=False)
 CIRCLE, SQUARE = np.stack([np.cos(_TURN), np.sin(_TURN)], 1), np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
 TRIANGLE = np.array([(-1, -0.8), (1, -0.8), (0, 1)])
@@ -137,6 +141,8 @@ class Stage:
         height, width = self.shape = (size[0] * SUPERSAMPLE, size[1] * SUPERSAMPLE)
         self.image, self.labels = np.zeros((height, width, 3), np.uint8), np.zeros((height, width), np.uint8)
         self.light, self.focal = light, FOCAL * height
+        self.rgb = (light.ambient.tolist(), light.sun.tolist(), light.horizon.tolist())
+        self.sampling = cv2.INTER_NEAREST if height <= SHARP_TILES else cv2.INTER_LINEAR
         self.vanishing = np.array([(0.38 + 0.24 * dice[0]) * width, (0.40 + 0.12 * dice[1]) * height])
         self.eye = np.array([x, 1.4 + 0.6 * dice[2], 0.0])
         self.glows: list[tuple[float, float, float, tuple[int, int, int], int | None]] = []
@@ -157,10 +163,16 @@ class Stage:
         bright = albedo * (self.light.ambient + self.light.sun * lit[:, None])
         return np.clip(255 * (bright * clear + self.light.horizon * (1 - clear)), 0, 255)
 
-    def fill(self, polygons: np.ndarray, colour: np.ndarray, label: int | None) -> None:
+    def tone(self, albedo: np.ndarray, depth: float, lit: float) -> tuple[float, ...]:
+        """The same for one albedo [3] at one depth, without the cost of small arrays."""
+        clear = math.exp(-depth / self.light.haze_m)
+        light = zip(albedo.tolist(), *self.rgb, strict=True)
+        return tuple(min(255 * (a * (m + s * lit) * clear + h * (1 - clear)), 255) for a, m, s, h in light)
+
+    def fill(self, polygons: np.ndarray, colour: Sequence[float], label: int | None) -> None:
         """Fill polygons [n, P, 2] in canvas pixels with one colour."""
         corners = np.rint(polygons * 2**SUBPIXEL).astype(np.int32)
-        cv2.fillPoly(self.image, corners, colour.tolist(), cv2.LINE_8, SUBPIXEL)
+        cv2.fillPoly(self.image, corners, colour, cv2.LINE_8, SUBPIXEL)
         if label is not None:
             cv2.fillPoly(self.labels, corners, label, cv2.LINE_8, SUBPIXEL)
 
@@ -182,7 +194,7 @@ class Stage:
         """Paint an outline [P, 2], metres (x, y) around the place `at` (x, z), facing the camera."""
         scale = self.focal / at[1]
         points = np.asarray(outline) * (scale, -scale) + self.spot(at[0], 0.0, at[1])
-        self.fill(points[None], self.shade(albedo, np.array([at[1]]), np.array([lit]))[0], label)
+        self.fill(points[None], self.tone(albedo, at[1], lit), label)
 
     def limb(self, at: tuple[float, float], points: Sequence, width: float, albedo: np.ndarray, label: int,
              lit: float = 0.5) -> None:  # fmt: skip
@@ -190,7 +202,7 @@ class Stage:
         scale = 2**SUBPIXEL
         ends = [[round(c * scale) for c in self.spot(at[0] + x, y, at[1])] for x, y in points]
         thick = max(SUPERSAMPLE, round(width * self.focal / at[1]))
-        colour = self.shade(albedo, np.array([at[1]]), np.array([lit]))[0].tolist()
+        colour = self.tone(albedo, at[1], lit)
         for a, b in zip(ends[:-1], ends[1:], strict=True):
             cv2.line(self.image, a, b, colour, thick, cv2.LINE_8, SUBPIXEL)
             cv2.line(self.labels, a, b, label, thick, cv2.LINE_8, SUBPIXEL)
@@ -206,7 +218,7 @@ class Stage:
         source = np.array([(0, 0), (across, 0), (across, along), (0, along)]) + shift * TILE
         corners, extent = (corners - low).astype(np.float32), tuple((high - low).tolist())
         transform = cv2.getPerspectiveTransform(source.astype(np.float32), corners)
-        texture = cv2.warpPerspective(_tiles()[tile], transform, extent, borderMode=cv2.BORDER_WRAP)
+        texture = cv2.warpPerspective(_tiles()[tile], transform, extent, flags=self.sampling, borderMode=cv2.BORDER_WRAP)
         if strength < 1:
             texture = cv2.convertScaleAbs(texture, alpha=strength, beta=NEUTRAL * (1 - strength))
         mask = np.zeros(extent[::-1], np.uint8)
@@ -244,7 +256,7 @@ def _light(dice: np.ndarray) -> Light:
     names = list(SKIES)
     name = names[int(np.searchsorted(np.cumsum([SKIES[n][-1] for n in names])[:-1], dice[0]))]
     *colours, height, _ = SKIES[name]
-    tint = np.exp(0.16 * (dice[1:4] - 0.5)) * (0.88 + 0.24 * dice[4])
+    tint = np.exp(0.12 * (dice[1:4] - 0.5)) * (0.88 + 0.24 * dice[4])
     azimuth, level = 2 * np.pi * dice[5], np.sqrt(1 - height**2)
     towards = np.array([np.sin(azimuth) * level, height, np.cos(azimuth) * level])
     cloud = 0.9 if name == "overcast" else dice[6]
@@ -295,9 +307,9 @@ def _ground(stage: Stage, kerb: float, wall: float, things: list[Thing], dice: n
 
     def area(half: float, albedo: np.ndarray, label: int, lines: list[np.ndarray], lighter: float, per_m: float,
              bands: tuple) -> None:  # fmt: skip
-        stage.fill(stage.project(_level(-half, half, NEAR_M, far)[None]), 255 * albedo, label)
+        stage.fill(stage.project(_level(-half, half, NEAR_M, far)[None]), (255 * albedo).tolist(), label)
         if lines:
-            stage.fill(stage.project(np.stack(lines)), np.minimum(255 * albedo * lighter, 240), None)
+            stage.fill(stage.project(np.stack(lines)), np.minimum(255 * albedo * lighter, 240).tolist(), None)
         tile = "grass" if label == VEGETATION else CLASSES[label]
         for near, to, strength in bands:
             warped = stage.warp(_level(-min(half, 90), min(half, 90), near, to), tile, per_m, dice[4:6], strength)
@@ -317,14 +329,15 @@ def _ground(stage: Stage, kerb: float, wall: float, things: list[Thing], dice: n
     area(kerb, asphalt, ROAD, dashes + edges + stripes, 1.9, 70, bands)
     for x, z, width, length in dice[11:23].reshape(3, 4):  # mended asphalt
         x, z = 1.4 * kerb * (x - 0.6), 3 + 20 * z
-        stage.fill(stage.project(_level(x, x + 0.4 + width, z, z + 1 + 4 * length)[None]), 204 * asphalt, None)
+        stage.fill(stage.project(_level(x, x + 0.4 + width, z, z + 1 + 4 * length)[None]), (204 * asphalt).tolist(), None)
 
     shadow, contact = (m[top:] for m in _shadows(stage, things))
     depth = stage.focal * stage.eye[1] / (np.arange(top, stage.shape[0]) + 0.5 - stage.vanishing[1])
     clear = np.exp(-depth / stage.light.haze_m).astype(np.float32)[:, None]
-    bright = stage.light.sun * np.float32(stage.light.towards[1]) * (1 - shadow * np.float32(0.9 / 255))[..., None]
+    bright = cv2.cvtColor(1 - shadow * np.float32(0.9 / 255), cv2.COLOR_GRAY2RGB)
+    bright *= stage.light.sun * np.float32(stage.light.towards[1])
     bright += stage.light.ambient
-    bright *= (grain[top:] * (1 - contact * np.float32(0.5 / 255)) * (clear / NEUTRAL))[..., None]
+    bright *= cv2.cvtColor(grain[top:] * (1 - contact * np.float32(0.5 / 255)) * (clear / NEUTRAL), cv2.COLOR_GRAY2RGB)
     bright *= stage.image[top:]
     bright += 255 * stage.light.horizon * (1 - clear[..., None])
     stage.image[top:] = cv2.convertScaleAbs(bright)
@@ -348,7 +361,7 @@ def _shadows(stage: Stage, things: list[Thing]) -> tuple[np.ndarray, np.ndarray]
 
 
 def _house(stage: Stage, thing: Thing) -> None:
-    """A house beside the street: two walls, a roof, rows of windows, and a shop or a door at the ground."""
+    """A house beside the street: walls, roof, windows, and a shop or a door; dice[15]: its near end stands free."""
     d, side, height = thing.dice, np.sign(thing.x), thing.height
     front, back = thing.x - side * thing.foot[0], thing.x + side * thing.foot[0]
     z0, z1 = max(thing.z - thing.foot[1], NEAR_M + 0.1), thing.z + thing.foot[1]
@@ -359,13 +372,14 @@ def _house(stage: Stage, thing: Thing) -> None:
     gable = np.array([(front, height, z0), (back, height, z0), (ridge, rise, z0), (ridge, rise, z0)])
     paints = np.stack([_pick(WALLS, d[4]) * 0.6, albedo, albedo, albedo])
     stage.faces(np.stack([roof, end, gable, wall]), paints, BUILDING, np.array([thing.x, height / 2, thing.z]))
-    for quad in (end, wall) if z0 < 30 else ():
+    walls = ((wall, z1 - z0), (end, 2 * thing.foot[0]))[: 2 if d[15] else 1]
+    for quad, _ in walls if z0 < 30 else ():
         warped = stage.warp(quad, "brick" if d[5] < 0.5 else "plaster", 60, d[6:8], 0.99 * np.exp(-max(z0 - 4, 0) / 25))
         if warped is not None:
             where, texture, mask = warped
             lit = cv2.multiply(stage.image[where], cv2.cvtColor(texture, cv2.COLOR_GRAY2RGB), scale=1 / NEUTRAL)
             cv2.copyTo(lit, mask, stage.image[where])
-    _windows(stage, thing, ((wall, z1 - z0), (end, 2 * thing.foot[0])), trim)
+    _windows(stage, thing, walls, trim)
     ground, paint = _parts(wall, [(0.03, 0.97, 0.25 / height, 2.9 / height)])[0], _pick(PAINTS, d[10])
     if d[9] < 0.5:
         shop = [(0, 1, 0, 1), (0.02, 0.32, 0.12, 0.72), (0.36, 0.66, 0.12, 0.72), (0.7, 0.98, 0, 0.72), (0, 1, 0.78, 1)]
@@ -399,7 +413,7 @@ def _windows(stage: Stage, house: Thing, walls: tuple[tuple[np.ndarray, float], 
         (blinds, glint > 0.8, 0.8 * trim),
     ):
         if keep.any():
-            stage.fill(shapes[keep], stage.shade(albedo, np.array([house.z]), np.array([0.25]))[0], None)
+            stage.fill(shapes[keep], stage.tone(albedo, house.z, 0.25), None)
 
 
 def _crown(stage: Stage, at: tuple[float, float, float], radius: tuple[float, float], albedo: np.ndarray, dice: Sequence,
@@ -417,7 +431,7 @@ def _crown(stage: Stage, at: tuple[float, float, float], radius: tuple[float, fl
     def noise(tile: str, span: float, shift: Sequence) -> np.ndarray:
         step = span / (2 * rx)
         matrix = np.array([[step, 0, (left - x) * step + shift[0] * TILE], [0, step, (top - y) * step + shift[1] * TILE]])
-        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        flags = stage.sampling | cv2.WARP_INVERSE_MAP
         return cv2.warpAffine(_tiles()[tile], matrix, (right - left, bottom - top), flags=flags, borderMode=cv2.BORDER_WRAP)
 
     lumps, leaves = noise("blotch", 150, dice[:2]), noise("leaf", 90 + 25 * radius[0], dice[2:4])
@@ -425,8 +439,7 @@ def _crown(stage: Stage, at: tuple[float, float, float], radius: tuple[float, fl
     mask = (distance + 0.22 * lumps + 0.16 * leaves < 0.95).view(np.uint8)
     tone = (0.5 - 0.22 * v) + np.float32(0.16 * stage.light.towards[0]) * u
     tone = cv2.convertScaleAbs(np.maximum(tone + 0.13 * lumps + 0.15 * leaves, 0), alpha=255)
-    levels = np.linspace(0, 1, 256)
-    table = stage.shade(albedo * (0.35 + 1.1 * levels)[:, None], np.full(256, at[2]), levels**1.5).astype(np.uint8)
+    table = stage.shade(albedo * (0.35 + 1.1 * LEVELS)[:, None], np.array([at[2]]), LEVELS**1.5).astype(np.uint8)
     where = slice(top, bottom), slice(left, right)
     cv2.copyTo(cv2.applyColorMap(tone, table[:, None]), mask, stage.image[where])
     cv2.copyTo(np.full_like(mask, VEGETATION), mask, stage.labels[where])
@@ -456,9 +469,17 @@ def _bush(stage: Stage, thing: Thing) -> None:
 
 
 def _fence(stage: Stage, thing: Thing) -> None:
-    """A fence along the street: planks, pickets or rails."""
-    d, height = thing.dice, thing.height
-    z0, z1 = max(thing.z - thing.foot[1], NEAR_M + 0.1), thing.z + thing.foot[1]
+    """Planks, pickets or rails along the street, or a striped barrier across it."""
+    d, height, (half, depth) = thing.dice, thing.height, thing.foot
+    if half > depth:
+        quad = _upright(thing.x - half, thing.z, thing.x + half, thing.z, height)
+        stage.faces(_parts(quad, [(0.08, 0.13, 0, 1), (0.87, 0.92, 0, 1)]), STEEL, FENCE)
+        start = np.linspace(0, 1, 8, endpoint=False)
+        for low in (0.34, 0.7):
+            stripes = np.stack([start, start + 0.125, 0 * start + low, 0 * start + low + 0.26], 1)
+            stage.faces(_parts(quad, stripes), np.tile([PAINTS[3], PAINTS[0]], (4, 1)), FENCE)
+        return
+    z0, z1 = max(thing.z - depth, NEAR_M + 0.1), thing.z + depth
     quad, length, style = _upright(thing.x, z1, thing.x, z0, height), z1 - z0, int(3 * d[3])
     albedo = (_pick(PAINTS, d[0]) if d[1] < 0.5 else 1.5 * BARK) * (0.8 + 0.3 * d[2])
     start = np.linspace(0, 1, max(2, int(length / 0.3)), endpoint=False)
@@ -548,9 +569,8 @@ def _car_model(shape: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         for axle in (0.19, 0.80):
             wheel = zip(axle + np.cos(turn) * radius * share / length, radius + np.sin(turn) * radius * share, strict=True)
             add(prism(list(wheel), [1.01] * 12)[1], part, mid)
-    for end, lamp in ((body[0], 4), (body[5], 5)):
+    for end, lamp in ((body[0][[0, 3, 2, 1]], 4), (body[5][[1, 2, 3, 0]], 5)):
         bumper, plate, *lamps = _parts(end, [(0, 1, 0, 0.12), (0.36, 0.64, 0.3, 0.5), (0.03, 0.2, 0.5, 0.9), (0.8, 0.97, 0.5, 0.9)])
-        # the strips' first axis runs up, their second across
         for part, quad in ((1, bumper), (3, plate), (lamp, lamps[0]), (lamp, lamps[1])):
             add(quad[None], part, mid)
     add(cabin, 0, belt)
@@ -579,7 +599,7 @@ def _car(stage: Stage, thing: Thing) -> None:
     away = turned[2, 2] > 0
     for side in (-0.42, 0.42):
         x, y, z = np.array([side * width, 0.7 * belt, (-0.5 if away else 0.5) * length]) @ turned + place
-        stage.glow(x, y, z, 0.25 if away else 0.5, TAIL_RGB if away else LAMP_RGB, CAR)
+        stage.glow(x, y, z, 0.2 if away else 0.38, TAIL_RGB if away else LAMP_RGB, CAR)
 
 
 def _pedestrian(stage: Stage, thing: Thing) -> None:
@@ -622,7 +642,8 @@ def _stand(kind: str, kerb: float, wall: float, eye_x: float, z: float, dice: np
         length, width, _, top, *_ = CARS[int(np.searchsorted(CAR_ODDS[:-1], dice[0]))]
         if a > 0.86:  # across the street
             dice[1] = 0.25 * np.sign(b - 0.5) + 0.06 * (c - 0.5)
-            return Thing(paint, eye_x + (b - 0.5) * 1.2 * z, z + width / 2, (length / 2, width / 2), top, dice)
+            x = float(np.clip(eye_x + (b - 0.5) * 1.2 * z, -kerb, kerb))
+            return Thing(paint, x, z + width / 2, (length / 2, width / 2), top, dice)
         dice[1] = 0.5 * (side < 0) + 0.012 * (c - 0.5)
         x = side * (kerb - 1.1 if a < 0.35 else 0.5 * kerb)  # parked, or in its lane
         return Thing(paint, x, z + length / 2, (width / 2, length / 2), top, dice)
@@ -635,8 +656,9 @@ def _stand(kind: str, kerb: float, wall: float, eye_x: float, z: float, dice: np
     if kind == "bush":
         return Thing(paint, side * (wall + 0.4), z, (0.8 + 0.6 * a, 1.5), 0.9 + 0.9 * b, dice)
     if kind == "fence":
-        x, height = (kerb + 0.3, 1.0) if b < 0.4 else (wall + 0.3, 1.0 + 0.9 * a)
-        return Thing(paint, side * x, z + 2, (0.05, 2.0 + 4 * c), height, dice)
+        if b < BARRIERS:
+            return Thing(paint, (2 * c - 1) * wall, z, (0.9 + 0.6 * a, 0.1), 1.05, dice)
+        return Thing(paint, side * (wall + 0.2), z + 2, (0.05, 2.0 + 4 * c), 1.0 + 0.9 * a, dice)
     height = 4.5 + 2.0 * b if kind == "lamp" else 2.2 + 0.8 * b
     return Thing(paint, side * (kerb + 0.35 + 0.5 * a), z, (0.08, 0.08), height, dice)
 
@@ -652,23 +674,24 @@ def _things(preset: str, kerb: float, wall: float, eye_x: float, rng: np.random.
                          or abs(new.z - o.z) > new.foot[1] + o.foot[1] + 0.3 for o in things)  # fmt: skip
                 if dice[-6] < 0.85 and all(apart):
                     things.append(new)
-    return sorted(things, key=lambda thing: -thing.z)
+    # a long fence stands behind all that is beside it
+    return sorted(things, key=lambda thing: -thing.z - thing.foot[1] * (thing.paint is _fence))
 
 
 def _houses(wall: float, rng: np.random.Generator) -> list[Thing]:
     """Both rows of houses, far to near, with gaps where trees stand on the lawn."""
     things = []
     for side in (-1, 1):
-        z, storeys = 3 * rng.random() - 2, 2 + 4 * rng.random()
+        z, storeys, free = 3 * rng.random() - 2, 2 + 4 * rng.random(), False
         for dice in rng.random((9, DICE)):
             length = 8 + 11 * dice[-1]
             for k in range(3 if dice[-3] < 0.24 else 0):
                 tall, x = 4 + 6 * dice[-6 - k], side * (wall + 3 + 9 * dice[-10 - k])
                 things.append(Thing(_tree, x, z + length * (k + 0.5) / 3, (0.25 * tall,) * 2, tall, np.roll(dice, k)))
             if dice[-3] >= 0.24:
-                height = 3 * max(2, round(storeys + 3 * dice[-4] - 1.5)) + 0.6
+                height, dice[15] = 3 * max(2, round(storeys + 3 * dice[-4] - 1.5)) + 0.6, free
                 things.append(Thing(_house, side * (wall + 0.8 + 2 * dice[-2] + 5), z + length / 2, (5.0, length / 2), height, dice))
-            z += length
+            free, z = dice[-3] < 0.24, z + length
     return sorted(things, key=lambda thing: -thing.z)
 
 
@@ -680,11 +703,12 @@ def _finish(stage: Stage, size: tuple[int, int], rng: np.random.Generator) -> np
         column, row = int(x), int(y)
         inside = 0 <= row < stage.shape[0] and 0 <= column < stage.shape[1]
         if label is None or (inside and stage.labels[row, column] == label):
-            x, y, radius = x / SUPERSAMPLE, y / SUPERSAMPLE, max(radius / SUPERSAMPLE, 0.7)
+            x, y, radius = x / SUPERSAMPLE, y / SUPERSAMPLE, radius / SUPERSAMPLE
+            power, radius = min(1.0, 0.25 + 0.5 * radius), max(radius, 0.7)
             across = slice(max(0, int(x - 3 * radius)), max(0, int(x + 3 * radius) + 2))
             down = slice(max(0, int(y - 3 * radius)), max(0, int(y + 3 * radius) + 2))
             fall = [np.exp(-np.abs(np.arange(n)[s] - c) ** 1.3 / radius**1.3) for n, s, c in ((size[1], across, x), (size[0], down, y))]
-            image[down, across] += (fall[1][:, None] * fall[0])[..., None] * np.float32(colour)
+            image[down, across] += (fall[1][:, None] * fall[0])[..., None] * np.float32(colour) * np.float32(power)
     drift = cv2.resize(_tiles()["blotch"][: TILE // 2], size[::-1])
     u, v = np.linspace(-1, 1, size[1], dtype=np.float32), np.linspace(-1, 1, size[0], dtype=np.float32)[:, None]
     image *= ((1.06 - 0.13 * (u * u + v * v)) * (1 + 0.05 * drift))[..., None]

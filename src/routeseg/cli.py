@@ -1,0 +1,358 @@
+"""The `routeseg` command: train, evaluate, predict, import-checkpoint, make-data, demo.
+
+Every user mistake ends in one message on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+if TYPE_CHECKING:
+    from routeseg.evaluation import Evaluation
+
+USAGE_ERROR = 2
+NETWORK_SKIP = {"num_classes", "class_names", "palette", "pixel_mean", "pixel_std"}  # the data decide these
+
+
+class Parser(ArgumentParser):
+    """jsonargparse, with the nearest valid name for a key that does not exist."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        known = [a.dest for a in self._actions if a.dest not in ("help", "==SUPPRESS==")]
+        for wrong in _unknown_keys(message):
+            near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
+            near = near or [key for key in known if key.rsplit(".", 1)[-1] == wrong.rsplit(".", 1)[-1]][:1]
+            hint = f"did you mean {near[0]}?" if near else f"see `{self.prog} --help`"
+            message = f"no key {wrong!r} in the configuration: {hint}"
+            break
+        print(f"routeseg: error: {_first_lines(message)}", file=sys.stderr)
+        raise SystemExit(USAGE_ERROR)
+
+
+def _unknown_keys(message: str) -> list[str]:
+    """The names that jsonargparse does not know, from its messages for files and for the command line."""
+    in_group = [f"{group}.{key}" for group, key in re.findall(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)]
+    alone = re.findall(r"Option '([\w.]+)' is not accepted|[Uu]nrecognized arguments: --([\w.\-]+)", message)
+    return in_group + ["".join(pair) for pair in alone]
+
+
+def _first_lines(message: str) -> str:
+    return " ".join(line.strip() for line in message.strip().splitlines()[:6])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if words else USAGE_ERROR
+    if words[0] == "--version":
+        from routeseg import __version__
+
+        print(f"routeseg {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        print(f"routeseg: error: no command {words[0]!r}: {hint}", file=sys.stderr)
+        return USAGE_ERROR
+    _quiet_libraries()
+    try:
+        return COMMANDS[words[0]][0](words[1:])
+    except (ValueError, OSError) as error:
+        print(f"routeseg: error: {_message(error)}", file=sys.stderr)
+        return USAGE_ERROR
+    except RuntimeError as error:
+        if type(error).__name__ != "NonFiniteLoss":
+            raise
+        print(f"routeseg: stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("routeseg: interrupted", file=sys.stderr)
+        return 130
+
+
+def _message(error: Exception) -> str:
+    """The message alone, also where a loader process raised it and wrapped it in a traceback."""
+    text = str(error)
+    if text.startswith("Caught "):
+        text = re.split(r"\n\w*(?:Error|UnreadableImage): ", text)[-1]
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    return text.strip()
+
+
+def _quiet_libraries() -> None:
+    """Warnings of libraries that no user can act on."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\.|torch\.|lightning_utilities\.")
+
+
+def _overview() -> str:
+    lines = ["usage: routeseg COMMAND [options]      (routeseg COMMAND --help for the options)", ""]
+    return "\n".join(lines + [f"  {name:<18} {text}" for name, (_, text) in COMMANDS.items()])
+
+
+def config_parser(command: str) -> Parser:
+    """The typed configuration: sections model, data, recipe and budget; files with --config, then single keys."""
+    from routeseg.cost import Budget
+    from routeseg.data.datamodule import DataConfig
+    from routeseg.model import DynamicRoutingNetwork
+    from routeseg.training import Recipe
+
+    parser = Parser(prog=f"routeseg {command}", exit_on_error=True)
+    parser.add_argument("--config", action="config", help="a YAML file with any of the keys below; may be given again")
+    parser.add_class_arguments(DynamicRoutingNetwork, "model", skip=NETWORK_SKIP, as_group=True)
+    parser.add_class_arguments(DataConfig, "data")
+    parser.add_class_arguments(Recipe, "recipe")
+    parser.add_class_arguments(Budget, "budget")
+    return parser
+
+
+def _parts(parser: Parser, words: Sequence[str]) -> tuple[Namespace, Any, Any, Any]:
+    """The parsed words and the data, recipe and budget sections as objects."""
+    from routeseg.cost import Budget
+    from routeseg.data.datamodule import DataConfig
+    from routeseg.training import Recipe
+
+    args = parser.parse_args(list(words))
+    data, recipe, budget = (
+        kind(**vars(args[key])) for kind, key in ((DataConfig, "data"), (Recipe, "recipe"), (Budget, "budget"))
+    )
+    return args, data, recipe, budget
+
+
+def train_command(words: Sequence[str]) -> int:
+    parser = config_parser("train")
+    parser.add_argument("--output", type=str, default="runs/train", help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on from OUTPUT/last.ckpt")
+    parser.add_argument("--devices", type=str, default="auto", help="how many devices, or auto")
+    parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
+    args, data, recipe, budget = _parts(parser, words)
+
+    from routeseg.data.datamodule import open_data
+    from routeseg.model import DynamicRoutingNetwork
+    from routeseg.training import train
+
+    classes = open_data(data, "train", recipe.seed).classes
+    model = DynamicRoutingNetwork(
+        num_classes=len(classes), class_names=classes.names, palette=classes.palette, **vars(args.model)
+    )
+    result = train(
+        model,
+        data,
+        recipe,
+        budget,
+        Path(args.output),
+        resume=args.resume,
+        devices=args.devices if args.devices == "auto" else int(args.devices),
+        accelerator=args.accelerator,
+    )
+    if result.evaluation is not None:
+        print_evaluation(result.evaluation)
+    print(f"{result.seconds / 60:.1f} minutes; networks in {result.output}/best and {result.output}/last")
+    return 0
+
+
+def evaluate_command(words: Sequence[str]) -> int:
+    parser = config_parser("evaluate")
+    parser.add_argument("checkpoint", type=str, help="a checkpoint folder")
+    parser.add_argument("--json", type=str | None, default=None, help="also write the result to this file")
+    parser.add_argument("--split", type=str, default="val", help="train, val or test")
+    parser.add_argument("--engine", type=str, default="skip", help="skip (closed paths cost nothing) or dense")
+    parser.add_argument("--convention", type=str, default="authors", help="how cost is counted: authors or full")
+    args, data, recipe, _ = _parts(parser, words)
+
+    from routeseg import checkpoints
+    from routeseg.data.datamodule import evaluation_loader, open_data
+    from routeseg.engine import build_engine
+    from routeseg.evaluation import evaluate
+
+    model = checkpoints.load(args.checkpoint)
+    pictures = open_data(data, args.split, recipe.seed)
+    if len(pictures.classes) != model.num_classes:
+        raise ValueError(
+            f"{args.checkpoint} has {model.num_classes} classes, the data set {data.name} has {len(pictures.classes)}: "
+            "give the configuration that it was trained with"
+        )
+    if args.json is not None:
+        _check_writable(Path(args.json))
+    with _progress(f"evaluate {data.name} {args.split}", len(pictures)) as step:
+        loader = evaluation_loader(pictures, data.workers)
+        result = evaluate(model, loader, build_engine(model, args.engine), args.convention, step)
+    print_evaluation(result)
+    if args.json is not None:
+        write_json(Path(args.json), result.as_dict())
+    return 0
+
+
+def predict_command(words: Sequence[str]) -> int:
+    parser = Parser(prog="routeseg predict")
+    parser.add_argument("inputs", nargs="+", help="[CHECKPOINT] then image files, folders or globs")
+    parser.add_argument("--output", type=str, default="predictions", help="folder for the results")
+    parser.add_argument("--engine", type=str, default="skip", help="skip or dense")
+    parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
+    args = parser.parse_args(list(words))
+
+    from routeseg import checkpoints
+    from routeseg.engine import build_engine
+    from routeseg.prediction import find_inputs, predict_files
+
+    inputs = list(args.inputs)
+    given = (Path(inputs[0]) / checkpoints.CONFIG_FILE).is_file()
+    if given and len(inputs) == 1:
+        raise ValueError(f"{inputs[0]} is a checkpoint: name the images to segment behind it")
+    checkpoint = inputs.pop(0) if given else None
+    if checkpoint is None:
+        print(f"using the network that is shipped, trained on CamVid ({checkpoints.PRETRAINED.name})")
+    paths = find_inputs(inputs)
+    model = checkpoints.load(checkpoint).to(args.device)
+    with _progress("predict", len(paths)) as step:
+        summary = predict_files(build_engine(model, args.engine), model, paths, Path(args.output), step)
+    print(summary.table())
+    return USAGE_ERROR if summary.skipped else 0
+
+
+def import_command(words: Sequence[str]) -> int:
+    parser = Parser(prog="routeseg import-checkpoint")
+    parser.add_argument("file", type=str, help="one of the authors' checkpoints, .pth or .safetensors")
+    parser.add_argument("output", type=str, help="folder to write")
+    parser.add_argument("--small_gate", action="store_true", help="its gates see a quarter-size input (A, B, C)")
+    parser.add_argument("--normalize", type=bool, default=True, help="fold the authors' input normalisation in")
+    args = parser.parse_args(list(words))
+
+    from routeseg import checkpoints
+    from routeseg.cost import model_cost
+
+    model = checkpoints.import_checkpoint(args.file, args.small_gate, args.normalize)
+    folder = checkpoints.save(model, args.output)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{folder}: {model.space}, {model.base_channels} channels, {model.num_classes} classes, "
+        f"{'no' if not model.gated else 'small' if model.small_gate else 'full'} gates, {parameters / 1e6:.3f} M parameters, "
+        f"{model_cost(model, (1024, 2048)).full / 1e9:.2f} GMACs at 1024x2048"
+    )
+    return 0
+
+
+def make_data_command(words: Sequence[str]) -> int:
+    parser = Parser(prog="routeseg make-data")
+    parser.add_argument("name", type=str, help="scenes")
+    parser.add_argument("output", type=str, help="folder to write: images/, masks/ and classes.yaml")
+    parser.add_argument("--train", type=int, default=200, help="training pictures")
+    parser.add_argument("--val", type=int, default=50, help="validation pictures")
+    parser.add_argument("--size", type=tuple[int, int], default=(256, 512), help="[height, width]")
+    parser.add_argument("--preset", type=str, default="mixed", help="large, small or mixed")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(list(words))
+    if args.name != "scenes":
+        raise ValueError(f"cannot make {args.name!r}: choose scenes")
+
+    from routeseg.data.datamodule import DataConfig, write_folder
+
+    config = DataConfig(
+        image_size=args.size, preset=args.preset, train_images=args.train, val_images=args.val
+    )
+    with _progress("make-data", args.train + args.val) as step:
+        write_folder(config, Path(args.output), args.seed, step)
+    print(f"{args.output}: {args.train} training and {args.val} validation pictures; train with --data.name folder --data.root {args.output}")
+    return 0
+
+
+def demo_command(words: Sequence[str]) -> int:
+    parser = Parser(prog="routeseg demo")
+    parser.add_argument("--data", type=str, default="scenes", help="scenes or camvid")
+    parser.add_argument("--root", type=str | None, default=None, help="CamVid's folder")
+    parser.add_argument("--output", type=str, default="runs/demo", help="folder of the run and its report")
+    parser.add_argument("--minutes", type=float, default=5.0, help="time to train")
+    args = parser.parse_args(list(words))
+
+    from routeseg.demo import run_demo
+
+    run_demo(args.data, args.root, Path(args.output), args.minutes)
+    return 0
+
+
+def print_evaluation(result: Evaluation) -> None:
+    """The table of `routeseg evaluate`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title="IoU per class", title_justify="left")
+    table.add_column("class")
+    table.add_column("IoU %", justify="right")
+    for name, iou in zip(result.class_names, result.iou, strict=True):
+        table.add_row(name, "absent" if iou != iou else f"{100 * iou:.1f}")
+    console.print(table)
+    data = result.as_dict()
+    cost = data["cost_gmacs"]
+    summary = Table(show_header=False)
+    summary.add_row("mIoU", f"{100 * data['miou']:.2f} %")
+    summary.add_row("mIoU of the most frequent class", f"{100 * data['majority_class_miou']:.2f} %")
+    summary.add_row("pixel accuracy", f"{100 * data['pixel_accuracy']:.2f} %")
+    summary.add_row("images", f"{data['images']}" + (f" ({data['skipped']} skipped)" if data["skipped"] else ""))
+    for key in ("mean", "min", "max"):
+        summary.add_row(f"real cost, {key}", f"{cost[key]:.3f} GMACs ({100 * cost[key + '_share']:.1f} % of the full network)")
+    summary.add_row("full network", f"{cost['full']:.3f} GMACs")
+    console.print(summary)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Whole or not at all."""
+    from routeseg.figures import write_atomically
+
+    write_atomically(path, (json.dumps(data, indent=2) + "\n").encode())
+
+
+def _check_writable(path: Path) -> None:
+    folder = path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{path.name}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}. Choose another file") from error
+
+
+class _progress:
+    """A progress bar as a context; entering gives a function that advances it by one."""
+
+    def __init__(self, title: str, total: int) -> None:
+        from rich.progress import Progress
+
+        self.bar = Progress(transient=True)
+        self.task = self.bar.add_task(title, total=total)
+
+    def __enter__(self) -> Callable[[], None]:
+        self.bar.start()
+        return lambda: self.bar.advance(self.task)
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.stop()
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "train": (train_command, "train a network: --config FILE [--section.key value]"),
+    "evaluate": (evaluate_command, "mIoU and real cost of a checkpoint over a data set"),
+    "predict": (predict_command, "segment image files: labels, overlays and routes"),
+    "import-checkpoint": (import_command, "read one of the authors' released networks"),
+    "make-data": (make_data_command, "write procedural street scenes as an image/label folder"),
+    "demo": (demo_command, "train, evaluate and report in a few minutes"),
+}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,145 @@
+"""The skip engine: a closed path and a dropped cell are not computed, per image also inside a batch.
+
+The gates of a layer are decided together, and reach the host in one transfer. BatchNorm is folded into the
+convolutions (in float64, once). Same logits and gates as the dense forward, in eval mode.
+
+At the threshold: a path is open where its activation, as computed here, is above 0. An activation that the dense
+forward rounds to the other side of 0 is below 1e-6 there; only a node whose every activation is that small can differ.
+
+Legend: B images, S scales, L depth, C channels, h, w the size of a feature map.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from routeseg.model import DynamicRoutingNetwork, Segmentation
+from routeseg.model.cell import RoutingNode
+from routeseg.model.network import SCALE_STEP, Activation, Routes, fill_missing, prepare, route_gates
+from routeseg.space import DIRECTIONS
+
+
+class SkipEngine:
+    """An inference forward of a network: `engine(images, route=..., activation=...)` as the network itself.
+
+    The network's weights are copied: train on, and build a new engine afterwards.
+    """
+
+    def __init__(self, model: DynamicRoutingNetwork) -> None:
+        self.model = fold_batch_norm(model)
+        self.space = model.space
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, route: Routes = None, activation: Activation = "one") -> Segmentation:
+        """See `DynamicRoutingNetwork.forward`."""
+        model, space, batch = self.model, self.space, len(images)
+        x, (height, width) = prepare(model, images)
+        given_tensor = route_gates(space, route, batch, torch.device("cpu"))
+        given = None if given_tensor is None else given_tensor.numpy()
+        stem = model.stem(x)
+        arrivals: list[Tensor | None] = [stem] + [None] * (space.num_scales - 1)
+        reached = np.zeros((batch, space.num_scales), dtype=bool)
+        reached[:, 0] = True
+        gates = []
+        for layer in range(space.depth + 1):
+            features = fill_missing(arrivals, stem)  # zeros arrive where only closed paths lead (RoutingSpace.reached)
+            alpha = self._activations(layer, features, reached, given, activation)
+            arrivals, reached = self._advance(layer, features, reached, alpha)
+            gates.append(alpha)
+        logits = model.decoder(fill_missing(arrivals, stem))
+        all_gates = torch.from_numpy(np.stack(gates, axis=1)).to(logits.device)
+        return Segmentation(logits[..., :height, :width], all_gates)
+
+    def _activations(
+        self, layer: int, features: list[Tensor], reached: np.ndarray, given: np.ndarray | None, activation: Activation
+    ) -> np.ndarray:
+        """The activations of the layer's edges on the host, float32 [B,S,3]; 0 where an image does not reach a node."""
+        if given is not None and activation == "one":
+            return given[:, layer] * reached[..., None]
+        asked = [s for s in self.space.scales(layer) if reached[:, s].any()]
+        rows = [_choose(features[s], np.flatnonzero(reached[:, s])) for s in asked]
+        answers = [self.model.node(layer, s).activations(x) for s, x in zip(asked, rows, strict=True)]
+        flat = torch.cat(answers).cpu().numpy()  # the one transfer of this layer
+        alpha = np.zeros((*reached.shape, len(DIRECTIONS)), dtype=np.float32)
+        start = 0
+        for s in asked:
+            images = np.flatnonzero(reached[:, s])
+            alpha[images, s] = flat[start : start + len(images)]
+            start += len(images)
+        return alpha if given is None else alpha * given[:, layer]
+
+    def _advance(
+        self, layer: int, features: list[Tensor], reached: np.ndarray, alpha: np.ndarray
+    ) -> tuple[list[Tensor | None], np.ndarray]:
+        """Eq. 1 and 5 for a layer: what arrives at each scale of the next, and which images reach it [B,S]."""
+        arrivals: list[Tensor | None] = [None] * self.space.num_scales
+        next_reached = reached.copy()
+        runs = (alpha > 0).any(-1)  # [B,S]
+        for scale in self.space.scales(layer):
+            node = self.model.node(layer, scale)
+            running = np.flatnonzero(runs[:, scale])
+            if len(running):
+                hidden = node.cell(_choose(features[scale], running))
+                self._send(node, scale, hidden, running, alpha[:, scale], arrivals)
+                for direction in node.directions:
+                    next_reached[running, scale + SCALE_STEP[direction]] = True
+            skipping = np.flatnonzero(reached[:, scale] & ~runs[:, scale])
+            if len(skipping):  # dropped cell: the input itself is kept, for free
+                _add(arrivals, scale, _choose(features[scale], skipping), skipping, len(alpha))
+        return arrivals, next_reached
+
+    def _send(
+        self,
+        node: RoutingNode,
+        scale: int,
+        hidden: Tensor,
+        running: np.ndarray,
+        alpha: np.ndarray,
+        arrivals: list[Tensor | None],
+    ) -> None:
+        """alpha_j T_j(H) along the open paths of a node, for the images that have them open."""
+        for direction in node.directions:
+            share = alpha[running, direction]
+            rows = np.flatnonzero(share > 0)
+            if not len(rows):
+                continue
+            out = node.transform(direction, _choose(hidden, rows))
+            if not (share[rows] == 1).all():
+                out *= torch.from_numpy(share[rows]).to(out).view(-1, 1, 1, 1)
+            _add(arrivals, scale + SCALE_STEP[direction], out, running[rows], len(alpha))
+
+
+def _choose(features: Tensor, images: np.ndarray) -> Tensor:
+    """The rows of these images; no copy where these are all."""
+    return features if len(images) == len(features) else features[torch.from_numpy(images).to(features.device)]
+
+
+def _add(arrivals: list[Tensor | None], scale: int, out: Tensor, images: np.ndarray, batch: int) -> None:
+    """Adds rows [b,C,h,w] of these images to what arrives at a scale [B,C,h,w]."""
+    before = arrivals[scale]
+    if len(images) == batch:
+        arrivals[scale] = out if before is None else before + out
+        return
+    if before is None:
+        before = out.new_zeros(batch, *out.shape[1:]).contiguous(memory_format=torch.channels_last)
+    arrivals[scale] = before.index_add_(0, torch.from_numpy(images).to(out.device), out)
+
+
+def fold_batch_norm(model: DynamicRoutingNetwork) -> DynamicRoutingNetwork:
+    """A copy in eval mode whose convolutions carry the BatchNorm behind them; computed in float64."""
+    folded = copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    for sequence in [m for m in folded.modules() if isinstance(m, nn.Sequential)]:
+        for position in range(1, len(sequence)):
+            conv, norm = sequence[position - 1], sequence[position]
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+                shift = norm.bias.double() - norm.running_mean.double() * scale
+                dtype = conv.weight.dtype
+                conv.weight = nn.Parameter((conv.weight.double() * scale.view(-1, 1, 1, 1)).to(dtype), requires_grad=False)
+                conv.bias = nn.Parameter(shift.to(dtype), requires_grad=False)
+                sequence[position] = nn.Identity()
+    return folded
