@@ -141,11 +141,14 @@ def train_command(words: Sequence[str]) -> int:
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
     args, data, recipe, budget = _parts(parser, words)
 
+    import torch
+
     from routeseg.data.datamodule import open_data
     from routeseg.model import DynamicRoutingNetwork
     from routeseg.training import train
 
     classes = open_data(data, "train", recipe.seed).classes
+    torch.manual_seed(recipe.seed)
     model = DynamicRoutingNetwork(
         num_classes=len(classes), class_names=classes.names, palette=classes.palette, **vars(args.model)
     )

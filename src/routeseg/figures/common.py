@@ -1,0 +1,54 @@
+"""What all pictures share: colours, writing a file whole, and a figure that no global state knows of.
+
+Every `path` of this package ends in .png or .svg. The file is written whole or not at all, and its folder is
+made where missing.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+PNG_DPI = 160
+POINTS_PER_INCH = 72
+
+INK, MUTED, FAINT = "#1d2530", "#67707c", "#d9dde2"  # text and nodes; secondary text; closed paths and grids
+BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#8e4585"  # told apart by colour-blind readers
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write `data` to a temporary name beside `path`, then rename: the file is there whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def new_figure(width: float, height: float, **options: Any) -> Figure:
+    """An empty white figure, size in inches, that no global state knows of."""
+    figure = Figure(figsize=(width, height), dpi=PNG_DPI, facecolor="white", **options)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def picture_kind(path: str | Path) -> str:
+    kind = Path(path).suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg"):
+        raise ValueError(f"{path}: a picture is written as .png or .svg, name it so")
+    return kind
+
+
+def save_figure(figure: Figure, path: str | Path, kind: str) -> None:
+    data = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else None  # the same figure gives the same text
+    figure.savefig(data, format=kind, bbox_inches="tight", pad_inches=0.12, metadata=metadata)
+    write_atomically(path, data.getvalue())

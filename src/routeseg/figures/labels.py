@@ -1,0 +1,173 @@
+"""Label maps as pictures: in the colours of their classes, and laid over the image with a legend.
+
+Legend: H, W image size, K classes.
+    image    uint8 [H, W, 3]   RGB
+    labels   uint8 [H, W]      class of each pixel, or IGNORE
+    palette  uint8 [K, 3]      RGB colour of each class
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from routeseg.data.transforms import IGNORE
+from routeseg.figures.common import INK, MUTED
+
+MIN_PICTURE = 480  # pixels of the longer side below which an overlay is enlarged
+SIDE_LEGEND_RATIO = 1.8  # taller than this: the legend stands beside the picture
+
+
+def colorize(labels: np.ndarray, palette: Any) -> np.ndarray:
+    """The label map in the colours of its classes: uint8 [H, W, 3], RGB. IGNORE is black.
+
+    Raises ValueError where `labels` is not a map of whole numbers or has a class that `palette` has no colour
+    for.
+    """
+    labels, palette = np.asarray(labels), np.asarray(palette)
+    if labels.ndim != 2 or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"labels are {labels.dtype} {list(labels.shape)}: give whole numbers of shape [H, W]"
+        )
+    if palette.ndim != 2 or palette.shape[1] != 3:
+        raise ValueError(
+            f"the palette has shape {list(palette.shape)}: give one RGB colour per class, [K, 3]"
+        )
+    strange = labels[(labels != IGNORE) & ((labels < 0) | (labels >= len(palette)))]
+    if strange.size:
+        raise ValueError(
+            f"label {int(strange[0])} has no colour: the palette has {len(palette)} (classes 0 to "
+            f"{len(palette) - 1}; {IGNORE} is ignored). Give the palette of the labels' data set"
+        )
+    table = np.zeros((IGNORE + 1, 3), dtype=np.uint8)
+    table[: len(palette)] = palette[: len(table)]
+    table[IGNORE] = 0
+    return table[labels]
+
+
+def overlay(
+    image: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    palette: Any,
+    alpha: float = 0.55,
+    legend: bool = True,
+) -> np.ndarray:
+    """The image tinted with its segmentation, class borders drawn in, and a legend: uint8 [H', W', 3], RGB.
+
+    The legend names the classes present, largest first, with their share of the picture; it stands below the
+    picture, or beside it where the picture is tall. Pictures smaller than MIN_PICTURE are enlarged by a whole
+    factor so that the legend can be read. `alpha` is the strength of the tint, 0 to 1; with `legend` False
+    the picture comes alone, at the size of the image.
+
+    Raises ValueError where image and labels differ in size, or names, palette and labels do not fit together.
+    """
+    image, labels = np.asarray(image), np.asarray(labels)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"the image is {image.dtype} {list(image.shape)}: give RGB, uint8 [H, W, 3]")
+    if labels.shape != image.shape[:2]:
+        raise ValueError(
+            f"labels are {list(labels.shape)}, the image {list(image.shape[:2])}: give the same size"
+        )
+    if len(class_names) != len(palette):
+        raise ValueError(f"{len(class_names)} class names, {len(palette)} colours: give one colour per class")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}: it must lie in 0 to 1")
+    colors = colorize(labels, palette)
+    if legend:
+        factor = max(1, math.ceil(MIN_PICTURE / max(labels.shape)))
+        image, labels, colors = (a.repeat(factor, 0).repeat(factor, 1) for a in (image, labels, colors))
+    picture = cv2.addWeighted(colors, alpha, image, 1 - alpha, 0)
+    inner = _inner_border(labels)
+    picture[inner] = cv2.addWeighted(colors, 0.7, np.full_like(colors, 255), 0.3, 0)[inner]
+    return _with_legend(picture, labels, class_names, palette) if legend else picture
+
+
+def _inner_border(labels: np.ndarray) -> np.ndarray:
+    """The pixels of each class that lie next to another class, bool [H, W]; thicker in larger pictures."""
+    longer = max(labels.shape)
+    window = 2 if longer < MIN_PICTURE else 1 + 2 * max(1, round(longer / 900))  # 2: on one side of a border
+    kernel = np.ones((window, window), dtype=np.uint8)
+    values = labels.astype(np.uint8)
+    return cv2.dilate(values, kernel) != cv2.erode(values, kernel)
+
+
+@cache
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
+
+
+def legend_entries(
+    labels: np.ndarray, class_names: Sequence[str], palette: Any
+) -> list[tuple[str, tuple, float]]:
+    """(name, RGB colour, share of the picture 0..1) of the classes present, largest first; ignored last."""
+    values, counts = np.unique(labels, return_counts=True)
+    order = sorted(
+        zip(values.tolist(), counts.tolist(), strict=True), key=lambda e: (e[0] == IGNORE, -e[1])
+    )
+    named = {value: (class_names[value], palette[value]) for value, _ in order if value != IGNORE}
+    named[IGNORE] = ("ignored", (0, 0, 0))
+    return [(named[v][0], tuple(int(c) for c in named[v][1]), count / labels.size) for v, count in order]
+
+
+def _percent(share: float) -> str:
+    return "<0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"
+
+
+def _with_legend(
+    picture: np.ndarray, labels: np.ndarray, class_names: Sequence[str], palette: Any
+) -> np.ndarray:
+    height, width = picture.shape[:2]
+    beside = height > SIDE_LEGEND_RATIO * width
+    size = int(np.clip(round(0.7 * math.sqrt(max(height, width))), 14, 44))  # pixels
+    font, line, gap = _font(size), round(1.75 * size), round(0.6 * size)
+    margin, swatch = round(0.9 * size), round(1.05 * size)
+    space = round(2.2 * size)  # between columns
+    entries = [
+        (name, color, _percent(share)) for name, color, share in legend_entries(labels, class_names, palette)
+    ]
+    share_width = max(font.getlength(share) for _, _, share in entries)
+    room = (20 * size if beside else width - 2 * margin) - swatch - 2 * gap - share_width
+    names = [_shorten(name, font, room) for name, _, _ in entries]
+    name_width = max(font.getlength(name) for name in names)
+    column = math.ceil(swatch + 2 * gap + name_width + share_width)
+    if beside:
+        columns = math.ceil(len(entries) * line / max(line, height - 2 * margin))
+    else:
+        columns = max(1, min(len(entries), int((width - 2 * margin + space) // (column + space))))
+    rows = math.ceil(len(entries) / columns)
+    columns = math.ceil(len(entries) / rows)  # no empty column
+    needed = 2 * margin + columns * column + (columns - 1) * space, 2 * margin + rows * line
+    if beside:
+        canvas = Image.new("RGB", (width + needed[0], max(height, needed[1])), "white")
+        left, top = width + margin, margin
+    else:
+        canvas = Image.new("RGB", (max(width, needed[0]), height + needed[1]), "white")
+        left, top = margin, height + margin
+    canvas.paste(Image.fromarray(picture), (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    for index, (name, (_, color, share)) in enumerate(zip(names, entries, strict=True)):
+        x, y = left + index // rows * (column + space), top + index % rows * line + line // 2
+        box = (x, y - swatch // 2, x + swatch, y - swatch // 2 + swatch)
+        draw.rounded_rectangle(box, radius=swatch // 5, fill=color, outline=MUTED, width=max(1, size // 16))
+        draw.text((x + swatch + gap, y), name, fill=INK, font=font, anchor="lm")
+        draw.text((x + column, y), share, fill=MUTED, font=font, anchor="rm")
+    return np.array(canvas)
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
+    text = " ".join(str(text).split())
+    if font.getlength(text) <= room:
+        return text
+    while len(text) > 1 and font.getlength(text + "…") > room:
+        text = text[:-1]
+    return text.rstrip() + "…"

@@ -1,0 +1,267 @@
+"""Routes as pictures: which paths of the grid are open, and how far.
+
+Legend: H, W image size, L depth, S scales.
+    gates  [L+1, S, 3]   activations of one image, 0 is closed (see space.py)
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import ListedColormap
+from matplotlib.legend_handler import HandlerBase
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.transforms import ScaledTranslation
+
+from routeseg.figures.common import FAINT, INK, MUTED, POINTS_PER_INCH, new_figure, picture_kind, save_figure
+from routeseg.space import DOWN, KEEP, STEM_STRIDE, UP, RoutingSpace
+
+STEPS = {UP: -1, KEEP: 0, DOWN: 1}  # scales an edge climbs down
+
+# Activation 0 to 1, light to dark, so that it survives a greyscale print. The pale end of viridis is left
+# out: it would be mistaken for a closed path.
+ACTIVATION_COLORS = ListedColormap(
+    matplotlib.colormaps["viridis_r"](np.linspace(0.36, 0.97, 256)), name="activation"
+)
+OPEN_WIDTH = (1.1, 4.2)  # points, at activation 0 and 1, where a layer is 36 points wide
+CLOSED_WIDTH = 0.6
+SKIP_STYLE = (0, (0.1, 1.9))  # with round caps: a row of dots
+
+
+def draw_route(
+    ax: Axes, space: RoutingSpace, gates: np.ndarray, title: str | None = None, legend: bool = True
+) -> None:
+    """Draw one image's route on `ax`: layers from left to right, scales from fine (top) to coarse.
+
+    An open path is a line whose colour and width say its activation. A node whose cell runs is a filled
+    circle, also where only the zeros of closed paths arrive. One that something arrives at and that has no
+    open path is hollow, and the dotted line along keep is its free skip (Eq. 5). The others are faint dots.
+    Sizes follow the size `ax` has now, so lay the figure out first. `legend` explains the signs below it.
+
+    Raises ValueError where `gates` is not [L+1, S, 3] of this space, or holds NaN.
+    """
+    gates = _checked_gates(space, gates)
+    reached = space.reached(gates)  # [L+1, S]
+    gates = gates * reached[..., None]
+    runs = (gates > 0).any(-1)
+    carries = _carries(space, gates, runs)
+    last, coarsest = space.depth, space.num_scales - 1
+
+    left, right, bottom, top = -1.45, last + 1.45, coarsest + 0.5, -0.5
+    ax.set(xlim=(left, right), ylim=(bottom, top))
+    box = ax.get_window_extent()
+    points = POINTS_PER_INCH / ax.figure.dpi
+    pitch_x = box.width * points / (right - left)  # points between layers
+    pitch = min(pitch_x, box.height * points / (bottom - top))
+    unit = float(np.clip((pitch / 36) ** 0.8, 0.3, 1.25))
+
+    closed, opened = [], []
+    for layer, scale, direction in space.edges:
+        line = _edge_line(layer, scale, direction)
+        strength = float(gates[layer, scale, direction])
+        if strength > 0:
+            opened.append((strength, line))
+        elif not (direction == KEEP and carries[layer, scale] and not runs[layer, scale]):
+            closed.append(line)
+    opened.sort(key=lambda entry: entry[0])  # the strongest on top
+    skips = [
+        _edge_line(layer, s, KEEP) for layer, s in space.nodes if carries[layer, s] and not runs[layer, s]
+    ]
+    strengths = np.clip([strength for strength, _ in opened], 0, 1)
+
+    ax.add_collection(LineCollection(closed, colors=FAINT, linewidths=CLOSED_WIDTH * unit, zorder=1))
+    ax.add_collection(
+        LineCollection(
+            skips, colors=MUTED, linewidths=1.9 * unit, linestyles=[SKIP_STYLE], capstyle="round", zorder=2
+        )
+    )
+    ax.add_collection(
+        LineCollection(
+            [line for _, line in opened],
+            colors=ACTIVATION_COLORS(strengths),
+            linewidths=np.interp(strengths, (0, 1), OPEN_WIDTH) * unit,
+            capstyle="round",
+            zorder=3,
+        )
+    )
+    nodes = np.array(space.nodes)
+    run, carry = runs[tuple(nodes.T)], carries[tuple(nodes.T)]
+    ring = {"zorder": 4, "linewidths": 1.1 * unit}
+    ax.scatter(*nodes[~run & ~carry].T, s=(3.6 * unit) ** 2, color="#c3c9d0", zorder=4, linewidths=0)
+    ax.scatter(*nodes[carry & ~run].T, s=(8.2 * unit) ** 2, facecolor="white", edgecolor=INK, **ring)
+    ax.scatter(*nodes[run].T, s=(10.5 * unit) ** 2, facecolor=INK, edgecolor="white", **ring)
+
+    ax.plot((-0.82, 0), (0, 0), color=MUTED, linewidth=1.2 * unit, zorder=1)
+    for x, y, name, tall in ((-0.98, 0, "stem", 0), (last + 1, coarsest / 2, "decoder", coarsest)):
+        half, half_wide = tall / 2 + 0.34, max(0.2, 4 / pitch_x)
+        style = {"boxstyle": "round,pad=0,rounding_size=0.1", "linewidth": 0.9 * unit, "zorder": 4}
+        style |= {"facecolor": "#eef0f3", "edgecolor": MUTED}
+        ax.add_patch(FancyBboxPatch((x - half_wide, y - half), 2 * half_wide, 2 * half, **style))
+        size = max(7.5 * unit, 5.2)
+        ax.text(x, y, name, ha="center", va="center", rotation=90, fontsize=size, color=INK, zorder=5)
+
+    small = pitch < 24
+    ax.set_yticks(range(space.num_scales), [f"1/{STEM_STRIDE * 2**s}" for s in range(space.num_scales)])
+    ax.set_xticks(range(0, last + 1, next((step for step in (1, 2, 5, 10) if step * pitch_x >= 22), 20)))
+    font_size = 7 if small else 8.5
+    ax.tick_params(length=0, labelsize=font_size, labelcolor=MUTED, pad=2)
+    ax.set_xlabel("layer", fontsize=font_size, color=MUTED, labelpad=1)
+    ax.set_ylabel("resolution", fontsize=font_size, color=MUTED, labelpad=3)
+    ax.spines[:].set_visible(False)
+    if title:
+        title_size = 9 if small else 11
+        wide = int(box.width * points / (0.56 * title_size))
+        ax.set_title(
+            textwrap.fill(title, max(12, wide)), fontsize=title_size, color=INK, pad=5, parse_math=False
+        )
+    if legend:
+        below = ax.transAxes + ScaledTranslation(0, -32 / POINTS_PER_INCH, ax.figure.dpi_scale_trans)
+        columns = int(np.clip(box.width * points / 140, 2, 5))
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, **_route_legend(columns))
+
+
+def _checked_gates(space: RoutingSpace, gates: Any) -> np.ndarray:
+    values = np.asarray(gates, dtype=np.float64)
+    if values.shape != space.legal.shape:
+        raise ValueError(
+            f"gates have shape {values.shape}, the space needs {space.legal.shape}: give one image's"
+        )
+    if np.isnan(values).any():
+        raise ValueError("gates hold NaN: the network that made them has diverged")
+    return np.where(space.legal, np.maximum(values, 0), 0)
+
+
+def _carries(space: RoutingSpace, gates: np.ndarray, runs: np.ndarray) -> np.ndarray:
+    """Which nodes get more than zeros, along an open path or a free skip from such a node: bool [L+1, S]."""
+    carries = np.zeros_like(runs)
+    carries[0, 0] = True
+    for layer, scale, direction in space.edges:  # layer by layer
+        skips = direction == KEEP and carries[layer, scale] and not runs[layer, scale]
+        if layer < space.depth and (gates[layer, scale, direction] > 0 or skips):
+            carries[layer + 1, scale + STEPS[direction]] = True
+    return carries
+
+
+def _edge_line(layer: int, scale: int, direction: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    return (layer, scale), (layer + 1, scale + STEPS[direction])
+
+
+class _Wedge:
+    """Legend handle: the scale of activations, a wedge that grows wider and darker."""
+
+
+class _WedgeHandler(HandlerBase):
+    PIECES = 24
+
+    def create_artists(self, legend, handle, xdescent, ydescent, width, height, fontsize, trans):
+        shares = (np.arange(self.PIECES) + 0.5) / self.PIECES
+        tall = np.interp(shares, (0, 1), OPEN_WIDTH)
+        step = width / self.PIECES
+        return [
+            Rectangle(
+                (i * step - xdescent, height / 2 - ydescent - h / 2),
+                1.6 * step,
+                h,
+                color=ACTIVATION_COLORS(share),
+                linewidth=0,
+                transform=trans,
+                snap=False,
+            )
+            for i, (share, h) in enumerate(zip(shares, tall, strict=True))
+        ]
+
+
+def _route_legend(columns: int) -> dict[str, Any]:
+    """Keyword arguments of `legend` that explain the signs of a route."""
+    dot = {"linestyle": "none", "marker": "o"}
+    signs = {
+        "open path, activation 0 to 1": _Wedge(),
+        "closed path": Line2D([], [], color="#b4bac2", linewidth=0.9),
+        "cell runs": Line2D([], [], color=INK, markeredgecolor="white", markersize=8, **dot),
+        "cell dropped, free skip": Line2D(
+            [],
+            [],
+            color=MUTED,
+            linestyle=SKIP_STYLE,
+            linewidth=1.9,
+            dash_capstyle="round",
+            marker="o",
+            markersize=6,
+            markerfacecolor="white",
+            markeredgecolor=INK,
+        ),
+        "nothing arrives": Line2D([], [], color="#b4bac2", markersize=3.6, markeredgewidth=0, **dot),
+    }
+    return {
+        "handles": list(signs.values()),
+        "labels": list(signs),
+        "handler_map": {_Wedge: _WedgeHandler()},
+        "ncols": columns,
+        "frameon": False,
+        "fontsize": 8,
+        "labelcolor": INK,
+        "handlelength": 2.8,
+        "columnspacing": 1.6,
+        "handletextpad": 0.6,
+    }
+
+
+def save_route(path: str | Path, space: RoutingSpace, gates: np.ndarray, title: str | None = None) -> None:
+    """One route as a picture file (see `draw_route`, and for its ValueErrors). `gates` [L+1, S, 3]."""
+    kind = picture_kind(path)
+    wide = (space.depth + 2.9) * float(np.clip(10 / (space.depth + 2.9), 0.42, 0.64))  # inches
+    tall = 0.6 * space.num_scales
+    figure = new_figure(wide, tall)
+    draw_route(figure.add_axes((0, 0, 1, 1)), space, gates, title)
+    save_figure(figure, path, kind)
+
+
+def routes_side_by_side(
+    path: str | Path, space: RoutingSpace, panels: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, str]]
+) -> None:
+    """One column per picture: the picture, its segmentation, its route under them (the paper's Figure 1).
+
+    A panel is (image uint8 [H, W, 3], segmentation uint8 [H', W', 3], gates [L+1, S, 3], title). The
+    segmentation is any RGB picture: `overlay` with or without its legend, or `colorize`. Sizes may differ
+    between panels.
+
+    Raises ValueError where there is no panel, or the gates do not fit the space.
+    """
+    kind = picture_kind(path)
+    if not panels:
+        raise ValueError("no panels to draw: give at least one (image, segmentation, gates, title)")
+    wide = float(np.clip(0.25 * (space.depth + 2.9), 3.4, 8))  # inches, of a column
+    rows = [[np.asarray(panel[row]) for panel in panels] for row in (0, 1)]
+    picture_heights = [max(min(wide * p.shape[0] / p.shape[1], 1.25 * wide) for p in row) for row in rows]
+    heights = [*picture_heights, max(0.4 * space.num_scales, 0.3 * wide)]
+    gaps = (0.0, 0.08, 0.48)  # above each row; the last holds the title of the route
+    lines = max(len(textwrap.wrap(panel[3], int(wide * POINTS_PER_INCH / 5.04))) for panel in panels)
+    gaps = (*gaps[:2], gaps[2] + 0.15 * max(0, lines - 1))
+    between, total = 0.5, sum(heights) + sum(gaps)
+    figure = new_figure(len(panels) * (wide + between), total)
+    for column, (image, segmentation, gates, title) in enumerate(panels):
+        top = total
+        axes = []
+        for height, gap in zip(heights, gaps, strict=True):
+            top -= gap + height
+            place = column / len(panels), top / total, wide / figure.get_figwidth(), height / total
+            axes.append(figure.add_axes(place))
+        for ax, picture, side in zip(axes[:2], (image, segmentation), "SN", strict=True):
+            ax.imshow(picture)
+            ax.axis("off")
+            ax.set_anchor(side)  # pictures of unlike shapes meet their segmentation in the middle
+        draw_route(axes[2], space, gates, title, legend=False)
+        if column:
+            axes[2].set_ylabel("")
+    middle = 0.5 - between / 2 / figure.get_figwidth()
+    columns = int(np.clip(figure.get_figwidth() * POINTS_PER_INCH / 140, 2, 5))
+    figure.legend(loc="upper center", bbox_to_anchor=(middle, -0.42 / total), **_route_legend(columns))
+    save_figure(figure, path, kind)

@@ -1,0 +1,46 @@
+"""Networks and pictures that several tests need."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from routeseg import DynamicRoutingNetwork
+
+GOLDEN = Path(__file__).parent / "golden"
+CAMVID_FOLDERS = (os.environ.get("ROUTESEG_CAMVID", ""), Path(__file__).parents[2] / "shared" / "camvid")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_network():
+    """Depth 4, 8 channels, 5 classes, gates spread out so that routes differ between images; eval mode."""
+    return spread_gates(DynamicRoutingNetwork(num_classes=5, depth=4, base_channels=8, stem_channels=8)).eval()
+
+
+def spread_gates(model: DynamicRoutingNetwork, seed: int = 0) -> DynamicRoutingNetwork:
+    """Random statistics, and gates that depend on the image and are closed about half of the time."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.copy_(torch.randn(module.running_mean.shape, generator=generator) * 0.2)
+                module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
+        for node in model.nodes.values():
+            if node.gate is not None:
+                node.gate.score.weight.copy_(torch.randn(node.gate.score.weight.shape, generator=generator) * 2)
+                node.gate.score.bias.zero_()
+    return model
+
+
+@pytest.fixture(scope="session")
+def camvid_root() -> Path:
+    for folder in CAMVID_FOLDERS:
+        if folder and Path(folder).is_dir():
+            return Path(folder)
+    pytest.skip("no CamVid here: set ROUTESEG_CAMVID to its folder")

@@ -1,0 +1,237 @@
+"""The trainer as a user meets it: learns, resumes exactly, stops on a bad loss, refuses bad keys."""
+
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import spread_gates
+from safetensors.torch import load_file
+
+import routeseg
+from routeseg.cli import main
+from routeseg.cost import Budget
+from routeseg.data.datamodule import DataConfig
+from routeseg.training import NonFiniteLoss, Recipe, lr_factor, parameter_groups, precise_batch_norm, train
+
+DATA = dict(crop=(32, 64), image_size=(48, 64), train_images=12, val_images=3, batch_size=2, workers=0)
+NETWORK = dict(depth=3, base_channels=4, stem_channels=4)
+
+
+def tiny_model(**changes):
+    torch.manual_seed(1)
+    return routeseg.DynamicRoutingNetwork(num_classes=10, **{**NETWORK, **changes})
+
+
+def recipe(**changes):
+    values = dict(
+        iterations=6, lr=0.02, warmup_steps=2, precise_bn_batches=2, validate_every=3, save_every=2, log_every=1, seed=3
+    )
+    return Recipe(**{**values, **changes})
+
+
+def words(output, iterations, *extra):
+    return [
+        "train", "--output", str(output), "--accelerator", "cpu",
+        *(f"--model.{k}={v}" for k, v in NETWORK.items()),
+        *(f"--data.{k}={list(v) if isinstance(v, tuple) else v}" for k, v in DATA.items()),
+        f"--recipe.iterations={iterations}", "--recipe.lr=0.02", "--recipe.warmup_steps=2", "--recipe.drop_path=0.3",
+        "--recipe.precise_bn_batches=2", "--recipe.validate_every=7", "--recipe.save_every=2", "--recipe.seed=3",
+        "--budget.weight=0.5", "--budget.start=0.2", *extra,
+    ]  # fmt: skip
+
+
+def command(arguments):
+    return [sys.executable, "-m", "routeseg.cli", *arguments]
+
+
+def test_killed_and_resumed_ends_with_the_same_weights(tmp_path):
+    """SIGKILL somewhere after the first checkpoint; the resumed run ends bit for bit like one never interrupted."""
+    iterations = 40
+    assert main(words(tmp_path / "whole", iterations)) == 0
+    process = subprocess.Popen(command(words(tmp_path / "cut", iterations)), stdout=subprocess.DEVNULL)
+    checkpoint = tmp_path / "cut" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = torch.load(checkpoint, weights_only=True)["global_step"]
+    assert 0 < reached < iterations, "the run was not cut in the middle"
+    assert main(words(tmp_path / "cut", iterations, "--resume")) == 0
+    for folder in ("last", "best"):
+        whole = load_file(tmp_path / "whole" / folder / "model.safetensors")
+        cut = load_file(tmp_path / "cut" / folder / "model.safetensors")
+        assert whole.keys() == cut.keys()
+        assert all(torch.equal(whole[key], cut[key]) for key in whole), folder
+
+
+def test_writes_logs_and_networks(tmp_path):
+    model = tiny_model()
+    result = train(model, DataConfig(**DATA), recipe(), Budget(0.5, 0.2, start=0.5), tmp_path, progress=False, accelerator="cpu")
+    assert result.evaluation is not None and 0 <= result.evaluation.miou <= 1
+    assert len(list((tmp_path / "tensorboard").glob("events*"))) == 1
+    with open(next((tmp_path / "logs").glob("*/metrics.csv"))) as file:
+        rows = list(csv.DictReader(file))
+    steps = [row for row in rows if row["loss"]]
+    assert len(steps) == 6
+    for row in steps:  # Eq. 10; the budget starts after half of the steps, and ramps up from 0
+        weight = 0.5 * (int(row["step"]) > 3)
+        assert float(row["loss"]) == pytest.approx(float(row["cross_entropy"]) + weight * float(row["budget_loss"]), rel=1e-5)
+    assert sum(bool(row["val_miou"]) for row in rows) == 2
+    loaded = routeseg.load(tmp_path / "last")
+    assert torch.equal(loaded.decoder.predictor.weight, model.decoder.predictor.weight)
+
+
+def test_learns(tmp_path):
+    """A few steps on a few pictures bring the loss well below that of a uniform guess."""
+    train(
+        tiny_model(base_channels=8), DataConfig(**DATA), recipe(iterations=60, lr=0.1, validate_every=60), Budget(),
+        tmp_path, progress=False, accelerator="cpu",
+    )  # fmt: skip
+    with open(next((tmp_path / "logs").glob("*/metrics.csv"))) as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+    assert losses[0] == pytest.approx(math.log(10), abs=0.3)
+    assert sum(losses[-10:]) / 10 < 1.7
+
+
+def test_budget_lowers_the_cost(tmp_path):
+    costs = {}
+    for weight in (0.0, 20.0):
+        folder = tmp_path / str(weight)
+        train(
+            tiny_model(), DataConfig(**DATA), recipe(iterations=40, lr=0.1), Budget(weight, 0.1, start=0.0, ramp=0.0),
+            folder, progress=False, accelerator="cpu",
+        )  # fmt: skip
+        with open(next((folder / "logs").glob("*/metrics.csv"))) as file:
+            costs[weight] = [float(r["expected_cost"]) for r in csv.DictReader(file) if r["expected_cost"]][-1]
+    assert costs[20.0] < 0.75 * costs[0.0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
+    with pytest.raises(NonFiniteLoss, match=r"step \d+, learning rate .*--recipe\.lr"):
+        train(
+            tiny_model(), DataConfig(**DATA), recipe(iterations=50, lr=1e30, warmup_steps=0, save_every=1),
+            Budget(), tmp_path / "run", progress=False, accelerator="cpu",
+        )  # fmt: skip
+    state = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    assert state["global_step"] >= 1
+    code = main([*words(tmp_path / "cli", 50), "--recipe.lr=1e30", "--recipe.warmup_steps=0"])
+    assert code == 1 and "learning rate" in capsys.readouterr().err
+
+
+def test_a_run_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.ckpt").write_bytes(b"something")
+    assert main(words(tmp_path / "run", 5)) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main(words(tmp_path / "run", 5, "--resume")) == 2
+    assert "damaged" in capsys.readouterr().err
+    assert (tmp_path / "run" / "last.ckpt").read_bytes() == b"something"
+    assert main(words(tmp_path / "new", 5, "--resume")) == 2
+    assert "nothing to resume" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a path below a file")
+def test_output_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(words(tmp_path / "file" / "run", 5)) == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        (["--model.detph=4"], "model.depth"),
+        (["--modle.depth=4"], "model.depth"),
+        (["--recipe.learning_rate=1"], "recipe."),
+        (["--model.depth=deep"], "model.depth"),
+        (["--model.depth=2"], "depth 2 is too small"),
+        (["--model.base_channels=7"], "even"),
+        (["--model.cell_operations=[conv]"], "sep_conv_3x3"),
+        (["--data.name=camvid"], "--data.root"),
+        (["--data.crop=[16,16]"], "data.crop"),
+        (["--budget.target=3"], "target"),
+        (["--recipe.iterations=0"], "recipe.iterations"),
+        (["--config=nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_wrong_keys_and_values(tmp_path, capsys, wrong, expected):
+    try:
+        code = main([*words(tmp_path / "run", 5), *wrong])
+    except SystemExit as stop:
+        code = stop.code
+    message = capsys.readouterr().err
+    assert code == 2 and expected in message and "Traceback" not in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_key_in_a_file(tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text("recipe: {itterations: 5}\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--config", str(config)])
+    assert stop.value.code == 2 and "recipe.iterations" in capsys.readouterr().err
+
+
+def test_parameter_groups():
+    """Norm weights do not decay, gates have their own learning rate, every parameter is in one group."""
+    model = tiny_model()
+    groups = parameter_groups(model, recipe(gate_lr_factor=2.5, lr=0.02, weight_decay=1e-4))
+    chosen = {id(p): group for group in groups for p in group["params"]}
+    assert len(chosen) == len(list(model.parameters())) == sum(len(g["params"]) for g in groups)
+    gates = {id(p) for p in model.gate_parameters()}
+    for parameter in model.parameters():
+        assert chosen[id(parameter)]["lr"] == pytest.approx(0.05 if id(parameter) in gates else 0.02)
+    norm, conv = model.stem[0][1], model.stem[0][0]
+    assert chosen[id(norm.weight)]["weight_decay"] == chosen[id(norm.bias)]["weight_decay"] == 0
+    assert chosen[id(conv.weight)]["weight_decay"] == 1e-4
+
+
+def test_schedule():
+    plan = Recipe(iterations=1000, warmup_steps=100, warmup_factor=0.001, poly_power=0.9)
+    assert lr_factor(0, plan) == pytest.approx(0.001)
+    assert lr_factor(50, plan) == pytest.approx((0.001 * 0.5 + 0.5) * 0.95**0.9)
+    assert lr_factor(500, plan) == pytest.approx(0.5**0.9)
+    assert lr_factor(1000, plan) == 0
+
+
+def test_precise_batch_norm_is_the_mean_over_the_batches():
+    model = tiny_model()
+    batches = [{"image": torch.rand(2, 3, 32, 64)} for _ in range(3)]
+    precise_batch_norm(model, batches)
+    conv, norm = model.stem[0][0], model.stem[0][1]
+    with torch.no_grad():
+        maps = [conv(model.normalize(batch["image"])) for batch in batches]
+    assert torch.allclose(norm.running_mean, torch.stack([m.mean((0, 2, 3)) for m in maps]).mean(0), atol=1e-5)
+    assert torch.allclose(norm.running_var, torch.stack([m.var((0, 2, 3)) for m in maps]).mean(0), rtol=1e-4)
+    assert norm.momentum == 0.1 and model.training
+
+
+def test_scheduled_drop_path():
+    """p * layer / depth * progress, per image, on the convolutions alone; the first layer is never dropped."""
+    model = spread_gates(tiny_model(gate="fixed")).train()
+    cell = model.node(3, 0).cell
+    x = torch.randn(4000, 4, 1, 1)
+    operation = model.node(3, 0).cell["sep_conv_3x3"].eval()
+    kept = cell(x, drop_path=0.25) - x
+    dropped = (kept == 0).flatten(1).all(1)
+    assert dropped.float().mean() == pytest.approx(0.25, abs=0.03)
+    assert torch.allclose(kept[~dropped], (operation(x) / 0.75)[~dropped], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_and_bf16(tmp_path):
+    """torch.compile and bf16 both train; compiled parts give the loss that plain ones give."""
+    losses = {}
+    for name, changes in (("plain", {}), ("compiled", {"compile": True}), ("bf16", {"precision": "bf16-mixed"})):
+        train(tiny_model(), DataConfig(**DATA), recipe(**changes), Budget(), tmp_path / name, progress=False, accelerator="cpu")
+        with open(next((tmp_path / name / "logs").glob("*/metrics.csv"))) as file:
+            losses[name] = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+    assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-3)
+    assert losses["bf16"] == pytest.approx(losses["plain"], rel=5e-2)
