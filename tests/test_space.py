@@ -155,9 +155,9 @@ class TestRoute:
 
     def test_json_there_and_back(self):
         route = Route(self.space, [(0, 0, DOWN), (1, 1, UP)])
-        for route in (Route(self.space), Route.all_open(self.space), route):
-            again = Route.from_json(route.to_json())
-            assert again == route and again.space == route.space
+        for one in (Route(self.space), Route.all_open(self.space), route):
+            again = Route.from_json(one.to_json())
+            assert again == one and again.space == one.space
         data = json.loads(route.to_json())
         assert data == {"depth": 4, "num_scales": 4, "open": [[0, 0, "down"], [1, 1, "up"]]}
 

@@ -18,7 +18,10 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 if TYPE_CHECKING:
+    from routeseg.data.datamodule import DataConfig
     from routeseg.evaluation import Evaluation
+    from routeseg.model import DynamicRoutingNetwork
+    from routeseg.training import Recipe
 
 USAGE_ERROR = 2
 NETWORK_SKIP = {"num_classes", "class_names", "palette", "pixel_mean", "pixel_std"}  # the data decide these
@@ -141,17 +144,9 @@ def train_command(words: Sequence[str]) -> int:
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
     args, data, recipe, budget = _parts(parser, words)
 
-    import torch
-
-    from routeseg.data.datamodule import open_data
-    from routeseg.model import DynamicRoutingNetwork
     from routeseg.training import train
 
-    classes = open_data(data, "train", recipe.seed).classes
-    torch.manual_seed(recipe.seed)
-    model = DynamicRoutingNetwork(
-        num_classes=len(classes), class_names=classes.names, palette=classes.palette, **vars(args.model)
-    )
+    model = _new_network(args, data, recipe)
     result = train(
         model,
         data,
@@ -274,17 +269,29 @@ def make_data_command(words: Sequence[str]) -> int:
 
 
 def demo_command(words: Sequence[str]) -> int:
-    parser = Parser(prog="routeseg demo")
-    parser.add_argument("--data", type=str, default="scenes", help="scenes or camvid")
-    parser.add_argument("--root", type=str | None, default=None, help="CamVid's folder")
+    parser = config_parser("demo")
     parser.add_argument("--output", type=str, default="runs/demo", help="folder of the run and its report")
-    parser.add_argument("--minutes", type=float, default=5.0, help="time to train")
-    args = parser.parse_args(list(words))
+    parser.add_argument("--minutes", type=float | None, default=None, help="time to train; else recipe.iterations")
+    args, data, recipe, budget = _parts(parser, words)
 
     from routeseg.demo import run_demo
 
-    run_demo(args.data, args.root, Path(args.output), args.minutes)
+    run_demo(_new_network(args, data, recipe), data, recipe, budget, Path(args.output), args.minutes)
     return 0
+
+
+def _new_network(args: Namespace, data: DataConfig, recipe: Recipe) -> DynamicRoutingNetwork:
+    """The network of the model section, for the classes of the data, with weights drawn from the recipe's seed."""
+    import torch
+
+    from routeseg.data.datamodule import open_data
+    from routeseg.model import DynamicRoutingNetwork
+
+    classes = open_data(data, "train", recipe.seed).classes
+    torch.manual_seed(recipe.seed)
+    return DynamicRoutingNetwork(
+        num_classes=len(classes), class_names=classes.names, palette=classes.palette, **vars(args.model)
+    )
 
 
 def print_evaluation(result: Evaluation) -> None:

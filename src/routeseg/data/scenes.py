@@ -228,8 +228,9 @@ class Stage:
         source = np.array([(0, 0), (across, 0), (across, along), (0, along)]) + shift * TILE
         corners, extent = (corners - low).astype(np.float32), tuple((high - low).tolist())
         transform = cv2.getPerspectiveTransform(source.astype(np.float32), corners)
-        wrap = {"flags": self.sampling, "borderMode": cv2.BORDER_WRAP}
-        texture = cv2.warpPerspective(_tiles()[tile], transform, extent, **wrap)
+        texture = cv2.warpPerspective(
+            _tiles()[tile], transform, extent, flags=self.sampling, borderMode=cv2.BORDER_WRAP
+        )
         if strength < 1:
             texture = cv2.convertScaleAbs(texture, alpha=strength, beta=NEUTRAL * (1 - strength))
         mask = np.zeros(extent[::-1], np.uint8)
@@ -277,13 +278,14 @@ def _pick(table: np.ndarray, dice: float) -> np.ndarray:
 def _light(dice: np.ndarray) -> Light:
     names = list(SKIES)
     name = names[int(np.searchsorted(np.cumsum([SKIES[n][-1] for n in names])[:-1], dice[0]))]
-    *colours, height, _ = SKIES[name]
+    height = SKIES[name][4]
     tint = np.exp(0.12 * (dice[1:4] - 0.5)) * (0.88 + 0.24 * dice[4])
     azimuth, level = 2 * np.pi * dice[5], np.sqrt(1 - height**2)
     towards = np.array([np.sin(azimuth) * level, height, np.cos(azimuth) * level])
     cloud = 0.9 if name == "overcast" else dice[6]
-    colours = (np.float32(c * tint) for c in np.array(colours))
-    return Light(*colours, towards, 60 + 240 * dice[7] ** 1.5, cloud, name in ("night", "dusk"))
+    zenith, horizon, ambient, sun = (np.array(SKIES[name][:4]) * tint).astype(np.float32)
+    haze_m, lamps = 60 + 240 * dice[7] ** 1.5, name in ("night", "dusk")
+    return Light(zenith, horizon, ambient, sun, towards, haze_m, cloud, lamps)
 
 
 def _sky(stage: Stage, dice: np.ndarray) -> None:
@@ -430,16 +432,16 @@ def _house(stage: Stage, thing: Thing) -> None:
 def _windows(stage: Stage, house: Thing, walls: Sequence[tuple[np.ndarray, float]], trim: np.ndarray) -> None:
     """Rows of windows over the ground floor of the walls, each a quad [4, 3] and its length in metres."""
     d, light, height = house.dice, stage.light, house.height
-    frames, panes = [], []
+    found: tuple[list[np.ndarray], list[np.ndarray]] = [], []
     for quad, length in walls:
         columns = max(1, int(length / (1.9 + 1.4 * d[12])))
         row, column = (i.ravel() for i in np.mgrid[1 : int(height / 3), :columns])
         s, t = (column + 0.5) / columns, (row * 3 + 1.7) / height
         wide, tall = (0.21 + 0.15 * d[13]) / columns, (0.22 + 0.12 * d[14]) * 3 / height
-        for grow, found in ((1.22, frames), (1.0, panes)):
+        for grow, rectangles in zip((1.22, 1.0), found, strict=True):
             w, h = wide * grow, tall * grow
-            found.append(_parts(quad, np.stack([s - w, s + w, t - h, t + h], 1)))
-    frames, panes = stage.project(np.concatenate(frames)), stage.project(np.concatenate(panes))
+            rectangles.append(_parts(quad, np.stack([s - w, s + w, t - h, t + h], 1)))
+    frames, panes = (stage.project(np.concatenate(rectangles)) for rectangles in found)
     lamp, glint = np.random.default_rng(int(d[8] * 2**32)).random((2, len(panes)))
     near = house.z - house.foot[1] < DETAIL_M
     blinds = panes + 0.4 * (panes[:, (3, 2, 2, 3)] - panes) * np.array([1, 1, 0, 0])[:, None]
@@ -472,8 +474,8 @@ def _crown(
         step = span / (2 * rx)
         x0, y0 = (left - x) * step + shift[0] * TILE, (top - y) * step + shift[1] * TILE
         matrix, extent = np.array([[step, 0, x0], [0, step, y0]]), (right - left, bottom - top)
-        wrap = {"flags": stage.sampling | cv2.WARP_INVERSE_MAP, "borderMode": cv2.BORDER_WRAP}
-        return cv2.warpAffine(_tiles()[tile], matrix, extent, **wrap)
+        flags = stage.sampling | cv2.WARP_INVERSE_MAP
+        return cv2.warpAffine(_tiles()[tile], matrix, extent, flags=flags, borderMode=cv2.BORDER_WRAP)
 
     lumps, leaves = noise("blotch", 150, dice[:2]), noise("leaf", 90 + 25 * radius[0], dice[2:4])
     distance = (u / (1 - np.float32(cone) * (0.5 - 0.5 * v))) ** 2 + v * v
@@ -565,8 +567,9 @@ def _sign(stage: Stage, thing: Thing) -> None:
     elif kind == 1:
         plate(SQUARE, 2.4 * size, white, 0.4)
         plate(SQUARE, 2.3 * size, paint, 0.37)
-        for k in (-0.5, 0.0, 0.5):
-            plate(SQUARE, size * (1.1 + 0.9 * k), white * (0.95 - 0.4 * paint), 0.1, -0.3 * size, size * k)
+        for row in (-0.5, 0.0, 0.5):
+            ink = white * (0.95 - 0.4 * paint)
+            plate(SQUARE, size * (1.1 + 0.9 * row), ink, 0.1, -0.3 * size, size * row)
     elif kind == 2:
         plate(TRIANGLE, 1.2 * size, red)
         plate(TRIANGLE, 0.8 * size, white, y=-0.03)
@@ -657,30 +660,37 @@ def _pedestrian(stage: Stage, thing: Thing) -> None:
     step, swing, turn, dark = 0.30 * d[4], 0.22 * (d[5] - 0.5), np.sign(d[6] - 0.5), 0.62
     hem = 0.62 if d[7] < 0.3 else 0.84
     right = np.array([(0.2, hem), (0.17, 1.1), (0.23, 1.38), (0.1, 1.47)])
-    for points, width, albedo in (  # a part without a paint is left out
+    for points, width, albedo in (  # width 0: an outline; without a paint: left out
         ([(0.05, 0.85), (step, 0.46), (0.7 * step, 0.06)], 0.15, dark * trousers),
         ([(-0.05, 0.85), (-0.8 * step, 0.46), (-1.1 * step, 0.06)], 0.16, trousers),
         ([(0.7 * step, 0.04), (0.7 * step + 0.1 * turn, 0.04)], 0.09, RUBBER),
         ([(-1.1 * step, 0.04), (-1.1 * step + 0.1 * turn, 0.04)], 0.09, RUBBER),
         ([(0.2, 1.36), (0.26, 1.1), (0.24 + swing, 0.86)], 0.11, dark * coat),
-        (np.concatenate([right, right[::-1] * (-1, 1)]), None, coat),
-        (right * (0.9, 1), None, dark * coat),
+        (np.concatenate([right, right[::-1] * (-1, 1)]), 0.0, coat),
+        (right * (0.9, 1), 0.0, dark * coat),
         ([(-0.21, 1.36), (-0.27, 1.1), (-0.24 - swing, 0.86)], 0.11, 0.85 * coat),
         ([(-0.24 - swing, 0.84), (-0.24 - swing, 0.82)], 0.09, skin),
-        (SQUARE * (0.13, 0.15) + (-0.26, 0.66), None, bag),
+        (SQUARE * (0.13, 0.15) + (-0.26, 0.66), 0.0, bag),
         ([(0, 1.45), (0, 1.56)], 0.1, 0.8 * skin),
         ([(0, 1.62), (0, 1.66)], 0.20, hair),
         ([(0.025 * turn, 1.59), (0.025 * turn, 1.62)], 0.16, skin),
     ):
-        if albedo is not None and width is None:
+        if albedo is not None and width == 0:
             stage.flat(at, np.asarray(points) * m, albedo, PEDESTRIAN)
         elif albedo is not None:
             stage.limb(at, [(x * m, y * m) for x, y in points], width * m, albedo, PEDESTRIAN)
 
 
 # kind: painter, how many near and far places are tried
-KINDS = {"car": (_car, 3, 8), "pedestrian": (_pedestrian, 2, 9), "tree": (_tree, 2, 6), "bush": (_bush, 1, 3),
-         "lamp": (_lamp, 1, 5), "sign": (_sign, 2, 7), "fence": (_fence, 2, 5)}  # fmt: skip
+KINDS: dict[str, tuple[Callable[[Stage, Thing], None], int, int]] = {
+    "car": (_car, 3, 8),
+    "pedestrian": (_pedestrian, 2, 9),
+    "tree": (_tree, 2, 6),
+    "bush": (_bush, 1, 3),
+    "lamp": (_lamp, 1, 5),
+    "sign": (_sign, 2, 7),
+    "fence": (_fence, 2, 5),
+}
 
 
 def _stand(kind: str, kerb: float, wall: float, eye_x: float, z: float, dice: np.ndarray) -> Thing:
@@ -722,10 +732,9 @@ def _apart(a: Thing, b: Thing) -> bool:
 def _things(preset: str, kerb: float, wall: float, eye_x: float, rng: np.random.Generator) -> list[Thing]:
     """The things of a preset, far to near, none standing in another."""
     things: list[Thing] = []
-    near, far = (NEAR_RANGE_M, 1, preset != "small"), (FAR_RANGE_M, 2, preset != "large")
-    for (low, high), column, drawn in (near, far):
-        for kind, row in KINDS.items():
-            for dice in rng.random((row[column] if drawn else 0, DICE)):
+    for low, high in [NEAR_RANGE_M] * (preset != "small") + [FAR_RANGE_M] * (preset != "large"):
+        for kind, (_, near, far) in KINDS.items():
+            for dice in rng.random((near if low < FAR_RANGE_M[0] else far, DICE)):
                 new = _stand(kind, kerb, wall, eye_x, low * (high / low) ** dice[-5], dice)
                 if dice[-6] < 0.85 and all(_apart(new, other) for other in things):
                     things.append(new)
@@ -765,7 +774,7 @@ def _finish(stage: Stage, size: tuple[int, int], rng: np.random.Generator) -> np
             for centre, count in ((y, size[0]), (x, size[1])):
                 spans.append(slice(max(0, int(centre - 3 * radius)), max(0, int(centre + 3 * radius) + 2)))
                 falls.append(np.exp(-np.abs((np.arange(count)[spans[-1]] - centre) / radius) ** 1.3))
-            image[tuple(spans)] += np.outer(*falls)[..., None] * (power * np.float32(colour))
+            image[tuple(spans)] += np.outer(*falls)[..., None] * (power * np.array(colour, np.float32))
     drift = cv2.resize(_tiles()["blotch"][: TILE // 2], size[::-1])
     v, u = (np.linspace(-1, 1, count, dtype=np.float32) for count in size)
     v = v[:, None]

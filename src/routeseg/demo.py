@@ -1,0 +1,257 @@
+"""The demo: train for a bounded time, evaluate, and write a report that shows what the network does.
+
+    OUTPUT/run/        the run: last.ckpt, best/, last/, logs/
+    OUTPUT/result.json figures of the report, with machine, date and versions
+    OUTPUT/*.png, report.html
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from routeseg import checkpoints, figures
+from routeseg.cost import Budget, budget_loss, model_cost
+from routeseg.data.datamodule import (
+    DataConfig,
+    SegmentationData,
+    SegmentationDataModule,
+    evaluation_loader,
+    open_data,
+)
+from routeseg.data.scenes import PRESETS
+from routeseg.engine import SkipEngine
+from routeseg.evaluation import Evaluation, evaluate
+from routeseg.model import DynamicRoutingNetwork
+from routeseg.report import Report
+from routeseg.training import Recipe, segmentation_loss, train
+
+PICTURES_PER_PRESET = 40
+GALLERY = 6
+CALIBRATION_STEPS = 4
+TRAINING_SHARE = 0.85  # of the time asked for; the rest goes to validation
+
+
+def run_demo(
+    model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe, budget: Budget, output: Path, minutes: float | None
+) -> Path:
+    """Trains `model` for about `minutes` (None: the recipe's iterations), evaluates it, and writes the report.
+
+    Returns the report's path. What an earlier demo wrote into `output` is replaced.
+    """
+    start = time.monotonic()
+    if minutes is not None:
+        recipe = fit_to_time(model, data, recipe, minutes)
+    print(f"training for {recipe.iterations} iterations of {data.batch_size} pictures")
+    if (output / "report.html").exists():
+        checkpoints.remove_folder(output / "run")
+    result = train(model, data, recipe, budget, output / "run")
+    best = checkpoints.load(output / "run" / "best")
+    pictures = open_data(data, "val", recipe.seed)
+    evaluation = evaluate(best, evaluation_loader(pictures), SkipEngine(best))
+    facts = {
+        **evaluation.as_dict(),
+        "training_minutes": result.seconds / 60,
+        "iterations": recipe.iterations,
+        "parameters": sum(p.numel() for p in best.parameters()),
+        "data": asdict(data),
+        "recipe": asdict(recipe),
+        "budget": asdict(budget),
+        **machine_facts(),
+    }
+    facts["data"].pop("root")
+    by_preset = preset_costs(best, data, recipe.seed) if data.name == "scenes" else {}
+    facts["cost_by_preset"] = {name: float(share.mean()) for name, share in by_preset.items()}
+    path = write_report(best, pictures, evaluation, facts, budget, output)
+    figures.write_atomically(output / "result.json", (json.dumps(facts, indent=2) + "\n").encode())
+    share = facts["cost_gmacs"]["mean_share"]
+    print(
+        f"mIoU {100 * evaluation.miou:.1f} % (most frequent class everywhere: {100 * evaluation.majority_miou:.1f} %), "
+        f"mean real cost {100 * share:.1f} % of the full network\n"
+        f"{path}   ({(time.monotonic() - start) / 60:.1f} minutes)"
+    )
+    return path
+
+
+def machine_facts() -> dict[str, Any]:
+    """Machine, date and versions, for a result file."""
+    model_name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model_name = names[0] if names else model_name
+    return {
+        "machine": {
+            "cpu": model_name,
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {name: version(name) for name in ("routeseg", "torch", "lightning")} | {"python": platform.python_version()},
+    }
+
+
+def fit_to_time(model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe, minutes: float) -> Recipe:
+    """The recipe with as many iterations as fit into `minutes` here, by a few timed steps on a copy of the network."""
+    module = SegmentationDataModule(replace(data, workers=0), CALIBRATION_STEPS, recipe.seed)
+    trial = copy.deepcopy(model).train().to(memory_format=torch.channels_last)
+    cost = model_cost(trial, tuple(data.crop))
+    seconds = []
+    for batch in module.train_dataloader():
+        start = time.monotonic()
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16-mixed"):
+            result = trial(batch["image"])
+        loss = segmentation_loss(result.logits.float(), batch["labels"])
+        (loss + budget_loss(cost.expected(result.gates), cost.budgeted, 0.5)).backward()
+        seconds.append(time.monotonic() - start)
+    iterations = max(20, int(minutes * 60 * TRAINING_SHARE / statistics.median(seconds[1:])))
+    every = max(1, iterations // 4)
+    return replace(
+        recipe, iterations=iterations, validate_every=every, warmup_steps=min(recipe.warmup_steps, iterations // 10)
+    )
+
+
+def preset_costs(model: DynamicRoutingNetwork, data: DataConfig, seed: int) -> dict[str, np.ndarray]:
+    """Real cost over pictures of each scale preset, as shares of the full network [pictures]."""
+    shares = {}
+    for preset in PRESETS:
+        pictures = open_data(replace(data, preset=preset, val_images=PICTURES_PER_PRESET), "val", seed)
+        result = evaluate(model, evaluation_loader(pictures), SkipEngine(model))
+        shares[preset] = result.cost_macs / result.full_macs
+    return shares
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's CSV logs, in the order of the steps; a resumed part replaces what it did again."""
+    rows: dict[tuple[int, bool], dict[str, Any]] = {}
+    for path in sorted((run / "logs").glob("version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1])):
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                rows[int(row["step"]), bool(row.get("val_miou"))] = row
+    return [rows[key] for key in sorted(rows)]
+
+
+def write_report(
+    model: DynamicRoutingNetwork,
+    pictures: SegmentationData,
+    evaluation: Evaluation,
+    facts: dict[str, Any],
+    budget: Budget,
+    output: Path,
+) -> Path:
+    """Draws every figure into `output` and binds them into OUTPUT/report.html."""
+    cost, iterations = facts["cost_gmacs"], facts["iterations"]
+    title = f"routeseg on {facts['data']['name']}"
+    report = Report(title, "A segmentation network that picks its own depth and resolution for every image")
+    report.key_numbers(
+        [
+            (f"{100 * facts['miou']:.1f} %", "mIoU on validation pictures"),
+            (f"{100 * facts['majority_class_miou']:.1f} %", "mIoU of the most frequent class everywhere"),
+            (f"{100 * cost['mean_share']:.0f} %", "of the full network's cost, on average"),
+            (f"{facts['training_minutes']:.1f} min", f"of training on {facts['machine']['cores']} cores"),
+        ]
+    )
+
+    engine = SkipEngine(model)
+    report.heading("One route per picture")
+    routes = output / "routes.png"
+    figures.routes_side_by_side(routes, model.space, _panels(model, engine, pictures, evaluation, facts))
+    report.paragraph(
+        "Columns are layers, rows are scales from 1/4 of the resolution down to 1/32. A filled node runs its cell; "
+        "thick lines are open paths, faint ones are closed and not computed."
+    )
+    report.figure(routes, "Picture, segmentation and route (compare the paper's Figure 1)")
+
+    if facts["cost_by_preset"]:
+        report.heading("Cost by the scale of things")
+        report.paragraph(
+            f"Mean real cost over {PICTURES_PER_PRESET} pictures of each preset, as a share of the full network. "
+            "It is reported as measured: nothing in the training tells the network to follow the scale."
+        )
+        report.table(
+            ["preset", "mean cost, % of full"], [[name, f"{100 * s:.2f}"] for name, s in facts["cost_by_preset"].items()]
+        )
+
+    report.heading("Segmentations")
+    gallery = []
+    for index in np.linspace(0, len(pictures) - 1, min(GALLERY, len(pictures))).round().astype(int):
+        image, labels, _ = _segment(engine, pictures, int(index))
+        path = output / f"overlay_{pictures.name(int(index))}.png"
+        figures.write_image(path, figures.overlay(image, labels, model.class_names, model.palette))
+        gallery.append((path, pictures.name(int(index))))
+    report.gallery(gallery)
+
+    report.heading("Training")
+    curves, bars, histogram = (output / f"{name}.png" for name in ("curves", "class_iou", "cost"))
+    start = int(budget.start * iterations) if budget.weight > 0 else None
+    figures.learning_curves(curves, read_log(output / "run"), start, budget.target if budget.weight > 0 else None)
+    report.figure(curves, "Loss, validation mIoU, and expected and real cost over the training")
+    figures.class_iou_bars(bars, model.class_names, evaluation.iou, model.palette)
+    report.figure(bars, "IoU per class on the validation pictures")
+    figures.cost_histogram(histogram, evaluation.cost_macs / 1e9, float(evaluation.full_macs.mean() / 1e9))
+    report.figure(histogram, "Real cost of the validation pictures")
+
+    report.heading("How it was made")
+    machine, versions = facts["machine"], facts["versions"]
+    report.table(
+        ["", ""],
+        [
+            ["network", f"depth {model.space.depth}, {model.base_channels} channels, {facts['parameters'] / 1e6:.2f} M parameters"],
+            ["training", f"{iterations} iterations of {facts['data']['batch_size']} pictures"],
+            ["budget", f"weight {budget.weight}, target {budget.target} of the expected cost"],
+            ["real cost", f"{cost['mean']:.3f} GMACs (min {cost['min']:.3f}, max {cost['max']:.3f}, full {cost['full']:.3f})"],
+            ["machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU'}"],
+            ["date, versions", f"{facts['date']}, " + ", ".join(f"{name} {v}" for name, v in versions.items())],
+        ],
+    )
+    path = output / "report.html"
+    report.write(path)
+    return path
+
+
+def _segment(engine: SkipEngine, pictures: SegmentationData, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image [H,W,3], labels [H,W] and gates [L+1,S,3] of a picture."""
+    image, _ = pictures.read(index)
+    result = engine(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None])
+    return image, result.labels[0].numpy().astype(np.uint8), result.gates[0].numpy()
+
+
+def _panels(
+    model: DynamicRoutingNetwork,
+    engine: SkipEngine,
+    pictures: SegmentationData,
+    evaluation: Evaluation,
+    facts: dict[str, Any],
+) -> Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, str]]:
+    """A large-, a small- and a mixed-scale picture; elsewhere the cheapest, the median and the dearest one."""
+    if facts["data"]["name"] == "scenes":
+        data = DataConfig(**facts["data"])
+        chosen = [(open_data(replace(data, preset=p, val_images=1), "val", facts["recipe"]["seed"]), 0, p) for p in PRESETS]
+    else:
+        order = np.argsort(evaluation.cost_macs)
+        places = {"cheapest": order[0], "median": order[len(order) // 2], "dearest": order[-1]}
+        chosen = [(pictures, int(index), name) for name, index in places.items()]
+    panels = []
+    for source, index, name in chosen:
+        image, labels, gates = _segment(engine, source, index)
+        table = model_cost(model, labels.shape)
+        macs = float(table.of_gates(gates))
+        title = f"{name}: {macs / 1e9:.3f} GMACs ({100 * macs / table.full:.0f} % of full)"
+        drawn = figures.overlay(image, labels, model.class_names, model.palette, legend=False)
+        panels.append((image, drawn, gates, title))
+    return panels
