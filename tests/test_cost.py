@@ -329,7 +329,7 @@ class TestBudget:
 
     @pytest.mark.parametrize(
         ("key", "value"),
-        [("weight", -0.1), ("target", 1.5), ("target", -0.1), ("target", math.nan), ("start", 2), ("ramp", -1)],
+        [("weight", -0.1), ("target", 1.5), ("target", -1), ("target", math.nan), ("start", 2), ("ramp", -1)],
     )
     def test_what_is_no_budget_is_named(self, key, value):
         with pytest.raises(ValueError, match=f"budget {key} is"):

@@ -102,7 +102,7 @@ def test_pth_as_released(tmp_path):
     path = tmp_path / "model_final.pth"
     torch.save({"model": state, "iteration": 190_000, "optimizer": {"state": {}}}, path)
     model = routeseg.import_checkpoint(path)
-    folder = routeseg.save(model, tmp_path / "out")
+    folder = model.save(tmp_path / "out")
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(routeseg.load(folder)(images).logits, model(images).logits)

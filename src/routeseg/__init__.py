@@ -6,7 +6,7 @@
     result.labels, routeseg.model_cost(model, (H, W)).of_gates(result.gates)
 """
 
-from routeseg.checkpoints import import_checkpoint, load, save
+from routeseg.checkpoints import import_checkpoint, load
 from routeseg.cost import Budget, cost_table, model_cost
 from routeseg.engine import SkipEngine, build_engine
 from routeseg.model import DynamicRoutingNetwork, Segmentation
@@ -26,5 +26,4 @@ __all__ = [
     "import_checkpoint",
     "load",
     "model_cost",
-    "save",
 ]

@@ -1,13 +1,10 @@
-"""Networks on disk: our folders (model.safetensors + config.json) and the authors' files."""
+"""Reading networks from disk: our folders (written by `model.save`) and the authors' files."""
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,31 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from routeseg.model import DynamicRoutingNetwork
+from routeseg.model.network import CONFIG_FILE, WEIGHTS_FILE
 from routeseg.space import DIRECTIONS, DOWN, KEEP, UP
 
-WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 PRETRAINED = Path(__file__).parent / "pretrained" / "camvid_small"
 
 # The authors feed BGR in 0..255, less this mean, not divided.
 AUTHORS_MEAN_BGR = (103.53, 116.28, 123.675)
 AUTHORS_GATE_ORDER = (KEEP, UP, DOWN)
 IGNORED_KEYS = re.compile(r"(pixel_mean|pixel_std)$|num_batches_tracked$")
-
-
-def save(model: DynamicRoutingNetwork, folder: str | Path) -> Path:
-    """Writes `model.safetensors` and `config.json` (and a model card) into the folder, each whole or not at all."""
-    folder = Path(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-            model.save_pretrained(scratch)
-            folder.mkdir(exist_ok=True)
-            for name in (WEIGHTS_FILE, CONFIG_FILE, "README.md"):
-                if (Path(scratch) / name).exists():
-                    os.replace(Path(scratch) / name, folder / name)
-    except OSError as error:
-        raise ValueError(f"cannot write the checkpoint {folder}: {error.strerror or error}. Choose another folder") from error
-    return folder
 
 
 def load(folder: str | Path | None = None) -> DynamicRoutingNetwork:
@@ -206,8 +187,3 @@ def _authors_key(ours: str) -> str:
 def _separable_key(position: int) -> str:
     """Depthwise convolution, 1x1 convolution, norm: positions 0, 1, 2 of ours."""
     return ("0.", "1.", "1.norm.")[position]
-
-
-def remove_folder(folder: Path) -> None:
-    """Deletes a folder that we wrote, if it is there."""
-    shutil.rmtree(folder, ignore_errors=True)

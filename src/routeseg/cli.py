@@ -205,10 +205,11 @@ def predict_command(words: Sequence[str]) -> int:
 
     from routeseg import checkpoints
     from routeseg.engine import build_engine
+    from routeseg.model.network import CONFIG_FILE
     from routeseg.prediction import find_inputs, predict_files
 
     inputs = list(args.inputs)
-    given = (Path(inputs[0]) / checkpoints.CONFIG_FILE).is_file()
+    given = (Path(inputs[0]) / CONFIG_FILE).is_file()
     if given and len(inputs) == 1:
         raise ValueError(f"{inputs[0]} is a checkpoint: name the images to segment behind it")
     checkpoint = inputs.pop(0) if given else None
@@ -234,7 +235,7 @@ def import_command(words: Sequence[str]) -> int:
     from routeseg.cost import model_cost
 
     model = checkpoints.import_checkpoint(args.file, args.small_gate, args.normalize)
-    folder = checkpoints.save(model, args.output)
+    folder = model.save(args.output)
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{folder}: {model.space}, {model.base_channels} channels, {model.num_classes} classes, "

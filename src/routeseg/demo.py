@@ -12,6 +12,7 @@ import csv
 import json
 import os
 import platform
+import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ def run_demo(
         recipe = fit_to_time(model, data, recipe, minutes)
     print(f"training for {recipe.iterations} iterations of {data.batch_size} pictures")
     if (output / "report.html").exists():
-        checkpoints.remove_folder(output / "run")
+        shutil.rmtree(output / "run", ignore_errors=True)
     result = train(model, data, recipe, budget, output / "run")
     best = checkpoints.load(output / "run" / "best")
     pictures = open_data(data, "val", recipe.seed)

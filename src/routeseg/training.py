@@ -20,7 +20,6 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from routeseg import checkpoints
 from routeseg.cost import Budget, budget_loss, model_cost
 from routeseg.data.datamodule import DataConfig, SegmentationDataModule
 from routeseg.data.transforms import IGNORE
@@ -231,14 +230,14 @@ class ValidateAndSave(Callback):
         task.log_dict(scores, prog_bar=True, logger=False)
         if trainer.is_global_zero and result.miou > self.best_miou:
             self.best_miou = result.miou
-            checkpoints.save(model, self.output / BEST_FOLDER)
+            model.save(self.output / BEST_FOLDER)
 
     def _save(self, trainer: Trainer) -> None:
         scratch, target = self.output / f".{RESUME_FILE}.tmp", self.output / RESUME_FILE
         trainer.save_checkpoint(scratch)
         if trainer.is_global_zero:
             os.replace(scratch, target)
-            checkpoints.save(trainer.lightning_module.model, self.output / LAST_FOLDER)
+            trainer.lightning_module.model.save(self.output / LAST_FOLDER)
 
 
 @dataclass

@@ -7,8 +7,11 @@ Legend: B images, H, W image size, K classes, L depth, S scales, C base channels
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, cast
 
 import numpy as np
@@ -26,6 +29,7 @@ from routeseg.space import DIRECTIONS, DOWN, KEEP, UP, Route, RoutingSpace
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MIN_IMAGE_SIZE = 32
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"  # the names of huggingface_hub
 SCALE_STEP = {UP: -1, KEEP: 0, DOWN: 1}
 
 Routes = Route | Sequence[Route] | None
@@ -126,6 +130,23 @@ class DynamicRoutingNetwork(
     def gate_parameters(self) -> list[nn.Parameter]:
         """The parameters of all gates (they may get their own learning rate)."""
         return [p for m in self.modules() if isinstance(m, SoftGate) for p in m.parameters()]
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes `model.safetensors`, `config.json` and a model card into the folder, each file whole or not at all.
+
+        `routeseg.load` reads it. Raises ValueError where the folder cannot be written.
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+                self.save_pretrained(scratch)
+                for file in Path(scratch).iterdir():
+                    os.replace(file, folder / file.name)
+        except OSError as error:
+            reason = error.strerror or error
+            raise ValueError(f"cannot write the checkpoint {folder}: {reason}. Choose another folder") from error
+        return folder
 
     def forward(self, images: Tensor, route: Routes = None, activation: Activation = "one") -> Segmentation:
         """Segments images [B,3,H,W], RGB, uint8 or float in 0..1, any H, W from 32.

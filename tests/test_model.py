@@ -1,0 +1,237 @@
+"""The network's contract: shapes, per-image routing, padding, forced routes; and every engine against the dense forward."""
+
+import random
+
+import pytest
+import torch
+from conftest import spread_gates
+
+import routeseg
+from routeseg import DynamicRoutingNetwork, Route, RoutingSpace, build_engine
+
+ENGINES = ("dense", "skip")
+
+
+def random_route(space: RoutingSpace, seed: int, share: float = 0.5) -> Route:
+    return Route(space, random.Random(seed).sample(space.edges, round(share * len(space.edges))))
+
+
+def images(batch=2, height=64, width=96, seed=0):
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def close(ours, expected, tolerance=1e-5):
+    return (ours - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 96), (37, 200)])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_shapes_and_gates(tiny_network, size, engine):
+    space = tiny_network.space
+    with torch.no_grad():
+        result = build_engine(tiny_network, engine)(images(2, *size))
+    assert result.logits.shape == (2, 5, *size)
+    assert result.labels.shape == (2, *size)
+    assert result.gates.shape == (2, space.depth + 1, space.num_scales, 3)
+    gates = result.gates.numpy()
+    assert (gates >= 0).all() and (gates < 1).all()
+    assert (gates[:, ~space.legal] == 0).all()
+    assert (gates[~space.reached(gates)] == 0).all()
+    assert (gates > 0).any() and (gates[:, space.legal] == 0).any(), "the network should have open and closed paths"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_batch_gives_what_single_images_give(tiny_network, engine):
+    """Routing and padding are per image: also images that route differently do not disturb each other."""
+    forward = build_engine(tiny_network, engine)
+    batch = torch.cat([images(3, 50, 70), torch.zeros(1, 3, 50, 70), torch.ones(1, 3, 50, 70)])
+    with torch.no_grad():
+        together = forward(batch)
+        routes = {Route.from_gates(tiny_network.space, g.numpy()) for g in together.gates}
+        assert len(routes) > 1, "the images should differ in their routes"
+        for i in range(len(batch)):
+            alone = forward(batch[i : i + 1])
+            assert close(alone.logits, together.logits[i : i + 1])
+            assert torch.allclose(alone.gates, together.gates[i : i + 1], atol=1e-6)
+
+
+def test_image_types(tiny_network):
+    """uint8 and 0..1 are the same picture."""
+    bytes_ = torch.randint(0, 256, (1, 3, 40, 40), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.allclose(tiny_network(bytes_).logits, tiny_network(bytes_ / 255.0).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.rand(3, 64, 64), "expected"),
+        (torch.rand(1, 1, 64, 64), "expected"),
+        (torch.rand(0, 3, 64, 64), "B at least 1"),
+        (torch.rand(1, 3, 31, 64), "smallest size"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.int64), "uint8"),
+    ],
+)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bad_images(tiny_network, engine, bad, message):
+    with pytest.raises(ValueError, match=message):
+        build_engine(tiny_network, engine)(bad)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+def test_forced_route(tiny_network, engine, share):
+    """Exactly the given edges are open, except where nothing arrives; with "own", by the gates' activations."""
+    space, forward = tiny_network.space, build_engine(tiny_network, engine)
+    route = random_route(space, 1, share)
+    expected = torch.from_numpy(route.to_gates())
+    expected = expected * torch.from_numpy(space.reached(expected.numpy()))[..., None]
+    with torch.no_grad():
+        one = forward(images(), route=route)
+        own = forward(images(), route=route, activation="own")
+    assert torch.equal(one.gates, expected.expand_as(one.gates))
+    assert (own.gates[:, expected == 0] == 0).all() and (own.gates < 1).all()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_own_route_with_own_activations_is_the_free_forward(tiny_network, engine):
+    forward = build_engine(tiny_network, engine)
+    with torch.no_grad():
+        free = forward(images(3))
+        routes = [Route.from_gates(tiny_network.space, gates.numpy()) for gates in free.gates]
+        forced = forward(images(3), route=routes, activation="own")
+    assert close(forced.logits, free.logits) and torch.allclose(forced.gates, free.gates, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ["one", "own"])
+@pytest.mark.parametrize("changes", [{}, {"small_gate": True}, {"gate": "fixed"}, {"num_scales": 3, "depth": 2}])
+@pytest.mark.parametrize("size", [(64, 96), (45, 130)])
+def test_skip_engine_equals_dense(changes, size, activation):
+    model = spread_gates(DynamicRoutingNetwork(**{"num_classes": 5, "depth": 5, "base_channels": 8, "stem_channels": 8} | changes))
+    model.eval()
+    engine, batch = build_engine(model), images(3, *size)
+    some = [random_route(model.space, seed, share) for seed, share in enumerate((0.2, 0.5, 0.9))]
+    for route in (None, Route(model.space), Route.all_open(model.space), some):
+        with torch.no_grad():
+            dense, skip = model(batch, route, activation), engine(batch, route, activation)
+        assert close(skip.logits, dense.logits)
+        assert torch.allclose(skip.gates, dense.gates, atol=1e-6)
+
+
+def test_skip_engine_does_not_compute_what_is_closed(tiny_network):
+    """It runs the cells of the open nodes, for the images that open them, and no other; likewise the transforms."""
+    engine, space = build_engine(tiny_network), tiny_network.space
+    routes = [random_route(space, 1, 0.4), random_route(space, 2, 0.4)]
+    ran: list[tuple[str, int]] = []
+    for (layer, scale), node in ((n, engine.model.node(*n)) for n in space.nodes):
+        node.cell.register_forward_hook(lambda m, args, out, key=(layer, scale): ran.append((key, len(args[0]))))
+        for name, transform in node.transforms.items():
+            key = (layer, scale, routeseg.space.DIRECTIONS.index(name))
+            transform.register_forward_hook(lambda m, args, out, key=key: ran.append((key, len(args[0]))))
+    gates = engine(images(2), route=routes).gates.numpy() > 0
+    expected = [(node, int(gates[:, *node].any(-1).sum())) for node in space.nodes]
+    expected += [(edge, int(gates[:, *edge].sum())) for edge in space.edges]
+    assert sorted(ran, key=str) == sorted([(key, count) for key, count in expected if count], key=str)
+
+
+def test_dropped_cells_pass_the_input_on(tiny_network):
+    """With every path closed the stem's output reaches the decoder as it is (Eq. 5)."""
+    batch = images(1)
+    with torch.no_grad():
+        result = tiny_network(batch, route=Route(tiny_network.space))
+        stem = tiny_network.stem(tiny_network.normalize(batch))
+        empty = [stem.new_zeros(1, 8 * 2**s, 16 // 2**s, 24 // 2**s) for s in range(1, 4)]
+        assert close(result.logits, tiny_network.decoder([stem, *empty]))
+    assert result.gates.abs().sum() == 0
+
+
+def test_routes_that_do_not_fit(tiny_network):
+    with pytest.raises(ValueError, match="depth=7"):
+        tiny_network(images(), route=Route.all_open(RoutingSpace(7)))
+    with pytest.raises(ValueError, match="1 routes for 2 images"):
+        tiny_network(images(), route=[Route.all_open(tiny_network.space)])
+
+
+@pytest.mark.parametrize("operations", [["sep_conv_3x3"], ["sep_conv_5x5", "identity"], ["sep_conv_3x3", "sep_conv_5x5"], ["identity"]])
+def test_cell_operations(operations):
+    model = DynamicRoutingNetwork(3, depth=3, base_channels=8, stem_channels=8, cell_operations=operations).eval()
+    with torch.no_grad():
+        assert close(build_engine(model)(images()).logits, model(images()).logits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"depth": 2}, "depth 2 is too small"),
+        ({"depth": 0}, "depth"),
+        ({"base_channels": 7}, "even"),
+        ({"base_channels": 0}, "base_channels"),
+        ({"num_classes": 0}, "num_classes"),
+        ({"cell_operations": ["conv"]}, "sep_conv_3x3"),
+        ({"gate": "hard"}, "gate"),
+        ({"class_names": ["a"]}, "class_names has 1 entries for 5"),
+        ({"palette": [[0, 0, 0]]}, "palette"),
+    ],
+)
+def test_arguments_that_make_no_network(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DynamicRoutingNetwork(**{"num_classes": 5, "depth": 4, "base_channels": 8} | arguments)
+
+
+def test_every_parameter_learns():
+    model = spread_gates(DynamicRoutingNetwork(3, depth=4, base_channels=8, stem_channels=8)).train()
+    for node in model.nodes.values():
+        torch.nn.init.constant_(node.gate.score.bias, 1.0)
+        node.gate.score.weight.data.mul_(0.01)
+    result = model(images())
+    (result.logits.square().mean() + result.gates.sum()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+def test_gates_start_open():
+    """tanh(1.5) = 0.905 (Sec. 3.2)."""
+    model = DynamicRoutingNetwork(3, depth=3, base_channels=8).eval()
+    with torch.no_grad():
+        gates = model(images()).gates.numpy()
+    assert abs(gates[:, model.space.legal].mean() - 0.905) < 0.02
+
+
+def test_save_and_load(tmp_path, tiny_network):
+    folder = tiny_network.save(tmp_path / "net")
+    assert {p.name for p in folder.iterdir()} >= {"model.safetensors", "config.json"}
+    loaded = routeseg.load(folder)
+    again = DynamicRoutingNetwork.from_pretrained(folder).eval()
+    with torch.no_grad():
+        expected = tiny_network(images()).logits
+        assert torch.equal(loaded(images()).logits, expected) and torch.equal(again(images()).logits, expected)
+    half = tiny_network.half().save(tmp_path / "half")
+    with torch.no_grad():
+        assert close(routeseg.load(half)(images()).logits, expected, 0.05)
+    assert routeseg.load(half).decoder.predictor.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("damage", ["no folder", "no weights", "truncated", "other config", "no json", "unknown key"])
+def test_damaged_checkpoints(tmp_path, tiny_network, damage):
+    folder = tiny_network.save(tmp_path / "net")
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if damage == "no folder":
+        folder = tmp_path / "nowhere"
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif damage == "other config":
+        config.write_text(config.read_text().replace('"depth": 4', '"depth": 5'))
+    elif damage == "no json":
+        config.write_text("{")
+    elif damage == "unknown key":
+        config.write_text('{"deph": 4}')
+    with pytest.raises(ValueError) as error:
+        routeseg.load(folder)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_saving_where_one_cannot(tmp_path, tiny_network):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="Choose another folder"):
+        tiny_network.save(tmp_path / "file" / "net")

@@ -1,0 +1,359 @@
+"""Files in; label maps, overlays and routes out."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from routeseg import SkipEngine
+from routeseg.cost import model_cost
+from routeseg.data.folder import read_image, read_labels
+from routeseg.prediction import OUTPUTS, find_inputs, output_names, predict_files
+from routeseg.space import DIRECTIONS, Route
+
+ORIENTATION_TAG, ROTATED_RIGHT = 274, 6
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """More threads only slow such small networks down."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def network(tiny_network):
+    """Classes that win in different places, so that a label map is no single colour."""
+    with torch.no_grad():
+        tiny_network.decoder.predictor.weight.mul_(30)
+    return tiny_network
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def save(path: Path, pixels: np.ndarray, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def run(network, paths, output, **options):
+    return predict_files(network, network, paths, output, **options)
+
+
+def labels_of(output: Path, name: str) -> np.ndarray:
+    return np.asarray(Image.open(output / f"{name}_labels.png"))
+
+
+class TestFindInputs:
+    @pytest.fixture(autouse=True)
+    def _files(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        names = ["b.png", "a.JPG", "c.webp", "notes.txt", ".hidden.png", "f.jp2", "sub/d.tiff", "sub/deep/e.bmp"]
+        for name in names:
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "folder.png").mkdir()
+
+    def found(self, *inputs: str) -> list[str]:
+        return [path.as_posix() for path in find_inputs(inputs)]
+
+    def test_files_keep_their_order(self):
+        assert self.found("c.webp", "a.JPG") == ["c.webp", "a.JPG"]
+
+    def test_a_named_file_may_have_any_suffix(self):
+        assert self.found("notes.txt") == ["notes.txt"]
+
+    def test_a_folder_gives_its_images_sorted_and_not_its_subfolders(self):
+        assert self.found(".") == ["a.JPG", "b.png", "c.webp"]
+        assert self.found("sub/") == ["sub/d.tiff"]
+
+    def test_globs(self):
+        assert self.found("*") == ["a.JPG", "b.png", "c.webp"]
+        assert self.found("**/*.bmp") == ["sub/deep/e.bmp"]
+        assert self.found("sub/**") == ["sub/d.tiff", "sub/deep/e.bmp"]
+        assert self.found("[bc].*") == ["b.png", "c.webp"]
+
+    def test_a_glob_that_names_a_suffix_may_name_any(self):
+        assert self.found("*.jp2") == ["f.jp2"]
+
+    def test_a_file_whose_name_looks_like_a_glob(self, tmp_path):
+        (tmp_path / "x[1].png").touch()
+        assert self.found("x[1].png") == ["x[1].png"]
+
+    def test_each_file_once_at_its_first_place(self, tmp_path):
+        assert self.found("b.png", ".", "./b.png", str(tmp_path / "a.JPG")) == ["b.png", "a.JPG", "c.webp"]
+
+    def test_a_home_folder(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert find_inputs(["~/b.png"]) == [tmp_path / "b.png"]
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            ("missing.png", "no file or folder missing.png"),
+            ("empty", "the folder empty holds no images"),
+            ("*.gif", r"\*\.gif matches 0 files"),
+            ("notes*", r"notes\* matches 1 files, and no image"),
+            ("", "an input is empty"),
+        ],
+    )
+    def test_an_input_that_gives_nothing_is_named(self, wrong, message):
+        with pytest.raises(ValueError, match=message):
+            find_inputs(["b.png", wrong])
+
+    def test_no_input_at_all(self):
+        with pytest.raises(ValueError, match="no images given"):
+            find_inputs([])
+
+
+class TestOutputNames:
+    @pytest.mark.parametrize(
+        ("paths", "names"),
+        [
+            (["a/x.png", "y.jpg"], ["x", "y"]),
+            (["x.png", "x.jpg", "y.png"], ["x.png", "x.jpg", "y"]),
+            (["a/x.png", "b/x.png", "b/x.jpg"], ["x.png", "x.png-2", "x.jpg"]),
+            (["x.png", "X.png"], ["x.png", "X.png-2"]),
+            (["x.png", "x.jpg", "x.png.tif"], ["x.png", "x.jpg", "x.png-2"]),
+            (["x.png-2.tif", "a/x.png", "b/x.png"], ["x.png-2", "x.png", "x.png-3"]),
+        ],
+    )
+    def test_no_two_are_the_same(self, paths, names):
+        assert output_names(map(Path, paths)) == names
+
+
+class TestPredictFiles:
+    def test_every_file_is_there_and_right(self, network, tmp_path):
+        image = noise(64, 96)
+        path = save(tmp_path / "in" / "street.png", image)
+        summary = run(network, [path], tmp_path / "out")
+        assert {p.name for p in (tmp_path / "out").iterdir()} == {f"street{end}" for end in OUTPUTS}
+
+        with torch.no_grad():
+            result = network(torch.from_numpy(image.transpose(2, 0, 1).copy())[None])
+        with Image.open(tmp_path / "out" / "street_labels.png") as picture:
+            assert picture.mode == "P"
+            colours = np.array(picture.getpalette(), dtype=int).reshape(-1, 3)
+            ids = np.asarray(picture)
+        assert np.array_equal(ids, result.labels[0].numpy())
+        assert len(np.unique(ids)) > 1, "the check above compared something"
+        assert np.array_equal(colours[: network.num_classes], network.palette)
+        mask = read_labels(tmp_path / "out" / "street_labels.png")
+        assert np.array_equal(mask, ids), "a label map can serve as a mask to train on"
+
+        overlay = read_image(tmp_path / "out" / "street_overlay.png")
+        assert overlay.shape[0] > 64 * 5 and overlay.shape[1] == 96 * 5, "enlarged, with a legend below"
+        assert read_image(tmp_path / "out" / "street_route.png").shape[1] > 200
+
+        prediction = summary.predictions[0]
+        assert prediction.image == path and prediction.name == "street" and prediction.size == (64, 96)
+        assert prediction.route == Route.from_gates(network.space, result.gates[0].numpy())
+        cost = model_cost(network, (64, 96))
+        assert prediction.cost_macs == pytest.approx(float(cost.of_gates(result.gates)[0]))
+        assert prediction.full_macs == pytest.approx(cost.full)
+        assert 0 < prediction.share < 1
+
+    def test_route_json_is_a_route_and_more(self, network, tmp_path):
+        path = save(tmp_path / "a.png", noise(64, 96))
+        prediction = run(network, [path], tmp_path / "out").predictions[0]
+        text = (tmp_path / "out" / "a_route.json").read_text()
+        assert Route.from_json(text) == prediction.route and len(prediction.route) > 0
+        data = json.loads(text)
+        assert (data["depth"], data["num_scales"]) == (4, 4)
+        assert data["image"] == str(path) and data["image_size"] == [64, 96]
+        assert data["cost_gmacs"] == pytest.approx(prediction.cost_macs / 1e9)
+        assert data["share_of_full"] == pytest.approx(data["cost_gmacs"] / data["full_gmacs"])
+        with torch.no_grad():
+            gates = network(torch.from_numpy(noise(64, 96).transpose(2, 0, 1).copy())[None]).gates[0]
+        assert len(data["activations"]) == len(data["open"])
+        for (layer, scale, name), activation in zip(data["open"], data["activations"], strict=True):
+            assert activation == pytest.approx(float(gates[layer, scale, DIRECTIONS.index(name)]), abs=1e-6)
+            assert activation > 0
+
+    def test_the_skip_engine_gives_the_same_files(self, network, tmp_path):
+        path = save(tmp_path / "a.png", noise(64, 96))
+        run(network, [path], tmp_path / "dense")
+        predict_files(SkipEngine(network), network, [path], tmp_path / "skip")
+        same = labels_of(tmp_path / "dense", "a") == labels_of(tmp_path / "skip", "a")
+        assert same.mean() > 0.999, "rounding may move a pixel that lies between two classes"
+        texts = [(tmp_path / kind / "a_route.json").read_text() for kind in ("dense", "skip")]
+        assert Route.from_json(texts[0]) == Route.from_json(texts[1])
+
+    @pytest.mark.parametrize("size", [(33, 47), (32, 32), (20, 100), (100, 7), (1, 1)])
+    def test_odd_and_small_sizes(self, network, tmp_path, size):
+        image = noise(*size)
+        path = save(tmp_path / "a.png", image)
+        prediction = run(network, [path], tmp_path / "out").predictions[0]
+        labels = labels_of(tmp_path / "out", "a")
+        assert labels.shape == prediction.size == size
+        assert json.loads((tmp_path / "out" / "a_route.json").read_text())["image_size"] == list(size)
+        if min(size) >= 32:
+            with torch.no_grad():
+                expected = network(torch.from_numpy(image.transpose(2, 0, 1).copy())[None]).labels[0]
+            assert np.array_equal(labels, expected.numpy())
+        computed = [max(32, -(-side // 32) * 32) for side in size]
+        assert prediction.full_macs == pytest.approx(model_cost(network, tuple(computed)).full)
+
+    def test_padding_of_a_small_image_is_grey_to_the_right_and_below(self, network, tmp_path):
+        """A small image and the same image padded by hand give the same labels."""
+        small = noise(20, 40)
+        padded = np.full((32, 40, 3), (124, 116, 104), dtype=np.uint8)
+        padded[:20] = small
+        paths = [save(tmp_path / "small.png", small), save(tmp_path / "padded.png", padded)]
+        run(network, paths, tmp_path / "out")
+        expected = labels_of(tmp_path / "out", "padded")[:20]
+        assert np.array_equal(labels_of(tmp_path / "out", "small"), expected)
+
+    def test_exif_orientation_gives_an_upright_label_map(self, network, tmp_path):
+        exif = Image.Exif()
+        exif[ORIENTATION_TAG] = ROTATED_RIGHT
+        image = noise(48, 80)
+        paths = [tmp_path / "turned.png", tmp_path / "upright.png"]
+        save(paths[0], image, exif=exif)
+        save(paths[1], np.rot90(image, -1))
+        summary = run(network, paths, tmp_path / "out")
+        assert summary.predictions[0].size == (80, 48)
+        assert np.array_equal(labels_of(tmp_path / "out", "turned"), labels_of(tmp_path / "out", "upright"))
+        overlay = read_image(tmp_path / "out" / "turned_overlay.png")
+        assert overlay.shape[0] > 80 * 6 - 1 and overlay.shape[0] >= overlay.shape[1]
+
+    @pytest.mark.parametrize("kind", ["grey", "rgba", "16-bit", "palette"])
+    def test_every_kind_of_pixel(self, network, tmp_path, kind):
+        image = noise(40, 64)
+        grey = image[..., 0]
+        pixels = {
+            "grey": grey,
+            "rgba": np.dstack([image, grey]),
+            "16-bit": (grey.astype(np.uint16) * 257),
+            "palette": np.asarray(Image.fromarray(image).quantize(16).convert("RGB")),
+        }[kind]
+        picture = Image.fromarray(pixels)
+        (picture.quantize(16) if kind == "palette" else picture).save(tmp_path / "a.png")
+        rgb = {"rgba": image, "palette": pixels}.get(kind, np.dstack([grey] * 3))
+        save(tmp_path / "rgb.png", rgb)
+        summary = run(network, [tmp_path / "a.png", tmp_path / "rgb.png"], tmp_path / "out")
+        assert not summary.skipped
+        assert np.array_equal(labels_of(tmp_path / "out", "a"), labels_of(tmp_path / "out", "rgb"))
+
+    def test_an_unreadable_file_is_skipped_and_reported(self, network, tmp_path):
+        paths = [save(tmp_path / f"{name}.png", noise(32, 64, seed)) for seed, name in enumerate("abc")]
+        paths[1].write_bytes(paths[1].read_bytes()[:500])
+        calls = []
+        summary = run(network, paths, tmp_path / "out", on_file=lambda: calls.append(1))
+        assert [p.name for p in summary.predictions] == ["a", "c"]
+        assert [path for path, _ in summary.skipped] == [paths[1]] and "b.png" in summary.skipped[0][1]
+        assert len(calls) == 3
+        assert not list((tmp_path / "out").glob("*b_*"))
+        lines = summary.table().splitlines()
+        assert any(line.split() == ["images", "2"] for line in lines)
+        assert any(line.split() == ["skipped", "1"] for line in lines)
+        assert "cannot read" in lines[-1] and "b.png" in lines[-1]
+
+    def test_nothing_but_unreadable_files(self, network, tmp_path):
+        (tmp_path / "a.png").write_text("no image")
+        summary = run(network, [tmp_path / "a.png"], tmp_path / "out")
+        assert not summary.predictions and len(summary.skipped) == 1
+        assert "cost" not in summary.table() and not list((tmp_path / "out").iterdir())
+
+    def test_the_table_says_what_the_images_cost(self, network, tmp_path):
+        paths = [save(tmp_path / "a.png", noise(32, 64)), save(tmp_path / "b.png", noise(64, 64, 1))]
+        summary = run(network, paths, tmp_path / "out")
+        costs = [p.cost_macs / 1e9 for p in summary.predictions]
+        text = summary.table()
+        for name, value in (("mean", np.mean(costs)), ("min", min(costs)), ("max", max(costs))):
+            (line,) = [line for line in text.splitlines() if line.startswith(f"real cost, {name}")]
+            assert f" {value:.4g} GMACs (" in line and "% of the full network" in line
+        assert str(tmp_path / "out") in text and "skipped" not in text and summary.seconds > 0
+
+    def test_images_of_one_name_do_not_overwrite_each_other(self, network, tmp_path):
+        paths = [tmp_path / name for name in ("a/x.png", "b/x.jpg", "b/x.png", "y.png")]
+        for seed, path in enumerate(paths):
+            save(path, noise(32 + 8 * seed, 64, seed))
+        summary = run(network, paths, tmp_path / "out")
+        names = [p.name for p in summary.predictions]
+        assert len(set(names)) == 4 and names[3] == "y"
+        assert len(list((tmp_path / "out").iterdir())) == 4 * len(OUTPUTS)
+        for path, name in zip(paths, names, strict=True):
+            data = json.loads((tmp_path / "out" / f"{name}_route.json").read_text())
+            assert data["image"] == str(path)
+            assert labels_of(tmp_path / "out", name).shape == read_image(path).shape[:2]
+
+    def test_running_again_replaces_the_results(self, network, tmp_path):
+        path = save(tmp_path / "a.png", noise(32, 64))
+        run(network, [path], tmp_path / "out")
+        save(path, noise(40, 64))
+        run(network, [path], tmp_path / "out")
+        assert labels_of(tmp_path / "out", "a").shape == (40, 64)
+        assert len(list((tmp_path / "out").iterdir())) == len(OUTPUTS)
+
+    @pytest.mark.parametrize("kind", ["a file", "below a file", "read only"])
+    def test_an_output_that_cannot_be_written_is_refused_before_any_work(self, network, tmp_path, kind):
+        path = save(tmp_path / "a.png", noise(32, 64))
+        output = {"a file": path, "below a file": path / "out", "read only": tmp_path / "locked"}[kind]
+        if kind == "read only":
+            output.mkdir(mode=0o555)
+            if os.access(output, os.W_OK):
+                pytest.skip("this user may write into read-only folders")
+        before = path.read_bytes()
+        forwards = []
+        with pytest.raises(ValueError, match=f"cannot write into {output}.*--output"):
+            predict_files(forwards.append, network, [path], output)
+        assert not forwards and path.read_bytes() == before
+
+    def test_an_image_is_never_overwritten_by_a_result(self, network, tmp_path):
+        paths = [save(tmp_path / "x.png", noise(32, 64)), save(tmp_path / "x_labels.png", noise(32, 64))]
+        before = paths[1].read_bytes()
+        with pytest.raises(ValueError, match="x_labels.png is itself an input.*--output"):
+            run(network, paths, tmp_path)
+        assert paths[1].read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+        assert len(run(network, paths[:1], tmp_path).predictions) == 1, "the same folder will do"
+
+    def test_a_disk_that_fills_up_leaves_no_half_file(self, network, tmp_path, monkeypatch):
+        paths = [save(tmp_path / f"{name}.png", noise(32, 64)) for name in "ab"]
+        write = Path.write_bytes
+
+        def fill(path, data):
+            if "b_overlay" not in path.name:
+                return write(path, data)
+            write(path, data[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_bytes", fill)
+        with pytest.raises(ValueError, match="cannot write into .*: No space left on device"):
+            run(network, paths, tmp_path / "out")
+        names = {p.name for p in (tmp_path / "out").iterdir()}
+        assert {f"a{end}" for end in OUTPUTS} <= names
+        assert not any("overlay" in name or "json" in name for name in names if "b_" in name)
+        assert not any(name.endswith(".tmp") for name in names)
+
+    def test_the_network_stays_in_its_mode_and_is_run_in_eval_mode(self, network, tmp_path):
+        path = save(tmp_path / "a.png", noise(64, 64))
+        run(network, [path], tmp_path / "eval")
+        network.train()
+        statistics = {key: value.clone() for key, value in network.state_dict().items()}
+        run(network, [path], tmp_path / "train")
+        assert network.training
+        assert all(torch.equal(value, statistics[key]) for key, value in network.state_dict().items())
+        assert np.array_equal(labels_of(tmp_path / "eval", "a"), labels_of(tmp_path / "train", "a"))
+
+    def test_a_network_that_diverged_is_named_and_nothing_is_written(self, network, tmp_path):
+        path = save(tmp_path / "a.png", noise(64, 64))
+        with torch.no_grad():
+            network.stem[0][0].weight.fill_(float("nan"))
+        with pytest.raises(ValueError, match="NaN"):
+            run(network, [path], tmp_path / "out")
+        assert not list((tmp_path / "out").iterdir())
