@@ -260,6 +260,14 @@ class TestTrainingOrder:
         assert not torch.equal(pictures[0, 0]["image"], pictures[1, 0]["image"])
         assert torch.equal(pictures[1, 0]["image"], pictures[1, 0]["image"])
 
+    def test_the_augmentation_depends_on_seed_and_stream(self):
+        data = open_data(DataConfig(image_size=(64, 96), train_images=1), "train")
+        augmentation = Augmentation((48, 48))
+        one, seed, stream = (
+            TrainingPictures(data, augmentation, *key)[0, 0]["image"] for key in ((0, 0), (1, 0), (0, 1))
+        )
+        assert not torch.equal(one, seed) and not torch.equal(one, stream)
+
     def test_precise_norm_batches_are_a_function_of_seed_and_step(self):
         one, again, other = (list(self.module().norm_dataloader(step, 2)) for step in (10, 10, 20))
         assert all(torch.equal(a["image"], b["image"]) for a, b in zip(one, again, strict=True))
@@ -456,6 +464,11 @@ class TestCamvid:
         with pytest.raises(ValueError, match=r"train/p2\.png is 48x40, its label .*p2\.png is 24x20"):
             camvid.open_camvid(small_camvid, "train").read(2)
 
+    def test_the_first_value_that_is_no_class_is_refused(self, small_camvid):
+        save(small_camvid / "trainannot" / "p0.png", np.full((40, 48), 12, np.uint8))
+        with pytest.raises(ValueError, match="label value 12"):
+            camvid.open_camvid(small_camvid, "train").read(0)
+
     @pytest.mark.parametrize("folder", ["train", "trainannot"])
     def test_a_truncated_file_is_passed_over_in_training_and_counted(self, small_camvid, folder):
         truncate(small_camvid / folder / "p1.png")
@@ -526,9 +539,11 @@ class TestFolder:
         (folder_root / "classes.yaml").write_text("names: [road, car]\nmapping: {1000: 1}\n")
         assert (open_folder(folder_root, "train").read(0)[1] == 1).all()
 
-    def test_a_target_of_the_mapping_outside_the_classes_is_refused(self, folder_root):
-        (folder_root / "classes.yaml").write_text("names: [road, car]\nmapping: {10: 0, 20: 5, 30: 255}\n")
-        with pytest.raises(ValueError, match="value 5.*2 classes"):
+    @pytest.mark.parametrize("target", [2, 5, -1, 300])
+    def test_a_target_of_the_mapping_outside_the_classes_is_refused(self, folder_root, target):
+        text = f"names: [road, car]\nmapping: {{10: 0, 20: {target}, 30: 255}}\n"
+        (folder_root / "classes.yaml").write_text(text)
+        with pytest.raises(ValueError, match=f"value {target}.*2 classes"):
             open_folder(folder_root, "train").read(0)
 
     @pytest.mark.parametrize(

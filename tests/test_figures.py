@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from routeseg import figures
+from routeseg.figures import charts
 from routeseg.report import Report
 from routeseg.space import DOWN, KEEP, UP, RoutingSpace
 
@@ -79,9 +80,7 @@ class TestOverlay:
         ]
         assert entries[1][1] == (0, 0, 142)
 
-    @pytest.mark.parametrize(
-        ("height", "width"), [(64, 64), (30, 333), (200, 40), (480, 640), (1024, 2048), (1, 1)]
-    )
+    @pytest.mark.parametrize(("height", "width"), [(64, 64), (30, 333), (200, 40), (480, 640), (1024, 2048), (1, 1)])
     def test_picture_on_top_left_and_a_legend_in_the_class_colours(self, height, width):
         image, labels = picture(height, width)
         result = figures.overlay(image, labels, NAMES, PALETTE)
@@ -161,9 +160,7 @@ class TestRoute:
     @pytest.mark.parametrize("strength", [0.02, 0.5, 1.0])
     def test_an_open_path_is_darker_and_wider_than_a_closed_one_in_greyscale(self, direction, strength):
         way = [(0, 0, DOWN), (1, 1, KEEP)]
-        opened = Drawn(self.space, self.gates(*way, (2, 1, direction), strength=strength)).edge(
-            2, 1, direction
-        )
+        opened = Drawn(self.space, self.gates(*way, (2, 1, direction), strength=strength)).edge(2, 1, direction)
         other = KEEP if direction != KEEP else UP
         closed = Drawn(self.space, self.gates(*way, (2, 1, other))).edge(2, 1, direction)
         assert closed.min() < 250, "closed paths are there, faintly"
@@ -171,9 +168,7 @@ class TestRoute:
         assert (opened < 200).sum() > (closed < 200).sum()
 
     def test_strength_shows_in_tone_and_width(self):
-        inks = [
-            Drawn(self.space, self.gates((0, 0, KEEP), strength=s)).edge(0, 0, KEEP) for s in (0.1, 0.5, 1.0)
-        ]
+        inks = [Drawn(self.space, self.gates((0, 0, KEEP), strength=s)).edge(0, 0, KEEP) for s in (0.1, 0.5, 1.0)]
         tones, widths = [int(i.min()) for i in inks], [int((i < 200).sum()) for i in inks]
         assert tones == sorted(tones, reverse=True) and widths == sorted(widths) and len(set(widths)) == 3
 
@@ -245,22 +240,19 @@ class TestRoute:
 def texts(monkeypatch) -> list[str]:
     """The texts of the figures written in a test."""
     found: list[str] = []
-    save = figures._save
+    save = charts.save_figure
 
     def listen(figure, path, kind):
         found.extend(text.get_text() for text in figure.findobj(Text))
         save(figure, path, kind)
 
-    monkeypatch.setattr(figures, "_save", listen)
+    monkeypatch.setattr(charts, "save_figure", listen)
     return found
 
 
 class TestCharts:
     def test_a_whole_run(self, tmp_path, texts):
-        rows = [
-            {"step": s, "loss": 2 / (1 + s), "cross_entropy": 1.9 / (1 + s), "budget_loss": 0.1}
-            for s in range(90)
-        ]
+        rows = [{"step": s, "loss": 2 / (1 + s), "cross_entropy": 1.9 / (1 + s), "budget_loss": 0.1} for s in range(90)]
         rows += [{"step": s, "expected_cost": 0.5, "real_cost": 0.6, "lr": 0.05} for s in range(90)]
         rows += [{"step": 40, "val_miou": 0.5}, {"step": 80, "val_miou": 0.625, "loss": float("nan")}]
         figures.learning_curves(tmp_path / "run.svg", rows, budget_start_step=36, budget_target=0.1)
@@ -281,7 +273,7 @@ class TestCharts:
             figures.learning_curves(tmp_path / "run.png", [{"loss": 1.0}])
 
     def test_smoothing_keeps_a_constant_and_the_length(self):
-        assert np.allclose(figures._smooth(np.full(200, 3.0)), 3) and len(figures._smooth(np.ones(31))) == 31
+        assert np.allclose(charts._smooth(np.full(200, 3.0)), 3) and len(charts._smooth(np.ones(31))) == 31
 
     def test_class_bars_say_every_value_and_absent(self, tmp_path, texts):
         figures.class_iou_bars(tmp_path / "iou.png", NAMES, [0.95, 0.5, float("nan"), 0.05], PALETTE)

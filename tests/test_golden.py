@@ -6,11 +6,11 @@ import zipfile
 
 import pytest
 import torch
-from conftest import GOLDEN
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import routeseg
+from conftest import GOLDEN
 from routeseg.cost import budget_loss, model_cost
 from routeseg.engine import build_engine
 from routeseg.space import DOWN, KEEP, UP
@@ -125,7 +125,9 @@ class Evil:
         return (open, (str(self.path), "w"))
 
 
-@pytest.mark.parametrize("kind", ["truncated", "text", "code", "other network", "missing tensor", "extra tensor", "empty"])
+@pytest.mark.parametrize(
+    "kind", ["truncated", "text", "code", "other network", "missing tensor", "extra tensor", "empty"]
+)
 def test_bad_files_are_refused(tmp_path, kind, capsys):
     from routeseg.cli import main
 
@@ -143,7 +145,9 @@ def test_bad_files_are_refused(tmp_path, kind, capsys):
     elif kind == "other network":
         torch.save({"model": torch.nn.Linear(3, 3).state_dict()}, path)
     elif kind == "missing tensor":
-        torch.save({"model": {k: v for k, v in state.items() if k != "backbone.all_cell_list.2.1.res_up.1.weight"}}, path)
+        torch.save(
+            {"model": {k: v for k, v in state.items() if k != "backbone.all_cell_list.2.1.res_up.1.weight"}}, path
+        )
     elif kind == "extra tensor":
         torch.save({"model": {**state, "backbone.extra": torch.zeros(1)}}, path)
     assert main(["import-checkpoint", str(path), str(out)]) == 2

@@ -1,12 +1,12 @@
-"""The network's contract: shapes, per-image routing, padding, forced routes; and every engine against the dense forward."""
+"""The network's contract: shapes, per-image routing, padding, forced routes; engines against the dense forward."""
 
 import random
 
 import pytest
 import torch
-from conftest import spread_gates
 
 import routeseg
+from conftest import spread_gates
 from routeseg import DynamicRoutingNetwork, Route, RoutingSpace, build_engine
 
 ENGINES = ("dense", "skip")
@@ -107,7 +107,9 @@ def test_own_route_with_own_activations_is_the_free_forward(tiny_network, engine
 @pytest.mark.parametrize("changes", [{}, {"small_gate": True}, {"gate": "fixed"}, {"num_scales": 3, "depth": 2}])
 @pytest.mark.parametrize("size", [(64, 96), (45, 130)])
 def test_skip_engine_equals_dense(changes, size, activation):
-    model = spread_gates(DynamicRoutingNetwork(**{"num_classes": 5, "depth": 5, "base_channels": 8, "stem_channels": 8} | changes))
+    model = spread_gates(
+        DynamicRoutingNetwork(**{"num_classes": 5, "depth": 5, "base_channels": 8, "stem_channels": 8} | changes)
+    )
     model.eval()
     engine, batch = build_engine(model), images(3, *size)
     some = [random_route(model.space, seed, share) for seed, share in enumerate((0.2, 0.5, 0.9))]
@@ -152,7 +154,9 @@ def test_routes_that_do_not_fit(tiny_network):
         tiny_network(images(), route=[Route.all_open(tiny_network.space)])
 
 
-@pytest.mark.parametrize("operations", [["sep_conv_3x3"], ["sep_conv_5x5", "identity"], ["sep_conv_3x3", "sep_conv_5x5"], ["identity"]])
+@pytest.mark.parametrize(
+    "operations", [["sep_conv_3x3"], ["sep_conv_5x5", "identity"], ["sep_conv_3x3", "sep_conv_5x5"], ["identity"]]
+)
 def test_cell_operations(operations):
     model = DynamicRoutingNetwork(3, depth=3, base_channels=8, stem_channels=8, cell_operations=operations).eval()
     with torch.no_grad():

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from routeseg import SkipEngine
+from routeseg import DynamicRoutingNetwork, SkipEngine
 from routeseg.cost import model_cost
 from routeseg.data.folder import read_image, read_labels
+from routeseg.data.transforms import PADDING_RGB
 from routeseg.prediction import OUTPUTS, find_inputs, output_names, predict_files
 from routeseg.space import DIRECTIONS, Route
 
@@ -60,8 +61,8 @@ class TestFindInputs:
     @pytest.fixture(autouse=True)
     def _files(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        names = ["b.png", "a.JPG", "c.webp", "notes.txt", ".hidden.png", "f.jp2", "sub/d.tiff", "sub/deep/e.bmp"]
-        for name in names:
+        images = ["b.png", "a.JPG", "c.webp", "f.jp2", "sub/d.tiff", "sub/deep/e.bmp"]
+        for name in (*images, "notes.txt", ".hidden.png"):
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
@@ -208,15 +209,26 @@ class TestPredictFiles:
         computed = [max(32, -(-side // 32) * 32) for side in size]
         assert prediction.full_macs == pytest.approx(model_cost(network, tuple(computed)).full)
 
-    def test_padding_of_a_small_image_is_grey_to_the_right_and_below(self, network, tmp_path):
-        """A small image and the same image padded by hand give the same labels."""
+    def test_a_small_image_is_padded_grey_to_the_right_and_below(self, network, tmp_path):
         small = noise(20, 40)
-        padded = np.full((32, 40, 3), (124, 116, 104), dtype=np.uint8)
+        seen = []
+
+        def forward(images):
+            seen.append(images)
+            return network(images)
+
+        predict_files(forward, network, [save(tmp_path / "a.png", small)], tmp_path / "out")
+        padded = np.full((32, 40, 3), PADDING_RGB, dtype=np.uint8)
         padded[:20] = small
-        paths = [save(tmp_path / "small.png", small), save(tmp_path / "padded.png", padded)]
-        run(network, paths, tmp_path / "out")
-        expected = labels_of(tmp_path / "out", "padded")[:20]
-        assert np.array_equal(labels_of(tmp_path / "out", "small"), expected)
+        assert seen[0].dtype == torch.uint8
+        assert np.array_equal(seen[0][0].permute(1, 2, 0), padded)
+        assert np.array_equal(labels_of(tmp_path / "out", "a"), network(seen[0]).labels[0, :20])
+
+    def test_the_cost_is_that_of_the_size_that_is_computed(self, tmp_path):
+        """With three scales 16 pixels would do for the space, but the network takes no less than 32."""
+        model = DynamicRoutingNetwork(5, depth=3, num_scales=3, base_channels=8, stem_channels=8).eval()
+        prediction = run(model, [save(tmp_path / "a.png", noise(10, 12))], tmp_path / "out").predictions[0]
+        assert prediction.full_macs == pytest.approx(model_cost(model, (32, 32)).full)
 
     def test_exif_orientation_gives_an_upright_label_map(self, network, tmp_path):
         exif = Image.Exif()

@@ -10,10 +10,10 @@ import time
 
 import pytest
 import torch
-from conftest import spread_gates
 from safetensors.torch import load_file
 
 import routeseg
+from conftest import spread_gates
 from routeseg.cli import main
 from routeseg.cost import Budget
 from routeseg.data.datamodule import DataConfig
@@ -73,7 +73,9 @@ def test_killed_and_resumed_ends_with_the_same_weights(tmp_path):
 
 def test_writes_logs_and_networks(tmp_path):
     model = tiny_model()
-    result = train(model, DataConfig(**DATA), recipe(), Budget(0.5, 0.2, start=0.5), tmp_path, progress=False, accelerator="cpu")
+    result = train(
+        model, DataConfig(**DATA), recipe(), Budget(0.5, 0.2, start=0.5), tmp_path, progress=False, accelerator="cpu"
+    )
     assert result.evaluation is not None and 0 <= result.evaluation.miou <= 1
     assert len(list((tmp_path / "tensorboard").glob("events*"))) == 1
     with open(next((tmp_path / "logs").glob("*/metrics.csv"))) as file:
@@ -82,7 +84,9 @@ def test_writes_logs_and_networks(tmp_path):
     assert len(steps) == 6
     for row in steps:  # Eq. 10; the budget starts after half of the steps, and ramps up from 0
         weight = 0.5 * (int(row["step"]) > 3)
-        assert float(row["loss"]) == pytest.approx(float(row["cross_entropy"]) + weight * float(row["budget_loss"]), rel=1e-5)
+        assert float(row["loss"]) == pytest.approx(
+            float(row["cross_entropy"]) + weight * float(row["budget_loss"]), rel=1e-5
+        )
     assert sum(bool(row["val_miou"]) for row in rows) == 2
     loaded = routeseg.load(tmp_path / "last")
     assert torch.equal(loaded.decoder.predictor.weight, model.decoder.predictor.weight)
@@ -230,7 +234,15 @@ def test_compiled_and_bf16(tmp_path):
     """torch.compile and bf16 both train; compiled parts give the loss that plain ones give."""
     losses = {}
     for name, changes in (("plain", {}), ("compiled", {"compile": True}), ("bf16", {"precision": "bf16-mixed"})):
-        train(tiny_model(), DataConfig(**DATA), recipe(**changes), Budget(), tmp_path / name, progress=False, accelerator="cpu")
+        train(
+            tiny_model(),
+            DataConfig(**DATA),
+            recipe(**changes),
+            Budget(),
+            tmp_path / name,
+            progress=False,
+            accelerator="cpu",
+        )
         with open(next((tmp_path / name / "logs").glob("*/metrics.csv"))) as file:
             losses[name] = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
     assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-3)

@@ -1,9 +1,9 @@
 """routeseg: semantic segmentation with a network that picks its own depth and resolution for every image.
 
-    import routeseg
-    model = routeseg.load()                        # the small street-scene network that is shipped
-    result = routeseg.SkipEngine(model)(images)    # images [B,3,H,W], RGB, uint8 or 0..1
-    result.labels, routeseg.model_cost(model, (H, W)).of_gates(result.gates)
+import routeseg
+model = routeseg.load()                        # the small street-scene network that is shipped
+result = routeseg.SkipEngine(model)(images)    # images [B,3,H,W], RGB, uint8 or 0..1
+result.labels, routeseg.model_cost(model, (H, W)).of_gates(result.gates)
 """
 
 from routeseg.checkpoints import import_checkpoint, load

@@ -109,7 +109,11 @@ def _read_authors_file(path: Path) -> dict[str, Tensor]:
 
 def _infer_config(theirs: Mapping[str, Tensor], name: str) -> dict[str, Any]:
     """Depth, width, classes and gates from the shapes of the authors' tensors."""
-    nodes = {tuple(map(int, m.groups())) for key in theirs if (m := re.match(r"backbone\.all_cell_list\.(\d+)\.(\d+)\.", key))}
+    nodes = {
+        tuple(map(int, m.groups()))
+        for key in theirs
+        if (m := re.match(r"backbone\.all_cell_list\.(\d+)\.(\d+)\.", key))
+    }
     try:
         return {
             "depth": max(layer for layer, _ in nodes) + 1,
@@ -147,7 +151,9 @@ def _translate(
             legal = model.space.directions(layer, scale)
             rows = [d for d in AUTHORS_GATE_ORDER if d in legal]
             if len(tensor) != len(rows):
-                raise ValueError(f"{name}: {key} has {len(tensor)} rows, node ({layer}, {scale}) has {len(rows)} directions")
+                raise ValueError(
+                    f"{name}: {key} has {len(tensor)} rows, node ({layer}, {scale}) has {len(rows)} directions"
+                )
             tensor = tensor[[rows.index(d) for d in legal]]
         if flip_channels and ours == "stem.0.0.weight":
             tensor = tensor.flip(1)  # BGR to RGB

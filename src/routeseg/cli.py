@@ -44,9 +44,11 @@ class Parser(ArgumentParser):
 
 def _unknown_keys(message: str) -> list[str]:
     """The names that jsonargparse does not know, from its messages for files and for the command line."""
-    in_group = [f"{group}.{key}" for group, key in re.findall(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)]
+    in_group = [
+        f"{group}.{key}" for group, key in re.findall(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    ]
     alone = re.findall(r"Option '([\w.]+)' is not accepted|[Uu]nrecognized arguments: --([\w.\-]+)", message)
-    return in_group + ["".join(pair) for pair in alone]
+    return [".".join(pair) for pair in pairs] + ["".join(pair) for pair in alone]
 
 
 def _first_lines(message: str) -> str:
@@ -237,9 +239,10 @@ def import_command(words: Sequence[str]) -> int:
     model = checkpoints.import_checkpoint(args.file, args.small_gate, args.normalize)
     folder = model.save(args.output)
     parameters = sum(p.numel() for p in model.parameters())
+    gates = "no" if not model.gated else "small" if model.small_gate else "full"
     print(
-        f"{folder}: {model.space}, {model.base_channels} channels, {model.num_classes} classes, "
-        f"{'no' if not model.gated else 'small' if model.small_gate else 'full'} gates, {parameters / 1e6:.3f} M parameters, "
+        f"{folder}: {model.space}, {model.base_channels} channels, {model.num_classes} classes, {gates} gates, "
+        f"{parameters / 1e6:.3f} M parameters, "
         f"{model_cost(model, (1024, 2048)).full / 1e9:.2f} GMACs at 1024x2048"
     )
     return 0
@@ -260,12 +263,11 @@ def make_data_command(words: Sequence[str]) -> int:
 
     from routeseg.data.datamodule import DataConfig, write_folder
 
-    config = DataConfig(
-        image_size=args.size, preset=args.preset, train_images=args.train, val_images=args.val
-    )
+    config = DataConfig(image_size=args.size, preset=args.preset, train_images=args.train, val_images=args.val)
     with _progress("make-data", args.train + args.val) as step:
         write_folder(config, Path(args.output), args.seed, step)
-    print(f"{args.output}: {args.train} training and {args.val} validation pictures; train with --data.name folder --data.root {args.output}")
+    print(f"{args.output}: {args.train} training and {args.val} validation pictures")
+    print(f"train on them with --data.name folder --data.root {args.output}")
     return 0
 
 
@@ -315,7 +317,9 @@ def print_evaluation(result: Evaluation) -> None:
     summary.add_row("pixel accuracy", f"{100 * data['pixel_accuracy']:.2f} %")
     summary.add_row("images", f"{data['images']}" + (f" ({data['skipped']} skipped)" if data["skipped"] else ""))
     for key in ("mean", "min", "max"):
-        summary.add_row(f"real cost, {key}", f"{cost[key]:.3f} GMACs ({100 * cost[key + '_share']:.1f} % of the full network)")
+        summary.add_row(
+            f"real cost, {key}", f"{cost[key]:.3f} GMACs ({100 * cost[key + '_share']:.1f} % of the full network)"
+        )
     summary.add_row("full network", f"{cost['full']:.3f} GMACs")
     console.print(summary)
 

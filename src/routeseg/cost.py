@@ -1,4 +1,4 @@
-"""What a route costs: multiply-accumulates (MACs) of every node and edge, and the budget that the gates learn (Sec. 3.3).
+"""What a route costs: multiply-accumulates (MACs) of every node and edge; the budget that gates learn (Sec. 3.3).
 
 All of it is a pure function of (space, widths, classes, image size) and gates or a route; nothing is measured here.
 
@@ -15,12 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from routeseg.space import DOWN, KEEP, STEM_STRIDE, UP, Route, RoutingSpace
+from routeseg.space import DOWN, KEEP, SMALL_GATE_FACTOR, STEM_STRIDE, UP, Route, RoutingSpace
 
 if TYPE_CHECKING:
     from routeseg.model import DynamicRoutingNetwork
-
-SMALL_GATE_AREA = 16  # the small gate sees a quarter of the height and of the width
 
 
 @dataclass(frozen=True)
@@ -80,8 +78,8 @@ class CostTable:
     def of_gates(self, gates: Tensor | np.ndarray) -> np.ndarray:
         """Real cost of each image from its gates [B,L+1,S,3] (or [L+1,S,3]): MACs, float64 [B] (or a scalar array)."""
         values = gates.detach().cpu().numpy() if isinstance(gates, Tensor) else np.asarray(gates)
-        open_edges = values > 0
         reached = self.space.reached(values)
+        open_edges = (values > 0) & reached[..., None]
         return (
             self.stem
             + self.decoder
@@ -119,9 +117,10 @@ def cost_table(
     small_gate: bool = False,
     convention: str = "authors",
 ) -> CostTable:
-    """MACs of every node and edge for an image of size (height, width), which is padded to the space's stride.
+    """MACs of every node and edge for an image of size (height, width), padded to the space's stride.
 
-    `convention` is "authors" (checked against their network, `docs/cost.md`) or "full". Raises ValueError otherwise.
+    `convention` is "authors" (checked against their network), "full" or "conv": see `CONVENTIONS` and docs/cost.md.
+    Raises ValueError for another one.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"cost convention {convention!r}: choose one of {', '.join(CONVENTIONS)}")
@@ -132,11 +131,12 @@ def cost_table(
     gate, cell, edge = np.zeros(shape), np.zeros(shape), np.zeros((*shape, 3))
     for layer, scale in space.nodes:
         channels = base_channels * 2**scale
-        pixels = height * width // (STEM_STRIDE * 2**scale) ** 2
+        h, w = height // (STEM_STRIDE * 2**scale), width // (STEM_STRIDE * 2**scale)
+        pixels = h * w
         directions = space.directions(layer, scale)
         cell[layer, scale] = sum(count.operation(name, channels, pixels) for name in cell_operations)
         if gated:
-            gate[layer, scale] = count.gate(channels, pixels, len(directions), small_gate)
+            gate[layer, scale] = count.gate(channels, (h, w), len(directions), small_gate)
         for direction in directions:
             edge[layer, scale, direction] = count.transform(direction, channels, pixels)
     return CostTable(
@@ -149,9 +149,7 @@ def cost_table(
     )
 
 
-def model_cost(
-    model: DynamicRoutingNetwork, image_size: tuple[int, int], convention: str = "authors"
-) -> CostTable:
+def model_cost(model: DynamicRoutingNetwork, image_size: tuple[int, int], convention: str = "authors") -> CostTable:
     """The cost table of a network at an image size (height, width)."""
     return cost_table(
         model.space,
@@ -188,12 +186,11 @@ class _Counter:
         kernel = int(name.rsplit("x", 1)[1])  # sep_conv_3x3, sep_conv_5x5
         return sum(self.separable(channels, channels, kernel, pixels, relu) for relu in (True, False))
 
-    def gate(self, channels: int, pixels: int, directions: int, small: bool) -> float:
-        """Eq. 2-3; the small gate first resizes its input by 1/4."""
-        total = 0.0
-        if small:
-            pixels = max(1, pixels // SMALL_GATE_AREA)
-            total += pixels * channels * self.unit.resize
+    def gate(self, channels: int, size: tuple[int, int], directions: int, small: bool) -> float:
+        """Eq. 2-3 at a map of size (h, w); the small gate first resizes it by 1/4, to at least one pixel."""
+        h, w = (max(1, side // SMALL_GATE_FACTOR) for side in size) if small else size
+        pixels = h * w
+        total = pixels * channels * self.unit.resize if small else 0.0
         hidden = channels // 2
         return (
             total
@@ -258,8 +255,8 @@ class Budget:
     ramp: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError(f"budget weight is {self.weight}: it must not be negative (0 is no budget)")
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"budget weight is {self.weight}: it must be a number of at least 0 (0 is no budget)")
         for name, value in (("target", self.target), ("start", self.start), ("ramp", self.ramp)):
             if not 0 <= value <= 1:
                 raise ValueError(f"budget {name} is {value}: it is a share, from 0 to 1")

@@ -1,8 +1,8 @@
 """The demo: train for a bounded time, evaluate, and write a report that shows what the network does.
 
-    OUTPUT/run/        the run: last.ckpt, best/, last/, logs/
-    OUTPUT/result.json figures of the report, with machine, date and versions
-    OUTPUT/*.png, report.html
+OUTPUT/run/        the run: last.ckpt, best/, last/, logs/
+OUTPUT/result.json figures of the report, with machine, date and versions
+OUTPUT/*.png, report.html
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from routeseg.training import Recipe, segmentation_loss, train
 
 PICTURES_PER_PRESET = 40
 GALLERY = 6
+PACKAGES = ("routeseg", "torch", "lightning")
 CALIBRATION_STEPS = 4
 TRAINING_SHARE = 0.85  # of the time asked for; the rest goes to validation
 
@@ -93,7 +94,9 @@ def machine_facts() -> dict[str, Any]:
     model_name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         model_name = names[0] if names else model_name
     return {
         "machine": {
@@ -103,7 +106,8 @@ def machine_facts() -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "date": datetime.now(UTC).date().isoformat(),
-        "versions": {name: version(name) for name in ("routeseg", "torch", "lightning")} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in ("routeseg", "torch", "lightning")}
+        | {"python": platform.python_version()},
     }
 
 
@@ -185,7 +189,8 @@ def write_report(
             "It is reported as measured: nothing in the training tells the network to follow the scale."
         )
         report.table(
-            ["preset", "mean cost, % of full"], [[name, f"{100 * s:.2f}"] for name, s in facts["cost_by_preset"].items()]
+            ["preset", "mean cost, % of full"],
+            [[name, f"{100 * s:.2f}"] for name, s in facts["cost_by_preset"].items()],
         )
 
     report.heading("Segmentations")
@@ -193,7 +198,8 @@ def write_report(
     for index in np.linspace(0, len(pictures) - 1, min(GALLERY, len(pictures))).round().astype(int):
         image, labels, _ = _segment(engine, pictures, int(index))
         path = output / f"overlay_{pictures.name(int(index))}.png"
-        figures.write_image(path, figures.overlay(image, labels, model.class_names, model.palette))
+        overlay = figures.overlay(image, labels, model.class_names, model.palette)
+        figures.write_atomically(path, figures.png_bytes(overlay))
         gallery.append((path, pictures.name(int(index))))
     report.gallery(gallery)
 
@@ -209,13 +215,21 @@ def write_report(
 
     report.heading("How it was made")
     machine, versions = facts["machine"], facts["versions"]
+    size = f"{model.base_channels} channels, {facts['parameters'] / 1e6:.2f} M parameters"
+    spread = f"min {cost['min']:.3f}, max {cost['max']:.3f}, full {cost['full']:.3f}"
     report.table(
         ["", ""],
         [
-            ["network", f"depth {model.space.depth}, {model.base_channels} channels, {facts['parameters'] / 1e6:.2f} M parameters"],
+            [
+                "network",
+                f"depth {model.space.depth}, {model.base_channels} channels, {facts['parameters'] / 1e6:.2f} M parameters",
+            ],
             ["training", f"{iterations} iterations of {facts['data']['batch_size']} pictures"],
             ["budget", f"weight {budget.weight}, target {budget.target} of the expected cost"],
-            ["real cost", f"{cost['mean']:.3f} GMACs (min {cost['min']:.3f}, max {cost['max']:.3f}, full {cost['full']:.3f})"],
+            [
+                "real cost",
+                f"{cost['mean']:.3f} GMACs (min {cost['min']:.3f}, max {cost['max']:.3f}, full {cost['full']:.3f})",
+            ],
             ["machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU'}"],
             ["date, versions", f"{facts['date']}, " + ", ".join(f"{name} {v}" for name, v in versions.items())],
         ],
@@ -242,7 +256,9 @@ def _panels(
     """A large-, a small- and a mixed-scale picture; elsewhere the cheapest, the median and the dearest one."""
     if facts["data"]["name"] == "scenes":
         data = DataConfig(**facts["data"])
-        chosen = [(open_data(replace(data, preset=p, val_images=1), "val", facts["recipe"]["seed"]), 0, p) for p in PRESETS]
+        chosen = [
+            (open_data(replace(data, preset=p, val_images=1), "val", facts["recipe"]["seed"]), 0, p) for p in PRESETS
+        ]
     else:
         order = np.argsort(evaluation.cost_macs)
         places = {"cheapest": order[0], "median": order[len(order) // 2], "dearest": order[-1]}

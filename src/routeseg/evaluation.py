@@ -143,7 +143,7 @@ def _check_labels(labels: Tensor, num_classes: int, name: str) -> None:
     known = labels[labels != IGNORE]
     if known.numel() and int(known.max()) >= num_classes:
         raise ValueError(
-            f"the label of {name} has class {int(known.max())}, the network has {num_classes} (0 to {num_classes - 1}). "
+            f"the label of {name} has class {int(known.max())}, the network has 0 to {num_classes - 1}. "
             "Was the checkpoint trained on another data set?"
         )
 

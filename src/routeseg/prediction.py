@@ -15,7 +15,6 @@ Legend: H, W image size, K classes, L depth, S scales.
 from __future__ import annotations
 
 import glob
-import io
 import json
 import os
 import time
@@ -33,7 +32,7 @@ from routeseg.cost import model_cost
 from routeseg.data.folder import IMAGE_SUFFIXES, UnreadableImage, read_image
 from routeseg.data.transforms import IGNORE, PADDING_RGB
 from routeseg.evaluation import Forward
-from routeseg.figures import overlay, save_route, write_atomically
+from routeseg.figures import overlay, png_bytes, save_route, write_atomically
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.model.network import MIN_IMAGE_SIZE, padded_size
 from routeseg.space import Route
@@ -226,8 +225,8 @@ def _predict(
     with _writing(target.parent):
         save_route(_file(target, ROUTE_PICTURE), model.space, gates, f"{path.name}: {cost}")
         write_atomically(_file(target, LABELS), _label_png(labels, model.palette))
-        tinted = Image.fromarray(overlay(image, labels, model.class_names, model.palette))
-        write_atomically(_file(target, OVERLAY), _png(tinted))
+        tinted = overlay(image, labels, model.class_names, model.palette)
+        write_atomically(_file(target, OVERLAY), png_bytes(tinted))
         write_atomically(_file(target, ROUTE), _route_json(prediction, gates).encode())
     return prediction
 
@@ -243,13 +242,7 @@ def _pad(image: np.ndarray) -> np.ndarray:
 def _label_png(labels: np.ndarray, palette: Iterable[Iterable[int]]) -> bytes:
     picture = Image.fromarray(labels)
     picture.putpalette([part for colour in palette for part in colour])
-    return _png(picture)
-
-
-def _png(picture: Image.Image) -> bytes:
-    data = io.BytesIO()
-    picture.save(data, format="PNG")
-    return data.getvalue()
+    return png_bytes(picture)
 
 
 def _route_json(prediction: Prediction, gates: np.ndarray) -> str:

@@ -18,9 +18,7 @@ from routeseg.figures import write_atomically
 
 Picture = str | Path | bytes
 
-_NUMBER = re.compile(
-    r"[<>~≈±+\-−]?\s?\d[\d,. ]*(e[+-]?\d+)?(\s?±\s?[\d.]+)?\s?(%|[A-Za-zµ]{1,5}|x|×)?", re.IGNORECASE
-)
+_NUMBER = re.compile(r"[<>~≈±+\-−]?\s?\d[\d,. ]*(e[+-]?\d+)?(\s?±\s?[\d.]+)?\s?(%|[A-Za-zµ]{1,5}|x|×)?", re.IGNORECASE)
 _EMPTY = ("", "-", "–", "—", "nan", "n/a", "absent")  # cells that say there is no number
 
 
@@ -59,9 +57,7 @@ class Report:
         """
         for number, row in enumerate(rows):
             if len(row) != len(header):
-                raise ValueError(
-                    f"row {number} has {len(row)} cells, the header {len(header)}: give one per column"
-                )
+                raise ValueError(f"row {number} has {len(row)} cells, the header {len(header)}: give one per column")
         cells = [[_cell(value) for value in row] for row in rows]
         right = [_is_numeric([row[column] for row in cells]) for column in range(len(header))]
 

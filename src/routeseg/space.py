@@ -9,6 +9,7 @@ Legend: L depth, S number of scales, B images.
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ import numpy as np
 UP, KEEP, DOWN = 0, 1, 2
 DIRECTIONS = ("up", "keep", "down")
 STEM_STRIDE = 4  # the stem takes the image to 1/4 of its resolution
+SMALL_GATE_FACTOR = 4  # the small gate looks at its input at 1/4 of the size
 
 Node = tuple[int, int]
 Edge = tuple[int, int, int]
@@ -108,14 +110,14 @@ class Route:
     A node that the route reaches and that has no open edge drops its cell and passes its input along keep, for free
     (Eq. 5): `skips` lists these. The number of open edges is `len(route)`.
 
-    Raises ValueError, naming the edge, where the space does not have it.
+    Raises ValueError, naming the edge, where the space does not have it, and TypeError for parts that are no integers.
     """
 
     space: RoutingSpace
     edges: frozenset[Edge]
 
     def __init__(self, space: RoutingSpace, edges: Iterable[Iterable[int]] = ()) -> None:
-        chosen = frozenset(tuple(int(part) for part in edge) for edge in edges)
+        chosen = frozenset(tuple(operator.index(part) for part in edge) for edge in edges)
         for edge in sorted(chosen - frozenset(space.edges)):
             raise ValueError(f"{_edge_name(edge)} is no edge of {space}: {_why_illegal(space, edge)}")
         object.__setattr__(self, "space", space)
@@ -163,12 +165,12 @@ class Route:
             data = json.loads(text)
             space = RoutingSpace(data["depth"], data["num_scales"])
             edges = [(layer, scale, DIRECTIONS.index(name)) for layer, scale, name in data["open"]]
+            return cls(space, edges)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"not a route: {error}. Expected a JSON object with depth, num_scales and open, "
                 'a list of [layer, scale, "up" | "keep" | "down"]'
             ) from error
-        return cls(space, edges)
 
     def __len__(self) -> int:
         return len(self.edges)

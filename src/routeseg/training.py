@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from routeseg.cost import Budget, budget_loss, model_cost
 from routeseg.data.datamodule import DataConfig, SegmentationDataModule
 from routeseg.data.transforms import IGNORE
+from routeseg.engine import SkipEngine
 from routeseg.evaluation import Evaluation, evaluate
 from routeseg.model import DynamicRoutingNetwork
 
@@ -78,7 +79,7 @@ class NonFiniteLoss(RuntimeError):
 
 
 class SegmentationTask(LightningModule):
-    """Cross-entropy plus budget (Eq. 10), SGD with the authors' groups and schedule. The network knows nothing of it."""
+    """Cross-entropy plus budget (Eq. 10), SGD with the authors' groups and schedule."""
 
     def __init__(self, model: DynamicRoutingNetwork, recipe: Recipe, budget: Budget, crop: tuple[int, int]) -> None:
         super().__init__()
@@ -132,7 +133,8 @@ class SegmentationTask(LightningModule):
     def _diagnosis(self, what: str) -> str:
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         return (
-            f"{what} became nan or infinite at step {self.global_step}, learning rate {lr:.3g}. The last checkpoint is kept. "
+            f"{what} became nan or infinite at step {self.global_step}, learning rate {lr:.3g}. "
+            "The last checkpoint is kept. "
             f"Try a lower --recipe.lr (now {self.recipe.lr:g}; it should shrink with the batch size), a longer "
             "--recipe.warmup_steps, or --recipe.precision 32-true, and --resume from the last checkpoint"
         )
@@ -193,7 +195,7 @@ def precise_batch_norm(model: DynamicRoutingNetwork, batches: Iterable[dict[str,
 
 
 class ValidateAndSave(Callback):
-    """Every `validate_every` steps: precise BatchNorm, validation, the best network; every `save_every`: all of the run.
+    """Every `validate_every` steps: precise BatchNorm, validation, the best network. Every `save_every`: the run.
 
     Writes OUTPUT/last.ckpt (to resume from), OUTPUT/best and OUTPUT/last (networks, with `routeseg.load`).
     """
@@ -219,10 +221,10 @@ class ValidateAndSave(Callback):
 
     def _validate(self, trainer: Trainer, task: SegmentationTask) -> None:
         data, model, step = trainer.datamodule, task.model, trainer.global_step
-        with trainer.precision_plugin.forward_context():
-            if self.recipe.precise_bn_batches:
+        if self.recipe.precise_bn_batches:
+            with trainer.precision_plugin.forward_context():
                 precise_batch_norm(model, data.norm_dataloader(step, self.recipe.precise_bn_batches))
-            result = evaluate(model, data.val_dataloader())
+        result = evaluate(model, data.val_dataloader(), SkipEngine(model))
         self.latest = result
         scores = {"val_miou": result.miou, "val_cost": float((result.cost_macs / result.full_macs).mean())}
         for logger in trainer.loggers:
@@ -285,7 +287,10 @@ def train(
         limit_val_batches=0,
         num_sanity_val_steps=0,
         log_every_n_steps=recipe.log_every,
-        logger=[CSVLogger(output, name="logs"), TensorBoardLogger(output, name="tensorboard", version="")],
+        logger=[
+            CSVLogger(output, name="logs", flush_logs_every_n_steps=recipe.log_every),
+            TensorBoardLogger(output, name="tensorboard", version=""),
+        ],
         callbacks=[saver, *([RichProgressBar()] if progress else [])],
         enable_progress_bar=progress,
         enable_checkpointing=False,

@@ -1,6 +1,6 @@
 """CamVid, the street scenes of Brostow, Fauqueur and Cipolla (2009), in the split and 11 classes of SegNet (2017).
 
-    ROOT/train/NAME.{png,jpg}   ROOT/trainannot/NAME.png      and the same for val and test
+ROOT/train/NAME.{png,jpg}   ROOT/trainannot/NAME.png      and the same for val and test
 """
 
 from __future__ import annotations

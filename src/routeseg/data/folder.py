@@ -9,6 +9,7 @@ Legend: image uint8 [H,W,3] RGB, labels uint8 [H,W], K classes.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,13 @@ from typing import Protocol
 
 import numpy as np
 import yaml
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from routeseg.data.transforms import IGNORE
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+# What Pillow raises for damaged files (struct.error from EXIF data).
+BAD_IMAGE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class SegmentationData(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """-> image uint8 [H,W,3], labels uint8 [H,W]. Raises UnreadableImage, or ValueError for labels that are wrong."""
+        """-> image uint8 [H,W,3], labels uint8 [H,W]. Raises UnreadableImage, or ValueError for wrong labels."""
         ...
 
     def name(self, index: int) -> str:
@@ -63,12 +66,12 @@ def read_image(path: Path) -> np.ndarray:
         with Image.open(path) as file:
             file.load()
             image = ImageOps.exif_transpose(file)
-            if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel, greyscale
-                values = np.asarray(image).astype(np.float64)
-                top = 65535.0 if values.max(initial=0) > 255 else 255.0
+            if image.mode.startswith(("I", "F")):  # 16 bits an integer, 0..1 a float, greyscale
+                values = np.nan_to_num(np.asarray(image).astype(np.float64))
+                top = 1.0 if image.mode.startswith("F") and values.max(initial=0) <= 1 else 65535.0
                 image = Image.fromarray((np.clip(values / top, 0, 1) * 255).round().astype(np.uint8))
             return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except BAD_IMAGE as error:
         raise UnreadableImage(f"cannot read {path} as an image: {error}") from error
 
 
@@ -77,7 +80,7 @@ def read_labels(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as file:
             values = np.asarray(file)
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
+    except BAD_IMAGE as error:
         raise UnreadableImage(f"cannot read {path} as a label image: {error}") from error
     if values.ndim != 2 or values.dtype.kind not in "uib":
         raise ValueError(f"{path} is no label image: it needs one channel of class numbers, it has {values.shape}")
@@ -106,8 +109,8 @@ class PairedFiles:
             alone = sorted(set(some) - set(others))
             if alone:
                 raise ValueError(
-                    f"{some[alone[0]]} is {kind}: {other_folder} has no {alone[0]}.* ({len(alone)} of {len(some)} files "
-                    "are so). Add the missing files or remove the others"
+                    f"{some[alone[0]]} is {kind}: {other_folder} has no {alone[0]}.* ({len(alone)} of {len(some)} "
+                    "files are so). Add the missing files or remove the others"
                 )
         self.stems = sorted(self.image_paths)
         self.label_paths = label_paths
@@ -155,6 +158,15 @@ def read_classes(path: Path) -> tuple[Classes, dict[int, int]]:
         names = tuple(str(name) for name in data["names"])
         palette = tuple((int(r), int(g), int(b)) for r, g, b in data["palette"]) if data.get("palette") else None
         mapping = {int(value): int(target) for value, target in (data.get("mapping") or {}).items()}
+        if palette is not None and len(palette) != len(names):
+            raise ValueError(f"the palette has {len(palette)} colours for {len(names)} names")
+        if palette is not None and not all(0 <= part <= 255 for colour in palette for part in colour):
+            raise ValueError("colours are three numbers from 0 to 255")
+        wrong = [target for target in mapping.values() if target != IGNORE and not 0 <= target < len(names)]
+        if wrong:
+            raise ValueError(
+                f"the mapping leads to {wrong[0]}, classes are 0 to {len(names) - 1}, or {IGNORE} to ignore"
+            )
     except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} does not describe classes ({error}): expected `names: [road, car]`") from error
     return Classes(names, palette), mapping

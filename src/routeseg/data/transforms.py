@@ -41,9 +41,7 @@ class Augmentation:
         left = _offset(round(width * factor), self.crop[1], rng)
         mirror = self.flip and rng.random() < 0.5
         # One affine map for scale, crop, padding and flip; pixel centres are at half integers.
-        matrix = np.array(
-            [[factor, 0, factor / 2 - 0.5 - left], [0, factor, factor / 2 - 0.5 - top]], dtype=np.float64
-        )
+        matrix = np.array([[factor, 0, factor / 2 - 0.5 - left], [0, factor, factor / 2 - 0.5 - top]], dtype=np.float64)
         if mirror:
             matrix[0] = [-matrix[0, 0], 0, self.crop[1] - 1 - matrix[0, 2]]
         size = (self.crop[1], self.crop[0])

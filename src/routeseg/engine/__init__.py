@@ -1,7 +1,7 @@
 """How a forward runs. One interface: `engine(images, route=None, activation="one") -> Segmentation`.
 
-    dense   the network's own forward: every path computed and multiplied by its activation; the oracle
-    skip    closed paths and dropped cells are not computed
+dense   the network's own forward: every path computed and multiplied by its activation; the oracle
+skip    closed paths and dropped cells are not computed
 """
 
 from __future__ import annotations

@@ -139,7 +139,9 @@ def fold_batch_norm(model: DynamicRoutingNetwork) -> DynamicRoutingNetwork:
                 scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
                 shift = norm.bias.double() - norm.running_mean.double() * scale
                 dtype = conv.weight.dtype
-                conv.weight = nn.Parameter((conv.weight.double() * scale.view(-1, 1, 1, 1)).to(dtype), requires_grad=False)
+                conv.weight = nn.Parameter(
+                    (conv.weight.double() * scale.view(-1, 1, 1, 1)).to(dtype), requires_grad=False
+                )
                 conv.bias = nn.Parameter(shift.to(dtype), requires_grad=False)
                 sequence[position] = nn.Identity()
     return folded

@@ -3,16 +3,13 @@
 labels.py has the label maps, routes.py the routes, charts.py training runs and evaluations.
 """
 
-from routeseg.figures.charts import _smooth, class_iou_bars, cost_histogram, learning_curves
-from routeseg.figures.common import save_figure as _save
-from routeseg.figures.common import write_atomically
+from routeseg.figures.charts import class_iou_bars, cost_histogram, learning_curves
+from routeseg.figures.common import png_bytes, write_atomically
 from routeseg.figures.labels import MIN_PICTURE, colorize, legend_entries, overlay
 from routeseg.figures.routes import draw_route, routes_side_by_side, save_route
 
 __all__ = [
     "MIN_PICTURE",
-    "_save",
-    "_smooth",
     "class_iou_bars",
     "colorize",
     "cost_histogram",
@@ -20,6 +17,7 @@ __all__ = [
     "learning_curves",
     "legend_entries",
     "overlay",
+    "png_bytes",
     "routes_side_by_side",
     "save_route",
     "write_atomically",

@@ -14,7 +14,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from routeseg import figures  # `_save` is asked of the package at each call, where it can be listened to
 from routeseg.figures.common import (
     BLUE,
     FAINT,
@@ -25,6 +24,7 @@ from routeseg.figures.common import (
     PURPLE,
     new_figure,
     picture_kind,
+    save_figure,
 )
 
 LOSS_LINES = {
@@ -109,7 +109,7 @@ def learning_curves(
     axes[-1].xaxis.set_major_formatter(FuncFormatter(_short_number))
     axes[-1].margins(x=0.015)
     figure.align_ylabels(list(axes))
-    figures._save(figure, path, kind)
+    save_figure(figure, path, kind)
 
 
 def _column(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -138,17 +138,13 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, window)[reach:-reach] / weight
 
 
-def _smoothed_line(
-    ax: Axes, steps: np.ndarray, values: np.ndarray, label: str, color: str, style: Any
-) -> None:
+def _smoothed_line(ax: Axes, steps: np.ndarray, values: np.ndarray, label: str, color: str, style: Any) -> None:
     noisy = len(values) >= SMOOTH_FROM
     if noisy:
         ax.plot(steps, values, color=color, linewidth=0.7, alpha=0.28)
     line = _smooth(values) if noisy else values
     marker = "o" if len(values) == 1 else None
-    ax.plot(
-        steps, line, color=color, linewidth=1.9, linestyle=style, label=label, marker=marker, markersize=4
-    )
+    ax.plot(steps, line, color=color, linewidth=1.9, linestyle=style, label=label, marker=marker, markersize=4)
 
 
 def _fit_losses(ax: Axes, values: Sequence[np.ndarray]) -> None:
@@ -183,9 +179,7 @@ def class_iou_bars(path: str | Path, names: Sequence[str], iou: Sequence[float],
     kind = picture_kind(path)
     iou = np.asarray(iou, dtype=np.float64)
     if not len(names) == len(iou) == len(palette) or not len(names):
-        raise ValueError(
-            f"{len(names)} names, {len(iou)} IoU values, {len(palette)} colours: give one per class"
-        )
+        raise ValueError(f"{len(names)} names, {len(iou)} IoU values, {len(palette)} colours: give one per class")
     present = np.isfinite(iou)
     percent = 100 * np.where(present, iou, 0)
     figure = new_figure(7.6, 0.27 * len(names) + 0.9, layout="constrained")
@@ -194,9 +188,7 @@ def class_iou_bars(path: str | Path, names: Sequence[str], iou: Sequence[float],
     ax.grid(False, axis="y")
     ax.grid(True, axis="x", color=FAINT, linewidth=0.6)
     where = np.arange(len(names))
-    ax.barh(
-        where, percent, height=0.68, color=np.asarray(palette) / 255, edgecolor=MUTED, linewidth=0.7, zorder=2
-    )
+    ax.barh(where, percent, height=0.68, color=np.asarray(palette) / 255, edgecolor=MUTED, linewidth=0.7, zorder=2)
     for y, value, there in zip(where, percent, present, strict=True):
         label, color, style = (f"{value:.1f}", INK, "normal") if there else ("absent", MUTED, "italic")
         shade = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
@@ -219,7 +211,7 @@ def class_iou_bars(path: str | Path, names: Sequence[str], iou: Sequence[float],
         mean = percent[present].mean()
         ax.axvline(mean, color=INK, linewidth=1, linestyle=(0, (4, 2)), zorder=3)
         _note(ax, (mean, 1), f"mIoU {mean:.1f}", (0, 3), ax.get_xaxis_transform(), ha="center", color=INK)
-    figures._save(figure, path, kind)
+    save_figure(figure, path, kind)
 
 
 def cost_histogram(path: str | Path, cost_gmacs: Sequence[float], full_gmacs: float) -> None:
@@ -234,9 +226,7 @@ def cost_histogram(path: str | Path, cost_gmacs: Sequence[float], full_gmacs: fl
     kind = picture_kind(path)
     cost = np.asarray(cost_gmacs, dtype=np.float64).ravel()
     if not cost.size or not np.isfinite(cost).all():
-        raise ValueError(
-            f"{cost.size} costs, {int(np.isfinite(cost).sum())} of them finite: give one cost per image"
-        )
+        raise ValueError(f"{cost.size} costs, {int(np.isfinite(cost).sum())} of them finite: give one cost per image")
     if not full_gmacs > 0:
         raise ValueError(f"the full cost is {full_gmacs} GMACs: it must be positive")
     low, high, mean = cost.min(), cost.max(), cost.mean()
@@ -274,9 +264,7 @@ def cost_histogram(path: str | Path, cost_gmacs: Sequence[float], full_gmacs: fl
         color=INK,
         ha="right" if right_half else "left",
     )
-    share = ax.secondary_xaxis(
-        "top", functions=(lambda x: 100 * x / full_gmacs, lambda x: x * full_gmacs / 100)
-    )
+    share = ax.secondary_xaxis("top", functions=(lambda x: 100 * x / full_gmacs, lambda x: x * full_gmacs / 100))
     share.xaxis.set_major_formatter("{x:g} %")
     share.tick_params(labelsize=8, color=MUTED, labelcolor=MUTED, length=2)
     share.spines["top"].set_visible(False)
@@ -293,7 +281,7 @@ def cost_histogram(path: str | Path, cost_gmacs: Sequence[float], full_gmacs: fl
     strip.get_xticklabels()[2].set_ha("right")
     strip.tick_params(length=0, labelsize=8, labelcolor=MUTED)
     strip.spines[:].set_visible(False)
-    figures._save(figure, path, kind)
+    save_figure(figure, path, kind)
 
 
 def _plain_axes(ax: Axes) -> None:
@@ -307,9 +295,7 @@ def _plain_axes(ax: Axes) -> None:
 def _note(ax: Axes, point: tuple, text: str, offset: tuple, transform: Any = "data", **style: Any) -> None:
     """Small text beside a point; the offset is in points."""
     style = {"fontsize": 8, "color": MUTED, "parse_math": False, **style}
-    ax.annotate(
-        text, point, offset, xycoords=transform, textcoords="offset points", annotation_clip=False, **style
-    )
+    ax.annotate(text, point, offset, xycoords=transform, textcoords="offset points", annotation_clip=False, **style)
 
 
 def _short_number(value: float, _: Any = None) -> str:

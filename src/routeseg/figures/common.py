@@ -11,8 +11,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 PNG_DPI = 160
 POINTS_PER_INCH = 72
@@ -31,6 +33,13 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def png_bytes(picture: np.ndarray | Image.Image) -> bytes:
+    """An RGB array uint8 [H,W,3], or a PIL image, as the bytes of a PNG file."""
+    data = io.BytesIO()
+    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(data, format="PNG")
+    return data.getvalue()
 
 
 def new_figure(width: float, height: float, **options: Any) -> Figure:

@@ -34,13 +34,9 @@ def colorize(labels: np.ndarray, palette: Any) -> np.ndarray:
     """
     labels, palette = np.asarray(labels), np.asarray(palette)
     if labels.ndim != 2 or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"labels are {labels.dtype} {list(labels.shape)}: give whole numbers of shape [H, W]"
-        )
+        raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}: give whole numbers of shape [H, W]")
     if palette.ndim != 2 or palette.shape[1] != 3:
-        raise ValueError(
-            f"the palette has shape {list(palette.shape)}: give one RGB colour per class, [K, 3]"
-        )
+        raise ValueError(f"the palette has shape {list(palette.shape)}: give one RGB colour per class, [K, 3]")
     strange = labels[(labels != IGNORE) & ((labels < 0) | (labels >= len(palette)))]
     if strange.size:
         raise ValueError(
@@ -74,9 +70,7 @@ def overlay(
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"the image is {image.dtype} {list(image.shape)}: give RGB, uint8 [H, W, 3]")
     if labels.shape != image.shape[:2]:
-        raise ValueError(
-            f"labels are {list(labels.shape)}, the image {list(image.shape[:2])}: give the same size"
-        )
+        raise ValueError(f"labels are {list(labels.shape)}, the image {list(image.shape[:2])}: give the same size")
     if len(class_names) != len(palette):
         raise ValueError(f"{len(class_names)} class names, {len(palette)} colours: give one colour per class")
     if not 0 <= alpha <= 1:
@@ -106,14 +100,10 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
 
 
-def legend_entries(
-    labels: np.ndarray, class_names: Sequence[str], palette: Any
-) -> list[tuple[str, tuple, float]]:
+def legend_entries(labels: np.ndarray, class_names: Sequence[str], palette: Any) -> list[tuple[str, tuple, float]]:
     """(name, RGB colour, share of the picture 0..1) of the classes present, largest first; ignored last."""
     values, counts = np.unique(labels, return_counts=True)
-    order = sorted(
-        zip(values.tolist(), counts.tolist(), strict=True), key=lambda e: (e[0] == IGNORE, -e[1])
-    )
+    order = sorted(zip(values.tolist(), counts.tolist(), strict=True), key=lambda e: (e[0] == IGNORE, -e[1]))
     named = {value: (class_names[value], palette[value]) for value, _ in order if value != IGNORE}
     named[IGNORE] = ("ignored", (0, 0, 0))
     return [(named[v][0], tuple(int(c) for c in named[v][1]), count / labels.size) for v, count in order]
@@ -123,18 +113,14 @@ def _percent(share: float) -> str:
     return "<0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"
 
 
-def _with_legend(
-    picture: np.ndarray, labels: np.ndarray, class_names: Sequence[str], palette: Any
-) -> np.ndarray:
+def _with_legend(picture: np.ndarray, labels: np.ndarray, class_names: Sequence[str], palette: Any) -> np.ndarray:
     height, width = picture.shape[:2]
     beside = height > SIDE_LEGEND_RATIO * width
     size = int(np.clip(round(0.7 * math.sqrt(max(height, width))), 14, 44))  # pixels
     font, line, gap = _font(size), round(1.75 * size), round(0.6 * size)
     margin, swatch = round(0.9 * size), round(1.05 * size)
     space = round(2.2 * size)  # between columns
-    entries = [
-        (name, color, _percent(share)) for name, color, share in legend_entries(labels, class_names, palette)
-    ]
+    entries = [(name, color, _percent(share)) for name, color, share in legend_entries(labels, class_names, palette)]
     share_width = max(font.getlength(share) for _, _, share in entries)
     room = (20 * size if beside else width - 2 * margin) - swatch - 2 * gap - share_width
     names = [_shorten(name, font, room) for name, _, _ in entries]

@@ -28,17 +28,13 @@ STEPS = {UP: -1, KEEP: 0, DOWN: 1}  # scales an edge climbs down
 
 # Activation 0 to 1, light to dark, so that it survives a greyscale print. The pale end of viridis is left
 # out: it would be mistaken for a closed path.
-ACTIVATION_COLORS = ListedColormap(
-    matplotlib.colormaps["viridis_r"](np.linspace(0.36, 0.97, 256)), name="activation"
-)
+ACTIVATION_COLORS = ListedColormap(matplotlib.colormaps["viridis_r"](np.linspace(0.36, 0.97, 256)), name="activation")
 OPEN_WIDTH = (1.1, 4.2)  # points, at activation 0 and 1, where a layer is 36 points wide
 CLOSED_WIDTH = 0.6
 SKIP_STYLE = (0, (0.1, 1.9))  # with round caps: a row of dots
 
 
-def draw_route(
-    ax: Axes, space: RoutingSpace, gates: np.ndarray, title: str | None = None, legend: bool = True
-) -> None:
+def draw_route(ax: Axes, space: RoutingSpace, gates: np.ndarray, title: str | None = None, legend: bool = True) -> None:
     """Draw one image's route on `ax`: layers from left to right, scales from fine (top) to coarse.
 
     An open path is a line whose colour and width say its activation. A node whose cell runs is a filled
@@ -72,16 +68,12 @@ def draw_route(
         elif not (direction == KEEP and carries[layer, scale] and not runs[layer, scale]):
             closed.append(line)
     opened.sort(key=lambda entry: entry[0])  # the strongest on top
-    skips = [
-        _edge_line(layer, s, KEEP) for layer, s in space.nodes if carries[layer, s] and not runs[layer, s]
-    ]
+    skips = [_edge_line(layer, s, KEEP) for layer, s in space.nodes if carries[layer, s] and not runs[layer, s]]
     strengths = np.clip([strength for strength, _ in opened], 0, 1)
 
     ax.add_collection(LineCollection(closed, colors=FAINT, linewidths=CLOSED_WIDTH * unit, zorder=1))
     ax.add_collection(
-        LineCollection(
-            skips, colors=MUTED, linewidths=1.9 * unit, linestyles=[SKIP_STYLE], capstyle="round", zorder=2
-        )
+        LineCollection(skips, colors=MUTED, linewidths=1.9 * unit, linestyles=[SKIP_STYLE], capstyle="round", zorder=2)
     )
     ax.add_collection(
         LineCollection(
@@ -119,9 +111,7 @@ def draw_route(
     if title:
         title_size = 9 if small else 11
         wide = int(box.width * points / (0.56 * title_size))
-        ax.set_title(
-            textwrap.fill(title, max(12, wide)), fontsize=title_size, color=INK, pad=5, parse_math=False
-        )
+        ax.set_title(textwrap.fill(title, max(12, wide)), fontsize=title_size, color=INK, pad=5, parse_math=False)
     if legend:
         below = ax.transAxes + ScaledTranslation(0, -32 / POINTS_PER_INCH, ax.figure.dpi_scale_trans)
         columns = int(np.clip(box.width * points / 140, 2, 5))
@@ -131,9 +121,7 @@ def draw_route(
 def _checked_gates(space: RoutingSpace, gates: Any) -> np.ndarray:
     values = np.asarray(gates, dtype=np.float64)
     if values.shape != space.legal.shape:
-        raise ValueError(
-            f"gates have shape {values.shape}, the space needs {space.legal.shape}: give one image's"
-        )
+        raise ValueError(f"gates have shape {values.shape}, the space needs {space.legal.shape}: give one image's")
     if np.isnan(values).any():
         raise ValueError("gates hold NaN: the network that made them has diverged")
     return np.where(space.legal, np.maximum(values, 0), 0)

@@ -1,6 +1,6 @@
 """The soft conditional gate (Sec. 3.2, Eq. 2-4): one activation per open direction, per image.
 
-Legend: B images, C channels, h, w the size of a feature map, D legal directions of the node (2 or 3; 1 in the last layer).
+Legend: B images, C channels, h, w the size of a feature map, D legal directions of the node (1 to 3).
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from routeseg.model.layers import conv_norm
+from routeseg.space import SMALL_GATE_FACTOR
 
 GATE_BIAS = 1.5  # tanh(1.5) = 0.905: every path starts open
-SMALL_GATE_FACTOR = 4  # the small gate looks at its input at 1/4 of the size
 
 
 class SoftGate(nn.Module):

@@ -1,4 +1,4 @@
-"""The network: stem, grid of gated nodes, decoder. `forward` is the dense one: the trainer's, and every engine's oracle.
+"""The network: stem, grid of gated nodes, decoder. `forward` is the dense one: the trainer's, and the oracle.
 
 Legend: B images, H, W image size, K classes, L depth, S scales, C base channels.
     gates [B, L+1, S, 3]   activation of every edge, direction 0 up, 1 keep, 2 down
@@ -289,7 +289,9 @@ def _check_arguments(
         raise ValueError(f"base_channels is {base_channels}: it must be even, a gate works on half of them")
     unknown = [name for name in cell_operations if name not in CELL_OPERATIONS]
     if unknown or not cell_operations:
-        raise ValueError(f"cell_operations {list(cell_operations)}: choose at least one of {', '.join(CELL_OPERATIONS)}")
+        raise ValueError(
+            f"cell_operations {list(cell_operations)}: choose at least one of {', '.join(CELL_OPERATIONS)}"
+        )
     if len(set(cell_operations)) != len(cell_operations):
         raise ValueError(f"cell_operations {list(cell_operations)} names an operation twice")
     if gate not in ("soft", "fixed"):

@@ -1,0 +1,44 @@
+"""The shipped configurations: short, typed, complete, and what their names say."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from routeseg import DynamicRoutingNetwork
+from routeseg.cli import config_parser
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_config(path):
+    assert len(path.read_text().splitlines()) <= 35
+    args = config_parser("train").parse_args(["--config", str(path)])
+    assert args.data.name == path.parent.name
+    with torch.device("meta"):
+        model = DynamicRoutingNetwork(num_classes=11, **vars(args.model))
+    assert model.gated
+    given = yaml.safe_load(path.read_text())
+    assert args.recipe.iterations == given["recipe"]["iterations"]
+
+
+@pytest.mark.parametrize("data", ["camvid", "scenes"])
+@pytest.mark.parametrize(
+    ("name", "weight", "target", "small"),
+    [("a", 0.8, 0.1, True), ("b", 0.5, 0.1, True), ("c", 0.5, 0.2, True), ("raw", 0.0, None, False)],
+)
+def test_budgets_are_the_papers(data, name, weight, target, small):
+    args = config_parser("train").parse_args(["--config", str(ROOT / "configs" / data / f"dynamic_{name}.yaml")])
+    assert args.budget.weight == weight and args.model.small_gate == small
+    assert target is None or args.budget.target == target
+    assert weight == 0 or (args.budget.start, args.budget.ramp) == (0.4, 0.02)
+
+
+def test_readme_names_what_exists():
+    text = (ROOT / "README.md").read_text()
+    for word in text.replace("`", " ").replace("(", " ").replace(")", " ").split():
+        if word.startswith(("configs/", "results/", "docs/")) and "{" not in word and "*" not in word:
+            assert (ROOT / word.rstrip(".,;:")).exists(), word
