@@ -44,9 +44,7 @@ class Parser(ArgumentParser):
 
 def _unknown_keys(message: str) -> list[str]:
     """The names that jsonargparse does not know, from its messages for files and for the command line."""
-    in_group = [
-        f"{group}.{key}" for group, key in re.findall(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-    ]
+    pairs = re.findall(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
     alone = re.findall(r"Option '([\w.]+)' is not accepted|[Uu]nrecognized arguments: --([\w.\-]+)", message)
     return [".".join(pair) for pair in pairs] + ["".join(pair) for pair in alone]
 

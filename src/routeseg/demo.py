@@ -220,16 +220,10 @@ def write_report(
     report.table(
         ["", ""],
         [
-            [
-                "network",
-                f"depth {model.space.depth}, {model.base_channels} channels, {facts['parameters'] / 1e6:.2f} M parameters",
-            ],
+            ["network", f"depth {model.space.depth}, {size}"],
             ["training", f"{iterations} iterations of {facts['data']['batch_size']} pictures"],
             ["budget", f"weight {budget.weight}, target {budget.target} of the expected cost"],
-            [
-                "real cost",
-                f"{cost['mean']:.3f} GMACs (min {cost['min']:.3f}, max {cost['max']:.3f}, full {cost['full']:.3f})",
-            ],
+            ["real cost", f"{cost['mean']:.3f} GMACs ({spread})"],
             ["machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU'}"],
             ["date, versions", f"{facts['date']}, " + ", ".join(f"{name} {v}" for name, v in versions.items())],
         ],
