@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from routeseg import Budget, DynamicRoutingNetwork, cost, model_cost
-from routeseg.demo import machine_facts
+from routeseg.evaluation import machine_facts
 from routeseg.training import Recipe, parameter_groups, segmentation_loss
 
 SETTINGS = {

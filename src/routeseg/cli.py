@@ -69,7 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
         print(f"routeseg: error: no command {words[0]!r}: {hint}", file=sys.stderr)
         return USAGE_ERROR
-    _quiet_libraries()
     try:
         return COMMANDS[words[0]][0](words[1:])
     except (ValueError, OSError) as error:
@@ -96,8 +95,8 @@ def _message(error: Exception) -> str:
 
 
 def _quiet_libraries() -> None:
-    """Warnings of libraries that no user can act on."""
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+    """Silences remarks of libraries that no user can act on; to be called once they are imported."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\.|torch\.|lightning_utilities\.")
 
@@ -130,6 +129,7 @@ def _parts(parser: Parser, words: Sequence[str]) -> tuple[Namespace, Any, Any, A
     from routeseg.training import Recipe
 
     args = parser.parse_args(list(words))
+    _quiet_libraries()
     data, recipe, budget = (
         kind(**vars(args[key])) for kind, key in ((DataConfig, "data"), (Recipe, "recipe"), (Budget, "budget"))
     )
@@ -175,7 +175,7 @@ def evaluate_command(words: Sequence[str]) -> int:
     from routeseg import checkpoints
     from routeseg.data.datamodule import evaluation_loader, open_data
     from routeseg.engine import build_engine
-    from routeseg.evaluation import evaluate
+    from routeseg.evaluation import evaluate, machine_facts
 
     model = checkpoints.load(args.checkpoint)
     pictures = open_data(data, args.split, recipe.seed)
@@ -191,7 +191,7 @@ def evaluate_command(words: Sequence[str]) -> int:
         result = evaluate(model, loader, build_engine(model, args.engine), args.convention, step)
     print_evaluation(result)
     if args.json is not None:
-        write_json(Path(args.json), result.as_dict())
+        write_json(Path(args.json), result.as_dict() | {"command": ["evaluate", *words]} | machine_facts())
     return 0
 
 

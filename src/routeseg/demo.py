@@ -10,15 +10,11 @@ from __future__ import annotations
 import copy
 import csv
 import json
-import os
-import platform
 import shutil
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +29,17 @@ from routeseg.data.datamodule import (
     SegmentationDataModule,
     evaluation_loader,
     open_data,
+    pair,
 )
 from routeseg.data.scenes import PRESETS
 from routeseg.engine import SkipEngine
-from routeseg.evaluation import Evaluation, evaluate
+from routeseg.evaluation import Evaluation, evaluate, machine_facts
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.report import Report
 from routeseg.training import Recipe, segmentation_loss, train
 
 PICTURES_PER_PRESET = 40
 GALLERY = 6
-PACKAGES = ("routeseg", "torch", "lightning")
 CALIBRATION_STEPS = 4
 TRAINING_SHARE = 0.85  # of the time asked for; the rest goes to validation
 
@@ -89,33 +85,12 @@ def run_demo(
     return path
 
 
-def machine_facts() -> dict[str, Any]:
-    """Machine, date and versions, for a result file."""
-    model_name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        model_name = names[0] if names else model_name
-    return {
-        "machine": {
-            "cpu": model_name,
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": {name: version(name) for name in ("routeseg", "torch", "lightning")}
-        | {"python": platform.python_version()},
-    }
-
-
 def fit_to_time(model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe, minutes: float) -> Recipe:
     """The recipe with as many iterations as fit into `minutes` here, by a few timed steps on a copy of the network."""
     module = SegmentationDataModule(replace(data, workers=0), CALIBRATION_STEPS, recipe.seed)
-    trial = copy.deepcopy(model).train().to(memory_format=torch.channels_last)
-    cost = model_cost(trial, tuple(data.crop))
+    trial = copy.deepcopy(model).train()
+    trial.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack memory_format
+    cost = model_cost(trial, pair(data.crop))
     seconds = []
     for batch in module.train_dataloader():
         start = time.monotonic()
@@ -133,7 +108,7 @@ def fit_to_time(model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe, 
 
 def preset_costs(model: DynamicRoutingNetwork, data: DataConfig, seed: int) -> dict[str, np.ndarray]:
     """Real cost over pictures of each scale preset, as shares of the full network [pictures]."""
-    shares = {}
+    shares: dict[str, np.ndarray] = {}
     for preset in PRESETS:
         pictures = open_data(replace(data, preset=preset, val_images=PICTURES_PER_PRESET), "val", seed)
         result = evaluate(model, evaluation_loader(pictures), SkipEngine(model))
@@ -248,6 +223,7 @@ def _panels(
     facts: dict[str, Any],
 ) -> Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, str]]:
     """A large-, a small- and a mixed-scale picture; elsewhere the cheapest, the median and the dearest one."""
+    chosen: list[tuple[SegmentationData, int, str]]
     if facts["data"]["name"] == "scenes":
         data = DataConfig(**facts["data"])
         chosen = [

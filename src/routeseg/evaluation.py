@@ -6,8 +6,13 @@ Legend: K classes, H, W image size.
 from __future__ import annotations
 
 import math
+import os
+import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +25,7 @@ from routeseg.data.transforms import IGNORE
 from routeseg.model import DynamicRoutingNetwork, Segmentation
 
 Forward = Callable[[Tensor], Segmentation]
+PACKAGES = ("routeseg", "torch", "lightning")  # whose versions a result file names
 
 
 @dataclass(frozen=True)
@@ -125,8 +131,8 @@ def evaluate(
         if on_picture is not None:
             on_picture()
     model.train(was_training)
-    shares = _gather((costs, fulls, gates, skipped))
-    costs, fulls, gates = ([x for share in shares for x in share[part]] for part in range(3))
+    shares = _gather(((costs, fulls, gates), skipped))
+    costs, fulls, gates = ([x for lists, _ in shares for x in lists[part]] for part in range(3))
     if not costs:
         raise ValueError("the data set has no readable picture to evaluate on")
     return Evaluation(
@@ -135,7 +141,7 @@ def evaluate(
         cost_macs=np.array(costs),
         full_macs=np.array(fulls),
         gates=np.stack(gates),
-        skipped=sum(share[3] for share in shares),
+        skipped=sum(count for _, count in shares),
     )
 
 
@@ -148,10 +154,32 @@ def _check_labels(labels: Tensor, num_classes: int, name: str) -> None:
         )
 
 
-def _gather(share: tuple[list, list, list, int]) -> list[tuple[list, list, list, int]]:
+def _gather(share: tuple[tuple[list, list, list], int]) -> list[tuple[tuple[list, list, list], int]]:
     """Every process's share; outside a distributed job, only ours."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [share]
     shares: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(shares, share)
     return shares
+
+
+def machine_facts() -> dict[str, Any]:
+    """Machine, date and versions, for a result file."""
+    model_name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        model_name = names[0] if names else model_name
+    return {
+        "machine": {
+            "cpu": model_name,
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {name: version(name) for name in ("routeseg", "torch", "lightning")}
+        | {"python": platform.python_version()},
+    }

@@ -92,7 +92,7 @@ class RoutingSpace:
         path, and zeros do arrive. A reached node without an open path passes its input along keep, for free, and
         sends nothing up or down.
         """
-        runs = (np.asarray(gates) > 0).any(-1)
+        runs = np.any(np.asarray(gates) > 0, axis=-1)
         reached = np.zeros_like(runs)
         reached[..., 0, 0] = True
         for layer in range(self.depth):
@@ -146,7 +146,7 @@ class Route:
     @cached_property
     def reached(self) -> frozenset[Node]:
         """The nodes that something arrives at."""
-        return frozenset(tuple(node) for node in np.argwhere(self.space.reached(self.to_gates())).tolist())
+        return frozenset((layer, s) for layer, s in np.argwhere(self.space.reached(self.to_gates())).tolist())
 
     @cached_property
     def skips(self) -> frozenset[Node]:
@@ -182,12 +182,12 @@ class Route:
         return edge in self.edges
 
 
-def _edge_name(edge: Edge) -> str:
+def _edge_name(edge: tuple[int, ...]) -> str:
     name = DIRECTIONS[edge[2]] if len(edge) == 3 and edge[2] in range(3) else "?"
     return f"edge {tuple(edge)} ({name})"
 
 
-def _why_illegal(space: RoutingSpace, edge: Edge) -> str:
+def _why_illegal(space: RoutingSpace, edge: tuple[int, ...]) -> str:
     if len(edge) != 3 or edge[2] not in range(3):
         return "an edge is (layer, scale, direction), direction 0 up, 1 keep, 2 down"
     layer, scale, _ = edge

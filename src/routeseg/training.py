@@ -17,18 +17,28 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from routeseg.cost import Budget, budget_loss, model_cost
-from routeseg.data.datamodule import DataConfig, SegmentationDataModule
+from routeseg.data.datamodule import DataConfig, SegmentationDataModule, pair
 from routeseg.data.transforms import IGNORE
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import Evaluation, evaluate
 from routeseg.model import DynamicRoutingNetwork
+from routeseg.model.layers import running_statistics
 
 RESUME_FILE = "last.ckpt"
 BEST_FOLDER, LAST_FOLDER = "best", "last"
+SHOWN = (  # in the progress bar: what is logged, its name there, its factor
+    ("loss", "loss", 1),
+    ("budget_loss", "budget", 1),
+    ("expected_cost", "exp%", 100),
+    ("real_cost", "real%", 100),
+    ("val_miou", "mIoU%", 100),
+    ("skipped_images", "skipped", 1),
+)
 
 
 @dataclass
@@ -118,7 +128,7 @@ class SegmentationTask(LightningModule):
         self.log("skipped_images", float(self.skipped_images), prog_bar=self.skipped_images > 0)
         return loss
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.SGD(
             parameter_groups(self.model, self.recipe), lr=self.recipe.lr, momentum=self.recipe.momentum
         )
@@ -177,7 +187,7 @@ def precise_batch_norm(model: DynamicRoutingNetwork, batches: Iterable[dict[str,
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     device, was_training, drop_path = next(model.parameters()).device, model.training, model.drop_path
     momenta = [norm.momentum for norm in norms]
-    before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+    before = [(mean.clone(), variance.clone()) for mean, variance in map(running_statistics, norms)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative mean
@@ -185,11 +195,11 @@ def precise_batch_norm(model: DynamicRoutingNetwork, batches: Iterable[dict[str,
     model.train()
     for batch in batches:
         model(batch["image"].to(device))
-    for norm, momentum, (mean, variance) in zip(norms, momenta, before, strict=True):
+    for norm, momentum, kept in zip(norms, momenta, before, strict=True):
         norm.momentum = momentum
-        if int(norm.num_batches_tracked) == 0:  # a node that no picture reached keeps what it had
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_(variance)
+        if not norm.num_batches_tracked:  # a node that no picture reached keeps what it had
+            for statistic, value in zip(running_statistics(norm), kept, strict=True):
+                statistic.copy_(value)
     model.train(was_training)
     model.drop_path = drop_path
 
@@ -200,8 +210,8 @@ class ValidateAndSave(Callback):
     Writes OUTPUT/last.ckpt (to resume from), OUTPUT/best and OUTPUT/last (networks, with `routeseg.load`).
     """
 
-    def __init__(self, output: Path, recipe: Recipe) -> None:
-        self.output, self.recipe = output, recipe
+    def __init__(self, output: Path, recipe: Recipe, data: SegmentationDataModule) -> None:
+        self.output, self.recipe, self.data = output, recipe, data
         self.best_miou = -1.0
         self.latest: Evaluation | None = None
 
@@ -212,15 +222,16 @@ class ValidateAndSave(Callback):
         self.best_miou = state["best_miou"]
 
     def on_train_batch_end(self, trainer: Trainer, task: LightningModule, *args: Any) -> None:
+        assert isinstance(task, SegmentationTask)
         step = trainer.global_step
         if step % self.recipe.validate_every == 0 or step == self.recipe.iterations:
             self._validate(trainer, task)
-            self._save(trainer)
+            self._save(trainer, task)
         elif step % self.recipe.save_every == 0:
-            self._save(trainer)
+            self._save(trainer, task)
 
     def _validate(self, trainer: Trainer, task: SegmentationTask) -> None:
-        data, model, step = trainer.datamodule, task.model, trainer.global_step
+        data, model, step = self.data, task.model, trainer.global_step
         if self.recipe.precise_bn_batches:
             with trainer.precision_plugin.forward_context():
                 precise_batch_norm(model, data.norm_dataloader(step, self.recipe.precise_bn_batches))
@@ -234,12 +245,27 @@ class ValidateAndSave(Callback):
             self.best_miou = result.miou
             model.save(self.output / BEST_FOLDER)
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Trainer, task: SegmentationTask) -> None:
         scratch, target = self.output / f".{RESUME_FILE}.tmp", self.output / RESUME_FILE
         trainer.save_checkpoint(scratch)
         if trainer.is_global_zero:
             os.replace(scratch, target)
-            trainer.lightning_module.model.save(self.output / LAST_FOLDER)
+            task.model.save(self.output / LAST_FOLDER)
+
+
+class Progress(RichProgressBar):
+    """One line: step, rate, loss, budget loss, expected and real cost in percent, and the last validation mIoU."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "train"  # a run is one long epoch
+
+    def get_metrics(self, trainer: Trainer, task: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+        values = {key: float(value) for key, value in trainer.progress_bar_metrics.items()}
+        shown: dict[str, int | str | float | dict[str, float]] = {}
+        for key, name, factor in SHOWN:
+            if key in values:
+                shown[name] = f"{factor * values[key]:.{0 if factor == 100 else 3}f}"
+        return shown
 
 
 @dataclass
@@ -272,10 +298,10 @@ def train(
     first_step = _prepare_output(output, resume)
     lightning.seed_everything(recipe.seed, workers=True, verbose=False)
     module = SegmentationDataModule(data, recipe.iterations, recipe.seed, first_step)
-    model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack memory_format
     if recipe.compile:
         compile_parts(model)
-    saver = ValidateAndSave(output, recipe)
+    saver = ValidateAndSave(output, recipe, module)
     trainer = Trainer(
         max_steps=recipe.iterations,
         max_epochs=-1,
@@ -291,13 +317,13 @@ def train(
             CSVLogger(output, name="logs", flush_logs_every_n_steps=recipe.log_every),
             TensorBoardLogger(output, name="tensorboard", version=""),
         ],
-        callbacks=[saver, *([RichProgressBar()] if progress else [])],
+        callbacks=[saver, *([Progress()] if progress else [])],
         enable_progress_bar=progress,
         enable_checkpointing=False,
         enable_model_summary=False,
         default_root_dir=output,
     )
-    task = SegmentationTask(model, recipe, budget, tuple(data.crop))
+    task = SegmentationTask(model, recipe, budget, pair(data.crop))
     start = time.monotonic()
     trainer.fit(task, datamodule=module, ckpt_path=output / RESUME_FILE if resume else None)
     return TrainingResult(saver.latest, output, time.monotonic() - start, trainer)
@@ -306,7 +332,8 @@ def train(
 def compile_parts(model: DynamicRoutingNetwork) -> None:
     """torch.compile for every cell, gate and transform; the routing between them stays plain Python."""
     parts: list[nn.Module] = [model.stem, model.decoder]
-    for node in model.nodes.values():
+    for layer, scale in model.space.nodes:
+        node = model.node(layer, scale)
         parts += [node.cell, *node.transforms.values(), *([node.gate] if node.gate is not None else [])]
     for part in parts:
         part.compile()

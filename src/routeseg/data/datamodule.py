@@ -6,7 +6,7 @@ Batch number n is a pure function of (seed, n): a run that is interrupted goes o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +49,7 @@ class DataConfig:
     batch_size: int = 8
     workers: int = 1
     image_size: tuple[int, int] = (128, 256)
-    preset: Literal["large", "small", "mixed"] = "mixed"
+    preset: scenes.Preset = "mixed"
     train_images: int = 1000
     val_images: int = 100
 
@@ -64,6 +64,12 @@ class DataConfig:
                 raise ValueError(f"data.{key} is {getattr(self, key)}: both sides must be at least 32")
         if self.scales is not None and (not self.scales or min(self.scales) <= 0):
             raise ValueError(f"data.scales is {self.scales}: give positive factors")
+
+
+def pair(size: Sequence[int]) -> tuple[int, int]:
+    """A size as the tuple (height, width), also where it was given as a list."""
+    height, width = size
+    return height, width
 
 
 class Scenes:
@@ -93,7 +99,7 @@ def open_data(config: DataConfig, split: str, seed: int = 0) -> SegmentationData
         return Scenes(
             seed if train else seed + VALIDATION_SEED_OFFSET,
             config.train_images if train else config.val_images,
-            tuple(config.image_size),
+            pair(config.image_size),
             config.preset,
         )
     if config.root is None:
@@ -189,7 +195,7 @@ class SegmentationDataModule(LightningDataModule):
         self.train_data = open_data(config, "train", seed)
         self.val_data = open_data(config, "val", seed)
         scales = config.scales or list(Augmentation.scales)
-        self.augmentation = Augmentation(tuple(config.crop), scales, config.flip, config.colour)
+        self.augmentation = Augmentation(pair(config.crop), scales, config.flip, config.colour)
 
     @property
     def classes(self) -> Classes:

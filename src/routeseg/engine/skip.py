@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from routeseg.model import DynamicRoutingNetwork, Segmentation
 from routeseg.model.cell import RoutingNode
+from routeseg.model.layers import running_statistics
 from routeseg.model.network import SCALE_STEP, Activation, Routes, fill_missing, prepare, route_gates
 from routeseg.space import DIRECTIONS
 
@@ -78,7 +79,7 @@ class SkipEngine:
         """Eq. 1 and 5 for a layer: what arrives at each scale of the next, and which images reach it [B,S]."""
         arrivals: list[Tensor | None] = [None] * self.space.num_scales
         next_reached = reached.copy()
-        runs = (alpha > 0).any(-1)  # [B,S]
+        runs = np.any(alpha > 0, axis=-1)  # [B,S]
         for scale in self.space.scales(layer):
             node = self.model.node(layer, scale)
             running = np.flatnonzero(runs[:, scale])
@@ -131,13 +132,15 @@ def _add(arrivals: list[Tensor | None], scale: int, out: Tensor, images: np.ndar
 
 def fold_batch_norm(model: DynamicRoutingNetwork) -> DynamicRoutingNetwork:
     """A copy in eval mode whose convolutions carry the BatchNorm behind them; computed in float64."""
-    folded = copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    folded = copy.deepcopy(model).eval().requires_grad_(False)
+    folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack memory_format
     for sequence in [m for m in folded.modules() if isinstance(m, nn.Sequential)]:
         for position in range(1, len(sequence)):
             conv, norm = sequence[position - 1], sequence[position]
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
-                shift = norm.bias.double() - norm.running_mean.double() * scale
+                mean, variance = running_statistics(norm)
+                scale = norm.weight.double() / torch.sqrt(variance.double() + norm.eps)
+                shift = norm.bias.double() - mean.double() * scale
                 dtype = conv.weight.dtype
                 conv.weight = nn.Parameter(
                     (conv.weight.double() * scale.view(-1, 1, 1, 1)).to(dtype), requires_grad=False

@@ -27,12 +27,13 @@ from routeseg.figures.common import (
     save_figure,
 )
 
-LOSS_LINES = {
+Look = tuple[str, str, Any]  # label, colour, line style
+LOSS_LINES: dict[str, Look] = {
     "loss": ("loss", INK, "-"),
     "cross_entropy": ("cross-entropy", BLUE, (0, (5, 1.5))),
     "budget_loss": ("budget loss", ORANGE, (0, (2, 1))),
 }
-COST_LINES = {"expected_cost": ("expected", ORANGE, (0, (5, 1.5))), "real_cost": ("real", BLUE, "-")}
+COST_LINES: dict[str, Look] = {"expected_cost": ("expected", ORANGE, (0, (5, 1.5))), "real_cost": ("real", BLUE, "-")}
 SMOOTH_FROM = 30  # points; shorter lines are drawn as they are
 
 
@@ -53,7 +54,7 @@ def learning_curves(
     """
     kind = picture_kind(path)
     lines = {key: _column(rows, key) for key in (*LOSS_LINES, *COST_LINES, "val_miou", "lr")}
-    groups = {
+    groups: dict[str, Sequence[str]] = {
         "loss": tuple(LOSS_LINES),
         "mIoU, validation": ("val_miou",),
         "cost": tuple(COST_LINES),
@@ -122,7 +123,8 @@ def _column(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np
         if math.isfinite(value):
             points.append((step, value))
     points.sort(key=lambda point: point[0])
-    return tuple(np.array(points, dtype=np.float64).reshape(-1, 2).T)
+    steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
+    return steps, values
 
 
 def _number(value: Any) -> float:
@@ -168,7 +170,7 @@ def _miou_line(ax: Axes, steps: np.ndarray, miou: np.ndarray) -> None:
     ax.yaxis.set_major_formatter("{x:g} %")
 
 
-def class_iou_bars(path: str | Path, names: Sequence[str], iou: Sequence[float], palette: Any) -> None:
+def class_iou_bars(path: str | Path, names: Sequence[str], iou: Sequence[float] | np.ndarray, palette: Any) -> None:
     """IoU of each class as a horizontal bar in the class's colour, and a line at their mean.
 
     `iou` [K] lies in 0..1; NaN is a class that the images do not have: written as absent, and left out of the
@@ -214,7 +216,7 @@ def class_iou_bars(path: str | Path, names: Sequence[str], iou: Sequence[float],
     save_figure(figure, path, kind)
 
 
-def cost_histogram(path: str | Path, cost_gmacs: Sequence[float], full_gmacs: float) -> None:
+def cost_histogram(path: str | Path, cost_gmacs: Sequence[float] | np.ndarray, full_gmacs: float) -> None:
     """How the real cost spreads over images: a histogram, and where that lies between 0 and full.
 
     `cost_gmacs` [B] is the real cost of each image, `full_gmacs` the cost of the network with everything

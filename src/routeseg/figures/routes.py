@@ -47,7 +47,7 @@ def draw_route(ax: Axes, space: RoutingSpace, gates: np.ndarray, title: str | No
     gates = _checked_gates(space, gates)
     reached = space.reached(gates)  # [L+1, S]
     gates = gates * reached[..., None]
-    runs = (gates > 0).any(-1)
+    runs = np.any(gates > 0, axis=-1)
     carries = _carries(space, gates, runs)
     last, coarsest = space.depth, space.num_scales - 1
 
@@ -84,17 +84,18 @@ def draw_route(ax: Axes, space: RoutingSpace, gates: np.ndarray, title: str | No
             zorder=3,
         )
     )
-    nodes = np.array(space.nodes)
-    run, carry = runs[tuple(nodes.T)], carries[tuple(nodes.T)]
-    ring = {"zorder": 4, "linewidths": 1.1 * unit}
-    ax.scatter(*nodes[~run & ~carry].T, s=(3.6 * unit) ** 2, color="#c3c9d0", zorder=4, linewidths=0)
-    ax.scatter(*nodes[carry & ~run].T, s=(8.2 * unit) ** 2, facecolor="white", edgecolor=INK, **ring)
-    ax.scatter(*nodes[run].T, s=(10.5 * unit) ** 2, facecolor=INK, edgecolor="white", **ring)
+    layers, scales = np.array(space.nodes).T
+    run, carry = runs[layers, scales], carries[layers, scales]
+    idle, skip = ~run & ~carry, carry & ~run
+    ring: dict[str, Any] = {"zorder": 4, "linewidths": 1.1 * unit}
+    ax.scatter(layers[idle], scales[idle], s=(3.6 * unit) ** 2, color="#c3c9d0", zorder=4, linewidths=0)
+    ax.scatter(layers[skip], scales[skip], s=(8.2 * unit) ** 2, facecolor="white", edgecolor=INK, **ring)
+    ax.scatter(layers[run], scales[run], s=(10.5 * unit) ** 2, facecolor=INK, edgecolor="white", **ring)
 
     ax.plot((-0.82, 0), (0, 0), color=MUTED, linewidth=1.2 * unit, zorder=1)
     for x, y, name, tall in ((-0.98, 0, "stem", 0), (last + 1, coarsest / 2, "decoder", coarsest)):
         half, half_wide = tall / 2 + 0.34, max(0.2, 4 / pitch_x)
-        style = {"boxstyle": "round,pad=0,rounding_size=0.1", "linewidth": 0.9 * unit, "zorder": 4}
+        style: dict[str, Any] = {"boxstyle": "round,pad=0,rounding_size=0.1", "linewidth": 0.9 * unit, "zorder": 4}
         style |= {"facecolor": "#eef0f3", "edgecolor": MUTED}
         ax.add_patch(FancyBboxPatch((x - half_wide, y - half), 2 * half_wide, 2 * half, **style))
         size = max(7.5 * unit, 5.2)
@@ -169,7 +170,7 @@ class _WedgeHandler(HandlerBase):
 
 def _route_legend(columns: int) -> dict[str, Any]:
     """Keyword arguments of `legend` that explain the signs of a route."""
-    dot = {"linestyle": "none", "marker": "o"}
+    dot: dict[str, Any] = {"linestyle": "none", "marker": "o"}
     signs = {
         "open path, activation 0 to 1": _Wedge(),
         "closed path": Line2D([], [], color="#b4bac2", linewidth=0.9),

@@ -25,6 +25,12 @@ def conv_norm(
     return nn.Sequential(*layers, nn.ReLU()) if relu else nn.Sequential(*layers)
 
 
+def running_statistics(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
+    """The mean and the variance [C] that a BatchNorm of the network keeps: the tensors themselves, no copies."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    return norm.running_mean, norm.running_var
+
+
 def separable_conv(
     in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, relu: bool = True
 ) -> nn.Sequential:

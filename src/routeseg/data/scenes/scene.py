@@ -6,7 +6,7 @@ Shapes as in stage.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import cv2
 import numpy as np
@@ -35,7 +35,8 @@ from routeseg.data.scenes.things import (
     paint_tree,
 )
 
-PRESETS = ("large", "small", "mixed")
+Preset = Literal["large", "small", "mixed"]
+PRESETS: tuple[Preset, ...] = get_args(Preset)
 MIN_SIZE = 32  # pixels; below this the far things vanish
 NEAR_RANGE_M, FAR_RANGE_M = (3.0, 7.5), (15.0, 70.0)  # where near and far things stand, log-uniform
 USED = 0.85  # share of the tried places on which a thing stands

@@ -1,0 +1,191 @@
+"""The commands as a user types them: outputs, exit codes, one clear message for each mistake."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import routeseg
+from conftest import spread_gates
+from routeseg import DynamicRoutingNetwork, Route
+from routeseg.cli import main
+from routeseg.data.scenes import CLASSES, PALETTE
+
+SCENES = ["--data.image_size=[48,64]", "--data.val_images=3", "--data.workers=0"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    model = DynamicRoutingNetwork(
+        len(CLASSES), depth=3, base_channels=8, stem_channels=8, class_names=CLASSES, palette=PALETTE
+    )
+    return str(spread_gates(model).save(tmp_path / "net"))
+
+
+def run(words, capsys):
+    """Exit code, stdout and stderr of a command."""
+    try:
+        code = main([str(word) for word in words])
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return code, out, err
+
+
+def test_help_and_version(capsys):
+    code, out, _ = run(["--help"], capsys)
+    assert code == 0 and all(command in out for command in ("train", "evaluate", "predict", "import-checkpoint"))
+    code, out, _ = run(["--version"], capsys)
+    assert code == 0 and routeseg.__version__ in out
+    assert run([], capsys)[0] == 2
+    code, _, err = run(["trian"], capsys)
+    assert code == 2 and "did you mean train?" in err
+
+
+def test_evaluate(tmp_path, checkpoint, capsys):
+    file = tmp_path / "result.json"
+    code, out, _ = run(["evaluate", checkpoint, *SCENES, "--json", file], capsys)
+    assert code == 0 and "mIoU" in out and "pedestrian" in out
+    result = json.loads(file.read_text())
+    assert set(result) >= {"miou", "iou", "pixel_accuracy", "cost_gmacs", "images"}
+    assert set(result["iou"]) == set(CLASSES) and result["images"] == 3
+    cost = result["cost_gmacs"]
+    assert cost["min"] <= cost["mean"] <= cost["max"] <= cost["full"]
+    present = [v for v in result["iou"].values() if v is not None]
+    assert result["miou"] == pytest.approx(np.mean(present))
+    dense = tmp_path / "dense.json"
+    assert run(["evaluate", checkpoint, *SCENES, "--json", dense, "--engine=dense"], capsys)[0] == 0
+    assert json.loads(dense.read_text())["miou"] == pytest.approx(result["miou"], abs=1e-3)
+
+
+def test_evaluate_counts_by_hand(tmp_path, checkpoint):
+    """The confusion matrix of `evaluate` is the one that a loop over pixels gives."""
+    from routeseg.data.datamodule import DataConfig, evaluation_loader, open_data
+    from routeseg.evaluation import evaluate
+
+    model = routeseg.load(checkpoint)
+    pictures = open_data(DataConfig(image_size=(48, 64), val_images=3), "val")
+    result = evaluate(model, evaluation_loader(pictures))
+    expected = np.zeros((len(CLASSES), len(CLASSES)), dtype=np.int64)
+    for index in range(3):
+        image, labels = pictures.read(index)
+        with torch.no_grad():
+            found = model(torch.from_numpy(image.transpose(2, 0, 1).copy())[None]).labels[0].numpy()
+        np.add.at(expected, (labels.ravel(), found.ravel()), 1)
+    assert (result.confusion == expected).all()
+    iou = [expected[k, k] / (expected[k].sum() + expected[:, k].sum() - expected[k, k]) for k in range(len(CLASSES))]
+    assert result.miou == pytest.approx(np.nanmean(iou))
+    assert result.pixel_accuracy == pytest.approx(np.trace(expected) / expected.sum())
+
+
+def test_evaluate_mistakes(tmp_path, checkpoint, capsys):
+    other = DynamicRoutingNetwork(4, depth=3, base_channels=8, stem_channels=8).save(tmp_path / "other")
+    for words, expected in (
+        (["evaluate", other, *SCENES], "4 classes"),
+        (["evaluate", tmp_path / "nothing", *SCENES], "no checkpoint folder"),
+        (["evaluate", checkpoint, "--data.name=camvid", f"--data.root={tmp_path}"], "expected train/"),
+        (["evaluate", checkpoint, "--data.name=folder", f"--data.root={tmp_path}"], "classes.yaml"),
+        (["evaluate", checkpoint, *SCENES, "--engine=fast"], "skip or dense"),
+        (["evaluate", checkpoint, *SCENES, "--convention=mine"], "authors"),
+        (["evaluate", checkpoint, "--data.nmae=camvid"], "data.name"),
+    ):
+        code, _, err = run(words, capsys)
+        assert code == 2 and expected in err, (words, err)
+    (tmp_path / "file").write_text("")
+    code, _, err = run(["evaluate", checkpoint, *SCENES, "--json", tmp_path / "file" / "x.json"], capsys)
+    assert code == 2 and "cannot write" in err
+
+
+def test_predict(tmp_path, checkpoint, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, size in (("a.png", (70, 50)), ("b.jpg", (64, 64))):
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / name)
+    code, out, _ = run(["predict", checkpoint, folder, "--output", tmp_path / "out"], capsys)
+    assert code == 0 and "GMACs" in out
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {f"{n}_{kind}" for n in "ab" for kind in ("labels.png", "overlay.png", "route.png", "route.json")}
+    route = Route.from_json((tmp_path / "out" / "a_route.json").read_text())
+    assert route.space == routeseg.load(checkpoint).space
+    (folder / "c.png").write_bytes(b"no image")
+    code, out, _ = run(["predict", checkpoint, folder, "--output", tmp_path / "out2"], capsys)
+    assert code == 2 and "c.png" in out and (tmp_path / "out2" / "b_labels.png").exists()
+
+
+def test_predict_mistakes(tmp_path, checkpoint, capsys):
+    for words, expected in (
+        (["predict", checkpoint], "name the images"),
+        (["predict", checkpoint, tmp_path / "nothing.jpg"], "nothing.jpg"),
+        (["predict"], "inputs"),
+    ):
+        code, _, err = run(words, capsys)
+        assert code == 2 and expected in err, (words, err)
+
+
+@pytest.mark.skipif(not routeseg.checkpoints.PRETRAINED.is_dir(), reason="this copy comes without the small network")
+def test_predict_with_the_network_that_comes_along(tmp_path, capsys):
+    Image.fromarray(np.full((360, 480, 3), 120, dtype=np.uint8)).save(tmp_path / "street.png")
+    code, out, _ = run(["predict", tmp_path / "street.png", "--output", tmp_path / "out"], capsys)
+    assert code == 0 and "CamVid" in out
+    labels = Image.open(tmp_path / "out" / "street_labels.png")
+    assert labels.size == (480, 360) and labels.mode == "P"
+
+
+def test_make_data_and_train_on_it(tmp_path, capsys):
+    data = tmp_path / "data"
+    words = ["make-data", "scenes", data, "--train=4", "--val=2", "--size=[48,64]"]
+    assert run(words, capsys)[0] == 0
+    assert len(list((data / "images" / "train").iterdir())) == len(list((data / "masks" / "train").iterdir())) == 4
+    code, _, err = run(words, capsys)
+    assert code == 2 and "already holds" in err
+    network = ["--model.depth=3", "--model.base_channels=4", "--model.stem_channels=4"]
+    short = ["--recipe.iterations=2", "--recipe.precise_bn_batches=1", "--data.crop=[32,32]", "--data.workers=0"]
+    folder = ["--data.name=folder", f"--data.root={data}", "--data.batch_size=2", "--accelerator=cpu"]
+    assert run(["train", *network, *short, *folder, "--output", tmp_path / "run"], capsys)[0] == 0
+    assert routeseg.load(tmp_path / "run" / "best").class_names == CLASSES
+    assert run(["make-data", "cities", data], capsys)[0] == 2
+    assert run(["make-data", "scenes", tmp_path / "x", "--preset=huge"], capsys)[0] == 2
+
+
+def test_import_checkpoint(tmp_path, capsys):
+    from conftest import GOLDEN
+
+    code, out, _ = run(["import-checkpoint", GOLDEN / "tiny_open.weights.safetensors", tmp_path / "net"], capsys)
+    assert code == 0 and "depth=5" in out and "0.083 M parameters" in out
+    assert routeseg.load(tmp_path / "net").base_channels == 8
+    code, _, err = run(["import-checkpoint", tmp_path / "none.pth", tmp_path / "x"], capsys)
+    assert code == 2 and "none.pth" in err and not (tmp_path / "x").exists()
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs a name that cannot be a folder")
+def test_import_into_a_folder_that_cannot_be_written(capsys):
+    from conftest import GOLDEN
+
+    code, _, err = run(["import-checkpoint", GOLDEN / "tiny_open.weights.safetensors", "/proc/net-out"], capsys)
+    assert code == 2 and "cannot write" in err
+
+
+def test_demo(tmp_path, capsys):
+    """The whole chain at the smallest size; the report stands alone."""
+    network = ["--model.depth=3", "--model.base_channels=4", "--model.stem_channels=4"]
+    data = [*SCENES, "--data.crop=[32,64]", "--data.train_images=6", "--data.batch_size=2"]
+    recipe = [
+        "--recipe.iterations=4",
+        "--recipe.validate_every=2",
+        "--recipe.precise_bn_batches=1",
+        "--recipe.log_every=1",
+    ]
+    code, out, _ = run(["demo", *network, *data, *recipe, "--budget.weight=0.5", "--output", tmp_path], capsys)
+    assert code == 0 and "mIoU" in out
+    page = (tmp_path / "report.html").read_text()
+    assert "data:image/png;base64" in page and "http" not in page.replace("http-equiv", "")
+    facts = json.loads((tmp_path / "result.json").read_text())
+    assert set(facts) >= {"miou", "majority_class_miou", "cost_by_preset", "machine", "date", "versions"}
+    assert set(facts["cost_by_preset"]) == {"large", "small", "mixed"}
+    for name in ("routes", "curves", "class_iou", "cost"):
+        assert Image.open(tmp_path / f"{name}.png").width > 300
