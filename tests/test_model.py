@@ -1,6 +1,7 @@
 """The network's contract: shapes, per-image routing, padding, forced routes; engines against the dense forward."""
 
 import random
+import time
 
 import pytest
 import torch
@@ -134,6 +135,20 @@ def test_skip_engine_does_not_compute_what_is_closed(tiny_network):
     expected = [(node, int(gates[:, *node].any(-1).sum())) for node in space.nodes]
     expected += [(edge, int(gates[:, *edge].sum())) for edge in space.edges]
     assert sorted(ran, key=str) == sorted([(key, count) for key, count in expected if count], key=str)
+
+
+def test_skip_engine_is_faster_with_half_of_the_paths_closed():
+    """At a size where convolutions dominate; best of several, alternating, so that a busy machine does not decide."""
+    model = DynamicRoutingNetwork(5, depth=6, base_channels=32, stem_channels=8).eval()
+    engine, batch, route = build_engine(model), images(1, 128, 256), random_route(model.space, 0)
+    seconds = {"dense": [], "skip": []}
+    for _ in range(5):
+        for name, forward in (("dense", model), ("skip", engine)):
+            with torch.no_grad():
+                start = time.perf_counter()
+                forward(batch, route=route)
+                seconds[name].append(time.perf_counter() - start)
+    assert min(seconds["skip"]) < 0.85 * min(seconds["dense"])
 
 
 def test_dropped_cells_pass_the_input_on(tiny_network):
