@@ -32,6 +32,14 @@ MIN_IMAGE_SIZE = 32
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"  # the names of huggingface_hub
 SCALE_STEP = {UP: -1, KEEP: 0, DOWN: 1}
 
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+A network of `routeseg`: semantic segmentation with a route per image ("Learning Dynamic Routing for Semantic
+Segmentation", CVPR 2020). `routeseg.load(folder)` reads it; `config.json` has its classes and its normalisation.
+"""
+
 Routes = Route | Sequence[Route] | None
 Activation = Literal["one", "own"]
 
@@ -61,6 +69,7 @@ class DynamicRoutingNetwork(
     tags=["semantic-segmentation", "dynamic-routing"],
     license="apache-2.0",
     pipeline_tag="image-segmentation",
+    model_card_template=MODEL_CARD,
 ):
     """Semantic segmentation with a route per image ("Learning Dynamic Routing for Semantic Segmentation", CVPR 2020).
 
@@ -142,6 +151,7 @@ class DynamicRoutingNetwork(
             with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
                 self.save_pretrained(scratch)
                 for file in Path(scratch).iterdir():
+                    file.chmod(0o644)
                     os.replace(file, folder / file.name)
         except OSError as error:
             reason = error.strerror or error
