@@ -41,7 +41,8 @@ from routeseg.training import Recipe, segmentation_loss, train
 PICTURES_PER_PRESET = 40
 GALLERY = 6
 CALIBRATION_STEPS = 4
-TRAINING_SHARE = 0.85  # of the time asked for; the rest goes to validation
+TRAINING_SHARE = 0.65  # of the time asked for; the rest goes to drawing pictures and to validation
+VALIDATIONS = 4
 
 
 def run_demo(
@@ -99,8 +100,9 @@ def fit_to_time(model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe, 
         loss = segmentation_loss(result.logits.float(), batch["labels"])
         (loss + budget_loss(cost.expected(result.gates), cost.budgeted, 0.5)).backward()
         seconds.append(time.monotonic() - start)
-    iterations = max(20, int(minutes * 60 * TRAINING_SHARE / statistics.median(seconds[1:])))
-    every = max(1, iterations // 4)
+    steps = minutes * 60 * TRAINING_SHARE / statistics.median(seconds[1:])
+    every = max(5, int(steps / VALIDATIONS))
+    iterations = every * VALIDATIONS
     return replace(
         recipe, iterations=iterations, validate_every=every, warmup_steps=min(recipe.warmup_steps, iterations // 10)
     )

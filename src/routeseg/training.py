@@ -207,19 +207,21 @@ def precise_batch_norm(model: DynamicRoutingNetwork, batches: Iterable[dict[str,
 class ValidateAndSave(Callback):
     """Every `validate_every` steps: precise BatchNorm, validation, the best network. Every `save_every`: the run.
 
+    The best is the one of the highest mIoU since the budget is at its full weight.
+
     Writes OUTPUT/last.ckpt (to resume from), OUTPUT/best and OUTPUT/last (networks, with `routeseg.load`).
     """
 
     def __init__(self, output: Path, recipe: Recipe, data: SegmentationDataModule) -> None:
         self.output, self.recipe, self.data = output, recipe, data
-        self.best_miou = -1.0
+        self.best_miou, self.best_settled = -1.0, False
         self.latest: Evaluation | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_miou": self.best_miou}
+        return {"best_miou": self.best_miou, "best_settled": self.best_settled}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best_miou = state["best_miou"]
+        self.best_miou, self.best_settled = state["best_miou"], state["best_settled"]
 
     def on_train_batch_end(self, trainer: Trainer, task: LightningModule, *args: Any) -> None:
         assert isinstance(task, SegmentationTask)
@@ -241,8 +243,10 @@ class ValidateAndSave(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(scores, step)
         task.log_dict(scores, prog_bar=True, logger=False)
-        if trainer.is_global_zero and result.miou > self.best_miou:
-            self.best_miou = result.miou
+        # A network that does not yet keep the budget is no candidate once there are others.
+        settled = step >= (task.budget.start + task.budget.ramp) * self.recipe.iterations or not task.budget.weight
+        if trainer.is_global_zero and (result.miou > self.best_miou or settled > self.best_settled):
+            self.best_miou, self.best_settled = result.miou, settled
             model.save(self.output / BEST_FOLDER)
 
     def _save(self, trainer: Trainer, task: SegmentationTask) -> None:
