@@ -1,5 +1,6 @@
 """The trainer as a user meets it: learns, resumes exactly, stops on a bad loss, refuses bad keys."""
 
+import copy
 import csv
 import math
 import os
@@ -7,13 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import routeseg
 from conftest import spread_gates
+from routeseg import training
 from routeseg.cli import main
 from routeseg.cost import Budget
 from routeseg.data.datamodule import DataConfig
@@ -115,6 +119,26 @@ def test_budget_lowers_the_cost(tmp_path):
         with open(next((folder / "logs").glob("*/metrics.csv"))) as file:
             costs[weight] = [float(r["expected_cost"]) for r in csv.DictReader(file) if r["expected_cost"]][-1]
     assert costs[20.0] < 0.75 * costs[0.0]
+
+
+@pytest.mark.parametrize(("weight", "best_step"), [(0.5, 6), (0.0, 4)])
+def test_the_best_network_keeps_the_budget(tmp_path, monkeypatch, weight, best_step):
+    """Scores before the budget is at full weight do not count once there are others; without a budget all count."""
+    kept = {}
+    scores = {2: 0.2, 4: 0.9, 6: 0.5}
+
+    def scored(model, *args):
+        step = 2 * len(kept) + 2
+        kept[step] = copy.deepcopy(model.state_dict())
+        return SimpleNamespace(miou=scores[step], cost_macs=np.ones(1), full_macs=np.ones(1))
+
+    monkeypatch.setattr(training, "evaluate", scored)
+    train(
+        tiny_model(), DataConfig(**DATA), recipe(iterations=6, validate_every=2), Budget(weight, start=0.8),
+        tmp_path, progress=False, accelerator="cpu",
+    )  # fmt: skip
+    best = load_file(tmp_path / "best" / "model.safetensors")
+    assert all(torch.equal(best[key], value) for key, value in kept[best_step].items())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
