@@ -1,5 +1,7 @@
 """The shipped configurations: short, typed, complete, and what their names say."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,15 @@ def test_readme_names_what_exists():
     for word in text.replace("`", " ").replace("(", " ").replace(")", " ").split():
         if word.startswith(("configs/", "results/", "docs/")) and "{" not in word and "*" not in word:
             assert (ROOT / word.rstrip(".,;:")).exists(), word
+
+
+def test_readme_quotes_the_result_files():
+    """The score and the costs in a row of the results table are those of the file that the row names."""
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if "`results/" in line and line[0] == "|"]
+    assert len(rows) >= 2
+    for row in rows:
+        facts = json.loads((ROOT / re.search(r"`(results/[^`]+\.json)`", row)[1]).read_text())
+        cost = facts["cost_gmacs"]
+        assert f"| {100 * facts['miou']:.1f} | {100 * facts['majority_class_miou']:.1f} |" in row
+        assert f"| {cost['mean']:.3f} / {cost['min']:.3f} / {cost['max']:.3f} | {cost['full']:.3f} |" in row
+        assert {"machine", "date", "versions"} <= set(facts)
