@@ -9,7 +9,7 @@ import torch
 from routeseg import DynamicRoutingNetwork
 
 GOLDEN = Path(__file__).parent / "golden"
-CAMVID_FOLDERS = (os.environ.get("ROUTESEG_CAMVID", ""), Path(__file__).parents[2] / "shared" / "camvid")
+CAMVID = Path(os.environ.get("ROUTESEG_CAMVID") or Path(__file__).parents[2] / "shared" / "camvid")
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,6 @@ def spread_gates(model: DynamicRoutingNetwork, seed: int = 0) -> DynamicRoutingN
 
 @pytest.fixture(scope="session")
 def camvid_root() -> Path:
-    for folder in CAMVID_FOLDERS:
-        if folder and Path(folder).is_dir():
-            return Path(folder)
-    pytest.skip("no CamVid here: set ROUTESEG_CAMVID to its folder")
+    if not CAMVID.is_dir():
+        pytest.skip(f"no CamVid in {CAMVID}: set ROUTESEG_CAMVID to its folder")
+    return CAMVID

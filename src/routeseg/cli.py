@@ -157,6 +157,8 @@ def train_command(words: Sequence[str]) -> int:
         devices=args.devices if args.devices == "auto" else int(args.devices),
         accelerator=args.accelerator,
     )
+    if not result.trainer.is_global_zero:
+        return 0
     if result.evaluation is not None:
         print_evaluation(result.evaluation)
     print(f"{result.seconds / 60:.1f} minutes; networks in {result.output}/best and {result.output}/last")

@@ -306,11 +306,13 @@ def train(
     if recipe.compile:
         compile_parts(model)
     saver = ValidateAndSave(output, recipe, module)
+    several = (torch.cuda.device_count() if devices == "auto" else int(devices)) > 1
     trainer = Trainer(
         max_steps=recipe.iterations,
         max_epochs=-1,
         accelerator=accelerator,
         devices=devices,
+        strategy="ddp_find_unused_parameters_true" if several else "auto",  # a dropped cell has no gradient
         precision=recipe.precision,
         sync_batchnorm=torch.cuda.is_available(),
         use_distributed_sampler=False,

@@ -45,7 +45,7 @@ def soft_gate(scores: Tensor) -> Tensor:
 def shrink(features: Tensor) -> Tensor:
     """Bilinear resizing to a quarter, at least one pixel: [B,C,h,w] -> [B,C,h/4,w/4]."""
     h, w = features.shape[-2:]
-    if h % SMALL_GATE_FACTOR == 0 and w % SMALL_GATE_FACTOR == 0:
+    if min(h, w) >= SMALL_GATE_FACTOR:  # the step is 4 pixels also where 4 does not divide the size
         return F.interpolate(features, scale_factor=1 / SMALL_GATE_FACTOR, mode="bilinear", align_corners=False)
     size = (max(1, h // SMALL_GATE_FACTOR), max(1, w // SMALL_GATE_FACTOR))
     return F.interpolate(features, size=size, mode="bilinear", align_corners=False)
