@@ -331,7 +331,7 @@ def train(
     )
     task = SegmentationTask(model, recipe, budget, pair(data.crop))
     start = time.monotonic()
-    trainer.fit(task, datamodule=module, ckpt_path=output / RESUME_FILE if resume else None)
+    trainer.fit(task, datamodule=module, ckpt_path=output / RESUME_FILE if resume else None, weights_only=True)
     return TrainingResult(saver.latest, output, time.monotonic() - start, trainer)
 
 
