@@ -1,7 +1,8 @@
 """The skip engine: a closed path and a dropped cell are not computed, per image also inside a batch.
 
 The gates of a layer are decided together, and reach the host in one transfer. BatchNorm is folded into the
-convolutions (in float64, once). Same logits and gates as the dense forward, in eval mode.
+convolutions (in float64, once). Same logits and gates as the dense forward, in eval mode, to float32 rounding; where a
+deep network amplifies rounding, it does so in both (in float64 they agree to 1e-12).
 
 At the threshold: a path is open where its activation, as computed here, is above 0. An activation that the dense
 forward rounds to the other side of 0 is below 1e-6 there; only a node whose every activation is that small can differ.
