@@ -36,13 +36,7 @@ TABLE_PARAMETERS = (
 INNER_LAYER = 7  # one with all scales, not the last
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """More threads only slow such small networks down."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(seed: int = 0, **options) -> DynamicRoutingNetwork:

@@ -22,13 +22,7 @@ from routeseg.space import DIRECTIONS, Route
 ORIENTATION_TAG, ROTATED_RIGHT = 274, 6
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """More threads only slow such small networks down."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

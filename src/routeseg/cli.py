@@ -75,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"routeseg: error: {_message(error)}", file=sys.stderr)
         return USAGE_ERROR
     except RuntimeError as error:
-        if type(error).__name__ != "NonFiniteLoss":
+        from routeseg.training import NonFiniteLoss
+
+        if not isinstance(error, NonFiniteLoss):
             raise
         print(f"routeseg: stopped: {error}", file=sys.stderr)
         return 1

@@ -28,6 +28,7 @@ from routeseg.data.datamodule import (
     SegmentationData,
     SegmentationDataModule,
     evaluation_loader,
+    image_tensor,
     open_data,
     pair,
 )
@@ -61,7 +62,8 @@ def run_demo(
     result = train(model, data, recipe, budget, output / "run")
     best = checkpoints.load(output / "run" / "best")
     pictures = open_data(data, "val", recipe.seed)
-    evaluation = evaluate(best, evaluation_loader(pictures), SkipEngine(best))
+    engine = SkipEngine(best)
+    evaluation = evaluate(best, evaluation_loader(pictures), engine)
     facts = {
         **evaluation.as_dict(),
         "training_minutes": result.seconds / 60,
@@ -73,9 +75,9 @@ def run_demo(
         **machine_facts(),
     }
     facts["data"].pop("root")
-    by_preset = preset_costs(best, data, recipe.seed) if data.name == "scenes" else {}
+    by_preset = preset_costs(best, engine, data, recipe.seed) if data.name == "scenes" else {}
     facts["cost_by_preset"] = {name: float(share.mean()) for name, share in by_preset.items()}
-    path = write_report(best, pictures, evaluation, facts, budget, output)
+    path = write_report(best, engine, pictures, evaluation, facts, budget, output)
     figures.write_atomically(output / "result.json", (json.dumps(facts, indent=2) + "\n").encode())
     share = facts["cost_gmacs"]["mean_share"]
     print(
@@ -108,12 +110,14 @@ def fit_to_time(model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe, 
     )
 
 
-def preset_costs(model: DynamicRoutingNetwork, data: DataConfig, seed: int) -> dict[str, np.ndarray]:
+def preset_costs(
+    model: DynamicRoutingNetwork, engine: SkipEngine, data: DataConfig, seed: int
+) -> dict[str, np.ndarray]:
     """Real cost over pictures of each scale preset, as shares of the full network [pictures]."""
     shares: dict[str, np.ndarray] = {}
     for preset in PRESETS:
         pictures = open_data(replace(data, preset=preset, val_images=PICTURES_PER_PRESET), "val", seed)
-        result = evaluate(model, evaluation_loader(pictures), SkipEngine(model))
+        result = evaluate(model, evaluation_loader(pictures), engine)
         shares[preset] = result.cost_macs / result.full_macs
     return shares
 
@@ -130,6 +134,7 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 def write_report(
     model: DynamicRoutingNetwork,
+    engine: SkipEngine,
     pictures: SegmentationData,
     evaluation: Evaluation,
     facts: dict[str, Any],
@@ -149,7 +154,6 @@ def write_report(
         ]
     )
 
-    engine = SkipEngine(model)
     report.heading("One route per picture")
     routes = output / "routes.png"
     figures.routes_side_by_side(routes, model.space, _panels(model, engine, pictures, evaluation, facts))
@@ -213,7 +217,7 @@ def write_report(
 def _segment(engine: SkipEngine, pictures: SegmentationData, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Image [H,W,3], labels [H,W] and gates [L+1,S,3] of a picture."""
     image, _ = pictures.read(index)
-    result = engine(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None])
+    result = engine(image_tensor(image)[None])
     return image, result.labels[0].numpy().astype(np.uint8), result.gates[0].numpy()
 
 

@@ -157,11 +157,12 @@ def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def parameter_groups(model: DynamicRoutingNetwork, recipe: Recipe) -> list[dict[str, Any]]:
     """Norm weights without decay, gates with their own learning rate, and the rest."""
+    gates = {id(parameter) for parameter in model.gate_parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, module in model.named_modules():
+    for module in model.modules():
         is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         for parameter in module.parameters(recurse=False):
-            groups.setdefault((is_norm, ".gate." in f".{name}."), []).append(parameter)
+            groups.setdefault((is_norm, id(parameter) in gates), []).append(parameter)
     return [
         {
             "params": parameters,

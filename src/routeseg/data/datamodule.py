@@ -108,6 +108,11 @@ def open_data(config: DataConfig, split: str, seed: int = 0) -> SegmentationData
     return opened(Path(config.root).expanduser(), split)
 
 
+def image_tensor(image: np.ndarray) -> torch.Tensor:
+    """uint8 [H,W,3] -> uint8 [3,H,W]."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
 class TrainingPictures(Dataset[dict[str, Any]]):
     """Augmented pictures. An item is asked for by (position in the run, index), so that it depends on nothing else."""
 
@@ -128,7 +133,7 @@ class TrainingPictures(Dataset[dict[str, Any]]):
             raise ValueError(f"{MAX_BAD_IN_A_ROW} unreadable pictures in a row: check the data set's files")
         image, labels = self.augmentation(image, labels, rng)
         return {
-            "image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+            "image": image_tensor(image),
             "labels": torch.from_numpy(labels.astype(np.int64)),
             "skipped": skipped,
         }
@@ -179,7 +184,7 @@ class EvaluationPictures(Dataset[dict[str, Any]]):
             warnings.warn(f"skipped: {error}", stacklevel=2)
             return {"skipped": 1}
         return {
-            "image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None],
+            "image": image_tensor(image)[None],
             "labels": torch.from_numpy(labels.astype(np.int64))[None],
             "name": self.data.name(index),
             "skipped": 0,
