@@ -6,6 +6,7 @@ result = routeseg.SkipEngine(model)(images)    # images [B,3,H,W], RGB, uint8 or
 result.labels, routeseg.model_cost(model, (H, W)).of_gates(result.gates)
 """
 
+from routeseg.architectures import ARCHITECTURES, common_route
 from routeseg.checkpoints import import_checkpoint, load
 from routeseg.cost import Budget, cost_table, model_cost
 from routeseg.engine import SkipEngine, build_engine
@@ -14,6 +15,7 @@ from routeseg.space import Route, RoutingSpace
 from routeseg.version import __version__
 
 __all__ = [
+    "ARCHITECTURES",
     "Budget",
     "DynamicRoutingNetwork",
     "Route",
@@ -22,6 +24,7 @@ __all__ = [
     "SkipEngine",
     "__version__",
     "build_engine",
+    "common_route",
     "cost_table",
     "import_checkpoint",
     "load",

@@ -1,4 +1,4 @@
-"""The `routeseg` command: train, evaluate, predict, import-checkpoint, make-data, demo.
+"""The `routeseg` command: see COMMANDS at the end.
 
 Every user mistake ends in one message on stderr and exit code 2.
 """
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from routeseg.data.datamodule import DataConfig
     from routeseg.evaluation import Evaluation
     from routeseg.model import DynamicRoutingNetwork
+    from routeseg.route_survey import RouteSurvey
+    from routeseg.space import RoutingSpace
     from routeseg.training import Recipe
 
 USAGE_ERROR = 2
@@ -183,11 +185,7 @@ def evaluate_command(words: Sequence[str]) -> int:
 
     model = checkpoints.load(args.checkpoint)
     pictures = open_data(data, args.split, recipe.seed)
-    if len(pictures.classes) != model.num_classes:
-        raise ValueError(
-            f"{args.checkpoint} has {model.num_classes} classes, the data set {data.name} has {len(pictures.classes)}: "
-            "give the configuration that it was trained with"
-        )
+    _check_classes(args.checkpoint, model, data, len(pictures.classes))
     if args.json is not None:
         _check_writable(Path(args.json))
     with _progress(f"evaluate {data.name} {args.split}", len(pictures)) as step:
@@ -196,6 +194,39 @@ def evaluate_command(words: Sequence[str]) -> int:
     print_evaluation(result)
     if args.json is not None:
         write_json(Path(args.json), result.as_dict() | {"command": ["evaluate", *words]} | machine_facts())
+    return 0
+
+
+def routes_command(words: Sequence[str]) -> int:
+    parser = config_parser("routes")
+    parser.add_argument("checkpoint", type=str, help="a checkpoint folder, of a network with gates")
+    parser.add_argument("--split", type=str, default="val", help="train, val or test")
+    parser.add_argument("--output", type=str, default="runs/routes", help="folder for routes.json and the figures")
+    parser.add_argument("--images", type=int | None, default=None, help="only so many, evenly spread over the set")
+    parser.add_argument("--permutations", type=int, default=10_000, help="relabellings of the permutation test")
+    args, data, recipe, _ = _parts(parser, words)
+
+    from routeseg import checkpoints
+    from routeseg.data.datamodule import open_data
+    from routeseg.engine import build_engine
+    from routeseg.evaluation import machine_facts
+    from routeseg.route_survey import draw_survey, evenly_spread, pictures_to_see, survey_routes
+
+    model, output = checkpoints.load(args.checkpoint), Path(args.output)
+    pictures = open_data(data, args.split, recipe.seed)
+    _check_classes(args.checkpoint, model, data, len(pictures.classes))
+    _check_writable(output / "routes.json")
+    engine = build_engine(model)
+    total = pictures_to_see(data, len(evenly_spread(pictures, args.images)))
+    with _progress(f"routes over {data.name} {args.split}", total) as step:
+        survey = survey_routes(
+            model, engine, data, args.split, recipe.seed, args.images, args.permutations, step, args.checkpoint
+        )
+    figures = draw_survey(survey, model, engine, output)
+    facts = {"command": ["routes", *words], "data": data.name, "split": args.split, "seed": recipe.seed}
+    write_json(output / "routes.json", survey.as_dict() | facts | machine_facts())
+    print_survey(survey)
+    print(f"{output}/routes.json and {len(figures)} figures beside it: " + ", ".join(path.name for path in figures))
     return 0
 
 
@@ -225,6 +256,53 @@ def predict_command(words: Sequence[str]) -> int:
         summary = predict_files(build_engine(model, args.engine), model, paths, Path(args.output), step)
     print(summary.table())
     return USAGE_ERROR if summary.skipped else 0
+
+
+def architectures_command(words: Sequence[str]) -> int:
+    parser = Parser(prog="routeseg architectures")
+    parser.add_argument("--size", type=str, default="1024x2048", help="HEIGHTxWIDTH of the image that costs are for")
+    parser.add_argument("--depth", type=int, default=16, help="layers of the routing space")
+    parser.add_argument("--base_channels", type=int, default=64, help="channels at the finest scale")
+    parser.add_argument("--num_classes", type=int, default=19)
+    parser.add_argument("--convention", type=str, default="authors", help="how cost is counted: authors, full or conv")
+    parser.add_argument("--json", type=str | None, default=None, help="also write the table to this file")
+    parser.add_argument("--figure", type=str | None, default=None, help="draw all of them into this .png or .svg")
+    args = parser.parse_args(list(words))
+    match = re.fullmatch(r"(\d+)x(\d+)", args.size)
+    if not match or min(size := (int(match[1]), int(match[2]))) < 32:
+        raise ValueError(f"--size is {args.size!r}: give HEIGHTxWIDTH, both at least 32, such as 1024x2048")
+
+    from routeseg.architecture_table import architecture_table
+    from routeseg.architectures import ARCHITECTURES
+    from routeseg.space import Route, RoutingSpace
+
+    space = RoutingSpace(args.depth)
+    for path in (args.json, args.figure):
+        if path is not None:
+            _check_writable(Path(path))
+    rows = architecture_table(
+        space,
+        size,
+        num_classes=args.num_classes,
+        base_channels=args.base_channels,
+        convention=args.convention,
+    )
+    print_architectures(rows, f"{space}, {args.base_channels} channels, {args.num_classes} classes, at {args.size}")
+    if args.json is not None:
+        write_json(Path(args.json), rows)
+    if args.figure is not None:
+        from routeseg.figures import route_grid
+
+        routes = [*(known(space) for known in ARCHITECTURES.values()), Route.all_open(space)]
+        panels = [
+            (
+                f"{row['name']}: {row['static_gmacs']:.1f} GMACs, {row['static_params_m']:.1f} M parameters",
+                route.to_gates(),
+            )
+            for row, route in zip(rows, routes, strict=True)
+        ]
+        route_grid(args.figure, space, panels)
+    return 0
 
 
 def import_command(words: Sequence[str]) -> int:
@@ -291,12 +369,31 @@ def _new_network(args: Namespace, data: DataConfig, recipe: Recipe) -> DynamicRo
 
     from routeseg.data.datamodule import open_data
     from routeseg.model import DynamicRoutingNetwork
+    from routeseg.space import RoutingSpace
 
     classes = open_data(data, "train", recipe.seed).classes
+    options = vars(args.model)
+    if str(options["route"]).endswith(".json"):
+        options = options | {
+            "route": _read_route(Path(options["route"]), RoutingSpace(args.model.depth, args.model.num_scales))
+        }
     torch.manual_seed(recipe.seed)
     return DynamicRoutingNetwork(
-        num_classes=len(classes), class_names=classes.names, palette=classes.palette, **vars(args.model)
+        num_classes=len(classes), class_names=classes.names, palette=classes.palette, **options
     )
+
+
+def _read_route(path: Path, space: RoutingSpace) -> list[tuple[int, int, str]]:
+    """The edges of a route file, as `Route.to_json` and `routeseg predict` write it."""
+    from routeseg.space import Route
+
+    try:
+        route = Route.from_json(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}") from error
+    if route.space != space:
+        raise ValueError(f"{path} is drawn in {route.space}, the network has {space}: set --model.depth to match")
+    return route.named_edges
 
 
 def print_evaluation(result: Evaluation) -> None:
@@ -318,12 +415,75 @@ def print_evaluation(result: Evaluation) -> None:
     summary.add_row("mIoU of the most frequent class", f"{100 * data['majority_class_miou']:.2f} %")
     summary.add_row("pixel accuracy", f"{100 * data['pixel_accuracy']:.2f} %")
     summary.add_row("images", f"{data['images']}" + (f" ({data['skipped']} skipped)" if data["skipped"] else ""))
+    _add_costs(summary, cost)
+    console.print(summary)
+
+
+def print_survey(survey: RouteSurvey) -> None:
+    """The tables of `routeseg routes`, and what the tests say in words."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    data = survey.as_dict()
+    cost, edges = data["cost_gmacs"], data["edges_open"]
+    summary = Table(show_header=False)
+    summary.add_row("images", f"{data['images']}" + (f" ({data['skipped']} skipped)" if data["skipped"] else ""))
+    _add_costs(summary, cost)
+    for key in ("always", "sometimes", "never"):
+        summary.add_row(f"edges {key} open", f"{edges[key]} of {sum(edges.values())}")
+    summary.add_row("different routes", f"{data['distinct_routes']}")
+    for key, image in (("cheapest", min), ("dearest", max)):
+        found = image(data["per_image"], key=lambda entry: entry["cost_gmacs"])
+        summary.add_row(f"{key} image", f"{found['name']}, {found['cost_gmacs']:.3f} GMACs")
+    console.print(summary)
+    units = "object size in % of the picture's side, cost in % of the full network"
+    table = Table(title=f"Routes by {survey.grouped_by}\n({units})", title_justify="left")
+    table.add_column("group")
+    for name in ("images", "size", "open edges", "cost", "min", "max"):
+        table.add_column(name, justify="right")
+    for group in data["groups"]:
+        size, share = group["object_size"]["mean"], group["cost_share"]
+        table.add_row(
+            group["name"],
+            f"{group['images']}",
+            "none" if size is None else f"{100 * size:.1f}",
+            f"{group['open_edges']:.1f}",
+            *(f"{100 * share[key]:.2f}" for key in ("mean", "min", "max")),
+        )
+    console.print(table)
+    for sentence in data["in_words"]:
+        print(sentence)
+
+
+def _add_costs(table: Any, cost: dict[str, float]) -> None:
+    """The rows about real cost of a table of two columns."""
     for key in ("mean", "min", "max"):
-        summary.add_row(
+        table.add_row(
             f"real cost, {key}", f"{cost[key]:.3f} GMACs ({100 * cost[key + '_share']:.1f} % of the full network)"
         )
-    summary.add_row("full network", f"{cost['full']:.3f} GMACs")
-    console.print(summary)
+    table.add_row("full network", f"{cost['full']:.3f} GMACs")
+
+
+def print_architectures(rows: Sequence[dict[str, Any]], title: str) -> None:
+    """The table of `routeseg architectures`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for column in ("GMACs, M parameters", "nodes", "edges", "static", "with gates", "Table 1"):
+        table.add_column(column, justify="right" if table.columns else "left")
+    for row in rows:
+        pairs = [
+            f"{row[prefix + 'gmacs']:.1f}, {row[prefix + 'params_m']:.{digits}f}"
+            for prefix, digits in (("static_", 2), ("", 2), ("paper_", 1))
+        ]
+        table.add_row(row["name"], str(row["nodes"]), str(row["edges"]), *pairs)
+    table.caption = (
+        "static: as `--model.route` trains it, no gates. with gates: those of its nodes counted too, as Table 1 seems "
+        "to do. Table 1: the paper, at 1024x2048 with 64 channels."
+    )
+    Console().print(table)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -331,6 +491,15 @@ def write_json(path: Path, data: Any) -> None:
     from routeseg.figures import write_atomically
 
     write_atomically(path, (json.dumps(data, indent=2) + "\n").encode())
+
+
+def _check_classes(checkpoint: str, model: DynamicRoutingNetwork, data: DataConfig, classes: int) -> None:
+    """Raises ValueError where the data set has not as many classes as the network."""
+    if classes != model.num_classes:
+        raise ValueError(
+            f"{checkpoint} has {model.num_classes} classes, the data set {data.name} has {classes}: "
+            "give the configuration that it was trained with"
+        )
 
 
 def _check_writable(path: Path) -> None:
@@ -364,6 +533,8 @@ class _progress:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train_command, "train a network: --config FILE [--section.key value]"),
     "evaluate": (evaluate_command, "mIoU and real cost of a checkpoint over a data set"),
+    "routes": (routes_command, "how often each path is open over a data set, and whether routes follow scale"),
+    "architectures": (architectures_command, "the known networks as routes: size, cost, and a picture"),
     "predict": (predict_command, "segment image files: labels, overlays and routes"),
     "import-checkpoint": (import_command, "read one of the authors' released networks"),
     "make-data": (make_data_command, "write procedural street scenes as an image/label folder"),

@@ -19,6 +19,7 @@ import numpy as np
 
 UP, KEEP, DOWN = 0, 1, 2
 DIRECTIONS = ("up", "keep", "down")
+SCALE_STEP = {UP: -1, KEEP: 0, DOWN: 1}  # scales that an edge climbs down
 STEM_STRIDE = 4  # the stem takes the image to 1/4 of its resolution
 SMALL_GATE_FACTOR = 4  # the small gate looks at its input at 1/4 of the size
 
@@ -102,6 +103,24 @@ class RoutingSpace:
             reached[..., layer + 1, 1:] |= runs_now[..., :-1]
         return reached
 
+    def fed(self, gates: np.ndarray) -> np.ndarray:
+        """Which nodes the stem's features arrive at, and not zeros alone, given the gates [..., L+1, S, 3]:
+        bool [..., L+1, S].
+
+        They travel along the open paths, and along keep out of a node that has none (Eq. 5). From every such node
+        they go on to the decoder: a node that is not fed is the only kind of dead end there is.
+        """
+        is_open = np.asarray(gates) > 0
+        runs = np.any(is_open, axis=-1)
+        fed = np.zeros(runs.shape, dtype=bool)
+        fed[..., 0, 0] = True
+        for layer in range(self.depth):
+            now = fed[..., layer, :, None] & is_open[..., layer, :, :]
+            fed[..., layer + 1, :] |= now[..., KEEP] | (fed[..., layer, :] & ~runs[..., layer, :])
+            fed[..., layer + 1, :-1] |= now[..., 1:, UP]
+            fed[..., layer + 1, 1:] |= now[..., :-1, DOWN]
+        return fed
+
 
 @dataclass(frozen=True, init=False)
 class Route:
@@ -144,19 +163,57 @@ class Route:
         return gates
 
     @cached_property
+    def nodes(self) -> frozenset[Node]:
+        """The nodes that have an open edge, so that their cell runs where something arrives at them."""
+        return frozenset(edge[:2] for edge in self.edges)
+
+    @cached_property
     def reached(self) -> frozenset[Node]:
-        """The nodes that something arrives at."""
+        """The nodes that something arrives at, if only the zeros of closed paths."""
         return frozenset((layer, s) for layer, s in np.argwhere(self.space.reached(self.to_gates())).tolist())
 
     @cached_property
     def skips(self) -> frozenset[Node]:
         """The nodes that pass their input along keep for free (Eq. 5)."""
-        return self.reached - {edge[:2] for edge in self.edges}
+        return self.reached - self.nodes
+
+    @cached_property
+    def dead_ends(self) -> frozenset[Edge]:
+        """The open edges that lie on no path from the stem to the decoder, free skips included: those out of nodes
+        that no features arrive at (`RoutingSpace.fed`)."""
+        fed = self.space.fed(self.to_gates())
+        return frozenset(edge for edge in self.edges if not fed[edge[:2]])
+
+    def pruned(self) -> Route:
+        """The same route without its dead ends."""
+        return Route(self.space, self.edges - self.dead_ends)
+
+    def check(self) -> Route:
+        """The route itself. Raises ValueError, naming an edge, where it has dead ends."""
+        for edge in sorted(self.dead_ends):
+            raise ValueError(
+                f"{_edge_name(edge)} is open, but no open path leads from the stem to node {edge[:2]} "
+                f"({len(self.dead_ends)} such edges): open a path to it, or take the route's `pruned()`"
+            )
+        return self
+
+    @property
+    def named_edges(self) -> list[tuple[int, int, str]]:
+        """The open edges as (layer, scale, "up" | "keep" | "down"), sorted."""
+        return [(layer, scale, DIRECTIONS[direction]) for layer, scale, direction in sorted(self.edges)]
+
+    @classmethod
+    def from_named_edges(cls, space: RoutingSpace, edges: Iterable[Iterable[Any]]) -> Route:
+        """The inverse of `named_edges`. Raises ValueError for an edge that is none, or is not in the space."""
+        listed = [tuple(edge) for edge in edges]
+        for edge in listed:
+            if len(edge) != 3 or edge[2] not in DIRECTIONS:
+                raise ValueError(f'{list(edge)} is no edge: give [layer, scale, "up" | "keep" | "down"]')
+        return cls(space, [(layer, scale, DIRECTIONS.index(name)) for layer, scale, name in listed])
 
     def to_json(self) -> str:
         """A JSON object with `depth`, `num_scales` and `open`, the list of [layer, scale, "up" | "keep" | "down"]."""
-        named = [[layer, scale, DIRECTIONS[direction]] for layer, scale, direction in sorted(self.edges)]
-        return json.dumps({"depth": self.space.depth, "num_scales": self.space.num_scales, "open": named})
+        return json.dumps({"depth": self.space.depth, "num_scales": self.space.num_scales, "open": self.named_edges})
 
     @classmethod
     def from_json(cls, text: str) -> Route:
@@ -164,8 +221,7 @@ class Route:
         try:
             data = json.loads(text)
             space = RoutingSpace(data["depth"], data["num_scales"])
-            edges = [(layer, scale, DIRECTIONS.index(name)) for layer, scale, name in data["open"]]
-            return cls(space, edges)
+            return cls.from_named_edges(space, data["open"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"not a route: {error}. Expected a JSON object with depth, num_scales and open, "

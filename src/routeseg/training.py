@@ -298,8 +298,12 @@ def train(
 
     With `resume` the run goes on from OUTPUT/last.ckpt and ends, on one CPU process, with the very weights of a run
     that was never interrupted. Raises ValueError for a folder that already holds a run (unless resuming), or cannot
-    be written, and NonFiniteLoss.
+    be written, for a budget without gates, and NonFiniteLoss.
     """
+    if budget.weight and not model.gated:
+        raise ValueError(
+            "a network without gates cannot keep a budget: set --budget.weight 0, or --model.gate soft to give it gates"
+        )
     first_step = _prepare_output(output, resume)
     lightning.seed_everything(recipe.seed, workers=True, verbose=False)
     module = SegmentationDataModule(data, recipe.iterations, recipe.seed, first_step)
@@ -339,7 +343,7 @@ def train(
 def compile_parts(model: DynamicRoutingNetwork) -> None:
     """torch.compile for every cell, gate and transform; the routing between them stays plain Python."""
     parts: list[nn.Module] = [model.stem, model.decoder]
-    for layer, scale in model.space.nodes:
+    for layer, scale in model.route.nodes:
         node = model.node(layer, scale)
         parts += [node.cell, *node.transforms.values(), *([node.gate] if node.gate is not None else [])]
     for part in parts:

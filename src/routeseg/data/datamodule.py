@@ -38,6 +38,7 @@ class DataConfig:
     batch_size    per process
     workers       loader processes; 0 loads in the training process
     image_size, preset, train_images, val_images   scenes only: size (height, width), scale preset, how many
+    seed          scenes only: which pictures are drawn; None takes the run's seed
     """
 
     name: Literal["scenes", "camvid", "folder"] = "scenes"
@@ -52,6 +53,7 @@ class DataConfig:
     preset: scenes.Preset = "mixed"
     train_images: int = 1000
     val_images: int = 100
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "train_images", "val_images"):
@@ -96,6 +98,7 @@ def open_data(config: DataConfig, split: str, seed: int = 0) -> SegmentationData
     """The split (train, val or test) of the data set that the configuration names."""
     if config.name == "scenes":
         train = split == "train"
+        seed = seed if config.seed is None else config.seed
         return Scenes(
             seed if train else seed + VALIDATION_SEED_OFFSET,
             config.train_images if train else config.val_images,

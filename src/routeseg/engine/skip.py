@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from routeseg.model import DynamicRoutingNetwork, Segmentation
 from routeseg.model.cell import RoutingNode
 from routeseg.model.layers import running_statistics
-from routeseg.model.network import SCALE_STEP, Activation, Routes, fill_missing, prepare, route_gates
-from routeseg.space import DIRECTIONS
+from routeseg.model.network import Activation, Routes, fill_missing, prepare, route_gates
+from routeseg.space import DIRECTIONS, SCALE_STEP
 
 
 class SkipEngine:
@@ -42,7 +42,7 @@ class SkipEngine:
     def __call__(self, images: Tensor, route: Routes = None, activation: Activation = "one") -> Segmentation:
         """See `DynamicRoutingNetwork.forward`."""
         x, (height, width) = prepare(self.model, images)
-        given_tensor = route_gates(self.space, route, len(images), torch.device("cpu"))
+        given_tensor = route_gates(self.model, route, len(images), torch.device("cpu"))
         given = None if given_tensor is None else given_tensor.numpy()
         if self.together:
             logits, gates = self._run(x, given, activation)
@@ -74,11 +74,13 @@ class SkipEngine:
         """The activations of the layer's edges on the host, float32 [B,S,3]; 0 where an image does not reach a node."""
         if given is not None and activation == "one":
             return given[:, layer] * reached[..., None]
-        asked = [s for s in self.space.scales(layer) if reached[:, s].any()]
+        asked = [s for s in self.space.scales(layer) if reached[:, s].any() and (layer, s) in self.model.route.nodes]
         rows = [_choose(features[s], np.flatnonzero(reached[:, s])) for s in asked]
         answers = [self.model.node(layer, s).activations(x) for s, x in zip(asked, rows, strict=True)]
-        flat = torch.cat(answers).cpu().numpy()  # the one transfer of this layer
         alpha = np.zeros((*reached.shape, len(DIRECTIONS)), dtype=np.float32)
+        if not asked:
+            return alpha
+        flat = torch.cat(answers).cpu().numpy()  # the one transfer of this layer
         start = 0
         for s in asked:
             images = np.flatnonzero(reached[:, s])
@@ -94,9 +96,9 @@ class SkipEngine:
         next_reached = reached.copy()
         runs = np.any(alpha > 0, axis=-1)  # [B,S]
         for scale in self.space.scales(layer):
-            node = self.model.node(layer, scale)
             running = np.flatnonzero(runs[:, scale])
             if len(running):
+                node = self.model.node(layer, scale)
                 hidden = node.cell(_choose(features[scale], running))
                 self._send(node, scale, hidden, running, alpha[:, scale], arrivals)
                 for direction in node.directions:

@@ -1,23 +1,32 @@
 """Pictures of what the network does: label maps, routes, training runs, costs. Draws only.
 
-labels.py has the label maps, routes.py the routes, charts.py training runs and evaluations.
+labels.py has the label maps, routes.py the routes, charts.py training runs and evaluations,
+comparison.py networks beside each other.
 """
 
 from routeseg.figures.charts import class_iou_bars, cost_histogram, learning_curves
 from routeseg.figures.common import png_bytes, write_atomically
+from routeseg.figures.comparison import accuracy_cost
 from routeseg.figures.labels import MIN_PICTURE, colorize, legend_entries, overlay
-from routeseg.figures.routes import draw_route, routes_side_by_side, save_route
+from routeseg.figures.route_statistics import edge_frequency, edge_strength, extreme_routes, group_frequencies
+from routeseg.figures.routes import draw_route, route_grid, routes_side_by_side, save_route
 
 __all__ = [
     "MIN_PICTURE",
+    "accuracy_cost",
     "class_iou_bars",
     "colorize",
     "cost_histogram",
     "draw_route",
+    "edge_frequency",
+    "edge_strength",
+    "extreme_routes",
+    "group_frequencies",
     "learning_curves",
     "legend_entries",
     "overlay",
     "png_bytes",
+    "route_grid",
     "routes_side_by_side",
     "save_route",
     "write_atomically",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.transforms import ScaledTranslation
 
 from routeseg.figures.common import FAINT, INK, MUTED, POINTS_PER_INCH, new_figure, picture_kind, save_figure
-from routeseg.space import DOWN, KEEP, STEM_STRIDE, UP, RoutingSpace
-
-STEPS = {UP: -1, KEEP: 0, DOWN: 1}  # scales an edge climbs down
+from routeseg.space import KEEP, SCALE_STEP, STEM_STRIDE, RoutingSpace
 
 # Activation 0 to 1, light to dark, so that it survives a greyscale print. The pale end of viridis is left
 # out: it would be mistaken for a closed path.
@@ -34,13 +33,36 @@ CLOSED_WIDTH = 0.6
 SKIP_STYLE = (0, (0.1, 1.9))  # with round caps: a row of dots
 
 
-def draw_route(ax: Axes, space: RoutingSpace, gates: np.ndarray, title: str | None = None, legend: bool = True) -> None:
+@dataclass(frozen=True)
+class RouteWords:
+    """What the legend of a drawn route calls its signs; as they stand, for the activations of one image."""
+
+    opened: str = "open path, activation 0 to 1"
+    closed: str = "closed path"
+    runs: str = "cell runs"
+    dropped: str = "cell dropped, free skip"
+    idle: str = "nothing arrives"
+
+
+ONE_IMAGE = RouteWords()
+FIXED = RouteWords(opened="open path", dropped="no cell, free skip")
+
+
+def draw_route(
+    ax: Axes,
+    space: RoutingSpace,
+    gates: np.ndarray,
+    title: str | None = None,
+    legend: bool = True,
+    words: RouteWords = ONE_IMAGE,
+) -> None:
     """Draw one image's route on `ax`: layers from left to right, scales from fine (top) to coarse.
 
     An open path is a line whose colour and width say its activation. A node whose cell runs is a filled
     circle, also where only the zeros of closed paths arrive. One that something arrives at and that has no
     open path is hollow, and the dotted line along keep is its free skip (Eq. 5). The others are faint dots.
-    Sizes follow the size `ax` has now, so lay the figure out first. `legend` explains the signs below it.
+    Sizes follow the size `ax` has now, so lay the figure out first. `legend` explains the signs below it, in
+    `words`; other numbers in 0..1 for each edge can be drawn as `gates` where these say what they are.
 
     Raises ValueError where `gates` is not [L+1, S, 3] of this space, or holds NaN.
     """
@@ -48,27 +70,19 @@ def draw_route(ax: Axes, space: RoutingSpace, gates: np.ndarray, title: str | No
     reached = space.reached(gates)  # [L+1, S]
     gates = gates * reached[..., None]
     runs = np.any(gates > 0, axis=-1)
-    carries = _carries(space, gates, runs)
-    last, coarsest = space.depth, space.num_scales - 1
-
-    left, right, bottom, top = -1.45, last + 1.45, coarsest + 0.5, -0.5
-    ax.set(xlim=(left, right), ylim=(bottom, top))
-    box = ax.get_window_extent()
-    points = POINTS_PER_INCH / ax.figure.dpi
-    pitch_x = box.width * points / (right - left)  # points between layers
-    pitch = min(pitch_x, box.height * points / (bottom - top))
-    unit = float(np.clip((pitch / 36) ** 0.8, 0.3, 1.25))
+    fed = space.fed(gates)
+    unit = draw_frame(ax, space, title)
 
     closed, opened = [], []
     for layer, scale, direction in space.edges:
-        line = _edge_line(layer, scale, direction)
+        line = edge_line(layer, scale, direction)
         strength = float(gates[layer, scale, direction])
         if strength > 0:
             opened.append((strength, line))
-        elif not (direction == KEEP and carries[layer, scale] and not runs[layer, scale]):
+        elif not (direction == KEEP and fed[layer, scale] and not runs[layer, scale]):
             closed.append(line)
     opened.sort(key=lambda entry: entry[0])  # the strongest on top
-    skips = [_edge_line(layer, s, KEEP) for layer, s in space.nodes if carries[layer, s] and not runs[layer, s]]
+    skips = [edge_line(layer, s, KEEP) for layer, s in space.nodes if fed[layer, s] and not runs[layer, s]]
     strengths = np.clip([strength for strength, _ in opened], 0, 1)
 
     ax.add_collection(LineCollection(closed, colors=FAINT, linewidths=CLOSED_WIDTH * unit, zorder=1))
@@ -85,12 +99,31 @@ def draw_route(ax: Axes, space: RoutingSpace, gates: np.ndarray, title: str | No
         )
     )
     layers, scales = np.array(space.nodes).T
-    run, carry = runs[layers, scales], carries[layers, scales]
-    idle, skip = ~run & ~carry, carry & ~run
+    run, feeds = runs[layers, scales], fed[layers, scales]
+    idle, skip = ~run & ~feeds, feeds & ~run
     ring: dict[str, Any] = {"zorder": 4, "linewidths": 1.1 * unit}
     ax.scatter(layers[idle], scales[idle], s=(3.6 * unit) ** 2, color="#c3c9d0", zorder=4, linewidths=0)
     ax.scatter(layers[skip], scales[skip], s=(8.2 * unit) ** 2, facecolor="white", edgecolor=INK, **ring)
     ax.scatter(layers[run], scales[run], s=(10.5 * unit) ** 2, facecolor=INK, edgecolor="white", **ring)
+    if legend:
+        below = ax.transAxes + ScaledTranslation(0, -32 / POINTS_PER_INCH, ax.figure.dpi_scale_trans)
+        columns = int(np.clip(ax.get_window_extent().width * POINTS_PER_INCH / ax.figure.dpi / 140, 2, 5))
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, **route_legend(columns, words))
+
+
+def draw_frame(ax: Axes, space: RoutingSpace, title: str | None = None) -> float:
+    """What every drawn route has around its paths: limits, stem, decoder, axis labels, title.
+
+    Returns the size of lines and nodes, 1 where a layer is 36 points wide.
+    """
+    last, coarsest = space.depth, space.num_scales - 1
+    left, right, bottom, top = -1.45, last + 1.45, coarsest + 0.5, -0.5
+    ax.set(xlim=(left, right), ylim=(bottom, top))
+    box = ax.get_window_extent()
+    points = POINTS_PER_INCH / ax.figure.dpi
+    pitch_x = box.width * points / (right - left)  # points between layers
+    pitch = min(pitch_x, box.height * points / (bottom - top))
+    unit = float(np.clip((pitch / 36) ** 0.8, 0.3, 1.25))
 
     ax.plot((-0.82, 0), (0, 0), color=MUTED, linewidth=1.2 * unit, zorder=1)
     for x, y, name, tall in ((-0.98, 0, "stem", 0), (last + 1, coarsest / 2, "decoder", coarsest)):
@@ -111,12 +144,10 @@ def draw_route(ax: Axes, space: RoutingSpace, gates: np.ndarray, title: str | No
     ax.spines[:].set_visible(False)
     if title:
         title_size = 9 if small else 11
-        wide = int(box.width * points / (0.56 * title_size))
-        ax.set_title(textwrap.fill(title, max(12, wide)), fontsize=title_size, color=INK, pad=5, parse_math=False)
-    if legend:
-        below = ax.transAxes + ScaledTranslation(0, -32 / POINTS_PER_INCH, ax.figure.dpi_scale_trans)
-        columns = int(np.clip(box.width * points / 140, 2, 5))
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, **_route_legend(columns))
+        wide = max(12, int(box.width * points / (0.56 * title_size)))
+        lines = [textwrap.fill(line, wide) for line in title.splitlines()]
+        ax.set_title("\n".join(lines), fontsize=title_size, color=INK, pad=5, parse_math=False)
+    return unit
 
 
 def _checked_gates(space: RoutingSpace, gates: Any) -> np.ndarray:
@@ -128,19 +159,8 @@ def _checked_gates(space: RoutingSpace, gates: Any) -> np.ndarray:
     return np.where(space.legal, np.maximum(values, 0), 0)
 
 
-def _carries(space: RoutingSpace, gates: np.ndarray, runs: np.ndarray) -> np.ndarray:
-    """Which nodes get more than zeros, along an open path or a free skip from such a node: bool [L+1, S]."""
-    carries = np.zeros_like(runs)
-    carries[0, 0] = True
-    for layer, scale, direction in space.edges:  # layer by layer
-        skips = direction == KEEP and carries[layer, scale] and not runs[layer, scale]
-        if layer < space.depth and (gates[layer, scale, direction] > 0 or skips):
-            carries[layer + 1, scale + STEPS[direction]] = True
-    return carries
-
-
-def _edge_line(layer: int, scale: int, direction: int) -> tuple[tuple[float, float], tuple[float, float]]:
-    return (layer, scale), (layer + 1, scale + STEPS[direction])
+def edge_line(layer: int, scale: int, direction: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    return (layer, scale), (layer + 1, scale + SCALE_STEP[direction])
 
 
 class _Wedge:
@@ -168,14 +188,14 @@ class _WedgeHandler(HandlerBase):
         ]
 
 
-def _route_legend(columns: int) -> dict[str, Any]:
+def route_legend(columns: int, words: RouteWords = ONE_IMAGE) -> dict[str, Any]:
     """Keyword arguments of `legend` that explain the signs of a route."""
     dot: dict[str, Any] = {"linestyle": "none", "marker": "o"}
     signs = {
-        "open path, activation 0 to 1": _Wedge(),
-        "closed path": Line2D([], [], color="#b4bac2", linewidth=0.9),
-        "cell runs": Line2D([], [], color=INK, markeredgecolor="white", markersize=8, **dot),
-        "cell dropped, free skip": Line2D(
+        words.opened: _Wedge(),
+        words.closed: Line2D([], [], color="#b4bac2", linewidth=0.9),
+        words.runs: Line2D([], [], color=INK, markeredgecolor="white", markersize=8, **dot),
+        words.dropped: Line2D(
             [],
             [],
             color=MUTED,
@@ -187,7 +207,7 @@ def _route_legend(columns: int) -> dict[str, Any]:
             markerfacecolor="white",
             markeredgecolor=INK,
         ),
-        "nothing arrives": Line2D([], [], color="#b4bac2", markersize=3.6, markeredgewidth=0, **dot),
+        words.idle: Line2D([], [], color="#b4bac2", markersize=3.6, markeredgewidth=0, **dot),
     }
     return {
         "handles": list(signs.values()),
@@ -210,6 +230,32 @@ def save_route(path: str | Path, space: RoutingSpace, gates: np.ndarray, title: 
     tall = 0.6 * space.num_scales
     figure = new_figure(wide, tall)
     draw_route(figure.add_axes((0, 0, 1, 1)), space, gates, title)
+    save_figure(figure, path, kind)
+
+
+def route_grid(
+    path: str | Path, space: RoutingSpace, panels: Sequence[tuple[str, np.ndarray]], columns: int = 2
+) -> None:
+    """Routes in `columns`, row by row, with one legend: (title, gates [L+1, S, 3]).
+
+    Raises ValueError where there is no panel, or the gates do not fit the space.
+    """
+    kind = picture_kind(path)
+    if not panels:
+        raise ValueError("no panels to draw: give at least one (title, gates)")
+    wide, tall = float(np.clip(0.33 * (space.depth + 2.9), 4.2, 10.0)), 0.4 * space.num_scales  # inches
+    across, down = 0.45, 0.75  # between panels
+    rows = -(-len(panels) // columns)
+    width, height = columns * (wide + across) - across, rows * (tall + down) - down
+    figure = new_figure(width, height)
+    for number, (title, gates) in enumerate(panels):
+        row, column = divmod(number, columns)
+        left, bottom = column * (wide + across), height - row * (tall + down) - tall
+        ax = figure.add_axes((left / width, bottom / height, wide / width, tall / height))
+        draw_route(ax, space, gates, title, legend=False)
+        if column:
+            ax.set_ylabel("")
+    figure.legend(loc="upper center", bbox_to_anchor=(0.5, -0.42 / height), **route_legend(5, FIXED))
     save_figure(figure, path, kind)
 
 
@@ -252,5 +298,5 @@ def routes_side_by_side(
             axes[2].set_ylabel("")
     middle = 0.5 - between / 2 / figure.get_figwidth()
     columns = int(np.clip(figure.get_figwidth() * POINTS_PER_INCH / 140, 2, 5))
-    figure.legend(loc="upper center", bbox_to_anchor=(middle, -0.42 / total), **_route_legend(columns))
+    figure.legend(loc="upper center", bbox_to_anchor=(middle, -0.42 / total), **route_legend(columns))
     save_figure(figure, path, kind)

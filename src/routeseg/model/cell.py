@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from routeseg.model.gate import SoftGate
+from routeseg.model.gate import Gate
 from routeseg.model.layers import CELL_OPERATIONS, Transform
-from routeseg.space import DIRECTIONS, RoutingSpace
+from routeseg.space import DIRECTIONS
 
 
 class Cell(nn.ModuleDict):
@@ -36,26 +36,24 @@ class Cell(nn.ModuleDict):
 
 
 class RoutingNode(nn.Module):
-    """Cell, gate and the transforms of the legal directions of the node (layer, scale)."""
+    """Cell, gate (None: every direction is open) and transforms of a node with these directions."""
 
     def __init__(
         self,
-        space: RoutingSpace,
-        layer: int,
-        scale: int,
         channels: int,
+        directions: Sequence[int],
         operations: Sequence[str],
         gate: str = "soft",
         small_gate: bool = False,
     ) -> None:
         super().__init__()
-        self.directions = space.directions(layer, scale)
+        self.directions = tuple(directions)
         self.cell = Cell(channels, operations)
         self.transforms = nn.ModuleDict({DIRECTIONS[d]: Transform(channels, d) for d in self.directions})
-        self.gate = SoftGate(channels, len(self.directions), small_gate) if gate == "soft" else None
+        self.gate = None if gate == "fixed" else Gate(channels, len(self.directions), gate, small_gate)
 
     def activations(self, features: Tensor) -> Tensor:
-        """alpha [B,3], float32: 0 where the direction is illegal, 1 on the legal ones if the node has no gate."""
+        """alpha [B,3], float32: 0 where the node lacks the direction, 1 on the others if it has no gate."""
         alpha = torch.zeros(len(features), len(DIRECTIONS), device=features.device)
         alpha[:, self.directions] = 1.0 if self.gate is None else self.gate(features)
         return alpha

@@ -1,9 +1,12 @@
-"""The soft conditional gate (Sec. 3.2, Eq. 2-4): one activation per open direction, per image.
+"""The gates (Sec. 3.2, Eq. 2-4): one activation per direction, per image. The paper's is the soft conditional gate;
+"softmax", where one path wins, is the alternative that its ablation argues against.
 
 Legend: B images, C channels, h, w the size of a feature map, D legal directions of the node (1 to 3).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +18,16 @@ from routeseg.space import SMALL_GATE_FACTOR
 GATE_BIAS = 1.5  # tanh(1.5) = 0.905: every path starts open
 
 
-class SoftGate(nn.Module):
-    """alpha = max(0, tanh(G(X))): features [B,C,h,w] -> [B,D] in [0,1). Directions are independent of each other.
+class Gate(nn.Module):
+    """Features [B,C,h,w] -> activations alpha [B,D] in [0,1).
 
-    With `small`, X is first resized by 1/4 (bilinear), so that the gate costs a sixteenth.
+    activation  "soft" or "softmax", see ACTIVATIONS
+    small       X is first resized by 1/4 (bilinear), so that the gate costs a sixteenth
     """
 
-    def __init__(self, channels: int, num_directions: int, small: bool = False) -> None:
+    def __init__(self, channels: int, num_directions: int, activation: str = "soft", small: bool = False) -> None:
         super().__init__()
-        self.small = small
+        self.activation, self.small = ACTIVATIONS[activation], small
         self.squeeze = conv_norm(channels, channels // 2)
         self.score = nn.Linear(channels // 2, num_directions)
         nn.init.constant_(self.score.bias, GATE_BIAS)
@@ -33,13 +37,23 @@ class SoftGate(nn.Module):
             features = shrink(features)
         hidden = self.squeeze(features)
         scores = self.score(hidden.mean(dim=(2, 3)))  # Eq. 2-3: [B,C/2] -> [B,D]
-        return soft_gate(scores)
+        return self.activation(scores.float()).clamp(max=1.0 - torch.finfo(torch.float32).eps)
 
 
 def soft_gate(scores: Tensor) -> Tensor:
-    """Eq. 4. In float32 whatever the precision of the scores, and strictly below 1."""
-    alpha = torch.tanh(scores.float()).clamp(min=0.0)
-    return alpha.clamp(max=1.0 - torch.finfo(torch.float32).eps)
+    """Eq. 4: max(0, tanh(G)) of scores [B,D]; directions are independent of each other, several or none may be open."""
+    return torch.tanh(scores).clamp(min=0.0)
+
+
+def softmax_gate(scores: Tensor) -> Tensor:
+    """Softmax over the directions [B,D], of which only the largest stays open: one path leaves the node, and no cell is
+    ever dropped."""
+    alpha = torch.softmax(scores, dim=1)
+    winner = F.one_hot(alpha.argmax(dim=1), alpha.shape[1])
+    return alpha * winner
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"soft": soft_gate, "softmax": softmax_gate}
 
 
 def shrink(features: Tensor) -> Tensor:

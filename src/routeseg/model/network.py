@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -20,17 +20,17 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from routeseg.architectures import architecture
 from routeseg.model.cell import RoutingNode
 from routeseg.model.decoder import Decoder
-from routeseg.model.gate import GATE_BIAS, SoftGate
+from routeseg.model.gate import ACTIVATIONS, GATE_BIAS, Gate
 from routeseg.model.layers import CELL_OPERATIONS, InputNorm, Stem
-from routeseg.space import DIRECTIONS, DOWN, KEEP, UP, Route, RoutingSpace
+from routeseg.space import DIRECTIONS, KEEP, SCALE_STEP, Node, Route, RoutingSpace
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MIN_IMAGE_SIZE = 32
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"  # the names of huggingface_hub
-SCALE_STEP = {UP: -1, KEEP: 0, DOWN: 1}
 
 MODEL_CARD = """---
 {{ card_data }}
@@ -49,7 +49,7 @@ class Segmentation:
     """What a forward returns, always.
 
     logits  [B,K,H,W] at the size of the images given
-    gates   [B,L+1,S,3] in [0,1] (the network's own are below 1): exactly 0 on illegal edges, closed paths and nodes
+    gates   [B,L+1,S,3] in [0,1] (those of gates are below 1): exactly 0 on illegal edges, closed paths and nodes
             that nothing reached. `routeseg.cost` turns them into MACs, `Route.from_gates` into a route.
     """
 
@@ -60,6 +60,9 @@ class Segmentation:
     def labels(self) -> Tensor:
         """The most likely class of every pixel, int64 [B,H,W]."""
         return self.logits.argmax(dim=1)
+
+
+torch.export.register_dataclass(Segmentation)  # so that `torch.export` takes a network as it is
 
 
 class DynamicRoutingNetwork(
@@ -79,8 +82,10 @@ class DynamicRoutingNetwork(
     base_channels    C at scale 0, doubling with each scale; even
     stem_channels    width of the stem's first two convolutions
     cell_operations  names in CELL_OPERATIONS, summed (Eq. 1)
-    gate             "soft" (Eq. 4) or "fixed": no gates, every legal edge open with activation 1
+    gate             "soft" (Eq. 4); "softmax", where one path leaves each node; or "fixed": no gates, all paths open
     small_gate       gates look at a quarter-size input (used with a budget)
+    route            a static network: only the parts that this route uses exist. The name of a known network
+                     (`routeseg.architectures`), or its edges (layer, scale, "up" | "keep" | "down"). Needs gate "fixed"
     class_names, palette  names and RGB colours of the classes, kept with the weights
     pixel_mean, pixel_std input normalisation of RGB in 0..1
 
@@ -95,8 +100,9 @@ class DynamicRoutingNetwork(
         base_channels: int = 64,
         stem_channels: int = 64,
         cell_operations: Sequence[str] = ("sep_conv_3x3", "identity"),
-        gate: Literal["soft", "fixed"] = "soft",
+        gate: Literal["soft", "softmax", "fixed"] = "soft",
         small_gate: bool = False,
+        route: str | Sequence[tuple[int, int, str]] | None = None,
         class_names: Sequence[str] | None = None,
         palette: Sequence[Sequence[int]] | None = None,
         pixel_mean: Sequence[float] = IMAGENET_MEAN,
@@ -110,35 +116,59 @@ class DynamicRoutingNetwork(
         self.stem_channels = stem_channels
         self.cell_operations = tuple(cell_operations)
         self.small_gate = small_gate
-        self.gated = gate == "soft"
+        self.gated = gate != "fixed"
+        self.route = _own_route(self.space, gate, route)  # the edges that the network has
         self.class_names = tuple(class_names or (f"class {k}" for k in range(num_classes)))
         self.palette = tuple(tuple(colour) for colour in palette or _default_palette(num_classes))
         self.drop_path = 0.0  # p of the scheduled drop path at this step, set by the trainer
 
         self.normalize = InputNorm(tuple(pixel_mean), tuple(pixel_std))
         self.stem = Stem(stem_channels, base_channels)
+        directions: dict[Node, list[int]] = {}
+        for layer, s, direction in self.route:
+            directions.setdefault((layer, s), []).append(direction)
         self.nodes = nn.ModuleDict(
             {
-                f"{layer}-{s}": RoutingNode(
-                    self.space, layer, s, self.channels(s), self.cell_operations, gate, small_gate
-                )
-                for layer, s in self.space.nodes
+                f"{layer}-{s}": RoutingNode(self.channels(s), out, self.cell_operations, gate, small_gate)
+                for (layer, s), out in directions.items()
             }
         )
         self.decoder = Decoder(num_scales, base_channels, num_classes)
         self._initialize()
+        if route is not None:  # saved as edges, so that a checkpoint depends on no drawing
+            self._config["route"] = self.route.named_edges
+
+    @property
+    def _config(self) -> dict[str, Any]:
+        """The arguments that make this network, as huggingface_hub keeps and saves them."""
+        return cast(dict[str, Any], self._hub_mixin_config)
 
     def channels(self, scale: int) -> int:
         """Channels of the nodes of a scale."""
         return self.base_channels * 2**scale
 
     def node(self, layer: int, scale: int) -> RoutingNode:
-        """The node (layer, scale)."""
+        """The node (layer, scale), one of `route.nodes`."""
         return cast(RoutingNode, self.nodes[f"{layer}-{scale}"])
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """The parameters of all gates (they may get their own learning rate)."""
-        return [p for m in self.modules() if isinstance(m, SoftGate) for p in m.parameters()]
+        return [p for m in self.modules() if isinstance(m, Gate) for p in m.parameters()]
+
+    def specialize(self, route: Route) -> DynamicRoutingNetwork:
+        """A static network of this route: no gates, no unused parameters, the same interface, with copies of the
+        weights. Trainable; its outputs are those of `self(images, route)`.
+
+        Gates that were below 1 are now 1, so train it anew, or on, before you use it.
+        Raises ValueError for a route of another space, with edges that this network lacks, or with dead ends.
+        """
+        _check_route(self, route)
+        config = self._config | {"gate": "fixed", "small_gate": False, "route": route.check().named_edges}
+        with next(self.parameters()).device:
+            static = DynamicRoutingNetwork(**config)
+        own = self.state_dict()
+        static.load_state_dict({key: own[key] for key in static.state_dict()})
+        return static.train(self.training)
 
     def save(self, folder: str | Path) -> Path:
         """Writes `model.safetensors`, `config.json` and a model card into the folder, each file whole or not at all.
@@ -170,7 +200,7 @@ class DynamicRoutingNetwork(
         Raises ValueError for images of another shape, and for a route of another space.
         """
         x, (height, width) = prepare(self, images)
-        given = route_gates(self.space, route, len(images), images.device)
+        given = route_gates(self, route, len(images), images.device)
         features, gates = self._route(self.stem(x), given, own=given is None or activation == "own")
         logits = self.decoder(features)
         return Segmentation(logits[..., :height, :width], gates)
@@ -189,8 +219,10 @@ class DynamicRoutingNetwork(
             layer_gates = []
             for scale in range(space.num_scales):
                 features = arrivals[scale]
-                if features is None:  # no image reaches this node
+                if features is None or (layer, scale) not in self.route.nodes:  # not reached, or a free skip
                     layer_gates.append(torch.zeros(batch, len(DIRECTIONS), device=x.device))
+                    _arrive(next_arrivals, scale, features)
+                    next_reached[scale] = next_reached[scale] | reached[scale]
                     continue
                 node = self.node(layer, scale)
                 alpha = node.activations(features) if own else torch.ones(batch, 3, device=x.device)
@@ -198,23 +230,33 @@ class DynamicRoutingNetwork(
                 if given is not None:
                     alpha = alpha * given[:, layer, scale]
                 layer_gates.append(alpha)
-                for target, out, arrives in self._leave(node, layer, scale, features, alpha, reached[scale]):
-                    before = next_arrivals[target]
-                    next_arrivals[target] = out if before is None else before + out
+                weighted = self.gated or given is not None
+                sent = self._leave(node, layer, scale, features, alpha, reached[scale], weighted)
+                for target, out, arrives in sent:
+                    _arrive(next_arrivals, target, out)
                     next_reached[target] = next_reached[target] | arrives
             arrivals, reached = next_arrivals, next_reached
             all_gates.append(torch.stack(layer_gates, dim=1))
         return fill_missing(arrivals, x), torch.stack(all_gates, dim=1)
 
     def _leave(
-        self, node: RoutingNode, layer: int, scale: int, features: Tensor, alpha: Tensor, reached: Tensor
+        self,
+        node: RoutingNode,
+        layer: int,
+        scale: int,
+        features: Tensor,
+        alpha: Tensor,
+        reached: Tensor,
+        weighted: bool,
     ) -> list[tuple[int, Tensor, Tensor]]:
         """Eq. 5 for a batch: a list of (target scale, what is sent there [B,C,h,w], which images send it [B])."""
         is_open = (alpha > 0).any(dim=1)
-        if not is_open.any():
+        if weighted and not is_open.any():
             return [(scale, features, reached)]
         drop_path = self.drop_path * layer / self.space.depth if self.training else 0.0
         hidden = node.cell(features, drop_path)  # Eq. 1
+        if not weighted:  # every activation is 1
+            return [(scale + SCALE_STEP[d], node.transform(d, hidden), reached) for d in node.directions]
         sent = []
         for direction in node.directions:
             out = alpha[:, direction, None, None, None].to(hidden.dtype) * node.transform(direction, hidden)
@@ -229,7 +271,7 @@ class DynamicRoutingNetwork(
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, SoftGate):
+            elif isinstance(module, Gate):
                 nn.init.normal_(module.score.weight, std=0.01)
                 nn.init.constant_(module.score.bias, GATE_BIAS)
         nn.init.normal_(self.decoder.predictor.weight, std=0.01)
@@ -258,7 +300,7 @@ def padded_size(space: RoutingSpace, height: int, width: int) -> tuple[int, int]
     return math.ceil(height / stride) * stride, math.ceil(width / stride) * stride
 
 
-def route_gates(space: RoutingSpace, route: Routes, batch: int, device: torch.device) -> Tensor | None:
+def route_gates(model: DynamicRoutingNetwork, route: Routes, batch: int, device: torch.device) -> Tensor | None:
     """A given route, or one for each image, as gates of 0 and 1 [B,L+1,S,3]; None stays None."""
     if route is None:
         return None
@@ -266,9 +308,42 @@ def route_gates(space: RoutingSpace, route: Routes, batch: int, device: torch.de
     if len(routes) != batch:
         raise ValueError(f"{len(routes)} routes for {batch} images: give one route, or one for each image")
     for one in routes:
-        if one.space != space:
-            raise ValueError(f"the route is drawn in {one.space}, the network has {space}")
+        _check_route(model, one)
     return torch.from_numpy(np.stack([one.to_gates() for one in routes])).to(device)
+
+
+def _check_route(model: DynamicRoutingNetwork, route: Route) -> None:
+    if route.space != model.space:
+        raise ValueError(f"the route is drawn in {route.space}, the network has {model.space}")
+    lacking = sorted(route.edges - model.route.edges)
+    if lacking:
+        raise ValueError(
+            f"the network has no edge {lacking[0]} (and {len(lacking) - 1} more of the route): it is a static network, "
+            "made for another route"
+        )
+
+
+def _own_route(space: RoutingSpace, gate: str, route: str | Sequence[tuple[int, int, str]] | None) -> Route:
+    """The edges of the network that these arguments describe."""
+    if route is None:
+        return Route.all_open(space)
+    if gate != "fixed":
+        raise ValueError(
+            f"a network of a fixed route has no gates: set gate to fixed (it is {gate}), or leave route out"
+        )
+    if isinstance(route, str):
+        return architecture(route, space)
+    own = Route.from_named_edges(space, route)
+    if not len(own):
+        raise ValueError("route has no edges: give at least one, or leave route out for the whole space")
+    return own.check()
+
+
+def _arrive(arrivals: list[Tensor | None], scale: int, out: Tensor | None) -> None:
+    """Adds to what arrives at a scale of the next layer."""
+    if out is not None:
+        before = arrivals[scale]
+        arrivals[scale] = out if before is None else before + out
 
 
 def fill_missing(arrivals: Sequence[Tensor | None], stem: Tensor) -> list[Tensor]:
@@ -304,8 +379,8 @@ def _check_arguments(
         )
     if len(set(cell_operations)) != len(cell_operations):
         raise ValueError(f"cell_operations {list(cell_operations)} names an operation twice")
-    if gate not in ("soft", "fixed"):
-        raise ValueError(f"gate is {gate!r}: choose soft or fixed")
+    if gate not in (*ACTIVATIONS, "fixed"):
+        raise ValueError(f"gate is {gate!r}: choose one of {', '.join(ACTIVATIONS)}, fixed")
     for name, items in (("class_names", class_names), ("palette", palette)):
         if items is not None and len(items) != num_classes:
             raise ValueError(f"{name} has {len(items)} entries for {num_classes} classes")

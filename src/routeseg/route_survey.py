@@ -1,0 +1,360 @@
+"""Which routes a network takes over a data set, and whether they follow the scale of what is in the pictures, which is
+the paper's claim (Sec. 1, Fig. 1): `routeseg routes`.
+
+OUTPUT/routes.json, and as .png and .svg: frequency, strength, cost_histogram, extremes, groups
+
+Legend: B images, L depth, S scales.
+    gates [B, L+1, S, 3]   activation of every edge; open where above 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from routeseg import figures
+from routeseg.data.datamodule import DataConfig, evaluation_loader, image_tensor, open_data
+from routeseg.data.folder import Classes, SegmentationData
+from routeseg.data.scenes import PRESETS
+from routeseg.evaluation import Evaluation, Forward, evaluate
+from routeseg.model import DynamicRoutingNetwork
+from routeseg.route_statistics import (
+    MIN_GROUP,
+    PERMUTATIONS,
+    PermutationTest,
+    distinct_routes,
+    edge_statistics,
+    object_size,
+    permutation_test,
+    route_distances,
+    shift_test,
+    size_group_name,
+    size_groups,
+)
+from routeseg.space import RoutingSpace
+
+SIGNIFICANT = 0.05  # p below this is called a difference in the printed words
+MIN_SHIFTED = 40  # pictures; with fewer, shifts are too few for a small p
+EXTREMES = 3  # cheapest and dearest pictures that are drawn
+DISTANCES = {"activation": False, "open": True}  # names of the two distances of route_distances, and its `binary`
+FIGURES, FIGURE_KINDS = ("frequency", "strength", "cost_histogram", "extremes", "groups"), (".png", ".svg")
+
+
+class Pictures:
+    """Some pictures of a data set, by their indices."""
+
+    def __init__(self, data: SegmentationData, indices: Sequence[int]) -> None:
+        self.data, self.indices = data, indices
+        self.classes: Classes = data.classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.data.read(self.indices[index])
+
+    def name(self, index: int) -> str:
+        return self.data.name(self.indices[index])
+
+
+def evenly_spread(data: SegmentationData, count: int | None) -> SegmentationData:
+    """`count` pictures of a data set, from its beginning to its end at even steps; all with None.
+
+    Raises ValueError where the count is not positive.
+    """
+    if count is None or count >= len(data):
+        return data
+    if count < 1:
+        raise ValueError(f"--images is {count}: look at one picture at least")
+    return Pictures(data, np.linspace(0, len(data) - 1, count).round().astype(int).tolist())
+
+
+def pictures_to_see(data: DataConfig, own: int) -> int:
+    """How many pictures `survey_routes` runs the network over, where the data set itself has `own`."""
+    return own * len(PRESETS) if data.name == "scenes" else own
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The routes of a network over a data set; what has [B] is per readable picture, in the order of the set.
+
+    pictures      the data set, and `indices` int64 [B], the place of each picture in it
+    evaluation    gates, costs and scores (see Evaluation)
+    names         what the set calls the pictures
+    object_sizes  float64 [B], see `object_size`
+    """
+
+    space: RoutingSpace
+    pictures: SegmentationData
+    indices: np.ndarray
+    evaluation: Evaluation
+    names: tuple[str, ...]
+    object_sizes: np.ndarray
+
+    @property
+    def gates(self) -> np.ndarray:
+        return self.evaluation.gates
+
+    @property
+    def cost_share(self) -> np.ndarray:
+        """Real cost as a share of the full network's at the picture's size, float64 [B]."""
+        return self.evaluation.cost_macs / self.evaluation.full_macs
+
+
+def observe(
+    model: DynamicRoutingNetwork,
+    pictures: SegmentationData,
+    forward: Forward,
+    workers: int = 0,
+    on_picture: Callable[[], None] | None = None,
+) -> Observation:
+    """Runs the network over a data set, one picture at a time at its own size, by `forward` (an engine).
+
+    Raises ValueError where no picture can be read, or a label is outside the network's classes.
+    """
+    notes: list[tuple[int, str, float]] = []
+
+    def noted() -> Iterator[dict[str, Any]]:
+        for index, picture in enumerate(evaluation_loader(pictures, workers)):
+            if not picture["skipped"]:
+                notes.append((index, picture["name"], object_size(picture["labels"][0].numpy())))
+            yield picture
+        if not notes:
+            raise ValueError(
+                f"none of the {len(pictures)} pictures of the data set can be read: check its files, or choose "
+                "another --split or --data.root"
+            )
+
+    evaluation = evaluate(model, noted(), forward, on_picture=on_picture)
+    indices, names, sizes = zip(*notes, strict=True)
+    return Observation(model.space, pictures, np.array(indices), evaluation, names, np.array(sizes))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pictures of one scale: gates [B,L+1,S,3], real cost as a share of the full network [B], object sizes [B]."""
+
+    name: str
+    gates: np.ndarray
+    cost_share: np.ndarray
+    object_sizes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.gates)
+
+
+@dataclass(frozen=True)
+class RouteSurvey:
+    """Everything `routeseg routes` says.
+
+    observation   the pictures of the data set
+    grouped_by    "preset" or "object size"
+    groups        pictures by scale: of each preset of scenes, or quartiles of the mean object size of the data set
+    tests         by distance ("activation", "open") and kind ("permuted", "shifted"): do routes differ between groups?
+                  Empty where there are too few pictures. Shifted only where pictures may come in an order (not for
+                  scenes), and are enough.
+    """
+
+    observation: Observation
+    grouped_by: str
+    groups: tuple[Group, ...]
+    tests: Mapping[str, Mapping[str, PermutationTest]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON, without machine and command; shares are 0..1."""
+        seen, space = self.observation, self.observation.space
+        scores = seen.evaluation.as_dict()
+        images = zip(
+            seen.names, seen.evaluation.cost_macs / 1e9, seen.cost_share, seen.object_sizes, seen.gates > 0, strict=True
+        )
+        return {
+            "images": scores["images"],
+            "skipped": scores["skipped"],
+            "miou": scores["miou"],
+            "cost_gmacs": scores["cost_gmacs"] | {"std": float(seen.evaluation.cost_macs.std() / 1e9)},
+            "depth": space.depth,
+            "num_scales": space.num_scales,
+            "edges": edge_statistics(space, seen.gates).as_list(),
+            "edges_open": edge_statistics(space, seen.gates).counts,
+            "distinct_routes": distinct_routes(seen.gates),
+            "per_image": [
+                {
+                    "name": name,
+                    "cost_gmacs": float(cost),
+                    "cost_share": float(share),
+                    "open_edges": int(opened.sum()),
+                    "object_size": _finite(size),
+                }
+                for name, cost, share, size, opened in images
+            ],
+            "grouped_by": self.grouped_by,
+            "groups": [self._group_dict(group) for group in self.groups],
+            "group_tests": {
+                distance: {kind: test.as_dict() for kind, test in tests.items()}
+                for distance, tests in self.tests.items()
+            },
+            "in_words": self.in_words(),
+        }
+
+    def _group_dict(self, group: Group) -> dict[str, Any]:
+        edges = edge_statistics(self.observation.space, group.gates)
+        return {
+            "name": group.name,
+            "images": len(group),
+            "cost_share": {f: float(getattr(group.cost_share, f)()) for f in ("mean", "min", "max", "std")},
+            "open_edges": float((group.gates > 0).sum((1, 2, 3)).mean()),
+            "object_size": {f: _finite(getattr(group.object_sizes, f)()) for f in ("mean", "min", "max")},
+            "edges": edges.as_list(),
+        }
+
+    def in_words(self) -> list[str]:
+        """What the tests say, a sentence or two for each distance."""
+        if not self.tests:
+            return [f"Too few pictures to ask whether routes follow the {self.grouped_by}: give at least four."]
+        return [_sentence(distance, self.grouped_by, tests) for distance, tests in self.tests.items()]
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _sentence(distance: str, grouped_by: str, tests: Mapping[str, PermutationTest]) -> str:
+    what = {"activation": "Activations", "open": "Sets of open edges"}[distance]
+    test = tests["permuted"]
+    means = f"mean distance {test.between:.4f} between groups, {test.within:.4f} within"
+    p = f"p = {test.p_value:.2g} of {test.relabellings} permutations"
+    if "shifted" in tests:
+        p += f", {tests['shifted'].p_value:.2g} of {tests['shifted'].relabellings} shifts that keep neighbours together"
+    if test.p_value >= SIGNIFICANT:
+        return f"{what} do not visibly follow the {grouped_by}: {means} ({p})."
+    more = f"{100 * test.difference / test.within:.1f} % more" if test.within > 0 else "where they do not differ within"
+    if "shifted" in tests and tests["shifted"].p_value >= SIGNIFICANT:
+        doubt = "but that may come from the likeness of neighbouring pictures alone"
+        return f"{what} differ between groups by {grouped_by}, {doubt}: {means}, {more} ({p})."
+    return f"{what} follow the {grouped_by}: {means}, {more} ({p})."
+
+
+def survey_routes(
+    model: DynamicRoutingNetwork,
+    forward: Forward,
+    data: DataConfig,
+    split: str = "val",
+    seed: int = 0,
+    images: int | None = None,
+    permutations: int = PERMUTATIONS,
+    on_picture: Callable[[], None] | None = None,
+    name: str = "the network",
+) -> RouteSurvey:
+    """Observes the routes over a data set, groups the pictures by scale and tests whether routes follow it.
+
+    For `scenes` as many pictures again are drawn of each other preset. Other data are cut into quartiles of the mean
+    object size of their labels (`object_size`, `size_groups`).
+
+    forward     an engine of the model; on_picture is called after each picture
+    images      only so many pictures, evenly spread over the set; None is all
+    name        of the network, for error messages
+
+    Raises ValueError where the network has no gates, or there is nothing to look at.
+    """
+    if not model.gated:
+        raise ValueError(
+            f"{name} has no gates: its route is the same for every image. Draw it with "
+            "`routeseg architectures --figure`, or see its config.json"
+        )
+    if permutations < 1:
+        raise ValueError(f"--permutations is {permutations}: it must be at least 1")
+
+    def seen(config: DataConfig) -> Observation:
+        return observe(model, evenly_spread(open_data(config, split, seed), images), forward, data.workers, on_picture)
+
+    own = seen(data)
+    if data.name == "scenes":
+        by_preset = {p: own if p == data.preset else seen(replace(data, preset=p)) for p in PRESETS}
+        groups = [Group(p, o.gates, o.cost_share, o.object_sizes) for p, o in by_preset.items()]
+        return RouteSurvey(own, "preset", tuple(groups), _tests(model.space, groups, permutations, seed))
+    numbers = size_groups(own.object_sizes)
+    count = int(numbers.max()) + 1
+    groups = []
+    for number in range(count):
+        rows = numbers == number
+        name = size_group_name(number, count)
+        groups.append(Group(name, own.gates[rows], own.cost_share[rows], own.object_sizes[rows]))
+    in_order = numbers[numbers >= 0], own.gates[numbers >= 0]
+    return RouteSurvey(own, "object size", tuple(groups), _tests(model.space, groups, permutations, seed, in_order))
+
+
+def _tests(
+    space: RoutingSpace,
+    groups: Sequence[Group],
+    permutations: int,
+    seed: int,
+    in_order: tuple[np.ndarray, np.ndarray] | None = None,
+) -> dict[str, dict[str, PermutationTest]]:
+    """Both tests by both distances. `in_order`: group number and gates of the pictures in the order of the set."""
+    if len(groups) < 2 or max(map(len, groups)) < MIN_GROUP:
+        return {}
+    tests: dict[str, dict[str, PermutationTest]] = {}
+    labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    gates = np.concatenate([group.gates for group in groups])
+    if in_order is not None:
+        labels, gates = in_order
+    for name, binary in DISTANCES.items():
+        distances = route_distances(space, gates, binary)
+        tests[name] = {"permuted": permutation_test(distances, labels, permutations, seed)}
+        if in_order is not None and len(labels) >= MIN_SHIFTED:
+            tests[name]["shifted"] = shift_test(distances, labels)
+    return tests
+
+
+def draw_survey(survey: RouteSurvey, model: DynamicRoutingNetwork, forward: Forward, folder: Path) -> list[Path]:
+    """The figures of a survey, each as .png and .svg; returns their paths. `forward` segments the drawn pictures."""
+    seen, space = survey.observation, survey.observation.space
+    edges = edge_statistics(space, seen.gates)
+    count = len(seen.names)
+    cost = seen.evaluation.cost_macs / 1e9
+    order = np.argsort(cost, kind="stable")
+    shown = max(1, min(EXTREMES, count // 2))
+    rows = {"cheapest": order[:shown], "dearest": order[::-1][:shown]} if count > 1 else {"only": order}
+    extremes = {
+        f"The {name} pictures" if len(places) > 1 else f"The {name} picture": [
+            _panel(seen, model, forward, int(place)) for place in places
+        ]
+        for name, places in rows.items()
+    }
+    groups = [
+        (f"{group.name}: {len(group)} pictures\n{_group_line(group)}", edge_statistics(space, group.gates).frequency)
+        for group in survey.groups
+    ]
+    written: list[Path] = []
+    for kind in FIGURE_KINDS:
+        paths = {n: folder / (n + kind) for n in FIGURES if n != "groups" or groups}
+        figures.edge_frequency(paths["frequency"], space, edges.frequency, count)
+        figures.edge_strength(paths["strength"], space, edges.mean_activation, edges.mean_when_open, count)
+        figures.cost_histogram(paths["cost_histogram"], cost, float(seen.evaluation.full_macs.mean() / 1e9))
+        figures.extreme_routes(paths["extremes"], space, extremes)
+        if groups:  # there is none where every label is ignored
+            figures.group_frequencies(paths["groups"], space, groups)
+        written += paths.values()
+    return written
+
+
+def _group_line(group: Group) -> str:
+    sizes = group.object_sizes[np.isfinite(group.object_sizes)]
+    size = f"object size {100 * sizes.mean():.1f} %, " if sizes.size else ""
+    return f"{size}cost {100 * group.cost_share.mean():.1f} % of full"
+
+
+def _panel(
+    seen: Observation, model: DynamicRoutingNetwork, forward: Forward, place: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+    """Image [H,W,3], segmentation [H,W,3], gates [L+1,S,3] and title of a picture."""
+    image, _ = seen.pictures.read(int(seen.indices[place]))
+    labels = forward(image_tensor(image)[None]).labels[0].cpu().numpy().astype(np.uint8)
+    cost, share = seen.evaluation.cost_macs[place] / 1e9, seen.cost_share[place]
+    title = f"{seen.names[place]}: {cost:.3f} GMACs, {100 * share:.1f} % of full"
+    tinted = figures.overlay(image, labels, model.class_names, model.palette, legend=False)
+    return image, tinted, seen.gates[place], title
