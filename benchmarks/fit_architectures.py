@@ -156,8 +156,8 @@ def main() -> None:
             ours, nearest = found[key]["ours"], found[key]["nearest"]
             print(
                 f"{name:<13} {key:<10} ours {ours['gmacs']:.2f} GMACs ({ours['gmacs_off']:+.1%}), "
-                f"{ours['params_m']:.2f} M ({ours['params_off']:+.1%}); {found[key]['within_5_percent']} of {found['patterns']} within 5 %; "
-                f"nearest {nearest}"
+                f"{ours['params_m']:.2f} M ({ours['params_off']:+.1%}); "
+                f"{found[key]['within_5_percent']} of {found['patterns']} within 5 %; nearest {nearest}"
             )
 
 

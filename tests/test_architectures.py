@@ -10,6 +10,7 @@ from conftest import spread_gates
 from routeseg import ARCHITECTURES, DynamicRoutingNetwork, Route, RoutingSpace, SkipEngine, common_route, load
 from routeseg.architecture_table import architecture_table
 from routeseg.architectures import architecture
+from routeseg.cli import main
 from routeseg.space import DOWN, KEEP, UP
 
 SPACE = RoutingSpace(16)
@@ -94,8 +95,8 @@ class TestDeadEnds:
             route.check()
 
     def test_zeros_of_closed_paths_feed_nothing(self):
-        """(1, 1) is reached by the zeros of the closed path down, as in the authors' network; no features arrive."""
-        route = Route(self.space, [(0, 0, KEEP), (1, 1, KEEP)])
+        """In the authors' networks (1, 1) is reached by the zeros of the closed path down; but no features arrive."""
+        route = Route(RoutingSpace(4, zeros_arrive=True), [(0, 0, KEEP), (1, 1, KEEP)])
         assert (1, 1) in route.reached and route.dead_ends == {(1, 1, KEEP)}
 
     def test_free_skips_lead_on(self):
@@ -254,3 +255,65 @@ class TestSoftmaxGate:
         model = DynamicRoutingNetwork(4, depth=4, base_channels=8, stem_channels=8, gate="softmax").train()
         model(torch.rand(2, 3, 64, 64)).logits.square().sum().backward()
         assert model.node(0, 0).gate.score.weight.grad.abs().sum() > 0
+
+
+class TestCommand:
+    def test_writes_table_and_picture(self, tmp_path, capsys):
+        out, picture = tmp_path / "new" / "all.json", tmp_path / "all.svg"
+        assert main(["architectures", "--size", "256x512", "--json", str(out), "--figure", str(picture)]) == 0
+        rows = json.loads(out.read_text())
+        assert [row["name"] for row in rows][:5] == [known.name for known in ARCHITECTURES.values()]
+        keys = {"name", "nodes", "edges", "params_m", "gmacs", "paper_params_m", "paper_gmacs"}
+        assert all(keys <= set(row) for row in rows)
+        assert rows[2]["paper_gmacs"] == 53.9 and rows[2]["gmacs"] < 4
+        assert picture.read_text().count("layer") >= 6
+        shown = capsys.readouterr().out
+        assert "Auto-DeepLab" in shown and "256x512" in shown
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--size", "1024"], "--size is '1024': give HEIGHTxWIDTH"),
+            (["--size", "16x16"], "both at least 32"),
+            (["--depth", "5"], "depth 5 is too small for this architecture"),
+            (["--depth", "2"], "depth 2 is too small for 4 scales"),
+            (["--convention", "flops"], "cost convention 'flops': choose one of"),
+            (["--figure", "all.jpg"], "all.jpg: a picture is written as .png or .svg"),
+            (["--json", "/proc/none/all.json"], "cannot write /proc/none/all.json"),
+        ],
+    )
+    def test_mistakes_are_named(self, words, message, capsys):
+        assert main(["architectures", *words]) == 2
+        assert message in capsys.readouterr().err
+
+    def train(self, tmp_path, *words: str) -> int:
+        tiny = ["--model.base_channels", "4", "--model.stem_channels", "4", "--data.image_size", "[32, 64]"]
+        tiny += ["--data.crop", "[32, 32]", "--data.batch_size", "2", "--data.train_images", "4", "--data.workers", "0"]
+        tiny += ["--data.val_images", "2", "--recipe.iterations", "2", "--recipe.precise_bn_batches", "1"]
+        return main(["train", *tiny, "--output", str(tmp_path / "run"), *words])
+
+    def test_a_route_file_trains_a_static_network(self, tmp_path):
+        """From `common_route` to a network of one's own."""
+        route = Route(RoutingSpace(4), [(0, 0, KEEP), (1, 0, DOWN), (2, 1, KEEP), (4, 1, KEEP)])
+        (tmp_path / "common.json").write_text(route.to_json())
+        words = ["--model.depth", "4", "--model.gate", "fixed", "--model.route", str(tmp_path / "common.json")]
+        assert self.train(tmp_path, *words) == 0
+        assert load(tmp_path / "run" / "last").route == route
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--model.depth", "8", "--model.route", "u-net"], "has no gates: set gate to fixed"),
+            (["--model.depth", "8", "--model.gate", "fixed", "--model.route", "unet"], "no architecture 'unet'"),
+            (["--model.depth", "5", "--model.gate", "fixed", "--model.route", "ROUTE"], "set --model.depth to match"),
+            (["--model.depth", "4", "--model.gate", "fixed", "--model.route", "ROUTE"], "no open path leads from the"),
+            (["--model.depth", "4", "--model.gate", "fixed", "--model.route", "none.json"], "none.json: No such file"),
+            (["--model.depth", "4", "--model.gate", "fixed", "--budget.weight", "0.5"], "cannot keep a budget"),
+        ],
+    )
+    def test_wrong_routes_are_named(self, words, message, tmp_path, capsys):
+        path = tmp_path / "route.json"
+        path.write_text(Route(RoutingSpace(4), [(2, 2, KEEP)]).to_json())
+        assert self.train(tmp_path, *(str(path) if word == "ROUTE" else word for word in words)) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()

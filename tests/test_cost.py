@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -181,14 +182,18 @@ class TestRealCost:
         route = Route.all_open(self.space)
         assert self.cost.of_route(route, count_gates=True) == pytest.approx(self.cost.full)
 
-    def test_by_hand(self):
-        """(0,0) opens down, (1,1) keep and up; (1,0) and (2,2) get zeros; from layer 2 on free skips."""
+    @pytest.mark.parametrize("zeros_arrive", [False, True])
+    def test_by_hand(self, zeros_arrive):
+        """(0,0) opens down, (1,1) keep and up; from layer 2 on free skips. (1,0) and (2,2) may get zeros."""
+        space = RoutingSpace(4, zeros_arrive=zeros_arrive)
         gates = np.zeros(self.space.legal.shape)
         gates[0, 0, DOWN], gates[1, 1, KEEP], gates[1, 1, UP] = 0.9, 0.1, 1e-6
-        c = self.cost
+        c = replace(self.cost, space=space)
         expected = c.stem + c.decoder + c.cell[0, 0] + c.cell[1, 1]
         expected += c.edge[0, 0, DOWN] + c.edge[1, 1, KEEP] + c.edge[1, 1, UP]
-        reached = [(0, 0), (1, 0), (1, 1), *((layer, s) for layer in (2, 3, 4) for s in (0, 1, 2))]
+        reached = [(0, 0), (1, 1), *((layer, s) for layer in (2, 3, 4) for s in (0, 1))]
+        if zeros_arrive:
+            reached += [(1, 0), *((layer, 2) for layer in (2, 3, 4))]
         expected += sum(c.gate[node] for node in reached)
         assert float(c.of_gates(gates)) == pytest.approx(expected)
 

@@ -97,7 +97,7 @@ def test_forced_route(tiny_network, engine, share):
         one = forward(images(), route=route)
         own = forward(images(), route=route, activation="own")
     assert torch.equal(one.gates, expected.expand_as(one.gates))
-    assert (own.gates[:, expected == 0] == 0).all() and (own.gates < 1).all()
+    assert (own.gates[:, route.to_gates() == 0] == 0).all() and (own.gates < 1).all()
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -283,3 +283,45 @@ def test_saving_where_one_cannot(tmp_path, tiny_network):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="Choose another folder"):
         tiny_network.save(tmp_path / "file" / "net")
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_zeros_that_arrive_in_both_engines(together):
+    """As in the authors' networks: nodes behind closed paths run on zeros, in the dense and in the skip forward."""
+    torch.manual_seed(1)
+    options = {"num_classes": 5, "depth": 4, "base_channels": 8, "stem_channels": 8}
+    model = spread_gates(DynamicRoutingNetwork(**options, zeros_arrive=True)).eval()
+    plain = DynamicRoutingNetwork(**options).eval()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        expected, found = model(images(6)), SkipEngine(model, together=together)(images(6))
+        without = plain(images(6))
+    assert close(found.logits, expected.logits) and torch.allclose(found.gates, expected.gates, atol=1e-6)
+    more = (expected.gates > 0) & ~torch.from_numpy(model.space.fed(expected.gates.numpy()))[..., None]
+    assert more.any() and (without.gates[more] == 0).all()
+
+
+@pytest.mark.parametrize("zeros_arrive", [False, True])
+def test_gradients_where_only_closed_paths_lead(zeros_arrive):
+    """BatchNorm over zeros divides by almost nothing. A chain of nodes that run on them drowns all other gradients, so
+    by default they do not run."""
+    torch.manual_seed(0)
+    model = DynamicRoutingNetwork(
+        5, depth=16, base_channels=4, stem_channels=4, small_gate=True, zeros_arrive=zeros_arrive
+    )
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.bias.normal_(std=0.2)
+        for layer in range(16):
+            node = model.node(layer, 0)
+            node.gate.score.bias[node.directions.index(DOWN)] = -5.0
+    result = model.train()(images(4))
+    result.logits.square().mean().backward()
+    largest = {True: 0.0, False: 0.0}  # at the finest scale, and elsewhere
+    for key, parameter in model.named_parameters():
+        if key.startswith("nodes.") and parameter.grad is not None:
+            finest = key.split(".")[1].endswith("-0")
+            largest[finest] = max(largest[finest], float(parameter.grad.abs().max()))
+    assert largest[True] > 0
+    assert largest[False] > 10 * largest[True] if zeros_arrive else largest[False] == 0

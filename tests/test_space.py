@@ -80,7 +80,7 @@ class TestRoutingSpace:
 
 
 class TestReached:
-    space = RoutingSpace(4)
+    space = RoutingSpace(4, zeros_arrive=True)
 
     def test_all_closed_reaches_scale_0_of_every_layer_along_the_free_skip(self):
         assert reached_nodes(self.space) == {(layer, 0) for layer in range(5)}
@@ -113,6 +113,12 @@ class TestReached:
         assert np.array_equal(both[0], self.space.reached(one))
         assert np.array_equal(both[1], self.space.reached(other))
         assert both[1].sum() > both[0].sum()
+
+    def test_zeros_arrive_nowhere_unless_the_space_says_so(self):
+        space = RoutingSpace(4)
+        assert reached_nodes(space, (0, 0, DOWN)) == {(0, 0)} | {(layer, 1) for layer in (1, 2, 3, 4)}
+        assert reached_nodes(space, (0, 0, DOWN)) < reached_nodes(self.space, (0, 0, DOWN))
+        assert space == self.space, "routes drawn in one are good in the other"
 
 
 class TestRoute:
@@ -148,10 +154,8 @@ class TestRoute:
 
     def test_skips_are_the_reached_nodes_without_an_open_edge(self):
         route = Route(self.space, [(0, 0, DOWN), (1, 1, KEEP), (3, 3, UP)])
-        assert (0, 0) not in route.skips and (1, 1) not in route.skips
-        assert (1, 0) in route.skips, "it gets the zeros of the closed keep"
-        assert (2, 1) in route.skips and (3, 3) not in route.skips
-        assert route.skips <= route.reached
+        assert route.skips == {(2, 1), (3, 1), (4, 1)}
+        assert route.reached == route.skips | {(0, 0), (1, 1)}
 
     def test_json_there_and_back(self):
         route = Route(self.space, [(0, 0, DOWN), (1, 1, UP)])

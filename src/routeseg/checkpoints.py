@@ -65,7 +65,7 @@ def import_checkpoint(
     name = "the state dict" if isinstance(source, Mapping) else str(source)
     theirs = dict(source) if isinstance(source, Mapping) else _read_authors_file(Path(source))
     config = _infer_config(theirs, name)
-    config["small_gate"] = small_gate
+    config["small_gate"], config["zeros_arrive"] = small_gate, True
     config["pixel_mean"] = [m / 255.0 for m in reversed(AUTHORS_MEAN_BGR)] if normalize else [0.0, 0.0, 0.0]
     config["pixel_std"] = [1 / 255.0 if normalize else 1.0] * 3
     model = DynamicRoutingNetwork(**config)

@@ -7,7 +7,7 @@ Legend: B images, L depth, S scales, E legal edges, G groups, P permutations, H,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from routeseg.data.transforms import IGNORE
 from routeseg.space import DIRECTIONS, RoutingSpace
 
 SIZE_GROUPS = 4  # quartiles of the object size
+SIGNIFICANT = 0.05  # p below this is called a difference in words
 MIN_GROUP = 2  # images of a group; a distance within it needs a pair
 PERMUTATIONS = 10_000
 PERMUTATIONS_AT_ONCE = 250  # keeps the working set below some ten megabytes at hundreds of images
@@ -192,6 +193,22 @@ def _chunks(rows: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
             chunk = []
     if chunk:
         yield np.stack(chunk)
+
+
+def in_plain_words(what: str, grouped_by: str, tests: Mapping[str, PermutationTest]) -> str:
+    """What the tests "permuted" and (if there) "shifted" say, a sentence that says so whichever way they come out."""
+    test, shifted = tests["permuted"], tests.get("shifted")
+    means = f"mean distance {test.between:.4f} between groups, {test.within:.4f} within"
+    p = f"p = {test.p_value:.2g} of {test.relabellings} permutations"
+    if shifted is not None:
+        p += f", {shifted.p_value:.2g} of {shifted.relabellings} shifts that keep neighbours together"
+    if test.p_value >= SIGNIFICANT:
+        return f"{what} do not visibly follow the {grouped_by}: {means} ({p})."
+    more = f"{100 * test.difference / test.within:.1f} % more" if test.within > 0 else "where they do not differ within"
+    if shifted is not None and shifted.p_value >= SIGNIFICANT:
+        doubt = "but that may come from the likeness of neighbouring pictures alone"
+        return f"{what} differ between groups by {grouped_by}, {doubt}: {means}, {more} ({p})."
+    return f"{what} follow the {grouped_by}: {means}, {more} ({p})."
 
 
 # --- Groups by scale -------------------------------------------------------------------------------------------------

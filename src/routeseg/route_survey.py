@@ -28,6 +28,7 @@ from routeseg.route_statistics import (
     PermutationTest,
     distinct_routes,
     edge_statistics,
+    in_plain_words,
     object_size,
     permutation_test,
     route_distances,
@@ -37,10 +38,10 @@ from routeseg.route_statistics import (
 )
 from routeseg.space import RoutingSpace
 
-SIGNIFICANT = 0.05  # p below this is called a difference in the printed words
 MIN_SHIFTED = 40  # pictures; with fewer, shifts are too few for a small p
 EXTREMES = 3  # cheapest and dearest pictures that are drawn
 DISTANCES = {"activation": False, "open": True}  # names of the two distances of route_distances, and its `binary`
+WORDS = {"activation": "Activations", "open": "Sets of open edges"}
 FIGURES, FIGURE_KINDS = ("frequency", "strength", "cost_histogram", "extremes", "groups"), (".png", ".svg")
 
 
@@ -174,7 +175,7 @@ class RouteSurvey:
         return {
             "images": scores["images"],
             "skipped": scores["skipped"],
-            "miou": scores["miou"],
+            "miou": _finite(scores["miou"]),
             "cost_gmacs": scores["cost_gmacs"] | {"std": float(seen.evaluation.cost_macs.std() / 1e9)},
             "depth": space.depth,
             "num_scales": space.num_scales,
@@ -215,27 +216,11 @@ class RouteSurvey:
         """What the tests say, a sentence or two for each distance."""
         if not self.tests:
             return [f"Too few pictures to ask whether routes follow the {self.grouped_by}: give at least four."]
-        return [_sentence(distance, self.grouped_by, tests) for distance, tests in self.tests.items()]
+        return [in_plain_words(WORDS[distance], self.grouped_by, tests) for distance, tests in self.tests.items()]
 
 
 def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def _sentence(distance: str, grouped_by: str, tests: Mapping[str, PermutationTest]) -> str:
-    what = {"activation": "Activations", "open": "Sets of open edges"}[distance]
-    test = tests["permuted"]
-    means = f"mean distance {test.between:.4f} between groups, {test.within:.4f} within"
-    p = f"p = {test.p_value:.2g} of {test.relabellings} permutations"
-    if "shifted" in tests:
-        p += f", {tests['shifted'].p_value:.2g} of {tests['shifted'].relabellings} shifts that keep neighbours together"
-    if test.p_value >= SIGNIFICANT:
-        return f"{what} do not visibly follow the {grouped_by}: {means} ({p})."
-    more = f"{100 * test.difference / test.within:.1f} % more" if test.within > 0 else "where they do not differ within"
-    if "shifted" in tests and tests["shifted"].p_value >= SIGNIFICANT:
-        doubt = "but that may come from the likeness of neighbouring pictures alone"
-        return f"{what} differ between groups by {grouped_by}, {doubt}: {means}, {more} ({p})."
-    return f"{what} follow the {grouped_by}: {means}, {more} ({p})."
 
 
 def survey_routes(
@@ -326,7 +311,7 @@ def draw_survey(survey: RouteSurvey, model: DynamicRoutingNetwork, forward: Forw
         for name, places in rows.items()
     }
     groups = [
-        (f"{group.name}: {len(group)} pictures\n{_group_line(group)}", edge_statistics(space, group.gates).frequency)
+        (f"{group.name}: {_group_line(group)}", edge_statistics(space, group.gates).frequency)
         for group in survey.groups
     ]
     written: list[Path] = []
@@ -345,7 +330,8 @@ def draw_survey(survey: RouteSurvey, model: DynamicRoutingNetwork, forward: Forw
 def _group_line(group: Group) -> str:
     sizes = group.object_sizes[np.isfinite(group.object_sizes)]
     size = f"object size {100 * sizes.mean():.1f} %, " if sizes.size else ""
-    return f"{size}cost {100 * group.cost_share.mean():.1f} % of full"
+    pictures = f"{len(group)} picture{'s' * (len(group) != 1)}"
+    return f"{pictures}\n{size}cost {100 * group.cost_share.mean():.1f} % of full"
 
 
 def _panel(

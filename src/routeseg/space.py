@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -34,11 +34,15 @@ class RoutingSpace:
     Layer 0 has one node (scale 0), each layer has one more, until there are `num_scales`. A node sends its output up
     (to scale s-1 of the next layer), keep (s) or down (s+1); the nodes of the last layer only keep, into the decoder.
 
+    zeros_arrive   what a closed path out of a node that runs is: nothing (False), or zeros that arrive, so that the
+                   node behind it runs on them (True: the authors' network). Spaces that differ in this alone are equal
+
     Raises ValueError where depth and scales make no network: the last layer must have every scale.
     """
 
     depth: int = 16
     num_scales: int = 4
+    zeros_arrive: bool = field(default=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, value in (("depth", self.depth), ("num_scales", self.num_scales)):
@@ -89,10 +93,12 @@ class RoutingSpace:
     def reached(self, gates: np.ndarray) -> np.ndarray:
         """Which nodes something arrives at, given the gates [..., L+1, S, 3]: bool [..., L+1, S].
 
-        Eq. 5: a reached node with an open path sends alpha_j T_j(H) in every direction, which is zeros along a closed
-        path, and zeros do arrive. A reached node without an open path passes its input along keep, for free, and
-        sends nothing up or down.
+        These are the nodes that are fed; or, if zeros arrive, more: a reached node with an open path then sends
+        alpha_j T_j(H) in every direction, be it 0 (Eq. 5 to the letter). A reached node without an open path passes its
+        input along keep, for free, and sends nothing up or down.
         """
+        if not self.zeros_arrive:
+            return self.fed(gates)
         runs = np.any(np.asarray(gates) > 0, axis=-1)
         reached = np.zeros_like(runs)
         reached[..., 0, 0] = True
@@ -169,7 +175,7 @@ class Route:
 
     @cached_property
     def reached(self) -> frozenset[Node]:
-        """The nodes that something arrives at, if only the zeros of closed paths."""
+        """The nodes that something arrives at (`RoutingSpace.reached`)."""
         return frozenset((layer, s) for layer, s in np.argwhere(self.space.reached(self.to_gates())).tolist())
 
     @cached_property

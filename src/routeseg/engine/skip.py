@@ -61,7 +61,7 @@ class SkipEngine:
         reached[:, 0] = True
         gates = []
         for layer in range(space.depth + 1):
-            features = fill_missing(arrivals, stem)  # zeros arrive where only closed paths lead (RoutingSpace.reached)
+            features = fill_missing(arrivals, stem)
             alpha = self._activations(layer, features, reached, given, activation)
             arrivals, reached = self._advance(layer, features, reached, alpha)
             gates.append(alpha)
@@ -93,7 +93,7 @@ class SkipEngine:
     ) -> tuple[list[Tensor | None], np.ndarray]:
         """Eq. 1 and 5 for a layer: what arrives at each scale of the next, and which images reach it [B,S]."""
         arrivals: list[Tensor | None] = [None] * self.space.num_scales
-        next_reached = reached.copy()
+        next_reached = reached.copy() if self.space.zeros_arrive else np.zeros_like(reached)
         runs = np.any(alpha > 0, axis=-1)  # [B,S]
         for scale in self.space.scales(layer):
             running = np.flatnonzero(runs[:, scale])
@@ -102,9 +102,11 @@ class SkipEngine:
                 hidden = node.cell(_choose(features[scale], running))
                 self._send(node, scale, hidden, running, alpha[:, scale], arrivals)
                 for direction in node.directions:
-                    next_reached[running, scale + SCALE_STEP[direction]] = True
+                    arrives = runs[:, scale] if self.space.zeros_arrive else alpha[:, scale, direction] > 0
+                    next_reached[:, scale + SCALE_STEP[direction]] |= arrives
             skipping = np.flatnonzero(reached[:, scale] & ~runs[:, scale])
             if len(skipping):  # dropped cell: the input itself is kept, for free
+                next_reached[skipping, scale] = True
                 _add(arrivals, scale, _choose(features[scale], skipping), skipping, len(alpha))
         return arrivals, next_reached
 

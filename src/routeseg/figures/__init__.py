@@ -1,7 +1,7 @@
 """Pictures of what the network does: label maps, routes, training runs, costs. Draws only.
 
 labels.py has the label maps, routes.py the routes, charts.py training runs and evaluations,
-comparison.py networks beside each other.
+comparison.py networks beside each other, route_statistics.py the routes over a data set.
 """
 
 from routeseg.figures.charts import class_iou_bars, cost_histogram, learning_curves

@@ -40,23 +40,25 @@ FREQUENCY = RouteWords("path open in 0 to 100 % of the images", **OVER_IMAGES)
 STRENGTH = RouteWords("mean activation of a path, 0 to 1", **OVER_IMAGES)
 Line = tuple[float, tuple[tuple[float, float], tuple[float, float]]]  # size of a difference, its edge
 DASHED = (0, (2.4, 1.3))
+NUMBER_PITCH = 34  # points between layers; where there are fewer, numbers would run into each other
 MIN_DIFFERENCE = 0.005  # share of the images; a path that differs less is drawn as not different
 DIFFERENCE_RANGES = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)  # shares at which lines may have their full width
 THIN_SPACE = "\u2009"
-TITLE, HEADING = 0.3, 0.42  # inches for a panel's title line, and for a heading above several panels
+TITLE, HEADING = 0.34, 0.42  # inches for a panel's title line, and for a heading above several panels
 AXIS, LEGEND_GAP = 0.34, 0.1  # inches for the layer axis under a panel, and from there to the legend
 
 
 def edge_frequency(path: str | Path, space: RoutingSpace, frequency: np.ndarray, images: int) -> None:
     """How often each edge is open: the grid, each edge with its share of the `images`, and in percent beside it where
-    it is open in some only.
+    it is open in some only (up to about depth 16; deeper grids have no room for numbers).
 
     Raises ValueError where the shares do not fit the space.
     """
     kind = picture_kind(path)
     title = f"How often each path is open, over {images} images"
     figure, (ax,) = _stacked(space, [(title, frequency)], FREQUENCY)
-    for layer, scale, direction in space.edges:
+    roomy = ax.get_window_extent().width / figure.dpi * POINTS_PER_INCH / (space.depth + 2.9) >= NUMBER_PITCH
+    for layer, scale, direction in space.edges if roomy else ():
         share = frequency[layer, scale, direction]
         if 0 < share < 1:
             _, (_, end) = edge_line(layer, scale, direction)
@@ -102,27 +104,31 @@ def extreme_routes(
     columns = max(map(len, rows.values()))
     wide, tall = _panel_size(space, 0.36, 4.2, 5.6)
     between, inner = 0.55, 0.06  # inches between columns, and between image and segmentation
-    shapes = [panel[0].shape for row in rows.values() for panel in row]
-    thumb = min((wide - inner) / 2 * max(h / w for h, w, _ in shapes), 0.62 * wide)  # inches high
+    half = (wide - inner) / 2
     lines = max(len(textwrap.wrap(p[3], int(wide * POINTS_PER_INCH / 5.04))) for row in rows.values() for p in row)
-    row_height = HEADING + thumb + 0.06 + TITLE + 0.16 * (lines - 1) + tall + AXIS + 0.25
-    figure = new_figure(columns * (wide + between) - between, row_height * len(rows))
+    title = TITLE + 0.16 * (lines - 1)
+    thumbs = [  # inches high, by row
+        min(max(half * p[0].shape[0] / p[0].shape[1] for p in panels), 0.62 * wide) for panels in rows.values()
+    ]
+    below = title + tall + AXIS + 0.25  # inches, of a row below its pictures
+    figure = new_figure(columns * (wide + between) - between, sum(thumbs) + (HEADING + below) * len(thumbs))
     place = _Placer(figure)
-    for number, (heading, panels) in enumerate(rows.items()):
-        top = number * row_height
+    top = 0.0
+    for (heading, panels), thumb in zip(rows.items(), thumbs, strict=True):
         place.heading(heading, top)
-        for column, (image, segmentation, gates, title) in enumerate(panels):
+        top += HEADING
+        for column, (image, segmentation, gates, name) in enumerate(panels):
             left = column * (wide + between)
-            half = (wide - inner) / 2
             for at, picture, anchor in ((left, image, "SE"), (left + half + inner, segmentation, "SW")):
-                ax = place.axes(at, top + HEADING, half, thumb)
+                ax = place.axes(at, top, half, thumb)
                 ax.imshow(picture)
                 ax.axis("off")
                 ax.set_anchor(anchor)
-            ax = place.axes(left, top + row_height - AXIS - 0.25 - tall, wide, tall)
-            draw_route(ax, space, gates, title, legend=False)
+            ax = place.axes(left, top + thumb + title, wide, tall)
+            draw_route(ax, space, gates, name, legend=False)
             if column:
                 ax.set_ylabel("")
+        top += thumb + below
     place.legend(route_legend(_columns(figure)))
     save_figure(figure, path, kind)
 
@@ -138,7 +144,7 @@ def group_frequencies(path: str | Path, space: RoutingSpace, groups: Sequence[tu
     kind = picture_kind(path)
     if not groups:
         raise ValueError("no groups to draw: give at least one (title, shares)")
-    wide, tall = _panel_size(space, 0.34, 3.7, 5.2)
+    wide, tall = _panel_size(space, 0.34, 3.7, max(3.8, 16 / max(1, len(groups))))
     between = 0.35
     mean = np.mean([shares for _, shares in groups], axis=0)
     compared = len(groups) > 1
@@ -200,8 +206,8 @@ def draw_difference(ax: Axes, space: RoutingSpace, difference: np.ndarray, full:
 def _difference_legend(full: float) -> dict[str, Any]:
     points = f"{100 * full:g} points"
     signs = {
-        f"more often open, thickest at {points} and above": Line2D([], [], color=BLUE, linewidth=3),
-        f"less often open, thickest at {points} and above": Line2D([], [], color=ORANGE, linewidth=3, linestyle=DASHED),
+        f"more often open, thickest at {points}": Line2D([], [], color=BLUE, linewidth=3),
+        f"less often open, thickest at {points}": Line2D([], [], color=ORANGE, linewidth=3, linestyle=DASHED),
         f"within {100 * MIN_DIFFERENCE:g} points": Line2D([], [], color="#b4bac2", linewidth=0.9),
     }
     return route_legend(3) | {"handles": list(signs.values()), "labels": list(signs)}

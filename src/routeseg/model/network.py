@@ -86,6 +86,7 @@ class DynamicRoutingNetwork(
     small_gate       gates look at a quarter-size input (used with a budget)
     route            a static network: only the parts that this route uses exist. The name of a known network
                      (`routeseg.architectures`), or its edges (layer, scale, "up" | "keep" | "down"). Needs gate "fixed"
+    zeros_arrive     closed paths send zeros that arrive, as in the authors' networks (see RoutingSpace): those need it
     class_names, palette  names and RGB colours of the classes, kept with the weights
     pixel_mean, pixel_std input normalisation of RGB in 0..1
 
@@ -103,13 +104,14 @@ class DynamicRoutingNetwork(
         gate: Literal["soft", "softmax", "fixed"] = "soft",
         small_gate: bool = False,
         route: str | Sequence[tuple[int, int, str]] | None = None,
+        zeros_arrive: bool = False,
         class_names: Sequence[str] | None = None,
         palette: Sequence[Sequence[int]] | None = None,
         pixel_mean: Sequence[float] = IMAGENET_MEAN,
         pixel_std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         super().__init__()
-        self.space = RoutingSpace(depth, num_scales)
+        self.space = RoutingSpace(depth, num_scales, zeros_arrive)
         _check_arguments(num_classes, base_channels, stem_channels, cell_operations, gate, class_names, palette)
         self.num_classes = num_classes
         self.base_channels = base_channels
@@ -250,19 +252,27 @@ class DynamicRoutingNetwork(
         weighted: bool,
     ) -> list[tuple[int, Tensor, Tensor]]:
         """Eq. 5 for a batch: a list of (target scale, what is sent there [B,C,h,w], which images send it [B])."""
-        is_open = (alpha > 0).any(dim=1)
-        if weighted and not is_open.any():
-            return [(scale, features, reached)]
+        is_open = alpha > 0
+        runs = is_open.any(dim=1)
+        drops = reached & ~runs
+        if weighted:  # one transfer from the device: is the path open in some image; does some image drop the cell
+            *used, kept = torch.cat((is_open.any(dim=0), drops.any()[None])).tolist()
+            if not any(used):
+                return [(scale, features, reached)]
         drop_path = self.drop_path * layer / self.space.depth if self.training else 0.0
         hidden = node.cell(features, drop_path)  # Eq. 1
         if not weighted:  # every activation is 1
             return [(scale + SCALE_STEP[d], node.transform(d, hidden), reached) for d in node.directions]
         sent = []
         for direction in node.directions:
+            if not (used[direction] or self.space.zeros_arrive or (direction == KEEP and kept)):
+                continue
             out = alpha[:, direction, None, None, None].to(hidden.dtype) * node.transform(direction, hidden)
+            arrives = runs if self.space.zeros_arrive else is_open[:, direction]
             if direction == KEEP:  # an image that drops the cell keeps the input itself, for free
-                out = torch.where(is_open[:, None, None, None], out, features)
-            sent.append((scale + SCALE_STEP[direction], out, reached if direction == KEEP else is_open))
+                out = torch.where(runs[:, None, None, None], out, features)
+                arrives = arrives | drops
+            sent.append((scale + SCALE_STEP[direction], out, arrives))
         return sent
 
     def _initialize(self) -> None:
