@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from routeseg.architectures import ARCHITECTURES, union, walk
-from routeseg.cli import write_json
 from routeseg.cost import model_cost
 from routeseg.evaluation import machine_facts
+from routeseg.files import write_json
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.space import DIRECTIONS, DOWN, KEEP, UP, Route, RoutingSpace
 

@@ -37,11 +37,12 @@ from jsonargparse import Namespace
 
 from routeseg import checkpoints, figures
 from routeseg.architectures import ARCHITECTURES, common_route
-from routeseg.cli import _new_network, _parts, config_parser, write_json
+from routeseg.cli import config_parser, new_network, read_parts
 from routeseg.cost import Budget, model_cost
 from routeseg.data.datamodule import DataConfig, evaluation_loader, open_data
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import evaluate, machine_facts
+from routeseg.files import write_atomically, write_json
 from routeseg.space import Route
 from routeseg.training import RESUME_FILE, Recipe, train
 
@@ -121,7 +122,7 @@ def read_experiment(path: Path, words: Sequence[str] = ()) -> dict[str, Network]
                 )
             own["model"] = own.get("model", {}) | {"gate": "fixed", "small_gate": False}
         config = ["--config", yaml.safe_dump(shared), *words, "--config", yaml.safe_dump(own)]
-        args, data, recipe, budget = _parts(parser, config)
+        args, data, recipe, budget = read_parts(parser, config)
         data.seed = 0 if data.seed is None else data.seed
         networks[name] = Network(
             name, args, data, recipe, budget, (common["of"], float(common["threshold"])) if common else None
@@ -215,7 +216,7 @@ def perform(run: Run, accelerator: str = "auto") -> dict[str, Any]:
     args = network.args.clone()
     if run.source is not None:
         args.model.route = _common_route(run, recipe)
-    model = _new_network(args, network.data, recipe)
+    model = new_network(args, network.data, recipe)
     resume = (run.folder / RESUME_FILE).exists()
     result = train(
         model, network.data, recipe, network.budget, run.folder, resume, False, devices=1, accelerator=accelerator
@@ -420,7 +421,7 @@ def write_summary(runs: Sequence[Run], command: Sequence[str], output: Path) -> 
     """Writes OUTPUT and the Markdown table beside it."""
     facts = summary(runs, command)
     write_json(output, facts)
-    figures.write_atomically(output.with_suffix(".md"), markdown(facts).encode())
+    write_atomically(output.with_suffix(".md"), markdown(facts).encode())
     return facts
 
 

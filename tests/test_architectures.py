@@ -279,7 +279,7 @@ class TestCommand:
             (["--depth", "2"], "depth 2 is too small for 4 scales"),
             (["--convention", "flops"], "cost convention 'flops': choose one of"),
             (["--figure", "all.jpg"], "all.jpg: a picture is written as .png or .svg"),
-            (["--json", "/proc/none/all.json"], "cannot write /proc/none/all.json"),
+            (["--json", "/proc/none/all.json"], "cannot write into /proc/none"),
         ],
     )
     def test_mistakes_are_named(self, words, message, capsys):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from conftest import spread_gates
-from routeseg import DynamicRoutingNetwork, RoutingSpace, figures
+from routeseg import DynamicRoutingNetwork, Route, RoutingSpace, figures
 from routeseg.cli import main
 from routeseg.data.scenes import CLASSES, PALETTE
 from routeseg.route_statistics import (
@@ -275,6 +275,29 @@ def test_routes_over_your_own_data_by_object_size(tmp_path, checkpoint, own_data
     code, text, _ = run([*command, tmp_path / "one", "--images=1"], capsys)
     assert code == 0 and "Too few pictures" in text
     assert {path.name for path in (tmp_path / "one").iterdir()} == FILES
+
+
+def test_routes_writes_the_common_route(tmp_path, checkpoint, capsys):
+    command = ["routes", checkpoint, *SCENES, "--permutations=20", "--output", tmp_path / "out"]
+    code, text, _ = run([*command, "--common=0.6"], capsys)
+    assert code == 0 and "edges open in 60 % of the images" in text
+    route = Route.from_json((tmp_path / "out" / "common_route.json").read_text())
+    edges = json.loads((tmp_path / "out" / "routes.json").read_text())["edges"]
+    often = {(e["layer"], e["scale"], e["direction"]) for e in edges if e["frequency"] >= 0.6}
+    assert set(route.named_edges) <= often and not route.dead_ends
+    code, _, err = run([*command, "--common=1.5"], capsys)
+    assert code == 2 and "threshold is 1.5" in err
+
+
+def test_a_threshold_that_closes_everything(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = DynamicRoutingNetwork(10, depth=3, base_channels=8, stem_channels=8, class_names=CLASSES, palette=PALETTE)
+    with torch.no_grad():
+        for node in model.nodes.values():
+            node.gate.score.bias.fill_(-9.0)
+    closed = model.save(tmp_path / "closed")
+    code, _, err = run(["routes", closed, *SCENES, "--common=0.5", "--output", tmp_path / "out"], capsys)
+    assert code == 2 and "closes everything" in err and "Choose a lower one" in err
 
 
 def test_routes_mistakes(tmp_path, checkpoint, own_data, capsys):

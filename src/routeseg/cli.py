@@ -6,7 +6,6 @@ Every user mistake ends in one message on stderr and exit code 2.
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import re
 import sys
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
+
+from routeseg.files import check_writable, write_atomically, write_json
 
 if TYPE_CHECKING:
     from routeseg.data.datamodule import DataConfig
@@ -126,7 +127,7 @@ def config_parser(command: str) -> Parser:
     return parser
 
 
-def _parts(parser: Parser, words: Sequence[str]) -> tuple[Namespace, Any, Any, Any]:
+def read_parts(parser: Parser, words: Sequence[str]) -> tuple[Namespace, Any, Any, Any]:
     """The parsed words and the data, recipe and budget sections as objects."""
     from routeseg.cost import Budget
     from routeseg.data.datamodule import DataConfig
@@ -146,11 +147,11 @@ def train_command(words: Sequence[str]) -> int:
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT/last.ckpt")
     parser.add_argument("--devices", type=str, default="auto", help="how many devices, or auto")
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
-    args, data, recipe, budget = _parts(parser, words)
+    args, data, recipe, budget = read_parts(parser, words)
 
     from routeseg.training import train
 
-    model = _new_network(args, data, recipe)
+    model = new_network(args, data, recipe)
     result = train(
         model,
         data,
@@ -176,7 +177,7 @@ def evaluate_command(words: Sequence[str]) -> int:
     parser.add_argument("--split", type=str, default="val", help="train, val or test")
     parser.add_argument("--engine", type=str, default="skip", help="skip (closed paths cost nothing) or dense")
     parser.add_argument("--convention", type=str, default="authors", help="how cost is counted: authors or full")
-    args, data, recipe, _ = _parts(parser, words)
+    args, data, recipe, _ = read_parts(parser, words)
 
     from routeseg import checkpoints
     from routeseg.data.datamodule import evaluation_loader, open_data
@@ -187,7 +188,7 @@ def evaluate_command(words: Sequence[str]) -> int:
     pictures = open_data(data, args.split, recipe.seed)
     _check_classes(args.checkpoint, model, data, len(pictures.classes))
     if args.json is not None:
-        _check_writable(Path(args.json))
+        check_writable(Path(args.json).parent, "--json")
     with _progress(f"evaluate {data.name} {args.split}", len(pictures)) as step:
         loader = evaluation_loader(pictures, data.workers)
         result = evaluate(model, loader, build_engine(model, args.engine), args.convention, step)
@@ -203,10 +204,15 @@ def routes_command(words: Sequence[str]) -> int:
     parser.add_argument("--split", type=str, default="val", help="train, val or test")
     parser.add_argument("--output", type=str, default="runs/routes", help="folder for routes.json and the figures")
     parser.add_argument("--images", type=int | None, default=None, help="only so many, evenly spread over the set")
+    parser.add_argument(
+        "--common", type=float | None, default=None, help="write common_route.json: edges open in this share of images"
+    )
     parser.add_argument("--permutations", type=int, default=10_000, help="relabellings of the permutation test")
-    args, data, recipe, _ = _parts(parser, words)
+    args, data, recipe, _ = read_parts(parser, words)
 
     from routeseg import checkpoints
+    from routeseg.architectures import common_route
+    from routeseg.cost import model_cost
     from routeseg.data.datamodule import open_data
     from routeseg.engine import build_engine
     from routeseg.evaluation import machine_facts
@@ -215,7 +221,7 @@ def routes_command(words: Sequence[str]) -> int:
     model, output = checkpoints.load(args.checkpoint), Path(args.output)
     pictures = open_data(data, args.split, recipe.seed)
     _check_classes(args.checkpoint, model, data, len(pictures.classes))
-    _check_writable(output / "routes.json")
+    check_writable(output)
     engine = build_engine(model)
     total = pictures_to_see(data, len(evenly_spread(pictures, args.images)))
     with _progress(f"routes over {data.name} {args.split}", total) as step:
@@ -223,9 +229,17 @@ def routes_command(words: Sequence[str]) -> int:
             model, engine, data, args.split, recipe.seed, args.images, args.permutations, step, args.checkpoint
         )
     figures = draw_survey(survey, model, engine, output)
+    common = None if args.common is None else common_route(survey.observation.gates, args.common)
     facts = {"command": ["routes", *words], "data": data.name, "split": args.split, "seed": recipe.seed}
     write_json(output / "routes.json", survey.as_dict() | facts | machine_facts())
     print_survey(survey)
+    if common is not None:
+        write_atomically(output / "common_route.json", (common.to_json() + "\n").encode())
+        static_gmacs = model_cost(model, survey.observation.pictures.read(0)[1].shape).of_route(common) / 1e9
+        print(
+            f"{output}/common_route.json: {len(common)} edges open in {100 * args.common:g} % of the images, "
+            f"{static_gmacs:.3f} GMACs as a static network; train it with --model.gate fixed --model.route, its path"
+        )
     print(f"{output}/routes.json and {len(figures)} figures beside it: " + ", ".join(path.name for path in figures))
     return 0
 
@@ -277,9 +291,9 @@ def architectures_command(words: Sequence[str]) -> int:
     from routeseg.space import Route, RoutingSpace
 
     space = RoutingSpace(args.depth)
-    for path in (args.json, args.figure):
+    for option, path in (("--json", args.json), ("--figure", args.figure)):
         if path is not None:
-            _check_writable(Path(path))
+            check_writable(Path(path).parent, option)
     rows = architecture_table(
         space,
         size,
@@ -355,15 +369,15 @@ def demo_command(words: Sequence[str]) -> int:
     parser = config_parser("demo")
     parser.add_argument("--output", type=str, default="runs/demo", help="folder of the run and its report")
     parser.add_argument("--minutes", type=float | None, default=None, help="time to train; else recipe.iterations")
-    args, data, recipe, budget = _parts(parser, words)
+    args, data, recipe, budget = read_parts(parser, words)
 
     from routeseg.demo import run_demo
 
-    run_demo(_new_network(args, data, recipe), data, recipe, budget, Path(args.output), args.minutes)
+    run_demo(new_network(args, data, recipe), data, recipe, budget, Path(args.output), args.minutes)
     return 0
 
 
-def _new_network(args: Namespace, data: DataConfig, recipe: Recipe) -> DynamicRoutingNetwork:
+def new_network(args: Namespace, data: DataConfig, recipe: Recipe) -> DynamicRoutingNetwork:
     """The network of the model section, for the classes of the data, with weights drawn from the recipe's seed."""
     import torch
 
@@ -486,13 +500,6 @@ def print_architectures(rows: Sequence[dict[str, Any]], title: str) -> None:
     Console().print(table)
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Whole or not at all."""
-    from routeseg.figures import write_atomically
-
-    write_atomically(path, (json.dumps(data, indent=2) + "\n").encode())
-
-
 def _check_classes(checkpoint: str, model: DynamicRoutingNetwork, data: DataConfig, classes: int) -> None:
     """Raises ValueError where the data set has not as many classes as the network."""
     if classes != model.num_classes:
@@ -500,17 +507,6 @@ def _check_classes(checkpoint: str, model: DynamicRoutingNetwork, data: DataConf
             f"{checkpoint} has {model.num_classes} classes, the data set {data.name} has {classes}: "
             "give the configuration that it was trained with"
         )
-
-
-def _check_writable(path: Path) -> None:
-    folder = path.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{path.name}.tmp"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}. Choose another file") from error
 
 
 class _progress:

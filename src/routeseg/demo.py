@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import json
 import shutil
 import statistics
 import time
@@ -35,6 +34,7 @@ from routeseg.data.datamodule import (
 from routeseg.data.scenes import PRESETS
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import Evaluation, evaluate, machine_facts
+from routeseg.files import write_atomically, write_json
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.report import Report
 from routeseg.training import Recipe, segmentation_loss, train
@@ -78,7 +78,7 @@ def run_demo(
     by_preset = preset_costs(best, engine, data, recipe.seed) if data.name == "scenes" else {}
     facts["cost_by_preset"] = {name: float(share.mean()) for name, share in by_preset.items()}
     path = write_report(best, engine, pictures, evaluation, facts, budget, output)
-    figures.write_atomically(output / "result.json", (json.dumps(facts, indent=2) + "\n").encode())
+    write_json(output / "result.json", facts)
     share = facts["cost_gmacs"]["mean_share"]
     print(
         f"mIoU {100 * evaluation.miou:.1f} % (most frequent class everywhere: {100 * evaluation.majority_miou:.1f} %), "
@@ -180,7 +180,7 @@ def write_report(
         image, labels, _ = _segment(engine, pictures, int(index))
         path = output / f"overlay_{pictures.name(int(index))}.png"
         overlay = figures.overlay(image, labels, model.class_names, model.palette)
-        figures.write_atomically(path, figures.png_bytes(overlay))
+        write_atomically(path, figures.png_bytes(overlay))
         gallery.append((path, pictures.name(int(index))))
     report.gallery(gallery)
 

@@ -32,7 +32,8 @@ from routeseg.cost import model_cost
 from routeseg.data.folder import IMAGE_SUFFIXES, UnreadableImage, read_image
 from routeseg.data.transforms import IGNORE, PADDING_RGB
 from routeseg.evaluation import Forward
-from routeseg.figures import overlay, png_bytes, save_route, write_atomically
+from routeseg.figures import overlay, png_bytes, save_route
+from routeseg.files import check_writable, write_atomically
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.model.network import MIN_IMAGE_SIZE, padded_size
 from routeseg.space import Route
@@ -274,11 +275,7 @@ def _prepare_folder(output: Path, paths: Sequence[Path], names: Sequence[str]) -
         for result in (_file(output / name, ending) for ending in OUTPUTS):
             if os.path.realpath(result) in images:
                 raise ValueError(f"{result} is itself an input: choose another --output, it would be lost")
-    with _writing(output):
-        output.mkdir(parents=True, exist_ok=True)
-        probe = output / f".writable.{os.getpid()}.tmp"
-        probe.touch()
-        probe.unlink()
+    check_writable(output)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from routeseg.figures import write_atomically
+from routeseg.files import write_atomically
 
 Picture = str | Path | bytes
 

@@ -26,6 +26,7 @@ from routeseg.data.datamodule import DataConfig, SegmentationDataModule, pair
 from routeseg.data.transforms import IGNORE
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import Evaluation, evaluate
+from routeseg.files import check_writable
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.model.layers import running_statistics
 
@@ -353,13 +354,7 @@ def compile_parts(model: DynamicRoutingNetwork) -> None:
 def _prepare_output(output: Path, resume: bool) -> int:
     """Makes the folder; returns the step to go on from."""
     checkpoint = output / RESUME_FILE
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        probe = output / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write into {output}: {error.strerror}. Choose another --output") from error
+    check_writable(output)
     if not resume:
         if checkpoint.exists():
             raise ValueError(f"{output} already holds a run: go on with it with --resume, or choose another --output")

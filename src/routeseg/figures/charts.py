@@ -24,6 +24,7 @@ from routeseg.figures.common import (
     PURPLE,
     new_figure,
     picture_kind,
+    plain_axes,
     save_figure,
 )
 
@@ -68,7 +69,7 @@ def learning_curves(
     figure = new_figure(7.6, sum(heights) + 0.5, layout="constrained")
     axes = figure.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for ax, (name, keys) in zip(axes, groups.items(), strict=True):
-        _plain_axes(ax)
+        plain_axes(ax)
         ax.set_ylabel({"lr": "learning\nrate", "cost": "share of full cost"}.get(name, name), color=INK)
         if name == "loss":
             for key in keys:
@@ -186,7 +187,7 @@ def class_iou_bars(path: str | Path, names: Sequence[str], iou: Sequence[float] 
     percent = 100 * np.where(present, iou, 0)
     figure = new_figure(7.6, 0.27 * len(names) + 0.9, layout="constrained")
     ax = figure.subplots()
-    _plain_axes(ax)
+    plain_axes(ax)
     ax.grid(False, axis="y")
     ax.grid(True, axis="x", color=FAINT, linewidth=0.6)
     where = np.arange(len(names))
@@ -235,7 +236,7 @@ def cost_histogram(path: str | Path, cost_gmacs: Sequence[float] | np.ndarray, f
     pad = max(0.08 * (high - low), 0.004 * full_gmacs)
     figure = new_figure(7.6, 3.7, layout="constrained")
     ax, strip = figure.subplots(2, 1, height_ratios=(6, 1))
-    _plain_axes(ax)
+    plain_axes(ax)
     bins = int(np.clip(2 * math.sqrt(cost.size), 8, 40)) if high > low else 1
     ax.hist(
         cost,
@@ -284,14 +285,6 @@ def cost_histogram(path: str | Path, cost_gmacs: Sequence[float] | np.ndarray, f
     strip.tick_params(length=0, labelsize=8, labelcolor=MUTED)
     strip.spines[:].set_visible(False)
     save_figure(figure, path, kind)
-
-
-def _plain_axes(ax: Axes) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color("#aab1ba")
-    ax.tick_params(labelsize=8.5, color="#aab1ba", labelcolor=INK, length=3)
-    ax.grid(True, axis="y", color=FAINT, linewidth=0.6)
-    ax.set_axisbelow(True)
 
 
 def _note(ax: Axes, point: tuple, text: str, offset: tuple, transform: Any = "data", **style: Any) -> None:

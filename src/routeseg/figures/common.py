@@ -1,4 +1,4 @@
-"""What all pictures share: colours, writing a file whole, and a figure that no global state knows of.
+"""What all pictures share: colours, and a figure that no global state knows of.
 
 Every `path` of this package ends in .png or .svg. The file is written whole or not at all, and its folder is
 made where missing.
@@ -7,32 +7,22 @@ made where missing.
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+
+from routeseg.files import write_atomically
 
 PNG_DPI = 160
 POINTS_PER_INCH = 72
 
 INK, MUTED, FAINT = "#1d2530", "#67707c", "#d9dde2"  # text and nodes; secondary text; closed paths and grids
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#8e4585"  # told apart by colour-blind readers
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write `data` to a temporary name beside `path`, then rename: the file is there whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def png_bytes(picture: np.ndarray | Image.Image) -> bytes:
@@ -61,3 +51,12 @@ def save_figure(figure: Figure, path: str | Path, kind: str) -> None:
     metadata = {"Date": None} if kind == "svg" else None  # the same figure gives the same text
     figure.savefig(data, format=kind, bbox_inches="tight", pad_inches=0.12, metadata=metadata)
     write_atomically(path, data.getvalue())
+
+
+def plain_axes(ax: Axes) -> None:
+    """Two spines and faint horizontal lines."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color("#aab1ba")
+    ax.tick_params(labelsize=8.5, color="#aab1ba", labelcolor=INK, length=3)
+    ax.grid(True, axis="y", color=FAINT, linewidth=0.6)
+    ax.set_axisbelow(True)

@@ -12,7 +12,6 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from routeseg.figures.charts import _plain_axes
 from routeseg.figures.common import (
     BLUE,
     FAINT,
@@ -24,6 +23,7 @@ from routeseg.figures.common import (
     PURPLE,
     new_figure,
     picture_kind,
+    plain_axes,
     save_figure,
 )
 
@@ -56,7 +56,7 @@ def accuracy_cost(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
             raise ValueError(f"{row['label']} is of kind {row['kind']!r}: choose one of {', '.join(KINDS)}")
     figure = new_figure(7.6, 4.6, layout="constrained")
     ax = figure.subplots()
-    _plain_axes(ax)
+    plain_axes(ax)
     dynamic = sorted((row["gmacs"]["mean"], 100 * row["miou_mean"]) for row in rows if row["kind"] == "dynamic")
     ax.plot([x for x, _ in dynamic], [y for _, y in dynamic], color=BLUE, linewidth=1.2, alpha=0.5, zorder=2)
     for row in rows:
