@@ -20,9 +20,7 @@ from routeseg.files import check_writable, write_atomically, write_json
 
 if TYPE_CHECKING:
     from routeseg.data.datamodule import DataConfig
-    from routeseg.evaluation import Evaluation
     from routeseg.model import DynamicRoutingNetwork
-    from routeseg.route_survey import RouteSurvey
     from routeseg.space import RoutingSpace
     from routeseg.training import Recipe
 
@@ -149,6 +147,7 @@ def train_command(words: Sequence[str]) -> int:
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
     args, data, recipe, budget = read_parts(parser, words)
 
+    from routeseg.tables import print_evaluation
     from routeseg.training import train
 
     model = new_network(args, data, recipe)
@@ -183,6 +182,7 @@ def evaluate_command(words: Sequence[str]) -> int:
     from routeseg.data.datamodule import evaluation_loader, open_data
     from routeseg.engine import build_engine
     from routeseg.evaluation import evaluate, machine_facts
+    from routeseg.tables import print_evaluation
 
     model = checkpoints.load(args.checkpoint)
     pictures = open_data(data, args.split, recipe.seed)
@@ -217,6 +217,7 @@ def routes_command(words: Sequence[str]) -> int:
     from routeseg.engine import build_engine
     from routeseg.evaluation import machine_facts
     from routeseg.route_survey import draw_survey, evenly_spread, pictures_to_see, survey_routes
+    from routeseg.tables import print_survey
 
     model, output = checkpoints.load(args.checkpoint), Path(args.output)
     pictures = open_data(data, args.split, recipe.seed)
@@ -289,6 +290,7 @@ def architectures_command(words: Sequence[str]) -> int:
     from routeseg.architecture_table import architecture_table
     from routeseg.architectures import ARCHITECTURES
     from routeseg.space import Route, RoutingSpace
+    from routeseg.tables import print_architectures
 
     space = RoutingSpace(args.depth)
     for option, path in (("--json", args.json), ("--figure", args.figure)):
@@ -408,96 +410,6 @@ def _read_route(path: Path, space: RoutingSpace) -> list[tuple[int, int, str]]:
     if route.space != space:
         raise ValueError(f"{path} is drawn in {route.space}, the network has {space}: set --model.depth to match")
     return route.named_edges
-
-
-def print_evaluation(result: Evaluation) -> None:
-    """The table of `routeseg evaluate`."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    table = Table(title="IoU per class", title_justify="left")
-    table.add_column("class")
-    table.add_column("IoU %", justify="right")
-    for name, iou in zip(result.class_names, result.iou, strict=True):
-        table.add_row(name, "absent" if iou != iou else f"{100 * iou:.1f}")
-    console.print(table)
-    data = result.as_dict()
-    cost = data["cost_gmacs"]
-    summary = Table(show_header=False)
-    summary.add_row("mIoU", f"{100 * data['miou']:.2f} %")
-    summary.add_row("mIoU of the most frequent class", f"{100 * data['majority_class_miou']:.2f} %")
-    summary.add_row("pixel accuracy", f"{100 * data['pixel_accuracy']:.2f} %")
-    summary.add_row("images", f"{data['images']}" + (f" ({data['skipped']} skipped)" if data["skipped"] else ""))
-    _add_costs(summary, cost)
-    console.print(summary)
-
-
-def print_survey(survey: RouteSurvey) -> None:
-    """The tables of `routeseg routes`, and what the tests say in words."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    data = survey.as_dict()
-    cost, edges = data["cost_gmacs"], data["edges_open"]
-    summary = Table(show_header=False)
-    summary.add_row("images", f"{data['images']}" + (f" ({data['skipped']} skipped)" if data["skipped"] else ""))
-    _add_costs(summary, cost)
-    for key in ("always", "sometimes", "never"):
-        summary.add_row(f"edges {key} open", f"{edges[key]} of {sum(edges.values())}")
-    summary.add_row("different routes", f"{data['distinct_routes']}")
-    for key, image in (("cheapest", min), ("dearest", max)):
-        found = image(data["per_image"], key=lambda entry: entry["cost_gmacs"])
-        summary.add_row(f"{key} image", f"{found['name']}, {found['cost_gmacs']:.3f} GMACs")
-    console.print(summary)
-    units = "object size in % of the picture's side, cost in % of the full network"
-    table = Table(title=f"Routes by {survey.grouped_by}\n({units})", title_justify="left")
-    table.add_column("group")
-    for name in ("images", "size", "open edges", "cost", "min", "max"):
-        table.add_column(name, justify="right")
-    for group in data["groups"]:
-        size, share = group["object_size"]["mean"], group["cost_share"]
-        table.add_row(
-            group["name"],
-            f"{group['images']}",
-            "none" if size is None else f"{100 * size:.1f}",
-            f"{group['open_edges']:.1f}",
-            *(f"{100 * share[key]:.2f}" for key in ("mean", "min", "max")),
-        )
-    console.print(table)
-    for sentence in data["in_words"]:
-        print(sentence)
-
-
-def _add_costs(table: Any, cost: dict[str, float]) -> None:
-    """The rows about real cost of a table of two columns."""
-    for key in ("mean", "min", "max"):
-        table.add_row(
-            f"real cost, {key}", f"{cost[key]:.3f} GMACs ({100 * cost[key + '_share']:.1f} % of the full network)"
-        )
-    table.add_row("full network", f"{cost['full']:.3f} GMACs")
-
-
-def print_architectures(rows: Sequence[dict[str, Any]], title: str) -> None:
-    """The table of `routeseg architectures`."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    for column in ("GMACs, M parameters", "nodes", "edges", "static", "with gates", "Table 1"):
-        table.add_column(column, justify="right" if table.columns else "left")
-    for row in rows:
-        pairs = [
-            f"{row[prefix + 'gmacs']:.1f}, {row[prefix + 'params_m']:.{digits}f}"
-            for prefix, digits in (("static_", 2), ("", 2), ("paper_", 1))
-        ]
-        table.add_row(row["name"], str(row["nodes"]), str(row["edges"]), *pairs)
-    table.caption = (
-        "static: as `--model.route` trains it, no gates. with gates: those of its nodes counted too, as Table 1 seems "
-        "to do. Table 1: the paper, at 1024x2048 with 64 channels."
-    )
-    Console().print(table)
 
 
 def _check_classes(checkpoint: str, model: DynamicRoutingNetwork, data: DataConfig, classes: int) -> None:
