@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from routeseg import DynamicRoutingNetwork
+from routeseg import ARCHITECTURES, DynamicRoutingNetwork
 from routeseg.cli import config_parser
 
 ROOT = Path(__file__).parents[1]
@@ -56,3 +56,29 @@ def test_readme_quotes_the_result_files():
         assert f"| {100 * facts['miou']:.1f} | {100 * facts['majority_class_miou']:.1f} |" in row
         assert f"| {cost['mean']:.3f} / {cost['min']:.3f} / {cost['max']:.3f} | {cost['full']:.3f} |" in row
         assert {"machine", "date", "versions"} <= set(facts)
+
+
+def test_architecture_document_quotes_the_fit():
+    text = (ROOT / "docs" / "architectures.md").read_text()
+    fit = json.loads((ROOT / "results" / "architectures_fit.json").read_text())
+    assert {"machine", "date", "versions"} <= set(fit)
+    for name, found in fit["architectures"].items():
+        ours, static = found["with_gates"]["ours"], found["static"]["ours"]
+        row = [
+            ARCHITECTURES[name].name,
+            f"{found['paper_gmacs']:.1f} | {ours['gmacs']:.2f} | {100 * ours['gmacs_off']:+.1f} %",
+            f"{found['paper_params_m']:.1f} | {ours['params_m']:.2f} | {100 * ours['params_off']:+.1f} %",
+            f"{found['with_gates']['within_5_percent']} of {found['patterns']}",
+            f"{static['gmacs']:.2f} | {static['params_m']:.2f}",
+        ]
+        assert f"| {' | '.join(row)} |" in text
+
+
+@pytest.mark.parametrize("name", ["scenes_cpu", "camvid_cpu"])
+def test_readme_has_the_comparison_as_it_was_written(name):
+    """Every row of results/table1_NAME.md stands in the README, and the file is what the JSON gives."""
+    rows = (ROOT / "results" / f"table1_{name}.md").read_text().splitlines()
+    readme = (ROOT / "README.md").read_text().splitlines()
+    assert all(row in readme for row in rows if row.startswith("|"))
+    facts = json.loads((ROOT / "results" / f"table1_{name}.json").read_text())
+    assert {"machine", "date", "versions"} <= set(facts) and not facts["missing"]
