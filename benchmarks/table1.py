@@ -11,6 +11,10 @@ pictures, without gates and retrained from scratch. Any key of the shared sectio
 A seed sets the weights, the order of the data and the augmentation. Which scenes are drawn is the same for all of them
 (data.seed, 0 unless given).
 
+OUTPUT has every finished run of FOLDER, also of networks and seeds that this call does not name. What a known network
+or a common route gains or loses against the dynamic networks at equal cost is read off the straight lines between
+these.
+
 Every (network, seed) trains in a process of its own, in FOLDER/NAME/seedN (settings.json, log.txt, last.ckpt, logs/,
 and at the very end result.json). The same command again goes on where it was interrupted. OUTPUT and a Markdown table
 beside it are written anew after each finished run, the figure at the end. Exit code 1 where a run failed.
@@ -32,6 +36,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import yaml
 from jsonargparse import Namespace
 
@@ -42,7 +48,8 @@ from routeseg.cost import Budget, model_cost
 from routeseg.data.datamodule import DataConfig, evaluation_loader, open_data
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import evaluate, machine_facts
-from routeseg.files import write_atomically, write_json
+from routeseg.files import check_writable, write_atomically, write_json
+from routeseg.model import DynamicRoutingNetwork
 from routeseg.space import Route
 from routeseg.training import RESUME_FILE, Recipe, train
 
@@ -106,6 +113,8 @@ def read_experiment(path: Path, words: Sequence[str] = ()) -> dict[str, Network]
     parser = config_parser("table1")
     networks: dict[str, Network] = {}
     for name, own in listed.items():
+        if not isinstance(own, dict | None) or not all(isinstance(part, dict) for part in (own or {}).values()):
+            raise ValueError(f"networks.{name} of {path} is {own!r}: give a mapping, with model, budget or common")
         own = dict(own or {})
         if unknown := set(own) - OVERRIDES:
             raise ValueError(
@@ -124,6 +133,12 @@ def read_experiment(path: Path, words: Sequence[str] = ()) -> dict[str, Network]
         config = ["--config", yaml.safe_dump(shared), *words, "--config", yaml.safe_dump(own)]
         args, data, recipe, budget = read_parts(parser, config)
         data.seed = 0 if data.seed is None else data.seed
+        if common is not None and not (
+            isinstance(common["threshold"], int | float) and 0 < float(common["threshold"]) <= 1
+        ):
+            raise ValueError(f"networks.{name}.common.threshold of {path} is {common['threshold']!r}: a share in 0..1")
+        if budget.weight and args.model.gate == "fixed":
+            raise ValueError(f"networks.{name} of {path} has no gates, so it cannot keep a budget: set its weight to 0")
         networks[name] = Network(
             name, args, data, recipe, budget, (common["of"], float(common["threshold"])) if common else None
         )
@@ -172,6 +187,15 @@ class Run:
         """Folder of the run whose routes it needs."""
         return self.folder.parents[1] / self.network.common[0] / self.folder.name if self.network.common else None
 
+    @property
+    def fits(self) -> bool:
+        """Whether the folder holds no run with other settings."""
+        try:
+            self.check()
+        except ValueError:
+            return False
+        return True
+
     def check(self) -> None:
         """Raises ValueError where the folder holds a run with other settings."""
         path = self.folder / "settings.json"
@@ -208,8 +232,6 @@ def plan(networks: Mapping[str, Network], chosen: Sequence[str], seeds: Sequence
 
 def perform(run: Run, accelerator: str = "auto") -> dict[str, Any]:
     """Trains one network, or goes on training it; returns what is written into result.json."""
-    import torch
-
     run.check()
     write_json(run.folder / "settings.json", run.settings)
     network, recipe = run.network, replace(run.network.recipe, seed=run.seed)
@@ -250,8 +272,6 @@ def perform(run: Run, accelerator: str = "auto") -> dict[str, Any]:
 
 def _common_route(run: Run, recipe: Recipe) -> list[list]:
     """The route of a common network, as the network's argument; kept in the run's folder."""
-    import torch
-
     path = run.folder / "route.json"
     if not path.exists():
         assert run.source is not None and run.network.common is not None
@@ -333,8 +353,19 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def summary(runs: Sequence[Run], command: Sequence[str]) -> dict[str, Any]:
-    """The JSON of the table, from the runs that are finished; shares and mIoU are 0..1, costs GMACs."""
+def at_equal_cost(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Gives each row that is not dynamic `dynamic_at_equal_cost`: the mIoU of the dynamic networks at its mean cost, on
+    the straight lines between them; None where it is cheaper or dearer than all of them."""
+    curve = sorted((row["gmacs"]["mean"], row["miou_mean"]) for row in rows if row["kind"] == "dynamic")
+    for row in rows:
+        cost = row["gmacs"]["mean"]
+        inside = row["kind"] != "dynamic" and len(curve) > 1 and curve[0][0] <= cost <= curve[-1][0]
+        row["dynamic_at_equal_cost"] = float(np.interp(cost, *zip(*curve, strict=True))) if inside else None
+
+
+def summary(runs: Sequence[Run], asked: Sequence[Run], command: Sequence[str]) -> dict[str, Any]:
+    """The JSON of the table, from the runs that are finished; shares and mIoU are 0..1, costs GMACs. `missing` are
+    those asked for that are not."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.network.name, []).append(run)
@@ -344,13 +375,14 @@ def summary(runs: Sequence[Run], command: Sequence[str]) -> dict[str, Any]:
         for _, group in sorted(groups.items(), key=lambda item: order.get(item[0], len(order)))
         if (results := [run.result for run in group if run.result is not None])
     ]
+    at_equal_cost(rows)
     settings = {part: dict(runs[0].settings[part]) for part in ("data", "recipe")}
     del settings["recipe"]["seed"]
     last = max((run for row in rows for run in row["runs"]), key=lambda run: run["date"], default=machine_facts())
     return {
         "settings": settings,
-        "seeds": list(dict.fromkeys(run.seed for run in runs)),
-        "missing": [run.name for run in runs if run.result is None],
+        "seeds": sorted({run.seed for run in runs if run.result is not None} or {run.seed for run in asked}),
+        "missing": [run.name for run in asked if run.result is None],
         "rows": rows,
         "command": ["benchmarks/table1.py", *command],
         **{key: last[key] for key in ("machine", "date", "versions")},
@@ -387,8 +419,9 @@ def _row(network: Network, results: list[dict[str, Any]]) -> dict[str, Any]:
 def markdown(facts: Mapping[str, Any]) -> str:
     """The table of a summary, and below it a note on how it was made."""
     lines = [
-        "| network | seeds | mIoU, % | real cost, GMACs: mean / max / min | parameters, M | paper: mIoU | GMACs | M |",
-        "|---|---|---|---|---|---|---|---|",
+        "| network | seeds | mIoU, % | dynamic at equal cost | real cost, GMACs: mean / max / min | parameters, M "
+        "| paper: mIoU | GMACs | M |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in facts["rows"]:
         std, cost, paper = row["miou_std"], row["gmacs"], row["paper"]
@@ -399,7 +432,9 @@ def markdown(facts: Mapping[str, Any]) -> str:
         if paper:
             paper_gmacs = " / ".join(f"{value:.1f}" for value in paper["gmacs"].values())
             theirs = [f"{100 * paper['miou']:.1f}", paper_gmacs, f"{paper['params_m']:.1f}"]
-        cells = [row["label"], str(len(row["seeds"])), miou, gmacs, f"{row['params_m']:.2f}", *theirs]
+        other = row["dynamic_at_equal_cost"]
+        difference = "" if other is None else f"{100 * other:.1f} ({100 * (other - row['miou_mean']):+.1f})"
+        cells = [row["label"], str(len(row["seeds"])), miou, difference, gmacs, f"{row['params_m']:.2f}", *theirs]
         lines.append("| " + " | ".join(cells) + " |")
     data, recipe, machine = facts["settings"]["data"], facts["settings"]["recipe"], facts["machine"]
     images = facts["rows"][0]["runs"][0]["images"] if facts["rows"] else 0
@@ -417,9 +452,17 @@ def markdown(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_summary(runs: Sequence[Run], command: Sequence[str], output: Path) -> dict[str, Any]:
+def finished_and(asked: Sequence[Run], networks: Mapping[str, Network], folder: Path) -> list[Run]:
+    """The runs asked for, and those of the experiment that are finished already, with the settings of today."""
+    seeds = {int(path.name.removeprefix("seed")) for path in folder.glob("*/seed*") if path.name[4:].isdigit()}
+    others = plan(networks, list(networks), sorted(seeds), folder)
+    known = {run.folder for run in asked}
+    return [*asked, *(run for run in others if run.folder not in known and run.result and run.fits)]
+
+
+def write_summary(runs: Sequence[Run], asked: Sequence[Run], command: Sequence[str], output: Path) -> dict[str, Any]:
     """Writes OUTPUT and the Markdown table beside it."""
-    facts = summary(runs, command)
+    facts = summary(runs, asked, command)
     write_json(output, facts)
     write_atomically(output.with_suffix(".md"), markdown(facts).encode())
     return facts
@@ -443,6 +486,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     title = f"table1_{args.config.stem}"
     folder = args.folder or Path("runs") / title
     output = args.output or Path("results") / f"{title}.json"
+    figure = args.figure or output.with_suffix(".png")
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs end with us
     try:
         networks = read_experiment(args.config, words)
@@ -459,11 +503,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = plan(networks, args.networks.split(",") if args.networks else list(networks), seeds, folder)
         for run in runs:
             run.check()
-        failed = perform_all(runs, args.jobs, command, lambda: write_summary(runs, command, output))
-        facts = write_summary(runs, command, output)
+        for name in {run.network.name for run in runs}:  # what makes no network is found before the first training
+            with torch.device("meta"):
+                DynamicRoutingNetwork(**vars(networks[name].args.model))
+        figures.picture_kind(figure)
+        if output.suffix != ".json":
+            raise ValueError(f"--output is {output}: name it .json (the Markdown table goes beside it)")
+        check_writable(output.parent)
+        check_writable(folder, "--folder")
+
+        def write() -> dict[str, Any]:
+            return write_summary(finished_and(runs, networks, folder), runs, command, output)
+
+        failed = perform_all(runs, args.jobs, command, write)
+        facts = write()
         if facts["rows"]:
-            figures.accuracy_cost(args.figure or output.with_suffix(".png"), facts["rows"])
-    except ValueError as error:
+            figures.accuracy_cost(figure, facts["rows"])
+    except (ValueError, OSError) as error:
         if args.one:
             raise  # the whole story belongs into the log
         print(f"table1: error: {error}", file=sys.stderr)

@@ -7,9 +7,18 @@ import pytest
 import torch
 
 from conftest import spread_gates
-from routeseg import ARCHITECTURES, DynamicRoutingNetwork, Route, RoutingSpace, SkipEngine, common_route, load
+from routeseg import (
+    ARCHITECTURES,
+    DynamicRoutingNetwork,
+    Route,
+    RoutingSpace,
+    SkipEngine,
+    common_route,
+    load,
+    model_cost,
+)
 from routeseg.architecture_table import architecture_table
-from routeseg.architectures import architecture
+from routeseg.architectures import architecture, walk
 from routeseg.cli import main
 from routeseg.space import DOWN, KEEP, UP
 
@@ -79,8 +88,22 @@ class TestArchitectures:
             architecture("unet", SPACE)
         with pytest.raises(ValueError, match="drawn on 4 scales, this space has 3"):
             architecture("u-net", RoutingSpace(16, 3))
-        with pytest.raises(ValueError, match="depth 5 is too small"):
+        with pytest.raises(ValueError, match="Auto-DeepLab: depth 5 is too small"):
             architecture("auto-deeplab", RoutingSpace(5))
+
+    @pytest.mark.parametrize(
+        ("turns", "message"),
+        [
+            ({4: 2}, "turn 4: 2 comes from scale 0"),
+            ({4: 1, 6: 3}, "turn 6: 3 comes from scale 1"),
+            ({4: -1}, "turn 4: -1 lies outside"),
+            ({0: 1}, "turn 0: 1 lies outside: layers of a turn are 1 to 16"),
+            ({17: 1}, "turn 17: 1 lies outside"),
+        ],
+    )
+    def test_a_walk_that_cannot_be_walked_is_refused(self, turns, message):
+        with pytest.raises(ValueError, match=message):
+            walk(SPACE, turns)
 
 
 class TestDeadEnds:
@@ -176,6 +199,27 @@ class TestStaticNetworks:
         for use in (lambda r: static(images, r), lambda r: SkipEngine(static)(images, r), static.specialize):
             with pytest.raises(ValueError, match="the network has no edge"):
                 use(Route.all_open(route.space))
+
+    def test_free_skips_of_single_images(self, tiny_network):
+        """One image runs a node that has no keep edge, another drops it: the one does not change the other."""
+        space = tiny_network.space
+        route = Route(space, [(0, 0, DOWN), (1, 1, KEEP)])
+        static = tiny_network.specialize(route)
+        images, routes = torch.rand(2, 3, 64, 96), [route, Route(space)]
+        expected = tiny_network(images, routes)
+        for forward in (static, SkipEngine(static), SkipEngine(static, together=True)):
+            result = forward(images, routes)
+            torch.testing.assert_close(result.logits, expected.logits, rtol=1e-5, atol=1e-5)
+            assert torch.equal(result.gates, expected.gates)
+
+    def test_keeps_precision_and_counts_its_own_cost(self, tiny_network):
+        route = self.random_routes(tiny_network.space, 1)[0]
+        static = tiny_network.double().specialize(route)
+        assert all(p.dtype == torch.float64 for p in static.parameters())
+        cost = model_cost(static, (64, 96))
+        assert (
+            cost.full == cost.of_route(route) < model_cost(tiny_network, (64, 96)).of_route(Route.all_open(route.space))
+        )
 
     def test_wrong_routes_are_refused(self, tiny_network):
         space = tiny_network.space
@@ -275,7 +319,7 @@ class TestCommand:
         [
             (["--size", "1024"], "--size is '1024': give HEIGHTxWIDTH"),
             (["--size", "16x16"], "both at least 32"),
-            (["--depth", "5"], "depth 5 is too small for this architecture"),
+            (["--depth", "5"], "FCN-32s: depth 5 is too small: its 6 turns"),
             (["--depth", "2"], "depth 2 is too small for 4 scales"),
             (["--convention", "flops"], "cost convention 'flops': choose one of"),
             (["--figure", "all.jpg"], "all.jpg: a picture is written as .png or .svg"),
@@ -306,7 +350,10 @@ class TestCommand:
             (["--model.depth", "8", "--model.route", "u-net"], "has no gates: set gate to fixed"),
             (["--model.depth", "8", "--model.gate", "fixed", "--model.route", "unet"], "no architecture 'unet'"),
             (["--model.depth", "5", "--model.gate", "fixed", "--model.route", "ROUTE"], "set --model.depth to match"),
-            (["--model.depth", "4", "--model.gate", "fixed", "--model.route", "ROUTE"], "no open path leads from the"),
+            (
+                ["--model.depth", "4", "--model.gate", "fixed", "--model.route", "ROUTE"],
+                "that no path leads to, the first is",
+            ),
             (["--model.depth", "4", "--model.gate", "fixed", "--model.route", "none.json"], "none.json: No such file"),
             (["--model.depth", "4", "--model.gate", "fixed", "--budget.weight", "0.5"], "cannot keep a budget"),
         ],

@@ -286,7 +286,7 @@ def test_routes_writes_the_common_route(tmp_path, checkpoint, capsys):
     often = {(e["layer"], e["scale"], e["direction"]) for e in edges if e["frequency"] >= 0.6}
     assert set(route.named_edges) <= often and not route.dead_ends
     code, _, err = run([*command, "--common=1.5"], capsys)
-    assert code == 2 and "threshold is 1.5" in err
+    assert code == 2 and "--common is 1.5" in err and not (tmp_path / "x").exists()
 
 
 def test_a_threshold_that_closes_everything(tmp_path, capsys):

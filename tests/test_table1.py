@@ -112,6 +112,9 @@ def test_table(experiment, tmp_path, capsys, monkeypatch, one_thread):
     assert "| 72.8 | 44.9 / 48.2 / 43.5 | 17.8 |" in text and "Missing" not in text
     assert output.with_suffix(".png").stat().st_size > 10_000
 
+    assert table1.main([*command, "--networks", "line", "--seeds", "1"]) == 0
+    assert json.loads(output.read_text())["rows"] == facts["rows"], "the other runs are finished too"
+
     capsys.readouterr()
     assert table1.main([*command, "--recipe.lr", "0.01"]) == 2
     error = capsys.readouterr().err
@@ -124,12 +127,34 @@ def test_table(experiment, tmp_path, capsys, monkeypatch, one_thread):
         ("x", {"recipe": {"lr": 1}}, "networks.x"),
         ("x", {"common": {"of": "line", "threshold": 0.5}}, "with gates"),
         ("x", {"common": {"of": "nobody", "threshold": 0.5}}, "with gates"),
+        ("x", {"common": {"of": "dynamic-a", "threshold": 3}}, "threshold of .* is 3"),
+        ("x", {"model": None}, "give a mapping"),
+        ("x", 5, "networks.x of .* is 5"),
+        ("x", {"model": {"gate": "fixed"}, "budget": {"weight": 0.5}}, "has no gates, so it cannot keep a budget"),
     ],
 )
 def test_mistakes(experiment, name, own, message):
     experiment.write_text(yaml.safe_dump(TINY | {"networks": TINY["networks"] | {name: own}}, sort_keys=False))
     with pytest.raises(ValueError, match=message):
         table1.read_experiment(experiment)
+
+
+def test_equal_cost():
+    """The dynamic networks' mIoU on the straight line between them, at each other network's cost."""
+    rows = [row("A", "dynamic", 0.4, 10), row("Raw", "dynamic", 0.6, 30), row("B", "dynamic", 0.5, 20)]
+    rows += [row("U-Net", "static", 0.5, 15), row("FCN", "static", 0.3, 9), row("Fixed", "fixed", 0.7, 31)]
+    table1.at_equal_cost(rows)
+    assert [r["dynamic_at_equal_cost"] for r in rows] == [None, None, None, pytest.approx(0.45), None, None]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--figure", "x.jpg"], "written as .png or .svg"), (["--output", "x.md"], "name it .json")],
+)
+def test_wrong_files_are_named_before_any_training(experiment, words, message, capsys):
+    assert table1.main(["--config", str(experiment), "--folder", str(experiment.parent / "runs"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (experiment.parent / "runs").exists()
 
 
 def test_unknown_network(experiment, capsys):

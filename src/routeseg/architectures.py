@@ -23,9 +23,24 @@ def union(space: RoutingSpace, *walks: Iterable[Edge]) -> Route:
     return Route(space, {edge for walk in walks for edge in walk})
 
 
-def walk(space: RoutingSpace, turns: Mapping[int, int], coarsest: int = DRAWN_SCALES) -> list[Edge]:
+def walk(space: RoutingSpace, turns: Mapping[int, int], coarsest: int = DRAWN_SCALES - 1) -> list[Edge]:
     """The edges of a path from the stem to the decoder that is at scale `turns[layer]` from that layer (of depth 16)
-    on, but never coarser than `coarsest`."""
+    on, but never coarser than `coarsest`.
+
+    Raises ValueError where a turn changes by more than one scale, or lies outside of the space.
+    """
+    before = 0
+    for layer, scale in sorted(turns.items()):
+        if not (1 <= layer <= DRAWN_DEPTH and 0 <= scale < space.num_scales):
+            raise ValueError(
+                f"turn {layer}: {scale} lies outside: layers of a turn are 1 to {DRAWN_DEPTH}, scales 0 to "
+                f"{space.num_scales - 1}"
+            )
+        if abs(scale - before) > 1:
+            raise ValueError(
+                f"turn {layer}: {scale} comes from scale {before}: a layer changes the scale by one at most"
+            )
+        before = scale
     moved = {_layer(space, turns, layer): min(scale, coarsest) for layer, scale in turns.items()}
     scales = [0]
     for layer in range(1, space.depth + 1):
@@ -44,7 +59,7 @@ def fcn_32s(space: RoutingSpace) -> Route:
 def deeplab_v3(space: RoutingSpace) -> Route:
     """Down to 1/16; there the pyramid (ASPP) looks at the features with several scales in parallel."""
     trunk = {8: 1, 12: 2}
-    pyramid = [{14: 3}, {14: 2}, {14: 1}, {14: 1, 15: 0}]
+    pyramid = [{14: 3, 15: 3}, {14: 2, 15: 2}, {14: 1, 15: 1}, {14: 1, 15: 0}]
     return union(space, *(walk(space, trunk | branch) for branch in pyramid))
 
 
@@ -58,7 +73,7 @@ def u_net(space: RoutingSpace) -> Route:
 
 def hrnet_v2(space: RoutingSpace) -> Route:
     """Every branch, once begun, keeps its resolution to the end; neighbours exchange features every other layer."""
-    stages = {9: 1, 11: 2, 13: 3, 15: 3, 16: 3}
+    stages = {9: 1, 11: 2, 13: 3, 15: 3, 16: 3}  # no new scale at 15 and 16, but layers to exchange in
     branches = [walk(space, stages, coarsest=scale) for scale in range(DRAWN_SCALES)]
     exchanges: list[Edge] = []
     for stage in (9, 11, 13, 15):
@@ -91,7 +106,10 @@ class Architecture:
         """The route in this space. Raises ValueError where the space has too few layers or other scales."""
         if space.num_scales != DRAWN_SCALES:
             raise ValueError(f"{self.name} is drawn on {DRAWN_SCALES} scales, this space has {space.num_scales}")
-        return self.draw(space).check()
+        try:
+            return self.draw(space).check()
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
 
 
 ARCHITECTURES = {
@@ -116,7 +134,8 @@ def common_route(gates: np.ndarray, threshold: float = 0.5) -> Route:
     gates      activations over a data set [images, L+1, S, 3]
     threshold  an edge is kept that is open (activation above 0) in at least this share of the images, 0..1
 
-    Edges that nothing leads to any more are pruned. Raises ValueError where that leaves no edge, or for other shapes.
+    Edges that no open path leads to any more are pruned; a free skip of a node that is open in other images does not
+    count as a path. Raises ValueError where that leaves no edge, or for other shapes.
     """
     values = np.asarray(gates)
     if values.ndim != 4 or values.shape[-1] != 3 or len(values) == 0:
@@ -139,9 +158,7 @@ def _layer(space: RoutingSpace, turns: Iterable[int], layer: int) -> int:
     least a layer behind the one before. Raises ValueError where they find no room."""
     drawn = sorted(turns)
     if len(drawn) > space.depth:
-        raise ValueError(
-            f"depth {space.depth} is too small for this architecture: its {len(drawn)} turns need as many layers"
-        )
+        raise ValueError(f"depth {space.depth} is too small: its {len(drawn)} turns need as many layers")
     places: list[int] = []
     for k, at in enumerate(drawn):
         earliest = places[-1] + 1 if places else 1

@@ -199,6 +199,8 @@ def evaluate_command(words: Sequence[str]) -> int:
 
 
 def routes_command(words: Sequence[str]) -> int:
+    from routeseg.route_statistics import PERMUTATIONS
+
     parser = config_parser("routes")
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder, of a network with gates")
     parser.add_argument("--split", type=str, default="val", help="train, val or test")
@@ -207,7 +209,7 @@ def routes_command(words: Sequence[str]) -> int:
     parser.add_argument(
         "--common", type=float | None, default=None, help="write common_route.json: edges open in this share of images"
     )
-    parser.add_argument("--permutations", type=int, default=10_000, help="relabellings of the permutation test")
+    parser.add_argument("--permutations", type=int, default=PERMUTATIONS, help="relabellings of the permutation test")
     args, data, recipe, _ = read_parts(parser, words)
 
     from routeseg import checkpoints
@@ -222,6 +224,8 @@ def routes_command(words: Sequence[str]) -> int:
     model, output = checkpoints.load(args.checkpoint), Path(args.output)
     pictures = open_data(data, args.split, recipe.seed)
     _check_classes(args.checkpoint, model, data, len(pictures.classes))
+    if args.common is not None and not 0 < args.common <= 1:
+        raise ValueError(f"--common is {args.common}: it is a share of the images, above 0 and at most 1")
     check_writable(output)
     engine = build_engine(model)
     total = pictures_to_see(data, len(evenly_spread(pictures, args.images)))
@@ -229,8 +233,8 @@ def routes_command(words: Sequence[str]) -> int:
         survey = survey_routes(
             model, engine, data, args.split, recipe.seed, args.images, args.permutations, step, args.checkpoint
         )
-    figures = draw_survey(survey, model, engine, output)
     common = None if args.common is None else common_route(survey.observation.gates, args.common)
+    figures = draw_survey(survey, model, engine, output)
     facts = {"command": ["routes", *words], "data": data.name, "split": args.split, "seed": recipe.seed}
     write_json(output / "routes.json", survey.as_dict() | facts | machine_facts())
     print_survey(survey)
@@ -289,6 +293,7 @@ def architectures_command(words: Sequence[str]) -> int:
 
     from routeseg.architecture_table import architecture_table
     from routeseg.architectures import ARCHITECTURES
+    from routeseg.figures import picture_kind, route_grid
     from routeseg.space import Route, RoutingSpace
     from routeseg.tables import print_architectures
 
@@ -296,6 +301,8 @@ def architectures_command(words: Sequence[str]) -> int:
     for option, path in (("--json", args.json), ("--figure", args.figure)):
         if path is not None:
             check_writable(Path(path).parent, option)
+    if args.figure is not None:
+        picture_kind(args.figure)
     rows = architecture_table(
         space,
         size,
@@ -307,8 +314,6 @@ def architectures_command(words: Sequence[str]) -> int:
     if args.json is not None:
         write_json(Path(args.json), rows)
     if args.figure is not None:
-        from routeseg.figures import route_grid
-
         routes = [*(known(space) for known in ARCHITECTURES.values()), Route.all_open(space)]
         panels = [
             (
@@ -401,7 +406,7 @@ def new_network(args: Namespace, data: DataConfig, recipe: Recipe) -> DynamicRou
 
 def _read_route(path: Path, space: RoutingSpace) -> list[tuple[int, int, str]]:
     """The edges of a route file, as `Route.to_json` and `routeseg predict` write it."""
-    from routeseg.space import Route
+    from routeseg.space import Route, edge_name
 
     try:
         route = Route.from_json(path.read_text())
@@ -409,6 +414,11 @@ def _read_route(path: Path, space: RoutingSpace) -> list[tuple[int, int, str]]:
         raise ValueError(f"{path} is {error}") from error
     if route.space != space:
         raise ValueError(f"{path} is drawn in {route.space}, the network has {space}: set --model.depth to match")
+    for edge in sorted(route.dead_ends):
+        raise ValueError(
+            f"{path} has {len(route.dead_ends)} open edges that no path leads to, the first is {edge_name(edge)}: take "
+            "them out of its list `open`, or open a path to them"
+        )
     return route.named_edges
 
 

@@ -89,7 +89,8 @@ class CostTable:
         )
 
     def of_route(self, route: Route, count_gates: bool = False) -> float:
-        """Cost of a fixed route in MACs. Its gates need not run, so they are counted only if asked."""
+        """Cost of a fixed route in MACs. Its gates need not run, so they are counted only if asked: those of every node
+        that it reaches, as a network forced to it pays them."""
         table = self if count_gates else replace(self, gate=np.zeros_like(self.gate))
         return float(table.of_gates(route.to_gates()))
 
@@ -150,8 +151,8 @@ def cost_table(
 
 
 def model_cost(model: DynamicRoutingNetwork, image_size: tuple[int, int], convention: str = "authors") -> CostTable:
-    """The cost table of a network at an image size (height, width)."""
-    return cost_table(
+    """The cost table of a network at an image size (height, width); of a static one, with its own parts alone."""
+    whole = cost_table(
         model.space,
         image_size,
         num_classes=model.num_classes,
@@ -162,6 +163,8 @@ def model_cost(model: DynamicRoutingNetwork, image_size: tuple[int, int], conven
         small_gate=model.small_gate,
         convention=convention,
     )
+    own = model.route.to_gates() > 0
+    return replace(whole, cell=whole.cell * own.any(-1), edge=whole.edge * own)
 
 
 class _Counter:

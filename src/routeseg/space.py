@@ -144,7 +144,7 @@ class Route:
     def __init__(self, space: RoutingSpace, edges: Iterable[Iterable[int]] = ()) -> None:
         chosen = frozenset(tuple(operator.index(part) for part in edge) for edge in edges)
         for edge in sorted(chosen - frozenset(space.edges)):
-            raise ValueError(f"{_edge_name(edge)} is no edge of {space}: {_why_illegal(space, edge)}")
+            raise ValueError(f"{edge_name(edge)} is no edge of {space}: {_why_illegal(space, edge)}")
         object.__setattr__(self, "space", space)
         object.__setattr__(self, "edges", chosen)
 
@@ -198,7 +198,7 @@ class Route:
         """The route itself. Raises ValueError, naming an edge, where it has dead ends."""
         for edge in sorted(self.dead_ends):
             raise ValueError(
-                f"{_edge_name(edge)} is open, but no open path leads from the stem to node {edge[:2]} "
+                f"{edge_name(edge)} is open, but no open path leads from the stem to node {edge[:2]} "
                 f"({len(self.dead_ends)} such edges): open a path to it, or take the route's `pruned()`"
             )
         return self
@@ -211,11 +211,14 @@ class Route:
     @classmethod
     def from_named_edges(cls, space: RoutingSpace, edges: Iterable[Iterable[Any]]) -> Route:
         """The inverse of `named_edges`. Raises ValueError for an edge that is none, or is not in the space."""
-        listed = [tuple(edge) for edge in edges]
-        for edge in listed:
-            if len(edge) != 3 or edge[2] not in DIRECTIONS:
-                raise ValueError(f'{list(edge)} is no edge: give [layer, scale, "up" | "keep" | "down"]')
-        return cls(space, [(layer, scale, DIRECTIONS.index(name)) for layer, scale, name in listed])
+        listed: list[Edge] = []
+        for edge in edges:
+            try:
+                layer, scale, name = edge
+                listed.append((operator.index(layer), operator.index(scale), DIRECTIONS.index(name)))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f'{edge!r} is no edge: give [layer, scale, "up" | "keep" | "down"]') from error
+        return cls(space, listed)
 
     def to_json(self) -> str:
         """A JSON object with `depth`, `num_scales` and `open`, the list of [layer, scale, "up" | "keep" | "down"]."""
@@ -244,7 +247,8 @@ class Route:
         return edge in self.edges
 
 
-def _edge_name(edge: tuple[int, ...]) -> str:
+def edge_name(edge: tuple[int, ...]) -> str:
+    """An edge as messages call it: edge (3, 1, 2) (down)."""
     name = DIRECTIONS[edge[2]] if len(edge) == 3 and edge[2] in range(3) else "?"
     return f"edge {tuple(edge)} ({name})"
 

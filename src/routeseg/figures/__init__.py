@@ -5,7 +5,7 @@ comparison.py networks beside each other, route_statistics.py the routes over a 
 """
 
 from routeseg.figures.charts import class_iou_bars, cost_histogram, learning_curves
-from routeseg.figures.common import png_bytes
+from routeseg.figures.common import picture_kind, png_bytes
 from routeseg.figures.comparison import accuracy_cost
 from routeseg.figures.labels import MIN_PICTURE, colorize, legend_entries, overlay
 from routeseg.figures.route_statistics import edge_frequency, edge_strength, extreme_routes, group_frequencies
@@ -25,6 +25,7 @@ __all__ = [
     "learning_curves",
     "legend_entries",
     "overlay",
+    "picture_kind",
     "png_bytes",
     "route_grid",
     "routes_side_by_side",

@@ -25,7 +25,7 @@ from routeseg.model.cell import RoutingNode
 from routeseg.model.decoder import Decoder
 from routeseg.model.gate import ACTIVATIONS, GATE_BIAS, Gate
 from routeseg.model.layers import CELL_OPERATIONS, InputNorm, Stem
-from routeseg.space import DIRECTIONS, KEEP, SCALE_STEP, Node, Route, RoutingSpace
+from routeseg.space import DIRECTIONS, KEEP, SCALE_STEP, Node, Route, RoutingSpace, edge_name
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -111,7 +111,8 @@ class DynamicRoutingNetwork(
         pixel_std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         super().__init__()
-        self.space = RoutingSpace(depth, num_scales, zeros_arrive)
+        # The route of a static network has no dead ends, so that zeros could change nothing.
+        self.space = RoutingSpace(depth, num_scales, zeros_arrive and route is None)
         _check_arguments(num_classes, base_channels, stem_channels, cell_operations, gate, class_names, palette)
         self.num_classes = num_classes
         self.base_channels = base_channels
@@ -170,7 +171,7 @@ class DynamicRoutingNetwork(
             static = DynamicRoutingNetwork(**config)
         own = self.state_dict()
         static.load_state_dict({key: own[key] for key in static.state_dict()})
-        return static.train(self.training)
+        return static.to(next(self.parameters()).dtype).train(self.training)
 
     def save(self, folder: str | Path) -> Path:
         """Writes `model.safetensors`, `config.json` and a model card into the folder, each file whole or not at all.
@@ -193,8 +194,8 @@ class DynamicRoutingNetwork(
     def forward(self, images: Tensor, route: Routes = None, activation: Activation = "one") -> Segmentation:
         """Segments images [B,3,H,W], RGB, uint8 or float in 0..1, any H, W from 32.
 
-        route       None: the gates decide, per image. A Route: exactly its edges are open, for all images; or a
-                    sequence with one Route an image.
+        route       None: the gates decide, per image. A Route: exactly its edges are open, for all images, as far as
+                    something arrives at them (`Route.check` finds dead ends); or a sequence, one Route for each image.
         activation  of the open edges of a given route: "one", or "own", the network's own gates (an edge that they
                     close stays closed).
 
@@ -251,7 +252,10 @@ class DynamicRoutingNetwork(
         reached: Tensor,
         weighted: bool,
     ) -> list[tuple[int, Tensor, Tensor]]:
-        """Eq. 5 for a batch: a list of (target scale, what is sent there [B,C,h,w], which images send it [B])."""
+        """Eq. 5 for a batch: a list of (target scale, what is sent there [B,C,h,w], which images send it [B]).
+
+        Not `weighted`: every activation is 1, for all images that reach the node.
+        """
         is_open = alpha > 0
         runs = is_open.any(dim=1)
         drops = reached & ~runs
@@ -261,7 +265,7 @@ class DynamicRoutingNetwork(
                 return [(scale, features, reached)]
         drop_path = self.drop_path * layer / self.space.depth if self.training else 0.0
         hidden = node.cell(features, drop_path)  # Eq. 1
-        if not weighted:  # every activation is 1
+        if not weighted:
             return [(scale + SCALE_STEP[d], node.transform(d, hidden), reached) for d in node.directions]
         sent = []
         for direction in node.directions:
@@ -273,6 +277,8 @@ class DynamicRoutingNetwork(
                 out = torch.where(runs[:, None, None, None], out, features)
                 arrives = arrives | drops
             sent.append((scale + SCALE_STEP[direction], out, arrives))
+        if kept and KEEP not in node.directions:  # a static network may lack the edge; the free skip is there
+            sent.append((scale, torch.where(drops[:, None, None, None], features, torch.zeros_like(features)), drops))
         return sent
 
     def _initialize(self) -> None:
@@ -328,8 +334,8 @@ def _check_route(model: DynamicRoutingNetwork, route: Route) -> None:
     lacking = sorted(route.edges - model.route.edges)
     if lacking:
         raise ValueError(
-            f"the network has no edge {lacking[0]} (and {len(lacking) - 1} more of the route): it is a static network, "
-            "made for another route"
+            f"the network has no {edge_name(lacking[0])} (and lacks {len(lacking) - 1} more of the route): it is a "
+            "static network, made for another route"
         )
 
 
