@@ -367,7 +367,7 @@ def summary(runs: Sequence[Run], asked: Sequence[Run], command: Sequence[str]) -
     """The JSON of the table, from the runs that are finished; shares and mIoU are 0..1, costs GMACs. `missing` are
     those asked for that are not."""
     groups: dict[str, list[Run]] = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: run.seed):
         groups.setdefault(run.network.name, []).append(run)
     order = {name: place for place, name in enumerate(PAPER)}
     rows = [

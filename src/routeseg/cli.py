@@ -242,8 +242,8 @@ def routes_command(words: Sequence[str]) -> int:
         write_atomically(output / "common_route.json", (common.to_json() + "\n").encode())
         static_gmacs = model_cost(model, survey.observation.pictures.read(0)[1].shape).of_route(common) / 1e9
         print(
-            f"{output}/common_route.json: {len(common)} edges open in {100 * args.common:g} % of the images, "
-            f"{static_gmacs:.3f} GMACs as a static network; train it with --model.gate fixed --model.route, its path"
+            f"{len(common)} edges open in {100 * args.common:g} % of the images, {static_gmacs:.3f} GMACs as a static "
+            f"network: train it with --model.gate fixed --model.route {output}/common_route.json"
         )
     print(f"{output}/routes.json and {len(figures)} figures beside it: " + ", ".join(path.name for path in figures))
     return 0
