@@ -93,7 +93,7 @@ class SkipEngine:
     ) -> tuple[list[Tensor | None], np.ndarray]:
         """Eq. 1 and 5 for a layer: what arrives at each scale of the next, and which images reach it [B,S]."""
         arrivals: list[Tensor | None] = [None] * self.space.num_scales
-        next_reached = reached.copy() if self.space.zeros_arrive else np.zeros_like(reached)
+        next_reached = np.zeros_like(reached)
         runs = np.any(alpha > 0, axis=-1)  # [B,S]
         for scale in self.space.scales(layer):
             running = np.flatnonzero(runs[:, scale])

@@ -25,7 +25,7 @@ from routeseg.model.cell import RoutingNode
 from routeseg.model.decoder import Decoder
 from routeseg.model.gate import ACTIVATIONS, GATE_BIAS, Gate
 from routeseg.model.layers import CELL_OPERATIONS, InputNorm, Stem
-from routeseg.space import DIRECTIONS, KEEP, SCALE_STEP, Node, Route, RoutingSpace, edge_name
+from routeseg.space import DIRECTIONS, SCALE_STEP, Node, Route, RoutingSpace, edge_name
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -215,6 +215,7 @@ class DynamicRoutingNetwork(
         reached = [x.new_ones(batch, dtype=torch.bool)] + [x.new_zeros(batch, dtype=torch.bool)] * (
             space.num_scales - 1
         )
+        weighted = self.gated or given is not None
         all_gates = []
         for layer in range(space.depth + 1):
             next_arrivals: list[Tensor | None] = [None] * space.num_scales
@@ -233,7 +234,6 @@ class DynamicRoutingNetwork(
                 if given is not None:
                     alpha = alpha * given[:, layer, scale]
                 layer_gates.append(alpha)
-                weighted = self.gated or given is not None
                 sent = self._leave(node, layer, scale, features, alpha, reached[scale], weighted)
                 for target, out, arrives in sent:
                     _arrive(next_arrivals, target, out)
@@ -256,11 +256,12 @@ class DynamicRoutingNetwork(
 
         Not `weighted`: every activation is 1, for all images that reach the node.
         """
-        is_open = alpha > 0
-        runs = is_open.any(dim=1)
-        drops = reached & ~runs
-        if weighted:  # one transfer from the device: is the path open in some image; does some image drop the cell
-            *used, kept = torch.cat((is_open.any(dim=0), drops.any()[None])).tolist()
+        if weighted:
+            is_open = alpha > 0
+            runs = is_open.any(dim=1)
+            drops = reached & ~runs
+            # One transfer from the device: is the path open in some image; does some image drop the cell.
+            *used, some_drop = torch.cat((is_open.any(dim=0), drops.any()[None])).tolist()
             if not any(used):
                 return [(scale, features, reached)]
         drop_path = self.drop_path * layer / self.space.depth if self.training else 0.0
@@ -269,16 +270,12 @@ class DynamicRoutingNetwork(
             return [(scale + SCALE_STEP[d], node.transform(d, hidden), reached) for d in node.directions]
         sent = []
         for direction in node.directions:
-            if not (used[direction] or self.space.zeros_arrive or (direction == KEEP and kept)):
-                continue
-            out = alpha[:, direction, None, None, None].to(hidden.dtype) * node.transform(direction, hidden)
-            arrives = runs if self.space.zeros_arrive else is_open[:, direction]
-            if direction == KEEP:  # an image that drops the cell keeps the input itself, for free
-                out = torch.where(runs[:, None, None, None], out, features)
-                arrives = arrives | drops
-            sent.append((scale + SCALE_STEP[direction], out, arrives))
-        if kept and KEEP not in node.directions:  # a static network may lack the edge; the free skip is there
-            sent.append((scale, torch.where(drops[:, None, None, None], features, torch.zeros_like(features)), drops))
+            if used[direction] or self.space.zeros_arrive:
+                out = alpha[:, direction, None, None, None].to(hidden.dtype) * node.transform(direction, hidden)
+                arrives = runs if self.space.zeros_arrive else is_open[:, direction]
+                sent.append((scale + SCALE_STEP[direction], out, arrives))
+        if some_drop:  # an image that drops the cell keeps the input itself, for free
+            sent.append((scale, torch.where(drops[:, None, None, None], features, 0.0), drops))
         return sent
 
     def _initialize(self) -> None:
