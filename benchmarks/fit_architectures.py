@@ -14,14 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from routeseg.architecture_table import RouteCounter
 from routeseg.architectures import ARCHITECTURES, union, walk
-from routeseg.cost import model_cost
 from routeseg.evaluation import machine_facts
 from routeseg.files import write_json
-from routeseg.model import DynamicRoutingNetwork
-from routeseg.space import DIRECTIONS, DOWN, KEEP, UP, Route, RoutingSpace
+from routeseg.space import DOWN, KEEP, UP, Route, RoutingSpace
 
 SPACE = RoutingSpace(16)
 SIZE = (1024, 2048)
@@ -96,35 +93,12 @@ FAMILIES = {
 }
 
 
-class Counter:
-    """Cost and parameters of a route, by adding up the parts of the whole network."""
-
-    def __init__(self) -> None:
-        with torch.device("meta"):
-            model = DynamicRoutingNetwork()
-        count = {name: sum(p.numel() for p in module.parameters()) for name, module in model.named_modules()}
-        self.cost = model_cost(model, SIZE)
-        self.fixed = count["stem"] + count["decoder"]
-        self.cell = {node: count[f"nodes.{node[0]}-{node[1]}.cell"] for node in SPACE.nodes}
-        self.gate = {node: count[f"nodes.{node[0]}-{node[1]}.gate"] for node in SPACE.nodes}
-        self.edge = {e: count[f"nodes.{e[0]}-{e[1]}.transforms.{DIRECTIONS[e[2]]}"] for e in SPACE.edges}
-
-    def figures(self, route: Route, gates: bool) -> tuple[float, float]:
-        """GMACs, and parameters in millions."""
-        macs = self.cost.stem + self.cost.decoder + sum(self.cost.edge[e] for e in route)
-        params = self.fixed + sum(self.edge[e] for e in route)
-        for node in route.nodes:
-            macs += self.cost.cell[node] + gates * self.cost.gate[node]
-            params += self.cell[node] + gates * self.gate[node]
-        return float(macs) / 1e9, params / 1e6
-
-
-def fit(name: str, counter: Counter) -> dict[str, Any]:
+def fit(name: str, count: RouteCounter) -> dict[str, Any]:
     """The pattern of the package and the nearest of the family, by the larger of the two relative deviations."""
     known = ARCHITECTURES[name]
 
     def judge(route: Route, gates: bool) -> dict[str, Any]:
-        gmacs, params = counter.figures(route, gates)
+        gmacs, params = count(route, gates)
         off = gmacs / known.paper_gmacs - 1, params / known.paper_params_m - 1
         return {"gmacs": gmacs, "params_m": params, "gmacs_off": off[0], "params_off": off[1]}
 
@@ -148,8 +122,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("results/architectures_fit.json"))
     args = parser.parse_args()
-    counter = Counter()
-    facts = {name: fit(name, counter) for name in FAMILIES}
+    count = RouteCounter(SPACE, SIZE)
+    facts = {name: fit(name, count) for name in FAMILIES}
     write_json(args.output, {"architectures": facts, "command": "benchmarks/fit_architectures.py"} | machine_facts())
     for name, found in facts.items():
         for key in ("with_gates", "static"):

@@ -63,6 +63,7 @@ PAPER = {name: (a.paper_miou, (a.paper_gmacs,), a.paper_params_m) for name, a in
     "dynamic-c": (74.6, (66.6, 71.6, 64.3), 17.8),
     "dynamic-raw": (76.1, (119.5,), 17.8),
 }
+RESULT_FILE = "result.json"
 OVERRIDES = {"model", "budget", "common"}
 COSTS = ("mean", "max", "min", "full")
 LOG_TAIL = 12  # lines of a failed run's log that are shown
@@ -177,10 +178,13 @@ class Run:
         return f"{self.network.name} seed {self.seed}"
 
     @property
+    def finished(self) -> bool:
+        return (self.folder / RESULT_FILE).exists()
+
+    @property
     def result(self) -> dict[str, Any] | None:
         """What it found, once it is finished."""
-        path = self.folder / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return json.loads((self.folder / RESULT_FILE).read_text()) if self.finished else None
 
     @property
     def source(self) -> Path | None:
@@ -266,7 +270,7 @@ def perform(run: Run, accelerator: str = "auto") -> dict[str, Any]:
         "settings": run.settings,
         **machine_facts(),
     }
-    write_json(run.folder / "result.json", found)
+    write_json(run.folder / RESULT_FILE, found)
     return found
 
 
@@ -287,7 +291,7 @@ def perform_all(
     runs: Sequence[Run], jobs: int, command: Sequence[str], on_finished: Callable[[], Any]
 ) -> dict[str, str]:
     """Performs the runs that are not finished, `jobs` processes at a time; returns why, for each that failed."""
-    waiting = [run for run in runs if run.result is None]
+    waiting = [run for run in runs if not run.finished]
     active: dict[subprocess.Popen, Run] = {}
     failed: dict[str, str] = {}
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -300,7 +304,7 @@ def perform_all(
                 if source is not None and source.name in failed:
                     waiting.remove(run)
                     failed[run.name] = f"it needs {source.name}, which failed"
-                elif len(active) < jobs and (source is None or source.result is not None):
+                elif len(active) < jobs and (source is None or source.finished):
                     waiting.remove(run)
                     active[_start(run, command, threads)] = run
             time.sleep(POLL_SECONDS)
@@ -353,7 +357,7 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def at_equal_cost(rows: Sequence[Mapping[str, Any]]) -> None:
+def at_equal_cost(rows: Sequence[dict[str, Any]]) -> None:
     """Gives each row that is not dynamic `dynamic_at_equal_cost`: the mIoU of the dynamic networks at its mean cost, on
     the straight lines between them; None where it is cheaper or dearer than all of them."""
     curve = sorted((row["gmacs"]["mean"], row["miou_mean"]) for row in rows if row["kind"] == "dynamic")
@@ -381,8 +385,8 @@ def summary(runs: Sequence[Run], asked: Sequence[Run], command: Sequence[str]) -
     last = max((run for row in rows for run in row["runs"]), key=lambda run: run["date"], default=machine_facts())
     return {
         "settings": settings,
-        "seeds": sorted({run.seed for run in runs if run.result is not None} or {run.seed for run in asked}),
-        "missing": [run.name for run in asked if run.result is None],
+        "seeds": sorted({run.seed for run in runs if run.finished} or {run.seed for run in asked}),
+        "missing": [run.name for run in asked if not run.finished],
         "rows": rows,
         "command": ["benchmarks/table1.py", *command],
         **{key: last[key] for key in ("machine", "date", "versions")},
@@ -457,7 +461,7 @@ def finished_and(asked: Sequence[Run], networks: Mapping[str, Network], folder: 
     seeds = {int(path.name.removeprefix("seed")) for path in folder.glob("*/seed*") if path.name[4:].isdigit()}
     others = plan(networks, list(networks), sorted(seeds), folder)
     known = {run.folder for run in asked}
-    return [*asked, *(run for run in others if run.folder not in known and run.result and run.fits)]
+    return [*asked, *(run for run in others if run.folder not in known and run.finished and run.fits)]
 
 
 def write_summary(runs: Sequence[Run], asked: Sequence[Run], command: Sequence[str], output: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import torch
 
 from routeseg import Budget, DynamicRoutingNetwork, cost, model_cost
 from routeseg.evaluation import machine_facts
+from routeseg.files import write_json
 from routeseg.training import Recipe, parameter_groups, segmentation_loss
 
 SETTINGS = {
@@ -86,8 +87,7 @@ def main() -> None:
         for setting, runs in rows.items()
     ]
     output = args.output or Path(f"results/training_{args.device}.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"rounds": ROUNDS, "results": results, **machine_facts()}, indent=2) + "\n")
+    write_json(output, {"rounds": ROUNDS, "results": results, **machine_facts()})
     print("| depth | channels | crop | batch | precision | images/s | peak MiB |\n|---|---|---|---|---|---|---|")
     for r in results:
         size = "x".join(map(str, r["size"]))

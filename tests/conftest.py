@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from routeseg import DynamicRoutingNetwork
+from routeseg.cli import main
+from routeseg.data.scenes import CLASSES, PALETTE
 
 GOLDEN = Path(__file__).parent / "golden"
 CAMVID = Path(os.environ.get("ROUTESEG_CAMVID") or Path(__file__).parents[2] / "shared" / "camvid")
@@ -45,6 +47,26 @@ def spread_gates(model: DynamicRoutingNetwork, seed: int = 0) -> DynamicRoutingN
                 node.gate.score.weight.copy_(torch.randn(node.gate.score.weight.shape, generator=generator) * 2)
                 node.gate.score.bias.zero_()
     return model
+
+
+def scenes_checkpoint(folder: Path, **options) -> str:
+    """A saved network of depth 3 for the classes of the scenes, with spread gates."""
+    torch.manual_seed(0)
+    model = DynamicRoutingNetwork(
+        len(CLASSES), depth=3, base_channels=8, stem_channels=8, class_names=CLASSES, palette=PALETTE, **options
+    )
+    return str(spread_gates(model).save(folder))
+
+
+def run(words, capsys):
+    """Exit code, stdout and stderr of a command."""
+    try:
+        code = main([str(word) for word in words])
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return code, out, err
 
 
 @pytest.fixture(scope="session")

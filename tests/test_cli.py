@@ -9,32 +9,16 @@ import torch
 from PIL import Image
 
 import routeseg
-from conftest import spread_gates
+from conftest import run, scenes_checkpoint
 from routeseg import DynamicRoutingNetwork, Route
-from routeseg.cli import main
-from routeseg.data.scenes import CLASSES, PALETTE
+from routeseg.data.scenes import CLASSES
 
 SCENES = ["--data.image_size=[48,64]", "--data.val_images=3", "--data.workers=0"]
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    torch.manual_seed(0)
-    model = DynamicRoutingNetwork(
-        len(CLASSES), depth=3, base_channels=8, stem_channels=8, class_names=CLASSES, palette=PALETTE
-    )
-    return str(spread_gates(model).save(tmp_path / "net"))
-
-
-def run(words, capsys):
-    """Exit code, stdout and stderr of a command."""
-    try:
-        code = main([str(word) for word in words])
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    assert "Traceback" not in err
-    return code, out, err
+    return scenes_checkpoint(tmp_path / "net")
 
 
 def test_help_and_version(capsys):

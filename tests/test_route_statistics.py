@@ -7,9 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import spread_gates
+from conftest import run, scenes_checkpoint
 from routeseg import DynamicRoutingNetwork, Route, RoutingSpace, figures
-from routeseg.cli import main
 from routeseg.data.scenes import CLASSES, PALETTE
 from routeseg.route_statistics import (
     PermutationTest,
@@ -214,26 +213,7 @@ class TestFigures:
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    return save(tmp_path / "net")
-
-
-def save(folder, **options):
-    torch.manual_seed(0)
-    model = DynamicRoutingNetwork(
-        len(CLASSES), depth=3, base_channels=8, stem_channels=8, class_names=CLASSES, palette=PALETTE, **options
-    )
-    return str(spread_gates(model).save(folder))
-
-
-def run(words, capsys):
-    """Exit code, stdout and stderr of a command."""
-    try:
-        code = main([str(word) for word in words])
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    assert "Traceback" not in err
-    return code, out, err
+    return scenes_checkpoint(tmp_path / "net")
 
 
 @pytest.fixture
@@ -302,7 +282,7 @@ def test_a_threshold_that_closes_everything(tmp_path, capsys):
 
 def test_routes_mistakes(tmp_path, checkpoint, own_data, capsys):
     folder, words = own_data
-    static = save(tmp_path / "static", gate="fixed")
+    static = scenes_checkpoint(tmp_path / "static", gate="fixed")
     four = DynamicRoutingNetwork(4, depth=3, base_channels=8, stem_channels=8).save(tmp_path / "four")
     (tmp_path / "file").write_text("")
     for command, expected in (

@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
 
 from routeseg.architectures import ARCHITECTURES
-from routeseg.cost import CostTable, model_cost
+from routeseg.cost import model_cost
 from routeseg.model import DynamicRoutingNetwork
-from routeseg.space import Route, RoutingSpace
+from routeseg.space import DIRECTIONS, Route, RoutingSpace
 
 WHOLE_SPACE = "whole space"
 PAPER_WHOLE_SPACE = {"paper_gmacs": 119.5, "paper_params_m": 17.8}  # Dynamic-Raw
@@ -36,30 +35,47 @@ def architecture_table(
 
     Raises ValueError for an architecture that the space cannot hold.
     """
-    with torch.device("meta"):
-        full = DynamicRoutingNetwork(num_classes, space.depth, space.num_scales, base_channels)
-    cost = model_cost(full, image_size, convention)
+    count = RouteCounter(space, image_size, num_classes, base_channels, convention)
+
+    def row(name: str, route: Route) -> dict[str, Any]:
+        (gmacs, params), (static_gmacs, static_params) = (count(route, gates) for gates in (True, False))
+        figures = {"params_m": params, "gmacs": gmacs, "static_params_m": static_params, "static_gmacs": static_gmacs}
+        return {"name": name, "nodes": len(route.nodes), "edges": len(route)} | figures
+
     rows = []
-    for name in names:
-        known = ARCHITECTURES[name]
+    for known in (ARCHITECTURES[name] for name in names):
         paper = {"paper_gmacs": known.paper_gmacs, "paper_params_m": known.paper_params_m}
-        rows.append({"name": known.name} | _figures(full, cost, known(space)) | paper)
-    return [*rows, {"name": WHOLE_SPACE} | _figures(full, cost, Route.all_open(space)) | PAPER_WHOLE_SPACE]
+        rows.append(row(known.name, known(space)) | paper)
+    return [*rows, row(WHOLE_SPACE, Route.all_open(space)) | PAPER_WHOLE_SPACE]
 
 
-def _figures(full: DynamicRoutingNetwork, cost: CostTable, route: Route) -> dict[str, Any]:
-    static_params = _parameters(full.specialize(route))
-    gates = [full.node(*node).gate for node in route.nodes]
-    static_macs = cost.of_route(route)
-    return {
-        "nodes": len(route.nodes),
-        "edges": len(route),
-        "params_m": (static_params + sum(_parameters(gate) for gate in gates if gate is not None)) / 1e6,
-        "gmacs": (static_macs + sum(float(cost.gate[node]) for node in route.nodes)) / 1e9,
-        "static_params_m": static_params / 1e6,
-        "static_gmacs": static_macs / 1e9,
-    }
+class RouteCounter:
+    """Cost and parameters of routes in a space, by adding up the parts of the whole network, which is built once."""
 
+    def __init__(
+        self,
+        space: RoutingSpace,
+        image_size: tuple[int, int],
+        num_classes: int = 19,
+        base_channels: int = 64,
+        convention: str = "authors",
+    ) -> None:
+        with torch.device("meta"):
+            model = DynamicRoutingNetwork(num_classes, space.depth, space.num_scales, base_channels)
+        params = {name: sum(p.numel() for p in module.parameters()) for name, module in model.named_modules()}
+        self.cost = model_cost(model, image_size, convention)
+        self.fixed = params["stem"] + params["decoder"]
+        self.cell = {(layer, s): params[f"nodes.{layer}-{s}.cell"] for layer, s in space.nodes}
+        self.gate = {(layer, s): params[f"nodes.{layer}-{s}.gate"] for layer, s in space.nodes}
+        self.edge = {
+            (layer, s, d): params[f"nodes.{layer}-{s}.transforms.{DIRECTIONS[d]}"] for layer, s, d in space.edges
+        }
 
-def _parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    def __call__(self, route: Route, gates: bool) -> tuple[float, float]:
+        """GMACs and millions of parameters of a route, with the gates of the nodes that run or without."""
+        macs = self.cost.of_route(route)
+        params = self.fixed + sum(self.edge[edge] for edge in route)
+        for node in route.nodes:
+            macs += gates * float(self.cost.gate[node])
+            params += self.cell[node] + gates * self.gate[node]
+        return macs / 1e9, params / 1e6

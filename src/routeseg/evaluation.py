@@ -180,6 +180,5 @@ def machine_facts() -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "date": datetime.now(UTC).date().isoformat(),
-        "versions": {name: version(name) for name in ("routeseg", "torch", "lightning")}
-        | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
     }

@@ -266,8 +266,9 @@ def survey_routes(
     groups = []
     for number in range(count):
         rows = numbers == number
-        name = size_group_name(number, count)
-        groups.append(Group(name, own.gates[rows], own.cost_share[rows], own.object_sizes[rows]))
+        groups.append(
+            Group(size_group_name(number, count), own.gates[rows], own.cost_share[rows], own.object_sizes[rows])
+        )
     in_order = numbers[numbers >= 0], own.gates[numbers >= 0]
     return RouteSurvey(own, "object size", tuple(groups), _tests(model.space, groups, permutations, seed, in_order))
 
