@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from routeseg import ARCHITECTURES, DynamicRoutingNetwork
-from routeseg.cli import config_parser
+from routeseg.cli.common import config_parser
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "table1")  # see test_table1.py

@@ -1,0 +1,79 @@
+"""The `routeseg` command: see COMMANDS at the end.
+
+Every user mistake ends in one message on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from routeseg.cli.analysis import architectures_command, evaluate_command, routes_command
+from routeseg.cli.common import USAGE_ERROR
+from routeseg.cli.data import make_data_command
+from routeseg.cli.prediction import import_command, predict_command
+from routeseg.cli.training import demo_command, train_command
+
+__all__ = ["COMMANDS", "main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if words else USAGE_ERROR
+    if words[0] == "--version":
+        from routeseg import __version__
+
+        print(f"routeseg {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        print(f"routeseg: error: no command {words[0]!r}: {hint}", file=sys.stderr)
+        return USAGE_ERROR
+    try:
+        return COMMANDS[words[0]][0](words[1:])
+    except (ValueError, OSError) as error:
+        print(f"routeseg: error: {_message(error)}", file=sys.stderr)
+        return USAGE_ERROR
+    except RuntimeError as error:
+        from routeseg.training import NonFiniteLoss
+
+        if not isinstance(error, NonFiniteLoss):
+            raise
+        print(f"routeseg: stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("routeseg: interrupted", file=sys.stderr)
+        return 130
+
+
+def _message(error: Exception) -> str:
+    """The message alone, also where a loader process raised it and wrapped it in a traceback."""
+    text = str(error)
+    if text.startswith("Caught "):
+        text = re.split(r"\n\w*(?:Error|UnreadableImage): ", text)[-1]
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    return text.strip()
+
+
+def _overview() -> str:
+    lines = ["usage: routeseg COMMAND [options]      (routeseg COMMAND --help for the options)", ""]
+    return "\n".join(lines + [f"  {name:<18} {text}" for name, (_, text) in COMMANDS.items()])
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "train": (train_command, "train a network: --config FILE [--section.key value]"),
+    "evaluate": (evaluate_command, "mIoU and real cost of a checkpoint over a data set"),
+    "routes": (routes_command, "how often each path is open over a data set, and whether routes follow scale"),
+    "architectures": (architectures_command, "the known networks as routes: size, cost, and a picture"),
+    "predict": (predict_command, "segment image files: labels, overlays and routes"),
+    "import-checkpoint": (import_command, "read one of the authors' released networks"),
+    "make-data": (make_data_command, "write procedural street scenes as an image/label folder"),
+    "demo": (demo_command, "train, evaluate and report in a few minutes"),
+}

@@ -1,0 +1,139 @@
+"""The commands that measure and show: evaluate, routes, architectures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from routeseg.cli.common import Parser, check_classes, config_parser, progress_bar, read_parts
+from routeseg.files import check_writable, write_atomically, write_json
+
+
+def evaluate_command(words: Sequence[str]) -> int:
+    parser = config_parser("evaluate")
+    parser.add_argument("checkpoint", type=str, help="a checkpoint folder")
+    parser.add_argument("--json", type=str | None, default=None, help="also write the result to this file")
+    parser.add_argument("--split", type=str, default="val", help="train, val or test")
+    parser.add_argument("--engine", type=str, default="skip", help="skip (closed paths cost nothing) or dense")
+    parser.add_argument("--convention", type=str, default="authors", help="how cost is counted: authors or full")
+    args, data, recipe, _ = read_parts(parser, words)
+
+    from routeseg import checkpoints
+    from routeseg.data.datamodule import evaluation_loader, open_data
+    from routeseg.engine import build_engine
+    from routeseg.evaluation import evaluate, machine_facts
+    from routeseg.tables import print_evaluation
+
+    model = checkpoints.load(args.checkpoint)
+    pictures = open_data(data, args.split, recipe.seed)
+    check_classes(args.checkpoint, model, data, len(pictures.classes))
+    if args.json is not None:
+        check_writable(Path(args.json).parent, "--json")
+    with progress_bar(f"evaluate {data.name} {args.split}", len(pictures)) as step:
+        loader = evaluation_loader(pictures, data.workers)
+        result = evaluate(model, loader, build_engine(model, args.engine), args.convention, step)
+    print_evaluation(result)
+    if args.json is not None:
+        write_json(Path(args.json), result.as_dict() | {"command": ["evaluate", *words]} | machine_facts())
+    return 0
+
+
+def routes_command(words: Sequence[str]) -> int:
+    from routeseg.route_statistics import PERMUTATIONS
+
+    parser = config_parser("routes")
+    parser.add_argument("checkpoint", type=str, help="a checkpoint folder, of a network with gates")
+    parser.add_argument("--split", type=str, default="val", help="train, val or test")
+    parser.add_argument("--output", type=str, default="runs/routes", help="folder for routes.json and the figures")
+    parser.add_argument("--images", type=int | None, default=None, help="only so many, evenly spread over the set")
+    parser.add_argument(
+        "--common", type=float | None, default=None, help="write common_route.json: edges open in this share of images"
+    )
+    parser.add_argument("--permutations", type=int, default=PERMUTATIONS, help="relabellings of the permutation test")
+    args, data, recipe, _ = read_parts(parser, words)
+
+    from routeseg import checkpoints
+    from routeseg.architectures import common_route
+    from routeseg.cost import model_cost
+    from routeseg.data.datamodule import open_data
+    from routeseg.engine import build_engine
+    from routeseg.evaluation import machine_facts
+    from routeseg.route_survey import draw_survey, evenly_spread, pictures_to_see, survey_routes
+    from routeseg.tables import print_survey
+
+    model, output = checkpoints.load(args.checkpoint), Path(args.output)
+    pictures = open_data(data, args.split, recipe.seed)
+    check_classes(args.checkpoint, model, data, len(pictures.classes))
+    if args.common is not None and not 0 < args.common <= 1:
+        raise ValueError(f"--common is {args.common}: it is a share of the images, above 0 and at most 1")
+    check_writable(output)
+    engine = build_engine(model)
+    total = pictures_to_see(data, len(evenly_spread(pictures, args.images)))
+    with progress_bar(f"routes over {data.name} {args.split}", total) as step:
+        survey = survey_routes(
+            model, engine, data, args.split, recipe.seed, args.images, args.permutations, step, args.checkpoint
+        )
+    common = None if args.common is None else common_route(survey.observation.gates, args.common)
+    figures = draw_survey(survey, model, engine, output)
+    facts = {"command": ["routes", *words], "data": data.name, "split": args.split, "seed": recipe.seed}
+    write_json(output / "routes.json", survey.as_dict() | facts | machine_facts())
+    print_survey(survey)
+    if common is not None:
+        write_atomically(output / "common_route.json", (common.to_json() + "\n").encode())
+        static_gmacs = model_cost(model, survey.observation.pictures.read(0)[1].shape).of_route(common) / 1e9
+        print(
+            f"{len(common)} edges open in {100 * args.common:g} % of the images, {static_gmacs:.3f} GMACs as a static "
+            f"network: train it with --model.gate fixed --model.route {output}/common_route.json"
+        )
+    print(f"{output}/routes.json and {len(figures)} figures beside it: " + ", ".join(path.name for path in figures))
+    return 0
+
+
+def architectures_command(words: Sequence[str]) -> int:
+    parser = Parser(prog="routeseg architectures")
+    parser.add_argument("--size", type=str, default="1024x2048", help="HEIGHTxWIDTH of the image that costs are for")
+    parser.add_argument("--depth", type=int, default=16, help="layers of the routing space")
+    parser.add_argument("--base_channels", type=int, default=64, help="channels at the finest scale")
+    parser.add_argument("--num_classes", type=int, default=19)
+    parser.add_argument("--convention", type=str, default="authors", help="how cost is counted: authors, full or conv")
+    parser.add_argument("--json", type=str | None, default=None, help="also write the table to this file")
+    parser.add_argument("--figure", type=str | None, default=None, help="draw all of them into this .png or .svg")
+    args = parser.parse_args(list(words))
+    match = re.fullmatch(r"(\d+)x(\d+)", args.size)
+    if not match or min(size := (int(match[1]), int(match[2]))) < 32:
+        raise ValueError(f"--size is {args.size!r}: give HEIGHTxWIDTH, both at least 32, such as 1024x2048")
+
+    from routeseg.architecture_table import architecture_table
+    from routeseg.architectures import ARCHITECTURES
+    from routeseg.figures import picture_kind, route_grid
+    from routeseg.space import Route, RoutingSpace
+    from routeseg.tables import print_architectures
+
+    space = RoutingSpace(args.depth)
+    for option, path in (("--json", args.json), ("--figure", args.figure)):
+        if path is not None:
+            check_writable(Path(path).parent, option)
+    if args.figure is not None:
+        picture_kind(args.figure)
+    rows = architecture_table(
+        space,
+        size,
+        num_classes=args.num_classes,
+        base_channels=args.base_channels,
+        convention=args.convention,
+    )
+    print_architectures(rows, f"{space}, {args.base_channels} channels, {args.num_classes} classes, at {args.size}")
+    if args.json is not None:
+        write_json(Path(args.json), rows)
+    if args.figure is not None:
+        routes = [*(known(space) for known in ARCHITECTURES.values()), Route.all_open(space)]
+        panels = [
+            (
+                f"{row['name']}: {row['static_gmacs']:.1f} GMACs, {row['static_params_m']:.1f} M parameters",
+                route.to_gates(),
+            )
+            for row, route in zip(rows, routes, strict=True)
+        ]
+        route_grid(args.figure, space, panels)
+    return 0
