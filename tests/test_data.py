@@ -25,14 +25,8 @@ from routeseg.data.datamodule import (
     evaluation_loader,
     open_data,
 )
-from routeseg.data.folder import (
-    UnreadableImage,
-    open_folder,
-    read_classes,
-    read_image,
-    read_labels,
-    write_classes,
-)
+from routeseg.data.folder import open_folder, read_classes, write_classes
+from routeseg.data.pairs import LabelMap, UnreadableImage, read_image, read_label_file
 from routeseg.data.transforms import IGNORE, PADDING_RGB, Augmentation
 
 COLOURS = np.array(
@@ -395,17 +389,18 @@ class TestReadImage:
             read_image(path)
 
     def test_labels_with_colours_are_refused(self, tmp_path):
-        with pytest.raises(ValueError, match="a.png is no label image"):
-            read_labels(save(tmp_path / "a.png", self.rgb))
+        path = save(tmp_path / "a.png", self.rgb)
+        with pytest.raises(ValueError, match="a.png is coloured"):
+            LabelMap(3, {}, {})(read_label_file(path), path)
         with pytest.raises(UnreadableImage, match="b.png"):
-            read_labels(truncate(save(tmp_path / "b.png", self.rgb[..., 0])))
+            read_label_file(truncate(save(tmp_path / "b.png", self.rgb[..., 0])))
 
     def test_labels_with_a_palette_are_their_indices(self, tmp_path):
         values = self.rgb[..., 0] % 3
         picture = Image.fromarray(values)
         picture.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200])
         picture.save(tmp_path / "a.png")
-        assert np.array_equal(read_labels(tmp_path / "a.png"), values)
+        assert np.array_equal(read_label_file(tmp_path / "a.png"), values)
 
 
 class TestCamvid:
@@ -597,7 +592,7 @@ class TestRealCamvid:
     def test_splits_sizes_and_classes(self, camvid_root):
         train, val = (camvid.open_camvid(camvid_root, split) for split in ("train", "val"))
         assert (len(train), len(val)) == (367, 101)
-        assert not set(train.stems) & set(val.stems)
+        assert not set([pair.name for pair in train.pairs]) & set(val.stems)
         counts = np.zeros(256, dtype=np.int64)
         for index in range(0, len(val), 10):
             image, labels = val.read(index)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from routeseg import DynamicRoutingNetwork, SkipEngine
 from routeseg.cost import model_cost
-from routeseg.data.folder import read_image, read_labels
+from routeseg.data.pairs import read_image, read_label_file
 from routeseg.data.transforms import PADDING_RGB
 from routeseg.prediction import OUTPUTS, find_inputs, output_names, predict_files
 from routeseg.space import DIRECTIONS, Route
@@ -147,7 +147,7 @@ class TestPredictFiles:
         assert np.array_equal(ids, result.labels[0].numpy())
         assert len(np.unique(ids)) > 1, "the check above compared something"
         assert np.array_equal(colours[: network.num_classes], network.palette)
-        mask = read_labels(tmp_path / "out" / "street_labels.png")
+        mask = read_label_file(tmp_path / "out" / "street_labels.png")
         assert np.array_equal(mask, ids), "a label map can serve as a mask to train on"
 
         overlay = read_image(tmp_path / "out" / "street_overlay.png")

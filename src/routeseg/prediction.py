@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 
 from routeseg.cost import model_cost
-from routeseg.data.folder import IMAGE_SUFFIXES, UnreadableImage, read_image
+from routeseg.data.pairs import IMAGE_SUFFIXES, UnreadableImage, read_image
 from routeseg.data.transforms import IGNORE, PADDING_RGB
 from routeseg.evaluation import Forward
 from routeseg.figures import overlay, png_bytes, save_route

@@ -18,7 +18,7 @@ import numpy as np
 
 from routeseg import figures
 from routeseg.data.datamodule import DataConfig, evaluation_loader, image_tensor, open_data
-from routeseg.data.folder import Classes, SegmentationData
+from routeseg.data.pairs import Classes, SegmentationData
 from routeseg.data.scenes import PRESETS
 from routeseg.evaluation import Evaluation, Forward, evaluate
 from routeseg.model import DynamicRoutingNetwork

@@ -94,7 +94,7 @@ def new_network(args: Namespace, data: DataConfig, recipe: Recipe) -> DynamicRou
     from routeseg.model import DynamicRoutingNetwork
     from routeseg.space import RoutingSpace
 
-    classes = open_data(data, "train", recipe.seed).classes
+    classes = open_data(data, data.train_split, recipe.seed).classes
     options = vars(args.model)
     if str(options["route"]).endswith(".json"):
         options = options | {

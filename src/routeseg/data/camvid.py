@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from routeseg.data.folder import Classes, PairedFiles
+from routeseg.data.pairs import Classes, LabelMap, PairedFiles, pair_folders
 from routeseg.data.transforms import IGNORE
 
 CLASSES = Classes(
@@ -39,6 +39,7 @@ CLASSES = Classes(
     ),
 )
 UNLABELLED = 11
+REMEDY = "CamVid has 0 to 10 and 11 = unlabelled. Is this the 11-class labelling of SegNet?"
 LAYOUT = "expected train/, trainannot/, val/ and valannot/ below it, with the same stems in both folders of a split"
 
 
@@ -48,5 +49,5 @@ def open_camvid(root: Path, split: str) -> PairedFiles:
         raise ValueError(f"no folder {root}: give CamVid's folder with --data.root; {LAYOUT}")
     if not (root / split).is_dir():
         raise ValueError(f"{root} has no folder {split}/: {LAYOUT}")
-    remedy = "CamVid has 0 to 10 and 11 = unlabelled. Is this the 11-class labelling of SegNet?"
-    return PairedFiles(root / split, root / f"{split}annot", CLASSES, {UNLABELLED: IGNORE}, remedy)
+    meaning = LabelMap(len(CLASSES), {UNLABELLED: IGNORE}, {}, remedy=REMEDY)
+    return PairedFiles(pair_folders(root / split, root / f"{split}annot"), CLASSES, meaning)

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from routeseg.data import scenes
 from routeseg.data.camvid import open_camvid
-from routeseg.data.folder import Classes, SegmentationData, UnreadableImage, open_folder, write_classes
+from routeseg.data.folder import open_folder, write_classes
+from routeseg.data.pairs import Classes, SegmentationData, UnreadableImage
 from routeseg.data.transforms import Augmentation
 
 TRAIN_STREAM, NORM_STREAM = 0, 1  # separate random streams: training batches, batches for precise BatchNorm
@@ -33,6 +34,7 @@ class DataConfig:
 
     name          scenes (procedural, no download), camvid, or folder (your own pictures, see data/folder.py)
     root          folder of the data set (not for scenes)
+    train_split, val_split   which parts to train on and to validate on, as the data set calls them
     crop          (height, width) of a training crop; larger than a picture is fine, it is padded
     scales        random scale factors; flip, colour: mirroring, and strength of the colour augmentation
     batch_size    per process
@@ -43,6 +45,8 @@ class DataConfig:
 
     name: Literal["scenes", "camvid", "folder"] = "scenes"
     root: str | None = None
+    train_split: str = "train"
+    val_split: str = "val"
     crop: tuple[int, int] = (128, 256)
     scales: list[float] | None = None
     flip: bool = True
@@ -200,8 +204,8 @@ class SegmentationDataModule(LightningDataModule):
     def __init__(self, config: DataConfig, iterations: int, seed: int = 0, first_step: int = 0) -> None:
         super().__init__()
         self.config, self.iterations, self.seed, self.first_step = config, iterations, seed, first_step
-        self.train_data = open_data(config, "train", seed)
-        self.val_data = open_data(config, "val", seed)
+        self.train_data = open_data(config, config.train_split, seed)
+        self.val_data = open_data(config, config.val_split, seed)
         scales = config.scales or list(Augmentation.scales)
         self.augmentation = Augmentation(pair(config.crop), scales, config.flip, config.colour)
 
