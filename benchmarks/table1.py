@@ -51,7 +51,9 @@ from routeseg.evaluation import evaluate, machine_facts
 from routeseg.files import check_writable, write_atomically, write_json
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.space import Route
-from routeseg.training import RESUME_FILE, Recipe, train
+from routeseg.training.callbacks import RESUME_FILE
+from routeseg.training.recipe import Recipe
+from routeseg.training.segmentation import train
 
 # Table 1 of the paper, Cityscapes val at 1024x2048: mIoU in %, GMACs (mean, max, min), parameters in millions.
 PAPER = {name: (a.paper_miou, (a.paper_gmacs,), a.paper_params_m) for name, a in ARCHITECTURES.items()} | {

@@ -22,7 +22,9 @@ import torch
 from routeseg import Budget, DynamicRoutingNetwork, cost, model_cost
 from routeseg.evaluation import machine_facts
 from routeseg.files import write_json
-from routeseg.training import Recipe, parameter_groups, segmentation_loss
+from routeseg.training.fitting import parameter_groups
+from routeseg.training.recipe import Recipe
+from routeseg.training.segmentation import segmentation_loss
 
 SETTINGS = {
     "cpu": [(8, 32, (240, 320), 4), (16, 32, (240, 320), 4), (16, 32, (352, 480), 2), (16, 64, (256, 512), 1)],

@@ -1,6 +1,9 @@
 """Networks and pictures that several tests need."""
 
 import os
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,8 @@ import torch
 
 from routeseg import DynamicRoutingNetwork
 from routeseg.cli import main
+from routeseg.data.datamodule import DataConfig
+from routeseg.data.layouts import write_layout
 from routeseg.data.scenes import CLASSES, PALETTE
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -70,7 +75,49 @@ def run(words, capsys):
 
 
 @pytest.fixture(scope="session")
+def layouts(tmp_path_factory):
+    """layouts(name) -> root of scenes in a layout of data/layouts.py: 4 train, 2 val, 48x96; only to be read."""
+    made: dict[str, Path] = {}
+
+    def root_of(name: str) -> Path:
+        if name not in made:
+            root = tmp_path_factory.mktemp("layouts") / name
+            write_layout(name, root, DataConfig(image_size=(48, 96), train_images=4, val_images=2))
+            made[name] = root
+        return made[name]
+
+    return root_of
+
+
+@pytest.fixture(scope="session")
 def camvid_root() -> Path:
     if not CAMVID.is_dir():
         pytest.skip(f"no CamVid in {CAMVID}: set ROUTESEG_CAMVID to its folder")
     return CAMVID
+
+
+@pytest.fixture
+def web_server():
+    """web_server(folder) -> address of a server of its files, which also takes new ones (PUT)."""
+    servers = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_PUT(self):
+            path = Path(self.translate_path(self.path))
+            path.write_bytes(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(201)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    def start(folder: Path) -> str:
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

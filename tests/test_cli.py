@@ -72,7 +72,7 @@ def test_evaluate_mistakes(tmp_path, checkpoint, capsys):
     for words, expected in (
         (["evaluate", other, *SCENES], "4 classes"),
         (["evaluate", tmp_path / "nothing", *SCENES], "no checkpoint folder"),
-        (["evaluate", checkpoint, "--data.name=camvid", f"--data.root={tmp_path}"], "expected train/"),
+        (["evaluate", checkpoint, "--data.name=camvid", f"--data.root={tmp_path}"], "the expected tree is"),
         (["evaluate", checkpoint, "--data.name=folder", f"--data.root={tmp_path}"], "classes.yaml"),
         (["evaluate", checkpoint, *SCENES, "--engine=fast"], "skip or dense"),
         (["evaluate", checkpoint, *SCENES, "--convention=mine"], "authors"),

@@ -12,7 +12,7 @@ import yaml
 
 from routeseg import DynamicRoutingNetwork, figures
 from routeseg.data.datamodule import DataConfig, open_data
-from routeseg.training import ValidateAndSave
+from routeseg.training.callbacks import ValidateAndSave
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted((ROOT / "configs" / "table1").glob("*.yaml"))

@@ -4,6 +4,7 @@ import copy
 import csv
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,11 +18,15 @@ from safetensors.torch import load_file
 
 import routeseg
 from conftest import spread_gates
-from routeseg import training
 from routeseg.cli import main
 from routeseg.cost import Budget
-from routeseg.data.datamodule import DataConfig
-from routeseg.training import NonFiniteLoss, Recipe, lr_factor, parameter_groups, precise_batch_norm, train
+from routeseg.data.datamodule import DataConfig, SegmentationDataModule
+from routeseg.evaluation import evaluate
+from routeseg.training import callbacks
+from routeseg.training.batch_norm import precise_batch_norm
+from routeseg.training.fitting import NonFiniteLoss, parameter_groups
+from routeseg.training.recipe import Recipe, lr_factor
+from routeseg.training.segmentation import train
 
 DATA = dict(crop=(32, 64), image_size=(48, 64), train_images=12, val_images=3, batch_size=2, workers=0)
 NETWORK = dict(depth=3, base_channels=4, stem_channels=4)
@@ -54,11 +59,12 @@ def command(arguments):
     return [sys.executable, "-m", "routeseg.cli", *arguments]
 
 
-def test_killed_and_resumed_ends_with_the_same_weights(tmp_path):
+@pytest.mark.parametrize("options", [[], ["--recipe.ema_decay=0.9", "--recipe.accumulate=2", "--data.batch_size=1"]])
+def test_killed_and_resumed_ends_with_the_same_weights(tmp_path, options):
     """SIGKILL somewhere after the first checkpoint; the resumed run ends bit for bit like one never interrupted."""
     iterations = 40
-    assert main(words(tmp_path / "whole", iterations)) == 0
-    process = subprocess.Popen(command(words(tmp_path / "cut", iterations)), stdout=subprocess.DEVNULL)
+    assert main(words(tmp_path / "whole", iterations, *options)) == 0
+    process = subprocess.Popen(command(words(tmp_path / "cut", iterations, *options)), stdout=subprocess.DEVNULL)
     checkpoint = tmp_path / "cut" / "last.ckpt"
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -67,12 +73,79 @@ def test_killed_and_resumed_ends_with_the_same_weights(tmp_path):
     process.wait()
     reached = torch.load(checkpoint, weights_only=True)["global_step"]
     assert 0 < reached < iterations, "the run was not cut in the middle"
-    assert main(words(tmp_path / "cut", iterations, "--resume")) == 0
+    assert main(words(tmp_path / "cut", iterations, *options, "--resume")) == 0
     for folder in ("last", "best"):
         whole = load_file(tmp_path / "whole" / folder / "model.safetensors")
         cut = load_file(tmp_path / "cut" / folder / "model.safetensors")
         assert whole.keys() == cut.keys()
         assert all(torch.equal(whole[key], cut[key]) for key in whole), folder
+
+
+def test_a_resumed_run_follows_the_recipe_that_it_is_given(tmp_path):
+    """Learning rates, decay and momentum are those of the changed recipe, also where a finished run gets longer."""
+    data, options = DataConfig(**DATA), dict(progress=False, accelerator="cpu")
+    train(tiny_model(), data, recipe(iterations=4, save_every=4), Budget(), tmp_path, **options)
+    plan = recipe(iterations=8, lr=0.005, momentum=0.5, weight_decay=1e-3, gate_lr_factor=2.0)
+    result = train(tiny_model(), data, plan, Budget(), tmp_path, resume=True, **options)
+    rates = {}
+    for path in (tmp_path / "logs").glob("*/metrics.csv"):
+        with open(path) as file:
+            rates |= {int(row["step"]): float(row["lr"]) for row in csv.DictReader(file) if row["lr"]}
+    before = recipe(iterations=4)
+    assert rates == pytest.approx(
+        {step: 0.02 * lr_factor(step, before) for step in range(4)}
+        | {step: 0.005 * lr_factor(step, plan) for step in range(4, 8)}
+    )
+    groups = result.trainer.optimizers[0].param_groups
+    expected = parameter_groups(tiny_model(), plan)
+    assert {group["momentum"] for group in groups} == {0.5}
+    assert [group["weight_decay"] for group in groups] == [group["weight_decay"] for group in expected]
+    assert [group["initial_lr"] for group in groups] == [group["lr"] for group in expected]
+    assert {group["lr"] for group in expected} == {0.005, 0.01}
+
+
+def test_resumed_with_another_network(tmp_path, capsys):
+    assert main(words(tmp_path / "run", 2)) == 0
+    assert "2 images a step (2 x 1 processes x 1 accumulated), learning rate 0.02" in capsys.readouterr().out
+    for change, name in (("base_channels=8", "stem.2.1.weight is"), ("depth=4", "nodes.3-0.*is missing there")):
+        assert main(words(tmp_path / "run", 4, "--resume", f"--model.{change}")) == 2
+        err = capsys.readouterr().err
+        assert re.search(f"has another network: .*{name}.* here.*configuration", err) and "Traceback" not in err, err
+
+
+def test_a_single_class_is_refused(tmp_path):
+    model = routeseg.DynamicRoutingNetwork(num_classes=1, **NETWORK)
+    with pytest.raises(ValueError, match="one class only"):
+        train(model, DataConfig(**DATA), recipe(), Budget(), tmp_path / "run", progress=False, accelerator="cpu")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="one class only"):
+        evaluate(model, [])
+
+
+def test_too_little_memory(tmp_path, capsys, monkeypatch):
+    def too_much(self, *args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(routeseg.DynamicRoutingNetwork, "forward", too_much)
+    assert main(words(tmp_path / "run", 2)) == 2
+    err = capsys.readouterr().err
+    assert "--data.batch_size" in err and "--recipe.accumulate" in err and "Traceback" not in err
+
+
+def test_interrupted(tmp_path):
+    process = subprocess.Popen(
+        command(words(tmp_path / "run", 100_000)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "last.ckpt").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.endswith("routeseg: interrupted\n"), err
 
 
 def test_writes_logs_and_networks(tmp_path):
@@ -132,7 +205,7 @@ def test_the_best_network_keeps_the_budget(tmp_path, monkeypatch, weight, best_s
         kept[step] = copy.deepcopy(model.state_dict())
         return SimpleNamespace(miou=scores[step], cost_macs=np.ones(1), full_macs=np.ones(1))
 
-    monkeypatch.setattr(training, "evaluate", scored)
+    monkeypatch.setattr(callbacks, "evaluate", scored)
     train(
         tiny_model(), DataConfig(**DATA), recipe(iterations=6, validate_every=2), Budget(weight, start=0.8),
         tmp_path, progress=False, accelerator="cpu",
@@ -186,6 +259,9 @@ def test_output_that_cannot_be_written(tmp_path, capsys):
         (["--data.crop=[16,16]"], "data.crop"),
         (["--budget.target=3"], "target"),
         (["--recipe.iterations=0"], "recipe.iterations"),
+        (["--recipe.momentum=1"], "recipe.momentum is 1"),
+        (["--recipe.weight_decay=-1"], "recipe.weight_decay is -1"),
+        (["--recipe.warmup_steps=-1"], "recipe.warmup_steps is -1"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
     ],
 )
@@ -241,6 +317,14 @@ def test_precise_batch_norm_is_the_mean_over_the_batches():
     assert norm.momentum == 0.1 and model.training
 
 
+def test_batches_of_precise_batch_norm_do_not_depend_on_the_workers():
+    batches = [
+        [batch["image"] for batch in SegmentationDataModule(data, 5, seed=3).norm_dataloader(5, 3)]
+        for data in (DataConfig(**DATA), DataConfig(**{**DATA, "workers": 2}))
+    ]
+    assert len(batches[0]) == 3 and all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
 def test_scheduled_drop_path():
     """p * layer / depth * progress, per image, on the convolutions alone; the first layer is never dropped."""
     model = spread_gates(tiny_model(gate="fixed")).train()
@@ -251,6 +335,95 @@ def test_scheduled_drop_path():
     dropped = (kept == 0).flatten(1).all(1)
     assert dropped.float().mean() == pytest.approx(0.25, abs=0.03)
     assert torch.allclose(kept[~dropped], (operation(x) / 0.75)[~dropped], atol=1e-5)
+
+
+def steps_of(monkeypatch, note):
+    """Calls note(task) after each step of the optimiser, before anything is validated."""
+    after = callbacks.ValidateAndSave.on_train_batch_end
+
+    def noted(self, trainer, task, *args):
+        note(task)
+        after(self, trainer, task, *args)
+
+    monkeypatch.setattr(callbacks.ValidateAndSave, "on_train_batch_end", noted)
+
+
+def test_average_of_the_weights(tmp_path, monkeypatch):
+    """What is saved is w1 at first, then 0.75 of itself and 0.25 of the new weights, with its own BatchNorm."""
+    seen = []
+    steps_of(monkeypatch, lambda task: seen.append(copy.deepcopy(task.model.state_dict())))
+    model, plan = tiny_model(), recipe(iterations=5, ema_decay=0.75, validate_every=5)
+    train(model, DataConfig(**DATA), plan, Budget(), tmp_path, progress=False, accelerator="cpu")
+    average = seen[0]
+    for state in seen[1:]:
+        average = {key: 0.75 * average[key] + 0.25 * value for key, value in state.items()}
+    saved = load_file(tmp_path / "last" / "model.safetensors")
+    parameters = dict(model.named_parameters())
+    for key in parameters:
+        torch.testing.assert_close(saved[key], average[key], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(saved["decoder.predictor.weight"], seen[-1]["decoder.predictor.weight"], atol=1e-4)
+    assert all(torch.equal(saved[key], value) for key, value in model.state_dict().items()), "the network returned"
+    data = SegmentationDataModule(DataConfig(**DATA), 5, plan.seed)
+    precise_batch_norm(model, data.norm_dataloader(5, plan.precise_bn_batches))
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(saved[key], value, rtol=1e-5, atol=1e-6)
+    best = load_file(tmp_path / "best" / "model.safetensors")
+    assert all(torch.equal(best[key], value) for key, value in saved.items())
+
+
+def test_an_average_cannot_start_in_the_middle(tmp_path, capsys):
+    assert main(words(tmp_path / "run", 2)) == 0
+    capsys.readouterr()
+    assert main(words(tmp_path / "run", 4, "--resume", "--recipe.ema_decay=0.9")) == 2
+    assert "no average of its weights" in capsys.readouterr().err
+
+
+def test_accumulated_batches_are_one(tmp_path):
+    """Two batches of 2 give the step of one batch of 4, BatchNorm being frozen; also with images without labels."""
+    found = {}
+    for name, size, count in (("one", 4, 1), ("two", 2, 2)):
+        model = spread_gates(tiny_model()).train()
+        data = DataConfig(**{**DATA, "batch_size": size, "crop": (64, 96), "train_images": 5})  # padding has no label
+        plan = recipe(accumulate=count, batch_norm="frozen", validate_every=6, lr=0.05)
+        train(model, data, plan, Budget(), tmp_path / name, progress=False, accelerator="cpu")
+        with open(next((tmp_path / name / "logs").glob("*/metrics.csv"))) as file:
+            rows = [row for row in csv.DictReader(file) if row["loss"]]
+        assert [int(row["step"]) for row in rows] == list(range(6))
+        found[name] = model.state_dict(), [float(row["loss"]) for row in rows]
+    assert found["two"][1] == pytest.approx(found["one"][1], rel=1e-5)
+    start = spread_gates(tiny_model()).state_dict()
+    for key, value in found["one"][0].items():
+        torch.testing.assert_close(found["two"][0][key], value, rtol=1e-4, atol=1e-5)
+        if "running" in key:
+            assert torch.equal(value, start[key])
+    weight = "stem.0.1.weight"
+    assert not torch.allclose(found["one"][0][weight], start[weight], atol=1e-4), "frozen norms still learn their scale"
+
+
+def test_the_budget_of_accumulated_batches(tmp_path):
+    """Each batch's mean cost is held against the target: the mean of the squares, as SegmentationTask says."""
+    model = spread_gates(tiny_model()).train()
+    data, plan = DataConfig(**DATA), recipe(iterations=1, accumulate=2, batch_norm="frozen", warmup_steps=0)
+    batch = next(iter(SegmentationDataModule(data, 1, plan.seed, 0, 2).train_dataloader()))
+    cost = routeseg.model_cost(model, DATA["crop"])
+    with torch.no_grad():
+        shares = cost.expected(model.eval()(batch["image"]).gates) / cost.budgeted
+    means = shares.reshape(2, 2).mean(1)
+    assert abs(means[0] - means[1]) > 1e-3
+    train(model.train(), data, plan, Budget(0.5, 0.2, start=0.0, ramp=0.0), tmp_path, progress=False, accelerator="cpu")
+    with open(next((tmp_path / "logs").glob("*/metrics.csv"))) as file:
+        row = next(row for row in csv.DictReader(file) if row["loss"])
+    assert float(row["budget_loss"]) == pytest.approx(float(((means - 0.2) ** 2).mean()), rel=1e-4)
+    assert float(row["expected_cost"]) == pytest.approx(float(shares.mean()), rel=1e-5)
+    assert float(row["loss"]) == pytest.approx(float(row["cross_entropy"]) + 0.5 * float(row["budget_loss"]), rel=1e-6)
+
+
+def test_every_batch_draws_its_own_drop_path(tmp_path):
+    model, seeds = tiny_model(), []
+    model.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()) if model.drop_path else None)
+    plan = recipe(iterations=4, accumulate=3, drop_path=0.3, precise_bn_batches=0, validate_every=4)
+    train(model, DataConfig(**DATA), plan, Budget(), tmp_path, progress=False, accelerator="cpu")
+    assert len(seeds) == len(set(seeds)) == 3 * 3  # the first step drops nothing
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from routeseg.model import DynamicRoutingNetwork
-from routeseg.model.network import CONFIG_FILE, WEIGHTS_FILE
+from routeseg.model.grid import CONFIG_FILE, WEIGHTS_FILE
 from routeseg.space import DIRECTIONS, DOWN, KEEP, UP
 
 PRETRAINED = Path(__file__).parent / "pretrained" / "camvid_small"
@@ -33,20 +33,43 @@ def load(folder: str | Path | None = None) -> DynamicRoutingNetwork:
     Raises ValueError, naming the file, where the folder is no checkpoint, is damaged, or does not fit its config.
     """
     folder = Path(folder) if folder is not None else PRETRAINED
+    config = read_config(folder)
+    try:
+        model = DynamicRoutingNetwork(**config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE} describes no network: {error}") from error
+    state = read_weights(folder)
+    if any(key.startswith("head.") for key in state):
+        raise ValueError(
+            f"{folder} is a classifier, of `routeseg pretrain`: it segments nothing yet. Start from it with "
+            f"`routeseg train --init {folder}`"
+        )
+    _load_state(model, state, folder / WEIGHTS_FILE)
+    return model.eval()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The arguments of the network in a checkpoint folder. Raises ValueError where it is none."""
     if not folder.is_dir():
         raise ValueError(f"no checkpoint folder {folder}: give a folder with {WEIGHTS_FILE} and {CONFIG_FILE}")
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} is no checkpoint: {name} is missing. `routeseg train` writes such folders")
+            inside = [str(path.parent) for path in sorted(folder.glob(f"*/{WEIGHTS_FILE}"))]
+            hint = f"Did you mean {inside[0]}?" if inside else "`routeseg train` writes such folders"
+            raise ValueError(f"{folder} is no checkpoint: {name} is missing. {hint}")
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
-        model = DynamicRoutingNetwork(**config)
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder / CONFIG_FILE} describes no network: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG_FILE} describes no network: it holds no object")
+    return config
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint folder, in float32."""
     state = _read_safetensors(folder / WEIGHTS_FILE)
-    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    _load_state(model, state, folder / WEIGHTS_FILE)
-    return model.eval()
+    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
 
 def import_checkpoint(

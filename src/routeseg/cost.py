@@ -18,7 +18,8 @@ from torch import Tensor
 from routeseg.space import DOWN, KEEP, SMALL_GATE_FACTOR, STEM_STRIDE, UP, Route, RoutingSpace
 
 if TYPE_CHECKING:
-    from routeseg.model import DynamicRoutingNetwork
+    from routeseg.model.classifier import DynamicRoutingClassifier
+    from routeseg.model.grid import RoutingGrid
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def cost_table(
     )
 
 
-def model_cost(model: DynamicRoutingNetwork, image_size: tuple[int, int], convention: str = "authors") -> CostTable:
+def model_cost(model: RoutingGrid, image_size: tuple[int, int], convention: str = "authors") -> CostTable:
     """The cost table of a network at an image size (height, width); of a static one, with its own parts alone."""
     whole = cost_table(
         model.space,
@@ -165,6 +166,17 @@ def model_cost(model: DynamicRoutingNetwork, image_size: tuple[int, int], conven
     )
     own = model.route.to_gates() > 0
     return replace(whole, cell=whole.cell * own.any(-1), edge=whole.edge * own)
+
+
+def classifier_cost(
+    model: DynamicRoutingClassifier, image_size: tuple[int, int], convention: str = "authors"
+) -> CostTable:
+    """The same for a classifier: its head stands in the place of the decoder."""
+    whole = model_cost(model, image_size, convention)
+    height, width = (-(-side // model.space.stride) * model.space.stride for side in image_size)
+    count = _Counter(CONVENTIONS[convention])
+    head = count.head(model.space.num_scales, model.base_channels, model.num_classes, height, width)
+    return replace(whole, decoder=head)
 
 
 class _Counter:
@@ -240,6 +252,16 @@ class _Counter:
         quarter = height * width // STEM_STRIDE**2
         total += quarter * base_channels * 9 * num_classes * self.unit.conv
         return total + height * width * num_classes * self.unit.resize
+
+    def head(self, num_scales: int, base_channels: int, num_classes: int, height: int, width: int) -> float:
+        """The head of a classifier: a 1x1 convolution at each scale, the mean over the coarsest map, a linear layer."""
+        total, channels, pixels = 0.0, base_channels, 0
+        for scale in range(num_scales):
+            coarser = min(scale + 1, num_scales - 1)
+            out, pixels = base_channels * 2**coarser, height * width // (STEM_STRIDE * 2**coarser) ** 2
+            total += self.conv_norm(channels, out, pixels)
+            channels = out
+        return total + pixels * channels * self.unit.pool + channels * num_classes * self.unit.conv
 
 
 @dataclass(frozen=True)

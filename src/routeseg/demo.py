@@ -37,7 +37,8 @@ from routeseg.evaluation import Evaluation, evaluate, machine_facts
 from routeseg.files import write_atomically, write_json
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.report import Report
-from routeseg.training import Recipe, segmentation_loss, train
+from routeseg.training.recipe import Recipe
+from routeseg.training.segmentation import segmentation_loss, train
 
 PICTURES_PER_PRESET = 40
 GALLERY = 6
@@ -59,7 +60,7 @@ def run_demo(
     print(f"training for {recipe.iterations} iterations of {data.batch_size} pictures")
     if (output / "report.html").exists():
         shutil.rmtree(output / "run", ignore_errors=True)
-    result = train(model, data, recipe, budget, output / "run")
+    result = train(model, data, recipe, budget, output / "run", devices=1)
     best = checkpoints.load(output / "run" / "best")
     pictures = open_data(data, "val", recipe.seed)
     engine = SkipEngine(best)
@@ -102,7 +103,7 @@ def fit_to_time(model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe, 
         loss = segmentation_loss(result.logits.float(), batch["labels"])
         (loss + budget_loss(cost.expected(result.gates), cost.budgeted, 0.5)).backward()
         seconds.append(time.monotonic() - start)
-    steps = minutes * 60 * TRAINING_SHARE / statistics.median(seconds[1:])
+    steps = minutes * 60 * TRAINING_SHARE / (statistics.median(seconds[1:]) * recipe.accumulate)
     every = max(5, int(steps / VALIDATIONS))
     iterations = every * VALIDATIONS
     return replace(

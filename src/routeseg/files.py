@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Write `data` to a temporary name beside `path`, then rename: the file is there whole or not at all.
 
-    Its folder is made where missing.
+    Its folder is made where missing. Raises OSError with the name of the file, also where the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(_temporary_name())
     try:
         temporary.write_bytes(data)
         temporary.replace(path)
+    except OSError as error:
+        raise not_written(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary_name() -> str:
+    """Hidden, short, and of nobody else: processes on several machines may share a folder, and their numbers."""
+    return f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+
+
+def not_written(path: str | Path, error: OSError) -> OSError:
+    """The error of the same kind that names the file that was to be written, and what to do where the disk is full."""
+    remedy = ": free some space there, or write to another folder" if error.errno in DISK_FULL else ""
+    return OSError(error.errno, f"cannot write it, {error.strerror or error}{remedy}", str(path))
 
 
 def write_json(path: str | Path, data: Any) -> None:
@@ -33,8 +50,13 @@ def check_writable(folder: str | Path, option: str = "--output") -> None:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}.tmp"
+        probe = folder / _temporary_name()
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise ValueError(f"cannot write into {folder}: {error.strerror}. Choose another {option}") from error
+
+
+def expand_user(path: str | Path) -> Path:
+    """The path with `~` and `~name` as folders; with those of unknown users as they are, for they may be names."""
+    return Path(os.path.expanduser(path))

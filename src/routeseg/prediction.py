@@ -1,46 +1,49 @@
-"""Files in; label maps, overlays and routes out.
+"""Images in; label maps, overlays and routes out.
 
 For every image, named NAME below, the output folder gets
     NAME_labels.png    class of each pixel, a palette PNG: its bytes are the class ids
     NAME_overlay.png   the image tinted with its segmentation, and a legend
     NAME_route.png     the route as a picture
-    NAME_route.json    the route, its activations and its cost; written last, `Route.from_json` reads it
+    NAME_route.json    the route, its activations and its cost; `Route.from_json` reads it
 
-NAME is the image's file name without its suffix. Images that share it keep their suffix (`x.png`, `x.jpg`),
-and where even that is the same (`a/x.png`, `b/x.png`) the later ones get a number (`x.png-2`).
+The JSON is written last, so where it is, the other files are there too. NAME is made by `output_names`. Images may be
+files or URLs, and so may the folder (see collection.py); `predict_files` runs here, one image after another, and
+ray_prediction.py in several processes or machines, with the same results.
 
 Legend: H, W image size, K classes, L depth, S scales.
 """
 
 from __future__ import annotations
 
-import glob
+import hashlib
+import io
+import itertools
 import json
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from routeseg.collection import ResultFolder, Source, file_name, is_url, locate, open_folder, output_names, read_bytes
 from routeseg.cost import model_cost
-from routeseg.data.pairs import IMAGE_SUFFIXES, UnreadableImage, read_image
+from routeseg.data.pairs import UnreadableImage, decode_image
 from routeseg.data.transforms import IGNORE, PADDING_RGB
 from routeseg.evaluation import Forward
-from routeseg.figures import overlay, png_bytes, save_route
-from routeseg.files import check_writable, write_atomically
+from routeseg.figures import overlay, png_bytes, route_picture
 from routeseg.model import DynamicRoutingNetwork
-from routeseg.model.network import MIN_IMAGE_SIZE, padded_size
+from routeseg.model.grid import MIN_IMAGE_SIZE, padded_size
 from routeseg.space import Route
 
-INPUT_SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".tif", ".tiff", ".webp")
 LABELS, OVERLAY, ROUTE_PICTURE, ROUTE = "_labels.png", "_overlay.png", "_route.png", "_route.json"
 OUTPUTS = (LABELS, OVERLAY, ROUTE_PICTURE, ROUTE)
+SKIPS_NAMED = 20  # in the summary; beyond that they are counted
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "Insufficient memory")  # of a GPU, of a CPU, of OpenCV
 GIGA = 1e9
 
 
@@ -48,16 +51,14 @@ GIGA = 1e9
 class Prediction:
     """What became of one image.
 
-    image                 the file; `name` is NAME, as its output files are called
+    image                 the file or URL; `name` is NAME, as its output files are called
     size                  (H, W) of the image, upright
-    route                 the paths that were open
     cost_macs, full_macs  its real cost, and the cost with every path open at this size
     """
 
-    image: Path
+    image: Source
     name: str
     size: tuple[int, int]
-    route: Route
     cost_macs: float
     full_macs: float
 
@@ -68,17 +69,32 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class PredictionSummary:
-    """What `predict_files` did: a Prediction for each image, and (file, reason) for each that was skipped."""
+class Skip:
+    """An image that could not be segmented, and why."""
 
-    output: Path
+    image: Source
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PredictionSummary:
+    """What became of all images, in the order given.
+
+    resumed  how many of the predictions are from an earlier run
+    seconds  of this run
+    """
+
+    output: str
     predictions: tuple[Prediction, ...]
-    skipped: tuple[tuple[Path, str], ...]
+    skipped: tuple[Skip, ...]
+    resumed: int
     seconds: float
 
     def table(self) -> str:
         """The summary as lines of text."""
-        rows = [("images", str(len(self.predictions)))]
+        earlier = f" ({self.resumed} of them from an earlier run)" if self.resumed else ""
+        rows = [("images", f"{len(self.predictions)}{earlier}")]
         if self.predictions:
             costs = np.array([p.cost_macs for p in self.predictions]) / GIGA
             shares = np.array([p.share for p in self.predictions])
@@ -86,150 +102,225 @@ class PredictionSummary:
                 cost = f"{reduce(costs):.4g} GMACs ({_percent(reduce(shares))} of the full network)"
                 rows.append((f"real cost, {name}", cost))
         rows.append(("time", f"{self.seconds:.1f} s"))
-        rows.append(("results", str(self.output)))
+        rows.append(("results", self.output))
         if self.skipped:
             rows.append(("skipped", str(len(self.skipped))))
-            rows += [("", reason) for _, reason in self.skipped]
+            rows += [("", skip.reason) for skip in self.skipped[:SKIPS_NAMED]]
+            if len(self.skipped) > SKIPS_NAMED:
+                rows.append(("", f"and {len(self.skipped) - SKIPS_NAMED} more"))
         wide = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{wide}}  {value}" for name, value in rows)
 
 
-def find_inputs(inputs: Sequence[str]) -> list[Path]:
-    """The image files that these names mean, each once, in the order given.
+@dataclass(frozen=True)
+class Job:
+    """One image to segment: as the user named it, where any process finds it, and NAME."""
 
-    A file is taken as it is, whatever its suffix. A folder gives the images in it (INPUT_SUFFIXES), sorted,
-    without hidden ones and those in its subfolders. Anything else is a glob (`**` goes through folders),
-    sorted too; it gives images, or any file where it names a suffix itself (`*.jp2`).
-
-    Raises ValueError, naming the input, where it gives nothing.
-    """
-    if not inputs:
-        raise ValueError("no images given: name image files, folders or globs")
-    found: dict[str, Path] = {}
-    for text in inputs:
-        for path in _expand(text):
-            found.setdefault(os.path.abspath(path), path)
-    return list(found.values())
+    image: Source
+    location: Source
+    name: str
 
 
-def _expand(text: str) -> list[Path]:
-    if not text:
-        raise ValueError("an input is empty: name an image file, a folder or a glob")
-    path = Path(text).expanduser()
-    known = ", ".join(INPUT_SUFFIXES)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        try:
-            candidates = sorted(p for p in path.iterdir() if not p.name.startswith("."))
-        except OSError as error:
-            raise ValueError(f"cannot read the folder {text}: {error.strerror}") from error
-        images = [p for p in candidates if p.suffix.lower() in INPUT_SUFFIXES and p.is_file()]
-        if not images:
-            raise ValueError(f"the folder {text} holds no images ({known}); its subfolders: '{path}/**'")
-        return images
-    if not glob.has_magic(str(path)):
-        raise ValueError(f"no file or folder {text}: check the name")
-    files = [p for p in map(Path, sorted(glob.glob(str(path), recursive=True))) if p.is_file()]
-    named = path.suffix and not glob.has_magic(path.suffix)
-    images = files if named else [p for p in files if p.suffix.lower() in INPUT_SUFFIXES]
-    if not images:
-        raise ValueError(f"{text} matches {len(files)} files, and no image ({known}): check the pattern")
-    return images
+@dataclass(frozen=True)
+class Target:
+    """Where results go, whether pictures are among them, and the fingerprint of the network that makes them."""
+
+    folder: ResultFolder
+    pictures: bool
+    network: str
 
 
-def output_names(paths: Iterable[Path]) -> list[str]:
-    """NAME of each image (see the top of this file): no two are the same, also where case does not count."""
-    paths = list(paths)
-    stems = Counter(path.stem.casefold() for path in paths)
-    names: list[str] = []
-    taken: set[str] = set()
-    for path in paths:
-        wanted = path.stem if stems[path.stem.casefold()] == 1 else path.name
-        name, number = wanted, 1
-        while name.casefold() in taken:
-            number += 1
-            name = f"{wanted}-{number}"
-        taken.add(name.casefold())
-        names.append(name)
-    return names
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done, and what is done already; `names` are those of all images, in the order given."""
+
+    target: Target
+    names: tuple[str, ...]
+    jobs: tuple[Job, ...]
+    done: tuple[Prediction, ...]
+    start: float
 
 
-@torch.no_grad()
 def predict_files(
     forward: Forward,
     model: DynamicRoutingNetwork,
-    paths: Sequence[Path],
-    output: Path,
-    on_file: Callable[[], None] | None = None,
+    images: Sequence[Source],
+    output: Source,
+    on_image: Callable[[], None] | None = None,
+    resume: bool = False,
+    pictures: bool = True,
 ) -> PredictionSummary:
-    """Segments image files and writes the four files of each into the folder `output`, replacing older ones.
+    """Segments images and writes the files of each into the folder `output`, a path or URL, replacing older ones.
 
     forward   what computes the segmentation, the model itself or an engine built from it
     model     gives classes, colours and cost
-    on_file   called after each file (for a progress bar)
+    on_image  called after each image (for a progress bar)
+    resume    images whose results are there already are left as they are
+    pictures  False: no overlay and no picture of the route, which take most of the time of small images
 
     Each file is written whole or not at all. An image that cannot be read is skipped, and listed in the
     summary. Images with a side under 32 pixels are padded for the network, and their results cropped.
-    Raises ValueError, before any work, where the folder cannot be written or a result would overwrite an
-    image, and later where a file cannot be written.
+    Raises ValueError, before any work, where the folder cannot be written, a result would overwrite an image, or
+    `resume` finds results of another network; and later where a file cannot be written.
     """
+    plan = plan_work(model, images, output, resume, pictures)
+    segmenter = Segmenter(forward, model, plan.target)
+    was_training = model.training
+    model.eval()
+    try:
+        return collect(plan, map(segmenter, plan.jobs), on_image)
+    finally:
+        model.train(was_training)
+
+
+def plan_work(
+    model: DynamicRoutingNetwork, images: Sequence[Source], output: Source, resume: bool, pictures: bool
+) -> Plan:
+    """Which images are to be segmented, into which folder. Raises the ValueErrors that come before any work."""
     start = time.monotonic()
     if model.num_classes > IGNORE:
         raise ValueError(f"the network has {model.num_classes} classes: a label map holds at most {IGNORE}")
-    names = output_names(paths)
-    _prepare_folder(output, paths, names)
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
+    target = Target(open_folder(output), pictures, fingerprint(model))
+    sources = [image if is_url(image) else Path(image) for image in images]
+    jobs = [Job(source, locate(source), name) for source, name in zip(sources, output_names(sources), strict=True)]
+    _keep_inputs(target.folder, jobs)
+    target.folder.prepare()
+    done = _earlier_results(target, jobs) if resume else {}
+    left = tuple(job for job in jobs if job.name not in done)
+    return Plan(target, tuple(job.name for job in jobs), left, tuple(done.values()), start)
+
+
+def collect(
+    plan: Plan, outcomes: Iterable[Prediction | Skip], on_image: Callable[[], None] | None = None
+) -> PredictionSummary:
+    """Works through the outcomes of the plan's jobs, which may come in any order."""
+    step = on_image or (lambda: None)
     predictions: list[Prediction] = []
-    skipped: list[tuple[Path, str]] = []
+    skipped: list[Skip] = []
+    for outcome in itertools.chain(plan.done, outcomes):
+        if isinstance(outcome, Skip):
+            skipped.append(outcome)
+        else:
+            predictions.append(outcome)
+        step()
+    place = {name: number for number, name in enumerate(plan.names)}
+    predictions.sort(key=lambda prediction: place[prediction.name])
+    skipped.sort(key=lambda skip: place[skip.name])
+    seconds = time.monotonic() - plan.start
+    return PredictionSummary(str(plan.target.folder), tuple(predictions), tuple(skipped), len(plan.done), seconds)
+
+
+class Segmenter:
+    """Segments one image after another, and writes their files. For `forward` and the others see `predict_files`."""
+
+    def __init__(self, forward: Forward, model: DynamicRoutingNetwork, target: Target) -> None:
+        self.forward, self.model, self.target = forward, model, target
+        self.device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def __call__(self, job: Job) -> Prediction | Skip:
+        """Raises ValueError where a file cannot be written, and for a network whose outputs are NaN."""
+        try:
+            return self._segment(job, _read(job))
+        except UnreadableImage as error:
+            return Skip(job.image, job.name, str(error))
+        except (MemoryError, RuntimeError, cv2.error) as error:
+            if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+                raise
+            return Skip(job.image, job.name, f"{job.image} is too large for the memory")
+
+    def _segment(self, job: Job, image: np.ndarray) -> Prediction:
+        """Segments one image uint8 [H,W,3] and writes NAME_labels.png and the others."""
+        height, width = image.shape[:2]
+        pixels = torch.from_numpy(_pad(image).transpose(2, 0, 1).copy())[None]  # [1,3,H,W], H and W at least 32
+        result = self.forward(pixels.to(self.device))
+        labels = result.labels[0, :height, :width].cpu().numpy().astype(np.uint8)
+        gates = result.gates[0].float().cpu().numpy()
+        table = model_cost(self.model, padded_size(self.model.space, *pixels.shape[-2:]))
+        prediction = Prediction(
+            image=job.image,
+            name=job.name,
+            size=(height, width),
+            cost_macs=float(table.of_gates(gates)),
+            full_macs=table.full,
+        )
+        files = {LABELS: _label_png(labels, self.model.palette)}
+        if self.target.pictures:
+            cost = f"{prediction.cost_macs / GIGA:.4g} GMACs, {_percent(prediction.share)} of the full network"
+            shown = os.fsencode(file_name(job.image)).decode(errors="replace")
+            files[OVERLAY] = png_bytes(overlay(image, labels, self.model.class_names, self.model.palette))
+            files[ROUTE_PICTURE] = route_picture(self.model.space, gates, f"{shown}: {cost}")
+        self.target.folder.remove(job.name + ROUTE)  # while the others change, nothing says that they belong together
+        for ending, data in files.items():
+            self.target.folder.write(job.name + ending, data)
+        self.target.folder.write(job.name + ROUTE, self._route_json(prediction, gates).encode())
+        return prediction
+
+    def _route_json(self, prediction: Prediction, gates: np.ndarray) -> str:
+        """The object of `Route.to_json`, and with it the activation of each open edge, the image, cost and network."""
+        route = Route.from_gates(self.model.space, gates)
+        data = json.loads(route.to_json())
+        data |= {
+            "activations": [float(gates[edge]) for edge in route],  # in the order of `open`
+            "image": str(prediction.image),
+            "image_size": list(prediction.size),
+            "cost_gmacs": prediction.cost_macs / GIGA,
+            "full_gmacs": prediction.full_macs / GIGA,
+            "share_of_full": prediction.share,
+            "pictures": self.target.pictures,
+            "network": self.target.network,
+        }
+        return json.dumps(data) + "\n"
+
+
+def fingerprint(model: DynamicRoutingNetwork) -> str:
+    """16 hexadecimal digits that tell networks apart, made of configuration and weights."""
+    digest = hashlib.sha256(json.dumps(model.arguments, sort_keys=True, default=str).encode())
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _earlier_results(target: Target, jobs: Sequence[Job]) -> dict[str, Prediction]:
+    """NAME -> what an earlier run made of the image: those whose JSON is there, and complete.
+
+    Raises ValueError where one of them is of another network.
+    """
+    of_name = {job.name + ROUTE: job for job in jobs}
+    done: dict[str, Prediction] = {}
+    for file, content in target.folder.read(list(of_name)):
+        job = of_name[file]
+        try:
+            data = json.loads(content)
+            maker = data["network"]
+            height, width = data["image_size"]
+            costs = float(data["cost_gmacs"]) * GIGA, float(data["full_gmacs"]) * GIGA
+            same = data["image"] == str(job.image) and (data["pictures"] or not target.pictures)
+        except (ValueError, KeyError, TypeError):
+            continue  # no result of ours, or not a whole one
+        if maker != target.network:
+            raise ValueError(
+                f"{target.folder.locate(file)} is the result of another network: choose another --output, or leave "
+                "--resume out to segment all images anew"
+            )
+        if same:
+            done[job.name] = Prediction(job.image, job.name, (height, width), *costs)
+    return done
+
+
+def _read(job: Job) -> np.ndarray:
+    """The image, uint8 [H,W,3]. Raises UnreadableImage where there is none."""
     try:
-        for path, name in zip(paths, names, strict=True):
-            try:
-                image = read_image(path)
-            except UnreadableImage as error:
-                skipped.append((path, str(error)))
-            else:
-                predictions.append(_predict(forward, model, device, image, path, output / name))
-            if on_file is not None:
-                on_file()
-    finally:
-        model.train(was_training)
-    return PredictionSummary(output, tuple(predictions), tuple(skipped), time.monotonic() - start)
-
-
-def _predict(
-    forward: Forward,
-    model: DynamicRoutingNetwork,
-    device: torch.device,
-    image: np.ndarray,
-    path: Path,
-    target: Path,
-) -> Prediction:
-    """Segments one image uint8 [H,W,3] and writes TARGET_labels.png and the others."""
-    height, width = image.shape[:2]
-    pixels = torch.from_numpy(_pad(image).transpose(2, 0, 1).copy())[None]  # [1,3,H,W], H and W at least 32
-    result = forward(pixels.to(device))
-    labels = result.labels[0, :height, :width].cpu().numpy().astype(np.uint8)
-    gates = result.gates[0].float().cpu().numpy()
-    table = model_cost(model, padded_size(model.space, *pixels.shape[-2:]))
-    prediction = Prediction(
-        image=path,
-        name=target.name,
-        size=(height, width),
-        route=Route.from_gates(model.space, gates),
-        cost_macs=float(table.of_gates(gates)),
-        full_macs=table.full,
-    )
-    cost = f"{prediction.cost_macs / GIGA:.4g} GMACs, {_percent(prediction.share)} of the full network"
-    with _writing(target.parent):
-        save_route(_file(target, ROUTE_PICTURE), model.space, gates, f"{path.name}: {cost}")
-        write_atomically(_file(target, LABELS), _label_png(labels, model.palette))
-        tinted = overlay(image, labels, model.class_names, model.palette)
-        write_atomically(_file(target, OVERLAY), png_bytes(tinted))
-        write_atomically(_file(target, ROUTE), _route_json(prediction, gates).encode())
-    return prediction
+        data = read_bytes(job.location)
+    except OSError as error:
+        raise UnreadableImage(f"cannot read {job.image}: {error.strerror or error}") from error
+    try:
+        return decode_image(io.BytesIO(data), str(job.image))
+    except UnreadableImage as error:
+        if isinstance(error.__cause__, UnidentifiedImageError):  # its own message tells an address in memory
+            raise UnreadableImage(f"cannot read {job.image}: it is no image, or a damaged one") from error
+        raise
 
 
 def _pad(image: np.ndarray) -> np.ndarray:
@@ -246,41 +337,16 @@ def _label_png(labels: np.ndarray, palette: Iterable[Iterable[int]]) -> bytes:
     return png_bytes(picture)
 
 
-def _route_json(prediction: Prediction, gates: np.ndarray) -> str:
-    """The object of `Route.to_json`, and with it the activation of each open edge, the image and the cost."""
-    data = json.loads(prediction.route.to_json())
-    data |= {
-        "activations": [float(gates[edge]) for edge in prediction.route],  # in the order of `open`
-        "image": str(prediction.image),
-        "image_size": list(prediction.size),
-        "cost_gmacs": prediction.cost_macs / GIGA,
-        "full_gmacs": prediction.full_macs / GIGA,
-        "share_of_full": prediction.share,
-    }
-    return json.dumps(data) + "\n"
-
-
-def _file(target: Path, ending: str) -> Path:
-    return target.with_name(target.name + ending)
-
-
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _prepare_folder(output: Path, paths: Sequence[Path], names: Sequence[str]) -> None:
-    """Makes the output folder. Raises ValueError where it cannot be written or an image lies in the way."""
-    images = {os.path.realpath(path) for path in paths}
-    for name in names:
-        for result in (_file(output / name, ending) for ending in OUTPUTS):
-            if os.path.realpath(result) in images:
+def _keep_inputs(folder: ResultFolder, jobs: Sequence[Job]) -> None:
+    """Raises ValueError where a result would overwrite an image."""
+    inputs = {str(job.location) for job in jobs}
+    for path in (job.location for job in jobs if isinstance(job.location, Path)):
+        inputs |= {os.path.realpath(path), os.path.join(os.path.realpath(path.parent), path.name)}
+    for job in jobs:
+        for result in (folder.locate(job.name + ending) for ending in OUTPUTS):
+            if result in inputs:
                 raise ValueError(f"{result} is itself an input: choose another --output, it would be lost")
-    check_writable(output)
-
-
-@contextmanager
-def _writing(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"cannot write into {output}: {error.strerror}. Choose another --output") from error

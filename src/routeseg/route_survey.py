@@ -18,7 +18,7 @@ import numpy as np
 
 from routeseg import figures
 from routeseg.data.datamodule import DataConfig, evaluation_loader, image_tensor, open_data
-from routeseg.data.pairs import Classes, SegmentationData
+from routeseg.data.pairs import Classes, SegmentationData, SkipLog
 from routeseg.data.scenes import PRESETS
 from routeseg.evaluation import Evaluation, Forward, evaluate
 from routeseg.model import DynamicRoutingNetwork
@@ -51,6 +51,7 @@ class Pictures:
     def __init__(self, data: SegmentationData, indices: Sequence[int]) -> None:
         self.data, self.indices = data, indices
         self.classes: Classes = data.classes
+        self.skips = SkipLog(len(indices))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -175,7 +176,7 @@ class RouteSurvey:
         return {
             "images": scores["images"],
             "skipped": scores["skipped"],
-            "miou": _finite(scores["miou"]),
+            "miou": scores["miou"],
             "cost_gmacs": scores["cost_gmacs"] | {"std": float(seen.evaluation.cost_macs.std() / 1e9)},
             "depth": space.depth,
             "num_scales": space.num_scales,

@@ -5,31 +5,50 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from routeseg.data.check import SplitCheck
+from routeseg.data.findings import VERDICTS, Finding, verdict
 from routeseg.evaluation import Evaluation
 from routeseg.route_survey import RouteSurvey
+
+FILES_SHOWN = 20  # of the files that a finding is about
 
 
 def print_evaluation(result: Evaluation) -> None:
     """The table of `routeseg evaluate`."""
     console = Console()
-    table = Table(title="IoU per class", title_justify="left")
-    table.add_column("class")
-    table.add_column("IoU %", justify="right")
-    for name, iou in zip(result.class_names, result.iou, strict=True):
-        table.add_row(name, "absent" if iou != iou else f"{100 * iou:.1f}")
-    console.print(table)
     data = result.as_dict()
-    cost = data["cost_gmacs"]
     summary = Table(show_header=False)
-    summary.add_row("mIoU", f"{100 * data['miou']:.2f} %")
-    summary.add_row("mIoU of the most frequent class", f"{100 * data['majority_class_miou']:.2f} %")
-    summary.add_row("pixel accuracy", f"{100 * data['pixel_accuracy']:.2f} %")
+    if result.has_labels:
+        console.print(_class_table(result))
+        summary.add_row("mIoU", f"{100 * data['miou']:.2f} %")
+        if result.boundary_iou is not None:
+            summary.add_row("boundary mIoU", f"{100 * data['boundary_miou']:.2f} %")
+        summary.add_row("mIoU of the most frequent class", f"{100 * data['majority_class_miou']:.2f} %")
+        summary.add_row("pixel accuracy", f"{100 * data['pixel_accuracy']:.2f} %")
+    else:
+        print("no labels in this split: there is no score")
     summary.add_row("images", f"{data['images']}" + (f" ({data['skipped']} skipped)" if data["skipped"] else ""))
-    _add_costs(summary, cost)
+    if data["passes_per_image"] != 1:
+        summary.add_row("passes over an image", f"{data['passes_per_image']:.4g}, whose costs are added up")
+    _add_costs(summary, data["cost_gmacs"])
     console.print(summary)
+
+
+def _class_table(result: Evaluation) -> Table:
+    """IoU of each class, and boundary IoU where it was asked for."""
+    table = Table(title="IoU per class, %", title_justify="left")
+    table.add_column("class")
+    columns = [result.iou] if result.boundary_iou is None else [result.iou, result.boundary_iou]
+    for name in ("IoU", "boundary IoU")[: len(columns)]:
+        table.add_column(name, justify="right")
+    for name, *values in zip(result.class_names, *columns, strict=True):
+        table.add_row(name, *("absent" if value != value else f"{100 * value:.1f}" for value in values))
+    return table
 
 
 def print_survey(survey: RouteSurvey) -> None:
@@ -73,6 +92,57 @@ def _add_costs(table: Table, cost: dict[str, float]) -> None:
             f"real cost, {key}", f"{cost[key]:.3f} GMACs ({100 * cost[key + '_share']:.1f} % of the full network)"
         )
     table.add_row("full network", f"{cost['full']:.3f} GMACs")
+
+
+def print_check(checks: Sequence[SplitCheck], findings: Sequence[Finding], crop: tuple[int, int]) -> None:
+    """What `routeseg check-data` found: splits, classes, what is wrong, and the verdict."""
+    console, opened = Console(), [check for check in checks if check.failure is None]
+    table = Table(title="Pictures (width x height)", title_justify="left")
+    for column in ("", *(check.split for check in opened)):
+        table.add_column(column, justify="right" if table.columns else "left")
+    for title, cell in (
+        ("pictures", lambda check: f"{len(check.pictures)}"),
+        ("unreadable", lambda check: f"{len(check.unreadable)}"),
+        ("without labels", lambda check: f"{len(check.blank)}"),
+        ("smallest", lambda check: _size(min(check.sizes, default=None, key=np.prod))),
+        ("largest", lambda check: _size(max(check.sizes, default=None, key=np.prod))),
+        ("most frequent", lambda check: "".join(_size(size) for size, _ in check.sizes.most_common(1))),
+        (f"smaller than the crop, {_size(crop)}", lambda check: f"{check.smaller_than(crop)}"),
+        ("labels", lambda check: ", ".join(sorted({picture.kind for picture in check.pictures if picture.kind}))),
+        ("ignored pixels", lambda check: f"{100 * check.pixels[-1] / max(check.pixels.sum(), 1):.1f} %"),
+    ):
+        table.add_row(title, *(cell(check) for check in opened))
+    if opened:
+        console.print(table)
+        console.print(_class_shares(opened))
+    for finding in findings:
+        print(f"\n{finding.level}: {finding.text}")
+        for file in finding.files[:FILES_SHOWN]:
+            print(f"    {file}")
+        if len(finding.files) > FILES_SHOWN:
+            print(f"    and {len(finding.files) - FILES_SHOWN} more")
+        print(f"  what to do: {finding.remedy}")
+    print(f"\n{VERDICTS[verdict(findings)]}")
+
+
+def _size(size: tuple[int, int] | None) -> str:
+    return "none" if size is None else f"{size[1]}x{size[0]}"
+
+
+def _class_shares(checks: Sequence[SplitCheck]) -> Table:
+    """Of each class, its share of the labelled pixels, and in how many pictures it occurs."""
+    table = Table(title="Classes: % of the labelled pixels, and pictures that show them", title_justify="left")
+    table.add_column("class")
+    for check in checks:
+        table.add_column(f"{check.split}, %", justify="right")
+        table.add_column("pictures", justify="right")
+    for k, name in enumerate(checks[0].classes.names):
+        cells: list[str] = []
+        for check in checks:
+            count = int(check.in_pictures[k])
+            cells += [f"{100 * check.shares()[k]:.2f}", f"{count}"] if count else ["never", "0"]
+        table.add_row(escape(name), *cells)
+    return table
 
 
 def print_architectures(rows: Sequence[dict[str, Any]], title: str) -> None:

@@ -6,21 +6,25 @@ Every user mistake ends in one message on stderr and exit code 2.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from routeseg.cli.analysis import architectures_command, evaluate_command, routes_command
-from routeseg.cli.common import USAGE_ERROR
-from routeseg.cli.data import make_data_command
+from routeseg.cli.common import USAGE_ERROR, log_to_stderr
+from routeseg.cli.data import check_data_command, convert_data_command, download_command, make_data_command
 from routeseg.cli.prediction import import_command, predict_command
-from routeseg.cli.training import demo_command, train_command
+from routeseg.cli.training import demo_command, pretrain_command, train_command
 
 __all__ = ["COMMANDS", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        _print_any_name(stream)
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
@@ -36,20 +40,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"routeseg: error: no command {words[0]!r}: {hint}", file=sys.stderr)
         return USAGE_ERROR
     try:
-        return COMMANDS[words[0]][0](words[1:])
+        with log_to_stderr():
+            return COMMANDS[words[0]][0](words[1:])
     except (ValueError, OSError) as error:
         print(f"routeseg: error: {_message(error)}", file=sys.stderr)
         return USAGE_ERROR
     except RuntimeError as error:
-        from routeseg.training import NonFiniteLoss
+        from routeseg.distributed import ProcessLost, TrainingStopped
 
-        if not isinstance(error, NonFiniteLoss):
+        if not isinstance(error, TrainingStopped):
             raise
-        print(f"routeseg: stopped: {error}", file=sys.stderr)
+        print(f"routeseg: stopped: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, ProcessLost):
+            os._exit(1)  # an orderly end would wait for the lost one
         return 1
     except KeyboardInterrupt:
         print("routeseg: interrupted", file=sys.stderr)
         return 130
+
+
+def _print_any_name(stream: Any) -> None:
+    """Of a file name that is no text in the terminal's encoding, the odd bytes are printed with backslashes."""
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def _message(error: Exception) -> str:
@@ -69,11 +82,15 @@ def _overview() -> str:
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train_command, "train a network: --config FILE [--section.key value]"),
+    "pretrain": (pretrain_command, "train a classifier (ImageNet), whose weights `train --init` starts from"),
     "evaluate": (evaluate_command, "mIoU and real cost of a checkpoint over a data set"),
     "routes": (routes_command, "how often each path is open over a data set, and whether routes follow scale"),
     "architectures": (architectures_command, "the known networks as routes: size, cost, and a picture"),
     "predict": (predict_command, "segment image files: labels, overlays and routes"),
     "import-checkpoint": (import_command, "read one of the authors' released networks"),
-    "make-data": (make_data_command, "write procedural street scenes as an image/label folder"),
+    "check-data": (check_data_command, "look a data set over before training: files, labels, classes; a verdict"),
+    "convert-data": (convert_data_command, "make a COCO or VOC export of a labelling tool loadable: coco or voc"),
+    "make-data": (make_data_command, "write procedural street scenes in the layout of a known data set"),
+    "download": (download_command, "fetch camvid, voc2012 or sbd, with checksum and resume: NAME FOLDER"),
     "demo": (demo_command, "train, evaluate and report in a few minutes"),
 }

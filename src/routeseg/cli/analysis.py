@@ -2,41 +2,111 @@
 
 from __future__ import annotations
 
-import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from routeseg.cli.common import Parser, check_classes, config_parser, progress_bar, read_parts
+from routeseg.cli.common import (
+    USAGE_ERROR,
+    Parser,
+    check_classes,
+    config_parser,
+    enough_memory,
+    find_device,
+    parse_size,
+    progress_bar,
+    read_parts,
+)
 from routeseg.files import check_writable, write_atomically, write_json
+
+if TYPE_CHECKING:
+    from routeseg.evaluation.submission import Submission
 
 
 def evaluate_command(words: Sequence[str]) -> int:
+    from routeseg.evaluation.boundary import BOUNDARY_WIDTH
+    from routeseg.evaluation.test_time import OVERLAP, MultiPass
+
     parser = config_parser("evaluate")
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder")
     parser.add_argument("--json", type=str | None, default=None, help="also write the result to this file")
-    parser.add_argument("--split", type=str, default="val", help="train, val or test")
+    parser.add_argument("--split", type=str, default="val", help="train, val or test, as the data set calls them")
     parser.add_argument("--engine", type=str, default="skip", help="skip (closed paths cost nothing) or dense")
+    parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
     parser.add_argument("--convention", type=str, default="authors", help="how cost is counted: authors or full")
+    parser.add_argument("--scales", type=list[float], default=[1.0], help="several sizes of each image, averaged")
+    parser.add_argument("--flip", type=bool, default=False, help="each view mirrored too, averaged")
+    parser.add_argument(
+        "--window", type=str | None, default=None, help="HEIGHTxWIDTH of windows that slide over large images"
+    )
+    parser.add_argument("--overlap", type=float, default=OVERLAP, help="of neighbouring windows, a share of their side")
+    parser.add_argument("--window_batch", type=int, default=1, help="how many windows run at once")
+    parser.add_argument(
+        "--boundary_width",
+        type=float,
+        default=BOUNDARY_WIDTH,
+        help="of the bands of boundary IoU, a share of the diagonal; 0: no boundary IoU",
+    )
+    parser.add_argument(
+        "--submission", type=str | None, default=None, help="write predictions in the official form into this folder"
+    )
     args, data, recipe, _ = read_parts(parser, words)
 
     from routeseg import checkpoints
     from routeseg.data.datamodule import evaluation_loader, open_data
     from routeseg.engine import build_engine
     from routeseg.evaluation import evaluate, machine_facts
+    from routeseg.evaluation.submission import Submission
     from routeseg.tables import print_evaluation
 
-    model = checkpoints.load(args.checkpoint)
+    if not 0 <= args.boundary_width <= 1:
+        raise ValueError(f"--boundary_width is {args.boundary_width}: it is a share of the diagonal, 0 to 1")
+    window = None if args.window is None else parse_size("--window", args.window)
+    model = checkpoints.load(args.checkpoint).to(find_device(args.device))
+    engine = build_engine(model, args.engine)
+    forward = MultiPass(engine, args.scales, args.flip, window, args.overlap, args.window_batch)
     pictures = open_data(data, args.split, recipe.seed)
     check_classes(args.checkpoint, model, data, len(pictures.classes))
     if args.json is not None:
         check_writable(Path(args.json).parent, "--json")
-    with progress_bar(f"evaluate {data.name} {args.split}", len(pictures)) as step:
-        loader = evaluation_loader(pictures, data.workers)
-        result = evaluate(model, loader, build_engine(model, args.engine), args.convention, step)
+    submission = None if args.submission is None else Submission(args.submission, data.name, args.split)
+    remedy = "let a window slide over them with --window 768x768, or leave out the larger --scales"
+    with enough_memory(remedy), progress_bar(f"evaluate {data.name} {args.split}", len(pictures)) as step:
+        result = evaluate(
+            model,
+            evaluation_loader(pictures, data.workers),
+            forward,
+            args.convention,
+            step,
+            args.boundary_width,
+            None if submission is None else submission.write,
+        )
     print_evaluation(result)
     if args.json is not None:
-        write_json(Path(args.json), result.as_dict() | {"command": ["evaluate", *words]} | machine_facts())
+        how = {key: args[key] for key in ("split", "scales", "flip", "window", "overlap", "boundary_width")}
+        write_json(Path(args.json), result.as_dict() | how | {"command": ["evaluate", *words]} | machine_facts())
+    if submission is not None:
+        return _report_submission(submission, result.skipped)
     return 0
+
+
+def _report_submission(submission: Submission, skipped: int) -> int:
+    """Says what was written, and what is wrong with it; the exit code."""
+    print(f"predictions written: {len(submission.written)}, as {submission.path('NAME')}")
+    strangers = submission.strangers()
+    if strangers:
+        print(
+            f"routeseg: note: other PNGs lie there, {len(strangers)} of them, such as {strangers[0].name}: take them "
+            "out before you submit, unless they belong to it",
+            file=sys.stderr,
+        )
+    if skipped:
+        print(
+            f"routeseg: error: the submission is not complete, pictures that could not be read: {skipped}",
+            file=sys.stderr,
+        )
+    return USAGE_ERROR if skipped else 0
 
 
 def routes_command(words: Sequence[str]) -> int:
@@ -100,9 +170,7 @@ def architectures_command(words: Sequence[str]) -> int:
     parser.add_argument("--json", type=str | None, default=None, help="also write the table to this file")
     parser.add_argument("--figure", type=str | None, default=None, help="draw all of them into this .png or .svg")
     args = parser.parse_args(list(words))
-    match = re.fullmatch(r"(\d+)x(\d+)", args.size)
-    if not match or min(size := (int(match[1]), int(match[2]))) < 32:
-        raise ValueError(f"--size is {args.size!r}: give HEIGHTxWIDTH, both at least 32, such as 1024x2048")
+    size = parse_size("--size", args.size)
 
     from routeseg.architecture_table import architecture_table
     from routeseg.architectures import ARCHITECTURES

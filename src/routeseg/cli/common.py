@@ -7,17 +7,20 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 if TYPE_CHECKING:
+    import torch
+
     from routeseg.data.datamodule import DataConfig
     from routeseg.model import DynamicRoutingNetwork
     from routeseg.space import RoutingSpace
-    from routeseg.training import Recipe
+    from routeseg.training.recipe import Recipe
 
 USAGE_ERROR = 2
 NETWORK_SKIP = {"num_classes", "class_names", "palette", "pixel_mean", "pixel_std"}  # the data decide these
@@ -56,12 +59,29 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"lightning\.|torch\.|lightning_utilities\.")
 
 
+@contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """What the package logs, such as unreadable pictures that are skipped, goes to stderr: a line each.
+
+    Loader processes inherit it. It is the stream of this moment, not one that a progress bar puts in its place.
+    """
+    log, stream = logging.getLogger("routeseg"), sys.stderr
+    over_a_bar = "\r\x1b[K" if stream.isatty() else ""  # back to the line's start, and erase the bar that stands there
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter(over_a_bar + "routeseg: %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
 def config_parser(command: str) -> Parser:
     """The typed configuration: sections model, data, recipe and budget; files with --config, then single keys."""
     from routeseg.cost import Budget
     from routeseg.data.datamodule import DataConfig
     from routeseg.model import DynamicRoutingNetwork
-    from routeseg.training import Recipe
+    from routeseg.training.recipe import Recipe
 
     parser = Parser(prog=f"routeseg {command}", exit_on_error=True)
     parser.add_argument("--config", action="config", help="a YAML file with any of the keys below; may be given again")
@@ -76,7 +96,7 @@ def read_parts(parser: Parser, words: Sequence[str]) -> tuple[Namespace, Any, An
     """The parsed words and the data, recipe and budget sections as objects."""
     from routeseg.cost import Budget
     from routeseg.data.datamodule import DataConfig
-    from routeseg.training import Recipe
+    from routeseg.training.recipe import Recipe
 
     args = parser.parse_args(list(words))
     quiet_libraries()
@@ -92,18 +112,51 @@ def new_network(args: Namespace, data: DataConfig, recipe: Recipe) -> DynamicRou
 
     from routeseg.data.datamodule import open_data
     from routeseg.model import DynamicRoutingNetwork
-    from routeseg.space import RoutingSpace
 
     classes = open_data(data, data.train_split, recipe.seed).classes
-    options = vars(args.model)
-    if str(options["route"]).endswith(".json"):
-        options = options | {
-            "route": _read_route(Path(options["route"]), RoutingSpace(args.model.depth, args.model.num_scales))
-        }
     torch.manual_seed(recipe.seed)
     return DynamicRoutingNetwork(
-        num_classes=len(classes), class_names=classes.names, palette=classes.palette, **options
+        num_classes=len(classes), class_names=classes.names, palette=classes.palette, **network_options(args)
     )
+
+
+def network_options(args: Namespace) -> dict[str, Any]:
+    """The model section; a route that is given as a JSON file is read."""
+    from routeseg.space import RoutingSpace
+
+    options = vars(args.model)
+    if str(options["route"]).endswith(".json"):
+        space = RoutingSpace(args.model.depth, args.model.num_scales)
+        options = options | {"route": _read_route(Path(options["route"]), space)}
+    return options
+
+
+def start_from(model: DynamicRoutingNetwork, folder: str | None, output: Path, resume: bool) -> None:
+    """Takes over the weights of a checkpoint folder by name, says which, and writes it to OUTPUT/init.json.
+
+    A run that is resumed has its own weights, and the input normalisation that it began with.
+    Raises ValueError where the weights do not fit.
+    """
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from routeseg.checkpoints import read_config
+    from routeseg.files import check_writable, write_json
+    from routeseg.training.callbacks import LAST_FOLDER, RESUME_FILE
+    from routeseg.training.initialization import adopt_normalization, initialize
+
+    first_process = getattr(rank_zero_only, "rank", 0) == 0
+    if resume:
+        if (output / LAST_FOLDER).is_dir():
+            adopt_normalization(model, read_config(output / LAST_FOLDER))
+        if folder is not None and first_process:
+            print(f"--init {folder} is not used: --resume goes on with the weights of the run")
+    elif folder is not None:
+        report = initialize(model, folder)
+        if first_process:
+            print(report)
+        if first_process and not (output / RESUME_FILE).exists():  # `train` refuses a folder that holds a run
+            check_writable(output)
+            write_json(output / "init.json", report.as_dict())
 
 
 def _read_route(path: Path, space: RoutingSpace) -> list[tuple[int, int, str]]:
@@ -131,6 +184,39 @@ def check_classes(checkpoint: str, model: DynamicRoutingNetwork, data: DataConfi
             f"{checkpoint} has {model.num_classes} classes, the data set {data.name} has {classes}: "
             "give the configuration that it was trained with"
         )
+
+
+def parse_size(option: str, text: str) -> tuple[int, int]:
+    """HEIGHTxWIDTH as numbers. Raises ValueError, naming the option, for anything else, and for sides under 32."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match or min(size := (int(match[1]), int(match[2]))) < 32:
+        raise ValueError(f"{option} is {text!r}: give HEIGHTxWIDTH, both at least 32, such as 1024x2048")
+    return size
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this name, such as cpu, cuda or cuda:1. Raises ValueError where there is none."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} is of no use here ({reason}): take cpu, or cuda with a GPU") from error
+    return device
+
+
+@contextmanager
+def enough_memory(remedy: str) -> Iterator[None]:
+    """Turns the error of a device whose memory is too small into a ValueError that tells the remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "out of memory" in str(error) or "allocate memory" in str(error):  # of a GPU, of a CPU
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"the images are too large for the memory ({reason}): {remedy}") from error
+        raise
 
 
 class progress_bar:

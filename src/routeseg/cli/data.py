@@ -1,17 +1,31 @@
-"""The commands about data sets: make-data."""
+"""The commands about data sets: make-data, download, convert-data, check-data."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from routeseg.cli.common import Parser, progress_bar
+from routeseg.cli.common import USAGE_ERROR, Parser, config_parser, progress_bar, read_parts
+from routeseg.files import check_writable, expand_user, write_json
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from routeseg.data.check import SplitCheck
+    from routeseg.data.datamodule import DataConfig
+    from routeseg.data.pairs import SegmentationData
+
+PICTURES_SHOWN = {"train": 12, "val": 8}  # on the contact sheet
 
 
 def make_data_command(words: Sequence[str]) -> int:
     parser = Parser(prog="routeseg make-data")
     parser.add_argument("name", type=str, help="scenes")
-    parser.add_argument("output", type=str, help="folder to write: images/, masks/ and classes.yaml")
+    parser.add_argument("output", type=str, help="folder to write, new or empty")
+    parser.add_argument("--layout", type=str, default="folder", help="folder, camvid, cityscapes, voc, sbd or ade20k")
     parser.add_argument("--train", type=int, default=200, help="training pictures")
     parser.add_argument("--val", type=int, default=50, help="validation pictures")
     parser.add_argument("--size", type=tuple[int, int], default=(256, 512), help="[height, width]")
@@ -21,11 +35,198 @@ def make_data_command(words: Sequence[str]) -> int:
     if args.name != "scenes":
         raise ValueError(f"cannot make {args.name!r}: choose scenes")
 
-    from routeseg.data.datamodule import DataConfig, write_folder
+    from routeseg.data.datamodule import DataConfig
+    from routeseg.data.layouts import LAYOUTS, pictures_of, write_layout
 
+    if args.layout not in LAYOUTS:
+        raise ValueError(f"no layout {args.layout!r}: choose one of {', '.join(LAYOUTS)}")
     config = DataConfig(image_size=args.size, preset=args.preset, train_images=args.train, val_images=args.val)
-    with progress_bar("make-data", args.train + args.val) as step:
-        write_folder(config, Path(args.output), args.seed, step)
-    print(f"{args.output}: {args.train} training and {args.val} validation pictures")
-    print(f"train on them with --data.name folder --data.root {args.output}")
+    with progress_bar("make-data", pictures_of(args.layout, config)) as step:
+        write_layout(args.layout, Path(args.output), config, args.seed, step)
+    name, options = ("voc", " --data.train_split train_aug") if args.layout == "sbd" else (args.layout, "")
+    print(f"{args.output}: {args.train} training and {args.val} validation pictures in the layout {args.layout}")
+    print(f"train on them with --data.name {name} --data.root {args.output}{options}")
     return 0
+
+
+def download_command(words: Sequence[str]) -> int:
+    from routeseg.data.download import SOURCES, download, parse_checksum
+    from routeseg.data.registration import BY_HAND
+
+    parser = Parser(prog="routeseg download")
+    parser.add_argument("name", type=str, help=f"{', '.join(SOURCES)}; or {', '.join(BY_HAND)}, for what to do by hand")
+    parser.add_argument("folder", type=str, help="where the data sets lie, each in its own folder below it")
+    parser.add_argument(
+        "--url", type=str, default=None, help="another address of the same file; its checksum is checked"
+    )
+    parser.add_argument("--checksum", type=str, default=None, help="another one, ALGORITHM:HEX; or none")
+    parser.add_argument("--keep_archive", type=bool, default=False, help="leave the archive in the folder")
+    args = parser.parse_args(list(words))
+    if args.name in BY_HAND:
+        print(BY_HAND[args.name])
+        return USAGE_ERROR
+    if args.name not in SOURCES:
+        raise ValueError(f"no data set {args.name!r} to download: choose one of {', '.join((*SOURCES, *BY_HAND))}")
+    source = SOURCES[args.name]
+    if args.url is not None:
+        source = replace(source, url=args.url)
+    if args.checksum is not None:
+        source = replace(source, checksum=parse_checksum(args.checksum))
+    with byte_bars() as bar:
+        download(
+            source,
+            Path(args.folder),
+            keep_archive=args.keep_archive,
+            say=lambda text: print(f"{args.name}: {text}", flush=True),
+            on_bytes=bar("downloading"),
+            on_unpacked=lambda written: bar("unpacking")(written, None),
+        )
+    print(f"train on it with {source.train_with.format(root=args.folder)}")
+    return 0
+
+
+def convert_data_command(words: Sequence[str]) -> int:
+    parser = Parser(prog="routeseg convert-data")
+    parser.add_argument("format", type=str, help="coco: ANNOTATIONS.json OUT --images DIR, or voc: EXPORT")
+    parser.add_argument("source", type=str, help="coco: the JSON of the annotations; voc: the folder of the export")
+    parser.add_argument("output", type=str | None, nargs="?", default=None, help="coco: folder to write, new or empty")
+    parser.add_argument("--images", type=str | None, default=None, help="where the images lie; voc: else JPEGImages")
+    parser.add_argument("--val", type=str | None, default=None, help="coco: the JSON of the validation pictures")
+    parser.add_argument("--val_images", type=str | None, default=None, help="coco: where those lie; else in --images")
+    parser.add_argument(
+        "--background", type=str, default="class", help="pixels of no object: class (the first one), or ignore"
+    )
+    args = parser.parse_args(list(words))
+    if args.background not in ("class", "ignore"):
+        raise ValueError(f"--background is {args.background!r}: choose class or ignore")
+
+    from routeseg.data.convert import Annotations, convert_coco, convert_voc
+
+    keep = args.background == "class"
+    if args.format == "voc":
+        if args.output or args.val or args.val_images:
+            raise ValueError("voc writes a classes.yaml into the export: give its folder, and no more than --images")
+        written = convert_voc(Path(args.source), args.images, keep)
+    elif args.format == "coco":
+        if args.output is None or args.images is None:
+            raise ValueError("coco needs the JSON, the folder to write, and --images DIR")
+        if args.val_images is not None and args.val is None:
+            raise ValueError("--val_images is of --val, the JSON of the validation pictures: add that, or leave it out")
+        parts = {"train": Annotations(Path(args.source), Path(args.images))}
+        if args.val is not None:
+            parts["val"] = Annotations(Path(args.val), Path(args.val_images or args.images))
+        with progress_bar("convert-data", sum(len(part) for part in parts.values())) as step:
+            written = convert_coco(parts, Path(args.output), keep, step)
+    else:
+        raise ValueError(f"no format {args.format!r}: choose coco or voc")
+    for line in written.notes:
+        print(f"note: {line}")
+    print(f"{written.path}: {len(written.names)} classes, {', '.join(written.names)}")
+    print(f"look it over with routeseg check-data --data.name folder --data.root {written.path.parent}")
+    return 0
+
+
+def check_data_command(words: Sequence[str]) -> int:
+    parser = config_parser("check-data")
+    parser.add_argument("--split", type=str, action="append", help="may be given again; else the configuration's")
+    parser.add_argument("--json", type=str | None, default=None, help="also write all that was found to this file")
+    parser.add_argument("--output", type=str, default="runs/check", help="folder for contact_sheet.png")
+    parser.add_argument("--workers", type=int | None, default=None, help="processes that read files; 1: this one")
+    args, data, recipe, _ = read_parts(parser, words)
+
+    from routeseg.data.check import SplitCheck, check_split
+    from routeseg.data.datamodule import open_data, pair
+    from routeseg.data.findings import find, verdict
+    from routeseg.data.folder import describing_file
+    from routeseg.data.pairs import Classes, PairedFiles
+    from routeseg.evaluation import machine_facts
+    from routeseg.tables import print_check
+
+    if args.workers is not None and args.workers < 0:
+        raise ValueError(f"--workers is {args.workers}: it must not be negative")
+    check_writable(args.output)
+    if args.json is not None:
+        check_writable(Path(args.json).parent, "--json")
+    checks, opened = [], {}
+    for split in dict.fromkeys(args.split or (data.train_split, data.val_split)):
+        try:
+            opened[split] = open_data(data, split, recipe.seed)
+        except ValueError as error:
+            checks.append(SplitCheck(split, Classes(()), [], failure=str(error)))
+            continue
+        with progress_bar(f"check {data.name} {split}", len(opened[split])) as step:
+            checks.append(check_split(opened[split], split, split == data.train_split, args.workers, step))
+    if not opened:
+        raise ValueError(checks[0].failure)
+    label_map = next((files.label_map for files in opened.values() if isinstance(files, PairedFiles)), None)
+    described_in = describing_file(expand_user(data.root)) if data.name == "folder" and data.root else None
+    findings = find(checks, label_map, described_in, pair(data.crop))
+    print_check(checks, findings, pair(data.crop))
+    sheet = _draw_contact_sheet(Path(args.output), data, checks, opened)
+    if sheet is not None:
+        print(f"{sheet}: some pictures with their labels, look whether they fit")
+    if args.json is not None:
+        found = {
+            "verdict": verdict(findings),
+            "findings": [vars(finding) for finding in findings],
+            "splits": {check.split: check.as_dict() for check in checks},
+            "data": vars(data),
+            "contact_sheet": None if sheet is None else str(sheet),
+            "command": ["check-data", *words],
+        }
+        write_json(Path(args.json), found | machine_facts())
+    return USAGE_ERROR if verdict(findings) == "errors" else 0
+
+
+def _draw_contact_sheet(
+    output: Path, data: DataConfig, checks: Sequence[SplitCheck], opened: Mapping[str, SegmentationData]
+) -> Path | None:
+    """Pictures of each split; nothing where no picture could be read."""
+    import numpy as np
+
+    from routeseg.data.check import pictures_to_show, read_to_show
+    from routeseg.figures import Section, contact_sheet
+    from routeseg.model.network import default_palette
+
+    sections = []
+    for check in (check for check in checks if check.counted):
+        shown = pictures_to_show(check, PICTURES_SHOWN["train" if check.training else "val"])
+        tiles = [(check.pictures[k].name, *read_to_show(opened[check.split], k)) for k in shown]
+        sections.append(Section(f"{check.split}: {len(shown)} of {len(check.pictures)} pictures", tiles))
+    if not sections:
+        return None
+    counted = [check for check in checks if check.counted]
+    classes, pixels = counted[0].classes, np.sum([check.pixels[:-1] for check in counted], axis=0)
+    path = output / "contact_sheet.png"
+    title = f"{' '.join(filter(None, (data.name, data.root)))}: pictures and their labels"
+    palette = classes.palette or default_palette(len(classes))
+    contact_sheet(path, title, sections, classes.names, palette, pixels / max(pixels.sum(), 1))
+    return path
+
+
+@contextmanager
+def byte_bars() -> Iterator[Callable[[str], Callable[[int, int | None], None]]]:
+    """Bars that count bytes, on a terminal: of a title, a function of (done, total or None). They go at the end."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def bar(title: str) -> Callable[[int, int | None], None]:
+            def update(done: int, total: int | None) -> None:
+                if title not in tasks:
+                    tasks[title] = progress.add_task(title, total=None)
+                progress.update(tasks[title], completed=done, total=total)
+
+            return update
+
+        yield bar

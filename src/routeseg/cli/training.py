@@ -1,41 +1,106 @@
-"""The commands that train: train, demo."""
+"""The commands that train: train, pretrain, demo."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-from routeseg.cli.common import config_parser, new_network, read_parts
+from routeseg.cli.common import (
+    NETWORK_SKIP,
+    Parser,
+    config_parser,
+    enough_memory,
+    network_options,
+    new_network,
+    quiet_libraries,
+    read_parts,
+    start_from,
+)
+
+SMALLER_STEPS = (
+    "lower --data.batch_size and raise --recipe.accumulate by the same factor, or take a smaller --data.crop"
+)
 
 
 def train_command(words: Sequence[str]) -> int:
     parser = config_parser("train")
-    parser.add_argument("--output", type=str, default="runs/train", help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="go on from OUTPUT/last.ckpt")
-    parser.add_argument("--devices", type=str, default="auto", help="how many devices, or auto")
-    parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
+    _add_run_arguments(parser, "runs/train")
+    parser.add_argument("--init", type=str | None, default=None, help="folder of a network to take weights from")
     args, data, recipe, budget = read_parts(parser, words)
 
     from routeseg.tables import print_evaluation
-    from routeseg.training import train
+    from routeseg.training.segmentation import train
 
     model = new_network(args, data, recipe)
-    result = train(
-        model,
-        data,
-        recipe,
-        budget,
-        Path(args.output),
-        resume=args.resume,
-        devices=args.devices if args.devices == "auto" else int(args.devices),
-        accelerator=args.accelerator,
-    )
+    start_from(model, args.init, Path(args.output), args.resume)
+    with enough_memory(SMALLER_STEPS):
+        result = train(
+            model,
+            data,
+            recipe,
+            budget,
+            Path(args.output),
+            resume=args.resume,
+            devices=args.devices,
+            accelerator=args.accelerator,
+        )
     if not result.trainer.is_global_zero:
         return 0
     if result.evaluation is not None:
         print_evaluation(result.evaluation)
     print(f"{result.seconds / 60:.1f} minutes; networks in {result.output}/best and {result.output}/last")
     return 0
+
+
+def pretrain_command(words: Sequence[str]) -> int:
+    import torch
+
+    from routeseg.data.classification import ClassificationConfig, open_sources
+    from routeseg.model.classifier import DynamicRoutingClassifier
+    from routeseg.training.classification import PretrainingRecipe, pretrain
+
+    parser = Parser(prog="routeseg pretrain")
+    parser.add_argument("--config", action="config", help="a YAML file with any of the keys below; may be given again")
+    parser.add_class_arguments(DynamicRoutingClassifier, "model", skip=NETWORK_SKIP, as_group=True)
+    parser.add_class_arguments(ClassificationConfig, "data")
+    parser.add_class_arguments(PretrainingRecipe, "recipe")
+    _add_run_arguments(parser, "runs/pretrain")
+    args = parser.parse_args(list(words))
+    quiet_libraries()
+    data, recipe = ClassificationConfig(**vars(args.data)), PretrainingRecipe(**vars(args.recipe))
+    _, _, classes = open_sources(data)
+    torch.manual_seed(recipe.seed)
+    model = DynamicRoutingClassifier(num_classes=len(classes), class_names=classes, **network_options(args))
+    with enough_memory(SMALLER_STEPS):
+        result = pretrain(
+            model,
+            data,
+            recipe,
+            Path(args.output),
+            resume=args.resume,
+            devices=args.devices,
+            accelerator=args.accelerator,
+        )
+    if not result.trainer.is_global_zero:
+        return 0
+    if result.accuracy is not None:
+        print(f"{len(classes)} classes: {result.accuracy}")
+    print(f"{result.seconds / 60:.1f} minutes; start a segmenter with `routeseg train --init {result.output}/last ...`")
+    return 0
+
+
+def _add_run_arguments(parser: Parser, output: str) -> None:
+    """Where a training writes, and what it runs on."""
+    parser.add_argument("--output", type=str, default=output, help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on from OUTPUT/last.ckpt")
+    parser.add_argument(
+        "--devices",
+        type=int | Literal["auto"],
+        default="auto",
+        help="processes on this machine, each with a GPU of its own; auto: all GPUs, or those that torchrun started",
+    )
+    parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
 
 
 def demo_command(words: Sequence[str]) -> int:

@@ -1,13 +1,12 @@
-"""CamVid, the street scenes of Brostow, Fauqueur and Cipolla (2009), in the split and 11 classes of SegNet (2017).
-
-ROOT/train/NAME.{png,jpg}   ROOT/trainannot/NAME.png      and the same for val and test
-"""
+"""CamVid, the street scenes of Brostow, Fauqueur and Cipolla (2009), in the split and 11 classes of SegNet (2017)."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from routeseg.data.pairs import Classes, LabelMap, PairedFiles, pair_folders
+from routeseg.data.roots import need_folders, no_split, read_class_numbers
 from routeseg.data.transforms import IGNORE
 
 CLASSES = Classes(
@@ -39,15 +38,20 @@ CLASSES = Classes(
     ),
 )
 UNLABELLED = 11
+SPLITS = ("train", "val", "test")
+TREE = """
+ROOT/train/NAME.png (or .jpg)   ROOT/trainannot/NAME.png
+ROOT/val/NAME.png               ROOT/valannot/NAME.png
+ROOT/test/NAME.png              ROOT/testannot/NAME.png
+"""
 REMEDY = "CamVid has 0 to 10 and 11 = unlabelled. Is this the 11-class labelling of SegNet?"
-LAYOUT = "expected train/, trainannot/, val/ and valannot/ below it, with the same stems in both folders of a split"
+LABELS = LabelMap(len(CLASSES), {UNLABELLED: IGNORE}, {}, remedy=REMEDY)
 
 
 def open_camvid(root: Path, split: str) -> PairedFiles:
-    """A split of CamVid. Raises ValueError with the expected layout where it is not there."""
-    if not root.is_dir():
-        raise ValueError(f"no folder {root}: give CamVid's folder with --data.root; {LAYOUT}")
-    if not (root / split).is_dir():
-        raise ValueError(f"{root} has no folder {split}/: {LAYOUT}")
-    meaning = LabelMap(len(CLASSES), {UNLABELLED: IGNORE}, {}, remedy=REMEDY)
-    return PairedFiles(pair_folders(root / split, root / f"{split}annot"), CLASSES, meaning)
+    """A split of CamVid. Raises ValueError, showing the expected tree, where something is missing."""
+    if split not in SPLITS:
+        raise no_split("CamVid", split, SPLITS)
+    need_folders(root, (split, f"{split}annot"), "CamVid", TREE)
+    pairs = pair_folders(root / split, root / f"{split}annot")
+    return PairedFiles(pairs, CLASSES, LABELS, partial(read_class_numbers, remedy=REMEDY))

@@ -5,23 +5,26 @@ Batch number n is a pure function of (seed, n): a run that is interrupted goes o
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from routeseg.data import scenes
+from routeseg.data.ade20k import open_ade20k
+from routeseg.data.cache import ImageCache
 from routeseg.data.camvid import open_camvid
-from routeseg.data.folder import open_folder, write_classes
-from routeseg.data.pairs import Classes, SegmentationData, UnreadableImage
+from routeseg.data.cityscapes import open_cityscapes
+from routeseg.data.folder import open_folder
+from routeseg.data.pairs import Classes, PairedFiles, SegmentationData, SkipLog, UnreadableImage
+from routeseg.data.roots import no_split
 from routeseg.data.transforms import Augmentation
+from routeseg.data.voc import open_voc
+from routeseg.files import expand_user
 
 TRAIN_STREAM, NORM_STREAM = 0, 1  # separate random streams: training batches, batches for precise BatchNorm
 VALIDATION_SEED_OFFSET = 1_000_003  # scenes: the validation pictures are drawn from another seed
@@ -32,19 +35,23 @@ MAX_BAD_IN_A_ROW = 20
 class DataConfig:
     """The `data` section of a configuration.
 
-    name          scenes (procedural, no download), camvid, or folder (your own pictures, see data/folder.py)
+    name          scenes (procedural, no download), camvid, cityscapes, voc, ade20k, or folder (your own pictures);
+                  what each expects is in docs/data.md
     root          folder of the data set (not for scenes)
+    sbd_root      folder of SBD, for VOC's split train_aug; None: beside VOCdevkit
     train_split, val_split   which parts to train on and to validate on, as the data set calls them
     crop          (height, width) of a training crop; larger than a picture is fine, it is padded
     scales        random scale factors; flip, colour: mirroring, and strength of the colour augmentation
-    batch_size    per process
+    batch_size    of each process; a step has batch_size * processes * recipe.accumulate images
     workers       loader processes; 0 loads in the training process
+    cache         a folder that keeps the decoded training images, 3 bytes a pixel, on a local disk; pays for large PNGs
     image_size, preset, train_images, val_images   scenes only: size (height, width), scale preset, how many
     seed          scenes only: which pictures are drawn; None takes the run's seed
     """
 
-    name: Literal["scenes", "camvid", "folder"] = "scenes"
+    name: Literal["scenes", "camvid", "cityscapes", "voc", "ade20k", "folder"] = "scenes"
     root: str | None = None
+    sbd_root: str | None = None
     train_split: str = "train"
     val_split: str = "val"
     crop: tuple[int, int] = (128, 256)
@@ -53,6 +60,7 @@ class DataConfig:
     colour: float = 0.3
     batch_size: int = 8
     workers: int = 1
+    cache: str | None = None
     image_size: tuple[int, int] = (128, 256)
     preset: scenes.Preset = "mixed"
     train_images: int = 1000
@@ -84,6 +92,7 @@ class Scenes:
     def __init__(self, seed: int, count: int, size: tuple[int, int], preset: str) -> None:
         self.classes = Classes(scenes.CLASSES, scenes.PALETTE)
         self.seed, self.count, self.size, self.preset = seed, count, size, preset
+        self.skips = SkipLog(count)
         self._drawn: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
@@ -101,6 +110,8 @@ class Scenes:
 def open_data(config: DataConfig, split: str, seed: int = 0) -> SegmentationData:
     """The split (train, val or test) of the data set that the configuration names."""
     if config.name == "scenes":
+        if split not in ("train", "val", "test"):
+            raise no_split("scenes", split, ("train", "val", "test"))
         train = split == "train"
         seed = seed if config.seed is None else config.seed
         return Scenes(
@@ -111,8 +122,11 @@ def open_data(config: DataConfig, split: str, seed: int = 0) -> SegmentationData
         )
     if config.root is None:
         raise ValueError(f"data.root is not set: give the folder of the {config.name} data with --data.root FOLDER")
-    opened = {"camvid": open_camvid, "folder": open_folder}[config.name]
-    return opened(Path(config.root).expanduser(), split)
+    root = expand_user(config.root)
+    if config.name == "voc":
+        return open_voc(root, split, None if config.sbd_root is None else expand_user(config.sbd_root))
+    readers = {"camvid": open_camvid, "cityscapes": open_cityscapes, "ade20k": open_ade20k, "folder": open_folder}
+    return readers[config.name](root, split)
 
 
 def image_tensor(image: np.ndarray) -> torch.Tensor:
@@ -132,10 +146,11 @@ class TrainingPictures(Dataset[dict[str, Any]]):
         rng = np.random.default_rng([self.seed, self.stream, position])
         for skipped in range(MAX_BAD_IN_A_ROW):
             try:
-                image, labels = self.data.read((index + skipped) % len(self.data))
+                place = (index + skipped) % len(self.data)
+                image, labels = self.data.read(place)
                 break
             except UnreadableImage as error:
-                warnings.warn(f"skipped: {error}", stacklevel=2)
+                self.data.skips(place, error)
         else:
             raise ValueError(f"{MAX_BAD_IN_A_ROW} unreadable pictures in a row: check the data set's files")
         image, labels = self.augmentation(image, labels, rng)
@@ -188,7 +203,7 @@ class EvaluationPictures(Dataset[dict[str, Any]]):
         try:
             image, labels = self.data.read(index)
         except UnreadableImage as error:
-            warnings.warn(f"skipped: {error}", stacklevel=2)
+            self.data.skips(index, error)
             return {"skipped": 1}
         return {
             "image": image_tensor(image)[None],
@@ -199,13 +214,24 @@ class EvaluationPictures(Dataset[dict[str, Any]]):
 
 
 class SegmentationDataModule(LightningDataModule):
-    """Loaders for training (from batch `first_step` on), validation and precise BatchNorm."""
+    """Loaders for training (from step `first_step` on), validation and precise BatchNorm.
 
-    def __init__(self, config: DataConfig, iterations: int, seed: int = 0, first_step: int = 0) -> None:
+    The `accumulate` batches of a training step come as one. Which images a step has depends on their number over all
+    processes and batches, not on how these share them.
+    """
+
+    def __init__(
+        self, config: DataConfig, iterations: int, seed: int = 0, first_step: int = 0, accumulate: int = 1
+    ) -> None:
         super().__init__()
         self.config, self.iterations, self.seed, self.first_step = config, iterations, seed, first_step
+        self.accumulate = accumulate
         self.train_data = open_data(config, config.train_split, seed)
         self.val_data = open_data(config, config.val_split, seed)
+        if config.cache is not None:
+            if not isinstance(self.train_data, PairedFiles):
+                raise ValueError(f"data.cache is for images in files, {config.name} has none: leave it out")
+            self.train_data.read_pixels = ImageCache(expand_user(config.cache))
         scales = config.scales or list(Augmentation.scales)
         self.augmentation = Augmentation(pair(config.crop), scales, config.flip, config.colour)
 
@@ -215,9 +241,8 @@ class SegmentationDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         rank, world = self._rank()
-        sampler = StepSampler(
-            len(self.train_data), self.config.batch_size, self.iterations, self.seed, self.first_step, rank, world
-        )
+        images = self.config.batch_size * self.accumulate
+        sampler = StepSampler(len(self.train_data), images, self.iterations, self.seed, self.first_step, rank, world)
         return self._batches(sampler, TRAIN_STREAM, self.config.workers)
 
     def val_dataloader(self) -> DataLoader:
@@ -226,12 +251,14 @@ class SegmentationDataModule(LightningDataModule):
         return evaluation_loader(self.val_data, self.config.workers, rank, world)
 
     def norm_dataloader(self, step: int, batches: int) -> DataLoader:
-        """Augmented batches to estimate BatchNorm's statistics from, a function of (seed, step)."""
+        """Augmented batches to estimate BatchNorm's statistics from, a function of (seed, step), shared out among the
+        processes."""
         rank, world = self._rank()
+        batches = -(-batches // world)
         sampler = StepSampler(
             len(self.train_data), self.config.batch_size, batches, self.seed + step + 1, 0, rank, world
         )
-        return self._batches(sampler, NORM_STREAM + step, workers=0)
+        return self._batches(sampler, NORM_STREAM + step, self.config.workers)
 
     def _batches(self, sampler: StepSampler, stream: int, workers: int) -> DataLoader:
         pictures = TrainingPictures(self.train_data, self.augmentation, self.seed, stream)
@@ -240,7 +267,7 @@ class SegmentationDataModule(LightningDataModule):
             batch_sampler=sampler,
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_one_thread if workers else None,
+            worker_init_fn=one_thread if workers else None,
         )
 
     def _rank(self) -> tuple[int, int]:
@@ -250,37 +277,12 @@ class SegmentationDataModule(LightningDataModule):
 def evaluation_loader(data: SegmentationData, workers: int = 0, rank: int = 0, world: int = 1) -> DataLoader:
     """Whole pictures of a data set, one at a time: image [1,3,H,W] uint8, labels [1,H,W] int64."""
     pictures = EvaluationPictures(data, range(rank, len(data), world))
-    return DataLoader(pictures, batch_size=None, num_workers=workers, worker_init_fn=_one_thread if workers else None)
+    return DataLoader(pictures, batch_size=None, num_workers=workers, worker_init_fn=one_thread if workers else None)
 
 
-def _one_thread(worker: int) -> None:
+def one_thread(worker: int) -> None:
+    """For `worker_init_fn`: a loader process uses one core."""
     import cv2
 
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-
-
-def write_folder(config: DataConfig, root: Path, seed: int = 0, on_picture: Callable[[], None] | None = None) -> None:
-    """Writes the training and validation pictures of a configuration in the `folder` layout, PNG.
-
-    Raises ValueError where the folder already holds data, or cannot be written.
-    """
-    if (root / "classes.yaml").exists():
-        raise ValueError(f"{root} already holds a data set: choose another folder")
-    for split in ("train", "val"):
-        data = open_data(config, split, seed)
-        images, masks = root / "images" / split, root / "masks" / split
-        try:
-            images.mkdir(parents=True, exist_ok=True)
-            masks.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"cannot write into {root}: {error.strerror}. Choose another folder") from error
-        for index in range(len(data)):
-            image, labels = data.read(index)
-            Image.fromarray(image).save(images / f"{index:06d}.png")
-            Image.fromarray(labels).save(masks / f"{index:06d}.png")
-            if on_picture is not None:
-                on_picture()
-    classes = data.classes
-    assert classes.palette is not None
-    write_classes(root / "classes.yaml", classes.names, classes.palette)  # last: a folder with it is complete

@@ -1,53 +1,330 @@
-"""The `folder` layout, for your own pictures.
+"""The `folder` layout, for your own pictures: a small YAML says where they are and what their masks mean.
 
-ROOT/classes.yaml                 names: [...]; optional: palette: [[r,g,b], ...], mapping: {value: class, ...}
-ROOT/images/{train,val}/NAME.*    RGB pictures (.png or .jpg)
-ROOT/masks/{train,val}/NAME.png   one byte a pixel: the class, 255 = ignored
+Every key but `names` may be left out; docs/data.md has examples.
+
+names        the classes, in order
+palette      their RGB colours, for pictures
+mapping      label value, or "#rrggbb" in coloured masks -> class (its name or number), or ignore (255)
+images       their folder, seen from the YAML; or one for each split: {train: FOLDER, val: FOLDER}
+masks        the same; a mask lies where its image lies, sub-folders included, and has its name
+mask_suffix  what the names of masks end in beyond that, such as _mask
+split        folders                        each split is a sub-folder of images/ and of masks/
+             {train: FILE, val: FILE}       lists of names, one a line
+             {val_fraction: 0.2, seed: 0}   drawn by name, so that files that are added change nothing for the others;
+                                            list: FILE draws from the names in it alone
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from routeseg.data.pairs import Classes, LabelMap, PairedFiles, pair_folders
+from routeseg.data.pairs import (
+    IMAGE_SUFFIXES,
+    Classes,
+    LabelMap,
+    Pair,
+    PairedFiles,
+    list_images,
+    pair_files,
+    read_label_file,
+)
+from routeseg.data.roots import expected, no_split, read_names
 from routeseg.data.transforms import IGNORE
+from routeseg.files import expand_user, write_atomically
+
+FILE = "classes.yaml"
+KEYS = ("names", "palette", "mapping", "images", "masks", "mask_suffix", "split")
+FRACTION_KEYS = ("val_fraction", "seed", "list")
+TREE = """
+ROOT/classes.yaml               names: [road, car]
+ROOT/images/train/NAME.jpg      ROOT/masks/train/NAME.png (one class number a pixel, 255 = ignored)
+ROOT/images/val/NAME.jpg        ROOT/masks/val/NAME.png
+"""
+COLOUR = re.compile("#([0-9a-f]{2})([0-9a-f]{2})([0-9a-f]{2})", re.IGNORECASE)
+
+Folders = Path | Mapping[str, Path]  # one for all splits, or one for each
+
+
+@dataclass(frozen=True)
+class Fraction:
+    """The share of the pictures that is for validation; `names` lists the pictures to draw from (None: all)."""
+
+    share: float
+    seed: int = 0
+    names: Path | None = None
+
+    def takes(self, names: Sequence[str], split: str) -> list[str]:
+        """The names of a split. Each is drawn for itself, by a hash of seed and name; no split is left empty."""
+        draws = sorted((_draw(name, self.seed), name) for name in names)
+        count = sum(draw < self.share for draw, _ in draws)
+        count = min(max(count, 1), len(draws) - 1)
+        return sorted(name for _, name in (draws[:count] if split == "val" else draws[count:]))
+
+
+def _draw(name: str, seed: int) -> float:
+    """A number in 0..1, evenly distributed over names."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(errors="surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a classes.yaml says; see the top of this file. `split` is None for sub-folders."""
+
+    path: Path
+    classes: Classes
+    values: Mapping[int, int]
+    colours: Mapping[tuple[int, int, int], int]
+    images: Folders
+    masks: Folders
+    mask_suffix: str
+    split: Mapping[str, Path] | Fraction | None
 
 
 def open_folder(root: Path, split: str) -> PairedFiles:
-    """A split of the `folder` layout (see the top of this file)."""
-    classes, mapping = read_classes(root / "classes.yaml")
-    pairs = pair_folders(root / "images" / split, root / "masks" / split)
-    return PairedFiles(pairs, classes, LabelMap(len(classes), mapping, {}))
+    """A split of your own pictures. `root` is the folder of a classes.yaml, or such a file of any name.
+
+    Raises ValueError where the file does not describe a data set, or the split is not what it describes.
+    """
+    about = read_description(describing_file(root))
+    file = str(about.path).replace("{", "{{").replace("}", "}}")  # the remedy is a template
+    remedy = f"map it in {file}, for example `mapping: {{{{{{value}}: 255}}}}` to ignore it"
+    label_map = LabelMap(len(about.classes), about.values, about.colours, remedy=remedy)
+    read_values = partial(read_label_file, palette=bool(about.colours), grey=bool(about.colours) and not about.values)
+    return PairedFiles(_pairs(about, split), about.classes, label_map, read_values)
 
 
-def read_classes(path: Path) -> tuple[Classes, dict[int, int]]:
-    """`names`, and optionally `palette` and `mapping`, of a classes.yaml. Raises ValueError where it has none."""
-    if not path.is_file():
-        raise ValueError(f"no file {path}: it names the classes, for example\n  names: [road, car]")
-    try:
-        data = yaml.safe_load(path.read_text())
-        names = tuple(str(name) for name in data["names"])
-        palette = tuple((int(r), int(g), int(b)) for r, g, b in data["palette"]) if data.get("palette") else None
-        mapping = {int(value): int(target) for value, target in (data.get("mapping") or {}).items()}
-        if len(names) > IGNORE:
-            raise ValueError(f"{len(names)} names: a label map holds at most {IGNORE} classes")
-        if palette is not None and len(palette) != len(names):
-            raise ValueError(f"the palette has {len(palette)} colours for {len(names)} names")
-        if palette is not None and not all(0 <= part <= 255 for colour in palette for part in colour):
-            raise ValueError("colours are three numbers from 0 to 255")
-        wrong = [target for target in mapping.values() if target != IGNORE and not 0 <= target < len(names)]
-        if wrong:
+def describing_file(root: Path) -> Path:
+    """The YAML that `root` is, or that lies in it."""
+    return root if root.is_file() or root.suffix in (".yaml", ".yml") else root / FILE
+
+
+def _pairs(about: Description, split: str) -> list[Pair]:
+    if isinstance(about.split, Fraction):
+        if split not in ("train", "val"):
+            raise no_split(str(about.path), split, ("train", "val"))
+        if about.split.names is None:
+            images, masks = _list_files(about, split)
+            pairs = {pair.name: pair for pair in pair_files(images, masks, *_folders(about, split), about.mask_suffix)}
+        else:
+            pairs = {pair.name: pair for pair in _listed(about, split, about.split.names)}
+        if len(pairs) < 2:
+            raise ValueError(f"{about.path} divides its pictures, but there is only one: add more")
+        return [pairs[name] for name in about.split.takes(list(pairs), split)]
+    if about.split is not None:
+        if split not in about.split:
+            raise no_split(str(about.path), split, about.split)
+        return _listed(about, split, about.split[split])
+    images, masks = _list_files(about, split)
+    return pair_files(images, masks, *_folders(about, split), about.mask_suffix)
+
+
+def _folders(about: Description, split: str) -> tuple[Path, Path]:
+    """Where the images and masks of a split lie. Raises ValueError, naming what is there, where that is nowhere."""
+    found = []
+    for key, folders in (("images", about.images), ("masks", about.masks)):
+        if not isinstance(folders, Path):
+            if split not in folders:
+                raise no_split(f"`{key}` of {about.path}", split, folders)
+            folder = folders[split]
+        else:
+            folder = folders / split if about.split is None else folders
+        if not folder.is_dir():
+            there = [path.name for path in sorted(folder.parent.glob("*/"))]
+            here = f"{folder.parent} has {', '.join(there)}" if there else f"{folder.parent} has no folders"
+            raise ValueError(f"no folder {folder}: {here}; if not named otherwise in {about.path}, {expected(TREE)}")
+        found.append(folder)
+    return found[0], found[1]
+
+
+def _list_files(about: Description, split: str) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Name -> image, and name -> mask, of what lies in a split's folders."""
+    image_folder, mask_folder = _folders(about, split)
+    images, masks = list_images(image_folder, nested=True), list_images(mask_folder, nested=True)
+    if suffix := about.mask_suffix:
+        if image_folder == mask_folder:
+            images = {name: path for name, path in images.items() if not name.endswith(suffix)}
+        masks = {name.removesuffix(suffix): path for name, path in masks.items() if name.endswith(suffix)}
+        for found, folder, how in ((images, image_folder, "without"), (masks, mask_folder, "that end in")):
+            if not found:
+                raise ValueError(f"{folder} holds no names {how} {suffix!r}: check `mask_suffix` in {about.path}")
+    return images, masks
+
+
+def _listed(about: Description, split: str, listed_in: Path) -> list[Pair]:
+    """The pictures that a list names, with or without the suffix of the file, in its order."""
+    images, masks = _list_files(about, split)
+    image_folder, mask_folder = _folders(about, split)
+    names = [_without_suffix(line) if line not in images else line for line in read_names(listed_in)]
+    for found, folder, ending in ((images, image_folder, ""), (masks, mask_folder, about.mask_suffix)):
+        absent = [name for name in names if name not in found]
+        if absent:
             raise ValueError(
-                f"the mapping leads to {wrong[0]}, classes are 0 to {len(names) - 1}, or {IGNORE} to ignore"
+                f"{folder / (absent[0] + ending)}.* is not there, though {listed_in} lists it ({len(absent)} of "
+                f"{len(names)} are absent): add the files, or take the names out of the list"
             )
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} does not describe classes ({error}): expected `names: [road, car]`") from error
-    return Classes(names, palette), mapping
+    if len(set(names)) < len(names):
+        raise ValueError(f"{listed_in} names a picture with and without its suffix: keep one line of each")
+    return [Pair(name, images[name], masks[name]) for name in names]
 
 
-def write_classes(path: Path, names: Sequence[str], palette: Sequence[Sequence[int]]) -> None:
-    """The inverse of `read_classes`."""
-    path.write_text(yaml.safe_dump({"names": list(names), "palette": [list(map(int, c)) for c in palette]}))
+def _without_suffix(name: str) -> str:
+    return name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in IMAGE_SUFFIXES else name
+
+
+def read_description(path: Path) -> Description:
+    """Reads a classes.yaml. Raises ValueError, naming the file and the key, for whatever it cannot mean."""
+    if not path.is_file():
+        raise ValueError(f"no file {path}: it names the classes; {expected(TREE)}")
+    try:
+        return _description(path, yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} does not describe classes and their pictures: {reason}") from error
+
+
+def _description(path: Path, data: Any) -> Description:
+    if not isinstance(data, dict) or "names" not in data:
+        raise ValueError("expected `names: [road, car]`")
+    _check_keys(data, KEYS, "key")
+    names = _names(data["names"])
+    values, colours = _mapping(data.get("mapping", {}), names)
+    images = _roots(data.get("images", "images"), "images", path.parent)
+    masks = _roots(data.get("masks", "masks"), "masks", path.parent)
+    split = _split(data.get("split", "folders"), path.parent)
+    if isinstance(split, Fraction) and not (isinstance(images, Path) and isinstance(masks, Path)):
+        raise ValueError("`split.val_fraction` divides one folder, but `images` or `masks` has one for each split")
+    return Description(
+        path=path,
+        classes=Classes(names, _palette(data.get("palette"), len(names))),
+        values=values,
+        colours=colours,
+        images=images,
+        masks=masks,
+        mask_suffix=_text(data.get("mask_suffix", ""), "mask_suffix"),
+        split=split,
+    )
+
+
+def _check_keys(data: Mapping, known: Sequence[str], what: str) -> None:
+    for key in data:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise ValueError(f"no {what} {key!r}: {hint}")
+
+
+def _text(value: Any, key: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"`{key}` is {value!r}: give a text")
+    return value
+
+
+def _names(data: Any) -> tuple[str, ...]:
+    if not isinstance(data, list) or not data:
+        raise ValueError("`names` must be a list, in the order of the classes: `names: [road, car]`")
+    if any(isinstance(name, bool | dict | list) or name is None for name in data):
+        raise ValueError("a name in `names` is no text: write words such as yes, no, on and off in quotes")
+    names = tuple(str(name) for name in data)
+    if len(names) > IGNORE:
+        raise ValueError(f"{len(names)} names: a label map holds at most {IGNORE} classes")
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"`names` has {name} more than once; to merge label values, use `mapping`")
+    return names
+
+
+def _palette(data: Any, classes: int) -> tuple[tuple[int, int, int], ...] | None:
+    if not data:
+        return None
+    if not isinstance(data, list) or not all(_is_colour(colour) for colour in data):
+        raise ValueError("`palette` must be a list of colours, three numbers from 0 to 255 each: [[128, 64, 128], ...]")
+    if len(data) != classes:
+        raise ValueError(f"the palette has {len(data)} colours for {classes} names")
+    return tuple((red, green, blue) for red, green, blue in data)
+
+
+def _is_colour(data: Any) -> bool:
+    return isinstance(data, list) and len(data) == 3 and all(type(part) is int and 0 <= part <= 255 for part in data)
+
+
+def _mapping(data: Any, names: Sequence[str]) -> tuple[dict[int, int], dict[tuple[int, int, int], int]]:
+    """Label value -> class, and colour -> class."""
+    if not isinstance(data, dict):
+        raise ValueError(
+            '`mapping` must be of the form {7: road, 8: ignore}, and a colour must stand in quotes: "#804080": road'
+        )
+    values: dict[int, int] = {}
+    colours: dict[tuple[int, int, int], int] = {}
+    for key, target in data.items():
+        to = _target(target, names)
+        if match := COLOUR.fullmatch(str(key)):
+            red, green, blue = (int(part, 16) for part in match.groups())
+            twice = (red, green, blue) in colours
+            colours[red, green, blue] = to
+        elif not isinstance(key, bool) and re.fullmatch(r"-?\d+", str(key)):
+            twice = int(key) in values
+            values[int(key)] = to
+        else:
+            raise ValueError(f'`mapping` has {key!r}: give a label value such as 7, or a colour such as "#804080"')
+        if twice:
+            raise ValueError(f"`mapping` has {key} more than once, in different spellings: keep one of them")
+    return values, colours
+
+
+def _target(target: Any, names: Sequence[str]) -> int:
+    if isinstance(target, str) and target in names:
+        return names.index(target)
+    if target in ("ignore", IGNORE):
+        return IGNORE
+    if type(target) is int and 0 <= target < len(names):
+        return target
+    near = difflib.get_close_matches(str(target), [*names, "ignore"], n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(
+        f"the mapping leads to {target}, classes are 0 to {len(names) - 1} or their names, or {IGNORE} to ignore{hint}"
+    )
+
+
+def _roots(data: Any, key: str, base: Path) -> Folders:
+    if isinstance(data, dict) and data:
+        return {str(split): base / expand_user(_text(folder, key)) for split, folder in data.items()}
+    if not isinstance(data, str):
+        raise ValueError(f"`{key}` is {data!r}: give a folder, or one for each split, {{train: FOLDER, val: FOLDER}}")
+    return base / expand_user(data)
+
+
+def _split(data: Any, base: Path) -> Mapping[str, Path] | Fraction | None:
+    if data == "folders":
+        return None
+    if not isinstance(data, dict) or not data:
+        raise ValueError(
+            f"`split` is {data!r}: give folders, lists {{train: FILE, val: FILE}}, or {{val_fraction: 0.2, seed: 0}}"
+        )
+    if not set(data) & set(FRACTION_KEYS):
+        return {str(split): base / expand_user(_text(file, f"split.{split}")) for split, file in data.items()}
+    _check_keys(data, FRACTION_KEYS, "key of `split`")
+    share, seed, names = data.get("val_fraction"), data.get("seed", 0), data.get("list")
+    if not isinstance(share, float) or not 0 < share < 1:
+        raise ValueError(f"`split.val_fraction` is {share}: give a share of the pictures between 0 and 1")
+    if type(seed) is not int:
+        raise ValueError(f"`split.seed` is {seed!r}: give a whole number")
+    return Fraction(share, seed, None if names is None else base / expand_user(_text(names, "split.list")))
+
+
+def write_classes(path: Path, names: Sequence[str], palette: Sequence[Sequence[int]] | None, **more: Any) -> None:
+    """Writes a classes.yaml that `read_description` reads; `more` are its other keys."""
+    data: dict[str, Any] = {"names": list(names)}
+    if palette is not None:
+        data["palette"] = [list(map(int, colour)) for colour in palette]
+    text = yaml.safe_dump(data | more, sort_keys=False, allow_unicode=True, width=120)
+    write_atomically(path, text.encode())

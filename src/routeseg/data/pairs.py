@@ -8,20 +8,42 @@ Legend: image uint8 [H,W,3] RGB, labels uint8 [H,W] with IGNORE where there is n
 
 from __future__ import annotations
 
+import logging
+import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.sharedctypes import RawArray, RawValue
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
+import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from routeseg.data.transforms import IGNORE
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-# What Pillow raises for damaged files (struct.error from EXIF data).
-BAD_IMAGE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+# What Pillow raises for damaged files (RuntimeError from AVIF, struct.error from EXIF data), and for too large ones.
+BAD_IMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+GREY_MODES = ("1", "L", "LA")
+ORIENTATION_TAG = 0x0112  # of EXIF
+PLAIN_ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}  # the last bytes of a file that is whole
+# Of a PNG: what may turn it or make some of it transparent, and animations; where Pillow finds it in the file's head,
+# and the marks of what turns a picture where they come behind the pixels.
+PNG_SPECIAL = {"exif", "XML:com.adobe.xmp", "Raw profile type exif", "transparency", "default_image", "interlace"}
+PNG_TURNED = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
+PNG_TAIL_BYTES = 1 << 16
+MOST_VALUES = 1 << 17  # from the lowest to the highest label value that a table is made for
+SKIPS_NAMED = 10  # unreadable pictures of a data set that the log names; of the others it only says that they are there
 
 
 @dataclass(frozen=True)
@@ -35,10 +57,35 @@ class Classes:
         return len(self.names)
 
 
+class SkipLog:
+    """Says on the log which unreadable pictures of a data set were skipped: each once, and SKIPS_NAMED at most.
+
+    What was said is shared with the loader processes of this process, so that no two of them name the same picture.
+    """
+
+    def __init__(self, pictures: int) -> None:
+        self._skipped, self._count = RawArray("B", pictures), RawValue("L")
+
+    def __call__(self, index: int, error: UnreadableImage) -> None:
+        if self._skipped[index]:
+            return
+        self._skipped[index] = 1
+        self._count.value += 1
+        count = self._count.value
+        if count <= SKIPS_NAMED:
+            logging.getLogger("routeseg").warning("skipped: %s", error)
+        elif count == SKIPS_NAMED + 1:
+            logging.getLogger("routeseg").warning("skipped: more unreadable files; `routeseg check-data` names them")
+
+
 class SegmentationData(Protocol):
-    """What a data set is: classes, a length, and pairs of image and labels."""
+    """What a data set is: classes, a length, and pairs of image and labels.
+
+    skips  where those who skip an unreadable picture say so
+    """
 
     classes: Classes
+    skips: SkipLog
 
     def __len__(self) -> int: ...
 
@@ -60,8 +107,16 @@ def read_image(path: Path) -> np.ndarray:
 
     Raises UnreadableImage, naming the file, where it is missing, damaged or no image.
     """
+    return decode_image(path, path)
+
+
+def decode_image(source: Path | BinaryIO, name: str | Path) -> np.ndarray:
+    """`read_image` of a path or an open file; `name` is what errors call it."""
     try:
-        with Image.open(path) as file:
+        with Image.open(source) as file:
+            pixels = _decode_plain(file)
+            if pixels is not None:
+                return pixels
             file.load()
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith(("I", "F")):  # 16 bits an integer, 0..1 a float, greyscale
@@ -70,19 +125,53 @@ def read_image(path: Path) -> np.ndarray:
                 image = Image.fromarray((np.clip(values / top, 0, 1) * 255).round().astype(np.uint8))
             return np.asarray(image.convert("RGB"))
     except BAD_IMAGE as error:
-        raise UnreadableImage(f"cannot read {path} as an image: {error}") from error
+        raise UnreadableImage(f"cannot read {name} as an image: {_reason(error)}") from error
 
 
-def read_label_file(path: Path) -> np.ndarray:
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # whose text names the open file
+        return "it is none"
+    return "it is too large for the memory" if isinstance(error, MemoryError) else str(error)
+
+
+def _decode_plain(file: ImageFile.ImageFile) -> np.ndarray | None:
+    """The usual case in about half of the time, by OpenCV: an upright and whole PNG or JPEG of 8-bit RGB.
+
+    None for all others, and where OpenCV finds it damaged: Pillow reads those, or says what is wrong.
+    """
+    if file.mode != "RGB" or file.format not in PLAIN_ENDS or file.fp is None:
+        return None
+    png = file.format == "PNG"
+    if png and (file.tile[0][3] != "RGB" or file.info.keys() & PNG_SPECIAL):  # 16 bits, or see there
+        return None
+    if not png and file.getexif().get(ORIENTATION_TAG, 1) != 1:
+        return None
+    here = file.fp.tell()
+    file.fp.seek(0)
+    data = file.fp.read()
+    file.fp.seek(here)
+    late = data[-PNG_TAIL_BYTES:]
+    if not data.endswith(PLAIN_ENDS[file.format]) or (png and any(mark in late for mark in PNG_TURNED)):
+        return None
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:  # too large, for OpenCV or for the memory
+        return None
+
+
+def read_label_file(path: Path, palette: bool = False, grey: bool = False) -> np.ndarray:
     """The stored values of a label file: integers [H,W], or colours uint8 [H,W,3].
 
+    palette  of a palette file, the colours of its pixels and not their numbers
+    grey     the same of a greyscale file of at most 8 bits
     Raises UnreadableImage where it is missing, damaged or no image, or ValueError where it is neither of the two.
     """
     try:
         with Image.open(path) as file:
-            values = np.asarray(file)
+            coloured = (palette and file.mode == "P") or (grey and file.mode in GREY_MODES)
+            values = np.asarray(file.convert("RGB") if coloured else file)
     except BAD_IMAGE as error:
-        raise UnreadableImage(f"cannot read {path} as a label image: {error}") from error
+        raise UnreadableImage(f"cannot read {path} as a label image: {_reason(error)}") from error
     if values.ndim == 3 and values.shape[2] in (3, 4) and values.dtype == np.uint8:
         return values[..., :3]
     if values.ndim != 2 or values.dtype.kind not in "uib":
@@ -112,15 +201,36 @@ class LabelMap:
 
     def __call__(self, values: np.ndarray, path: Path) -> np.ndarray:
         """Stored values, [H,W] or colours [H,W,3] -> labels uint8 [H,W]. Raises ValueError, naming file and value."""
-        if values.ndim == 3:
-            return self._from_colours(values, path)
-        low, high = min(int(values.min(initial=0)), 0), max(int(values.max(initial=0)), IGNORE)
-        if high - low > 1 << 16:
-            raise self._unknown(str(high if high > -low else low), path)
-        labels = self._table(low, high)[values.astype(np.int64) - low if low else values]
-        if (labels < 0).any():
-            raise self._unknown(str(int(values[labels < 0][0])), path)
+        if values.ndim == 3 and not self.colours:
+            raise ValueError(
+                f"{path} is coloured (RGB), its pixels must be class numbers; or say what each colour means, in "
+                'classes.yaml: `mapping: {"#804080": road}`'
+            )
+        if values.dtype == np.uint8 and values.ndim == 2:
+            table = self._table(0, 255)
+            if not cv2.LUT(values, (table < 0).astype(np.uint8)).any():
+                return cv2.LUT(values, table.astype(np.uint8))
+        labels = self.lookup(values, path)
+        unknown = labels < 0
+        if unknown.any():
+            value = value_name(values[unknown][0])
+            raise ValueError(
+                f"{path} has the label value {value}, which is none of the {self.classes} classes "
+                f"(0 to {self.classes - 1}, {IGNORE} = ignored): {self.remedy.format(value=value)}"
+            )
         return labels.astype(np.uint8)
+
+    def lookup(self, values: np.ndarray, path: Path) -> np.ndarray:
+        """Stored values -> class, IGNORE, or -1 where a value means nothing; int16 [H,W]."""
+        if values.ndim == 3:
+            return self._of_colours(values)
+        low, high = min(int(values.min(initial=0)), 0), max(int(values.max(initial=0)), IGNORE)
+        if high - low <= MOST_VALUES:
+            return self._table(low, high)[values.astype(np.int64) - low if low else values]
+        near = np.abs(values.astype(np.int64)) <= MOST_VALUES // 2
+        labels = np.full(values.shape, -1, dtype=np.int16)
+        labels[near] = self.lookup(values[near], path)
+        return labels
 
     def _table(self, low: int, high: int) -> np.ndarray:
         """Label values low..high -> class, IGNORE, or -1 where they mean nothing; int16 [high - low + 1]."""
@@ -133,27 +243,21 @@ class LabelMap:
                 table[value - low] = target
         return table
 
-    def _from_colours(self, colours: np.ndarray, path: Path) -> np.ndarray:
-        if not self.colours:
-            raise ValueError(
-                f"{path} is coloured (RGB), its pixels must be class numbers; or say what each colour means, in "
-                'classes.yaml: `mapping: {"#804080": road}`'
-            )
+    def _of_colours(self, colours: np.ndarray) -> np.ndarray:
         packed = pack_colours(colours)
+        if not self.colours:
+            return np.full(packed.shape, -1, dtype=np.int16)
         known = pack_colours(np.array(list(self.colours), dtype=np.uint8))
         order = np.argsort(known)
         place = order[np.searchsorted(known[order], packed).clip(max=len(known) - 1)]
-        wrong = known[place] != packed
-        if wrong.any():
-            red, green, blue = (int(part) for part in colours[wrong][0])
-            raise self._unknown(f'"#{red:02x}{green:02x}{blue:02x}"', path)
-        return np.array(list(self.colours.values()), dtype=np.uint8)[place]
+        targets = np.array(list(self.colours.values()), dtype=np.int16)
+        return np.where(known[place] == packed, targets[place], np.int16(-1))
 
-    def _unknown(self, value: str, path: Path) -> ValueError:
-        return ValueError(
-            f"{path} has the label value {value}, which is none of the {self.classes} classes "
-            f"(0 to {self.classes - 1}, {IGNORE} = ignored): {self.remedy.format(value=value)}"
-        )
+
+def value_name(value: np.ndarray) -> str:
+    """A label value as a mapping in classes.yaml calls it: 7, or a colour as "#804080" with the quotes."""
+    parts = np.atleast_1d(value)
+    return '"#{:02x}{:02x}{:02x}"'.format(*parts) if len(parts) == 3 else str(int(parts[0]))
 
 
 def pack_colours(colours: np.ndarray) -> np.ndarray:
@@ -176,6 +280,8 @@ class PairedFiles:
 
     label_map   what label values mean
     read_values  how a label file is read, where it is no image: Path -> integers [H,W]
+
+    `read_pixels`, Path -> uint8 [H,W,3], is how an image is read; a cache may take its place (data/cache.py).
     """
 
     def __init__(
@@ -186,6 +292,8 @@ class PairedFiles:
         read_values: Callable[[Path], np.ndarray] = read_label_file,
     ) -> None:
         self.pairs, self.classes, self.label_map, self.read_values = list(pairs), classes, label_map, read_values
+        self.read_pixels: Callable[[Path], np.ndarray] = read_image
+        self.skips = SkipLog(len(self.pairs))
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -196,7 +304,7 @@ class PairedFiles:
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """-> image uint8 [H,W,3], labels uint8 [H,W], all IGNORE where there is no label file."""
         pair = self.pairs[index]
-        image = read_image(pair.image)
+        image = self.read_pixels(pair.image)
         if pair.labels is None:
             return image, np.full(image.shape[:2], IGNORE, dtype=np.uint8)
         values = self.read_values(pair.labels)
@@ -213,30 +321,55 @@ def pair_folders(images: Path, labels: Path) -> list[Pair]:
 
     Raises ValueError, naming folder or file, where a folder is missing or empty, or a file has no partner.
     """
-    image_paths, label_paths = list_images(images), list_images(labels)
-    for some, others, kind, other_folder in (
-        (image_paths, label_paths, "an image without a label", labels),
-        (label_paths, image_paths, "a label without an image", images),
+    return pair_files(list_images(images), list_images(labels), images, labels)
+
+
+def pair_files(
+    images: Mapping[str, Path], labels: Mapping[str, Path], image_folder: Path, label_folder: Path, suffix: str = ""
+) -> list[Pair]:
+    """Name -> image file and name -> label file as pairs, sorted by name.
+
+    suffix  what the names of label files end in, beyond that of their image
+    Raises ValueError, naming the file, where one has no partner.
+    """
+    for some, others, kind, other_folder, ending in (
+        (images, labels, "an image without a label", label_folder, suffix),
+        (labels, images, "a label without an image", image_folder, ""),
     ):
         alone = sorted(set(some) - set(others))
         if alone:
             raise ValueError(
-                f"{some[alone[0]]} is {kind}: {other_folder} has no {alone[0]}.* ({len(alone)} of {len(some)} "
+                f"{some[alone[0]]} is {kind}: {other_folder} has no {alone[0]}{ending}.* ({len(alone)} of {len(some)} "
                 "files are so). Add the missing files or remove the others"
             )
-    return [Pair(stem, image_paths[stem], label_paths[stem]) for stem in sorted(image_paths)]
+    return [Pair(name, images[name], labels[name]) for name in sorted(images)]
 
 
-def list_images(folder: Path) -> dict[str, Path]:
-    """Stem -> file. Raises ValueError for a folder that is missing or empty, and for two files of one stem."""
+def list_images(folder: Path, nested: bool = False) -> dict[str, Path]:
+    """Name -> file. A name is the stem; with `nested`, files of sub-folders count too, and are called city/stem.
+
+    Hidden files and folders are left out. Raises ValueError for a folder that is missing or empty, and for two files
+    of one name.
+    """
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: check the data root and its layout")
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            if path.stem in found:
-                raise ValueError(f"{found[path.stem]} and {path} have the same name: keep one of them")
-            found[path.stem] = path
+    for path in _files(folder, nested):
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
+            name = path.relative_to(folder).with_name(path.stem).as_posix()
+            if name in found:
+                raise ValueError(f"{found[name]} and {path} have the same name: keep one of them")
+            found[name] = path
     if not found:
         raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
     return found
+
+
+def _files(folder: Path, nested: bool) -> list[Path]:
+    if not nested:
+        return sorted(folder.iterdir())
+    paths = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths += [Path(parent, name) for name in sorted(names)]
+    return paths

@@ -13,7 +13,7 @@ import numpy as np
 
 IGNORE = 255
 PADDING_RGB = (124, 116, 104)  # the mean of ImageNet, so that padding is about 0 once normalised
-LUMA_RGB = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+LUMA_RGB = np.array([0.299, 0.587, 0.114])
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Augmentation:
         image = cv2.warpAffine(image, matrix, size, flags=cv2.INTER_LINEAR, borderValue=PADDING_RGB)
         labels = cv2.warpAffine(labels, matrix, size, flags=cv2.INTER_NEAREST, borderValue=IGNORE)
         if self.colour > 0:
-            image = _jitter(image, self.colour, rng)
+            image = jitter(image, self.colour, rng)
         return image, labels
 
 
@@ -58,11 +58,11 @@ def _offset(size: int, crop: int, rng: np.random.Generator) -> int:
     return int(rng.integers(min(room, 0), max(room, 0) + 1))
 
 
-def _jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+def jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Random brightness, contrast and saturation of an image, each within 1 - strength .. 1 + strength."""
     brightness, contrast, saturation = 1.0 + strength * rng.uniform(-1.0, 1.0, size=3)
-    pixels = image.astype(np.float32) * np.float32(brightness)
-    grey = pixels @ LUMA_RGB
-    pixels = (pixels - grey[..., None]) * np.float32(saturation) + grey[..., None]
-    mean = np.float32(grey.mean())
-    pixels = (pixels - mean) * np.float32(contrast) + mean
-    return np.clip(pixels, 0, 255).astype(np.uint8)
+    # Brightness; then saturation, about the grey of each pixel; then contrast, about the mean grey: one affine map.
+    mean = brightness * LUMA_RGB @ cv2.mean(image)[:3]
+    grey = np.broadcast_to(LUMA_RGB, (3, 3))
+    matrix = contrast * brightness * (saturation * np.eye(3) + (1 - saturation) * grey)
+    return cv2.transform(image, np.column_stack([matrix, np.full(3, (1 - contrast) * mean)]))

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from routeseg.model import DynamicRoutingNetwork, Segmentation
 from routeseg.model.cell import RoutingNode
+from routeseg.model.grid import fill_missing, prepare
 from routeseg.model.layers import running_statistics
-from routeseg.model.network import Activation, Routes, fill_missing, prepare, route_gates
+from routeseg.model.network import Activation, Routes, route_gates
 from routeseg.space import DIRECTIONS, SCALE_STEP
 
 
@@ -154,7 +155,7 @@ def fold_batch_norm(model: DynamicRoutingNetwork) -> DynamicRoutingNetwork:
     for sequence in [m for m in folded.modules() if isinstance(m, nn.Sequential)]:
         for position in range(1, len(sequence)):
             conv, norm = sequence[position - 1], sequence[position]
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.modules.batchnorm._BatchNorm):
                 mean, variance = running_statistics(norm)
                 scale = norm.weight.double() / torch.sqrt(variance.double() + norm.eps)
                 shift = norm.bias.double() - mean.double() * scale

@@ -46,11 +46,16 @@ def picture_kind(path: str | Path) -> str:
     return kind
 
 
-def save_figure(figure: Figure, path: str | Path, kind: str) -> None:
+def figure_bytes(figure: Figure, kind: str) -> bytes:
+    """The figure as the bytes of a file, `kind` "png" or "svg"."""
     data = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else None  # the same figure gives the same text
     figure.savefig(data, format=kind, bbox_inches="tight", pad_inches=0.12, metadata=metadata)
-    write_atomically(path, data.getvalue())
+    return data.getvalue()
+
+
+def save_figure(figure: Figure, path: str | Path, kind: str) -> None:
+    write_atomically(path, figure_bytes(figure, kind))
 
 
 def plain_axes(ax: Axes) -> None:

@@ -95,7 +95,7 @@ def _inner_border(labels: np.ndarray) -> np.ndarray:
 
 
 @cache
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+def text_font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
 
@@ -109,7 +109,7 @@ def legend_entries(labels: np.ndarray, class_names: Sequence[str], palette: Any)
     return [(named[v][0], tuple(int(c) for c in named[v][1]), count / labels.size) for v, count in order]
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return "<0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"
 
 
@@ -117,13 +117,13 @@ def _with_legend(picture: np.ndarray, labels: np.ndarray, class_names: Sequence[
     height, width = picture.shape[:2]
     beside = height > SIDE_LEGEND_RATIO * width
     size = int(np.clip(round(0.7 * math.sqrt(max(height, width))), 14, 44))  # pixels
-    font, line, gap = _font(size), round(1.75 * size), round(0.6 * size)
+    font, line, gap = text_font(size), round(1.75 * size), round(0.6 * size)
     margin, swatch = round(0.9 * size), round(1.05 * size)
     space = round(2.2 * size)  # between columns
-    entries = [(name, color, _percent(share)) for name, color, share in legend_entries(labels, class_names, palette)]
+    entries = [(name, color, percent(share)) for name, color, share in legend_entries(labels, class_names, palette)]
     share_width = max(font.getlength(share) for _, _, share in entries)
     room = (20 * size if beside else width - 2 * margin) - swatch - 2 * gap - share_width
-    names = [_shorten(name, font, room) for name, _, _ in entries]
+    names = [shorten(name, font, room) for name, _, _ in entries]
     name_width = max(font.getlength(name) for name in names)
     column = math.ceil(swatch + 2 * gap + name_width + share_width)
     if beside:
@@ -150,7 +150,7 @@ def _with_legend(picture: np.ndarray, labels: np.ndarray, class_names: Sequence[
     return np.array(canvas)
 
 
-def _shorten(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
+def shorten(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
     text = " ".join(str(text).split())
     if font.getlength(text) <= room:
         return text

@@ -22,7 +22,17 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.transforms import ScaledTranslation
 
-from routeseg.figures.common import FAINT, INK, MUTED, POINTS_PER_INCH, new_figure, picture_kind, save_figure
+from routeseg.figures.common import (
+    FAINT,
+    INK,
+    MUTED,
+    POINTS_PER_INCH,
+    figure_bytes,
+    new_figure,
+    picture_kind,
+    save_figure,
+)
+from routeseg.files import write_atomically
 from routeseg.space import KEEP, SCALE_STEP, STEM_STRIDE, RoutingSpace
 
 # Activation 0 to 1, light to dark, so that it survives a greyscale print. The pale end of viridis is left
@@ -227,12 +237,16 @@ def route_legend(columns: int, words: RouteWords = ONE_IMAGE) -> dict[str, Any]:
 
 def save_route(path: str | Path, space: RoutingSpace, gates: np.ndarray, title: str | None = None) -> None:
     """One route as a picture file (see `draw_route`, and for its ValueErrors). `gates` [L+1, S, 3]."""
-    kind = picture_kind(path)
+    write_atomically(path, route_picture(space, gates, title, picture_kind(path)))
+
+
+def route_picture(space: RoutingSpace, gates: np.ndarray, title: str | None = None, kind: str = "png") -> bytes:
+    """The picture of `save_route` as the bytes of a file, `kind` "png" or "svg"."""
     wide = (space.depth + 2.9) * float(np.clip(10 / (space.depth + 2.9), 0.42, 0.64))  # inches
     tall = 0.6 * space.num_scales
     figure = new_figure(wide, tall)
     draw_route(figure.add_axes((0, 0, 1, 1)), space, gates, title)
-    save_figure(figure, path, kind)
+    return figure_bytes(figure, kind)
 
 
 def route_grid(

@@ -1,0 +1,323 @@
+"""A walk over a data set before training: what is in its files, picture by picture and summed up.
+
+What is wrong with it, and the verdict, is in findings.py.
+
+Legend: K classes, H, W image size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from routeseg.data.pairs import (
+    Classes,
+    LabelMap,
+    Pair,
+    PairedFiles,
+    SegmentationData,
+    UnreadableImage,
+    pack_colours,
+    read_image,
+    value_name,
+)
+from routeseg.data.transforms import IGNORE
+
+ALONE_SECONDS = 3.0  # a small data set is looked at before other processes would have started
+CHUNK = 8  # pictures that a process is given at a time
+VALUES_KEPT = 1000  # different label values of a file, or of a split, that are told apart; the rarest are left out
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a look into the files of one picture found.
+
+    unreadable  the message of a file that is damaged or missing
+    wrong       the message of what would end a training: a label of another size, or one that is no label image
+    size        (height, width) of the image
+    kind        how the label stores its values: "8 bit", "16 bit" or more, or "colour"
+    values      label value as a mapping would call it -> pixels
+    unknown     those of `values` that mean nothing
+    pixels      int64 [K+1], of each class, and ignored
+    digest      a hash of the image file
+    """
+
+    name: str
+    image: str
+    label: str | None
+    unreadable: str | None = None
+    wrong: str | None = None
+    size: tuple[int, int] | None = None
+    kind: str | None = None
+    values: dict[str, int] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+    pixels: np.ndarray | None = None
+    digest: str | None = None
+
+    @property
+    def blank(self) -> bool:
+        """Read, and without a single pixel that belongs to a class."""
+        return self.pixels is not None and not self.unknown and not self.pixels[:-1].any()
+
+
+def look_at_pair(pair: Pair, label_map: LabelMap, read_values: Callable[[Path], np.ndarray]) -> Picture:
+    """Reads the two files of a picture."""
+    found = partial(Picture, pair.name, str(pair.image), None if pair.labels is None else str(pair.labels))
+    try:
+        image = read_image(pair.image)
+        digest = hashlib.blake2b(pair.image.read_bytes(), digest_size=16).hexdigest()
+    except (UnreadableImage, OSError) as error:
+        return found(unreadable=str(error))
+    found = partial(found, size=(image.shape[0], image.shape[1]), digest=digest)
+    if pair.labels is None:
+        return found(pixels=_histogram(np.array([IGNORE]), np.array([image[..., 0].size]), label_map.classes))
+    try:
+        stored = read_values(pair.labels)
+    except UnreadableImage as error:
+        return found(unreadable=str(error))
+    except ValueError as error:
+        return found(wrong=str(error))
+    kind = "colour" if stored.ndim == 3 else f"{8 * stored.dtype.itemsize} bit"
+    if stored.shape[:2] != image.shape[:2]:
+        sizes = f"{image.shape[1]}x{image.shape[0]}, its label {pair.labels} is {stored.shape[1]}x{stored.shape[0]}"
+        return found(wrong=f"{pair.image} is {sizes}", kind=kind)
+    values, counts = _count(stored)
+    labels = label_map.lookup(values[None], pair.labels)[0]
+    order = np.argsort(-counts, kind="stable")[:VALUES_KEPT]
+    return found(
+        kind=kind,
+        values={value_name(values[k]): int(counts[k]) for k in order},
+        unknown=tuple(value_name(values[k]) for k in order if labels[k] < 0),
+        pixels=_histogram(labels, counts, label_map.classes),
+    )
+
+
+def look_at_pairs(pairs: Sequence[Pair], label_map: LabelMap, read_values: Callable) -> list[Picture]:
+    return [look_at_pair(pair, label_map, read_values) for pair in pairs]
+
+
+def look_at_drawn(data: SegmentationData, index: int) -> Picture:
+    """A picture of a data set that has no files."""
+    image, labels = data.read(index)
+    values, counts = _count(labels)
+    return Picture(
+        name=data.name(index),
+        image=data.name(index),
+        label=data.name(index),
+        size=(image.shape[0], image.shape[1]),
+        kind="8 bit",
+        values={value_name(value): int(count) for value, count in zip(values, counts, strict=True)},
+        pixels=_histogram(values, counts, len(data.classes)),
+        digest=hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest(),
+    )
+
+
+def _count(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different values of a label file, [N] or [N,3], and how many pixels have each."""
+    if stored.dtype == np.uint8 and stored.ndim == 2:
+        counts = np.bincount(stored.ravel(), minlength=256)
+        return np.flatnonzero(counts), counts[counts > 0]
+    values, counts = np.unique(pack_colours(stored) if stored.ndim == 3 else stored, return_counts=True)
+    if stored.ndim == 3:
+        values = np.stack([values >> 16, (values >> 8) & 255, values & 255], axis=-1).astype(np.uint8)
+    return values, counts
+
+
+def _histogram(labels: np.ndarray, counts: np.ndarray, classes: int) -> np.ndarray:
+    """Pixels of each class and ignored, int64 [K+1]; those of no class (below 0) are left out."""
+    pixels = np.zeros(classes + 1, dtype=np.int64)
+    np.add.at(pixels, np.where(labels == IGNORE, classes, labels)[labels >= 0], counts[labels >= 0])
+    return pixels
+
+
+@dataclass
+class SplitCheck:
+    """What was found in a split.
+
+    failure   why it could not be opened at all; then there are no pictures
+    training  it is the split to train on
+    """
+
+    split: str
+    classes: Classes
+    pictures: list[Picture]
+    training: bool = False
+    failure: str | None = None
+
+    @property
+    def unreadable(self) -> list[Picture]:
+        return [picture for picture in self.pictures if picture.unreadable]
+
+    @property
+    def wrong(self) -> list[Picture]:
+        return [picture for picture in self.pictures if picture.wrong]
+
+    @property
+    def blank(self) -> list[Picture]:
+        return [picture for picture in self.pictures if picture.blank]
+
+    @property
+    def counted(self) -> list[Picture]:
+        """Those whose labels were read."""
+        return [picture for picture in self.pictures if picture.pixels is not None]
+
+    @cached_property
+    def sizes(self) -> Counter[tuple[int, int]]:
+        """(height, width) -> pictures."""
+        return Counter(picture.size for picture in self.pictures if picture.size)
+
+    @cached_property
+    def values(self) -> Counter[str]:
+        """Label value -> pixels."""
+        total: Counter[str] = Counter()
+        for picture in self.counted:
+            total.update(picture.values)
+            if len(total) > 10 * VALUES_KEPT:
+                total = Counter(dict(total.most_common(VALUES_KEPT)))
+        return total
+
+    @cached_property
+    def unknown(self) -> list[str]:
+        """The label values that mean nothing, the most frequent first."""
+        unknown = {value for picture in self.pictures for value in picture.unknown}
+        return [value for value, _ in self.values.most_common() if value in unknown]
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """int64 [K+1], of each class, and ignored."""
+        zero = np.zeros(len(self.classes) + 1, dtype=np.int64)
+        return sum((picture.pixels for picture in self.counted if picture.pixels is not None), zero)
+
+    @cached_property
+    def in_pictures(self) -> np.ndarray:
+        """int64 [K], in how many pictures each class occurs."""
+        zero = np.zeros(len(self.classes), dtype=np.int64)
+        return sum((picture.pixels[:-1] > 0 for picture in self.counted if picture.pixels is not None), zero)
+
+    def shares(self) -> np.ndarray:
+        """float [K], of the pixels that belong to a class; zeros where there are none."""
+        labelled = self.pixels[:-1]
+        return labelled / max(labelled.sum(), 1)
+
+    def absent(self) -> list[str]:
+        """The names of the classes that never occur."""
+        return [name for name, count in zip(self.classes.names, self.in_pictures, strict=True) if not count]
+
+    def smaller_than(self, crop: tuple[int, int]) -> int:
+        """How many pictures are smaller than a crop, in height or width."""
+        return sum(count for size, count in self.sizes.items() if size[0] < crop[0] or size[1] < crop[1])
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON. Sizes are WIDTHxHEIGHT, shares 0..1 of the labelled pixels."""
+        named = {f"{width}x{height}": count for (height, width), count in self.sizes.most_common()}
+        rows = zip(self.classes.names, self.pixels, self.shares(), self.in_pictures, strict=False)
+        return {
+            "failure": self.failure,
+            "pictures": len(self.pictures),
+            "unreadable": {picture.name: picture.unreadable for picture in self.unreadable},
+            "wrong": {picture.name: picture.wrong for picture in self.wrong},
+            "without_labels": [picture.name for picture in self.blank],
+            "sizes": named,
+            "label_kinds": dict(Counter(picture.kind for picture in self.pictures if picture.kind)),
+            "values": dict(self.values.most_common(VALUES_KEPT)),
+            "values_without_class": {value: self.values[value] for value in self.unknown},
+            "classes": [
+                {"name": name, "pixels": int(count), "share": float(share), "pictures": int(pictures)}
+                for name, count, share, pictures in rows
+            ],
+            "ignored_pixels": int(self.pixels[-1]),
+            "never": self.absent(),
+        }
+
+
+def check_split(
+    data: SegmentationData,
+    split: str,
+    training: bool = False,
+    workers: int | None = None,
+    on_picture: Callable[[], None] | None = None,
+) -> SplitCheck:
+    """Looks at every picture of a split.
+
+    workers     processes that read files, 0 or 1: this one; None: one a core, where it takes more than some seconds
+    on_picture  called after each picture (for a progress bar)
+    """
+    found: dict[int, Picture] = {}
+    for start, pictures in _look(data, workers):
+        found.update(enumerate(pictures, start))
+        if on_picture is not None:
+            for _ in pictures:
+                on_picture()
+    return SplitCheck(split, data.classes, [found[index] for index in sorted(found)], training)
+
+
+def _look(data: SegmentationData, workers: int | None) -> Iterator[tuple[int, list[Picture]]]:
+    """Pictures, in any order, as (index of the first, some of them in a row)."""
+    if not isinstance(data, PairedFiles):
+        for index in range(len(data)):
+            yield index, [look_at_drawn(data, index)]
+        return
+    look = partial(look_at_pairs, label_map=data.label_map, read_values=data.read_values)
+    starts = deque(range(0, len(data), CHUNK))
+    processes = (os.cpu_count() or 1) if workers is None else workers
+    alone_until = time.monotonic() + ALONE_SECONDS if workers is None else 0.0
+    while starts and (processes < 2 or time.monotonic() < alone_until):
+        start = starts.popleft()
+        yield start, look(data.pairs[start : start + CHUNK])
+    if not starts:
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        try:
+            tasks = {pool.submit(look, data.pairs[start : start + CHUNK]): start for start in starts}
+            for done in as_completed(tasks):
+                yield tasks[done], done.result()
+        except BrokenProcessPool as error:
+            raise ValueError("a process that reads files was killed, for want of memory? Try --workers 1") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def duplicates(checks: Iterable[SplitCheck]) -> list[list[tuple[str, Picture]]]:
+    """The groups of pictures whose images are the same, byte for byte, with their splits."""
+    groups: dict[str, list[tuple[str, Picture]]] = {}
+    for check in checks:
+        for picture in check.pictures:
+            if picture.digest is not None:
+                groups.setdefault(picture.digest, []).append((check.split, picture))
+    return [group for group in groups.values() if len({(split, picture.image) for split, picture in group}) > 1]
+
+
+def pictures_to_show(check: SplitCheck, count: int) -> list[int]:
+    """Indices of readable pictures: for each class the one that has most of it, the rarest class first; then others."""
+    pixels = {k: picture.pixels[:-1] for k, picture in enumerate(check.pictures) if picture.pixels is not None}
+    chosen: list[int] = []
+    for kind in np.argsort(check.in_pictures, kind="stable"):
+        if len(chosen) < count and check.in_pictures[kind] and not any(pixels[k][kind] for k in chosen):
+            chosen.append(max((int(counts[kind]), k) for k, counts in pixels.items())[1])
+    readable = list(pixels)
+    for place in np.linspace(0, len(readable) - 1, min(count, len(readable))).round().astype(int):
+        if len(chosen) < count and readable[place] not in chosen:
+            chosen.append(readable[place])
+    return sorted(chosen)
+
+
+def read_to_show(data: SegmentationData, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """-> image uint8 [H,W,3], labels uint8 [H,W], where a value that means nothing is K."""
+    if not isinstance(data, PairedFiles) or data.pairs[index].labels is None:
+        return data.read(index)
+    pair = data.pairs[index]
+    assert pair.labels is not None
+    labels = data.label_map.lookup(data.read_values(pair.labels), pair.labels)
+    return read_image(pair.image), np.where(labels < 0, len(data.classes), labels).astype(np.uint8)

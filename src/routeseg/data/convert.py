@@ -1,0 +1,358 @@
+"""Exports of labelling tools become data sets of the `folder` layout.
+
+COCO-style: one JSON of polygons and run lengths; its masks are drawn, the images stay where they are.
+VOC-style:  JPEGImages/, SegmentationClass/ and a list of classes; nothing but a classes.yaml is added.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from routeseg.data.folder import FILE, write_classes
+from routeseg.data.pairs import list_images
+from routeseg.data.roots import expected
+from routeseg.data.transforms import IGNORE
+from routeseg.data.voc import voc_palette
+from routeseg.files import check_writable, write_atomically
+
+FARTHEST = 1e6  # coordinate that is drawn: pycocotools walks along outlines step by step, and never ends at NaN
+VAL_FRACTION = 0.2  # where the export does not say what is for validation
+BACKGROUNDS = ("background", "_background_", "__background__")
+BORDER = "#e0e0c0"  # VOC's border of objects
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+VOC_TREE = """
+EXPORT/JPEGImages/NAME.jpg
+EXPORT/SegmentationClass/NAME.png          coloured, or class numbers
+EXPORT/labelmap.txt or class_names.txt     lines NAME:R,G,B:: or lines NAME
+EXPORT/ImageSets/Segmentation/LIST.txt     may be left out
+"""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The classes.yaml that was written, the names of the classes, and what a user should know about them."""
+
+    path: Path
+    names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+class Annotations:
+    """A COCO-style JSON and the folder of its images. Raises ValueError where the one does not fit the other."""
+
+    def __init__(self, path: Path, images: Path) -> None:
+        self.path, self.folder = path, images
+        try:
+            data = json.loads(path.read_bytes())
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON: {error}") from error
+        parts = ("images", "annotations", "categories")
+        missing = [key for key in parts if not isinstance(data, dict) or not isinstance(data.get(key), list)]
+        if missing:
+            raise ValueError(
+                f"{path} has no list `{missing[0]}`: export as COCO (instance segmentation), with {', '.join(parts)}"
+            )
+        try:
+            self.categories = {int(entry["id"]): entry for entry in data["categories"]}
+            self.pictures = {int(entry["id"]): _picture(entry) for entry in data["images"]}
+            self.objects: dict[int, list[dict]] = defaultdict(list)
+            for entry in data["annotations"]:
+                self.objects[int(entry["image_id"])].append({**entry, "category_id": int(entry["category_id"])})
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"an entry without {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{path} is not as COCO writes it: {what}") from error
+        self._check()
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def _check(self) -> None:
+        if not self.pictures:
+            raise ValueError(f"{self.path} lists no images")
+        if not self.folder.is_dir():
+            raise ValueError(f"no folder {self.folder}: give the folder of the images with --images")
+        stems = Counter(name for name, _ in self.pictures.values())
+        for name, count in stems.items():
+            if count > 1:
+                raise ValueError(
+                    f"{self.path} has {count} images called {name}: rename them, so that each has its mask"
+                )
+        lost = [name for name, _ in self.pictures.values() if name not in self.files]
+        if lost:
+            raise ValueError(
+                f"{self.folder} has no {lost[0]}.*, which {self.path} lists ({len(lost)} of {len(self.pictures)} are "
+                "absent): check --images"
+            )
+        if strangers := set(self.objects) - set(self.pictures):
+            raise ValueError(f"{self.path} has annotations of an image {min(strangers)}, which it does not list")
+        unknown = {entry["category_id"] for entries in self.objects.values() for entry in entries} - set(
+            self.categories
+        )
+        if unknown:
+            raise ValueError(f"{self.path} has annotations of a category {min(unknown)}, which it does not name")
+
+    @property
+    def used(self) -> set[int]:
+        """The categories that have objects."""
+        return {entry["category_id"] for entries in self.objects.values() for entry in entries}
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        return list_images(self.folder, nested=True)
+
+
+def _picture(entry: dict) -> tuple[str, tuple[int, int]]:
+    """The name without its suffix, and (height, width). Raises ValueError for a name that leaves its folder."""
+    name = PurePosixPath(str(entry["file_name"]).replace("\\", "/"))
+    if name.is_absolute() or ".." in name.parts or not name.name:
+        raise ValueError(f"the file name {entry['file_name']!r} leaves the folder of the images")
+    height, width = int(entry["height"]), int(entry["width"])
+    if min(height, width) < 1:
+        raise ValueError(f"the image {name} is {width}x{height}")
+    return name.with_suffix("").as_posix(), (height, width)
+
+
+def convert_coco(
+    parts: Mapping[str, Annotations],
+    output: Path,
+    background: bool = True,
+    on_picture: Callable[[], None] | None = None,
+) -> Converted:
+    """Draws the masks of COCO-style annotations, larger objects first: OUTPUT/masks/, lists, and OUTPUT/classes.yaml.
+
+    parts       split -> its annotations; of a single one, a part is set aside for validation, by name
+    background  pixels without an object are the first class, and not ignored
+    on_picture  called after each picture (for a progress bar)
+    Raises ValueError, naming the extra, where pycocotools is missing, and where OUTPUT holds a data set.
+    """
+    tool = _pycocotools()
+    if (output / FILE).exists():
+        raise ValueError(f"{output} already holds a data set: choose another folder")
+    categories, notes = _categories(parts)
+    names = [str(entry["name"]) for entry in categories.values()]
+    first = next((names.index(name) for name in BACKGROUNDS if name in names), None)
+    if background and first is None:
+        names, first = ["background", *names], 0
+        classes = {key: k for k, key in enumerate(categories, 1)}
+    else:
+        classes = {key: k for k, key in enumerate(categories)}
+    if len(names) > IGNORE:
+        raise ValueError(f"{len(names)} categories: a mask holds at most {IGNORE}")
+    empty = first if background and first is not None else IGNORE
+    check_writable(output, "output folder")
+    boxes = 0
+    for split, part in parts.items():
+        for number, (name, size) in part.pictures.items():
+            mask, without = _paint(tool, part.path, size, part.objects.get(number, []), classes, empty)
+            boxes += without
+            write_atomically(output / "masks" / split / f"{name}.png", _png(mask))
+            if on_picture is not None:
+                on_picture()
+        lines = "".join(f"{name}\n" for name in sorted(name for name, _ in part.pictures.values()))
+        write_atomically(output / f"{split}.txt", lines.encode(errors="surrogateescape"))
+    if boxes:
+        notes.append(f"annotations without an outline, with a box at most, were left out: {boxes}")
+    where = {split: _seen_from(part.folder, output) for split, part in parts.items()}
+    if len(parts) == 1:
+        (split,) = parts
+        layout = {"images": where[split], "masks": f"masks/{split}"}
+        layout["split"] = {"val_fraction": VAL_FRACTION, "seed": 0, "list": f"{split}.txt"}  # type: ignore[assignment]
+    else:
+        layout = {"images": where, "masks": {split: f"masks/{split}" for split in parts}}  # type: ignore[dict-item]
+        layout["split"] = {split: f"{split}.txt" for split in parts}  # type: ignore[assignment]
+    write_classes(output / FILE, names, voc_palette()[: len(names)], **layout)  # last: a folder with it is complete
+    return Converted(output / FILE, tuple(names), tuple(notes))
+
+
+def _pycocotools() -> ModuleType:
+    try:
+        from pycocotools import mask
+    except ImportError as error:
+        raise ValueError("COCO annotations need the package pycocotools: pip install 'routeseg[coco]'") from error
+    return mask
+
+
+def _categories(parts: Mapping[str, Annotations]) -> tuple[dict[int, dict], list[str]]:
+    """Category id -> entry, by id, and notes. Raises ValueError where two files do not agree.
+
+    Some tools write the project's name as a category above all others, without a single object: that is left out.
+    """
+    merged: dict[int, dict] = {}
+    for part in parts.values():
+        for key, entry in part.categories.items():
+            if merged.setdefault(key, entry)["name"] != entry["name"]:
+                raise ValueError(
+                    f"{part.path} calls category {key} {entry['name']}, another file {merged[key]['name']}: export "
+                    "them together"
+                )
+    used = set().union(*(part.used for part in parts.values()))
+    if not used:
+        raise ValueError(f"{next(iter(parts.values())).path} has no annotations")
+    above = {entry.get("supercategory") for entry in merged.values()} - {None, "none"}
+    left_out = [key for key, entry in merged.items() if key not in used and entry["name"] in above]
+    notes = [
+        f"{merged[key]['name']} stands above other categories and has no objects: it is no class" for key in left_out
+    ]
+    kept = {key: merged[key] for key in sorted(merged) if key not in left_out}
+    twice = [name for name, count in Counter(str(entry["name"]) for entry in kept.values()).items() if count > 1]
+    if twice:
+        raise ValueError(f"{next(iter(parts.values())).path} has two categories called {twice[0]}: rename one")
+    return kept, notes
+
+
+def _png(mask: np.ndarray) -> bytes:
+    """A palette PNG, whose bytes are the classes and whose colours can be told apart."""
+    picture, data = Image.fromarray(mask), io.BytesIO()
+    picture.putpalette([part for colour in voc_palette() for part in colour])
+    picture.save(data, format="PNG")
+    return data.getvalue()
+
+
+def _paint(
+    tool: Any, path: Path, size: tuple[int, int], objects: Sequence[dict], classes: Mapping[int, int], empty: int
+) -> tuple[np.ndarray, int]:
+    """A mask uint8 [H,W], larger objects first so that smaller ones stay visible; and how many have no outline."""
+    shapes = []
+    without = 0
+    for entry in objects:
+        with _naming(path, entry):
+            runs = _runs(tool, entry.get("segmentation"), size)
+            if runs is None:
+                without += 1
+            else:
+                shapes.append((int(tool.area(runs)), runs, entry))
+    mask = np.full(size, empty, dtype=np.uint8)
+    for _, runs, entry in sorted(shapes, key=lambda shape: -shape[0]):
+        with _naming(path, entry):
+            mask[tool.decode(runs).astype(bool)] = classes[entry["category_id"]]
+    return mask, without
+
+
+@contextmanager
+def _naming(path: Path, entry: dict) -> Iterator[None]:
+    """Turns whatever a damaged outline raises in this block into a ValueError that names the annotation."""
+    try:
+        yield
+    except Exception as error:  # pycocotools raises errors of every kind
+        raise ValueError(f"{path}: annotation {entry.get('id')} has no readable segmentation: {error}") from error
+
+
+def _runs(tool: Any, outline: Any, size: tuple[int, int]) -> Any:
+    """An outline as pycocotools' run lengths, or None where there is none."""
+    if not outline:
+        return None
+    if isinstance(outline, dict):
+        if list(outline["size"]) != list(size):
+            raise ValueError(f"its run lengths are for {outline['size']}, its image is {list(size)}")
+        counts = outline["counts"]
+        if isinstance(counts, str):
+            return {"size": list(size), "counts": counts.encode()}
+        return tool.frPyObjects({"size": list(size), "counts": counts}, *size)
+    polygons = [[float(number) for number in polygon] for polygon in outline]
+    if any(len(polygon) % 2 for polygon in polygons):
+        raise ValueError("a polygon has an odd number of coordinates")
+    if not all(abs(number) <= FARTHEST for polygon in polygons for number in polygon):
+        raise ValueError("a coordinate is no number, or far outside the image")
+    polygons = [polygon for polygon in polygons if len(polygon) >= 6]
+    return tool.merge(tool.frPyObjects(polygons, *size)) if polygons else None
+
+
+def _seen_from(folder: Path, base: Path) -> str:
+    """A relative path where it is short, so that both may be moved together; else the absolute one."""
+    relative = os.path.relpath(os.path.realpath(folder), os.path.realpath(base))
+    return str(folder.absolute()) if relative.count("..") > 2 else Path(relative).as_posix()
+
+
+def convert_voc(export: Path, images: str | None = None, background: bool = True) -> Converted:
+    """Writes EXPORT/classes.yaml for a VOC-style export; the images and masks are not touched.
+
+    images      the folder of the images, where it is not EXPORT/JPEGImages
+    background  the class background is kept; else it is ignored
+    Raises ValueError, showing the expected tree, where something is missing.
+    """
+    pictures = Path(images) if images is not None else export / "JPEGImages"
+    if (export / FILE).exists():
+        raise ValueError(f"{export / FILE} is already there: remove it to write it anew")
+    for folder in (export, pictures):
+        if not folder.is_dir():
+            raise ValueError(
+                f"no folder {folder}; {expected(VOC_TREE)}\nor give the folder of the images with --images"
+            )
+    masks = next((m for m in ("SegmentationClass", "SegmentationClassPNG") if any((export / m).rglob("*.png"))), None)
+    if masks is None:
+        raise ValueError(f"{export} has no SegmentationClass/ with PNGs in it; {expected(VOC_TREE)}")
+    names, mapping, palette = _voc_classes(export)
+    if not background:
+        gone = next((k for k, name in enumerate(names) if name in BACKGROUNDS), None)
+        if gone is None or len(names) == 1:
+            raise ValueError(
+                f"{export} has the classes {', '.join(names)}: to ignore the background, there must be a class called "
+                f"{' or '.join(BACKGROUNDS)}, and another one; leave --background out"
+            )
+        mapping = mapping or {k: k for k in range(len(names))}
+        mapping = {key: IGNORE if k == gone else k - (k > gone) for key, k in mapping.items()}
+        names, palette = names[:gone] + names[gone + 1 :], palette and palette[:gone] + palette[gone + 1 :]
+    if palette is not None:
+        mapping |= {BORDER: IGNORE} if BORDER not in mapping else {}
+    layout: dict[str, Any] = {"images": _seen_from(pictures, export), "masks": masks}
+    if mapping:
+        layout["mapping"] = mapping
+    layout["split"] = _voc_split(export)
+    check_writable(export, "folder")
+    write_classes(export / FILE, names, palette, **layout)
+    return Converted(export / FILE, tuple(names))
+
+
+def _voc_classes(export: Path) -> tuple[list[str], dict[Any, int], list[list[int]] | None]:
+    """Names, mapping, and palette: with a labelmap.txt colours say what a pixel is, with class_names.txt its number."""
+    labelmap, class_names = export / "labelmap.txt", export / "class_names.txt"
+    source = labelmap if labelmap.is_file() else class_names
+    if not source.is_file():
+        raise ValueError(f"{export} has neither labelmap.txt nor class_names.txt; {expected(VOC_TREE)}")
+    lines = [line.strip() for line in source.read_text(encoding="utf-8-sig", errors="replace").split("\n")]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if not lines:
+        raise ValueError(f"{source} names no classes")
+    if source == class_names:
+        return [line for line in lines if line != "__ignore__"], {}, None
+    names, palette = [], []
+    for line in lines:
+        name, _, rest = line.partition(":")
+        try:
+            red, green, blue = (int(part) for part in rest.split(":")[0].split(","))
+        except ValueError as error:
+            raise ValueError(f"{source} has the line {line!r}: expected NAME:R,G,B::") from error
+        names.append(name)
+        palette.append([red, green, blue])
+    mapping = {"#{:02x}{:02x}{:02x}".format(*colour): k for k, colour in enumerate(palette)}
+    if len(mapping) < len(names):
+        raise ValueError(f"{source} gives two classes the same colour: export with different colours")
+    return names, mapping, palette
+
+
+def _voc_split(export: Path) -> dict[str, Any]:
+    """The lists of the export, where there is one to train and one to validate on; else a fraction of its list."""
+    lists = sorted((export / "ImageSets" / "Segmentation").glob("*.txt"))
+    known = {SPLIT_NAMES[path.stem.lower()]: path for path in lists if path.stem.lower() in SPLIT_NAMES}
+    if {"train", "val"} <= set(known):
+        return {split: path.relative_to(export).as_posix() for split, path in known.items()}
+    fraction: dict[str, Any] = {"val_fraction": VAL_FRACTION, "seed": 0}
+    if lists:
+        whole = next((path for path in lists if path.stem in ("trainval", "default")), lists[0])
+        fraction["list"] = whole.relative_to(export).as_posix()
+    return fraction

@@ -1,0 +1,327 @@
+"""What is wrong with a data set, each with its remedy, and whether it is ready to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from routeseg.data.check import Picture, SplitCheck, duplicates
+from routeseg.data.pairs import LabelMap
+from routeseg.data.transforms import IGNORE
+
+MOSTLY = 0.99  # share of the labelled pixels above which a class leaves the others hardly a chance
+MOSTLY_IGNORED = 0.8
+MOSTLY_UNREADABLE = 0.5
+BLURRED_VALUES = 30  # different label values that no class has, from which on they come from blurred borders
+RARE_VALUE = 0.001  # share of pixels below which a colour is none that somebody painted with
+LONGEST_MAPPING = 40  # entries that a remedy writes out
+SMALLEST = 32  # pixels, the least side of an image that the network takes
+VERDICTS = {
+    "ready": "ready: nothing stands against training on it",
+    "warnings": "ready, with warnings: it can be trained on; see what is said above",
+    "errors": "not ready: mend what is marked as an error above first",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong: an `error` ends a training or makes it pointless, a `warning` makes it worse.
+
+    files  the files or pictures that it is about, all of them
+    """
+
+    level: Literal["error", "warning"]
+    text: str
+    remedy: str
+    files: tuple[str, ...] = ()
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    """A key of VERDICTS."""
+    levels = {finding.level for finding in findings}
+    return "errors" if "error" in levels else "warnings" if levels else "ready"
+
+
+def find(
+    checks: Sequence[SplitCheck],
+    label_map: LabelMap | None = None,
+    described_in: Path | None = None,
+    crop: tuple[int, int] | None = None,
+) -> list[Finding]:
+    """Everything that is wrong with the splits, errors first.
+
+    label_map     what label values mean (None: the data set has no files)
+    described_in  the classes.yaml that a mapping can be written into (None: the data set's own meaning is fixed)
+    crop          (height, width) of a training crop
+    """
+    found: list[Finding] = []
+    for check in checks:
+        if check.failure is not None:
+            remedy = "make the split, or name another one (data.train_split, data.val_split)"
+            found.append(Finding("error", f"{check.split}: {check.failure}", remedy))
+            continue
+        found += _of_files(check)
+        found += _of_values(check, label_map, described_in)
+        if not check.unknown:
+            found += _of_labels(check)
+            found += _of_classes(check, label_map, described_in)
+        found += _of_sizes(check, crop)
+    found += _of_duplicates(checks)
+    return sorted(found, key=lambda finding: finding.level)
+
+
+def _of_files(check: SplitCheck) -> list[Finding]:
+    found, total = [], len(check.pictures)
+    if check.unreadable:
+        bad = len(check.unreadable)
+        found.append(
+            Finding(
+                "error" if bad > MOSTLY_UNREADABLE * total else "warning",
+                f"{check.split}: {bad} of {total} pictures cannot be read",
+                "copy these files again from where they come from, or remove them; training and evaluation skip them",
+                tuple(str(picture.unreadable) for picture in check.unreadable),
+            )
+        )
+    if check.wrong:
+        remedy = "make these labels again, of the size of their image and with one number or colour a pixel"
+        if all(_sides_swapped(picture) for picture in check.wrong):
+            remedy = (
+                "width and height are swapped: the camera noted a rotation (EXIF), and the labels were drawn without "
+                "it. Turn the labels, or save the images without the note"
+            )
+        text = f"{check.split}: {len(check.wrong)} of {total} labels do not fit their image, or are no label images"
+        found.append(Finding("error", text, remedy, tuple(str(picture.wrong) for picture in check.wrong)))
+    return found
+
+
+def _sides_swapped(picture: Picture) -> bool:
+    if picture.size is None or picture.size[0] == picture.size[1]:
+        return False
+    height, width = picture.size
+    return str(picture.wrong).endswith(f"is {height}x{width}")
+
+
+def _of_values(check: SplitCheck, label_map: LabelMap | None, described_in: Path | None) -> list[Finding]:
+    """Label values that mean nothing, or that mean the same without anybody having said so."""
+    if label_map is None:
+        return []
+    if not check.unknown:
+        return _taken_twice(check, label_map, described_in)
+    files = tuple(str(picture.label) for picture in check.pictures if picture.unknown)
+    total = sum(check.values.values())
+    listed = ", ".join(f"{value} ({_percent(check.values[value] / total)})" for value in check.unknown[:8])
+    more = f" and {len(check.unknown) - 8} more" if len(check.unknown) > 8 else ""
+    coloured = check.unknown[0].startswith('"')
+    what = "colours" if coloured else "label values"
+    text = f"{check.split}: {what} without a class in {len(files)} of {len(check.pictures)} labels: {listed}{more}"
+    if "16 bit" in {picture.kind for picture in check.pictures if picture.unknown}:
+        text += "; these files have 16 bits a pixel"
+    return [Finding("error", text, _mapping_remedy(check, label_map, described_in, files), files)]
+
+
+def _mapping_remedy(check: SplitCheck, label_map: LabelMap, described_in: Path | None, files: Sequence[str]) -> str:
+    names, coloured = check.classes.names, check.unknown[0].startswith('"')
+    painted = [value for value in check.values if check.values[value] >= RARE_VALUE * sum(check.values.values())]
+    if len(check.unknown) > BLURRED_VALUES and len(check.unknown) > 2 * len(names):
+        jpeg = any(Path(file).suffix.lower() in (".jpg", ".jpeg") for file in files)
+        how = (
+            "they are JPEGs, which do not keep values" if jpeg else "they look like borders of a mask that was resized"
+        )
+        return (
+            f"these values were never painted: {how}. Make the masks again from the originals, as PNG, and resize them "
+            "with nearest neighbours"
+        )
+    if described_in is None:
+        return label_map.remedy.format(value=check.unknown[0])
+    if coloured:
+        pairs = ", ".join(f"{value}: NAME" for value in painted[:LONGEST_MAPPING] if value.startswith('"'))
+        return (
+            f"say in {described_in} what each colour means, with the name of its class, or ignore, for NAME: "
+            f"`mapping: {{{pairs}}}`"
+        )
+    numbers = sorted(int(value) for value in check.values if not value.startswith('"'))
+    return f"in {described_in}, write {_number_mapping(numbers, names)}"
+
+
+def _number_mapping(values: Sequence[int], names: Sequence[str]) -> str:
+    """The mapping that is most likely meant, for label values of which some mean nothing."""
+    plain = [value for value in values if value != IGNORE]
+    count = len(names)
+    if 1 <= min(plain) and max(plain) == count:
+        return f"{_mapping(range(1, count + 1), range(count))}: the values run from 1, classes from 0"
+    if min(plain) == 0 and max(plain) == count:
+        shifted = _mapping(range(count + 1), [IGNORE, *range(count)])
+        return (
+            f"one more name in front, for value 0 (`names: [background, {names[0]}, ...]`), or, where 0 is no class, "
+            f"{shifted}"
+        )
+    for some in (list(values), plain):
+        if len(some) == count:
+            return f"{_mapping(some, range(count))}, if that is the order of the names"
+    lost = [value for value in plain if not 0 <= value < count]
+    return f"what each value means, for example {_mapping(lost, [IGNORE] * len(lost))} to ignore them"
+
+
+def _mapping(values: Sequence[int], targets: Sequence[int]) -> str:
+    entries = [f"{value}: {target}" for value, target in zip(values, targets, strict=True)]
+    rest = ["..."] if len(entries) > LONGEST_MAPPING else []
+    return f"`mapping: {{{', '.join(entries[:LONGEST_MAPPING] + rest)}}}`"
+
+
+def _taken_twice(check: SplitCheck, label_map: LabelMap, described_in: Path | None) -> list[Finding]:
+    """A value that nobody mapped is its own class, and another one that was mapped is the same class."""
+    if label_map.strict or described_in is None:
+        return []
+    found = []
+    for target in range(label_map.classes):
+        mapped = [value for value, to in label_map.values.items() if to == target and str(value) in check.values]
+        if mapped and target not in label_map.values and str(target) in check.values:
+            name = check.classes.names[target]
+            found.append(
+                Finding(
+                    "warning",
+                    f"{check.split}: the label values {target} and {mapped[0]} both mean {name}: {mapped[0]} is mapped "
+                    f"to it, and {target}, which is not mapped, stands for itself",
+                    f"if {target} is something else, say so in {described_in}, for example `mapping: "
+                    f"{{{target}: 255, ...}}` to ignore it",
+                )
+            )
+    return found
+
+
+def _of_labels(check: SplitCheck) -> list[Finding]:
+    """Pictures that have nothing to learn from, or to score."""
+    blank, counted = check.blank, check.counted
+    if not counted:
+        return []
+    if len(blank) == len(counted):
+        none = all(picture.label is None for picture in blank)
+        why = "it has no label files" if none else f"every pixel is ignored ({IGNORE})"
+        remedy = "choose a split with labels" if none else "check what the masks hold, and the mapping"
+        return [Finding("error", f"{check.split}: not a single labelled pixel: {why}", remedy)]
+    found = []
+    if blank:
+        found.append(
+            Finding(
+                "warning",
+                f"{check.split}: {len(blank)} of {len(check.pictures)} pictures have no labelled pixel",
+                "label them, or remove them: nothing is learnt from them, and they do not count in mIoU",
+                tuple(picture.label or picture.image for picture in blank),
+            )
+        )
+    ignored = check.pixels[-1] / check.pixels.sum()
+    if ignored > MOSTLY_IGNORED:
+        found.append(
+            Finding(
+                "warning",
+                f"{check.split}: {_percent(ignored)} of the pixels are ignored",
+                f"is {IGNORE} (or what is mapped to it) a class, such as the background? Then name it and map it",
+            )
+        )
+    return found
+
+
+def _of_classes(check: SplitCheck, label_map: LabelMap | None, described_in: Path | None) -> list[Finding]:
+    """Classes that never occur, and one that is nearly everything."""
+    names, shares = check.classes.names, check.shares()
+    if not shares.any():
+        return []
+    if len(names) == 1:
+        remedy = "name the rest of the picture as a class, too"
+        return [Finding("error", f"{check.split}: there is one class only, {names[0]}", remedy)]
+    most = int(np.argmax(shares))
+    if described_in is not None and len(names) == 2 and set(check.values) == {"0", str(IGNORE)} and shares[0] == 1:
+        return [
+            Finding(
+                "error",
+                f"{check.split}: the only label values are 0 and {IGNORE}, and {IGNORE} means ignored: {names[1]} "
+                f"never occurs, and a network would predict nothing but {names[0]}",
+                f"in {described_in}, write `mapping: {{0: 0, {IGNORE}: 1}}`",
+            )
+        ]
+    found = []
+    if shares[most] > MOSTLY:
+        only = shares[most] == 1
+        what = "every labelled pixel" if only else f"{_percent(shares[most])} of the labelled pixels"
+        found.append(
+            Finding(
+                "error" if only and check.training else "warning",
+                f"{check.split}: {what} is {names[most]}; a network that predicts nothing else is right nearly always",
+                "check the mapping; if the labels are right, add pictures with the other classes, or crop to where "
+                "they are",
+            )
+        )
+    absent = check.absent()
+    if absent:
+        effect = "they are not learnt: their IoU is 0" if check.training else "their IoU is nan, not part of the mean"
+        hint = ""
+        numbers = [int(value) for value in check.values if not value.startswith('"') and value != str(IGNORE)]
+        if label_map is not None and not label_map.values and numbers and min(numbers) == 1 and names[0] in absent:
+            hint = "; the lowest label value is 1: do the values run from 1, and classes from 0?"
+        found.append(
+            Finding(
+                "warning",
+                f"{check.split}: {_few(absent)} never {'occurs' if len(absent) == 1 else 'occur'}: {effect}{hint}",
+                "check names and mapping; add pictures that show them, or divide the splits otherwise"
+                if described_in is not None
+                else "check that the data set is complete",
+            )
+        )
+    return found
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more classes" if len(names) > 10 else "")
+
+
+def _of_sizes(check: SplitCheck, crop: tuple[int, int] | None) -> list[Finding]:
+    found = []
+    tiny = tuple(picture.image for picture in check.pictures if picture.size and min(picture.size) < SMALLEST)
+    if tiny and not check.training:
+        text = f"{check.split}: pictures with a side under {SMALLEST} pixels, which the network refuses: {len(tiny)}"
+        found.append(Finding("error", text, "remove or enlarge them, with their labels", tiny))
+    if crop is not None and check.training and check.smaller_than(crop) > len(check.pictures) / 2:
+        small = check.smaller_than(crop)
+        found.append(
+            Finding(
+                "warning",
+                f"{check.split}: {small} of {len(check.pictures)} pictures are smaller than the crop of "
+                f"{crop[1]}x{crop[0]} (width x height): the rest of it is padding",
+                "set data.crop ([height, width]) to the size of most pictures or below",
+            )
+        )
+    return found
+
+
+def _of_duplicates(checks: Sequence[SplitCheck]) -> list[Finding]:
+    found = []
+    across: list[list] = []
+    within: list[list] = []
+    for group in duplicates(checks):
+        (within if len({split for split, _ in group}) == 1 else across).append(group)
+    for groups, text, remedy in (
+        (
+            across,
+            "the same image, byte for byte, is in two splits",
+            "remove them from one: a score on pictures that were trained on says nothing",
+        ),
+        (
+            within,
+            "the same image, byte for byte, is several times in a split",
+            "keep one of each, unless they are meant to count more",
+        ),
+    ):
+        if groups:
+            files = tuple(" = ".join(picture.image for _, picture in group) for group in groups)
+            found.append(Finding("warning", f"{text}: {len(groups)} times", remedy, files))
+    return found
+
+
+def _percent(share: float) -> str:
+    if share != 1 and share > 0.9995:
+        return ">99.9 %"
+    return f"{100 * share:.1f} %" if share >= 0.0005 else "<0.1 %"

@@ -1,0 +1,101 @@
+"""Finding the parts of a data set: its folders, the lists that name its pictures, and label files of class numbers.
+
+What is missing is named, together with the tree that was expected.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from routeseg.data.pairs import Pair, read_label_file
+
+
+def need_folders(root: Path, folders: Iterable[str], data_set: str, tree: str) -> None:
+    """Raises ValueError, naming the first of the sub-folders that is missing, and showing the expected tree."""
+    if not root.is_dir():
+        raise ValueError(f"no folder {root}: give the folder of {data_set} with --data.root; {expected(tree)}")
+    for folder in folders:
+        if not (root / folder).is_dir():
+            raise ValueError(f"{root} has no folder {folder}/; {expected(tree)}")
+
+
+def expected(tree: str) -> str:
+    """The tree for a message, indented below a line of its own."""
+    return "the expected tree is\n" + "\n".join(f"  {line}" for line in tree.strip("\n").splitlines())
+
+
+def no_split(data_set: str, split: str, splits: Iterable[str], hint: str = "") -> ValueError:
+    """The error for a split that the data set has not."""
+    return ValueError(f"{data_set} has no split {split!r}: choose one of {', '.join(splits)}{hint}")
+
+
+def read_names(path: Path) -> list[str]:
+    """The lines of a list of names, in order. Bytes that are not UTF-8 are kept, as Python keeps them in paths.
+
+    Raises ValueError where the list is missing or empty, or has a name twice.
+    """
+    if not path.is_file():
+        raise ValueError(f"no file {path}: it lists the pictures of a split, one name a line")
+    lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise ValueError(f"{path} is empty: it lists the pictures of a split, one name a line")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{path} names {twice[0]} more than once ({len(twice)} names are so): keep one line of each")
+    return names
+
+
+def files_of(folder: Path, suffix: str) -> dict[str, Path]:
+    """Name without `suffix` -> file, sorted, for the files of a folder that end so; none where it is missing.
+
+    Hidden files, such as the ._* that macOS leaves behind, do not count.
+    """
+    if not folder.is_dir():
+        return {}
+    names = sorted(path.name for path in folder.iterdir())
+    return {n.removesuffix(suffix): folder / n for n in names if n.endswith(suffix) and not n.startswith(".")}
+
+
+def look_up(
+    names: Sequence[str], files: dict[str, Path], listed_in: Path | str, folder: Path, suffix: str
+) -> list[Path]:
+    """The file of each name. Raises ValueError, naming the first that is absent and how many are."""
+    absent = [name for name in names if name not in files]
+    if absent:
+        raise ValueError(
+            f"{folder / (absent[0] + suffix)} is not there, though {listed_in} lists it ({len(absent)} of {len(names)} "
+            "are absent): unpack the data set again, or take the names out of the list"
+        )
+    return [files[name] for name in names]
+
+
+def check_names(pairs: Sequence[Pair], what: str) -> list[Pair]:
+    """The pairs. Raises ValueError where there are none, or two have one name: their results would be mixed up."""
+    if not pairs:
+        raise ValueError(f"{what} holds no pictures")
+    first: dict[str, Pair] = {}
+    for pair in pairs:
+        if pair.name in first:
+            raise ValueError(
+                f"{first[pair.name].image} and {pair.image} have the same name in {what}: keep one of them"
+            )
+        first[pair.name] = pair
+    return list(pairs)
+
+
+def read_class_numbers(path: Path, remedy: str) -> np.ndarray:
+    """A label file that must hold one byte a pixel, [H,W].
+
+    Raises UnreadableImage as `read_label_file` does, and ValueError, with the remedy, for colours and for 16 bits.
+    """
+    values = read_label_file(path)
+    if values.ndim == 3:
+        raise ValueError(f"{path} is coloured (RGB), its pixels must be class numbers: {remedy}")
+    if values.dtype in (np.uint16, np.int32):
+        raise ValueError(f"{path} has 16 or more bits a pixel, labels have 8: {remedy}")
+    return values

@@ -1,0 +1,159 @@
+"""Several processes that train one network: how many there are, what they tell each other, and how they end together.
+
+Outside of a job of several processes, what they tell each other is what the one process knows.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+TIMEOUT = timedelta(minutes=10)  # of a process that waits for the others: a dead machine is noticed after so long
+POLL_SECONDS = 0.5
+LOST = (
+    "another process of this job died, or can no longer be reached. The last checkpoint, if one was written, is kept: "
+    "the same command with --resume goes on from it, also with another number of processes"
+)
+
+T = TypeVar("T")
+
+
+class TrainingStopped(RuntimeError):
+    """A training ended before its time, for a reason that its message tells."""
+
+
+class ProcessLost(TrainingStopped):
+    """Another process of the job died, or cannot be reached."""
+
+
+def count_processes(devices: int | Literal["auto"], on_gpu: bool) -> tuple[int, int]:
+    """(processes on this machine, machines): from torchrun's environment where it started us, else from `devices`.
+
+    Without torchrun, "auto" is every GPU, or one process on a CPU. Raises ValueError where the two do not agree, and
+    for more processes than there are GPUs.
+    """
+    if devices != "auto" and devices < 1:
+        raise ValueError(f"--devices is {devices}: it must be at least 1, or auto")
+    gpus = torch.cuda.device_count() if on_gpu else 0
+    local, machines = (max(1, gpus) if devices == "auto" else devices), 1
+    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+        local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+        machines = world // local
+        if local * machines != world:
+            raise ValueError(
+                f"torchrun started {local} processes on this machine and {world} in all: give every machine the same "
+                "--nproc_per_node"
+            )
+        if devices not in ("auto", local):
+            raise ValueError(
+                f"--devices is {devices}, but torchrun started {local} processes on this machine: leave --devices out"
+            )
+    if on_gpu and local > gpus:
+        raise ValueError(
+            f"{local} processes were asked for, and this machine shows {gpus} GPUs: each process needs one of its own. "
+            f"Ask for {gpus}, or set --accelerator cpu"
+        )
+    return local, machines
+
+
+def rank_and_world() -> tuple[int, int]:
+    """The number of this process and how many there are; (0, 1) outside of a job."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over all processes; the same numbers in each."""
+    if rank_and_world()[1] > 1:
+        values = values.clone()
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def anywhere(flags: Tensor) -> Tensor:
+    """Which of these boolean flags are set in any process."""
+    if rank_and_world()[1] == 1:
+        return flags
+    counts = flags.to(torch.uint8)
+    torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX)
+    return counts.bool()
+
+
+def gather(share: T) -> list[T]:
+    """What every process gives, in the order of the processes; in each."""
+    _, world = rank_and_world()
+    if world == 1:
+        return [share]
+    shares: list[Any] = [None] * world
+    torch.distributed.all_gather_object(shares, share)
+    return shares
+
+
+def connection_lost(error: BaseException) -> bool:
+    """Whether the error says that another process cannot be reached."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    text = str(error).lower()  # gloo raises a plain RuntimeError
+    return isinstance(error, RuntimeError) and ("gloo" in text or "nccl" in text)
+
+
+@contextmanager
+def ending_together(children: Callable[[], Sequence[subprocess.Popen]]) -> Iterator[None]:
+    """Ends this process, with a word why and exit code 1, once another one of its job has ended before its time.
+
+    A process that waits for a dead one inside the communication library, or on its GPU, hears no signal and no
+    exception. So a thread looks after it: at SIGTERM (torchrun sends it to the others when one dies), when a child
+    fails, and when the launcher that started it is gone. Files are written whole or not at all, so that a process
+    may end at any moment.
+    """
+    done = threading.Event()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    handler = signal.signal(signal.SIGTERM, lambda *_: None)  # without one the process would end without a word
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    launcher = os.getppid() if started_by_a_launcher() else None
+    watch = threading.Thread(target=_watch, args=(reader, done, children, launcher), daemon=True, name="job-watch")
+    watch.start()
+    try:
+        yield
+    finally:
+        done.set()
+        signal.set_wakeup_fd(wakeup)
+        signal.signal(signal.SIGTERM, handler)
+        os.close(writer)  # wakes the thread
+        watch.join()
+        os.close(reader)
+
+
+def started_by_a_launcher() -> bool:
+    """Whether torchrun, or the first process of `--devices`, started this one; it then ends when that one does."""
+    elastic = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
+    return elastic or int(os.environ.get("LOCAL_RANK", 0)) > 0
+
+
+def _watch(
+    reader: int, done: threading.Event, children: Callable[[], Sequence[subprocess.Popen]], launcher: int | None
+) -> None:
+    while not done.is_set():
+        if select.select([reader], [], [], POLL_SECONDS)[0] and signal.SIGTERM in os.read(reader, 64):
+            break
+        if any(child.poll() for child in children()) or launcher not in (None, os.getppid()):
+            break
+    if done.wait(POLL_SECONDS):  # the exception came first, and tells as much
+        return
+    print(f"routeseg: stopped: {LOST}", file=sys.stderr, flush=True)
+    for child in children():
+        child.kill()
+    os._exit(1)

@@ -1,0 +1,250 @@
+"""Confusion matrix to IoU, boundary IoU beside it, and the real cost of each image.
+
+Legend: K classes, H, W image size.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from routeseg.cost import CostTable, model_cost
+from routeseg.data.transforms import IGNORE
+from routeseg.distributed import gather
+from routeseg.evaluation.boundary import boundary_counts
+from routeseg.evaluation.test_time import Averaged, Forward, MultiPass
+from routeseg.model import DynamicRoutingNetwork
+
+PACKAGES = ("routeseg", "torch", "lightning")  # whose versions a result file names
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out over a data set.
+
+    confusion   int64 [K,K], rows the truth, columns the prediction, pixels; all 0 where no picture has labels
+    cost_macs   float64 [images], real cost of each image; full_macs [images] the full network's at that image's size.
+                Of several passes over an image (scales, flip, windows), the sum over all, each at its own size
+    gates       float32 [images,L+1,S,3], the mean over the passes of an image
+    skipped     unreadable pictures that were passed over
+    passes      int64 [images], how often the network ran on each image
+    boundary    int64 [2,K], intersection and union of the boundary bands (boundary.py), pixels; None: not asked for
+    """
+
+    class_names: tuple[str, ...]
+    confusion: np.ndarray
+    cost_macs: np.ndarray
+    full_macs: np.ndarray
+    gates: np.ndarray
+    skipped: int = 0
+    passes: np.ndarray | None = None
+    boundary: np.ndarray | None = None
+
+    @property
+    def iou(self) -> np.ndarray:
+        """Intersection over union of each class, pixels summed over the set; nan where a class never occurs."""
+        hits = np.diag(self.confusion)
+        return _share(hits, self.confusion.sum(0) + self.confusion.sum(1) - hits)
+
+    @property
+    def boundary_iou(self) -> np.ndarray | None:
+        """Boundary IoU of each class, pixels summed over the set as in `iou`; None where it was not asked for."""
+        return None if self.boundary is None else _share(*self.boundary)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether any pixel of the set had a label, so that there are scores."""
+        return bool(self.confusion.any())
+
+    @property
+    def miou(self) -> float:
+        """Mean of `iou` over the classes that occur."""
+        return _mean(self.iou)
+
+    @property
+    def boundary_miou(self) -> float:
+        """Mean of `boundary_iou` over the classes that occur."""
+        return math.nan if self.boundary_iou is None else _mean(self.boundary_iou)
+
+    @property
+    def pixel_accuracy(self) -> float:
+        total = self.confusion.sum()
+        return float(np.diag(self.confusion).sum() / total) if total else math.nan
+
+    @property
+    def majority_miou(self) -> float:
+        """The score of predicting the most frequent class everywhere, to compare with."""
+        truth = self.confusion.sum(1)
+        present = int((truth > 0).sum())
+        return float(truth.max() / truth.sum() / present) if present else math.nan
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON of `routeseg evaluate`; shares and scores are 0..1, one that is not defined is null."""
+        gmacs = self.cost_macs / 1e9
+        full = self.full_macs / 1e9
+        boundary: dict[str, Any] = {}
+        if self.boundary_iou is not None:
+            boundary = {"boundary_miou": _finite(self.boundary_miou), "boundary_iou": self._by_class(self.boundary_iou)}
+        return {
+            "miou": _finite(self.miou),
+            "iou": self._by_class(self.iou),
+            **boundary,
+            "pixel_accuracy": _finite(self.pixel_accuracy),
+            "majority_class_miou": _finite(self.majority_miou),
+            "cost_gmacs": {
+                "mean": float(gmacs.mean()),
+                "min": float(gmacs.min()),
+                "max": float(gmacs.max()),
+                "full": float(full.mean()),
+                "mean_share": float((gmacs / full).mean()),
+                "min_share": float((gmacs / full).min()),
+                "max_share": float((gmacs / full).max()),
+            },
+            "images": len(gmacs),
+            "skipped": self.skipped,
+            "passes_per_image": 1.0 if self.passes is None else float(self.passes.mean()),
+        }
+
+    def _by_class(self, values: np.ndarray) -> dict[str, float | None]:
+        return {name: _finite(value) for name, value in zip(self.class_names, values, strict=True)}
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """part / whole, nan where the whole is 0."""
+    return np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+
+
+def _mean(values: np.ndarray) -> float:
+    """The mean of those that are defined; nan where none is."""
+    return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def check_class_count(classes: int) -> None:
+    """Raises ValueError where there is nothing to tell apart."""
+    if classes < 2:
+        raise ValueError("one class only: name the rest of the picture as a class, too")
+
+
+@torch.no_grad()
+def evaluate(
+    model: DynamicRoutingNetwork,
+    pictures: Iterable[dict[str, Any]],
+    forward: Forward | MultiPass | None = None,
+    convention: str = "authors",
+    on_picture: Callable[[], None] | None = None,
+    boundary_width: float = 0.0,
+    on_prediction: Callable[[str, np.ndarray], None] | None = None,
+) -> Evaluation:
+    """Runs the network over pictures (as `evaluation_loader` gives them) at their own size.
+
+    forward         what computes the segmentation: the model itself, an engine built from it, or several passes of one
+    on_picture      called after each picture (for a progress bar)
+    boundary_width  of boundary IoU, as a share of a picture's diagonal; 0 leaves it out
+    on_prediction   called with each picture's name and its predicted classes, uint8 [H,W]
+
+    In a distributed job every process gives its share (`evaluation_loader` with its rank), and all return the result
+    over all shares, the very one of a single process.
+    Raises ValueError where there is no picture, a single class, or a label outside the network's classes.
+    """
+    check_class_count(model.num_classes)
+    device = next(model.parameters()).device
+    segment = forward if isinstance(forward, MultiPass) else MultiPass(forward or model)
+    counter = MulticlassConfusionMatrix(model.num_classes, ignore_index=IGNORE).to(device)
+    table = cache(lambda size: model_cost(model, size, convention))
+    boundary = np.zeros((2, model.num_classes), dtype=np.int64)
+    # Of each image: real cost, full cost, passes, gates; None where it was skipped.
+    per_image: list[tuple[float, float, int, np.ndarray] | None] = []
+    skipped = 0
+    was_training = model.training
+    model.eval()
+    for picture in pictures:
+        if picture["skipped"]:
+            skipped += 1
+            per_image.append(None)
+        else:
+            labels = picture["labels"].to(device)
+            _check_labels(labels, model.num_classes, picture["name"])
+            result = segment(picture["image"].to(device))
+            found = result.labels
+            counter.update(found, labels)
+            per_image.append((*_costs(result, table), result.count, result.gates.float().cpu().numpy()))
+            if boundary_width or on_prediction is not None:
+                prediction = found[0].cpu().numpy().astype(np.uint8)
+            if boundary_width:
+                truth = picture["labels"][0].numpy()
+                boundary += boundary_counts(truth, prediction, model.num_classes, boundary_width)
+            if on_prediction is not None:
+                on_prediction(picture["name"], prediction)
+        if on_picture is not None:
+            on_picture()
+    model.train(was_training)
+    shares = gather((per_image, boundary, skipped))
+    turns = zip_longest(*(share for share, _, _ in shares))  # the processes take turns: so the order is that of the set
+    images = [image for turn in turns for image in turn if image is not None]
+    if not images:
+        raise ValueError("the data set has no readable picture to evaluate on")
+    costs, fulls, counts, gates = zip(*images, strict=True)
+    return Evaluation(
+        class_names=model.class_names,
+        confusion=counter.compute().cpu().numpy(),
+        cost_macs=np.array(costs),
+        full_macs=np.array(fulls),
+        gates=np.stack(gates),
+        skipped=sum(count for _, _, count in shares),
+        passes=np.array(counts),
+        boundary=np.sum([counts for _, counts, _ in shares], axis=0) if boundary_width else None,
+    )
+
+
+def _costs(result: Averaged, table: Callable[[tuple[int, int]], CostTable]) -> tuple[float, float]:
+    """Real cost and full cost of all passes over a picture, each at its own size, MACs."""
+    real = sum(float(table(size).of_gates(gates).sum()) for size, gates in result.passes)
+    return real, sum(table(size).full * len(gates) for size, gates in result.passes)
+
+
+def _check_labels(labels: Tensor, num_classes: int, name: str) -> None:
+    known = labels[labels != IGNORE]
+    if known.numel() and int(known.max()) >= num_classes:
+        raise ValueError(
+            f"the label of {name} has class {int(known.max())}, the network has 0 to {num_classes - 1}. "
+            "Was the checkpoint trained on another data set?"
+        )
+
+
+def machine_facts() -> dict[str, Any]:
+    """Machine, date and versions, for a result file."""
+    model_name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        model_name = names[0] if names else model_name
+    return {
+        "machine": {
+            "cpu": model_name,
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+    }

@@ -1,0 +1,137 @@
+"""What happens beside the steps of a training: validation, checkpoints, the progress line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+
+from routeseg.engine import SkipEngine
+from routeseg.evaluation import Evaluation, evaluate
+from routeseg.files import not_written
+from routeseg.model import DynamicRoutingNetwork
+from routeseg.training.batch_norm import average_statistics, precise_batch_norm
+from routeseg.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from routeseg.data.classification import ClassificationDataModule
+    from routeseg.data.datamodule import SegmentationDataModule
+    from routeseg.training.fitting import RecipeTask
+    from routeseg.training.segmentation import SegmentationTask
+
+RESUME_FILE = "last.ckpt"
+BEST_FOLDER, LAST_FOLDER = "best", "last"
+RUN_STATE = "run"  # where a checkpoint keeps what ValidateAndSave knows
+SHOWN = (  # in the progress bar: what is logged, its name there, its factor
+    ("loss", "loss", 1),
+    ("budget_loss", "budget", 1),
+    ("expected_cost", "exp%", 100),
+    ("real_cost", "real%", 100),
+    ("val_miou", "mIoU%", 100),
+    ("val_top1", "top1%", 100),
+    ("skipped_images", "skipped", 1),
+)
+
+
+class ValidateAndSave(Callback):
+    """Every `validate_every` steps: precise BatchNorm, validation, the best network. Every `save_every`: the run.
+
+    The best is the one of the highest mIoU since the budget is at its full weight. With `ema_decay` the network that
+    is validated and saved is the averaged one.
+
+    Writes OUTPUT/last.ckpt (to resume from), OUTPUT/best and OUTPUT/last (networks, with `routeseg.load`).
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        recipe: Recipe,
+        data: SegmentationDataModule | ClassificationDataModule,
+        images_per_step: int,
+    ) -> None:
+        self.output, self.recipe, self.data, self.images_per_step = output, recipe, data, images_per_step
+        self.best_score, self.best_settled = -1.0, False
+        self.latest: Evaluation | None = None
+
+    @property
+    def state_key(self) -> str:
+        return RUN_STATE
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "best_score": self.best_score,
+            "best_settled": self.best_settled,
+            "images_per_step": self.images_per_step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best_score, self.best_settled = state["best_score"], state["best_settled"]
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
+        task, step = cast("RecipeTask", module), trainer.global_step
+        validates = step % self.recipe.validate_every == 0 or step == self.recipe.iterations
+        if not (validates or step % self.recipe.save_every == 0):
+            return
+        if task.batch_norm == "own":  # each process has its own running statistics: what is saved has their mean
+            for network in dict.fromkeys((task.model, task.network)):  # in every process in this order
+                average_statistics(network)
+        if validates:
+            self._validate(trainer, task)
+        self._save(trainer, task)
+
+    def _validate(self, trainer: Trainer, task: RecipeTask) -> None:
+        network, step = task.network, trainer.global_step
+        if self.recipe.precise_bn_batches and task.batch_norm != "frozen":
+            with trainer.precision_plugin.forward_context():
+                precise_batch_norm(network, self.data.norm_dataloader(step, self.recipe.precise_bn_batches))
+        score, scores, settled = self.score(trainer, task)
+        for logger in trainer.loggers:
+            logger.log_metrics(scores, step)
+        task.log_dict(scores, prog_bar=True, logger=False)
+        if score > self.best_score or settled > self.best_settled:
+            self.best_score, self.best_settled = score, settled
+            if trainer.is_global_zero:
+                network.save(self.output / BEST_FOLDER)
+
+    def score(self, trainer: Trainer, task: RecipeTask) -> tuple[float, dict[str, float], bool]:
+        """Validates: the score that the best network has most of, what is logged, and whether it is a candidate (it is
+        also one as long as there is no other)."""
+        task = cast("SegmentationTask", task)
+        network = cast(DynamicRoutingNetwork, task.network)
+        result = evaluate(network, self.data.val_dataloader(), SkipEngine(network))
+        self.latest = result
+        scores = {"val_miou": result.miou, "val_cost": float((result.cost_macs / result.full_macs).mean())}
+        # A network that does not yet keep the budget is no candidate once there are others.
+        reached = (task.budget.start + task.budget.ramp) * self.recipe.iterations
+        return result.miou, scores, trainer.global_step >= reached or not task.budget.weight
+
+    def _save(self, trainer: Trainer, task: RecipeTask) -> None:
+        scratch, target = self.output / f".{RESUME_FILE}.tmp", self.output / RESUME_FILE
+        try:
+            trainer.save_checkpoint(scratch)
+            if trainer.is_global_zero:
+                task.network.save(self.output / LAST_FOLDER)
+                os.replace(scratch, target)  # last: once it is there, so are the networks of its step
+        except OSError as error:
+            raise not_written(target, error) from error
+        finally:
+            if trainer.is_global_zero:
+                scratch.unlink(missing_ok=True)
+
+
+class Progress(RichProgressBar):
+    """One line: step, rate, loss, budget loss, expected and real cost in percent, and the last validation mIoU."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "train"  # a run is one long epoch
+
+    def get_metrics(self, trainer: Trainer, task: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+        values = {key: float(value) for key, value in trainer.progress_bar_metrics.items()}
+        shown: dict[str, int | str | float | dict[str, float]] = {}
+        for key, name, factor in SHOWN:
+            if key in values and (values[key] or key != "skipped_images"):
+                shown[name] = f"{factor * values[key]:.{0 if factor == 100 else 3}f}"
+        return shown

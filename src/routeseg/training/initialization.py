@@ -1,0 +1,132 @@
+"""Starting a network from the weights of another one, by name: from a classifier, or a segmenter of other classes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from routeseg.checkpoints import read_config, read_weights
+from routeseg.model.grid import RoutingGrid
+
+SIZE_ARGUMENTS = ("depth", "num_scales", "base_channels", "stem_channels", "cell_operations")
+OWN_ARGUMENTS = ("num_classes", "class_names", "palette", "pixel_mean", "pixel_std")  # each network has its own
+LISTED = 4  # names in a line of a report
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """What `initialize` took over from a checkpoint, and what not, by the names of the tensors.
+
+    used         in both, of the same shape; `values` are the numbers in them
+    not_in_network   only in the checkpoint: not used
+    other_shape  in both, of another shape: not used; (name, shape in the checkpoint, shape in the network)
+    missing      only in the network: keep the values that they had
+    differences  arguments that differ: (name, in the checkpoint, in the network)
+    """
+
+    source: str
+    used: list[str]
+    values: int
+    not_in_network: list[str]
+    other_shape: list[tuple[str, list[int], list[int]]]
+    missing: list[str]
+    differences: list[tuple[str, Any, Any]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        total = len(self.used) + len(self.other_shape) + len(self.missing)
+        lines = [
+            f"initialised from {self.source}: {len(self.used)} of the network's {total} tensors "
+            f"({self.values / 1e6:.3f} M values)",
+            *_listed("not used, the network has no such tensor", self.not_in_network),
+            *_listed("not used, of another shape", [f"{n} ({a} there, {b} here)" for n, a, b in self.other_shape]),
+            *_listed("not in the checkpoint, trained from scratch", self.missing),
+        ]
+        return "\n".join(
+            [*lines, *(f"  {name} is {there} there, {here} here" for name, there, here in self.differences)]
+        )
+
+
+def initialize(model: RoutingGrid, folder: str | Path) -> InitReport:
+    """Copies into the network what a checkpoint folder holds under the same name, in the same shape.
+
+    The folder may be a classifier of `routeseg pretrain`, or a segmenter of any classes. Its input normalisation is
+    taken over with its weights. Raises ValueError, and changes nothing, where the folder is no checkpoint, or has less
+    than half of the tensors of the network's stem and nodes.
+    """
+    folder = Path(folder)
+    config, state, own = read_config(folder), read_weights(folder), model.state_dict()
+    used = [key for key in own if key in state and state[key].shape == own[key].shape]
+    other = [key for key in own if key in state and state[key].shape != own[key].shape]
+    differences = [
+        (name, config[name], here)
+        for name, here in model.arguments.items()
+        if name in config and name not in OWN_ARGUMENTS and not _same(config[name], here)
+    ]
+    body = [key for key in own if key.startswith(("stem.", "nodes."))]
+    fitting = len(set(used) & set(body))
+    if 2 * fitting < len(body):
+        raise ValueError(
+            f"{folder} does not fit the network: {fitting} of the {len(body)} tensors of its stem and nodes are there "
+            f"in the same shape. {_reason(differences)}"
+        )
+    report = InitReport(
+        source=str(folder),
+        used=used,
+        values=sum(own[key].numel() for key in used),
+        not_in_network=sorted(set(state) - set(own)),
+        other_shape=[(key, list(state[key].shape), list(own[key].shape)) for key in other],
+        missing=[key for key in own if key not in state],
+        differences=differences,
+    )
+    model.load_state_dict({key: state[key] for key in used}, strict=False)
+    adopt_normalization(model, config)
+    return report
+
+
+def adopt_normalization(model: RoutingGrid, config: Mapping[str, Any]) -> None:
+    """Gives the network the input normalisation of a checkpoint's config: its weights know no other."""
+    mean, std = (config.get(key, model.arguments[key]) for key in ("pixel_mean", "pixel_std"))
+    model.set_normalization(mean, std)
+
+
+def _reason(differences: list[tuple[str, Any, Any]]) -> str:
+    """The likely reason, and the remedy, in words."""
+    sizes = [d for d in differences if d[0] in SIZE_ARGUMENTS]
+    if not sizes:
+        return "Its config does not tell why: is the file of another program?"
+    said = ", ".join(f"{name} is {there} there and {here} here" for name, there, here in sizes)
+    return f"The likely reason: {said}. Set {', '.join(f'--model.{name} {there}' for name, there, _ in sizes)}"
+
+
+def _listed(what: str, names: list[str]) -> list[str]:
+    """One line: how many, and which; where there are many, by the kind of part that they are of."""
+    if not names:
+        return []
+    if len(names) <= LISTED:
+        return [f"  {len(names)} {what}: {', '.join(names)}"]
+    groups = Counter(_part(name) for name in names)
+    return [f"  {len(names)} {what}: {', '.join(f'{part} ({count})' for part, count in groups.items())}"]
+
+
+def _part(name: str) -> str:
+    """nodes.3-1.gate.score.bias -> nodes.*.gate, decoder.merge.0.0.weight -> decoder.merge."""
+    first, *rest = name.split(" ")[0].split(".")
+    return ".".join([first, "*", *rest[1:2]] if first == "nodes" else [first, *rest[:1]])
+
+
+def _same(some: Any, other: Any) -> bool:
+    """Whether two arguments are equal, a list being a tuple."""
+    return json.dumps(some) == json.dumps(other)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

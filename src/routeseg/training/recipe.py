@@ -1,0 +1,78 @@
+"""The recipe of a training: its numbers, and the learning rate at each step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class Recipe:
+    """The `recipe` section of a configuration; the defaults are the authors' for Cityscapes from scratch.
+
+    iterations, lr               steps of the optimiser, and their learning rate. It belongs to the images of a step:
+                                 data.batch_size * processes * accumulate. 0.05 is for 8; scale it with them
+    accumulate                   batches of each process whose gradients make one step
+    momentum, weight_decay       SGD; norm weights do not decay
+    gate_lr_factor               the gates' learning rate, as a multiple (2.5 from ImageNet weights)
+    poly_power, warmup_steps, warmup_factor   lr * (1 - step / iterations)^power after a linear warm-up
+    clip_norm                    of all gradients together; inf clips nothing
+    drop_path                    p of the scheduled drop path at the last layer and the last step
+    batch_norm                   statistics of the batches of all processes (synced), of each process's own batch (own),
+                                 or those that the weights came with (frozen); auto: synced on several GPUs, else own
+    precise_bn_batches           BatchNorm statistics are estimated anew from so many batches before an evaluation
+    ema_decay                    validate and save an average of the weights, which keeps this share of itself at each
+                                 step (0.9998 averages over some 5000 steps); 0: the weights themselves
+    validate_every, save_every   in iterations
+    precision                    "32-true" or "bf16-mixed"
+    compile                      torch.compile the parts of the network
+    """
+
+    iterations: int = 190_000
+    lr: float = 0.05
+    accumulate: int = 1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    gate_lr_factor: float = 1.0
+    poly_power: float = 0.9
+    warmup_steps: int = 1000
+    warmup_factor: float = 0.001
+    clip_norm: float = 5.0
+    drop_path: float = 0.0
+    batch_norm: Literal["auto", "synced", "own", "frozen"] = "auto"
+    precise_bn_batches: int = 200
+    ema_decay: float = 0.0
+    validate_every: int = 5000
+    save_every: int = 1000
+    log_every: int = 20
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    compile: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("iterations", "accumulate", "validate_every", "save_every", "log_every"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"recipe.{key} is {getattr(self, key)}: it must be at least 1")
+        for key in ("poly_power", "warmup_steps", "precise_bn_batches", "weight_decay"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"recipe.{key} is {getattr(self, key)}: it must not be negative")
+        for key in ("lr", "clip_norm"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"recipe.{key} is {getattr(self, key)}: it must be positive")
+        if math.isinf(self.lr):
+            raise ValueError("recipe.lr is inf: it must be a number")
+        for key in ("momentum", "drop_path"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"recipe.{key} is {getattr(self, key)}: it must be at least 0 and below 1")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"recipe.ema_decay is {self.ema_decay}: it must be at least 0 (off) and below 1")
+
+
+def lr_factor(step: int, recipe: Recipe) -> float:
+    """Poly decay with a linear warm-up from `warmup_factor`."""
+    poly = (1.0 - min(step, recipe.iterations) / recipe.iterations) ** recipe.poly_power
+    if step >= recipe.warmup_steps:
+        return poly
+    share = step / recipe.warmup_steps
+    return poly * (recipe.warmup_factor * (1 - share) + share)

@@ -1,0 +1,181 @@
+"""What two processes do for test_distributed.py: `torchrun --nproc_per_node 2 tests/two_processes.py FOLDER`."""
+
+import json
+import shutil
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed.nn.functional as collectives
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import routeseg
+from conftest import spread_gates
+from routeseg.cost import Budget, budget_loss, model_cost
+from routeseg.data.datamodule import TRAIN_STREAM, DataConfig, TrainingPictures, evaluation_loader, open_data
+from routeseg.distributed import rank_and_world
+from routeseg.engine import SkipEngine
+from routeseg.evaluation import evaluate
+from routeseg.model.grid import RoutingGrid
+from routeseg.training.batch_norm import precise_batch_norm
+from routeseg.training.callbacks import ValidateAndSave
+from routeseg.training.segmentation import Recipe, cross_entropy_sum, train
+
+GLOBAL_BATCH, STEPS, CUT = 4, 8, 4
+DATA = dict(crop=(32, 64), image_size=(48, 64), train_images=10, val_images=5, workers=0)
+SIZE = (48, 64)
+
+
+def network(depth=3):
+    torch.manual_seed(1)
+    options = dict(depth=depth, base_channels=4, stem_channels=4)
+    return spread_gates(routeseg.DynamicRoutingNetwork(num_classes=10, **options)).train()
+
+
+def fit(output, batch_size, budget=0.5, resume=False, **changes):
+    """A training; its checkpoint at step CUT is kept as cut.ckpt. Returns the result and (position, index) it read."""
+    values = dict(
+        iterations=STEPS, lr=0.05, warmup_steps=2, batch_norm="frozen", validate_every=STEPS, save_every=CUT,
+        precise_bn_batches=3, log_every=1, seed=3,
+    )  # fmt: skip
+    read, save, item = [], ValidateAndSave._save, TrainingPictures.__getitem__
+
+    def save_and_keep(self, trainer, task):
+        save(self, trainer, task)
+        if trainer.global_step == CUT and trainer.is_global_zero:
+            shutil.copy(self.output / "last.ckpt", self.output / "cut.ckpt")
+
+    def read_and_note(self, key):
+        if self.stream == TRAIN_STREAM:
+            read.append(key)
+        return item(self, key)
+
+    ValidateAndSave._save, TrainingPictures.__getitem__ = save_and_keep, read_and_note
+    try:
+        result = train(
+            network(), DataConfig(**DATA, batch_size=batch_size), Recipe(**{**values, **changes}),
+            Budget(budget, 0.2, start=0.2, ramp=0.2), output, resume, progress=False, accelerator="cpu",
+        )  # fmt: skip
+    finally:
+        ValidateAndSave._save, TrainingPictures.__getitem__ = save, item
+    return result, read
+
+
+@contextmanager
+def nodes_that_run():
+    """A list with the set of nodes that run, for each forward in training."""
+    ran, route, leave = [], RoutingGrid._route, RoutingGrid._leave
+
+    def note_route(self, *args, **options):
+        if self.training:
+            ran.append(set())
+        return route(self, *args, **options)
+
+    def note_leave(self, node, layer, scale, *args, **options):
+        if self.training:
+            node.cell.register_forward_pre_hook(lambda *_: ran[-1].add((layer, scale)))
+        return leave(self, node, layer, scale, *args, **options)
+
+    RoutingGrid._route, RoutingGrid._leave = note_route, note_leave
+    try:
+        yield ran
+    finally:
+        RoutingGrid._route, RoutingGrid._leave = route, leave
+
+
+def images_and_labels(count=4):
+    """Pictures of which some open a path and others do not."""
+    generator = torch.Generator().manual_seed(5)
+    level = torch.linspace(0, 1, count).view(-1, 1, 1, 1)
+    images = (torch.rand(count, 3, *SIZE, generator=generator) * level + (1 - level) / 2).clamp(0, 1)
+    labels = torch.randint(0, 10, (count, *SIZE), generator=generator)
+    labels[0, :30] = 255  # so that the processes have different numbers of labelled pixels
+    return images, labels
+
+
+class NormOverProcesses(nn.BatchNorm2d):
+    """What torch's SyncBatchNorm computes, in plain words, and also on CPUs."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        sums = torch.stack((x.sum((0, 2, 3)), (x * x).sum((0, 2, 3)), x.new_full((x.shape[1],), x[:, 0].numel())))
+        if rank_and_world()[1] > 1:
+            sums = collectives.all_reduce(sums)
+        mean = sums[0] / sums[2]
+        var = sums[1] / sums[2] - mean**2
+        x = (x - mean[:, None, None]) / torch.sqrt(var[:, None, None] + self.eps)
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+def synced_gradients(part):
+    """The nodes that ran, and the gradients of a step with BatchNorm over all processes, of this share of images."""
+    model = network(depth=5).double()
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                norm = NormOverProcesses(child.num_features).double()
+                norm.load_state_dict(child.state_dict())
+                setattr(module, name, norm)
+    model.synced = True
+    ran = []
+    for name, node in model.nodes.items():
+        node.cell.register_forward_hook(lambda *_, name=name: ran.append(name))
+    images, labels = images_and_labels()
+    table, (_, world) = model_cost(model, SIZE), rank_and_world()
+    labelled = (labels != 255).sum()
+    several = (
+        DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False) if world > 1 else model
+    )
+    result = several(images[part].double())
+    loss = world * cross_entropy_sum(result.logits, labels[part]) / labelled
+    own = table.expected(result.gates).mean()
+    mean = own.detach().clone()
+    if world > 1:
+        torch.distributed.all_reduce(mean)
+    loss = loss + budget_loss(own + (mean / world - own.detach()), table.budgeted, 0.2)
+    loss.backward()
+    return ran, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def statistics(batches):
+    """BatchNorm's statistics estimated from these batches of one image."""
+    model = network(depth=5)
+    images, _ = images_and_labels()
+    precise_batch_norm(model, [{"image": images[i : i + 1]} for i in batches])
+    return {name: value for name, value in model.state_dict().items() if "running" in name}
+
+
+def main(folder):
+    (folder / "resumed_one_two").mkdir(exist_ok=True)
+    shutil.copy(folder / "one" / "cut.ckpt", folder / "resumed_one_two" / "last.ckpt")
+    whole, read = fit(folder / "two", GLOBAL_BATCH // 2)
+    rank, world = rank_and_world()
+    assert world == 2
+    resumed, _ = fit(folder / "resumed_one_two", GLOBAL_BATCH // 2, resume=True)
+    with nodes_that_run() as ran:
+        fit(folder / "two_accumulated", 1, budget=0.0, accumulate=2)
+    only_first = sum(bool(first - last) for first, last in zip(ran[::2], ran[1::2], strict=True))
+    own, _ = fit(
+        folder / "two_own", GLOBAL_BATCH // 2, batch_norm="own", ema_decay=0.5, precise_bn_batches=0, iterations=CUT
+    )
+    own_state = own.trainer.lightning_module.network.state_dict()
+    model = routeseg.load(folder / "one" / "last")
+    pictures = open_data(DataConfig(**DATA), "val", 3)
+    scores = evaluate(model, evaluation_loader(pictures, 0, rank, world), SkipEngine(model))
+    ran, gradients = synced_gradients(slice(rank * 2, rank * 2 + 2))
+    tensors = {"ran": ran, "gradients": gradients, "statistics": statistics([rank, rank + 2]), "own": own_state}
+    torch.save(tensors, folder / f"{rank}.pt")
+    facts = {
+        "read": read,
+        "miou": {"whole": whole.evaluation.miou, "resumed": resumed.evaluation.miou},
+        "evaluation": scores.as_dict() | {"costs": scores.cost_macs.tolist(), "gates": scores.gates.tolist()},
+        "only_first": only_first,
+    }
+    (folder / f"{rank}.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
