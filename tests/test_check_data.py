@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from conftest import run, scenes_checkpoint
+from pictures import noise, save, truncate
 from routeseg.cli import main
 from routeseg.data.check import check_split, look_at_pairs, pictures_to_show
 from routeseg.data.datamodule import DataConfig, open_data
@@ -18,7 +19,7 @@ from routeseg.data.findings import SMALLEST, find, verdict
 from routeseg.data.folder import open_folder
 from routeseg.data.transforms import IGNORE
 from routeseg.figures import Section, contact_sheet
-from test_folder import blocks, describe, noise, save, truncate, write_pictures
+from test_folder import blocks, describe, write_pictures
 
 BOTH = ("train", "val")
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pictures import ORIENTATION_TAG, ROTATED_RIGHT, noise, save, truncate
 from routeseg.cli.common import log_to_stderr
 from routeseg.data import camvid
 from routeseg.data.datamodule import (
@@ -29,8 +30,6 @@ from routeseg.data.transforms import IGNORE, PADDING_RGB, Augmentation
 COLOURS = np.array(
     [[250, 10, 10], [10, 250, 10], [10, 10, 250], [250, 250, 10], [10, 250, 250], [250, 10, 250]], np.uint8
 )
-ROTATED_RIGHT = 6  # EXIF orientation: the camera stood on its side
-ORIENTATION_TAG = 274
 
 
 def painted(height: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -39,22 +38,6 @@ def painted(height: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndar
     blocks = rng.integers(0, len(COLOURS), (-(-height // 16), -(-width // 16)), dtype=np.uint8)
     labels = blocks.repeat(16, 0).repeat(16, 1)[:height, :width]
     return COLOURS[labels], labels
-
-
-def save(path: Path, pixels: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-def truncate(path: Path) -> Path:
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 2])
-    return path
-
-
-def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 @pytest.fixture

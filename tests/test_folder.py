@@ -15,30 +15,12 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from conftest import run
+from pictures import ORIENTATION_TAG, ROTATED_RIGHT, noise, save, truncate
 from routeseg import files
 from routeseg.data.folder import Fraction, open_folder, read_description, write_classes
 from routeseg.data.pairs import LabelMap, UnreadableImage
 from routeseg.data.transforms import IGNORE
 from routeseg.data.voc import voc_palette
-
-ROTATED_RIGHT = 6  # EXIF orientation: the camera stood on its side
-ORIENTATION_TAG = 274
-
-
-def save(path: Path, pixels: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-def truncate(path: Path) -> Path:
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 2])
-    return path
-
-
-def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def blocks(values, height: int = 32, width: int = 40, seed: int = 0) -> np.ndarray:

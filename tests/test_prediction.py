@@ -17,6 +17,7 @@ from PIL import Image
 
 from conftest import run as run_command
 from conftest import scenes_checkpoint
+from pictures import ORIENTATION_TAG, ROTATED_RIGHT, noise, save
 from routeseg import DynamicRoutingNetwork, SkipEngine, load
 from routeseg.collection import find_inputs, output_names
 from routeseg.cost import model_cost
@@ -24,9 +25,6 @@ from routeseg.data.pairs import read_image, read_label_file
 from routeseg.data.transforms import PADDING_RGB
 from routeseg.prediction import LABELS, OUTPUTS, OVERLAY, Skip, fingerprint, predict_files
 from routeseg.space import DIRECTIONS, Route
-
-ORIENTATION_TAG, ROTATED_RIGHT = 274, 6
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,16 +35,6 @@ def network(tiny_network):
     with torch.no_grad():
         tiny_network.decoder.predictor.weight.mul_(30)
     return tiny_network
-
-
-def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def save(path: Path, pixels: np.ndarray, **options) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, **options)
-    return path
 
 
 def run(network, paths, output, **options):
