@@ -28,6 +28,7 @@ from routeseg.evaluation import machine_facts
 from routeseg.files import write_json
 from routeseg.prediction import predict_files
 from routeseg.ray_prediction import BLOCKS_PER_WORKER, predict_with_ray, ray_session, require_ray
+from routeseg.torch_network import TorchNetwork
 
 SIZE = (256, 512)
 IMAGES = {True: 24, False: 48}  # with pictures of overlay and route, which take most of the time, and without
@@ -65,7 +66,8 @@ def measure_run(engine: str, workers: int | None, pictures: bool, folder: str) -
         if engine == "ray":
             predict_with_ray(model, images, output, workers, on_image=arrive, pictures=pictures)
         else:
-            predict_files(routeseg.SkipEngine(model), model, images, output, on_image=arrive, pictures=pictures)
+            runner = TorchNetwork(routeseg.SkipEngine(model), model)
+            predict_files(runner, images, output, on_image=arrive, pictures=pictures)
     first = len(images) // BLOCKS_PER_WORKER
     rate = (len(images) - first) / (arrivals[-1] - arrivals[first - 1])
     return {"images_per_s": rate, "startup_s": arrivals[first - 1] - first / rate, "whole_s": arrivals[-1]}

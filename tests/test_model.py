@@ -15,6 +15,7 @@ from routeseg.space import DOWN, KEEP
 ENGINES = {
     "dense": DynamicRoutingNetwork.eval,
     "skip": SkipEngine,
+    "skip eager": lambda m: SkipEngine(m, compiled=False),
     "skip together": lambda m: SkipEngine(m, together=True),
 }
 
@@ -120,7 +121,7 @@ def test_skip_engine_equals_dense(changes, size, activation):
     model.eval()
     batch = images(3, *size)
     some = [random_route(model.space, seed, share) for seed, share in enumerate((0.2, 0.5, 0.9))]
-    engines = [SkipEngine(model, together) for together in (False, True)]
+    engines = [ENGINES[name](model) for name in ("skip", "skip eager", "skip together")]
     for route in (None, Route(model.space), Route.all_open(model.space), some):
         with torch.no_grad():
             dense = model(batch, route, activation)
@@ -151,11 +152,11 @@ def test_skip_engine_does_not_compute_what_is_closed(tiny_network):
     engine, space = SkipEngine(tiny_network, together=True), tiny_network.space
     routes = [random_route(space, 1, 0.4), random_route(space, 2, 0.4)]
     ran: list[tuple[str, int]] = []
-    for (layer, scale), node in ((n, engine.model.node(*n)) for n in space.nodes):
+    for (layer, scale), node in ((n, engine.forward.model.node(*n)) for n in space.nodes):
         node.cell.register_forward_hook(lambda m, args, out, key=(layer, scale): ran.append((key, len(args[0]))))
         for name, transform in node.transforms.items():
             key = (layer, scale, routeseg.space.DIRECTIONS.index(name))
-            transform.register_forward_hook(lambda m, args, out, key=key: ran.append((key, len(args[0]))))
+            transform[0].register_forward_hook(lambda m, args, out, key=key: ran.append((key, len(args[0]))))
     gates = engine(images(2), route=routes).gates.numpy() > 0
     expected = [(node, int(gates[:, *node].any(-1).sum())) for node in space.nodes]
     expected += [(edge, int(gates[:, *edge].sum())) for edge in space.edges]
@@ -285,8 +286,8 @@ def test_saving_where_one_cannot(tmp_path, tiny_network):
         tiny_network.save(tmp_path / "file" / "net")
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_zeros_that_arrive_in_both_engines(together):
+@pytest.mark.parametrize("engine", ["skip", "skip eager", "skip together"])
+def test_zeros_that_arrive_in_all_engines(engine):
     """As in the authors' networks: nodes behind closed paths run on zeros, in the dense and in the skip forward."""
     torch.manual_seed(1)
     options = {"num_classes": 5, "depth": 4, "base_channels": 8, "stem_channels": 8}
@@ -294,7 +295,7 @@ def test_zeros_that_arrive_in_both_engines(together):
     plain = DynamicRoutingNetwork(**options).eval()
     plain.load_state_dict(model.state_dict())
     with torch.no_grad():
-        expected, found = model(images(6)), SkipEngine(model, together=together)(images(6))
+        expected, found = model(images(6)), ENGINES[engine](model)(images(6))
         without = plain(images(6))
     assert close(found.logits, expected.logits) and torch.allclose(found.gates, expected.gates, atol=1e-6)
     more = (expected.gates > 0) & ~torch.from_numpy(model.space.fed(expected.gates.numpy()))[..., None]

@@ -23,8 +23,10 @@ from routeseg.collection import find_inputs, output_names
 from routeseg.cost import model_cost
 from routeseg.data.pairs import read_image, read_label_file
 from routeseg.data.transforms import PADDING_RGB
-from routeseg.prediction import LABELS, OUTPUTS, OVERLAY, Skip, fingerprint, predict_files
+from routeseg.description import fingerprint
+from routeseg.prediction import LABELS, OUTPUTS, OVERLAY, Skip, predict_files
 from routeseg.space import DIRECTIONS, Route
+from routeseg.torch_network import TorchNetwork
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,7 +40,7 @@ def network(tiny_network):
 
 
 def run(network, paths, output, **options):
-    return predict_files(network, network, paths, output, **options)
+    return predict_files(TorchNetwork(network, network), paths, output, **options)
 
 
 def labels_of(output: Path, name: str) -> np.ndarray:
@@ -177,7 +179,7 @@ class TestPredictFiles:
     def test_the_skip_engine_gives_the_same_files(self, network, tmp_path):
         path = save(tmp_path / "a.png", noise(64, 96))
         run(network, [path], tmp_path / "dense")
-        predict_files(SkipEngine(network), network, [path], tmp_path / "skip")
+        predict_files(TorchNetwork(SkipEngine(network), network), [path], tmp_path / "skip")
         same = labels_of(tmp_path / "dense", "a") == labels_of(tmp_path / "skip", "a")
         assert same.mean() > 0.999, "rounding may move a pixel that lies between two classes"
         texts = [(tmp_path / kind / "a_route.json").read_text() for kind in ("dense", "skip")]
@@ -206,7 +208,7 @@ class TestPredictFiles:
             seen.append(images)
             return network(images)
 
-        predict_files(forward, network, [save(tmp_path / "a.png", small)], tmp_path / "out")
+        predict_files(TorchNetwork(forward, network), [save(tmp_path / "a.png", small)], tmp_path / "out")
         padded = np.full((32, 40, 3), PADDING_RGB, dtype=np.uint8)
         padded[:20] = small
         assert seen[0].dtype == torch.uint8
@@ -317,7 +319,7 @@ class TestPredictFiles:
         before = path.read_bytes()
         forwards = []
         with pytest.raises(ValueError, match=f"cannot write into {output}.*--output"):
-            predict_files(forwards.append, network, [path], output)
+            predict_files(TorchNetwork(forwards.append, network), [path], output)
         assert not forwards and path.read_bytes() == before
 
     def test_an_image_is_never_overwritten_by_a_result(self, network, tmp_path):
@@ -357,12 +359,19 @@ class TestPredictFiles:
         assert all(torch.equal(value, statistics[key]) for key, value in network.state_dict().items())
         assert np.array_equal(labels_of(tmp_path / "eval", "a"), labels_of(tmp_path / "train", "a"))
 
-    def test_a_network_that_diverged_is_named_and_nothing_is_written(self, network, tmp_path):
+    @pytest.mark.parametrize("pictures", [True, False])
+    @pytest.mark.parametrize("part", ["stem", "gate", "decoder"])
+    def test_a_network_that_diverged_is_named_and_nothing_is_written(self, network, tmp_path, part, pictures):
         path = save(tmp_path / "a.png", noise(64, 64))
+        broken = {
+            "stem": network.stem[0][0],
+            "gate": network.node(0, 0).gate.score,
+            "decoder": network.decoder.predictor,
+        }
         with torch.no_grad():
-            network.stem[0][0].weight.fill_(float("nan"))
+            broken[part].weight.fill_(float("nan"))
         with pytest.raises(ValueError, match="NaN"):
-            run(network, [path], tmp_path / "out")
+            run(network, [path], tmp_path / "out", pictures=pictures)
         assert not list((tmp_path / "out").iterdir())
 
 
@@ -558,7 +567,7 @@ class TestResume:
             return network(images)
 
         summary = predict_files(
-            forward, network, paths, tmp_path / "out", resume=True, on_image=lambda: calls.append(1)
+            TorchNetwork(forward, network), paths, tmp_path / "out", resume=True, on_image=lambda: calls.append(1)
         )
         assert len(seen) == 2 and len(calls) == 4 and summary.resumed == 2
         assert [p.name for p in summary.predictions] == list("abcd")
@@ -649,7 +658,7 @@ class TestSkips:
             return network(images)
 
         paths = [save(tmp_path / "a.png", noise(32, 96)), save(tmp_path / "b.png", noise(32, 64))]
-        summary = predict_files(forward, network, paths, tmp_path / "out")
+        summary = predict_files(TorchNetwork(forward, network), paths, tmp_path / "out")
         assert summary.skipped == (Skip(paths[0], "a", f"{paths[0]} is too large for the memory"),)
         assert [p.name for p in summary.predictions] == ["b"]
 

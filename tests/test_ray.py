@@ -21,6 +21,7 @@ from conftest import run as run_command
 from conftest import scenes_checkpoint, spread_gates
 from routeseg import DynamicRoutingNetwork, SkipEngine
 from routeseg.prediction import OUTPUTS, ROUTE, predict_files
+from routeseg.torch_network import TorchNetwork
 
 ray = pytest.importorskip("ray", reason="the extra routeseg[ray]")
 pytest.importorskip("ray.data")
@@ -141,7 +142,7 @@ class TestPredictWithRay:
         (tmp_path / "ray").mkdir()
         source, target = web_server(tmp_path / "in"), web_server(tmp_path / "ray")
         images = [*paths[:6], *(f"{source}/{path.name}" for path in paths[6:]), tmp_path / "gone.png"]
-        expected = predict_files(SkipEngine(network), network, images, tmp_path / "plain")
+        expected = predict_files(TorchNetwork(SkipEngine(network), network), images, tmp_path / "plain")
         calls = []
         got = predict_with_ray(network, images, target, WORKERS, on_image=lambda: calls.append(1))
         assert len(calls) == len(images) and got.output == target
@@ -163,7 +164,7 @@ class TestPredictWithRay:
 
         summary = predict_with_ray(network, paths, tmp_path / "ray", 1, on_image=kill_one, pictures=False)
         assert killed and len(summary.predictions) == len(paths) and not summary.skipped
-        predict_files(SkipEngine(network), network, paths, tmp_path / "plain", pictures=False)
+        predict_files(TorchNetwork(SkipEngine(network), network), paths, tmp_path / "plain", pictures=False)
         whole = {name: data for name, data in contents(tmp_path / "ray").items() if not name.endswith(".tmp")}
         assert whole == contents(tmp_path / "plain")
 
@@ -210,7 +211,7 @@ class TestPredictWithRay:
         def fail(module, inputs):
             raise TypeError("a mistake of the network")
 
-        network.stem.register_forward_pre_hook(fail)
+        network.double().stem.register_forward_pre_hook(fail)  # float64 runs on PyTorch's operations
         with pytest.raises(ValueError, match=f"^{path}: TypeError: a mistake of the network$"):
             predict_with_ray(network, [path], tmp_path / "ray", 1, pictures=False)
 

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from routeseg.files import CONFIG_FILE, WEIGHTS_FILE
 from routeseg.model import DynamicRoutingNetwork
-from routeseg.model.grid import CONFIG_FILE, WEIGHTS_FILE
 from routeseg.space import DIRECTIONS, DOWN, KEEP, UP
 
 PRETRAINED = Path(__file__).parent / "pretrained" / "camvid_small"

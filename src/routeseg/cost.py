@@ -1,6 +1,7 @@
 """What a route costs: multiply-accumulates (MACs) of every node and edge; the budget that gates learn (Sec. 3.3).
 
-All of it is a pure function of (space, widths, classes, image size) and gates or a route; nothing is measured here.
+All of it is a pure function of (space, widths, classes, image size) and gates or a route; nothing is measured here, and
+torch is not imported.
 
 Legend: L depth, S scales, B images.
     gates [B, L+1, S, 3]   activation of every edge, direction 0 up, 1 keep, 2 down
@@ -12,12 +13,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from routeseg.space import DOWN, KEEP, SMALL_GATE_FACTOR, STEM_STRIDE, UP, Route, RoutingSpace
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from routeseg.description import NetworkDescription
     from routeseg.model.classifier import DynamicRoutingClassifier
     from routeseg.model.grid import RoutingGrid
 
@@ -78,7 +80,7 @@ class CostTable:
 
     def of_gates(self, gates: Tensor | np.ndarray) -> np.ndarray:
         """Real cost of each image from its gates [B,L+1,S,3] (or [L+1,S,3]): MACs, float64 [B] (or a scalar array)."""
-        values = gates.detach().cpu().numpy() if isinstance(gates, Tensor) else np.asarray(gates)
+        values = gates.detach().cpu().numpy() if hasattr(gates, "detach") else np.asarray(gates)
         reached = self.space.reached(values)
         open_edges = (values > 0) & reached[..., None]
         return (
@@ -97,8 +99,7 @@ class CostTable:
 
     def expected(self, gates: Tensor) -> Tensor:
         """Eq. 7 summed over the space: max_j(alpha_j) C(cell) + sum_j alpha_j C(T_j); MACs [B], differentiable."""
-        cell = torch.as_tensor(self.cell, dtype=gates.dtype, device=gates.device)
-        edge = torch.as_tensor(self.edge, dtype=gates.dtype, device=gates.device)
+        cell, edge = gates.new_tensor(self.cell), gates.new_tensor(self.edge)
         return (gates.amax(-1) * cell).sum((-1, -2)) + (gates * edge).sum((-1, -2, -3))
 
     def as_authors_report(self) -> CostTable:
@@ -151,8 +152,11 @@ def cost_table(
     )
 
 
-def model_cost(model: RoutingGrid, image_size: tuple[int, int], convention: str = "authors") -> CostTable:
-    """The cost table of a network at an image size (height, width); of a static one, with its own parts alone."""
+def model_cost(
+    model: RoutingGrid | NetworkDescription, image_size: tuple[int, int], convention: str = "authors"
+) -> CostTable:
+    """The cost table of a network, or of what its description tells, at an image size (height, width); of a static one,
+    with its own parts alone."""
     whole = cost_table(
         model.space,
         image_size,

@@ -9,6 +9,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"  # of a checkpoint: the names of huggingface_hub
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -8,14 +8,14 @@ For every image, named NAME below, the output folder gets
 
 The JSON is written last, so where it is, the other files are there too. NAME is made by `output_names`. Images may be
 files or URLs, and so may the folder (see collection.py); `predict_files` runs here, one image after another, and
-ray_prediction.py in several processes or machines, with the same results.
+ray_prediction.py in several processes or machines, with the same results. What segments an image is a `Runner`:
+torch_network.py has that of a checkpoint, onnx_network.py that of an exported file. No torch here.
 
 Legend: H, W image size, K classes, L depth, S scales.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
 import json
@@ -24,27 +24,38 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import cv2
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 
 from routeseg.collection import ResultFolder, Source, file_name, is_url, locate, open_folder, output_names, read_bytes
 from routeseg.cost import model_cost
 from routeseg.data.pairs import UnreadableImage, decode_image
 from routeseg.data.transforms import IGNORE, PADDING_RGB
-from routeseg.evaluation import Forward
+from routeseg.description import NetworkDescription
 from routeseg.figures import overlay, png_bytes, route_picture
-from routeseg.model import DynamicRoutingNetwork
-from routeseg.model.grid import MIN_IMAGE_SIZE, padded_size
-from routeseg.space import Route
+from routeseg.space import MIN_IMAGE_SIZE, Route, padded_size
 
 LABELS, OVERLAY, ROUTE_PICTURE, ROUTE = "_labels.png", "_overlay.png", "_route.png", "_route.json"
 OUTPUTS = (LABELS, OVERLAY, ROUTE_PICTURE, ROUTE)
 SKIPS_NAMED = 20  # in the summary; beyond that they are counted
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "Insufficient memory")  # of a GPU, of a CPU, of OpenCV
 GIGA = 1e9
+
+
+class Runner(Protocol):
+    """A network, ready to segment one image after another."""
+
+    network: NetworkDescription
+
+    def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Image uint8 [H,W,3] RGB, H and W at least 32 -> labels uint8 [H,W], gates float32 [L+1,S,3].
+
+        Raises ValueError (DIVERGED) where an output is NaN, and MemoryError or RuntimeError where memory is short.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -142,8 +153,7 @@ class Plan:
 
 
 def predict_files(
-    forward: Forward,
-    model: DynamicRoutingNetwork,
+    runner: Runner,
     images: Sequence[Source],
     output: Source,
     on_image: Callable[[], None] | None = None,
@@ -152,8 +162,6 @@ def predict_files(
 ) -> PredictionSummary:
     """Segments images and writes the files of each into the folder `output`, a path or URL, replacing older ones.
 
-    forward   what computes the segmentation, the model itself or an engine built from it
-    model     gives classes, colours and cost
     on_image  called after each image (for a progress bar)
     resume    images whose results are there already are left as they are
     pictures  False: no overlay and no picture of the route, which take most of the time of small images
@@ -163,24 +171,18 @@ def predict_files(
     Raises ValueError, before any work, where the folder cannot be written, a result would overwrite an image, or
     `resume` finds results of another network; and later where a file cannot be written.
     """
-    plan = plan_work(model, images, output, resume, pictures)
-    segmenter = Segmenter(forward, model, plan.target)
-    was_training = model.training
-    model.eval()
-    try:
-        return collect(plan, map(segmenter, plan.jobs), on_image)
-    finally:
-        model.train(was_training)
+    plan = plan_work(runner.network, images, output, resume, pictures)
+    return collect(plan, map(Segmenter(runner, plan.target), plan.jobs), on_image)
 
 
 def plan_work(
-    model: DynamicRoutingNetwork, images: Sequence[Source], output: Source, resume: bool, pictures: bool
+    network: NetworkDescription, images: Sequence[Source], output: Source, resume: bool, pictures: bool
 ) -> Plan:
     """Which images are to be segmented, into which folder. Raises the ValueErrors that come before any work."""
     start = time.monotonic()
-    if model.num_classes > IGNORE:
-        raise ValueError(f"the network has {model.num_classes} classes: a label map holds at most {IGNORE}")
-    target = Target(open_folder(output), pictures, fingerprint(model))
+    if network.num_classes > IGNORE:
+        raise ValueError(f"the network has {network.num_classes} classes: a label map holds at most {IGNORE}")
+    target = Target(open_folder(output), pictures, network.fingerprint)
     sources = [image if is_url(image) else Path(image) for image in images]
     jobs = [Job(source, locate(source), name) for source, name in zip(sources, output_names(sources), strict=True)]
     _keep_inputs(target.folder, jobs)
@@ -211,17 +213,15 @@ def collect(
 
 
 class Segmenter:
-    """Segments one image after another, and writes their files. For `forward` and the others see `predict_files`."""
+    """Segments one image after another, and writes their files."""
 
-    def __init__(self, forward: Forward, model: DynamicRoutingNetwork, target: Target) -> None:
-        self.forward, self.model, self.target = forward, model, target
-        self.device = next(model.parameters()).device
+    def __init__(self, runner: Runner, target: Target) -> None:
+        self.runner, self.network, self.target = runner, runner.network, target
 
-    @torch.no_grad()
     def __call__(self, job: Job) -> Prediction | Skip:
         """Raises ValueError where a file cannot be written, and for a network whose outputs are NaN."""
         try:
-            return self._segment(job, _read(job))
+            return self._segment(job, read_source(job.image, job.location))
         except UnreadableImage as error:
             return Skip(job.image, job.name, str(error))
         except (MemoryError, RuntimeError, cv2.error) as error:
@@ -232,11 +232,10 @@ class Segmenter:
     def _segment(self, job: Job, image: np.ndarray) -> Prediction:
         """Segments one image uint8 [H,W,3] and writes NAME_labels.png and the others."""
         height, width = image.shape[:2]
-        pixels = torch.from_numpy(_pad(image).transpose(2, 0, 1).copy())[None]  # [1,3,H,W], H and W at least 32
-        result = self.forward(pixels.to(self.device))
-        labels = result.labels[0, :height, :width].cpu().numpy().astype(np.uint8)
-        gates = result.gates[0].float().cpu().numpy()
-        table = model_cost(self.model, padded_size(self.model.space, *pixels.shape[-2:]))
+        padded = pad_small(image)
+        labels, gates = self.runner(padded)
+        labels = np.ascontiguousarray(labels[:height, :width])
+        table = model_cost(self.network, padded_size(self.network.space, *padded.shape[:2]))
         prediction = Prediction(
             image=job.image,
             name=job.name,
@@ -244,12 +243,12 @@ class Segmenter:
             cost_macs=float(table.of_gates(gates)),
             full_macs=table.full,
         )
-        files = {LABELS: _label_png(labels, self.model.palette)}
+        files = {LABELS: _label_png(labels, self.network.palette)}
         if self.target.pictures:
             cost = f"{prediction.cost_macs / GIGA:.4g} GMACs, {_percent(prediction.share)} of the full network"
             shown = os.fsencode(file_name(job.image)).decode(errors="replace")
-            files[OVERLAY] = png_bytes(overlay(image, labels, self.model.class_names, self.model.palette))
-            files[ROUTE_PICTURE] = route_picture(self.model.space, gates, f"{shown}: {cost}")
+            files[OVERLAY] = png_bytes(overlay(image, labels, self.network.class_names, self.network.palette))
+            files[ROUTE_PICTURE] = route_picture(self.network.space, gates, f"{shown}: {cost}")
         self.target.folder.remove(job.name + ROUTE)  # while the others change, nothing says that they belong together
         for ending, data in files.items():
             self.target.folder.write(job.name + ending, data)
@@ -258,7 +257,7 @@ class Segmenter:
 
     def _route_json(self, prediction: Prediction, gates: np.ndarray) -> str:
         """The object of `Route.to_json`, and with it the activation of each open edge, the image, cost and network."""
-        route = Route.from_gates(self.model.space, gates)
+        route = Route.from_gates(self.network.space, gates)
         data = json.loads(route.to_json())
         data |= {
             "activations": [float(gates[edge]) for edge in route],  # in the order of `open`
@@ -271,15 +270,6 @@ class Segmenter:
             "network": self.target.network,
         }
         return json.dumps(data) + "\n"
-
-
-def fingerprint(model: DynamicRoutingNetwork) -> str:
-    """16 hexadecimal digits that tell networks apart, made of configuration and weights."""
-    digest = hashlib.sha256(json.dumps(model.arguments, sort_keys=True, default=str).encode())
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _earlier_results(target: Target, jobs: Sequence[Job]) -> dict[str, Prediction]:
@@ -309,21 +299,21 @@ def _earlier_results(target: Target, jobs: Sequence[Job]) -> dict[str, Predictio
     return done
 
 
-def _read(job: Job) -> np.ndarray:
-    """The image, uint8 [H,W,3]. Raises UnreadableImage where there is none."""
+def read_source(image: Source, location: Source) -> np.ndarray:
+    """The image at this location, uint8 [H,W,3]. Raises UnreadableImage, naming `image`, where there is none."""
     try:
-        data = read_bytes(job.location)
+        data = read_bytes(location)
     except OSError as error:
-        raise UnreadableImage(f"cannot read {job.image}: {error.strerror or error}") from error
+        raise UnreadableImage(f"cannot read {image}: {error.strerror or error}") from error
     try:
-        return decode_image(io.BytesIO(data), str(job.image))
+        return decode_image(io.BytesIO(data), str(image))
     except UnreadableImage as error:
         if isinstance(error.__cause__, UnidentifiedImageError):  # its own message tells an address in memory
-            raise UnreadableImage(f"cannot read {job.image}: it is no image, or a damaged one") from error
+            raise UnreadableImage(f"cannot read {image}: it is no image, or a damaged one") from error
         raise
 
 
-def _pad(image: np.ndarray) -> np.ndarray:
+def pad_small(image: np.ndarray) -> np.ndarray:
     """The image [H,W,3], with grey to the right and below where a side is shorter than the network takes."""
     height, width = (max(side, MIN_IMAGE_SIZE) for side in image.shape[:2])
     padded = np.full((height, width, 3), PADDING_RGB, dtype=np.uint8)

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 
 from routeseg.collection import Source, is_url
+from routeseg.description import describe
 from routeseg.engine import build_engine
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.prediction import Job, Plan, Prediction, PredictionSummary, Segmenter, Skip, Target, collect, plan_work
+from routeseg.torch_network import TorchNetwork
 
 STORE_BYTES = 200 * 2**20  # of Ray's object store, beside the network: images and results do not pass through it
 BLOCKS_PER_WORKER, LARGEST_BLOCK = 8, 16  # images a worker takes at once: few, to lose few and to end together
@@ -67,7 +69,7 @@ def predict_with_ray(
         raise ValueError(f"--workers is {workers}: it must be at least 1")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device is {device}: choose cpu or cuda; with cuda Ray gives each worker its GPU")
-    plan = plan_work(model, images, output, resume, pictures)
+    plan = plan_work(describe(model), images, output, resume, pictures)
     _refuse_memory(plan)
     if not plan.jobs:  # all done
         return collect(plan, (), on_image)
@@ -119,7 +121,7 @@ class _Worker:
 
         torch.set_num_threads(threads)
         model = ray.get(network).to(device).eval()
-        self.segment = Segmenter(build_engine(model, "skip"), model, target)
+        self.segment = Segmenter(TorchNetwork(build_engine(model, "skip"), model), target)
         self.attempts = attempts
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ Legend: L depth, S number of scales, B images.
 from __future__ import annotations
 
 import json
+import math
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ DIRECTIONS = ("up", "keep", "down")
 SCALE_STEP = {UP: -1, KEEP: 0, DOWN: 1}  # scales that an edge climbs down
 STEM_STRIDE = 4  # the stem takes the image to 1/4 of its resolution
 SMALL_GATE_FACTOR = 4  # the small gate looks at its input at 1/4 of the size
+MIN_IMAGE_SIZE = 32
 
 Node = tuple[int, int]
 Edge = tuple[int, int, int]
@@ -245,6 +247,12 @@ class Route:
 
     def __contains__(self, edge: object) -> bool:
         return edge in self.edges
+
+
+def padded_size(space: RoutingSpace, height: int, width: int) -> tuple[int, int]:
+    """The size that is computed for an image of this size: the next multiples of the space's stride."""
+    stride = space.stride
+    return math.ceil(height / stride) * stride, math.ceil(width / stride) * stride
 
 
 def edge_name(edge: tuple[int, ...]) -> str:

@@ -15,10 +15,13 @@ from typing import Any
 from routeseg.cli.analysis import architectures_command, evaluate_command, routes_command
 from routeseg.cli.common import USAGE_ERROR, log_to_stderr
 from routeseg.cli.data import check_data_command, convert_data_command, download_command, make_data_command
+from routeseg.cli.export import export_command
 from routeseg.cli.prediction import import_command, predict_command
 from routeseg.cli.training import demo_command, pretrain_command, train_command
 
 __all__ = ["COMMANDS", "main"]
+
+LEFT_OUT = ("torch", "lightning", "torchmetrics")  # what a deployment may do without (docs/prediction.md)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"routeseg: error: {_message(error)}", file=sys.stderr)
         return USAGE_ERROR
+    except ModuleNotFoundError as error:
+        if error.name not in LEFT_OUT:
+            raise
+        print(
+            f"routeseg: error: this needs {error.name}, which is not installed: `pip install routeseg` brings it. "
+            "Without it there is `routeseg predict FILE.onnx IMAGES`",
+            file=sys.stderr,
+        )
+        return USAGE_ERROR
     except RuntimeError as error:
+        if "routeseg.distributed" not in sys.modules:  # then no training stopped, and there may be no torch to import
+            raise
         from routeseg.distributed import ProcessLost, TrainingStopped
 
         if not isinstance(error, TrainingStopped):
@@ -87,6 +101,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "routes": (routes_command, "how often each path is open over a data set, and whether routes follow scale"),
     "architectures": (architectures_command, "the known networks as routes: size, cost, and a picture"),
     "predict": (predict_command, "segment image files: labels, overlays and routes"),
+    "export": (export_command, "write a network as an ONNX file: static, or routed, with its gates"),
     "import-checkpoint": (import_command, "read one of the authors' released networks"),
     "check-data": (check_data_command, "look a data set over before training: files, labels, classes; a verdict"),
     "convert-data": (convert_data_command, "make a COCO or VOC export of a labelling tool loadable: coco or voc"),

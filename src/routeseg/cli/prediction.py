@@ -4,16 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import Namespace
 
 from routeseg.cli.common import USAGE_ERROR, Parser, find_device, progress_bar
+from routeseg.files import CONFIG_FILE
+
+if TYPE_CHECKING:
+    from routeseg.model import DynamicRoutingNetwork
+    from routeseg.prediction import PredictionSummary, Runner
 
 
 def predict_command(words: Sequence[str]) -> int:
     parser = Parser(prog="routeseg predict")
-    parser.add_argument("inputs", nargs="+", help="[CHECKPOINT] then image files, folders, globs, URLs, or @LIST")
+    parser.add_argument(
+        "inputs", nargs="+", help="[CHECKPOINT or FILE.onnx] then image files, folders, globs, URLs, or @LIST"
+    )
     parser.add_argument("--output", type=str, default="predictions", help="folder for the results, or a URL")
-    parser.add_argument("--engine", type=str, default="skip", help="skip, dense, or ray: skip in several processes")
-    parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--engine",
+        type=str | None,
+        default=None,
+        help="of a checkpoint: skip, dense, or ray: skip in several processes",
+    )
+    parser.add_argument("--device", type=str, default="cpu", help="cpu, or of a checkpoint cuda")
     parser.add_argument("--pictures", type=bool, default=True, help="false: labels and JSON alone, which is faster")
     parser.add_argument("--resume", action="store_true", help="leave the results that are there as they are")
     parser.add_argument("--workers", type=int | None, default=None, help="of engine ray; by default one for each core")
@@ -22,38 +37,78 @@ def predict_command(words: Sequence[str]) -> int:
     )
     args = parser.parse_args(list(words))
 
-    from routeseg import checkpoints
     from routeseg.collection import find_inputs
-    from routeseg.engine import build_engine
-    from routeseg.model.grid import CONFIG_FILE
+    from routeseg.onnx_network import OnnxNetwork
     from routeseg.prediction import predict_files
-    from routeseg.ray_prediction import predict_with_ray, require_ray
 
     for option in ("workers", "ray_address"):
         if args.engine != "ray" and args[option] is not None:
             raise ValueError(f"--{option} is of --engine ray: add that, or leave --{option} out")
     inputs = list(args.inputs)
-    given = (Path(inputs[0]) / CONFIG_FILE).is_file()
-    if given and len(inputs) == 1:
-        raise ValueError(f"{inputs[0]} is a checkpoint: name the images to segment behind it")
-    checkpoint = inputs.pop(0) if given else None
-    if checkpoint is None:
-        print(f"using the network that is shipped, trained on CamVid ({checkpoints.PRETRAINED.name})")
-    if args.engine == "ray":
-        require_ray()
-    images = find_inputs(inputs)
-    model = checkpoints.load(checkpoint)
+    network = inputs.pop(0) if _is_network(inputs[0]) else None
+    if network is not None and not inputs:
+        raise ValueError(f"{network} is a network: name the images to segment behind it")
     common = {"resume": args.resume, "pictures": args.pictures}
-    with progress_bar("predict", len(images)) as step:
-        if args.engine == "ray":
-            summary = predict_with_ray(
-                model, images, args.output, args.workers, args.ray_address, args.device, step, **common
-            )
+    if args.engine == "ray" and not _is_onnx(network):
+        summary = _predict_with_ray(network, inputs, args, common)
+    else:
+        images = find_inputs(inputs)
+        runner: Runner
+        if network is not None and _is_onnx(network):
+            _check_onnx_options(network, args)
+            runner = OnnxNetwork(network)
         else:
-            model = model.to(find_device(args.device))
-            summary = predict_files(build_engine(model, args.engine), model, images, args.output, step, **common)
+            runner = _torch_network(network, args)
+        with progress_bar("predict", len(images)) as step:
+            summary = predict_files(runner, images, args.output, step, **common)
     print(summary.table())
     return USAGE_ERROR if summary.skipped else 0
+
+
+def _is_onnx(network: str | None) -> bool:
+    return network is not None and network.lower().endswith(".onnx")
+
+
+def _is_network(word: str) -> bool:
+    """Whether this names an ONNX file or a checkpoint folder."""
+    return _is_onnx(word) or (Path(word) / CONFIG_FILE).is_file()
+
+
+def _check_onnx_options(network: str, args: Namespace) -> None:
+    """Raises ValueError for options of checkpoints alone."""
+    if args.engine is not None:
+        raise ValueError(f"--engine is of checkpoints, and {network} is run by ONNX Runtime: leave --engine out")
+    if args.device != "cpu":
+        raise ValueError(f"--device {args.device} is of checkpoints, and {network} runs on cpu: leave --device out")
+
+
+def _load(checkpoint: str | None) -> DynamicRoutingNetwork:
+    from routeseg import checkpoints
+
+    if checkpoint is None:
+        print(f"using the network that is shipped, trained on CamVid ({checkpoints.PRETRAINED.name})")
+    return checkpoints.load(checkpoint)
+
+
+def _torch_network(checkpoint: str | None, args: Namespace) -> Runner:
+    """The network of a checkpoint on its device, with its engine."""
+    from routeseg.engine import build_engine
+    from routeseg.torch_network import TorchNetwork
+
+    model = _load(checkpoint).to(find_device(args.device))
+    return TorchNetwork(build_engine(model, args.engine or "skip"), model)
+
+
+def _predict_with_ray(
+    checkpoint: str | None, inputs: Sequence[str], args: Namespace, common: dict[str, bool]
+) -> PredictionSummary:
+    from routeseg.collection import find_inputs
+    from routeseg.ray_prediction import predict_with_ray, require_ray
+
+    require_ray()
+    images, model = find_inputs(inputs), _load(checkpoint)
+    with progress_bar("predict", len(images)) as step:
+        return predict_with_ray(model, images, args.output, args.workers, args.ray_address, args.device, step, **common)
 
 
 def import_command(words: Sequence[str]) -> int:

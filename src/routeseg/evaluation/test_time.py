@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from routeseg.model import Segmentation
-from routeseg.model.grid import MIN_IMAGE_SIZE
+from routeseg.space import MIN_IMAGE_SIZE
 
 Forward = Callable[[Tensor], Segmentation]
 MAX_SCALE = 16

@@ -27,7 +27,7 @@ class Gate(nn.Module):
 
     def __init__(self, channels: int, num_directions: int, activation: str = "soft", small: bool = False) -> None:
         super().__init__()
-        self.activation, self.small = ACTIVATIONS[activation], small
+        self.activation, self.small = activation, small
         self.squeeze = conv_norm(channels, channels // 2)
         self.score = nn.Linear(channels // 2, num_directions)
         nn.init.constant_(self.score.bias, GATE_BIAS)
@@ -37,7 +37,12 @@ class Gate(nn.Module):
             features = shrink(features)
         hidden = self.squeeze(features)
         scores = self.score(hidden.mean(dim=(2, 3)))  # Eq. 2-3: [B,C/2] -> [B,D]
-        return self.activation(scores.float()).clamp(max=1.0 - torch.finfo(torch.float32).eps)
+        return activate(scores, self.activation)
+
+
+def activate(scores: Tensor, activation: str) -> Tensor:
+    """Activations in [0,1) of scores [B,D], float32; a score of -infinity closes a path."""
+    return ACTIVATIONS[activation](scores.float()).clamp(max=1.0 - torch.finfo(torch.float32).eps)
 
 
 def soft_gate(scores: Tensor) -> Tensor:
@@ -61,5 +66,12 @@ def shrink(features: Tensor) -> Tensor:
     h, w = features.shape[-2:]
     if min(h, w) >= SMALL_GATE_FACTOR:  # the step is 4 pixels also where 4 does not divide the size
         return F.interpolate(features, scale_factor=1 / SMALL_GATE_FACTOR, mode="bilinear", align_corners=False)
-    size = (max(1, h // SMALL_GATE_FACTOR), max(1, w // SMALL_GATE_FACTOR))
-    return F.interpolate(features, size=size, mode="bilinear", align_corners=False)
+    return F.interpolate(features, size=shrunk_size(h, w)[:2], mode="bilinear", align_corners=False)
+
+
+def shrunk_size(h: int, w: int) -> tuple[int, int, float, float]:
+    """The size that `shrink` makes of h x w, and its steps: pixels from one output row to the next, and column."""
+    small = [max(1, side // SMALL_GATE_FACTOR) for side in (h, w)]
+    whole = min(h, w) >= SMALL_GATE_FACTOR
+    steps = [SMALL_GATE_FACTOR if whole else side / out for side, out in zip((h, w), small, strict=True)]
+    return small[0], small[1], steps[0], steps[1]

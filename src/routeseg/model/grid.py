@@ -6,7 +6,6 @@ Legend: B images, H, W image size, K classes, L depth, S scales, C base channels
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -24,12 +23,10 @@ from routeseg.distributed import anywhere
 from routeseg.model.cell import RoutingNode
 from routeseg.model.gate import ACTIVATIONS, GATE_BIAS, Gate
 from routeseg.model.layers import CELL_OPERATIONS, InputNorm, Stem
-from routeseg.space import DIRECTIONS, SCALE_STEP, Node, Route, RoutingSpace
+from routeseg.space import DIRECTIONS, MIN_IMAGE_SIZE, SCALE_STEP, Node, Route, RoutingSpace, padded_size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MIN_IMAGE_SIZE = 32
-WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"  # the names of huggingface_hub
 
 
 class RoutingGrid(nn.Module, PyTorchModelHubMixin):
@@ -213,6 +210,14 @@ def prepare(model: RoutingGrid, images: Tensor) -> tuple[Tensor, tuple[int, int]
 
     The padding depends on the image's size alone. Raises ValueError for images that are not [B,3,H,W], H, W >= 32.
     """
+    height, width = check_images(images)
+    padded_height, padded_width = padded_size(model.space, height, width)
+    x = F.pad(model.normalize(images), (0, padded_width - width, 0, padded_height - height))
+    return x.contiguous(memory_format=torch.channels_last), (height, width)
+
+
+def check_images(images: Tensor) -> tuple[int, int]:
+    """The size (H, W) of images. Raises ValueError for images that are not [B,3,H,W], H, W >= 32."""
     if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
         raise ValueError(f"images have shape {list(images.shape)}: expected [B,3,H,W], RGB, with B at least 1")
     if not (images.is_floating_point() or images.dtype == torch.uint8):
@@ -220,15 +225,7 @@ def prepare(model: RoutingGrid, images: Tensor) -> tuple[Tensor, tuple[int, int]
     height, width = images.shape[-2:]
     if min(height, width) < MIN_IMAGE_SIZE:
         raise ValueError(f"images are {height}x{width}: the smallest size is {MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE}")
-    padded_height, padded_width = padded_size(model.space, height, width)
-    x = F.pad(model.normalize(images), (0, padded_width - width, 0, padded_height - height))
-    return x.contiguous(memory_format=torch.channels_last), (height, width)
-
-
-def padded_size(space: RoutingSpace, height: int, width: int) -> tuple[int, int]:
-    """The size that is computed for an image of this size: the next multiples of the space's stride."""
-    stride = space.stride
-    return math.ceil(height / stride) * stride, math.ceil(width / stride) * stride
+    return height, width
 
 
 def _own_route(space: RoutingSpace, gate: str, route: str | Sequence[tuple[int, int, str]] | None) -> Route:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from routeseg.distributed import rank_and_world, total
-from routeseg.model.grid import RoutingGrid, padded_size
+from routeseg.model.grid import RoutingGrid
 from routeseg.model.layers import running_statistics
-from routeseg.space import SMALL_GATE_FACTOR, STEM_STRIDE
+from routeseg.space import SMALL_GATE_FACTOR, STEM_STRIDE, padded_size
 
 Mode = Literal["synced", "own", "frozen"]
 

@@ -1,0 +1,103 @@
+"""The command that writes a network in the format of other runtimes: export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from routeseg.cli.common import Parser, progress_bar
+from routeseg.files import check_writable
+
+if TYPE_CHECKING:
+    from routeseg.model import DynamicRoutingNetwork
+    from routeseg.space import Route
+
+MEGABYTE = 1e6
+
+
+def export_command(words: Sequence[str]) -> int:
+    parser = Parser(prog="routeseg export")
+    parser.add_argument("checkpoint", type=str, help="a checkpoint folder")
+    parser.add_argument("output", type=str, help="the file to write, NAME.onnx")
+    parser.add_argument("--format", type=str, default="onnx", help="onnx")
+    parser.add_argument("--routed", action="store_true", help="with gates: the route is chosen for each image")
+    parser.add_argument(
+        "--route", type=str | None, default=None, help="one route for all images: a JSON file, or an architecture"
+    )
+    parser.add_argument(
+        "--int8", type=str | None, default=None, help="quantise: images to calibrate with, a folder, glob, URL or @LIST"
+    )
+    args = parser.parse_args(list(words))
+
+    from routeseg import checkpoints
+    from routeseg.export import FORMATS, check_kind, check_name, export, require_onnx
+
+    if args.format not in FORMATS:
+        raise ValueError(f"--format {args.format!r}: choose {' or '.join(FORMATS)}")
+    if args.routed and args.route is not None:
+        raise ValueError("--routed keeps every route, --route keeps one: give one of them")
+    path = check_name(args.output)
+    require_onnx()
+    check_writable(path.parent, "OUT")
+    model = checkpoints.load(args.checkpoint)
+    if args.route is not None:
+        model = _specialize(model, args.route)
+    check_kind(model, args.routed)
+    if args.int8 is None:
+        export(model, path, args.routed)
+    else:
+        _export_int8(model, path, args.int8)
+    summary, size_mb = _summary(model, skips=args.int8 is None), path.stat().st_size / MEGABYTE
+    print(f"{path}: {summary}, {size_mb:.1f} MB\nrun it: routeseg predict {path} IMAGES")
+    return 0
+
+
+def _export_int8(model: DynamicRoutingNetwork, path: Path, images: str) -> None:
+    from routeseg.collection import find_inputs
+    from routeseg.quantization import chosen, export_int8
+
+    sources = chosen(find_inputs([images]))
+    with progress_bar("calibrate", len(sources)) as step:
+        export_int8(model, path, sources, step)
+    note = ". Closed paths are computed as well: in this file the gates spare nothing" if model.gated else ""
+    print(f"int8, calibrated with {len(sources)} images{note}")
+
+
+def _summary(model: DynamicRoutingNetwork, skips: bool) -> str:
+    """Kind and cost of what is written; `skips`: closed paths are not computed."""
+    from routeseg.cost import model_cost
+    from routeseg.export.metadata import COST_SIZE
+    from routeseg.space import Route
+
+    table, size = model_cost(model, COST_SIZE), "x".join(map(str, COST_SIZE))
+    full = f"{table.full / 1e9:.2f} GMACs at {size}"
+    if not model.gated:
+        return f"a static network of {len(model.route)} edges, {full}"
+    if not skips:
+        return f"a network with gates, all paths computed, {full}"
+    least = float(table.of_gates(Route(model.space).to_gates()))
+    return f"a routed network, from {least / 1e9:.2f} (all paths closed) to {full}"
+
+
+def _specialize(model: DynamicRoutingNetwork, name: str) -> DynamicRoutingNetwork:
+    """The network of this route alone. Raises ValueError, naming the route, where it has none of that name."""
+    route = _read_route(model, name)
+    try:
+        return model.specialize(route)
+    except ValueError as error:
+        raise ValueError(f"--route {name}: {error}") from error
+
+
+def _read_route(model: DynamicRoutingNetwork, name: str) -> Route:
+    from routeseg.architectures import ARCHITECTURES
+    from routeseg.space import Route
+
+    try:
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name](model.space)
+        if not Path(name).is_file():
+            raise ValueError(f"no such file, and no architecture: choose one of {', '.join(ARCHITECTURES)}")
+        return Route.from_json(Path(name).read_text())
+    except ValueError as error:
+        raise ValueError(f"--route {name}: {error}") from error

@@ -1,0 +1,93 @@
+"""ONNX files of a network: static ones, and routed ones whose closed paths are skipped at run time (docs/export.md)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from routeseg.description import METADATA_KEY
+from routeseg.engine.folding import fold_batch_norm
+from routeseg.export.metadata import metadata
+from routeseg.files import write_atomically
+from routeseg.model import DynamicRoutingNetwork
+
+if TYPE_CHECKING:
+    import onnx
+
+FORMATS = ("onnx",)
+SUFFIX = ".onnx"
+
+__all__ = ["FORMATS", "build_onnx", "export", "metadata", "require_onnx"]
+
+
+def export(model: DynamicRoutingNetwork, path: str | Path, routed: bool = False) -> Path:
+    """Writes a network as an ONNX file, whole or not at all; `routed`: with its gates, closed paths skipped.
+
+    Raises ValueError where the name does not end in .onnx, the network is not of that kind, or onnx is not installed.
+    """
+    path = check_name(path)
+    write_atomically(path, build_onnx(model, routed).SerializeToString())
+    return path
+
+
+def check_name(path: str | Path) -> Path:
+    """The path. Raises ValueError where it does not end in .onnx, or is a folder."""
+    path = Path(path)
+    if path.suffix != SUFFIX:
+        raise ValueError(f"{path} is no name of an ONNX file: let it end in {SUFFIX}, such as {path.stem}{SUFFIX}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give the name of a file")
+    return path
+
+
+def build_onnx(model: DynamicRoutingNetwork, routed: bool = False, dense: bool = False) -> onnx.ModelProto:
+    """The ONNX model of a network. Input `images` [B,3,H,W], outputs `logits` [B,K,H,W] and `gates` [B,L+1,S,3].
+
+    dense  with its gates, too, but without `If`: closed paths are computed, and multiplied by 0
+
+    Raises ValueError where the network is not of that kind, or onnx is not installed.
+    """
+    require_onnx()
+    from onnx import TensorProto, helper
+
+    from routeseg.export.dense import dense_outputs
+    from routeseg.export.graph import Graph
+    from routeseg.export.routed import routed_outputs
+    from routeseg.export.static import static_outputs
+
+    kind, outputs = "static", static_outputs
+    if routed or dense:
+        kind, outputs = ("dense", dense_outputs) if dense else ("routed", routed_outputs)
+    check_kind(model, kind != "static")
+    graph, folded, space = Graph(), fold_batch_norm(model).float().cpu(), model.space
+    logits, gates = outputs(graph, folded, "images")
+    batch: int | str = "batch" if kind == "static" else 1
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, [batch, 3, "height", "width"])
+    return graph.model(
+        [images],
+        {
+            "logits": (logits, [batch, model.num_classes, "height", "width"]),
+            "gates": (gates, [batch, space.depth + 1, space.num_scales, 3]),
+        },
+        {METADATA_KEY: json.dumps(metadata(model, kind))},
+    )
+
+
+def check_kind(model: DynamicRoutingNetwork, routed: bool) -> None:
+    """Raises ValueError, naming the option, where a network with gates is not to keep them, or one without is to."""
+    if model.gated and not routed:
+        raise ValueError(
+            "the network chooses its route for each image: export it with --routed, gates and all, or name one route "
+            "for all images with --route FILE or an architecture's NAME"
+        )
+    if routed and not model.gated:
+        raise ValueError("the network is static, it has no gates to route by: leave --routed out")
+
+
+def require_onnx() -> None:
+    """Raises ValueError where the package onnx is not installed."""
+    try:
+        import onnx  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"export needs the package onnx ({error}): `pip install 'routeseg[onnx]'`") from error

@@ -1,0 +1,43 @@
+"""A static network as an ONNX graph: the route is known, so only its operators are there."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from routeseg.export import parts
+from routeseg.export.graph import Graph
+from routeseg.model import DynamicRoutingNetwork
+from routeseg.space import SCALE_STEP, UP
+
+
+def static_outputs(graph: Graph, model: DynamicRoutingNetwork, images: str) -> tuple[str, str]:
+    """Adds a network without gates, whose BatchNorm is folded: images [B,3,H,W] -> logits, gates."""
+    space = model.space
+    arrivals: list[str | None] = [parts.stem(graph, model, images)] + [None] * (space.num_scales - 1)
+    for layer in range(space.depth + 1):
+        after: list[str | None] = [None] * space.num_scales
+        for scale, features in enumerate(arrivals):
+            if features is None:
+                continue
+            if (layer, scale) not in model.route.nodes:  # a dropped cell: the input is kept, for free (Eq. 5)
+                sent = [(scale, features)]
+            else:
+                node, name = model.node(layer, scale), f"nodes.{layer}-{scale}"
+                hidden = parts.cell(graph, node, name, features)
+                sent = []
+                for direction in node.directions:
+                    out = parts.convolve(graph, node, name, direction, hidden)
+                    sent.append((scale + SCALE_STEP[direction], graph.resize(out, 2) if direction == UP else out))
+            for target, out in sent:
+                before = after[target]
+                after[target] = out if before is None else graph.op("Add", before, out)
+        arrivals = after
+    return parts.decode(graph, model, arrivals), _gates(graph, model, images)
+
+
+def _gates(graph: Graph, model: DynamicRoutingNetwork, images: str) -> str:
+    """The route's 0 and 1 for each image [B,L+1,S,3]."""
+    gates = model.route.to_gates()
+    batch = graph.op("Shape", images, start=0, end=1)
+    shape = graph.op("Concat", batch, graph.constant(gates.shape, np.int64), axis=0)
+    return graph.op("Expand", graph.tensor("route", gates[None]), shape)

@@ -1,0 +1,187 @@
+"""An exported network (`routeseg export`) run by ONNX Runtime, the extra `routeseg[onnx]`. No torch here.
+
+Legend: B images, H, W image size, K classes, L depth, S scales.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from routeseg.description import DIVERGED, FORMAT, METADATA_KEY, NetworkDescription
+from routeseg.space import MIN_IMAGE_SIZE, padded_size
+
+FATAL_ONLY = 4  # of the log of ONNX Runtime, which also raises its errors
+NO_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc")  # in the words of ONNX Runtime
+
+
+class OnnxNetwork:
+    """The network of an ONNX file: `OnnxNetwork(file)(image)`, a `Runner` (prediction.py).
+
+    file     as `routeseg export` writes it
+    threads  that compute one image; None: OMP_NUM_THREADS, or all cores that this process may use
+
+    network    its NetworkDescription
+    kind       "static"; "routed": with gates, closed paths are skipped; "dense": with gates, all paths are computed
+    precision  "float32" or "int8"
+    session    ONNX Runtime's
+
+    Raises ValueError, naming the file, where it is missing, damaged, none of ours, or of a later format, and where
+    ONNX Runtime is not installed.
+    """
+
+    def __init__(self, file: str | Path, threads: int | None = None) -> None:
+        self.file = Path(file)
+        self.session = _open(self.file, threads or _default_threads())
+        data = _own_words(self.file, self.session.get_modelmeta().custom_metadata_map)
+        self.kind, self.precision = str(data.get("kind")), str(data.get("precision"))
+        try:
+            self.network = NetworkDescription.from_metadata(data)
+        except ValueError as error:
+            raise ValueError(f"{file} does not say what network it holds: {error}. Export it anew") from error
+        _check_tensors(self)
+
+    def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Image uint8 [H,W,3] RGB, H and W at least 32 -> labels uint8 [H,W], gates float32 [L+1,S,3].
+
+        Raises ValueError where an output is NaN, and MemoryError where memory is short.
+        """
+        logits, gates = self.run(image.transpose(2, 0, 1)[None])
+        labels, best = most_likely(logits[0])
+        if np.isnan(best).any() or np.isnan(gates).any():
+            raise ValueError(DIVERGED)
+        return labels, gates[0]
+
+    def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images [B,3,H,W] RGB, uint8 or floating point in 0..1, H and W at least 32 -> float32 logits [B,K,H,W],
+        gates [B,L+1,S,3]: what `routeseg.model.Segmentation` holds.
+
+        Raises ValueError for other images, and MemoryError where memory is short.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or not len(images) or min(images.shape[2:]) < MIN_IMAGE_SIZE:
+            raise ValueError(
+                f"images have shape {list(images.shape)}: expected [B,3,H,W], RGB, H and W at least {MIN_IMAGE_SIZE}"
+            )
+        if self.kind != "static" and len(images) > 1:  # each takes a route of its own
+            parts = [self.run(image[None]) for image in images]
+            return np.concatenate([logits for logits, _ in parts]), np.concatenate([gates for _, gates in parts])
+        height, width = images.shape[2:]
+        try:
+            logits, gates = self.session.run(["logits", "gates"], {"images": prepare(self.network, images)})
+        except Exception as error:  # ONNX Runtime has its own, which share no class but this one
+            if any(words in str(error) for words in NO_MEMORY):
+                raise MemoryError(str(error)) from error
+            raise ValueError(f"{self.file} cannot be run on images of {height}x{width}: {_reason(error)}") from error
+        return logits[..., :height, :width], gates
+
+
+def prepare(network: NetworkDescription, images: np.ndarray) -> np.ndarray:
+    """Images [B,3,H,W], uint8 or floating point in 0..1 -> what the graph takes: float32 in 0..1, padded to the space's
+    stride, right and below, with the mean pixel, which is 0 once normalised."""
+    batch, _, height, width = images.shape
+    prepared = np.empty((batch, 3, *padded_size(network.space, height, width)), dtype=np.float32)
+    mean = np.array(network.pixel_mean, dtype=np.float32).reshape(3, 1, 1)
+    np.divide(images, 255 if images.dtype == np.uint8 else 1, out=prepared[..., :height, :width])
+    prepared[..., height:, :] = mean
+    prepared[..., :height, width:] = mean
+    return prepared
+
+
+def most_likely(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [K,H,W] -> the first of the largest, uint8 [H,W], and its logit [H,W], NaN where one of them is.
+
+    A map at a time, which is more than twice as fast as `argmax` over the first axis.
+    """
+    labels, best = np.zeros(logits.shape[1:], dtype=np.uint8), logits[0].copy()
+    for number, one in enumerate(logits[1:], start=1):
+        np.putmask(labels, one > best, number)
+        np.maximum(best, one, out=best)
+    return labels, best
+
+
+def require_onnxruntime() -> None:
+    """Raises ValueError where ONNX Runtime is not installed."""
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"ONNX files need ONNX Runtime ({error}): `pip install 'routeseg[onnx]'`") from error
+
+
+def _default_threads() -> int:
+    """As torch's: OMP_NUM_THREADS where it is set, else all cores that this process may use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _open(file: Path, threads: int) -> Any:
+    """ONNX Runtime's session of a file."""
+    require_onnxruntime()
+    import onnxruntime
+
+    if not file.is_file():
+        raise ValueError(f"no file {file}: `routeseg export CHECKPOINT {file}` writes one")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = FATAL_ONLY
+    try:
+        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime has its own, which share no class but this one
+        raise ValueError(f"{file} is no ONNX file, or a damaged one: {_reason(error)}") from error
+
+
+def _own_words(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What the file says of its network. Raises ValueError where it is none of ours, or of a later format."""
+    if METADATA_KEY not in metadata:
+        raise ValueError(f"{file} is an ONNX file of something else: give one that `routeseg export` wrote")
+    try:
+        data = json.loads(metadata[METADATA_KEY])
+        written = data["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} does not say what network it holds: its metadata is damaged. Export it anew"
+        ) from error
+    if written != FORMAT:
+        raise ValueError(
+            f"{file} is of format {written}, written by routeseg {data.get('version', '?')}; this one reads format "
+            f"{FORMAT}: install that version, or export the network anew"
+        )
+    return data
+
+
+def _check_tensors(own: OnnxNetwork) -> None:
+    """Raises ValueError where inputs and outputs of the graph are not those of the network that the file describes."""
+    space, session = own.network.space, own.session
+    expected = {
+        "images": (None, 3, None, None),
+        "logits": (None, own.network.num_classes, None, None),
+        "gates": (None, space.depth + 1, space.num_scales, 3),
+    }
+    found = {value.name: value for value in (*session.get_inputs(), *session.get_outputs())}
+    if found.keys() != expected.keys() or [value.name for value in session.get_inputs()] != ["images"]:
+        raise ValueError(
+            f"{own.file} takes {[value.name for value in session.get_inputs()]} and gives "
+            f"{[value.name for value in session.get_outputs()]}, not ['images'] and ['logits', 'gates']: export it anew"
+        )
+    for name, shape in expected.items():
+        value = found[name]
+        fits = len(value.shape) == len(shape) and all(
+            want is None or have == want for have, want in zip(value.shape, shape, strict=True)
+        )
+        if not fits or value.type != "tensor(float)":
+            raise ValueError(
+                f"{own.file}: {name} is {value.type} {value.shape}, which is not that of the network that the file "
+                "describes: export it anew"
+            )
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what ONNX Runtime says, without its name and number for it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].split(" : ", 2)[-1]

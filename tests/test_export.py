@@ -1,0 +1,275 @@
+"""Exported files: outputs of the dense forward, closed paths that are not run, one clear message for each mistake."""
+
+from __future__ import annotations
+
+import collections
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import routeseg
+from conftest import run, scenes_checkpoint, spread_gates
+from routeseg import DynamicRoutingNetwork, Route
+from routeseg.cost import model_cost
+from routeseg.description import NetworkDescription, describe
+
+onnx = pytest.importorskip("onnx", reason="the extra routeseg[onnx]")
+ort = pytest.importorskip("onnxruntime", reason="the extra routeseg[onnx]")
+from routeseg.export import build_onnx, export  # noqa: E402
+from routeseg.export.metadata import COST_SIZE, cost_macs, metadata  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZES = [(32, 64), (96, 160), (160, 32)]  # the coarsest maps: 1x2, 3x5, 5x1
+TOLERANCE = 1e-4  # of the largest logit
+ALWAYS = 1e3  # the bias of gates that are open whatever they see
+OPERATIONS = ("sep_conv_3x3", "sep_conv_5x5", "identity")
+
+
+def network(bias: float | None = 0.0, depth: int = 4, seed: int = 0, **options) -> DynamicRoutingNetwork:
+    """Spread gates, moved by this bias; None: some paths are always open, the others always closed."""
+    torch.manual_seed(seed)
+    options = {"num_classes": 5, "base_channels": 8, "stem_channels": 8} | options
+    model = spread_gates(DynamicRoutingNetwork(depth=depth, **options), seed).eval()
+    torch.nn.init.normal_(model.decoder.predictor.bias)
+    for node in model.nodes.values():
+        if node.gate is not None:
+            if bias is None:
+                node.gate.score.weight.data.zero_()
+                node.gate.score.bias.data.copy_(torch.randint(0, 2, node.gate.score.bias.shape) * 3.0 - 1.5)
+            else:
+                node.gate.score.bias.data.fill_(bias)
+    return model
+
+
+def session(model: onnx.ModelProto, profile: Path | None = None) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def compare(run_file, model: DynamicRoutingNetwork, sizes=SIZES, batch: int = 1) -> list[torch.Tensor]:
+    """The file gives the dense forward's logits and gates; the gates of each size."""
+    seen = []
+    for number, size in enumerate(sizes):
+        torch.manual_seed(number)
+        images = torch.rand(batch, 3, *size)
+        logits, gates = run_file(images.numpy())
+        with torch.no_grad():
+            expected = model(images)
+        assert logits.shape == tuple(expected.logits.shape) and gates.shape == tuple(expected.gates.shape)
+        assert np.abs(logits - expected.logits.numpy()).max() <= TOLERANCE * float(expected.logits.abs().max())
+        np.testing.assert_allclose(gates, expected.gates.numpy(), atol=TOLERANCE)
+        assert ((gates > 0) == (expected.gates > 0).numpy()).all()
+        seen.append(expected.gates)
+    return seen
+
+
+def with_ort(file: onnx.ModelProto):
+    made = session(file)
+    return lambda images: made.run(["logits", "gates"], {"images": images})
+
+
+ROUTES = {
+    "all open": Route.all_open,
+    "u-net": routeseg.ARCHITECTURES["u-net"],
+    "coarse alone": lambda space: Route(space, [(0, 0, 2), (1, 1, 2), (2, 2, 2)]),
+    "stem alone": lambda space: Route(space, [(4, 0, 1)]),
+}
+
+
+@pytest.mark.parametrize("name", ROUTES)
+def test_static(name):
+    whole = network(depth=6 if name == "u-net" else 4, cell_operations=OPERATIONS, zeros_arrive=True)
+    model = whole.specialize(ROUTES[name](whole.space))
+    file = build_onnx(model)
+    onnx.checker.check_model(file, full_check=True)
+    compare(with_ort(file), model, batch=2)
+    compare(with_ort(file), model, SIZES[:1])
+
+
+def test_static_without_a_route():
+    model = network(gate="fixed", num_scales=3)
+    compare(with_ort(build_onnx(model)), model)
+
+
+VARIANTS = {
+    "plain": {},
+    "operations": {"cell_operations": OPERATIONS},
+    "no identity": {"cell_operations": ["sep_conv_5x5"]},
+    "zeros arrive": {"zeros_arrive": True},
+    "small gate": {"small_gate": True},
+    "small gate, zeros arrive": {"small_gate": True, "zeros_arrive": True},
+    "softmax": {"gate": "softmax"},
+    "softmax, zeros arrive": {"gate": "softmax", "zeros_arrive": True, "small_gate": True},
+    "one scale": {"num_scales": 1, "depth": 3},
+    "two scales": {"num_scales": 2, "depth": 3, "small_gate": True, "zeros_arrive": True},
+}
+
+
+@pytest.mark.parametrize("bias", [ALWAYS, 0.0, -1.0, None, -ALWAYS])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_routed(name, bias):
+    model = network(bias, **VARIANTS[name])
+    file = build_onnx(model, routed=True)
+    onnx.checker.check_model(file)
+    for gates in compare(with_ort(file), model):
+        if abs(bias or 0.0) == ALWAYS and not name.startswith("softmax"):
+            assert ((gates[0] > 0).numpy() == (model.space.legal if bias == ALWAYS else False)).all()
+
+
+def test_routes_of_different_seeds_and_what_they_reach():
+    """Among them nodes that only zeros reach, and run on them; nodes that drop their cell; scales without a map."""
+    kinds = collections.Counter()
+    for seed in range(4):
+        for zeros_arrive in (False, True):
+            model = network(None, seed=seed, zeros_arrive=zeros_arrive)
+            (gates,) = compare(with_ort(build_onnx(model, routed=True)), model, [(64, 96)])
+            is_open = gates[0].numpy() > 0
+            runs = is_open.any(-1)
+            kinds["on zeros"] += (runs & ~model.space.fed(gates[0].numpy())).sum()
+            kinds["dropped"] += (model.space.reached(gates[0].numpy()) & ~runs).sum()
+            kinds["no map at the end"] += (~model.space.reached(gates[0].numpy())[-1]).sum()
+    assert all(kinds[kind] > 0 for kind in ("on zeros", "dropped", "no map at the end")), kinds
+
+
+def convolutions(model: DynamicRoutingNetwork, folder: Path, bias: float) -> int:
+    """How many convolutions one image runs, as ONNX Runtime's profile counts them."""
+    for node in model.nodes.values():
+        node.gate.score.weight.data.zero_()
+        node.gate.score.bias.data.fill_(bias)
+    made = session(build_onnx(model, routed=True), folder / "profile")
+    made.run(None, {"images": np.zeros((1, 3, 64, 64), dtype=np.float32)})
+    events = json.loads(Path(made.end_profiling()).read_text())
+    return sum(e.get("args", {}).get("op_name") == "Conv" and e["name"].endswith("kernel_time") for e in events)
+
+
+def test_closed_paths_are_not_run(tmp_path):
+    model = network(depth=4)
+    space = model.space
+    stem, decoder, cell, gate = 5, space.num_scales + 1, 4, 1
+    strided = sum(direction != routeseg.space.KEEP for _, _, direction in space.edges)
+    everything = stem + decoder + len(space.nodes) * (cell + gate) + strided
+    assert convolutions(model, tmp_path, 1.5) == everything
+    # The stem's features are kept along scale 0, whose gates are asked; in the decoder coarser scales are constants.
+    assert convolutions(model, tmp_path, -1.5) == stem + 2 + (space.depth + 1) * gate
+
+
+def test_the_shipped_network(tmp_path):
+    if not routeseg.checkpoints.PRETRAINED.is_dir():
+        pytest.skip("this copy comes without the small network")
+    model = routeseg.load()
+    (gates,) = compare(with_ort(build_onnx(model, routed=True)), model, [(96, 128)])
+    assert 0 < float((gates > 0).float().mean()) < float(model.space.legal.mean())
+
+
+def test_openvino(tmp_path):
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    gated = network(None, zeros_arrive=True)
+    small = network(-1.0, small_gate=True, gate="softmax", num_scales=3)
+    for name, model in (("static", gated.specialize(Route.all_open(gated.space))), ("zeros", gated), ("small", small)):
+        file = export(model, tmp_path / f"{name}.onnx", routed=model.gated)
+        compiled = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+        def with_openvino(images, compiled=compiled):
+            result = compiled({"images": images})
+            return result["logits"], result["gates"]
+
+        compare(with_openvino, model)
+
+
+def test_metadata():
+    gated = network(zeros_arrive=True, small_gate=True, class_names=list("abcde"))
+    static = gated.specialize(Route(gated.space, [(0, 0, 1)]))
+    for model, kind in ((gated, "routed"), (static, "static")):
+        file = build_onnx(model, routed=kind == "routed")
+        (entry,) = file.metadata_props
+        data = json.loads(entry.value)
+        assert entry.key == "routeseg" and data == json.loads(json.dumps(metadata(model, kind)))
+        assert data["kind"] == kind and data["precision"] == "float32" and data["format"] == 1
+        assert data["gated"] == model.gated and data["class_names"] == list("abcde")
+        assert NetworkDescription.from_metadata(data).fingerprint == describe(model).fingerprint
+        assert file.ir_version <= 10 and [(o.domain, o.version) for o in file.opset_import] == [("", 18)]
+    assert metadata(gated, "routed")["route"] is None
+    assert metadata(static, "static")["route"] == [(0, 0, "keep")]
+
+
+def test_cost_in_the_metadata_is_the_cost_table():
+    model = network(None, zeros_arrive=True)
+    with torch.no_grad():
+        gates = model(torch.rand(1, 3, 32, 32)).gates[0].numpy()
+    cost, total = cost_macs(model), 0.0
+    for (layer, scale), reached in np.ndenumerate(model.space.reached(gates)):
+        if reached:
+            node, is_open = cost["nodes"][f"{layer}-{scale}"], gates[layer, scale] > 0
+            total += node["gate"] + node["cell"] * is_open.any()
+            total += sum(node[name] * flag for name, flag in zip(("up", "keep", "down"), is_open, strict=True))
+    assert cost["fixed"] + total == pytest.approx(float(model_cost(model, COST_SIZE).of_gates(gates)))
+
+
+def test_weights_stand_once():
+    """A routed file is hardly larger than the weights, though branches use a weight several times."""
+    model = network(base_channels=32, depth=6)
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    assert weights < len(build_onnx(model, routed=True).SerializeToString()) < 1.35 * weights + 1e6
+
+
+def test_the_network_is_left_as_it_is():
+    model = network().double().train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    build_onnx(model, routed=True)
+    assert model.training and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_command(tmp_path, capsys):
+    checkpoint = scenes_checkpoint(tmp_path / "net")
+    model = routeseg.load(checkpoint)
+    code, out, _ = run(["export", checkpoint, tmp_path / "new" / "a.onnx", "--routed"], capsys)
+    assert code == 0 and "a routed network" in out and "GMACs at 1024x2048" in out and "routeseg predict" in out
+    compare(with_ort(onnx.load(tmp_path / "new" / "a.onnx")), model, [(64, 64)])
+    route = Route(model.space, [(0, 0, 1), (0, 0, 2)])
+    (tmp_path / "route.json").write_text(route.to_json())
+    code, out, _ = run(["export", checkpoint, tmp_path / "b.onnx", "--route", tmp_path / "route.json"], capsys)
+    assert code == 0 and "a static network of 2 edges" in out and " MB" in out
+    compare(with_ort(onnx.load(tmp_path / "b.onnx")), model.specialize(route), [(64, 64)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.onnx", "net", "new", "route.json"]
+
+
+def test_command_mistakes(tmp_path, capsys, monkeypatch):
+    checkpoint = scenes_checkpoint(tmp_path / "net")
+    model = routeseg.load(checkpoint)
+    static = model.specialize(Route(model.space, [(0, 0, 1)])).save(tmp_path / "static")
+    (tmp_path / "other.json").write_text(Route.all_open(routeseg.RoutingSpace(7)).to_json())
+    (tmp_path / "dead.json").write_text(Route(model.space, [(3, 3, 1)]).to_json())
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.onnx").mkdir()
+    out = tmp_path / "out.onnx"
+    for words, expected in (
+        ([checkpoint, out], "--routed"),
+        ([checkpoint, out], "--route FILE"),
+        ([static, out, "--routed"], "static"),
+        ([static, out, "--route", tmp_path / "dead.json"], "no edge"),
+        ([checkpoint, out, "--routed", "--route", "u-net"], "one of them"),
+        ([checkpoint, tmp_path / "out.pb", "--routed"], ".onnx"),
+        ([checkpoint, tmp_path / "folder.onnx", "--routed"], "is a folder"),
+        ([checkpoint, tmp_path / "file" / "x.onnx", "--routed"], "cannot write"),
+        ([checkpoint, out, "--format", "tflite", "--routed"], "'tflite'"),
+        ([tmp_path / "nothing", out, "--routed"], "no checkpoint folder"),
+        ([checkpoint, out, "--route", "resnet"], "u-net"),
+        ([checkpoint, out, "--route", tmp_path / "other.json"], "depth=7"),
+        ([checkpoint, out, "--route", tmp_path / "dead.json"], "no open path"),
+        ([checkpoint, out, "--route", tmp_path / "broken.json"], "not a route"),
+    ):
+        code, _, err = run(["export", *words], capsys)
+        assert code == 2 and expected in err and not out.exists(), (words, err)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    code, _, err = run(["export", checkpoint, out, "--routed"], capsys)
+    assert code == 2 and "routeseg[onnx]" in err and not out.exists()

@@ -1,0 +1,354 @@
+"""`routeseg predict FILE.onnx`: the files of the checkpoint, without torch; what is wrong with a file is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import routeseg
+from conftest import run as run_command
+from conftest import scenes_checkpoint
+from pictures import noise, save
+from routeseg.description import FORMAT, describe
+from routeseg.prediction import OUTPUTS, predict_files
+from routeseg.torch_network import TorchNetwork
+
+onnx = pytest.importorskip("onnx", reason="the extra routeseg[onnx]")
+pytest.importorskip("onnxruntime", reason="the extra routeseg[onnx]")
+from routeseg.export import build_onnx, export  # noqa: E402
+from routeseg.onnx_network import OnnxNetwork, most_likely  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+KINDS = ["static", "routed", "dense"]
+SIZES = [(64, 96), (33, 47), (20, 100), (1, 1), (97, 130)]
+NO_TORCH = """
+import sys
+LEFT_OUT = "torch lightning torchmetrics safetensors huggingface_hub scipy pooch filelock onnx".split()
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top in LEFT_OUT:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=top)
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A gated network of the scenes' classes, which win in different places."""
+    folder = tmp_path_factory.mktemp("network")
+    model = routeseg.load(scenes_checkpoint(folder))
+    with torch.no_grad():
+        model.decoder.predictor.weight.mul_(30)
+    return model.save(folder)
+
+
+@pytest.fixture(scope="module")
+def static_model(checkpoint) -> routeseg.DynamicRoutingNetwork:
+    model = routeseg.load(checkpoint)
+    return model.specialize(routeseg.Route.all_open(model.space)).eval()
+
+
+@pytest.fixture(scope="module")
+def files(checkpoint, static_model, tmp_path_factory) -> dict[str, Path]:
+    """The exported file of each kind."""
+    folder, model = tmp_path_factory.mktemp("files"), routeseg.load(checkpoint)
+    (folder / "dense.onnx").write_bytes(build_onnx(model, dense=True).SerializeToString())
+    return {
+        "static": export(static_model, folder / "static.onnx"),
+        "routed": export(model, folder / "routed.onnx", routed=True),
+        "dense": folder / "dense.onnx",
+    }
+
+
+@pytest.fixture
+def models(checkpoint, static_model):
+    return {"static": static_model, "routed": routeseg.load(checkpoint), "dense": routeseg.load(checkpoint)}
+
+
+@pytest.fixture
+def images(tmp_path) -> list[Path]:
+    return [save(tmp_path / "in" / f"{number}.png", noise(*size, number)) for number, size in enumerate(SIZES)]
+
+
+def labels_of(folder: Path, name: str) -> np.ndarray:
+    return np.asarray(Image.open(folder / f"{name}_labels.png"))
+
+
+def assert_near(one, other):
+    """The same JSON, numbers within 1e-4 of each other."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_near(one[key], other[key])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_near(a, b)
+    elif isinstance(one, float):
+        assert one == pytest.approx(other, abs=1e-4, rel=1e-4)
+    else:
+        assert one == other
+
+
+def without_torch(words, folder: Path, **options) -> subprocess.CompletedProcess[str]:
+    """A command of Python in a process in which torch cannot be imported."""
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(NO_TORCH)
+    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, words)], env=environment, capture_output=True, text=True, timeout=120, **options
+    )
+
+
+class TestSameFiles:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_they_are_those_of_the_checkpoint(self, files, models, images, tmp_path, kind):
+        model = models[kind]
+        expected = predict_files(TorchNetwork(model, model), images, tmp_path / "torch")
+        found = predict_files(OnnxNetwork(files[kind]), images, tmp_path / "onnx")
+        names = {path.name for path in (tmp_path / "onnx").iterdir()}
+        assert names == {path.name for path in (tmp_path / "torch").iterdir()} and len(names) == 4 * len(images)
+        assert found.predictions == expected.predictions, "sizes and costs, too"
+        seen = set()
+        for number, size in enumerate(SIZES):
+            one, other = (labels_of(tmp_path / where, str(number)) for where in ("onnx", "torch"))
+            assert one.shape == size and (one == other).mean() > 0.999, "but for near-ties"
+            seen |= set(np.unique(other).tolist())
+            texts = [(tmp_path / where / f"{number}_route.json").read_text() for where in ("onnx", "torch")]
+            assert_near(*map(json.loads, texts))
+        assert len(seen) > 1, "the labels compared are no single class"
+
+    def test_the_description_is_that_of_the_network(self, files, models):
+        for kind, model in models.items():
+            network = OnnxNetwork(files[kind])
+            assert network.kind == kind and network.precision == "float32"
+            expected = describe(model)
+            for name in ("pixel_mean", "pixel_std"):
+                assert getattr(network.network, name) == pytest.approx(getattr(expected, name), rel=1e-6)
+            exact = {name: value for name, value in vars(expected).items() if not name.startswith("pixel")}
+            assert exact.items() <= vars(network.network).items()
+            assert network.network.space.zeros_arrive == model.space.zeros_arrive  # which == of spaces leaves out
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_batch_is_its_images(self, files, models, kind):
+        network, model = OnnxNetwork(files[kind]), models[kind]
+        batch = np.stack([noise(40, 70, seed).transpose(2, 0, 1) for seed in range(3)])
+        logits, gates = network.run(batch)
+        with torch.no_grad():
+            expected = model(torch.from_numpy(batch))
+        assert logits.shape == (3, model.num_classes, 40, 70) and gates.shape == expected.gates.shape
+        limit = 1e-4 * float(expected.logits.abs().max())
+        assert np.abs(logits - expected.logits.numpy()).max() < limit
+        assert np.abs(gates - expected.gates.numpy()).max() < 1e-4
+        again, _ = network.run(batch.astype(np.float64) / 255)
+        assert np.abs(again - logits).max() < limit
+
+    def test_the_results_of_the_checkpoint_are_resumed(self, files, models, images, tmp_path):
+        """It is the same network, says its fingerprint."""
+        predict_files(TorchNetwork(models["static"], models["static"]), images[:2], tmp_path / "out")
+        summary = predict_files(OnnxNetwork(files["static"]), images, tmp_path / "out", resume=True)
+        assert summary.resumed == 2 and len(summary.predictions) == len(images)
+        with pytest.raises(ValueError, match="another network"):
+            predict_files(OnnxNetwork(files["routed"]), images, tmp_path / "out", resume=True)
+
+    @pytest.mark.parametrize("classes", [1, 2, 7])
+    def test_most_likely_is_the_argmax(self, classes):
+        logits = np.random.default_rng(0).integers(0, 4, (classes, 30, 40)).astype(np.float32)  # with many ties
+        labels, best = most_likely(logits)
+        assert labels.dtype == np.uint8 and np.array_equal(labels, logits.argmax(0))
+        assert np.array_equal(best, logits.max(0))
+        logits[classes // 2, 3, 5] = np.nan
+        assert np.flatnonzero(np.isnan(most_likely(logits)[1])).tolist() == [3 * 40 + 5]
+
+
+class TestNoTorch:
+    @pytest.mark.parametrize("kind", ["static", "routed"])
+    def test_predict_runs_to_its_end(self, files, images, tmp_path, kind):
+        images[0].write_text("no image")
+        words = ["-m", "routeseg.cli", "predict", files[kind], tmp_path / "in", "--output", tmp_path / "out"]
+        done = without_torch(words, tmp_path / "block")
+        assert done.returncode == 2 and not done.stderr, "2 for the image that was skipped"
+        assert f"images           {len(images) - 1}" in done.stdout and "0.png" in done.stdout
+        assert len(list((tmp_path / "out").iterdir())) == len(OUTPUTS) * (len(images) - 1)
+        again = without_torch([*words, "--resume"], tmp_path / "block")
+        assert f"({len(images) - 1} of them from an earlier run)" in again.stdout
+
+    def test_the_block_of_this_file_blocks(self, tmp_path):
+        assert without_torch(["-c", "import torch"], tmp_path / "block").returncode == 1
+
+    def test_what_needs_torch_says_so(self, checkpoint, images, tmp_path):
+        for words in (["predict", checkpoint, tmp_path / "in"], ["predict", tmp_path / "in"], ["evaluate", checkpoint]):
+            done = without_torch(["-m", "routeseg.cli", *words], tmp_path / "block")
+            assert done.returncode == 2 and "Traceback" not in done.stderr
+            assert "not installed" in done.stderr and "predict FILE.onnx" in done.stderr
+
+    def test_an_import_brings_none_in(self):
+        """Also where it is installed: it takes seconds."""
+        code = (
+            "import sys, routeseg, routeseg.cli, routeseg.onnx_network, routeseg.prediction, routeseg.cost\n"
+            "routeseg.RoutingSpace, routeseg.model_cost, routeseg.OnnxNetwork, routeseg.common_route\n"
+            "print([name for name in ('torch', 'lightning', 'torchmetrics', 'onnx') if name in sys.modules])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "[]"
+
+    def test_the_public_names_are_all_there(self):
+        code = (
+            "import routeseg\n"
+            "assert set(routeseg.__all__) <= set(dir(routeseg))\n"
+            "from routeseg import *\n"
+            "assert load is routeseg.checkpoints.load and RoutingSpace is routeseg.space.RoutingSpace\n"
+            "print(sorted(name for name in routeseg.__all__ if name not in globals()))\n"
+            "routeseg.nonsense"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stdout.strip() == "[]"
+        assert done.stderr.splitlines()[-1] == "AttributeError: module 'routeseg' has no attribute 'nonsense'"
+
+
+def edited(file: Path, target: Path, change) -> Path:
+    """A copy of an exported file, changed by `change(model, what it says of itself)`."""
+    model = onnx.load(file)
+    words = json.loads(model.metadata_props[0].value)
+    change(model, words)
+    if model.metadata_props:
+        model.metadata_props[0].value = json.dumps(words)
+    onnx.save(model, target)
+    return target
+
+
+def rename_input(model, _):
+    """`images` becomes `pixels`."""
+    model.graph.input[0].name = "pixels"
+    for node in model.graph.node:
+        node.input[:] = ["pixels" if name == "images" else name for name in node.input]
+
+
+def drop(*names):
+    return lambda model, words: [words.pop(name) for name in names]
+
+
+class TestWrongFiles:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda model, words: model.metadata_props.clear(), "is an ONNX file of something else"),
+            (
+                lambda model, words: words.update(format=FORMAT + 1, version="9.0"),
+                f"is of format {FORMAT + 1}, written by",
+            ),
+            (drop("format"), "its metadata is damaged"),
+            (drop("fingerprint"), "it has no fingerprint"),
+            (lambda model, words: words.update(depth="4"), "depth is '4'"),
+            (lambda model, words: words.update(depth=None), "depth is None"),
+            (lambda model, words: words.update(palette=[[0, 0, 0]]), "palette has 1 entries"),
+            (lambda model, words: words.update(route=[[9, 0, "keep"]]), "layers run from 0 to 3"),
+            (lambda model, words: words.update(depth=5, route=None), "gates is .* not that of the network"),
+            (rename_input, r"takes \['pixels'\] and gives \['logits', 'gates'\]"),
+        ],
+    )
+    def test_each_is_named(self, files, images, tmp_path, capsys, change, message):
+        file = edited(files["static"], tmp_path / "net.onnx", change)
+        with pytest.raises(ValueError, match=message):
+            OnnxNetwork(file)
+        code, _, err = run_command(["predict", file, images[0], "--output", tmp_path / "out"], capsys)
+        assert code == 2 and str(file) in err and len(err.splitlines()) == 1
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("content", [b"", b"hello", None], ids=["empty", "text", "cut off"])
+    def test_damaged_files(self, files, images, tmp_path, capsys, content):
+        file = tmp_path / "net.onnx"
+        file.write_bytes(files["static"].read_bytes()[:50_000] if content is None else content)
+        code, _, err = run_command(["predict", file, images[0], "--output", tmp_path / "out"], capsys)
+        assert code == 2 and len(err.splitlines()) == 1
+        assert f"{file} is no ONNX file, or a damaged one" in err or "something else" in err
+
+    def test_metadata_that_is_no_json(self, files, tmp_path):
+        model = onnx.load(files["static"])
+        model.metadata_props[0].value = "{"
+        onnx.save(model, tmp_path / "net.onnx")
+        with pytest.raises(ValueError, match="its metadata is damaged"):
+            OnnxNetwork(tmp_path / "net.onnx")
+
+    def test_no_file_no_images_no_runtime(self, files, images, tmp_path, capsys, monkeypatch):
+        code, _, err = run_command(["predict", tmp_path / "no.onnx", images[0]], capsys)
+        assert code == 2 and f"no file {tmp_path / 'no.onnx'}" in err
+        code, _, err = run_command(["predict", files["static"]], capsys)
+        assert code == 2 and "name the images" in err
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as where it is not installed
+        code, _, err = run_command(["predict", files["static"], images[0]], capsys)
+        assert code == 2 and "routeseg[onnx]" in err
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--engine", "ray"], "--engine is of checkpoints"),
+            (["--engine", "ray", "--workers", "2"], "--engine is of checkpoints"),
+            (["--engine", "skip"], "--engine is of checkpoints"),
+            (["--device", "cuda"], "--device cuda is of checkpoints"),
+            (["--workers", "2"], "--workers is of --engine ray"),
+        ],
+    )
+    def test_options_of_checkpoints(self, files, images, tmp_path, capsys, words, message):
+        words = ["predict", files["static"], images[0], "--output", tmp_path / "out", *words]
+        code, _, err = run_command(words, capsys)
+        assert code == 2 and message in err and not (tmp_path / "out").exists()
+        assert run_command([*words[:5], "--device", "cpu"], capsys)[0] == 0
+
+
+class TestRunning:
+    @pytest.mark.parametrize("pictures", [True, False])
+    def test_a_network_that_diverged_is_named(self, static_model, images, tmp_path, pictures):
+        model = routeseg.load(static_model.save(tmp_path / "net"))
+        with torch.no_grad():
+            model.decoder.predictor.bias[2] = float("nan")
+        network = OnnxNetwork(export(model, tmp_path / "net.onnx"))
+        with pytest.raises(ValueError, match="NaN"):
+            predict_files(network, images, tmp_path / "out", pictures=pictures)
+        assert not list((tmp_path / "out").iterdir())
+
+    def test_wrong_images(self, files):
+        network = OnnxNetwork(files["static"])
+        for shape in ((3, 64, 64), (1, 4, 64, 64), (0, 3, 64, 64), (1, 3, 31, 64)):
+            with pytest.raises(ValueError, match=r"expected \[B,3,H,W\]"):
+                network.run(np.zeros(shape, dtype=np.uint8))
+
+    @pytest.mark.parametrize(
+        ("words", "skipped"),
+        [("bfc_arena.cc:360 Failed to allocate memory for requested buffer of size 9", True), ("broken kernel", False)],
+    )
+    def test_an_image_too_large_for_the_memory_is_skipped(self, files, images, tmp_path, words, skipped):
+        network = OnnxNetwork(files["static"])
+
+        class Session:
+            def run(self, *_):
+                raise Exception(words)  # ONNX Runtime's errors have no other class in common
+
+        network.session = Session()
+        if skipped:
+            summary = predict_files(network, images[:1], tmp_path / "out")
+            assert [skip.reason for skip in summary.skipped] == [f"{images[0]} is too large for the memory"]
+        else:
+            with pytest.raises(ValueError, match="static.onnx cannot be run on images of 64x96: broken kernel"):
+                predict_files(network, images[:1], tmp_path / "out")
+
+    def test_threads(self, files, monkeypatch):
+        def threads(**options):
+            return OnnxNetwork(files["static"], **options).session.get_session_options().intra_op_num_threads
+
+        assert threads(threads=3) == 3
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        assert threads() == 2
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        assert threads() == len(os.sched_getaffinity(0))
