@@ -26,7 +26,7 @@ bench: $(READY)  ## training step: images per second and memory, to results/
 	$(VENV)/bin/python benchmarks/training.py
 
 # torch first and pinned: any other way to ask for it may bring gigabytes of CUDA.
-$(READY): pyproject.toml constraints.txt setup.py $(wildcard src/routeseg/engine/*.cpp src/routeseg/engine/*.h)
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard src/routeseg/engine/kernels/*)
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"

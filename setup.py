@@ -1,6 +1,7 @@
 """The kernels of the CPU engine, once for each instruction set; without a C++ compiler the package does without."""
 
 import platform
+from glob import glob
 
 from setuptools import Extension, setup
 
@@ -15,8 +16,8 @@ setup(
     ext_modules=[
         Extension(
             f"routeseg.engine._forward_{build}",
-            ["src/routeseg/engine/forward.cpp"],
-            depends=["src/routeseg/engine/kernels.h"],
+            ["src/routeseg/engine/kernels/forward.cpp"],
+            depends=sorted(glob("src/routeseg/engine/kernels/*.h")),
             extra_compile_args=["-std=c++20", "-O3", "-fno-math-errno", "-pthread", *QUIET, *flags],
             extra_link_args=["-pthread"],
             language="c++",

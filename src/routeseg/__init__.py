@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from routeseg.checkpoints import import_checkpoint, load
     from routeseg.cost import Budget, cost_table, model_cost
     from routeseg.engine import SkipEngine, build_engine
+    from routeseg.latency import LatencyTable
     from routeseg.model import DynamicRoutingNetwork, Segmentation
     from routeseg.onnx_network import OnnxNetwork
     from routeseg.space import Route, RoutingSpace
@@ -26,6 +27,7 @@ __all__ = [
     "ARCHITECTURES",
     "Budget",
     "DynamicRoutingNetwork",
+    "LatencyTable",
     "OnnxNetwork",
     "Route",
     "RoutingSpace",
@@ -45,6 +47,7 @@ _NAMES = {
     "checkpoints": ("import_checkpoint", "load"),
     "cost": ("Budget", "cost_table", "model_cost"),
     "engine": ("SkipEngine", "build_engine"),
+    "latency": ("LatencyTable",),
     "model": ("DynamicRoutingNetwork", "Segmentation"),
     "onnx_network": ("OnnxNetwork",),
     "space": ("Route", "RoutingSpace"),

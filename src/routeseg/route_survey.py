@@ -341,7 +341,8 @@ def _panel(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
     """Image [H,W,3], segmentation [H,W,3], gates [L+1,S,3] and title of a picture."""
     image, _ = seen.pictures.read(int(seen.indices[place]))
-    labels = forward(image_tensor(image)[None]).labels[0].cpu().numpy().astype(np.uint8)
+    pixels = image_tensor(image)[None].to(next(model.parameters()).device)
+    labels = forward(pixels).labels[0].cpu().numpy().astype(np.uint8)
     cost, share = seen.evaluation.cost_macs[place] / 1e9, seen.cost_share[place]
     title = f"{seen.names[place]}: {cost:.3f} GMACs, {100 * share:.1f} % of full"
     tinted = figures.overlay(image, labels, model.class_names, model.palette, legend=False)

@@ -161,3 +161,29 @@ def print_architectures(rows: Sequence[dict[str, Any]], title: str) -> None:
         "to do. Table 1: the paper, at 1024x2048 with 64 channels."
     )
     Console().print(table)
+
+
+def print_latency(rows: Sequence[dict[str, Any]], facts: dict[str, Any], title: str) -> None:
+    """The table of `routeseg profile`: GMACs and milliseconds of all parts side by side, and how well it predicts."""
+    table = Table(title=f"{title}\n(everything open)", title_justify="left", caption_justify="left")
+    for column in ("", "scale", "GMACs", "ms", "% of ms", "ms per GMAC"):
+        table.add_column(column, justify="right" if table.columns else "left")
+    total = rows[-1]["ms"]
+    for row in rows:
+        rate = f"{row['ms'] / row['gmacs']:.1f}" if row["gmacs"] else ""
+        scale = "" if row["scale"] is None else str(row["scale"])
+        if row is rows[-1]:
+            table.add_section()
+        share = 100 * row["ms"] / total
+        table.add_row(row["part"], scale, f"{row['gmacs']:.4g}", f"{row['ms']:.3f}", f"{share:.1f}", rate)
+    if facts["how"] == "fitted":
+        table.caption = "fitted to whole forwards: the sum holds better than its parts"
+    Console().print(table)
+    for one in facts["all_open"]:
+        kind = "with gates" if one["gates"] else "without gates"
+        print(f"all open, {kind}: {one['predicted_ms']:.2f} ms predicted, {one['measured_ms']:.2f} measured")
+    test = facts["test"]
+    print(
+        f"over {len(test['routes'])} random routes predictions are off by {100 * test['median_error']:.1f} % in the "
+        f"median, by {100 * test['worst_error']:.1f} % at worst"
+    )

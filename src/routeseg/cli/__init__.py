@@ -17,6 +17,7 @@ from routeseg.cli.common import USAGE_ERROR, log_to_stderr
 from routeseg.cli.data import check_data_command, convert_data_command, download_command, make_data_command
 from routeseg.cli.export import export_command
 from routeseg.cli.prediction import import_command, predict_command
+from routeseg.cli.profiling import profile_command
 from routeseg.cli.training import demo_command, pretrain_command, train_command
 
 __all__ = ["COMMANDS", "main"]
@@ -99,6 +100,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "pretrain": (pretrain_command, "train a classifier (ImageNet), whose weights `train --init` starts from"),
     "evaluate": (evaluate_command, "mIoU and real cost of a checkpoint over a data set"),
     "routes": (routes_command, "how often each path is open over a data set, and whether routes follow scale"),
+    "profile": (profile_command, "milliseconds of each part on this machine, and of any route: --size HxW"),
     "architectures": (architectures_command, "the known networks as routes: size, cost, and a picture"),
     "predict": (predict_command, "segment image files: labels, overlays and routes"),
     "export": (export_command, "write a network as an ONNX file: static, or routed, with its gates"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from routeseg.cli.common import (
+    PRECISION_HELP,
     USAGE_ERROR,
     Parser,
     check_classes,
@@ -34,6 +35,7 @@ def evaluate_command(words: Sequence[str]) -> int:
     parser.add_argument("--split", type=str, default="val", help="train, val or test, as the data set calls them")
     parser.add_argument("--engine", type=str, default="skip", help="skip (closed paths cost nothing) or dense")
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
+    parser.add_argument("--precision", type=str, default="float32", help=PRECISION_HELP)
     parser.add_argument("--convention", type=str, default="authors", help="how cost is counted: authors or full")
     parser.add_argument("--scales", type=list[float], default=[1.0], help="several sizes of each image, averaged")
     parser.add_argument("--flip", type=bool, default=False, help="each view mirrored too, averaged")
@@ -64,7 +66,7 @@ def evaluate_command(words: Sequence[str]) -> int:
         raise ValueError(f"--boundary_width is {args.boundary_width}: it is a share of the diagonal, 0 to 1")
     window = None if args.window is None else parse_size("--window", args.window)
     model = checkpoints.load(args.checkpoint).to(find_device(args.device))
-    engine = build_engine(model, args.engine)
+    engine = build_engine(model, args.engine, args.precision)
     forward = MultiPass(engine, args.scales, args.flip, window, args.overlap, args.window_batch)
     pictures = open_data(data, args.split, recipe.seed)
     check_classes(args.checkpoint, model, data, len(pictures.classes))
@@ -116,6 +118,7 @@ def routes_command(words: Sequence[str]) -> int:
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder, of a network with gates")
     parser.add_argument("--split", type=str, default="val", help="train, val or test")
     parser.add_argument("--output", type=str, default="runs/routes", help="folder for routes.json and the figures")
+    parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
     parser.add_argument("--images", type=int | None, default=None, help="only so many, evenly spread over the set")
     parser.add_argument(
         "--common", type=float | None, default=None, help="write common_route.json: edges open in this share of images"
@@ -132,7 +135,7 @@ def routes_command(words: Sequence[str]) -> int:
     from routeseg.route_survey import draw_survey, evenly_spread, pictures_to_see, survey_routes
     from routeseg.tables import print_survey
 
-    model, output = checkpoints.load(args.checkpoint), Path(args.output)
+    model, output = checkpoints.load(args.checkpoint).to(find_device(args.device)), Path(args.output)
     pictures = open_data(data, args.split, recipe.seed)
     check_classes(args.checkpoint, model, data, len(pictures.classes))
     if args.common is not None and not 0 < args.common <= 1:

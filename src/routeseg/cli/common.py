@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from routeseg.training.recipe import Recipe
 
 USAGE_ERROR = 2
+PRECISION_HELP = "of engine skip: float32, bfloat16 (GPUs, CPUs with AVX512_BF16) or float16 (GPUs)"
 NETWORK_SKIP = {"num_classes", "class_names", "palette", "pixel_mean", "pixel_std"}  # the data decide these
 
 

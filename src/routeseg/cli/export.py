@@ -82,14 +82,15 @@ def _summary(model: DynamicRoutingNetwork, skips: bool) -> str:
 
 def _specialize(model: DynamicRoutingNetwork, name: str) -> DynamicRoutingNetwork:
     """The network of this route alone. Raises ValueError, naming the route, where it has none of that name."""
-    route = _read_route(model, name)
+    route = read_route(model, name)
     try:
         return model.specialize(route)
     except ValueError as error:
         raise ValueError(f"--route {name}: {error}") from error
 
 
-def _read_route(model: DynamicRoutingNetwork, name: str) -> Route:
+def read_route(model: DynamicRoutingNetwork, name: str) -> Route:
+    """A route file's, or an architecture's. Raises ValueError, naming the option, where it is neither."""
     from routeseg.architectures import ARCHITECTURES
     from routeseg.space import Route
 

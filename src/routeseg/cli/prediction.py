@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
-from routeseg.cli.common import USAGE_ERROR, Parser, find_device, progress_bar
+from routeseg.cli.common import PRECISION_HELP, USAGE_ERROR, Parser, find_device, progress_bar
 from routeseg.files import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def predict_command(words: Sequence[str]) -> int:
         help="of a checkpoint: skip, dense, or ray: skip in several processes",
     )
     parser.add_argument("--device", type=str, default="cpu", help="cpu, or of a checkpoint cuda")
+    parser.add_argument("--precision", type=str, default="float32", help=PRECISION_HELP)
     parser.add_argument("--pictures", type=bool, default=True, help="false: labels and JSON alone, which is faster")
     parser.add_argument("--resume", action="store_true", help="leave the results that are there as they are")
     parser.add_argument("--workers", type=int | None, default=None, help="of engine ray; by default one for each core")
@@ -44,6 +45,8 @@ def predict_command(words: Sequence[str]) -> int:
     for option in ("workers", "ray_address"):
         if args.engine != "ray" and args[option] is not None:
             raise ValueError(f"--{option} is of --engine ray: add that, or leave --{option} out")
+    if args.engine == "ray" and args.precision != "float32":
+        raise ValueError("--precision is of --engine skip: leave it out with --engine ray")
     inputs = list(args.inputs)
     network = inputs.pop(0) if _is_network(inputs[0]) else None
     if network is not None and not inputs:
@@ -80,6 +83,10 @@ def _check_onnx_options(network: str, args: Namespace) -> None:
         raise ValueError(f"--engine is of checkpoints, and {network} is run by ONNX Runtime: leave --engine out")
     if args.device != "cpu":
         raise ValueError(f"--device {args.device} is of checkpoints, and {network} runs on cpu: leave --device out")
+    if args.precision != "float32":
+        raise ValueError(
+            f"--precision is of checkpoints, and {network} has its own: leave it out (`routeseg export` writes int8)"
+        )
 
 
 def _load(checkpoint: str | None) -> DynamicRoutingNetwork:
@@ -96,7 +103,7 @@ def _torch_network(checkpoint: str | None, args: Namespace) -> Runner:
     from routeseg.torch_network import TorchNetwork
 
     model = _load(checkpoint).to(find_device(args.device))
-    return TorchNetwork(build_engine(model, args.engine or "skip"), model)
+    return TorchNetwork(build_engine(model, args.engine or "skip", args.precision), model)
 
 
 def _predict_with_ray(

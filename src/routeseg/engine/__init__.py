@@ -9,20 +9,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from routeseg.engine.skip import SkipEngine
+from routeseg.engine.skip import Precision, SkipEngine
 from routeseg.model import DynamicRoutingNetwork, Segmentation
 
 Engine = Callable[..., Segmentation]
 EngineName = Literal["skip", "dense"]
 
 
-def build_engine(model: DynamicRoutingNetwork, name: EngineName = "skip") -> Engine:
-    """The forward of this name for a network in eval mode. Raises ValueError for another name."""
+def build_engine(model: DynamicRoutingNetwork, name: EngineName = "skip", precision: Precision = "float32") -> Engine:
+    """The forward of this name for a network in eval mode, on the device where the network is.
+
+    precision  of the skip engine, see there; the dense forward runs in the network's own
+
+    Raises ValueError for another name or precision.
+    """
     if name == "dense":
+        if precision != "float32":
+            raise ValueError(f"precision {precision} is of engine skip: leave it out for engine dense")
         return model.eval()
     if name == "skip":
-        return SkipEngine(model)
+        return SkipEngine(model, precision)
     raise ValueError(f"engine {name!r}: choose skip or dense")
 
 
-__all__ = ["Engine", "EngineName", "SkipEngine", "build_engine"]
+__all__ = ["Engine", "EngineName", "Precision", "SkipEngine", "build_engine"]

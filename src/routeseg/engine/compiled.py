@@ -1,4 +1,4 @@
-"""forward.cpp, as Python calls it: weights folded and packed once, then one call for each image.
+"""kernels/forward.cpp, as Python calls it: weights folded and packed once, then one call for each image.
 
 The library is built when the package is installed, once for each instruction set, if there is a C++ compiler; without
 one the engine runs on PyTorch's operations (eager.py).
@@ -33,7 +33,7 @@ NOT_FINITE = "the images contain NaN or infinite values: give RGB, uint8 or floa
 
 
 class _Conv(Structure):
-    """`Conv` of kernels.h."""
+    """`Conv` of kernels/convolution.h."""
 
     _fields_ = [
         *((name, c_int32) for name in ("depthwise", "kernel", "stride", "padding", "wide", "inputs", "outputs")),
@@ -42,7 +42,7 @@ class _Conv(Structure):
 
 
 class _Image(Structure):
-    """`Image` of kernels.h."""
+    """`Image` of kernels/maps.h."""
 
     _fields_ = [
         ("data", c_void_p),
@@ -53,7 +53,7 @@ class _Image(Structure):
 
 
 class _Node(Structure):
-    """`Node` of forward.cpp."""
+    """`Node` of kernels/forward.cpp."""
 
     _fields_ = [
         *((name, c_int32) for name in ("operations", "identity")),
@@ -67,7 +67,7 @@ class _Node(Structure):
 
 
 class _Network(Structure):
-    """`Network` of forward.cpp."""
+    """`Network` of kernels/forward.cpp."""
 
     _fields_ = [
         *((name, c_int32) for name in ("depth", "scales", "zeros_arrive", "softmax", "classes")),
@@ -79,7 +79,7 @@ class _Network(Structure):
 
 
 class _Request(Structure):
-    """`Request` of forward.cpp."""
+    """`Request` of kernels/forward.cpp."""
 
     _fields_ = [
         ("image", _Image),

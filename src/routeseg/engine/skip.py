@@ -10,7 +10,7 @@ In bfloat16 the features that gates see are rounded to 8 bits, and so an activat
 
 from __future__ import annotations
 
-import warnings
+import logging
 from functools import cache
 from typing import Literal
 
@@ -45,8 +45,8 @@ class SkipEngine:
         """The engine on the device where the model is.
 
         precision  of weights and feature maps; gates and logits are float32 in any case. bfloat16 is for CPUs with
-                   AVX512_BF16 and for GPUs, float16 for GPUs; elsewhere the network's own takes their place, with a
-                   warning
+                   AVX512_BF16 and for GPUs, float16 for GPUs; elsewhere the network's own takes their place, and a
+                   warning is logged, once
         together   run the images of a batch layer by layer together, choosing rows where routes differ (None: on
                    GPUs); otherwise one after the other, which spares the copies and is faster on CPUs
         compiled   run on the kernels built at installation, which take float32 networks on CPUs, one image after the
@@ -87,12 +87,21 @@ def _supported(precision: str, parameter: Tensor) -> torch.dtype:
     if device == "cpu":
         supported = dtype == torch.bfloat16 and own == torch.float32 and is_compiled(dtype)
     else:
-        supported = dtype == torch.float16 or torch.cuda.is_bf16_supported()
+        supported = dtype == torch.float16 or _has_bfloat16(parameter.device)
     if not supported:
-        _say_once(f"no {precision} on this {device.upper()}: running in {str(own).removeprefix('torch.')}")
+        name = "CPU" if device == "cpu" else "GPU"
+        _say_once(f"no fast {precision} on this {name}: running in {str(own).removeprefix('torch.')}")
     return dtype if supported else own
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU computes in bfloat16, and does not emulate it (NVIDIA: from compute capability 8.0 on)."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @cache
 def _say_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
+    logging.getLogger("routeseg").warning(message)

@@ -1,12 +1,12 @@
 // A forward of the network on a CPU, for one image: closed paths and dropped cells are not computed.
 //
-// compiled.py describes the network in these structures and packs its weights; kernels.h computes. Gates cost no pass
-// over memory: activations are the weights of the sums that the next nodes read, and a path up is added where it
-// arrives, at half the size. Compiled once for each instruction set (setup.py). Eq. and Sec. are of the paper.
+// compiled.py describes the network in these structures and packs its weights; convolution.h and maps.h compute. Gates
+// cost no pass over memory: activations are the weights of the sums that the next nodes read, and a path up is added
+// where it arrives, at half the size. Compiled once for each instruction set (setup.py). Eq. and Sec. are of the paper.
 //
 // Legend: L depth, S scales; gates [L+1][S][3], directions up, keep, down.
 
-#include "kernels.h"
+#include "maps.h"
 
 #include <chrono>
 #include <map>
@@ -51,7 +51,7 @@ struct Request {
 
 enum { GATHER, GATE, CELL, SEND_UP, SEND_DOWN, STEPS };
 
-// Memory of maps that are no longer needed: fresh memory from the system costs as much as a pass over it.
+// Memory that forwards use one after another: fresh memory from the system costs as much as a pass over it.
 class Workspace {
   public:
     ~Workspace() { release(); }
@@ -64,26 +64,25 @@ class Workspace {
         release();
     }
 
-    std::shared_ptr<void> take(size_t bytes) {
-        bytes = (bytes + LINE - 1) / LINE * LINE;
-        void* block = nullptr;
+    void* take(size_t bytes) {
         {
             std::lock_guard<std::mutex> guard(lock);
             std::vector<void*>& blocks = spare[bytes];
             if (!blocks.empty()) {
-                block = blocks.back();
+                void* block = blocks.back();
                 blocks.pop_back();
+                return block;
             }
         }
-        if (!block) {
-            block = std::aligned_alloc(LINE, bytes);
-            if (!block) throw std::bad_alloc();
-            large_pages(block, bytes);
-        }
-        return {block, [this, bytes](void* unused) {
-                    std::lock_guard<std::mutex> guard(lock);
-                    spare[bytes].push_back(unused);
-                }};
+        void* block = std::aligned_alloc(LINE, bytes);
+        if (!block) throw std::bad_alloc();
+        large_pages(block, bytes);
+        return block;
+    }
+
+    void give(void* block, size_t bytes) {
+        std::lock_guard<std::mutex> guard(lock);
+        spare[bytes].push_back(block);
     }
 
   private:
@@ -96,6 +95,47 @@ class Workspace {
     std::mutex lock;
     std::map<size_t, std::vector<void*>> spare;
     int last_height = 0, last_width = 0;
+};
+
+// Memory of the maps of one forward: first that of its logits, which are written last, then a workspace's.
+class Arena {
+  public:
+    Arena(Workspace& workspace, void* begin, size_t bytes) : workspace(workspace) {
+        large_pages(begin, bytes);
+        next = whole_lines(reinterpret_cast<uintptr_t>(begin));
+        end = reinterpret_cast<uintptr_t>(begin) + bytes;
+    }
+    ~Arena() {
+        for (auto& [block, bytes] : borrowed) workspace.give(block, bytes);
+    }
+
+    std::shared_ptr<void> take(size_t bytes, bool beside_logits) {
+        bytes = whole_lines(bytes);
+        auto free = beside_logits ? spare.end() : spare.lower_bound(bytes);
+        if (free != spare.end() && free->first <= 2 * bytes) {  // the smallest that is large enough
+            const auto [size, block] = *free;
+            spare.erase(free);
+            return held(block, size);
+        }
+        if (beside_logits || next + bytes > end) {
+            borrowed.push_back({workspace.take(bytes), bytes});
+            return held(borrowed.back().first, bytes);
+        }
+        next += bytes;
+        return held(reinterpret_cast<void*>(next - bytes), bytes);
+    }
+
+  private:
+    static uintptr_t whole_lines(uintptr_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
+
+    std::shared_ptr<void> held(void* block, size_t bytes) {
+        return {block, [this, bytes](void* unused) { spare.emplace(bytes, unused); }};
+    }
+
+    Workspace& workspace;
+    uintptr_t next, end;
+    std::multimap<size_t, void*> spare;
+    std::vector<std::pair<void*, size_t>> borrowed;
 };
 
 // A map and its memory.
@@ -132,7 +172,9 @@ template <class T>
 class Forward {
   public:
     Forward(const Network& net, const Request& request, Workspace& workspace)
-        : net(net), request(request), workspace(workspace), threads(request.threads), clock(request.seconds) {}
+        : net(net), request(request), workspace(workspace),
+          arena(workspace, request.logits, sizeof(float) * net.classes * request.image.height * request.image.width),
+          threads(request.threads), clock(request.seconds) {}
 
     // False where the image has values that are not finite.
     bool run() {
@@ -147,11 +189,17 @@ class Forward {
         for (int layer = 0; layer <= net.depth; ++layer) {
             Arrivals next(scales);
             std::vector<char> next_reached(scales, false);
+            std::vector<Held> features(scales);
+            for (int scale = 0; scale < scales; ++scale) {  // sums are smaller than what arrives: all of them first
+                if (!reached[scale]) continue;
+                features[scale] = gathered(arrivals[scale], scale, channels(scale));
+                arrivals[scale].clear();
+                clock.lap((long(layer) * scales + scale) * STEPS + GATHER);
+            }
             for (int scale = 0; scale < scales; ++scale) {
                 float* alpha = request.gates + (layer * scales + scale) * DIRECTIONS;
                 std::fill(alpha, alpha + DIRECTIONS, 0.0f);
-                if (reached[scale]) visit(layer, scale, arrivals[scale], alpha, next, next_reached);
-                arrivals[scale].clear();
+                if (reached[scale]) visit(layer, scale, std::move(features[scale]), alpha, next, next_reached);
             }
             arrivals = std::move(next);
             reached = next_reached;
@@ -162,15 +210,14 @@ class Forward {
     }
 
   private:
-    Held make(int h, int w, int c, int first, int rows, size_t size = sizeof(T)) {
-        Held held{{nullptr, h, w, c, first, rows}, workspace.take(size * rows * w * c)};
+    Held make(int h, int w, int c, int first, int rows, bool wide = false) {
+        const size_t bytes = (wide ? sizeof(float) : sizeof(T)) * rows * w * c;
+        Held held{{nullptr, h, w, c, first, rows}, arena.take(bytes, wide)};  // only the scores are wide
         held.map.data = held.memory.get();
         return held;
     }
 
     static int after(const Conv& conv, int side) { return (side + 2 * conv.padding - conv.kernel) / conv.stride + 1; }
-
-    static const Map* null() { return nullptr; }
 
     void convolve_into(const Conv& conv, const Map& x, const Map& out, const Map* residual, bool relu) {
         const T* added = residual ? static_cast<const T*>(residual->data) : nullptr;
@@ -181,7 +228,7 @@ class Forward {
 
     Held convolved(const Conv& conv, const Map& x, const Map* residual = nullptr, bool relu = true) {
         const int h = after(conv, x.h);
-        Held out = make(h, after(conv, x.w), conv.outputs, 0, h, conv.wide ? sizeof(float) : sizeof(T));
+        Held out = make(h, after(conv, x.w), conv.outputs, 0, h, conv.wide);
         convolve_into(conv, x, out.map, residual, relu);
         return out;
     }
@@ -212,14 +259,14 @@ class Forward {
             Held x = image;
             for (int i = 1; i < STEM_CONVOLUTIONS; ++i) {
                 Held band = make(shape[i].h, shape[i].w, shape[i].c, first[i], end[i] - first[i]);
-                convolve_into(net.stem[i - 1], x.map, band.map, null(), true);
+                convolve_into(net.stem[i - 1], x.map, band.map, nullptr, true);
                 x = band;
             }
             Map rows = stem_map.map;
             rows.first = begin;
             rows.rows = end[STEM_CONVOLUTIONS] - begin;
             rows.data = static_cast<T*>(rows.data) + long(begin) * rows.w * rows.c;
-            convolve_into(net.stem[STEM_CONVOLUTIONS - 1], x.map, rows, null(), true);
+            convolve_into(net.stem[STEM_CONVOLUTIONS - 1], x.map, rows, nullptr, true);
         }
         return true;
     }
@@ -241,20 +288,19 @@ class Forward {
     }
 
     // A node that something arrives at: its gate, its cell, and what it sends to the next layer.
-    void visit(int layer, int scale, const std::vector<Arriving>& arrivals, float* alpha, Arrivals& next,
-               std::vector<char>& next_reached) {
+    void visit(int layer, int scale, Held x, float* alpha, Arrivals& next, std::vector<char>& next_reached) {
         const Node& node = net.nodes[layer * net.scales + scale];
         const long place = (long(layer) * net.scales + scale) * STEPS;
-        const Held x = gathered(arrivals, scale, channels(scale));
-        clock.lap(place + GATHER);
-        activations(node, x.map, request.given ? request.given + (layer * net.scales + scale) * DIRECTIONS : nullptr, alpha);
+        const long edges = (long(layer) * net.scales + scale) * DIRECTIONS;
+        activations(node, x.map, request.given ? request.given + edges : nullptr, alpha);
         clock.lap(place + GATE);
-        if (!(alpha[UP] > 0 || alpha[KEEP] > 0 || alpha[DOWN] > 0)) {  // dropped cell: the input itself is kept, for free
+        if (!(alpha[UP] > 0 || alpha[KEEP] > 0 || alpha[DOWN] > 0)) {  // dropped cell: the input is kept, for free
             next[scale].push_back({x, 1, false});
             next_reached[scale] = true;
             return;
         }
         const Held hidden = cell(node, x, scale);
+        x = {};
         clock.lap(place + CELL);
         for (int direction = UP; direction <= DOWN; ++direction) {
             const int target = scale + direction - KEEP;
@@ -319,26 +365,32 @@ class Forward {
         Held total = node.identity ? x : Held{};
         for (int i = 0; i < node.operations; ++i) {
             const Held middle = convolved(node.cell[2 * i], x.map);
-            total = convolved(node.cell[2 * i + 1], middle.map, total.memory ? &total.map : nullptr, i == node.operations - 1);
+            const bool last = i == node.operations - 1;
+            total = convolved(node.cell[2 * i + 1], middle.map, total.memory ? &total.map : nullptr, last);
         }
         return total;
     }
 
-    void decode(const Arrivals& arrivals) {
+    void decode(Arrivals& arrivals) {
         std::vector<Arriving> running;
         for (int scale = net.scales - 1; scale >= 0; --scale) {
             std::vector<Arriving> incoming = arrivals[scale];
             incoming.insert(incoming.end(), running.begin(), running.end());
             const Held x = gathered(incoming, scale, channels(scale));
+            arrivals[scale].clear();
+            incoming.clear();
+            running.clear();
             running = {{convolved(net.merges[scale], x.map), 1, true}};
         }
         const Held scores = convolved(net.predictor, running[0].from.map, nullptr, false);
+        stem_map = {};
         enlarge(scores.map, net.classes, request.logits, request.image.height, request.image.width, threads);
     }
 
     const Network& net;
     const Request& request;
     Workspace& workspace;
+    Arena arena;
     const int threads;
     Clock clock;
     Held stem_map;

@@ -1,0 +1,166 @@
+"""The tables of benchmarks/inference.py: printed when it is done, and what the documents quote.
+
+In a document a table stands between `<!-- inference: NAME -->` and `<!-- end -->`; NAME is one of `tables`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+MARKS = re.compile(r"(<!-- inference: ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+DRAW = re.compile(r" \(\d+\)$")  # behind the name of a drawn route
+EXPORTED = ("all open", "half open", "closed")
+
+
+def tables(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Every table of what was measured, by its name, in Markdown."""
+    found = {}
+    for size, by_batch in facts.get("latency", {}).items():
+        found |= {f"latency {size}, batch {batch}": _latency(methods) for batch, methods in by_batch.items()}
+        if "1" in by_batch and "static, ONNX Runtime" in by_batch["1"]:
+            found[f"export {size}"] = _export(by_batch["1"])
+    for size, by_precision in facts.get("skipping", {}).items():
+        found[f"skipping {size}"] = _skipping(by_precision)
+    for size, by_batch in facts.get("batches", {}).items():
+        found[f"batches {size}"] = _batches(by_batch)
+    if "equality" in facts:
+        found |= _equality(facts["equality"])
+    if "real" in facts and "methods" in facts["real"]:
+        found["real"] = _real(facts["real"])
+    if "memory" in facts:
+        rows = [[name, f"{row['peak_mib']:.0f}"] for name, row in facts["memory"]["methods"].items()]
+        found["memory"] = _table(["", f"MiB at {facts['memory']['size']}"], rows)
+    if "startup" in facts:
+        rows = [[name, f"{row['median_s']:.2f}", f"{row['min_s']:.2f}"] for name, row in facts["startup"].items()]
+        found["startup"] = _table(["", "s, median", "s, fastest"], rows)
+    return found
+
+
+def fill(document: str, facts: Mapping[str, Any]) -> str:
+    """The document with its tables as these facts have them. Raises ValueError for one that was not measured."""
+    made = tables(facts)
+
+    def table(match: re.Match[str]) -> str:
+        if match[2] not in made:
+            raise ValueError(f"no table {match[2]!r} in the results: there are {', '.join(made)}. Measure it")
+        return f"{match[1]}\n{made[match[2]]}\n\n{match[3]}"
+
+    return MARKS.sub(table, document)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|" for line in lines)
+
+
+def _grouped(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Routes drawn alike are one row: the means of their numbers."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for name, row in methods.items():
+        groups.setdefault(DRAW.sub("", name), []).append(row)
+    return {
+        name: {
+            key: sum(row[key] for row in some) / len(some) if isinstance(value, int | float) else value
+            for key, value in some[0].items()
+        }
+        for name, some in groups.items()
+    }
+
+
+def _cell(value: float | None, digits: int = 0) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _latency(methods: Mapping[str, Mapping[str, Any]]) -> str:
+    """One row for each method; products have no route, and so none of what follows from one."""
+    plain, rows = methods["plain"], []
+    on_gpu = "peak_mib" in plain
+    for name, row in _grouped(methods).items():
+        routed = "bound_ms" in row
+        cells = [name, _cell(row["gmacs"], 1), _cell(row.get("open_share"), 2)]
+        cells += [_cell(row["median_ms"], 1), _cell(row["min_ms"], 1)]
+        cells += [_cell(plain[key] / row[key] if routed else None, 2) for key in ("median_ms", "min_ms")]
+        cells += [_cell(100 * row["bound_ms"] / row["min_ms"] if routed else None)]
+        rows.append(cells + ([_cell(row["peak_mib"])] if on_gpu else []))
+    head = ["", "GMACs", "f", "ms, median", "ms, fastest", "times as fast as plain", "of the fastest", "% of the bound"]
+    return _table(head + (["MiB"] if on_gpu else []), rows)
+
+
+def _export(methods: Mapping[str, Mapping[str, Any]]) -> str:
+    """Seconds of the fastest round, the ratio to the static file, and seconds of loading."""
+    static, columns = (
+        methods["static, ONNX Runtime"],
+        ["static, all paths", *(f"routed, {words}" for words in EXPORTED)],
+    )
+    routed = [methods[f"routed, {words}, ONNX Runtime"] for words in EXPORTED]
+    rows = [["GMACs", *(f"{row['gmacs']:.1f}" for row in (static, *routed))]]
+    rows.append(["MB", *(f"{row['file_mb']:.0f}" for row in (static, *routed))])
+    for runtime, static_name in (("ONNX Runtime", "ONNX Runtime"), ("OpenVINO", "OpenVINO float32")):
+        if f"static, {static_name}" not in methods:
+            continue
+        own = [methods[f"static, {static_name}"], *(methods[f"routed, {words}, {runtime}"] for words in EXPORTED)]
+        for words, key in (("median", "median_ms"), ("fastest", "min_ms")):
+            cells = [f"{row[key]:.0f} ({row[key] / own[0][key]:.2f})" for row in own]
+            rows.append([f"{runtime}, ms, {words}", *cells])
+        rows.append([f"{runtime}, s to load", *(f"{row['load_s']:.1f}" for row in own)])
+    return _table(["", *columns], rows)
+
+
+def _skipping(by_precision: Mapping[str, Any]) -> str:
+    rows = []
+    for precision, found in by_precision.items():
+        for name, row in found["routes"].items():
+            cells = [precision, name, f"{row['gmacs']:.1f}", f"{row['open_share']:.2f}", f"{row['median_ms']:.1f}"]
+            rows.append([*cells, f"{row['ratio']:.3f}", f"{row['min_ratio']:.3f}"])
+        worst = [f"{found[f'worst_{key}']:.3f}" for key in ("ratio", "min_ratio")]
+        rows.append([precision, "worst drawn route", "", "", "", *worst])
+        rows.append([precision, "correlation of time with GMACs", "", "", "", _cell(found["correlation"], 3), ""])
+    return _table(["", "nodes", "GMACs", "f", "ms, median", "measured / bound", "of the fastest"], rows)
+
+
+def _batches(by_batch: Mapping[str, Any]) -> str:
+    rows = [
+        [batch, precision, f"{row['median_ms']:.1f}", f"{row['sum_median_ms']:.1f}"]
+        + [f"{row['ratio']:.3f}", f"{row['min_ratio']:.3f}"]
+        for batch, by_precision in by_batch.items()
+        for precision, row in by_precision.items()
+    ]
+    return _table(["images", "", "ms together, median", "ms one by one", "ratio", "of the fastest"], rows)
+
+
+def _equality(facts: Mapping[str, Any]) -> dict[str, str]:
+    names = list(next(iter(facts["random"].values())))
+    rows = [[words, *(f"{facts['random'][name][words]['logits']:.1e}" for name in facts["random"])] for words in names]
+    rows.append(["worst", *(f"{worst:.1e}" for worst in facts["worst"].values())])
+    found = {"equality, random": _table(["largest difference / largest logit", *facts["random"]], rows)}
+    if "note" not in facts["trained"]:
+        rows = [
+            [name, f"{100 * row['miou']:.2f} %", f"{100 * row['same_labels']:.3f} %"]
+            + [f"{100 * row['least_same_labels']:.3f} %", f"{row['gates_max']:.1e}", f"{row['gates_mean']:.1e}"]
+            + [f"{100 * row['same_route']:.1f} %"]
+            for name, row in facts["trained"].items()
+        ]
+        head = [
+            "",
+            "mIoU",
+            "labels as dense",
+            "in the worst image",
+            "gates off by, at most",
+            "on average",
+            "same route",
+        ]
+        found["equality, trained"] = _table(head, rows)
+    return found
+
+
+def _real(facts: Mapping[str, Any]) -> str:
+    plain, rows = facts["methods"]["plain"], []
+    for name, row in facts["methods"].items():
+        costs = [image["gmacs"] for image in row["images"].values()]
+        cells = [name, f"{min(costs):.2f} to {max(costs):.2f}", f"{row['median_ms']:.1f}", f"{row['min_ms']:.1f}"]
+        cells += [f"{plain[key] / row[key]:.2f}" for key in ("median_ms", "min_ms")]
+        rows.append([*cells, _cell(row["correlation"], 3)])
+    head = ["", f"GMACs, of {facts['full_gmacs']:.2f}", "ms, median", "ms, fastest", "times as fast as plain"]
+    return _table([*head, "of the fastest", "correlation of time with cost"], rows)

@@ -1,0 +1,96 @@
+"""Forwards of known routes, recorded and replayed: a CUDA graph launches all kernels of a forward at once.
+
+One image does not fill a GPU: the forward is bound by the host, which launches some hundred kernels one by one. Where
+the route is known before (a given route, a static network) nothing is left for the host to decide, and the launches can
+be recorded. A route that gates choose is decided on the host, layer by layer, and cannot.
+
+Legend: B images, H, W image size, K classes, L depth, S scales.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Images [B,3,H,W] to logits [B,K,H,W] on their device and gates [B,L+1,S,3] on the host.
+Forward = Callable[[Tensor], tuple[Tensor, np.ndarray]]
+
+KEPT = 4  # recordings: each holds the memory of a whole forward, some 0.5 GB for an image of 1024x2048
+WARM_UP = 3  # forwards before a capture, as PyTorch's notes on CUDA graphs advise: libraries set themselves up in them
+
+
+class Recorder(Protocol):
+    """Records what a forward launches."""
+
+    def record(self, forward: Forward, images: Tensor) -> Forward:
+        """The same forward for images of this shape and dtype. Raises RuntimeError where it cannot be recorded."""
+        ...
+
+
+class CudaRecorder:
+    """Records CUDA graphs. A replay reads its images from a buffer of its own; what it returns is a copy."""
+
+    def record(self, forward: Forward, images: Tensor) -> Forward:
+        """See `Recorder`."""
+        device, buffer = images.device, images.clone()
+        with torch.cuda.device(device):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UP):
+                    forward(buffer)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: a loader's thread that copies to the GPU meanwhile does no harm
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                logits, gates = forward(buffer)
+
+        def replay(images: Tensor) -> tuple[Tensor, np.ndarray]:
+            with torch.cuda.device(device):
+                buffer.copy_(images)
+                graph.replay()
+                return logits.clone(), gates
+
+        return replay
+
+
+class Recordings:
+    """The recordings of an engine, those last used: `recordings(key, forward, images)` is `forward(images)`.
+
+    A key is recorded when it comes for the second time: images that each have a size of their own are not worth it.
+    With more keys in turn than are kept, a key that was given up is recorded again at its 4th, 8th, 16th miss, so that
+    recording never takes most of the time. Where recording fails, all forwards run without from then on, and a warning
+    is logged. Not for several threads at once: a recording has one buffer.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder: Recorder | None = recorder
+        self.kept: OrderedDict[Hashable, Forward] = OrderedDict()
+        self.misses: Counter[Hashable] = Counter()
+
+    def __call__(self, key: Hashable, forward: Forward, images: Tensor) -> tuple[Tensor, np.ndarray]:
+        """key  tells apart all that a recording cannot change: shape and dtype of the images, and the route."""
+        if key in self.kept:
+            self.kept.move_to_end(key)
+            return self.kept[key](images)
+        self.misses[key] += 1
+        misses = self.misses[key]
+        if self.recorder is not None and misses > 1 and misses & (misses - 1) == 0:  # a power of two
+            if len(self.kept) == KEPT:
+                self.kept.popitem(last=False)
+            try:
+                self.kept[key] = self.recorder.record(forward, images)
+            except RuntimeError as error:
+                self.recorder = None
+                self.kept.clear()  # the memory may be what lacks
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                logging.getLogger("routeseg").warning("running without CUDA graphs, recording one failed: %s", reason)
+            else:
+                return self.kept[key](images)
+        return forward(images)

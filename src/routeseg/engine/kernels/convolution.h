@@ -1,0 +1,290 @@
+// Convolutions of feature maps, each in one pass over memory.
+//
+// A separable convolution is computed tile by tile: its depthwise half fills a tile that stays in the cache, and the
+// matrix product of the 1x1 half takes it from there, adds bias and residual, applies ReLU and stores.
+//
+// Legend: T float or bfloat16 (sums are always float). V floats in a vector. Maps are [h,w,c], c a multiple of V.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "threads.h"
+#include "vectors.h"
+
+namespace {
+
+constexpr int ROWS = 6;  // pixels that the matrix product takes at a time
+constexpr int TILE = 16 * ROWS;  // pixels of a tile, at most: 96 x 512 floats are 192 KiB, inside an L2 cache
+constexpr int RGB_ROW = 9;  // inputs in a row of the first convolution's 3 x 3 patch
+constexpr int SUMS = 32;  // parts that a sum over all pixels is made of
+
+// Rows first .. first + rows of a feature map of h x w pixels; row first + rows takes the place of row `first`, so that
+// a few rows can wander down a map of which no more is kept.
+struct Map {
+    void* data;
+    int32_t h, w, c, first, rows;
+};
+
+struct Conv {
+    int32_t depthwise;  // 1: depthwise k x k, then 1x1. 0: k x k, as a product with patches
+    int32_t kernel, stride, padding;
+    int32_t wide;     // the output is float, whatever the inputs are
+    int32_t inputs, outputs;  // channels of the maps, in whole vectors (an image has 3)
+    const void* weights;      // panels of PANEL * V outputs: [inputs][outputs], bfloat16 [inputs / 2][outputs][2]
+    const float* bias;        // [outputs]
+    const float* taps;        // depthwise: [k * k][inputs]
+};
+
+template <class T>
+const T* row_of(const Map& map, int y) {
+    return static_cast<const T*>(map.data) + long((y - map.first) % map.rows) * map.w * map.c;
+}
+
+// k x k taps, stride S: BLOCK pixels of an output row from the k input rows (null outside the map), of which the first
+// `valid` are stored. `left` is the first column that is read; EDGE: some columns lie outside the map.
+template <class T, int K, int S, int BLOCK, bool EDGE>
+inline void depthwise_block(const T* const* rows, const Map& in, int left, int valid, const float* taps, T* out) {
+    constexpr int COLUMNS = (BLOCK - 1) * S + K;
+    const long c = in.c;
+    for (long i = 0; i < c; i += V) {
+        vec sum[BLOCK] = {};
+#pragma GCC unroll 8
+        for (int ty = 0; ty < K; ++ty) {
+            if (!rows[ty]) continue;
+            const T* from = rows[ty] + left * c + i;
+            vec weight[K];
+#pragma GCC unroll 8
+            for (int tx = 0; tx < K; ++tx) weight[tx] = load(taps + (ty * K + tx) * c + i);
+#pragma GCC unroll 32
+            for (int column = 0; column < COLUMNS; ++column) {
+                if (EDGE && (left + column < 0 || left + column >= in.w)) continue;
+                vec value = load(from + column * c);
+                in_register(value);
+#pragma GCC unroll 8
+                for (int o = 0; o < BLOCK; ++o)
+                    if (column - o * S >= 0 && column - o * S < K) sum[o] += weight[column - o * S] * value;
+            }
+        }
+#pragma GCC unroll 8
+        for (int o = 0; o < BLOCK; ++o)
+            if (!EDGE || o < valid) store(out + o * c + i, sum[o]);
+    }
+}
+
+// Pixels x0..x1 of an output row, to out [x1-x0][c].
+template <class T, int K, int S>
+void depthwise_row(const T* const* rows, const Map& in, int padding, int x0, int x1, const float* taps, T* out) {
+    constexpr int BLOCK = V == 16 && S == 1 && K == 3 ? 8 : 4;  // that share the inputs they load, in registers
+    constexpr int COLUMNS = (BLOCK - 1) * S + K;
+    for (int x = x0; x < x1; x += BLOCK) {
+        if (x + BLOCK > x1) x = std::max(x0, x1 - BLOCK);  // the last one computes some pixels again
+        const int left = x * S - padding, valid = std::min(BLOCK, x1 - x);
+        const bool inside = left >= 0 && left + COLUMNS <= in.w && valid == BLOCK;
+        auto go = inside ? depthwise_block<T, K, S, BLOCK, false> : depthwise_block<T, K, S, BLOCK, true>;
+        go(rows, in, left, valid, taps, out + long(x - x0) * in.c);
+    }
+}
+
+template <class T>
+void depthwise(const Conv& conv, const Map& in, int y, int x0, int x1, T* out) {
+    const T* rows[5];
+    for (int t = 0; t < conv.kernel; ++t) {
+        int from = y * conv.stride - conv.padding + t;
+        rows[t] = from >= 0 && from < in.h ? row_of<T>(in, from) : nullptr;
+    }
+    auto go = conv.kernel == 3 ? (conv.stride == 1 ? depthwise_row<T, 3, 1> : depthwise_row<T, 3, 2>)
+                               : (conv.stride == 1 ? depthwise_row<T, 5, 1> : depthwise_row<T, 5, 2>);
+    go(rows, in, conv.padding, x0, x1, conv.taps, out);
+}
+
+// The k x k x c inputs of each of the pixels x0..x1 of an output row, side by side: out [x1-x0][depth].
+template <class T>
+void patches(const Conv& conv, const Map& in, int y, int x0, int x1, int depth, T* out) {
+    const int k = conv.kernel, c = in.c;
+    for (int x = x0; x < x1; ++x, out += depth) {
+        const int left = x * conv.stride - conv.padding;
+        const int begin = std::max(0, -left), end = std::min(k, in.w - left);
+        const bool inside = begin == 0 && end == k;
+        for (int t = 0; t < k; ++t) {
+            const int from = y * conv.stride - conv.padding + t;
+            T* to = out + t * k * c;
+            if (from < 0 || from >= in.h) {
+                std::memset(to, 0, sizeof(T) * k * c);
+                continue;
+            }
+            if (inside && k * c == RGB_ROW) {  // of a size that the compiler knows
+                std::memcpy(to, row_of<T>(in, from) + long(left) * c, sizeof(T) * RGB_ROW);
+                continue;
+            }
+            if (!inside) std::memset(to, 0, sizeof(T) * k * c);
+            std::memcpy(to + begin * c, row_of<T>(in, from) + long(left + begin) * c, sizeof(T) * (end - begin) * c);
+        }
+        std::memset(out + k * k * c, 0, sizeof(T) * (depth - k * k * c));
+    }
+}
+
+// sum[r][n] = a[r][:] . weights[:, n], for ROWS pixels and N vectors of outputs.
+template <int N>
+inline void multiply(const float* const* a, const float* weights, int depth, vec (&sum)[ROWS][N]) {
+    for (int r = 0; r < ROWS; ++r)
+        for (int n = 0; n < N; ++n) sum[r][n] = vec{};
+    for (int k = 0; k < depth; ++k, weights += N * V) {
+        vec weight[N];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) weight[n] = load(weights + n * V);
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; ++r) {
+            vec value = splat(a[r][k]);
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) sum[r][n] += value * weight[n];
+        }
+    }
+}
+
+#if defined(__AVX512BF16__)
+template <int N>
+inline void multiply(const bfloat16* const* a, const bfloat16* weights, int depth, vec (&sum)[ROWS][N]) {
+    for (int r = 0; r < ROWS; ++r)
+        for (int n = 0; n < N; ++n) sum[r][n] = vec{};
+    for (int k = 0; k < depth; k += 2, weights += 2 * N * V) {
+        __m512bh weight[N];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) weight[n] = (__m512bh)_mm512_loadu_si512(weights + 2 * n * V);
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; ++r) {
+            int32_t pair;
+            std::memcpy(&pair, a[r] + k, sizeof pair);
+            __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) sum[r][n] = (vec)_mm512_dpbf16_ps((__m512)sum[r][n], value, weight[n]);
+        }
+    }
+}
+#endif
+
+// What follows the product: x = max(sum + bias + residual, low), stored, or summed over the pixels.
+struct Epilogue {
+    const float* bias;     // [outputs]
+    const void* residual;  // T [pixels][outputs], with ADD
+    float low;             // 0 for ReLU, else -infinity
+    void* out;             // [pixels][outputs]: T; float with WIDE; the sums [outputs] with SUM
+    int outputs;
+    const char* ahead;  // what the next tile reads first is fetched meanwhile, where memory would idle
+    long ahead_bytes;
+};
+enum Mode { STORE, ADD, WIDE, SUM };
+
+// The product of `pixels` rows of a [pixels][depth] with a panel of N vectors of weights, and what follows it.
+template <class T, Mode MODE, int N>
+void panel(const T* a, int depth, const T* weights, int pixels, int first, const Epilogue& then) {
+    using Out = std::conditional_t<MODE == WIDE || MODE == SUM, float, T>;
+    const vec low = splat(then.low);
+    const long outputs = then.outputs;
+    const long share = (then.ahead_bytes / pixels / LINE + 1) * LINE;
+    vec bias[N], total[N] = {};
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) bias[n] = load(then.bias + first + n * V);
+    for (int p = 0; p < pixels; p += ROWS) {
+        const int rows = std::min(ROWS, pixels - p);
+        const T* at[ROWS];
+        for (int r = 0; r < ROWS; ++r) at[r] = a + long(p + std::min(r, rows - 1)) * depth;
+        vec sum[ROWS][N];
+        if (first == 0)
+            for (long byte = p * share; byte < std::min(then.ahead_bytes, (p + ROWS) * share); byte += LINE)
+                __builtin_prefetch(then.ahead + byte, 0, 2);
+        const T* residual = static_cast<const T*>(then.residual) + p * outputs + first;
+        Out* out = static_cast<Out*>(then.out) + p * outputs + first;
+        if (MODE == ADD)
+            for (int r = 0; r < ROWS; ++r)
+                for (int i = 0; i < N * V; i += LINE / int(sizeof(T))) __builtin_prefetch(residual + r * outputs + i);
+        multiply<N>(at, weights, depth, sum);
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; ++r) {
+            if (r == rows) break;
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) {
+                vec x = sum[r][n] + bias[n];
+                if (MODE == ADD) x += load(residual + r * outputs + n * V);
+                x = maximum(low, x);
+                if (MODE == SUM) total[n] += x;
+                else store(out + r * outputs + n * V, x);
+            }
+        }
+    }
+    if (MODE == SUM)
+        for (int n = 0; n < N; ++n) {
+            float* to = static_cast<float*>(then.out) + first + n * V;
+            store(to, load(to) + total[n]);
+        }
+}
+
+template <class T, Mode MODE>
+void product(const T* a, int depth, const T* weights, int pixels, const Epilogue& then) {
+    constexpr decltype(&panel<T, MODE, 1>) PANELS[] = {panel<T, MODE, 1>, panel<T, MODE, 2>,
+                                                       panel<T, MODE, std::min(3, PANEL)>, panel<T, MODE, PANEL>};
+    for (int first = 0; first < then.outputs;) {
+        const int vectors = std::min(PANEL, (then.outputs - first) / V);
+        PANELS[vectors - 1](a, depth, weights, pixels, first, then);
+        weights += long(depth) * vectors * V;
+        first += vectors * V;
+    }
+}
+
+// Pixels begin..end, counted from the first row of `out`. With SUM their sum is added to `sums` [outputs] instead.
+template <class T, Mode MODE>
+void convolve_pixels(const Conv& conv, const Map& in, const Map& out, const T* residual, float low, float* sums,
+                     long begin, long end) {
+    const bool direct = !conv.depthwise && conv.kernel == 1 && conv.stride == 1;
+    const int patch = conv.kernel * conv.kernel * in.c;
+    const int depth = conv.depthwise || direct ? in.c : patch + patch % 2;
+    const long size = MODE == WIDE ? sizeof(float) : sizeof(T);
+    T* const tile = direct ? nullptr : reinterpret_cast<T*>(scratch(sizeof(T) * TILE * depth));
+    for (; begin < end; begin += TILE) {
+        const long stop = std::min(end, begin + TILE);
+        const T* a = tile;
+        if (direct) a = row_of<T>(in, out.first) + begin * in.c;
+        T* fill = tile;
+        for (long p = begin; !direct && p < stop;) {
+            const int y = out.first + int(p / out.w), x0 = int(p % out.w);
+            const int x1 = int(std::min(long(out.w), x0 + stop - p));
+            if (conv.depthwise) depthwise<T>(conv, in, y, x0, x1, fill);
+            else patches<T>(conv, in, y, x0, x1, depth, fill);
+            fill += long(x1 - x0) * depth;
+            p += x1 - x0;
+        }
+        void* to = MODE == SUM ? static_cast<void*>(sums) : static_cast<char*>(out.data) + begin * out.c * size;
+        Epilogue then{conv.bias, residual + begin * out.c, low, to, out.c, nullptr, 0};
+        const int y = (out.first + int(stop / out.w)) * conv.stride - conv.padding + conv.kernel - 1;
+        if (!direct && stop < end && y < in.h) {
+            const long x = stop % out.w * conv.stride;
+            then.ahead = reinterpret_cast<const char*>(row_of<T>(in, y) + x * in.c);
+            then.ahead_bytes = sizeof(T) * in.c * std::min(long(in.w) - x, long(TILE) * conv.stride);
+        }
+        product<T, MODE>(a, depth, static_cast<const T*>(conv.weights), int(stop - begin), then);
+    }
+}
+
+// The convolution of a map: into the rows of `out`, or with SUM the sum over all pixels into sums [outputs]. They are
+// added up in an order that does not depend on the number of threads, so that no result does.
+template <class T, Mode MODE>
+void convolve(const Conv& conv, const Map& in, const Map& out, const T* residual, float low, float* sums,
+              int threads) {
+    const long pixels = long(out.rows) * out.w;
+    const long wanted = MODE == SUM ? SUMS : long(threads) * PARTS;
+    const long part = (pixels / wanted / ROWS + 1) * ROWS;  // neighbours: they read the same rows
+    const long parts = (pixels + part - 1) / part;
+    std::vector<float> partial(MODE == SUM ? parts * out.c : 0, 0.0f);
+    pool->run(parts, threads, [&](long task) {
+        const long begin = task * part, end = std::min(pixels, begin + part);
+        float* own = MODE == SUM ? partial.data() + task * out.c : nullptr;
+        convolve_pixels<T, MODE>(conv, in, out, residual, low, own, begin, end);
+    });
+    for (long i = 0; i < long(partial.size()); ++i) sums[i % out.c] += partial[i];
+}
+
+}  // namespace

@@ -1,0 +1,173 @@
+// Images into maps, weighted sums of maps, and resizings: one pass over memory each.
+//
+// Legend as in convolution.h.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+
+#include "convolution.h"
+
+namespace {
+
+typedef float vec4 __attribute__((vector_size(16), aligned(4), may_alias));
+constexpr int SMALL_GATE_FACTOR = 4;  // of space.py
+
+// An image as the caller has it, and its normalisation.
+struct Image {
+    const void* data;
+    int64_t channel_step, row_step, column_step;  // in elements
+    int32_t height, width, bytes;                 // bytes: 0..255; otherwise float in 0..1
+    float mean[3], std[3];
+};
+
+// What arrives at a node from one of its three sides, to be multiplied by a gate's activation.
+struct Arrival {
+    const void* data;
+    float weight;
+    int32_t halved;  // of half the height and width: resized bilinearly
+};
+
+inline void put(float* p, float x) { *p = x; }
+#if defined(__AVX512BF16__)
+inline void put(bfloat16* p, float x) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_set1_ps(x));
+    std::memcpy(p, &rounded, sizeof *p);
+}
+#endif
+
+// An image [3][height][width], float or bytes, to (x - mean) / std [out.h][out.w][3], with zeros right and below.
+// False where a value is not finite.
+template <class T, class Pixel>
+bool normalize(const Image& image, const Map& out, int threads) {
+    std::atomic<bool> finite{true};
+    pool->rows(out.h, threads, [&](long y) {
+        T* to = static_cast<T*>(out.data) + y * out.w * 3;
+        std::memset(to, 0, sizeof(T) * out.w * 3);
+        if (y >= image.height) return;
+        for (int channel = 0; channel < 3; ++channel) {
+            const Pixel* plane = static_cast<const Pixel*>(image.data) + channel * image.channel_step;
+            const Pixel* from = plane + y * image.row_step;
+            const float mean = image.mean[channel], std = image.std[channel];
+            float check = 0;
+            for (int x = 0; x < image.width; ++x) {
+                float value = from[x * image.column_step];
+                check += value * 0;  // NaN from NaN and from infinity
+                if (sizeof(Pixel) == 1) value /= 255;
+                put(to + 3 * x + channel, (value - mean) / std);
+            }
+            if (check != 0) finite = false;
+        }
+    });
+    return finite;
+}
+
+// Eq. 5 at a node: out = sum of weight * map over the arrivals, in one pass.
+template <class T>
+void assemble(const Arrival* arrivals, int count, const Map& out, bool relu, int threads) {
+    const int c = out.c, w = out.w;
+    const vec low = splat(relu ? 0.0f : -INFINITY);
+    pool->rows(out.h, threads, [&](long y) {
+        T* to = static_cast<T*>(out.data) + y * w * c;
+        const T* full[3];
+        float weight[3];
+        int fulls = 0;
+        float* row = nullptr;  // the arrival of half the size, resized in height: [w/2][c]
+        for (int i = 0; i < count; ++i) {
+            const T* from = static_cast<const T*>(arrivals[i].data);
+            if (!arrivals[i].halved) {
+                full[fulls] = from + y * w * c;
+                weight[fulls++] = arrivals[i].weight;
+                continue;
+            }
+            const long near = y / 2, far = std::clamp(near + (y % 2 ? 1L : -1L), 0L, long(out.h / 2 - 1));
+            const T *a = from + near * (w / 2) * c, *b = from + far * (w / 2) * c;
+            const vec wa = splat(0.75f * arrivals[i].weight), wb = splat(0.25f * arrivals[i].weight);
+            row = reinterpret_cast<float*>(scratch(sizeof(float) * (w / 2) * c));
+            for (int j = 0; j < w / 2 * c; j += V) store(row + j, wa * load(a + j) + wb * load(b + j));
+        }
+        for (int x = 0; x < w; ++x) {
+            const float *near = nullptr, *far = nullptr;
+            if (row) {
+                near = row + x / 2 * c;
+                far = row + std::clamp(x / 2 + (x % 2 ? 1 : -1), 0, w / 2 - 1) * c;
+            }
+            for (int i = x * c; i < (x + 1) * c; i += V) {
+                vec sum = {};
+                for (int j = 0; j < fulls; ++j) sum += splat(weight[j]) * load(full[j] + i);
+                if (row) sum += splat(0.75f) * load(near + i - x * c) + splat(0.25f) * load(far + i - x * c);
+                sum = maximum(low, sum);
+                store(to + i, sum);
+            }
+        }
+    });
+}
+
+// Where bilinear resizing by 1/step (corners not aligned) reads for an output index.
+struct Between {
+    int near, far;
+    float weight;  // of far
+    Between(int index, float step, int size) {
+        float at = std::max(0.0f, (index + 0.5f) * step - 0.5f);
+        near = std::min(int(at), size - 1);
+        far = std::min(near + 1, size - 1);
+        weight = at - near;
+    }
+};
+
+// The small gate's view of a map: a quarter of the size, at least one pixel (`shrink` of model/gate.py).
+template <class T>
+void shrink(const Map& in, const Map& out, int threads) {
+    const int c = in.c;
+    const bool whole = std::min(in.h, in.w) >= SMALL_GATE_FACTOR;
+    const float step_y = whole ? SMALL_GATE_FACTOR : float(in.h) / out.h;
+    const float step_x = whole ? SMALL_GATE_FACTOR : float(in.w) / out.w;
+    pool->run(out.h, threads, [&](long y) {
+        const Between rows(int(y), step_y, in.h);
+        const T *top = row_of<T>(in, rows.near), *bottom = row_of<T>(in, rows.far);
+        T* to = static_cast<T*>(out.data) + y * out.w * c;
+        for (int x = 0; x < out.w; ++x, to += c) {
+            const Between columns(x, step_x, in.w);
+            const vec lower = splat(rows.weight), upper = splat(1 - rows.weight);
+            const vec right = splat(columns.weight), left = splat(1 - columns.weight);
+            for (int i = 0; i < c; i += V) {
+                const long a = long(columns.near) * c + i, b = long(columns.far) * c + i;
+                store(to + i, upper * (left * load(top + a) + right * load(top + b)) +
+                                  lower * (left * load(bottom + a) + right * load(bottom + b)));
+            }
+        }
+    });
+}
+
+// Scores, float [h,w,c], to logits [classes][4h][4w], of which `height` x `width` are kept: bilinear, factor 4.
+void enlarge(const Map& in, int classes, float* out, int height, int width, int threads) {
+    const int w = in.w, c = in.c;
+    const vec4 left = {0.375f, 0.125f, 0, 0}, right = {0, 0, 0.125f, 0.375f};
+    const vec4 middle = {0.625f, 0.875f, 0.875f, 0.625f};
+    pool->rows(height, threads, [&](long y) {
+        const Between rows(int(y), 0.25f, in.h);
+        const vec upper = splat(1 - rows.weight), lower = splat(rows.weight);
+        const float *a = row_of<float>(in, rows.near), *b = row_of<float>(in, rows.far);
+        float* line = reinterpret_cast<float*>(scratch(sizeof(float) * (long(w) * c + w + 2 + 4 * w)));
+        float* plane = line + long(w) * c;  // one class, with a pixel more at each end
+        float* resized = plane + w + 2;
+        for (long j = 0; j < long(w) * c; j += V) store(line + j, upper * load(a + j) + lower * load(b + j));
+        for (int k = 0; k < classes; ++k) {
+            for (int x = 0; x < w; ++x) plane[x + 1] = line[long(x) * c + k];
+            plane[0] = plane[1];
+            plane[w + 1] = plane[w];
+            float* to = out + (long(k) * height + y) * width;
+            float* target = width == 4 * w ? to : resized;
+            for (int x = 0; x < w; ++x) {
+                vec4* four = reinterpret_cast<vec4*>(target + 4 * x);
+                *four = left * plane[x] + middle * plane[x + 1] + right * plane[x + 2];
+            }
+            if (target != to) std::memcpy(to, target, sizeof(float) * width);
+        }
+    });
+}
+
+}  // namespace

@@ -1,0 +1,135 @@
+// Threads that share a piece of work, and memory of each of them.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include <pthread.h>
+#include <sys/mman.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int LINE = 64;  // bytes that memory comes in
+constexpr int PARTS = 8;  // of the work of each thread, so that none waits long for another that was held up
+
+// Workers that wait for the next piece of work: spinning for a moment, since pieces follow each other within
+// microseconds, then asleep.
+class Pool {
+  public:
+    // Calls work(task) for every task in 0..tasks, in `threads` threads, this one among them.
+    template <class Work>
+    void run(long tasks, int threads, const Work& work) {
+        std::unique_lock<std::mutex> alone(busy, std::try_to_lock);
+        if (threads <= 1 || tasks <= 1 || !alone.owns_lock()) {  // also when another thread has the workers
+            for (long task = 0; task < tasks; ++task) work(task);
+            return;
+        }
+        while (int(workers.size()) < threads - 1) {
+            int number = int(workers.size());
+            workers.emplace_back([this, number] { serve(number); });
+            workers.back().detach();
+        }
+        call = [](const void* w, long task) { (*static_cast<const Work*>(w))(task); };
+        argument = &work;
+        total = tasks;
+        next.store(0, std::memory_order_relaxed);
+        helpers = threads - 1;
+        running.store(threads - 1, std::memory_order_relaxed);
+        {
+            std::lock_guard<std::mutex> guard(lock);
+            turn.fetch_add(1, std::memory_order_release);
+        }
+        wake.notify_all();
+        take();
+        for (long spin = 0; running.load(std::memory_order_acquire) > 0; ++spin) pause(spin);
+    }
+
+    // Calls work(y) for every row y of 0..h; neighbours in the same thread, since they read the same rows.
+    template <class Work>
+    void rows(long h, int threads, const Work& work) {
+        const long parts = std::min(h, long(threads) * PARTS);
+        run(parts, threads, [&](long part) {
+            for (long y = part * h / parts; y < (part + 1) * h / parts; ++y) work(y);
+        });
+    }
+
+  private:
+    static constexpr long SPINS = 10000;  // some 200 microseconds
+
+    static void pause(long spin) {
+        if (spin > SPINS) {
+            std::this_thread::yield();  // somebody else needs this core: perhaps the worker that is waited for
+            return;
+        }
+#if defined(__x86_64__)
+        _mm_pause();
+#elif defined(__aarch64__)
+        asm volatile("yield");
+#endif
+    }
+
+    void take() {
+        for (long task; (task = next.fetch_add(1, std::memory_order_relaxed)) < total;) call(argument, task);
+    }
+
+    void serve(int number) {
+        for (unsigned seen = 0;;) {
+            for (long spin = 0; spin < SPINS && turn.load(std::memory_order_acquire) == seen; ++spin) pause(spin);
+            if (turn.load(std::memory_order_acquire) == seen) {
+                std::unique_lock<std::mutex> guard(lock);
+                wake.wait(guard, [&] { return turn.load(std::memory_order_acquire) != seen; });
+            }
+            seen = turn.load(std::memory_order_acquire);
+            if (number < helpers) {
+                take();
+                running.fetch_sub(1, std::memory_order_release);
+            }
+        }
+    }
+
+    std::mutex busy, lock;
+    std::condition_variable wake;
+    std::vector<std::thread> workers;
+    std::atomic<unsigned> turn{0};
+    std::atomic<long> next{0};
+    std::atomic<int> running{0};
+    void (*call)(const void*, long) = nullptr;
+    const void* argument = nullptr;
+    long total = 0;
+    int helpers = 0;
+};
+
+// A forked child has none of its parent's threads: it starts with a pool of its own.
+Pool* pool = nullptr;
+void new_pool() { pool = new Pool(); }
+__attribute__((constructor)) void on_load() {
+    new_pool();
+    pthread_atfork(nullptr, nullptr, new_pool);
+}
+
+// Memory of this thread for one use at a time; grows, never shrinks.
+char* scratch(size_t bytes) {
+    thread_local std::vector<char> own;
+    if (own.size() < bytes + LINE) own.resize(bytes + LINE);
+    return own.data() + (LINE - reinterpret_cast<uintptr_t>(own.data()) % LINE) % LINE;
+}
+
+// Asks for memory in large pages: fresh memory in small ones costs more time than what is written there.
+void large_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    const uintptr_t page = 4096, begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace

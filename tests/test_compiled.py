@@ -1,0 +1,277 @@
+"""The compiled forward: equal to the network's own, in every build, and well behaved as a library in a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import spread_gates
+from routeseg import DynamicRoutingNetwork, Route, SkipEngine, load
+from routeseg.checkpoints import PRETRAINED
+from routeseg.data.pairs import read_image
+from routeseg.engine import compiled, skip
+from routeseg.engine.compiled import BUILDS, STEPS, CompiledForward, find_library, is_compiled
+from routeseg.space import DOWN, KEEP, UP
+
+pytestmark = pytest.mark.skipif(
+    not is_compiled(torch.float32), reason="no kernels: there was no C++ compiler when routeseg was installed"
+)
+needs_bfloat16 = pytest.mark.skipif(not is_compiled(torch.bfloat16), reason="this CPU has no AVX512_BF16")
+
+
+def network(seed: int = 0, **changes) -> DynamicRoutingNetwork:
+    """A network with gates of all kinds and BatchNorms that do something."""
+    torch.manual_seed(seed)
+    options = {"num_classes": 5, "depth": 5, "base_channels": 8, "stem_channels": 8} | changes
+    model = spread_gates(DynamicRoutingNetwork(**options), seed).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def images(batch: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(found, expected) -> float:
+    return float((found.logits - expected.logits).abs().max() / expected.logits.abs().max())
+
+
+CHANGES = {
+    "plain": {},
+    "small gate": {"small_gate": True},
+    "softmax": {"gate": "softmax"},
+    "no gates": {"gate": "fixed"},
+    "zeros arrive": {"zeros_arrive": True},
+    "all operations": {"cell_operations": ["sep_conv_5x5", "identity", "sep_conv_3x3"]},
+    "without identity": {"cell_operations": ["sep_conv_3x3"]},
+    "identity alone": {"cell_operations": ["identity"]},
+    "odd widths": {"base_channels": 6, "stem_channels": 5},
+    "wide": {"base_channels": 48, "stem_channels": 80, "num_classes": 21, "depth": 3},
+    "two scales": {"num_scales": 2, "depth": 3},
+    "one scale": {"num_scales": 1, "depth": 2},
+}
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 96), (45, 130), (161, 33)])
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+@torch.no_grad()
+def test_equals_the_dense_forward(changes, size):
+    model = network(**changes)
+    batch = images(2, *size)
+    found, expected = SkipEngine(model, compiled=True)(batch), model(batch)
+    assert relative_error(found, expected) < 1e-5
+    assert torch.allclose(found.gates, expected.gates, atol=1e-6)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@torch.no_grad()
+def test_every_build_that_this_machine_runs(build, monkeypatch):
+    level = find_library(torch.float32).routeseg_level()
+    if BUILDS.index(build) > level or (library := compiled._load(build)) is None:
+        pytest.skip(f"this machine does not run the build {build}")
+    monkeypatch.setattr(compiled, "find_library", lambda dtype: library)
+    for changes in (CHANGES["plain"], CHANGES["all operations"], CHANGES["odd widths"]):
+        model = network(small_gate=True, **changes)
+        batch = images(1, 75, 90)
+        logits, gates = CompiledForward(model, torch.float32)(batch, None, True)
+        expected = model(batch)
+        assert float((logits - expected.logits).abs().max() / expected.logits.abs().max()) < 1e-5
+        assert torch.allclose(gates, expected.gates, atol=1e-6)
+
+
+@pytest.mark.parametrize("images_as", ["uint8", "uint8 permuted", "float64", "half", "channels_last"])
+@torch.no_grad()
+def test_images_in_any_form(images_as):
+    model = network()
+    batch = (images(2, 40, 70) * 255).to(torch.uint8)
+    expected = model(batch)
+    form = {
+        "uint8": batch,
+        "uint8 permuted": batch.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+        "float64": batch.double() / 255,
+        "half": batch.half() / 255,
+        "channels_last": (batch.float() / 255).contiguous(memory_format=torch.channels_last),
+    }[images_as]
+    assert relative_error(SkipEngine(model, compiled=True)(form), expected) < (1e-3 if images_as == "half" else 1e-5)
+
+
+@torch.no_grad()
+def test_only_what_is_open_is_computed():
+    """Every step of a node takes time exactly where the gates say that it is run."""
+    model = network(seed=3)
+    forward = CompiledForward(model, torch.float32)
+    seconds = np.zeros((model.space.depth + 1, model.space.num_scales, len(STEPS)))
+    times = np.concatenate([seconds.ravel(), np.zeros(2)])
+    _, gates = forward(images(1, 64, 96), None, True, times)
+    took = times[:-2].reshape(seconds.shape) > 0
+    is_open = gates[0].numpy() > 0
+    reached = model.space.reached(gates[0].numpy())
+    assert 0 < is_open.sum() < len(model.space.edges)
+    for step, expected in zip(
+        STEPS, (reached, reached, is_open.any(-1), is_open[..., UP], is_open[..., DOWN]), strict=True
+    ):
+        assert (took[..., STEPS.index(step)] == expected).all(), step
+    assert (times[-2:] > 0).all()
+
+
+@torch.no_grad()
+def test_a_forced_route_runs_no_gate():
+    model = network()
+    route = Route(model.space, [(0, 0, DOWN), (1, 1, KEEP), (2, 1, UP)])
+    times = np.zeros((model.space.depth + 1) * model.space.num_scales * len(STEPS) + 2)
+    CompiledForward(model, torch.float32)(images(1, 64, 96), route.to_gates()[None], False, times)
+    assert times[:-2].reshape(-1, len(STEPS))[:, STEPS.index("cell")].astype(bool).sum() == 3
+    assert times[:-2].reshape(-1, len(STEPS))[:, STEPS.index("gate")].max() < 1e-5, "deciding takes no time"
+
+
+class TestBfloat16:
+    @needs_bfloat16
+    @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+    @torch.no_grad()
+    def test_is_close(self, changes):
+        model = network(**changes)
+        batch = images(2, 75, 130)
+        found, expected = SkipEngine(model, "bfloat16", compiled=True)(batch), model(batch)
+        assert found.logits.dtype == found.gates.dtype == torch.float32
+        flipped = (found.gates > 0) != (expected.gates > 0)
+        assert expected.gates[flipped].max().item() < 0.05 if flipped.any() else relative_error(found, expected) < 0.05
+
+    @needs_bfloat16
+    @torch.no_grad()
+    def test_agrees_with_float32_on_real_images(self, camvid_root):
+        model = load(PRETRAINED).eval()
+        engine = SkipEngine(model, "bfloat16")
+        paths = sorted((camvid_root / "val").iterdir())[::20]
+        pictures = [torch.from_numpy(read_image(path).transpose(2, 0, 1).copy())[None] for path in paths]
+        same = [float((engine(x).labels == model(x).labels).float().mean()) for x in pictures]
+        assert np.mean(same) > 0.995
+
+    def test_falls_back_and_says_so_once_where_the_cpu_has_none(self, monkeypatch, caplog):
+        monkeypatch.setattr(skip, "is_compiled", lambda dtype: dtype == torch.float32)
+        skip._say_once.cache_clear()
+        model = network()
+        engines = [SkipEngine(model, "bfloat16") for _ in range(2)]
+        assert [engine.precision for engine in engines] == ["float32"] * 2
+        assert [record.message for record in caplog.records] == ["no fast bfloat16 on this CPU: running in float32"]
+
+    def test_an_unknown_precision_is_named(self):
+        with pytest.raises(ValueError, match="precision 'int4': choose one of float32, bfloat16, float16"):
+            SkipEngine(network(), "int4")
+
+
+class TestAsALibrary:
+    @torch.no_grad()
+    def test_results_do_not_depend_on_the_number_of_threads(self):
+        engine, batch = SkipEngine(network(depth=6), compiled=True), images(1, 160, 224)
+        threads = torch.get_num_threads()
+        try:
+            results = []
+            for count in (1, 2, 3, 7, 1):
+                torch.set_num_threads(count)
+                results.append(engine(batch))
+        finally:
+            torch.set_num_threads(threads)
+        for result in results[1:]:
+            assert torch.equal(result.logits, results[0].logits) and torch.equal(result.gates, results[0].gates)
+
+    @torch.no_grad()
+    def test_memory_is_used_again_and_results_are_their_own(self):
+        engine = SkipEngine(network(), compiled=True)
+        first = engine(images(1, 64, 64, 1)).logits
+        copy = first.clone()
+        for seed, size in enumerate([(64, 64), (96, 32), (64, 64)]):
+            engine(images(2, *size, seed))
+        assert torch.equal(first, copy) and torch.equal(engine(images(1, 64, 64, 1)).logits, first)
+
+    @torch.no_grad()
+    def test_two_threads_share_an_engine(self):
+        model = network()
+        engine = SkipEngine(model, compiled=True)
+        batches = [images(1, 64 + 32 * seed, 64, seed) for seed in range(4)]
+        expected = [engine(batch).logits for batch in batches]
+        wrong: list[int] = []
+
+        def work(number: int) -> None:
+            for _ in range(10):
+                if not torch.equal(engine(batches[number]).logits, expected[number]):
+                    wrong.append(number)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+    def test_a_forked_child_runs_too(self):
+        code = """
+import os, sys, torch
+from routeseg import DynamicRoutingNetwork, SkipEngine
+torch.set_num_threads(2)
+engine = SkipEngine(DynamicRoutingNetwork(5, depth=3, base_channels=8), compiled=True)
+x = torch.rand(1, 3, 64, 64)
+expected = engine(x).logits
+child = os.fork()
+same = torch.equal(engine(x).logits, expected)
+if child == 0:
+    os._exit(0 if same else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or not same)
+"""
+        assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+    def test_an_engine_keeps_its_weights_when_the_network_trains_on(self):
+        model = network()
+        engine, batch = SkipEngine(model, compiled=True), images(1, 64, 64)
+        before = engine(batch).logits
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(2)
+        del model
+        assert torch.equal(engine(batch).logits, before)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("compiled", [True, False])
+    def test_values_that_are_not_finite(self, compiled, value):
+        batch = images(2, 64, 64)
+        batch[1, 2, 63, 63] = value
+        with pytest.raises(ValueError, match="the images contain NaN or infinite values"):
+            SkipEngine(network(), compiled=compiled)(batch)
+
+    @pytest.mark.parametrize("compiled", [True, False])
+    def test_shapes_and_routes(self, compiled):
+        engine = SkipEngine(network(), compiled=compiled)
+        with pytest.raises(ValueError, match=r"images have shape \[0, 3, 64, 64\]: expected .* B at least 1"):
+            engine(images(0, 64, 64))
+        with pytest.raises(ValueError, match="the smallest size is 32x32"):
+            engine(images(1, 16, 64))
+        with pytest.raises(ValueError, match="the route is drawn in .*depth=7"):
+            engine(images(1, 64, 64), Route.all_open(network(depth=7).space))
+        with pytest.raises(ValueError, match="2 routes for 1 images"):
+            engine(images(1, 64, 64), [Route(network().space)] * 2)
+
+    def test_compiled_where_it_cannot_be(self, monkeypatch):
+        with pytest.raises(ValueError, match="one image after the other"):
+            SkipEngine(network(), together=True, compiled=True)
+        monkeypatch.setattr(compiled, "find_library", lambda dtype: None)
+        with pytest.raises(ValueError, match="need a C\\+\\+ compiler when routeseg is installed"):
+            SkipEngine(network(), compiled=True)
+
+    def test_without_kernels_the_engine_runs_on_pytorch(self, monkeypatch):
+        monkeypatch.setattr(skip, "is_compiled", lambda dtype: False)
+        model, batch = network(), images(1, 64, 64)
+        engine = SkipEngine(model)
+        assert not isinstance(engine.forward, CompiledForward)
+        with torch.no_grad():
+            assert relative_error(engine(batch), model(batch)) < 1e-5
