@@ -163,21 +163,19 @@ def test_skip_engine_does_not_compute_what_is_closed(tiny_network):
     assert sorted(ran, key=str) == sorted([(key, count) for key, count in expected if count], key=str)
 
 
-def test_skip_engine_is_faster_with_half_of_the_paths_closed():
-    """At a size where convolutions dominate; best of several, alternating, so that a busy machine does not decide."""
+@pytest.mark.usefixtures("one_thread")
+def test_skip_engine_is_faster_with_half_of_the_nodes_closed():
+    """At a size where convolutions dominate, in turns, in processor time: other programs do not lengthen it."""
     model = DynamicRoutingNetwork(5, depth=8, base_channels=32, stem_channels=8).eval()
     engine, batch = build_engine(model), images(1, 256, 384)
-    # Half of the edges: every keep, and the way down to each scale; so every cell runs, here and there.
-    half = [(layer, s, d) for layer, s, d in model.space.edges if d == KEEP or (d == DOWN and s == layer)]
-    route = Route(model.space, half)
-    assert 0.4 < len(route) / len(model.space.edges) < 0.6
+    half = Route(model.space, [edge for edge in model.space.edges if edge[2] == KEEP and edge[0] % 2])
     seconds = {"dense": [], "skip": []}
     for _ in range(12):
         for name, forward in (("dense", model), ("skip", engine)):
             with torch.no_grad():
-                start = time.perf_counter()
-                forward(batch, route=route)
-                seconds[name].append(time.perf_counter() - start)
+                start = time.process_time()
+                forward(batch, route=half)
+                seconds[name].append(time.process_time() - start)
     assert min(seconds["skip"]) < 0.9 * min(seconds["dense"])
 
 

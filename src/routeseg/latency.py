@@ -1,0 +1,248 @@
+"""What a route takes in milliseconds, predicted from a table of its parts (`routeseg profile`, profiling.py).
+
+All nodes of a scale are alike, so a part has one time per scale. What a forward takes is the sum of its parts, for one
+image at a time: those that always run, and each other part as often as the gates or the route have it run. Here
+nothing is measured, and torch is not imported.
+
+Legend: L depth, S scales, B images, P parts of a node.
+    gates [B, L+1, S, 3]   activation of every edge, direction 0 up, 1 keep, 2 down
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from routeseg.files import write_json
+from routeseg.space import DIRECTIONS, DOWN, KEEP, SCALE_STEP, UP, Route, RoutingSpace
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from routeseg.cost import CostTable
+    from routeseg.description import NetworkDescription
+    from routeseg.model.grid import RoutingGrid
+
+# gate, cell      of a node, at its scale
+# up, down        the transforms of its paths; keep has none
+# sum             a sum of what arrives at a node is written (Eq. 5): not where a single map arrives with weight 1
+# arrival         one map that enters such a sum, along keep or down
+# halved          one that enters it along up, at half the size
+PARTS = ("gate", "cell", "up", "down", "sum", "arrival", "halved")
+GATE, CELL, SEND_UP, SEND_DOWN, SUM, ARRIVAL, HALVED = range(len(PARTS))
+STEM, DECODER, CALL = "stem", "decoder", "call"  # what runs in any case; call: checks, copies, results
+STEM_AND_DECODER = "stem and decoder"  # where they cannot be told apart
+FORMAT = 1  # of the file
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Milliseconds of each part of a network, on one machine, for one image of one size.
+
+    size       height, width of the image
+    device     cpu, cuda, ...
+    precision  of the weights and maps, as the engine ran
+    network    what the times depend on (`network_shape`); `fingerprint` is made of it
+    fixed_ms   name -> time of what runs in any case: stem, decoder and call; or all of it, where it was not told apart
+    part_ms    [S,P], the columns of `PARTS`
+    facts      how it was measured, how well it predicts, machine, date, versions: kept in the file
+    """
+
+    size: tuple[int, int]
+    device: str
+    precision: str
+    network: dict[str, Any]
+    fixed_ms: dict[str, float]
+    part_ms: np.ndarray
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def space(self) -> RoutingSpace:
+        return RoutingSpace(self.network["depth"], self.network["num_scales"], self.network["zeros_arrive"])
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that tell networks of other shapes apart; weights do not enter."""
+        return hashlib.sha256(json.dumps(self.network, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def name(self) -> str:
+        """`latency_<device>_<HxW>_<precision>`, the file's name without its suffix."""
+        return f"latency_{self.device}_{self.size[0]}x{self.size[1]}_{self.precision}".replace(":", "")
+
+    def of_gates(self, gates: Tensor | np.ndarray) -> np.ndarray:
+        """Milliseconds of each image, whose gates [B,L+1,S,3] (or [L+1,S,3]) a forward returned: float64 [B] (or a
+        scalar array). The gates' own time is in it."""
+        values = gates.detach().cpu().numpy() if hasattr(gates, "detach") else np.asarray(gates)
+        if values.ndim == self.space.legal.ndim:
+            return np.asarray(self._of_counts(node_counts(self.space, values, self.network["gated"])))
+        return np.array([self.of_gates(one) for one in values])
+
+    def of_route(self, route: Route, gates: bool = False) -> float:
+        """Milliseconds of a route that is forced (`engine(images, route)`); with `gates`, of an image whose gates run
+        and open it. Raises ValueError for a route of another space."""
+        if route.space != self.space:
+            raise ValueError(f"the route is drawn in {route.space}, the latency table is for {self.space}")
+        return self._of_counts(route_counts(route, self.space, gates and self.network["gated"]))
+
+    def _of_counts(self, counts: np.ndarray) -> float:
+        return sum(self.fixed_ms.values()) + float((counts.sum(0) * self.part_ms).sum())
+
+    def check(self, model: RoutingGrid | NetworkDescription, size: tuple[int, int], name: str | Path) -> None:
+        """Raises ValueError, naming the file, where the table is of a network of another shape, or of another size."""
+        own = network_shape(model)
+        other = [key for key in own if own[key] != self.network.get(key)]
+        if other:
+            shown = f": {other[0]} is {self.network.get(other[0])} there, {own[other[0]]} here" if other else ""
+            raise ValueError(f"{name} is the latency of another network{shown}. Measure this one: `routeseg profile`")
+        if self.size != tuple(size):
+            there, here = ("x".join(map(str, some)) for some in (self.size, size))
+            raise ValueError(f"{name} is for images of {there}: measure it with `routeseg profile --size {here}`")
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the file holds."""
+        return {
+            "format": FORMAT,
+            "size": list(self.size),
+            "device": self.device,
+            "precision": self.precision,
+            "fingerprint": self.fingerprint,
+            "network": self.network,
+            "fixed_ms": self.fixed_ms,
+            "scales_ms": [dict(zip(PARTS, row, strict=True)) for row in self.part_ms.tolist()],
+            **self.facts,
+        }
+
+    def write(self, path: str | Path) -> None:
+        write_json(path, self.as_dict())
+
+    @classmethod
+    def read(cls, path: str | Path) -> LatencyTable:
+        """The inverse of `write`. Raises ValueError, naming the file, where it is damaged or no latency table."""
+        remedy = "write it anew with `routeseg profile`"
+        try:
+            return cls.from_dict(json.loads(Path(path).read_bytes()))
+        except FileNotFoundError as error:
+            raise ValueError(f"no latency table {path}: {remedy}") from error
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} is no latency table, or damaged ({reason}): {remedy}") from error
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LatencyTable:
+        """The inverse of `as_dict`. Raises ValueError, KeyError or TypeError where it is none."""
+        rest = dict(data)
+        form, scales, fingerprint = (rest.pop(key) for key in ("format", "scales_ms", "fingerprint"))
+        size, device, precision, network, fixed_ms = (
+            rest.pop(key) for key in ("size", "device", "precision", "network", "fixed_ms")
+        )
+        if form != FORMAT:
+            raise ValueError(f"format {form!r}, known is {FORMAT}")
+        height, width = (int(side) for side in size)
+        table = cls(
+            (height, width),
+            str(device),
+            str(precision),
+            dict(network),
+            {str(name): float(ms) for name, ms in fixed_ms.items()},
+            np.array([[float(row[part]) for part in PARTS] for row in scales]).reshape(-1, len(PARTS)),
+            rest,
+        )
+        if len(table.part_ms) != table.space.num_scales:
+            raise ValueError(f"times of {len(table.part_ms)} scales for {table.space}")
+        if not all(math.isfinite(ms) and ms >= 0 for ms in [*table.fixed_ms.values(), *table.part_ms.flat]):
+            raise ValueError("a time is negative or no number")
+        if table.fingerprint != fingerprint:
+            raise ValueError("network and fingerprint do not belong together")
+        return table
+
+
+def network_shape(model: RoutingGrid | NetworkDescription) -> dict[str, Any]:
+    """What the time of a forward depends on, as JSON has it: space, widths, operations, gates; not the weights.
+
+    route  the edges of a static network; None for one that has all of its space
+    """
+    space = model.space
+    return {
+        "depth": space.depth,
+        "num_scales": space.num_scales,
+        "zeros_arrive": space.zeros_arrive,
+        "base_channels": model.base_channels,
+        "stem_channels": model.stem_channels,
+        "num_classes": model.num_classes,
+        "cell_operations": list(model.cell_operations),
+        "gated": model.gated,
+        "small_gate": model.small_gate,
+        "route": None if len(model.route) == len(space.edges) else [list(edge) for edge in model.route.named_edges],
+    }
+
+
+def node_counts(space: RoutingSpace, gates: np.ndarray, gated: bool) -> np.ndarray:
+    """How often each part of each node runs, given the gates [L+1,S,3] of an image: float64 [L+1,S,P], columns as in
+    `PARTS`. `gated`: the gates run. As the skip engine goes (engine/forward.cpp, engine/eager.py); the sums that the
+    decoder begins with belong to the decoder."""
+    counts = np.zeros((*gates.shape[:2], len(PARTS)))
+    reached = space.reached(gates)
+    arriving: list[list[tuple[float, int]]] = [[] for _ in space.scales(space.depth)]  # weight, ARRIVAL or HALVED
+    arriving[0].append((1.0, ARRIVAL))  # the stem's features
+    for layer in range(space.depth + 1):
+        following: list[list[tuple[float, int]]] = [[] for _ in arriving]
+        for scale in np.flatnonzero(reached[layer]):
+            count, alpha = counts[layer, scale], gates[layer, scale]
+            if arriving[scale] != [(1.0, ARRIVAL)]:
+                count[SUM] = 1
+                for _, kind in arriving[scale]:
+                    count[kind] += 1
+            count[GATE] = gated
+            if not (alpha > 0).any():  # dropped cell: the input itself is kept, for free
+                following[scale].append((1.0, ARRIVAL))
+                continue
+            count[CELL], count[SEND_UP], count[SEND_DOWN] = 1, alpha[UP] > 0, alpha[DOWN] > 0
+            for direction in range(len(DIRECTIONS)):
+                if alpha[direction] > 0:
+                    kind = HALVED if direction == UP else ARRIVAL
+                    following[scale + SCALE_STEP[direction]].append((float(alpha[direction]), kind))
+        arriving = following
+    return counts
+
+
+def route_counts(route: Route, space: RoutingSpace, gated: bool) -> np.ndarray:
+    """The same of a route in a space that may let zeros arrive: forced, its paths have weight 1; of gates, less."""
+    weight = 0.5 if gated else 1.0  # which weight below 1 does not matter
+    return node_counts(space, weight * route.to_gates(), gated)
+
+
+def by_part(table: LatencyTable, cost: CostTable) -> list[dict[str, Any]]:
+    """Everything open, with its gates: a row for each part and scale with `part`, `scale` (None: of the whole network),
+    `gmacs` and `ms`, the last row the total.
+
+    keep  computes nothing but a ReLU; its milliseconds are those of all sums of what arrives at the scale
+    """
+    route = Route(table.space, [edge for edge in table.space.edges if cost.edge[edge] > 0])
+    ms = (route_counts(route, table.space, table.network["gated"]).sum(0) * table.part_ms).T  # [P,S]
+    fixed_macs = {STEM: cost.stem, DECODER: cost.decoder, STEM_AND_DECODER: cost.stem + cost.decoder}
+    rows: list[tuple[str, int | None, float, float]] = [
+        (name, None, fixed_macs.get(name, 0.0), time) for name, time in table.fixed_ms.items()
+    ]
+    edge = cost.edge.sum(0)
+    for part, macs, times in (
+        ("gates", cost.gate.sum(0), ms[GATE]),
+        ("cells", cost.cell.sum(0), ms[CELL]),
+        ("up", edge[:, UP], ms[SEND_UP]),
+        ("keep, sums", edge[:, KEEP], ms[SUM] + ms[ARRIVAL] + ms[HALVED]),
+        ("down", edge[:, DOWN], ms[SEND_DOWN]),
+    ):
+        rows += [(part, scale, macs[scale], times[scale]) for scale in range(table.space.num_scales)]
+    rows.append(("total", None, sum(row[2] for row in rows), sum(row[3] for row in rows)))
+    return [
+        {"part": part, "scale": scale, "gmacs": float(macs) / 1e9, "ms": float(time)}
+        for part, scale, macs, time in rows
+        if macs or time
+    ]

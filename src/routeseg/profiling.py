@@ -1,0 +1,244 @@
+"""Measuring a LatencyTable (latency.py) on this machine, and how well it predicts.
+
+Two sets of random routes run in turns, in another order every round: one to take the table from, another, `--routes`,
+to test it on. Half of either run their gates.
+
+clocked  where the engine has compiled kernels (engine/compiled.py), they take the time of each step of each node. A
+         part's time is the median over all nodes of a scale, routes and rounds.
+fitted   elsewhere (GPUs, CPUs without a compiler) the parts' times are the non-negative ones that explain best,
+         relative to each, what whole forwards took. Stem and decoder always run together and cannot be told apart, nor
+         can a path up and what its arrival costs. The sum holds better than its parts, which trade time among each
+         other: read them as rough. On a GPU they are of routes that it sees for the first time, so that no forward is
+         replayed (engine/graphs.py).
+
+Legend: L depth, S scales, P parts of a node, N routes.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+from torch import Tensor
+
+from routeseg.engine import Precision, SkipEngine
+from routeseg.engine.compiled import STEPS, CompiledForward
+from routeseg.latency import (
+    ARRIVAL,
+    CALL,
+    CELL,
+    DECODER,
+    GATE,
+    HALVED,
+    PARTS,
+    SEND_DOWN,
+    SEND_UP,
+    STEM,
+    STEM_AND_DECODER,
+    SUM,
+    LatencyTable,
+    network_shape,
+    route_counts,
+)
+from routeseg.model import DynamicRoutingNetwork
+from routeseg.model.gate import GATE_BIAS
+from routeseg.model.grid import check_images
+from routeseg.model.network import route_gates
+from routeseg.space import Route
+
+CALIBRATION_ROUTES = 40  # the fit has up to 20 unknowns
+STEP_PARTS = (None, GATE, CELL, SEND_UP, SEND_DOWN)  # what each of STEPS is the time of; gather: of three parts
+FITTED = (GATE, CELL, SEND_UP, SEND_DOWN, ARRIVAL)
+MS = 1000.0
+
+
+@dataclass
+class _Job:
+    """A route to be timed, with its gates or without, and what the rounds gave: `ms` of each, `steps` [L+1,S,5] and
+    `fixed` stem, decoder, call, in seconds, where there are clocks."""
+
+    route: Route
+    gates: bool
+    ms: list[float] = field(default_factory=list)
+    steps: list[np.ndarray] = field(default_factory=list)
+    fixed: list[np.ndarray] = field(default_factory=list)
+
+
+def profile(
+    model: DynamicRoutingNetwork,
+    size: tuple[int, int],
+    precision: Precision = "float32",
+    routes: int = 50,
+    repeats: int = 5,
+    seed: int = 0,
+    compiled: bool | None = None,
+    step: Callable[[], None] = lambda: None,
+) -> LatencyTable:
+    """The latency table of a network for images of this size, on the device where it is, with as many threads as
+    PyTorch uses. `step` is called after each of the `forwards(routes) * repeats` measurements.
+
+    routes    that the table is tested on
+    repeats   rounds, whose median counts
+    compiled  as SkipEngine takes it
+
+    Raises ValueError for fewer than one route or repeat, and what SkipEngine raises.
+    """
+    for name, value in (("routes", routes), ("repeats", repeats)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}: it must be at least 1")
+    engine = SkipEngine(_opened(model), precision, compiled=compiled)
+    clocked = isinstance(engine.forward, CompiledForward)
+    device = next(model.parameters()).device
+    images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(seed)).to(device)
+    check_images(images)
+    calibration, tested = _jobs(model, routes, random.Random(seed))
+    jobs, order = [*calibration, *tested], random.Random(seed)
+    for job in calibration[:2]:  # everything open: warms up
+        _forward(engine, images, job)
+    for _ in range(repeats):
+        order.shuffle(jobs)
+        for job in jobs:
+            start = time.perf_counter()
+            _forward(engine, images, job)
+            job.ms.append(MS * (time.perf_counter() - start))
+            if clocked:
+                _clocked_forward(engine, images, job)
+            step()
+    fixed_ms, part_ms = _from_clocks(model, calibration) if clocked else _from_fit(model, calibration)
+    table = LatencyTable(size, str(device), engine.precision, network_shape(model), fixed_ms, part_ms)
+    table.facts.update(how="clocked" if clocked else "fitted", repeats=repeats, seed=seed)
+    table.facts.update(all_open=[_tested(table, job) for job in calibration[:2]], test=_test(table, tested))
+    return table
+
+
+def forwards(routes: int) -> int:
+    """How many forwards a round of `profile` has."""
+    return CALIBRATION_ROUTES + routes
+
+
+def measure_route(
+    model: DynamicRoutingNetwork, table: LatencyTable, route: Route, repeats: int = 5, compiled: bool | None = None
+) -> list[dict[str, Any]]:
+    """A route's predicted and measured milliseconds, without its gates and, where the network has gates, with them."""
+    engine = SkipEngine(_opened(model), table.precision, compiled=compiled)  # type: ignore[arg-type]
+    images = torch.rand(1, 3, *table.size).to(next(model.parameters()).device)
+    rows = []
+    for job in [_Job(route, gates) for gates in (False, True)[: 1 + model.gated]]:
+        _forward(engine, images, job)
+        for _ in range(repeats):
+            start = time.perf_counter()
+            _forward(engine, images, job)
+            job.ms.append(MS * (time.perf_counter() - start))
+        rows.append(_tested(table, job))
+    return rows
+
+
+def _opened(model: DynamicRoutingNetwork) -> DynamicRoutingNetwork:
+    """A copy whose gates are computed as ever, and open every path whatever they see: a given route is then exactly
+    what runs."""
+    opened = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer, scale in opened.route.nodes:
+            gate = opened.node(layer, scale).gate
+            if gate is not None:
+                gate.activation = "soft"
+                gate.score.weight.zero_()
+                gate.score.bias.fill_(GATE_BIAS)
+    return opened
+
+
+def _jobs(model: DynamicRoutingNetwork, routes: int, rng: random.Random) -> tuple[list[_Job], list[_Job]]:
+    """Calibration: everything open, with gates and without, and routes whose shares of nodes and edges differ between
+    scales, so that no part always comes with another. Test: routes with one share of nodes and one of edges."""
+    calibration = [_Job(model.route, gates=model.gated), _Job(model.route, gates=False)]
+    scales = range(model.space.num_scales)
+    while len(calibration) < CALIBRATION_ROUTES:
+        shares = [(rng.random(), rng.random()) for _ in scales]
+        calibration.append(_Job(random_route(model.route, shares, rng), model.gated and len(calibration) % 2 == 0))
+    tested = []
+    for number in range(routes):
+        shares = [(rng.random(), rng.random())] * len(scales)
+        tested.append(_Job(random_route(model.route, shares, rng), model.gated and number % 2 == 0))
+    return calibration, tested
+
+
+def random_route(whole: Route, shares: list[tuple[float, float]], rng: random.Random) -> Route:
+    """Some of a route's edges: each node runs with the first share of its scale, each of its edges is then open with
+    the second; without dead ends."""
+    running = {node for node in sorted(whole.nodes) if rng.random() < shares[node[1]][0]}
+    return Route(
+        whole.space, [edge for edge in whole if edge[:2] in running and rng.random() < shares[edge[1]][1]]
+    ).pruned()
+
+
+def _forward(engine: SkipEngine, images: Tensor, job: _Job) -> None:
+    engine(images, job.route, "own" if job.gates else "one")
+    if images.device.type != "cpu":
+        torch.accelerator.synchronize(images.device)
+
+
+@torch.inference_mode()
+def _clocked_forward(engine: SkipEngine, images: Tensor, job: _Job) -> None:
+    """The same with the kernels' clocks; what they do not see is the call's."""
+    assert isinstance(engine.forward, CompiledForward)
+    nodes = engine.model.space.legal.shape[:2]
+    seconds = np.zeros(nodes[0] * nodes[1] * len(STEPS) + 2)
+    start = time.perf_counter()
+    check_images(images)
+    given = route_gates(engine.model, job.route, 1, torch.device("cpu"))
+    assert given is not None
+    engine.forward(images, given.numpy(), job.gates, seconds)
+    call = time.perf_counter() - start - seconds.sum()
+    job.steps.append(seconds[:-2].reshape(*nodes, len(STEPS)))
+    job.fixed.append(np.array([*seconds[-2:], call]))
+
+
+def _from_clocks(model: DynamicRoutingNetwork, jobs: list[_Job]) -> tuple[dict[str, float], np.ndarray]:
+    counts = np.stack([route_counts(job.route, model.space, job.gates) for job in jobs])  # [N,L+1,S,P]
+    steps_ms = MS * np.stack([np.median(job.steps, axis=0) for job in jobs])  # [N,L+1,S,5]
+    part_ms = np.zeros((model.space.num_scales, len(PARTS)))
+    for scale in range(model.space.num_scales):
+        count, ms = counts[:, :, scale], steps_ms[:, :, scale]
+        for number, part in enumerate(STEP_PARTS):
+            if part is not None and (runs := count[..., part] > 0).any():
+                part_ms[scale, part] = np.median(ms[runs, number])
+        if (summed := count[..., SUM] > 0).any():
+            # Sums by what arrives: the median of each kind, then the times of writing and of each map that is read.
+            kinds, kind = np.unique(count[summed][:, [SUM, ARRIVAL, HALVED]], axis=0, return_inverse=True)
+            medians = [np.median(ms[summed][kind.ravel() == k, 0]) for k in range(len(kinds))]
+            part_ms[scale, [SUM, ARRIVAL, HALVED]] = nnls(kinds, np.array(medians))[0]
+    stem, decoder, call = MS * np.median(np.concatenate([job.fixed for job in jobs]), axis=0)
+    return {STEM: float(stem), DECODER: float(decoder), CALL: max(0.0, float(call))}, part_ms
+
+
+def _from_fit(model: DynamicRoutingNetwork, jobs: list[_Job]) -> tuple[dict[str, float], np.ndarray]:
+    counts = np.stack([route_counts(job.route, model.space, job.gates).sum(0) for job in jobs])[..., FITTED]  # [N,S,p]
+    measured = np.array([np.median(job.ms) for job in jobs])
+    rows = np.column_stack([np.ones(len(jobs)), counts.reshape(len(jobs), -1)])
+    times = nnls(rows / measured[:, None], np.ones(len(jobs)))[0]
+    part_ms = np.zeros((model.space.num_scales, len(PARTS)))
+    part_ms[:, FITTED] = times[1:].reshape(-1, len(FITTED))
+    return {STEM_AND_DECODER: float(times[0])}, part_ms
+
+
+def _tested(table: LatencyTable, job: _Job) -> dict[str, Any]:
+    return {
+        "open_edges": len(job.route),
+        "gates": job.gates,
+        "predicted_ms": table.of_route(job.route, job.gates),
+        "measured_ms": float(np.median(job.ms)),
+    }
+
+
+def _test(table: LatencyTable, jobs: list[_Job]) -> dict[str, Any]:
+    """Predicted and measured times of the test's routes; errors as shares of what was measured."""
+    rows = [_tested(table, job) for job in jobs]
+    errors = [abs(row["predicted_ms"] / row["measured_ms"] - 1) for row in rows]
+    return {"median_error": float(np.median(errors)), "worst_error": max(errors), "routes": rows}

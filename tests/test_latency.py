@@ -1,0 +1,201 @@
+"""What parts run on a route, counted by hand and by the kernels' clocks; predictions; the command and its mistakes."""
+
+import json
+import re
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import run, scenes_checkpoint, spread_gates
+from routeseg import DynamicRoutingNetwork, Route, RoutingSpace
+from routeseg.cost import model_cost
+from routeseg.engine import SkipEngine
+from routeseg.engine.compiled import is_compiled
+from routeseg.latency import PARTS, LatencyTable, by_part, network_shape, node_counts, route_counts
+from routeseg.profiling import profile
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+needs_kernels = pytest.mark.skipif(not is_compiled(torch.float32), reason="no compiled kernels here")
+SIZE = (64, 96)
+
+
+def invented(model: DynamicRoutingNetwork) -> LatencyTable:
+    """A table whose times are powers of two, so that a sum tells its parts."""
+    scales = model.space.num_scales
+    times = 2.0 ** np.arange(scales * len(PARTS)).reshape(scales, len(PARTS))
+    return LatencyTable(SIZE, "cpu", "float32", network_shape(model), {"stem": 0.25, "decoder": 0.5}, times)
+
+
+def test_counts_by_hand():
+    """(0,0) drops its cell; (1,0) keeps and sends down; (2,0) keeps, (2,1) sends up; (3,0) sums both."""
+    route = Route(RoutingSpace(3, 2), [(1, 0, 1), (1, 0, 2), (2, 0, 1), (2, 1, 0)])
+    forced, gated = (route_counts(route, route.space, gates) for gates in (False, True))
+    expected = np.zeros((4, 2, len(PARTS)))
+    expected[1, 0] = (0, 1, 0, 1, 0, 0, 0)
+    expected[2, 0] = (0, 1, 0, 0, 0, 0, 0)  # a single map of weight 1 needs no sum
+    expected[2, 1] = (0, 1, 1, 0, 0, 0, 0)
+    expected[3, 0] = (0, 0, 0, 0, 1, 1, 1)
+    assert (forced == expected).all()
+    expected[[0, 1, 2, 2, 3], [0, 0, 0, 1, 0], 0] = 1  # every node that is reached asks its gate
+    expected[2, :, 4:6] = 1  # an activation is below 1: the map is multiplied
+    assert (gated == expected).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("zeros_arrive", [False, True])
+def test_counts_are_what_the_kernels_run(zeros_arrive):
+    model = spread_gates(
+        DynamicRoutingNetwork(5, depth=6, base_channels=16, stem_channels=8, zeros_arrive=zeros_arrive)
+    ).eval()
+    engine = SkipEngine(model)
+    for seed in range(5):
+        images = torch.rand(1, 3, *SIZE, generator=torch.Generator().manual_seed(seed))
+        seconds = np.zeros((7 * 4 * 5) + 2)
+        _, gates = engine.forward(images, None, True, seconds)
+        counts = node_counts(model.space, gates[0].numpy(), True)
+        ran = seconds[:-2].reshape(7, 4, 5) > 0
+        assert 0 < counts[..., 0].sum() < 7 * 4
+        assert (ran[..., 1:] == (counts[..., :4] > 0)).all()  # gate, cell, up, down
+
+
+def test_latency_is_the_sum_of_what_runs(tiny_network):
+    table = invented(tiny_network)
+    nothing, whole = Route(table.space), Route.all_open(table.space)
+    assert table.of_route(nothing) == 0.75
+    reached = (tiny_network.space.depth + 1) * table.part_ms[0, 0]  # the stem's features pass, and gates of scale 0 ask
+    assert table.of_route(nothing, gates=True) == 0.75 + reached
+    counts = route_counts(whole, table.space, True).sum(0)
+    assert counts[:, 1].tolist() == [5, 4, 3, 2] and counts[:, 2].tolist() == [0, 3, 2, 1]
+    assert table.of_route(whole, gates=True) == 0.75 + (counts * table.part_ms).sum()
+    half = Route(table.space, table.space.edges[::2]).pruned()
+    gates = 0.5 * np.stack([route.to_gates() for route in (nothing, half, whole)])
+    times = table.of_gates(torch.from_numpy(gates))
+    assert times.tolist() == [table.of_route(route, gates=True) for route in (nothing, half, whole)]
+    assert times[0] < times[1] < times[2] and table.of_gates(gates[1]) == times[1]
+    with pytest.raises(ValueError, match="latency table is for"):
+        table.of_route(Route(RoutingSpace(5)))
+
+
+def test_parts_add_up_to_cost_and_latency(tiny_network):
+    table, cost = invented(tiny_network), model_cost(tiny_network, SIZE)
+    *rows, total = by_part(table, cost)
+    assert total["gmacs"] == pytest.approx(cost.full / 1e9)
+    assert total["ms"] == pytest.approx(table.of_route(Route.all_open(table.space), gates=True))
+    assert total["ms"] == pytest.approx(sum(row["ms"] for row in rows))
+
+
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_kernels), False])
+def test_profile_predicts(compiled, monkeypatch):
+    """Longer routes take longer, as the table says and as is measured: in processor time, which other programs on the
+    machine do not lengthen as they do the time that passes. Loose all the same."""
+    monkeypatch.setattr("routeseg.profiling.time.perf_counter", time.process_time)
+    model = DynamicRoutingNetwork(5, depth=6, base_channels=16, stem_channels=16).eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    steps: list[None] = []
+    table = profile(model, (128, 128), routes=12, repeats=3, compiled=compiled, step=lambda: steps.append(None))
+    assert len(steps) == 3 * (40 + 12)
+    assert table.facts["how"] == ("clocked" if compiled else "fitted")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    predicted, measured = (
+        [row[key] for row in table.facts["test"]["routes"]] for key in ("predicted_ms", "measured_ms")
+    )
+    assert np.corrcoef(predicted, measured)[0, 1] > 0.7
+    assert table.facts["test"]["median_error"] < 0.5
+    if compiled:
+        assert (
+            (table.part_ms[:, :2] > 0).all() and (table.part_ms[1:, 2] > 0).all() and (table.part_ms[:-1, 3] > 0).all()
+        )
+
+
+def test_profile_of_a_static_network():
+    model = DynamicRoutingNetwork(5, depth=6, base_channels=8, stem_channels=8, gate="fixed", route="fcn-32s").eval()
+    table = profile(model, SIZE, routes=3, repeats=1)
+    assert table.network["route"] == [list(edge) for edge in model.route.named_edges]
+    assert not any(row["gates"] for row in table.facts["test"]["routes"])
+    assert table.of_route(model.route, gates=True) == table.of_route(model.route) > table.of_route(Route(table.space))
+
+
+def test_file(tmp_path, tiny_network):
+    table, file = invented(tiny_network), tmp_path / "table.json"
+    table.write(file)
+    read = LatencyTable.read(file)
+    assert read.as_dict() == table.as_dict() and read.fingerprint == table.fingerprint
+    read.check(tiny_network, SIZE, file)
+    with pytest.raises(ValueError, match="64x96.*64x64"):
+        read.check(tiny_network, (64, 64), file)
+    wider = DynamicRoutingNetwork(5, depth=4, base_channels=16, stem_channels=8)
+    with pytest.raises(ValueError, match="another network: base_channels is 8 there, 16 here"):
+        read.check(wider, SIZE, file)
+    data = json.loads(file.read_text())
+    for damage in (
+        {"fixed_ms": {"stem": -1}},
+        {"fixed_ms": None},
+        {"size": [64]},
+        {"scales_ms": data["scales_ms"][:2]},
+        {"fingerprint": "0" * 16},
+        {"format": 7},
+        {"network": {}},
+    ):
+        file.write_text(json.dumps(data | damage))
+        with pytest.raises(ValueError, match=re.escape(str(file))):
+            LatencyTable.read(file)
+    for text in ("{", "[]", "\xff", json.dumps({key: value for key, value in data.items() if key != "scales_ms"})):
+        file.write_bytes(text.encode("latin-1"))
+        with pytest.raises(ValueError, match="routeseg profile"):
+            LatencyTable.read(file)
+
+
+def test_command(tmp_path, capsys):
+    checkpoint = scenes_checkpoint(tmp_path / "net")
+    route = tmp_path / "route.json"
+    route.write_text(Route(RoutingSpace(3), [(0, 0, 1), (1, 0, 2)]).to_json())
+    words = ["profile", checkpoint, "--size=64x96", "--routes=4", "--repeats=2"]
+    code, out, err = run([*words, f"--route={route}", f"--json={tmp_path / 'result.json'}"], capsys)
+    assert code == 0, err
+    file = tmp_path / "net" / "latency_cpu_64x96_float32.json"
+    assert file.with_suffix(".png").stat().st_size > 10_000
+    assert "cells" in out and "ms per GMAC" in out and "4 random routes" in out and f"{route}, with gates" in out
+    stored = json.loads(file.read_text())
+    assert stored["machine"]["threads"] == 1 and stored["command"][:2] == ["profile", checkpoint]
+    assert len(stored["test"]["routes"]) == 4 and LatencyTable.read(file).name == file.stem
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert len(result.pop("route_ms")) == 2 and result.pop("route") == str(route) and result == stored
+    code, out, _ = run([*words, f"--table={file}", f"--route={route}"], capsys)
+    assert code == 0 and "without gates" in out and "random routes" not in out
+
+
+def test_command_without_checkpoint(tmp_path, capsys):
+    words = ["profile", "--model.depth=3", "--model.base_channels=8", "--model.stem_channels=8", "--size=64x64"]
+    code, _, err = run([*words, "--routes=1", "--repeats=1", f"--output={tmp_path / 'made'}"], capsys)
+    assert code == 0, err
+    table = LatencyTable.read(tmp_path / "made" / "latency_cpu_64x64_float32.json")
+    assert table.network["depth"] == 3 and table.network["num_classes"] == 19
+
+
+def test_command_mistakes(tmp_path, tiny_network, capsys):
+    checkpoint = scenes_checkpoint(tmp_path / "net")
+    other, damaged, in_the_way = tmp_path / "other.json", tmp_path / "damaged.json", tmp_path / "file"
+    invented(tiny_network).write(other)
+    damaged.write_text(other.read_text()[:100])
+    in_the_way.touch()
+    route = tmp_path / "route.json"
+    route.write_text(Route(RoutingSpace(3)).to_json())
+    for words, expected in (
+        (["--size=64"], "HEIGHTxWIDTH"),
+        (["--size=16x64"], "at least 32"),
+        (["--precision=float8"], "choose one of float32"),
+        (["--device=abacus"], "--device abacus"),
+        (["--routes=0"], "--routes is 0"),
+        (["--repeats=0"], "--repeats is 0"),
+        ([f"--output={in_the_way / 'x'}"], "--output"),
+        (["--route=v-net"], "no such file, and no architecture"),
+        ([f"--table={other}"], "--route"),
+        ([f"--table={other}", f"--route={route}"], "another network: depth is 4 there, 3 here"),
+        ([f"--table={damaged}", f"--route={route}"], "damaged"),
+        ([f"--table={tmp_path / 'nothing.json'}", f"--route={route}"], "no latency table"),
+    ):
+        code, _, err = run(["profile", checkpoint, "--size=64x96", "--routes=1", "--repeats=1", *words], capsys)
+        assert code == 2 and expected in err and err.count("\n") == 1, (words, err)
+    assert not list((tmp_path / "net").glob("latency*"))
