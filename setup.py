@@ -1,13 +1,13 @@
 """The kernels of the CPU engine, once for each instruction set; without a C++ compiler the package does without."""
 
-import platform
+import sysconfig
 from glob import glob
 
 from setuptools import Extension, setup
 
 QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # of GCC's own headers
 FLAGS = {"generic": []}
-if platform.machine() in ("x86_64", "AMD64"):
+if sysconfig.get_platform().endswith(("x86_64", "amd64")):
     avx2 = ["-mavx2", "-mfma"]
     avx512 = [*avx2, "-mavx512f", "-mavx512bw"]
     FLAGS |= {"avx2": avx2, "avx512": avx512, "avx512bf16": [*avx512, "-mavx512bf16"]}

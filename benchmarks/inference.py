@@ -2,7 +2,7 @@
 
     python benchmarks/inference.py --camvid path/to/camvid [--size 512x1024 1024x2048]   # to results/inference_cpu.json
     python benchmarks/inference.py --device cuda [--batches 1 8]
-    python benchmarks/inference.py --fill docs/inference.md docs/export.md    # measures nothing: tables into documents
+    python benchmarks/inference.py --fill README.md docs/inference.md docs/export.md    # measures nothing: tables into documents
 
 Sections, each a run in which its methods take turns (inference_methods.py):
     latency   a network with random weights: plain (every path computed, as the authors' code); SkipEngine without its

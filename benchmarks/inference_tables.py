@@ -21,6 +21,7 @@ def tables(facts: Mapping[str, Any]) -> dict[str, str]:
         found |= {f"latency {size}, batch {batch}": _latency(methods) for batch, methods in by_batch.items()}
         if "1" in by_batch and "static, ONNX Runtime" in by_batch["1"]:
             found[f"export {size}"] = _export(by_batch["1"])
+            found[f"summary {size}"] = _summary(by_batch["1"], size)
     for size, by_precision in facts.get("skipping", {}).items():
         found[f"skipping {size}"] = _skipping(by_precision)
     for size, by_batch in facts.get("batches", {}).items():
@@ -106,6 +107,25 @@ def _export(methods: Mapping[str, Mapping[str, Any]]) -> str:
             rows.append([f"{runtime}, ms, {words}", *cells])
         rows.append([f"{runtime}, s to load", *(f"{row['load_s']:.1f}" for row in own)])
     return _table(["", *columns], rows)
+
+
+def _summary(methods: Mapping[str, Mapping[str, Any]], size: str) -> str:
+    """Median milliseconds, and times as fast as the plain forward, with gates that open everything, half, nothing."""
+    named = {
+        "plain PyTorch, every path computed": ["plain"],
+        "`SkipEngine`, float32": [f"engine float32, gates {words}" for words in EXPORTED],
+        "`SkipEngine`, bfloat16": [f"engine bfloat16, gates {words}" for words in EXPORTED],
+        "exported with its gates, ONNX Runtime": [f"routed, {words}, ONNX Runtime" for words in EXPORTED],
+        "exported without gates, ONNX Runtime": ["static, ONNX Runtime"],
+        "exported without gates, OpenVINO, float32": ["static, OpenVINO float32"],
+        "exported without gates, OpenVINO, bfloat16": ["static, OpenVINO bfloat16"],
+    }
+    rows, plain_ms = [], methods["plain"]["median_ms"]
+    for words, names in named.items():
+        times = [methods[name]["median_ms"] for name in names if name in methods]
+        cells = [f"{time:.0f} ({plain_ms / time:.1f}x)" for time in times]
+        rows += [[words, *cells, *[""] * (len(EXPORTED) - len(cells))]] if times else []
+    return _table([f"ms, one image of {size}", *EXPORTED], rows)
 
 
 def _skipping(by_precision: Mapping[str, Any]) -> str:

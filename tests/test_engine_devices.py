@@ -312,3 +312,54 @@ def test_a_precision_that_lacks_is_said_once(command_words, capsys, command):
 def test_precision_is_of_the_skip_engine(command_words, capsys, words, message):
     code, _, err = run(["predict", *command_words["predict"], "--precision", "bfloat16", *words], capsys)
     assert code == 2 and message in err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+class TestOnCuda:
+    """What the tests above can only imitate."""
+
+    @pytest.mark.parametrize("precision, tolerance", [("float32", 1e-4), ("bfloat16", 0.1), ("float16", 0.02)])
+    @torch.no_grad()
+    def test_equals_the_dense_forward(self, precision, tolerance):
+        model = network().cuda()
+        engine, batch = SkipEngine(model, precision), images(3, 75, 90).cuda()
+        found = engine(batch)
+        routes = [Route.from_gates(model.space, gates) for gates in found.gates.cpu()]
+        assert close(found.logits, model(batch, routes, "own").logits, tolerance)
+
+    @torch.no_grad()
+    def test_a_graph_is_replayed_for_new_images(self):
+        model = network().cuda()
+        engine, route = SkipEngine(model), random_route(model.space, 1).pruned()
+        for seed in range(5):
+            batch = images(2, 64, 96, seed).cuda()
+            assert close(engine(batch, route).logits, model(batch, route).logits, 1e-4)
+        recordings = engine.forward.recordings
+        assert recordings.recorder is not None and len(recordings.kept) == 1
+
+    @torch.no_grad()
+    def test_streams_do_not_disturb_each_other(self):
+        model = network().cuda()
+        engine, route = SkipEngine(model), Route.all_open(model.space)
+        batches = [images(1, 256, 256, seed).cuda() for seed in range(2)]
+        expected = [engine(batch, route).logits for batch in batches * 2][2:]
+        streams, found = [torch.cuda.Stream() for _ in batches], []
+        torch.cuda.synchronize()
+        for _ in range(10):
+            for stream, batch in zip(streams, batches, strict=True):
+                with torch.cuda.stream(stream):
+                    found.append(engine(batch, route).logits)
+        torch.cuda.synchronize()
+        assert all(torch.equal(one, expected[number % 2]) for number, one in enumerate(found))
+
+    @torch.no_grad()
+    def test_memory_does_not_grow_with_routes(self):
+        model = network().cuda()
+        engine, batch = SkipEngine(model), images(1, 256, 256).cuda()
+        reserved = []
+        for seed in range(8 * KEPT):
+            for _ in range(2):
+                engine(batch, random_route(model.space, seed).pruned())
+            reserved.append(torch.cuda.memory_reserved())
+        assert len(engine.forward.recordings.kept) == KEPT
+        assert reserved[-1] <= 1.5 * reserved[2 * KEPT]

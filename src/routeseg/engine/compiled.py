@@ -9,13 +9,14 @@ Legend: C channels, padded with zeros to whole vectors; L depth, S scales.
 from __future__ import annotations
 
 import ctypes
+import logging
 import weakref
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, addressof, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from routeseg.space import DIRECTIONS, padded_size
 
 BUILDS = ("generic", "avx2", "avx512", "avx512bf16")  # in the order of `routeseg_level`; see setup.py
 STEPS = ("gather", "gate", "cell", "up", "down")  # of a node, whose times can be taken
+FLOAT32: Any = {"dtype": torch.float32, "device": "cpu"}  # of memory that the kernels see, whatever PyTorch defaults to
 NOT_FINITE = "the images contain NaN or infinite values: give RGB, uint8 or float in 0..1"
 
 
@@ -110,7 +112,8 @@ class CompiledForward:
         self._forward = getattr(library, f"routeseg_forward_{_name(dtype)}")
         self._packed = _Packed(fold_batch_norm(model), dtype, library.routeseg_vector(), library.routeseg_panel())
         self._workspace = library.routeseg_open()
-        weakref.finalize(self, library.routeseg_close, self._workspace)
+        close = weakref.finalize(self, library.routeseg_close, self._workspace)
+        close.atexit = False  # a thread may still be inside a forward then
 
     def __call__(
         self, images: Tensor, given: np.ndarray | None, own: bool, seconds: np.ndarray | None = None
@@ -124,8 +127,8 @@ class CompiledForward:
         """
         batch, _, height, width = images.shape
         pixels = images if images.dtype in (torch.uint8, torch.float32) else images.float()
-        logits = torch.empty(batch, self.classes, height, width)
-        gates = torch.empty(batch, self.space.depth + 1, self.space.num_scales, len(DIRECTIONS))
+        logits = torch.empty((batch, self.classes, height, width), **FLOAT32)
+        gates = torch.empty((batch, self.space.depth + 1, self.space.num_scales, len(DIRECTIONS)), **FLOAT32)
         for number, image in enumerate(pixels):
             request = _Request(
                 _Image(
@@ -158,23 +161,32 @@ def find_library(dtype: torch.dtype) -> ctypes.CDLL | None:
     generic = _load(BUILDS[0])
     if generic is None:
         return None
-    library = _load(BUILDS[generic.routeseg_level()]) or generic
-    return library if hasattr(library, f"routeseg_forward_{_name(dtype)}") else None
+    runnable = (_load(build) for build in BUILDS[generic.routeseg_level() :: -1])
+    return next((library for library in runnable if hasattr(library, f"routeseg_forward_{_name(dtype)}")), None)
 
 
+@cache
 def _load(build: str) -> ctypes.CDLL | None:
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_forward_{build}{suffix}")
-        if path.exists():
-            library = ctypes.CDLL(str(path))
-            library.routeseg_open.restype = c_void_p
-            library.routeseg_close.argtypes = [c_void_p]
-            for name in ("float32", "bfloat16"):
-                if hasattr(library, f"routeseg_forward_{name}"):
-                    function = getattr(library, f"routeseg_forward_{name}")
-                    function.argtypes, function.restype = [c_void_p] * 3, c_int
-            return library
-    return None
+    """A build's library; None where there is none, or, with a warning, where it cannot be used."""
+    paths = [Path(__file__).with_name(f"_forward_{build}{suffix}") for suffix in EXTENSION_SUFFIXES]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+        sizes = [ctypes.sizeof(structure) for structure in (_Conv, _Image, _Node, _Network, _Request)]
+        if not library.routeseg_fits(*sizes):
+            raise OSError(f"{path} was built from other sources")
+        library.routeseg_open.restype = c_void_p
+        library.routeseg_close.argtypes = [c_void_p]
+    except (OSError, AttributeError) as error:  # AttributeError: a library that lacks a function
+        logging.getLogger("routeseg").warning("running without compiled kernels, install routeseg again: %s", error)
+        return None
+    for name in ("float32", "bfloat16"):
+        if hasattr(library, f"routeseg_forward_{name}"):
+            function = getattr(library, f"routeseg_forward_{name}")
+            function.argtypes, function.restype = [c_void_p] * 3, c_int
+    return library
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -195,7 +207,7 @@ class _Packed:
         gates = {node.gate.activation for node in folded.nodes.values() if node.gate is not None}  # type: ignore
         self.network = _Network(
             space.depth, space.num_scales, space.zeros_arrive, "softmax" in gates, folded.num_classes,
-            self._convs([self._conv(_layers(part)) for part in folded.stem]),
+            self._convs([self._conv(_layers(part), image=not i) for i, part in enumerate(folded.stem)]),
             nodes,
             self._convs([self._conv(_layers(merge)) for merge in folded.decoder.merge]),
             self._conv([folded.decoder.predictor], wide=True),
@@ -212,26 +224,30 @@ class _Packed:
                 packed.transforms[direction] = self._conv(layers)
         if node.gate is not None:
             score = node.gate.score
-            weight, bias = torch.zeros(len(DIRECTIONS), score.in_features), torch.zeros(len(DIRECTIONS))
+            weight = torch.zeros((len(DIRECTIONS), score.in_features), **FLOAT32)
+            bias = torch.zeros(len(DIRECTIONS), **FLOAT32)
             weight[list(node.directions)], bias[list(node.directions)] = score.weight, score.bias
             packed.gated, packed.small_gate, packed.features = 1, node.gate.small, score.in_features
             packed.squeeze = self._conv(_layers(node.gate.squeeze))
             packed.weight, packed.bias = self._keep(weight), self._keep(bias)
         return packed
 
-    def _conv(self, layers: Sequence[nn.Module], wide: bool = False) -> _Conv:
-        """Layers with one convolution, or a depthwise one and a 1x1 behind it; Subsample before it is a stride."""
+    def _conv(self, layers: Sequence[nn.Module], image: bool = False, wide: bool = False) -> _Conv:
+        """Layers with one convolution, or a depthwise one and a 1x1 behind it; Subsample before it is a stride.
+
+        image  it is what the convolution reads: three channels, and no zeros behind them
+        """
         convs = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
         first, last = convs[0], convs[-1]
         stride = 2 if any(isinstance(layer, Subsample) for layer in layers) else first.stride[0]
-        inputs = 3 if last.in_channels == 3 else self._padded(last.in_channels)  # an image has no other channels
+        inputs = last.in_channels if image else self._padded(last.in_channels)
         outputs = self._padded(last.out_channels)
         assert last.bias is not None
-        bias = torch.zeros(outputs)
+        bias = torch.zeros(outputs, **FLOAT32)
         bias[: last.out_channels] = last.bias
-        taps = torch.zeros(0)
+        taps = torch.zeros(0, **FLOAT32)
         if len(convs) == 2:  # depthwise weights [C,1,k,k] as [k*k][C]
-            taps = torch.zeros(first.kernel_size[0] ** 2, inputs)
+            taps = torch.zeros((first.kernel_size[0] ** 2, inputs), **FLOAT32)
             taps[:, : first.in_channels] = first.weight.flatten(1).T
         return _Conv(
             len(convs) == 2, first.kernel_size[0], stride, int(first.padding[0]), wide, inputs, outputs,
@@ -242,7 +258,7 @@ class _Packed:
         """Weights [N,C,k,k] as the matrix product reads them: panels [k*k*C][n], of bfloat16 [k*k*C/2][n][2]."""
         n, c, k, _ = weight.shape
         depth = k * k * inputs
-        matrix = torch.zeros(depth + depth % 2, outputs)
+        matrix = torch.zeros((depth + depth % 2, outputs), **FLOAT32)
         matrix[:depth].view(k, k, inputs, outputs)[:, :, :c, :n] = weight.permute(2, 3, 1, 0)
         panels = matrix.to(self.dtype).split(self.panel, dim=1)
         if self.dtype == torch.bfloat16:

@@ -8,6 +8,7 @@ Legend: B images, b those of them that are meant, S scales, L depth, C channels,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -79,7 +80,7 @@ class EagerForward:
         for gate, score in scores:
             gate.score = score.to(self.wide)
         self.gate_activation = gates[0].activation if gates else None
-        self.model.normalize = model.normalize  # in the network's own precision
+        self.model.normalize = copy.deepcopy(model.normalize)  # in the network's own precision
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         on_cuda = next(model.parameters()).device.type == "cuda"
         self.recordings = Recordings(CudaRecorder()) if on_cuda else None
@@ -121,7 +122,7 @@ class EagerForward:
         """Prepared images [B,3,H,W] and a given route's gates [B,L+1,S,3] to logits [B,K,H,W] and gates.
 
         Kernels that read the activations on the device, and return where a path is closed, would need no decision of
-        the host: they take the place of this loop.
+        the host: they would take the place of this loop.
         """
         space, batch = self.space, len(x)
         stem = self.model.stem(x)

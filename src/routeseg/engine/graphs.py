@@ -10,6 +10,7 @@ Legend: B images, H, W image size, K classes, L depth, S scales.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Protocol
@@ -21,6 +22,7 @@ from torch import Tensor
 # Images [B,3,H,W] to logits [B,K,H,W] on their device and gates [B,L+1,S,3] on the host.
 Forward = Callable[[Tensor], tuple[Tensor, np.ndarray]]
 
+SEEN = 1000  # keys whose misses are counted
 KEPT = 4  # recordings: each holds the memory of a whole forward, some 0.5 GB for an image of 1024x2048
 WARM_UP = 3  # forwards before a capture, as PyTorch's notes on CUDA graphs advise: libraries set themselves up in them
 
@@ -51,11 +53,16 @@ class CudaRecorder:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 logits, gates = forward(buffer)
 
+        copied = torch.cuda.Event()
+
         def replay(images: Tensor) -> tuple[Tensor, np.ndarray]:
             with torch.cuda.device(device):
+                torch.cuda.current_stream().wait_event(copied)  # the last replay may be on another stream
                 buffer.copy_(images)
                 graph.replay()
-                return logits.clone(), gates
+                result = logits.clone()
+                copied.record()
+                return result, gates
 
         return replay
 
@@ -66,19 +73,30 @@ class Recordings:
     A key is recorded when it comes for the second time: images that each have a size of their own are not worth it.
     With more keys in turn than are kept, a key that was given up is recorded again at its 4th, 8th, 16th miss, so that
     recording never takes most of the time. Where recording fails, all forwards run without from then on, and a warning
-    is logged. Not for several threads at once: a recording has one buffer.
+    is logged.
     """
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder: Recorder | None = recorder
         self.kept: OrderedDict[Hashable, Forward] = OrderedDict()
         self.misses: Counter[Hashable] = Counter()
+        self.lock = threading.Lock()  # a recording has one buffer
 
     def __call__(self, key: Hashable, forward: Forward, images: Tensor) -> tuple[Tensor, np.ndarray]:
         """key  tells apart all that a recording cannot change: shape and dtype of the images, and the route."""
+        with self.lock:
+            recorded = self._recorded(key, forward, images)
+            if recorded is not None:
+                return recorded(images)
+        return forward(images)
+
+    def _recorded(self, key: Hashable, forward: Forward, images: Tensor) -> Forward | None:
+        """The recording of this key, made now if it is time for it."""
         if key in self.kept:
             self.kept.move_to_end(key)
-            return self.kept[key](images)
+            return self.kept[key]
+        if len(self.misses) == SEEN:
+            self.misses.clear()
         self.misses[key] += 1
         misses = self.misses[key]
         if self.recorder is not None and misses > 1 and misses & (misses - 1) == 0:  # a power of two
@@ -91,6 +109,4 @@ class Recordings:
                 self.kept.clear()  # the memory may be what lacks
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 logging.getLogger("routeseg").warning("running without CUDA graphs, recording one failed: %s", reason)
-            else:
-                return self.kept[key](images)
-        return forward(images)
+        return self.kept.get(key)

@@ -56,6 +56,7 @@ class SkipEngine:
         """
         self.model = model
         parameter = next(model.parameters())
+        self.device = parameter.device
         dtype = _supported(precision, parameter)
         if compiled is None:
             compiled = parameter.device.type == "cpu" and parameter.dtype == torch.float32 and is_compiled(dtype)
@@ -63,6 +64,8 @@ class SkipEngine:
         if compiled:
             if together or parameter.device.type != "cpu":
                 raise ValueError("compiled kernels run on CPUs, one image after the other: leave compiled out")
+            if parameter.dtype != torch.float32:
+                raise ValueError(f"compiled kernels take float32 networks, not {parameter.dtype}: leave compiled out")
             self.forward = CompiledForward(model, dtype)
         else:
             self.forward = EagerForward(model, dtype, parameter.device.type != "cpu" if together is None else together)
@@ -70,8 +73,11 @@ class SkipEngine:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, route: Routes = None, activation: Activation = "one") -> Segmentation:
-        """See `DynamicRoutingNetwork.forward`. Raises ValueError also for images on a CPU with NaN or infinity."""
+        """See `DynamicRoutingNetwork.forward`. Raises ValueError also for images on another device than the engine,
+        and for images on a CPU with NaN or infinity."""
         check_images(images)
+        if images.device != self.device:
+            raise ValueError(f"the images are on {images.device}, the engine is on {self.device}: move them there")
         given = route_gates(self.model, route, len(images), torch.device("cpu"))
         own = given is None or activation == "own"
         return Segmentation(*self.forward(images, None if given is None else given.numpy(), own))

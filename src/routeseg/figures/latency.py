@@ -26,7 +26,7 @@ def latency_scatter(path: str | Path, rows: Sequence[Mapping[str, Any]], title: 
     end = 1.08 * max(max(row["predicted_ms"], row["measured_ms"]) for row in rows)
     ax.plot((0, end), (0, end), color=MUTED, linewidth=1)
     ax.fill_between((0, end), (0, end * (1 - NEAR)), (0, end * (1 + NEAR)), color=MUTED, alpha=0.18, linewidth=0)
-    ax.annotate(f"equal, ± {100 * NEAR:g} %", (0.93 * end, 0.86 * end), ha="right", va="top", fontsize=8, color=MUTED)
+    ax.annotate(f"equal, ± {100 * NEAR:g} %", (0.97 * end, 0.78 * end), ha="right", va="top", fontsize=8, color=MUTED)
     for gates, label, marker, colour in ((False, "route given", "o", BLUE), (True, "gates run too", "^", ORANGE)):
         some = [row for row in rows if row["gates"] == gates]
         if some:

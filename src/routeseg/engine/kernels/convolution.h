@@ -23,8 +23,7 @@ constexpr int TILE = 16 * ROWS;  // pixels of a tile, at most: 96 x 512 floats a
 constexpr int RGB_ROW = 9;  // inputs in a row of the first convolution's 3 x 3 patch
 constexpr int SUMS = 32;  // parts that a sum over all pixels is made of
 
-// Rows first .. first + rows of a feature map of h x w pixels; row first + rows takes the place of row `first`, so that
-// a few rows can wander down a map of which no more is kept.
+// Rows first .. first + rows of a feature map of h x w pixels: of some maps no more is needed at a time.
 struct Map {
     void* data;
     int32_t h, w, c, first, rows;
@@ -42,7 +41,7 @@ struct Conv {
 
 template <class T>
 const T* row_of(const Map& map, int y) {
-    return static_cast<const T*>(map.data) + long((y - map.first) % map.rows) * map.w * map.c;
+    return static_cast<const T*>(map.data) + long(y - map.first) * map.w * map.c;
 }
 
 // k x k taps, stride S: BLOCK pixels of an output row from the k input rows (null outside the map), of which the first
@@ -97,8 +96,9 @@ void depthwise(const Conv& conv, const Map& in, int y, int x0, int x1, T* out) {
         int from = y * conv.stride - conv.padding + t;
         rows[t] = from >= 0 && from < in.h ? row_of<T>(in, from) : nullptr;
     }
-    auto go = conv.kernel == 3 ? (conv.stride == 1 ? depthwise_row<T, 3, 1> : depthwise_row<T, 3, 2>)
-                               : (conv.stride == 1 ? depthwise_row<T, 5, 1> : depthwise_row<T, 5, 2>);
+    auto go = conv.kernel == 5   ? depthwise_row<T, 5, 1>  // strides are of 3 x 3 alone
+              : conv.stride == 2 ? depthwise_row<T, 3, 2>
+                                 : depthwise_row<T, 3, 1>;
     go(rows, in, conv.padding, x0, x1, conv.taps, out);
 }
 
@@ -260,7 +260,7 @@ void convolve_pixels(const Conv& conv, const Map& in, const Map& out, const T* r
         void* to = MODE == SUM ? static_cast<void*>(sums) : static_cast<char*>(out.data) + begin * out.c * size;
         Epilogue then{conv.bias, residual + begin * out.c, low, to, out.c, nullptr, 0};
         const int y = (out.first + int(stop / out.w)) * conv.stride - conv.padding + conv.kernel - 1;
-        if (!direct && stop < end && y < in.h) {
+        if (!direct && stop < end && y < in.first + in.rows) {
             const long x = stop % out.w * conv.stride;
             then.ahead = reinterpret_cast<const char*>(row_of<T>(in, y) + x * in.c);
             then.ahead_bytes = sizeof(T) * in.c * std::min(long(in.w) - x, long(TILE) * conv.stride);

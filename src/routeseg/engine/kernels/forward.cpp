@@ -9,8 +9,10 @@
 #include "maps.h"
 
 #include <chrono>
+#include <cstdlib>
 #include <map>
 #include <memory>
+#include <new>
 
 namespace {
 
@@ -51,22 +53,22 @@ struct Request {
 
 enum { GATHER, GATE, CELL, SEND_UP, SEND_DOWN, STEPS };
 
-// Memory that forwards use one after another: fresh memory from the system costs as much as a pass over it.
+// Memory that forwards use one after another: fresh memory from the system costs as much as a pass over it. Whoever
+// finds the lock taken does without, and so never waits: in a forked child it may stay taken for ever.
 class Workspace {
   public:
     ~Workspace() { release(); }
 
     // Lets go of what images of another size have left.
     void expect(int height, int width) {
-        std::lock_guard<std::mutex> guard(lock);
-        if (height == last_height && width == last_width) return;
+        std::unique_lock<std::mutex> guard(lock, std::try_to_lock);
+        if (!guard.owns_lock() || (height == last_height && width == last_width)) return;
         last_height = height, last_width = width;
         release();
     }
 
     void* take(size_t bytes) {
-        {
-            std::lock_guard<std::mutex> guard(lock);
+        if (std::unique_lock<std::mutex> guard(lock, std::try_to_lock); guard.owns_lock()) {
             std::vector<void*>& blocks = spare[bytes];
             if (!blocks.empty()) {
                 void* block = blocks.back();
@@ -81,8 +83,9 @@ class Workspace {
     }
 
     void give(void* block, size_t bytes) {
-        std::lock_guard<std::mutex> guard(lock);
-        spare[bytes].push_back(block);
+        std::unique_lock<std::mutex> guard(lock, std::try_to_lock);
+        if (guard.owns_lock()) spare[bytes].push_back(block);
+        else std::free(block);
     }
 
   private:
@@ -400,7 +403,7 @@ template <class T>
 int forward(const Network* net, const Request* request, void* workspace) {
     try {
         return Forward<T>(*net, *request, *static_cast<Workspace*>(workspace)).run() ? 0 : 1;
-    } catch (const std::bad_alloc&) {
+    } catch (...) {  // nothing else is thrown than for lack of memory
         return 2;
     }
 }
@@ -419,6 +422,12 @@ int routeseg_level() {
 #else
     return 0;
 #endif
+}
+
+// Whether the caller has these structures, as far as their sizes say it.
+int routeseg_fits(int conv, int image, int node, int network, int request) {
+    return conv == sizeof(Conv) && image == sizeof(Image) && node == sizeof(Node) && network == sizeof(Network) &&
+           request == sizeof(Request);
 }
 
 int routeseg_vector() { return V; }
