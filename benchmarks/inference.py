@@ -2,7 +2,7 @@
 
     python benchmarks/inference.py --camvid path/to/camvid [--size 512x1024 1024x2048]   # to results/inference_cpu.json
     python benchmarks/inference.py --device cuda [--batches 1 8]
-    python benchmarks/inference.py --fill README.md docs/inference.md docs/export.md    # measures nothing: tables into documents
+    python benchmarks/inference.py --fill README.md docs/inference.md docs/export.md  # measures nothing: writes tables
 
 Sections, each a run in which its methods take turns (inference_methods.py):
     latency   a network with random weights: plain (every path computed, as the authors' code); SkipEngine without its
@@ -52,7 +52,6 @@ from inference_methods import (
     products,
     random_images,
     spread_gates,
-    write_onnx,
 )
 from inference_processes import MEMORY_SIZE, memory, memory_of, startup
 from inference_tables import fill, tables
@@ -60,7 +59,8 @@ from routeseg import DynamicRoutingNetwork, Route, SkipEngine
 from routeseg.cost import model_cost
 from routeseg.data.datamodule import DataConfig, evaluation_loader, open_data
 from routeseg.evaluation import evaluate, machine_facts
-from routeseg.files import write_json
+from routeseg.export import export
+from routeseg.files import write_atomically, write_json
 from routeseg.model import Segmentation
 
 BATCHES = {"cpu": [1, 4], "cuda": [1, 8]}
@@ -99,10 +99,10 @@ def latency_of(model: DynamicRoutingNetwork, size: tuple[int, int], batch: int, 
     with tempfile.TemporaryDirectory() as folder:
         if args.device == "cpu":
             pixels = images.numpy()
-            file, shape = write_onnx(static, Path(folder) / "static.onnx"), facts(whole)
+            file, shape = export(static, Path(folder) / "static.onnx"), facts(whole)
             methods += file_methods("static", file, pixels, args, shape, PRECISIONS["cpu"])
             for words, route in gate_routes.items() if batch == 1 else ():
-                file = write_onnx(gated_to(model, route), Path(folder) / f"{words}.onnx", routed=True)
+                file = export(gated_to(model, route), Path(folder) / f"{words}.onnx", routed=True)
                 methods += file_methods(f"routed, {words}", file, pixels, args, facts(route, gated=True), ("float32",))
         found = alternate(methods, args.seconds, args.device, args.seed)
     for row in found.values():
@@ -138,7 +138,7 @@ def skipping(args: Namespace) -> dict[str, Any]:
                 facts = cost_facts(model, size, route) | {"precision": engine.precision}
                 methods.append(Method(f"{precision}, {words}", partial(engine, images, route), facts))
         times = alternate(methods, args.seconds, args.device, args.seed)
-        found[in_words(size)] = {p: against_bound(times, p, list(routes)) for p in PRECISIONS[args.device]}
+        found[in_words(size)] = {p: against_bound(times, p, list(routes)) for p in engines(model, args)}
     return found
 
 
@@ -194,7 +194,7 @@ def equality(args: Namespace) -> dict[str, Any]:
     choosing = spread_gates(model, args.seed).to(args.device)
     images = random_images(2, size, args.seed).to(args.device)
     made = {"eager float32": partial(SkipEngine, compiled=False)}
-    made |= {f"engine {p}": partial(SkipEngine, precision=p) for p in PRECISIONS[args.device]}
+    made |= {f"engine {p}": partial(SkipEngine, precision=p) for p in engines(model, args)}
     runs = {words: (model, route) for words, route in drawn(model.space, "equality", args).items()}
     runs |= {"all open": (model, Route.all_open(model.space)), "0 %": (model, Route(model.space))}
     runs["gates"] = (choosing, None)
@@ -242,8 +242,9 @@ def real(args: Namespace) -> dict[str, Any]:
         return {"note": NO_CAMVID}
     model, data = routeseg.load().to(args.device).eval(), open_camvid(args)
     forwards: dict[str, Callable] = {"plain": partial(plain_forward, model)}
-    forwards |= {f"engine {precision}": engine for precision, engine in engines(model, args).items()}
-    choosing, costs, images = forwards[f"engine {PRECISIONS[args.device][0]}"], {}, {}
+    made = engines(model, args)
+    forwards |= {f"engine {precision}": engine for precision, engine in made.items()}
+    choosing, costs, images = next(iter(made.values())), {}, {}
     for number in range(len(data)):
         image = torch.from_numpy(data.read(number)[0].transpose(2, 0, 1).copy())[None].to(args.device)
         table = model_cost(model, (image.shape[2], image.shape[3]))
@@ -313,10 +314,16 @@ def main(words: list[str] | None = None) -> None:
     if args.fill:
         if not output.is_file():
             parser.error(f"no file {output}: measure first, without --fill")
-        facts = json.loads(output.read_text())
-        for document in args.fill:
-            document.write_text(fill(document.read_text(), facts))
+        try:
+            facts = json.loads(output.read_text())
+            filled = {document: fill(document.read_text(), facts) for document in args.fill}
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        for document, text in filled.items():
+            write_atomically(document, text.encode())
         return
+    if args.output is None and set(args.sections) < set(SECTIONS) and output.exists():
+        parser.error(f"{output} holds all sections: name another file with --output")
     if args.camvid is not None:
         try:
             open_camvid(args)

@@ -24,7 +24,6 @@ from torch.nn import functional as F
 
 from routeseg import DynamicRoutingNetwork, Route, SkipEngine
 from routeseg.cost import model_cost
-from routeseg.export import build_onnx
 from routeseg.model import Segmentation
 from routeseg.space import KEEP, SCALE_STEP, Node, RoutingSpace, padded_size
 
@@ -101,7 +100,9 @@ def new_network(args: Namespace) -> DynamicRoutingNetwork:
 
 
 def engines(model: DynamicRoutingNetwork, args: Namespace) -> dict[str, SkipEngine]:
-    return {precision: SkipEngine(model, precision) for precision in PRECISIONS[args.device]}
+    """By precision, those that this machine computes in."""
+    made = {precision: SkipEngine(model, precision) for precision in PRECISIONS[args.device]}
+    return {precision: engine for precision, engine in made.items() if engine.precision == precision}
 
 
 def random_images(batch: int, size: tuple[int, int], seed: int) -> Tensor:
@@ -252,11 +253,6 @@ def openvino_method(
     load_s = time.perf_counter() - start
     found = {"precision": precision, "load_s": load_s, "file_mb": file.stat().st_size / 1e6}
     return Method(name, run, (facts or {}) | found)
-
-
-def write_onnx(model: DynamicRoutingNetwork, path: Path, routed: bool = False) -> Path:
-    path.write_bytes(build_onnx(model, routed).SerializeToString())
-    return path
 
 
 def correlation(one: Sequence[float], other: Sequence[float]) -> float | None:

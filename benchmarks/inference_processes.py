@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 import routeseg
-from inference_methods import PRECISIONS, in_words, new_network, plain_forward, random_images, write_onnx
+from inference_methods import engines, in_words, new_network, plain_forward, random_images
 from routeseg import SkipEngine
+from routeseg.export import export
 
 COMMAND = Path(__file__).with_name("inference.py")
 MEMORY_SIZE, WARM_UP_SIZE = (1024, 2048), (64, 64)
@@ -28,7 +29,7 @@ STARTS, START_SIZE = 5, (360, 480)
 def memory(args: Namespace) -> dict[str, Any]:
     """method -> MiB that a forward adds to the peak of its process, the logits it returns included."""
     found = {}
-    for name in ("plain", *(f"engine {precision}" for precision in PRECISIONS[args.device])):
+    for name in ("plain", *(f"engine {precision}" for precision in engines(new_network(args), args))):
         words = [sys.executable, str(COMMAND), "--one", name, "--device", args.device, "--threads", str(args.threads)]
         words += ["--depth", str(args.depth), "--channels", str(args.channels), "--classes", str(args.classes)]
         words += ["--size", in_words(args.memory_size)]
@@ -76,7 +77,7 @@ def startup(args: Namespace) -> dict[str, Any]:
     """program -> seconds from the start of the process to its first labels; the programs take turns."""
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        file = write_onnx(routeseg.load(), Path(folder) / "net.onnx", routed=True)
+        file = export(routeseg.load(), Path(folder) / "net.onnx", routed=True)
         places = {"device": args.device, "file": str(file), "height": START_SIZE[0], "width": START_SIZE[1]}
         for _ in range(STARTS):
             for name, program in (("engine", START_ENGINE), ("onnx file", START_ONNX)):

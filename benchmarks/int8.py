@@ -4,8 +4,8 @@
 
 The network that is shipped, with its gates: routed in float32 (closed paths skipped), dense in float32 and in int8
 (every path computed). Calibrated with training images, scored on the validation set. Then a network of full size,
-static and with random weights, for time alone: what int8 gains depends on the width. Rounds of the files alternate, so
-that a slow minute of the machine hits all; medians are reported.
+static and with random weights, for time alone: what int8 gains depends on the width. Times are medians of files in
+turns, each made for the image's size, as benchmarks/inference.py takes them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,19 +22,20 @@ import torch
 from PIL import Image
 
 import routeseg
+from inference_methods import alternate, onnxruntime_method, random_network
 from routeseg.collection import find_inputs
 from routeseg.data.datamodule import DataConfig, evaluation_loader, open_data
 from routeseg.evaluation import evaluate, machine_facts
-from routeseg.export import build_onnx
+from routeseg.export import build_onnx, export
 from routeseg.files import write_json
 from routeseg.model import Segmentation
 from routeseg.onnx_network import OnnxNetwork, prepare
 from routeseg.quantization import chosen, export_int8
 
-THREADS, ROUNDS, WARM_UP = 2, 15, 2
+THREADS, SECONDS = 2, 60.0
 TIMED_IMAGES = 4  # of CamVid: their routes differ
 FULL_SIZE = (512, 1024)
-FULL_NETWORK = {"num_classes": 19, "depth": 16, "base_channels": 64, "gate": "fixed"}
+FULL_NETWORK = {"depth": 16, "channels": 64, "classes": 19}
 
 
 def as_forward(network: OnnxNetwork) -> Callable[[torch.Tensor], Segmentation]:
@@ -53,18 +53,20 @@ def write_float(model: routeseg.DynamicRoutingNetwork, path: Path, **kind: bool)
     return path
 
 
-def median_ms(networks: dict[str, OnnxNetwork], images: list[np.ndarray]) -> dict[str, float]:
-    """Milliseconds a forward of each network, over images [1,3,H,W]."""
-    times: dict[str, list[float]] = {name: [] for name in networks}
-    for number in range(WARM_UP + ROUNDS):
-        for image in images:
-            for name, network in networks.items():
-                pixels = prepare(network.network, image)
-                start = time.perf_counter()
-                network.session.run(["logits", "gates"], {"images": pixels})
-                if number >= WARM_UP:
-                    times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(some) for name, some in times.items()}
+def median_ms(files: dict[str, Path], images: list[np.ndarray]) -> dict[str, float]:
+    """Milliseconds a forward of each file, the mean over images [1,3,H,W] uint8 of one size: medians, all in turns."""
+    network = OnnxNetwork(next(iter(files.values()))).network
+    times = alternate(
+        [
+            onnxruntime_method(f"{name} {number}", file, prepare(network, image), THREADS)
+            for name, file in files.items()
+            for number, image in enumerate(images)
+        ],
+        SECONDS,
+    )
+    return {
+        name: statistics.mean(times[f"{name} {number}"]["median_ms"] for number in range(len(images))) for name in files
+    }
 
 
 def on_camvid(root: str, folder: Path) -> list[dict]:
@@ -91,28 +93,21 @@ def on_camvid(root: str, folder: Path) -> list[dict]:
         )
     rows[-1]["calibration_images"] = len(chosen(training))
     pictures = [data.read(number * len(data) // TIMED_IMAGES)[0] for number in range(TIMED_IMAGES)]
-    times = median_ms(networks, [picture.transpose(2, 0, 1)[None] for picture in pictures])
+    times = median_ms(files, [picture.transpose(2, 0, 1)[None] for picture in pictures])
     return [row | {"size": list(pictures[0].shape[:2]), "median_ms": times[row["file"]]} for row in rows]
 
 
 def full_size(folder: Path) -> list[dict]:
     """Time alone, of a static network with random weights and the statistics of random images."""
-    torch.manual_seed(0)
-    model = routeseg.DynamicRoutingNetwork(**FULL_NETWORK)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None
-    with torch.no_grad():
-        model.train()(torch.rand(2, 3, *FULL_SIZE) ** 2)
+    network = random_network(**FULL_NETWORK, seed=0)
+    model = network.specialize(routeseg.Route.all_open(network.space)).eval()
     image = (np.random.default_rng(0).random((*FULL_SIZE, 3)) * 255).astype(np.uint8)
     Image.fromarray(image).save(folder / "noise.png")
     files = {
-        "float32": write_float(model.eval(), folder / "static.onnx"),
+        "float32": export(model, folder / "static.onnx"),
         "int8": export_int8(model, folder / "static_int8.onnx", [folder / "noise.png"]),
     }
-    times = median_ms(
-        {name: OnnxNetwork(file, THREADS) for name, file in files.items()}, [image.transpose(2, 0, 1)[None]]
-    )
+    times = median_ms(files, [image.transpose(2, 0, 1)[None]])
     return [
         {"file": name, "mb": file.stat().st_size / 1e6, "size": list(FULL_SIZE), "median_ms": times[name]}
         for name, file in files.items()
@@ -127,7 +122,7 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as scratch:
         camvid, full = on_camvid(args.root, Path(scratch)), full_size(Path(scratch))
-    results = {"camvid": camvid, "full_size": FULL_NETWORK | {"results": full}, "rounds": ROUNDS}
+    results = {"camvid": camvid, "full_size": FULL_NETWORK | {"results": full}, "seconds": SECONDS}
     facts = machine_facts()
     facts["versions"]["onnxruntime"] = onnxruntime.__version__
     write_json(args.output, {"network": routeseg.checkpoints.PRETRAINED.name} | results | facts)

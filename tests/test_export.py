@@ -248,6 +248,7 @@ def test_command_mistakes(tmp_path, capsys, monkeypatch):
     static = model.specialize(Route(model.space, [(0, 0, 1)])).save(tmp_path / "static")
     (tmp_path / "other.json").write_text(Route.all_open(routeseg.RoutingSpace(7)).to_json())
     (tmp_path / "dead.json").write_text(Route(model.space, [(3, 3, 1)]).to_json())
+    (tmp_path / "whole.json").write_text(Route.all_open(model.space).to_json())
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.onnx").mkdir()
@@ -256,16 +257,17 @@ def test_command_mistakes(tmp_path, capsys, monkeypatch):
         ([checkpoint, out], "--routed"),
         ([checkpoint, out], "--route FILE"),
         ([static, out, "--routed"], "static"),
-        ([static, out, "--route", tmp_path / "dead.json"], "no edge"),
+        ([static, out, "--route", tmp_path / "whole.json"], "whole.json: the network has no "),
         ([checkpoint, out, "--routed", "--route", "u-net"], "one of them"),
         ([checkpoint, tmp_path / "out.pb", "--routed"], ".onnx"),
         ([checkpoint, tmp_path / "folder.onnx", "--routed"], "is a folder"),
+        ([checkpoint, "s3://bucket/net.onnx", "--routed"], "written to a disk"),
         ([checkpoint, tmp_path / "file" / "x.onnx", "--routed"], "cannot write"),
         ([checkpoint, out, "--format", "tflite", "--routed"], "'tflite'"),
         ([tmp_path / "nothing", out, "--routed"], "no checkpoint folder"),
         ([checkpoint, out, "--route", "resnet"], "u-net"),
         ([checkpoint, out, "--route", tmp_path / "other.json"], "depth=7"),
-        ([checkpoint, out, "--route", tmp_path / "dead.json"], "no open path"),
+        ([checkpoint, out, "--route", tmp_path / "dead.json"], "that no path leads to"),
         ([checkpoint, out, "--route", tmp_path / "broken.json"], "not a route"),
     ):
         code, _, err = run(["export", *words], capsys)

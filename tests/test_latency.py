@@ -3,11 +3,13 @@
 import json
 import re
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+import routeseg
 from conftest import run, scenes_checkpoint, spread_gates
 from routeseg import DynamicRoutingNetwork, Route, RoutingSpace
 from routeseg.cost import model_cost
@@ -76,6 +78,8 @@ def test_latency_is_the_sum_of_what_runs(tiny_network):
     assert times[0] < times[1] < times[2] and table.of_gates(gates[1]) == times[1]
     with pytest.raises(ValueError, match="latency table is for"):
         table.of_route(Route(RoutingSpace(5)))
+    with pytest.raises(ValueError, match="gates have shape"):
+        table.of_gates(np.zeros((1, 6, 4, 3)))
 
 
 def test_parts_add_up_to_cost_and_latency(tiny_network):
@@ -162,7 +166,7 @@ def test_command(tmp_path, capsys):
     assert len(stored["test"]["routes"]) == 4 and LatencyTable.read(file).name == file.stem
     result = json.loads((tmp_path / "result.json").read_text())
     assert len(result.pop("route_ms")) == 2 and result.pop("route") == str(route) and result == stored
-    code, out, _ = run([*words, f"--table={file}", f"--route={route}"], capsys)
+    code, out, _ = run([*words[:3], f"--table={file}", f"--route={route}"], capsys)
     assert code == 0 and "without gates" in out and "random routes" not in out
 
 
@@ -178,6 +182,12 @@ def test_command_mistakes(tmp_path, tiny_network, capsys):
     checkpoint = scenes_checkpoint(tmp_path / "net")
     other, damaged, in_the_way = tmp_path / "other.json", tmp_path / "damaged.json", tmp_path / "file"
     invented(tiny_network).write(other)
+    own = invented(routeseg.load(checkpoint))
+    own.write(tmp_path / "own.json")
+    own.facts["machine"] = {"threads": 64}
+    own.write(tmp_path / "threads.json")
+    replace(own, device="cuda:0").write(tmp_path / "cuda.json")
+    (tmp_path / "deeper.json").write_text(Route(RoutingSpace(5)).to_json())
     damaged.write_text(other.read_text()[:100])
     in_the_way.touch()
     route = tmp_path / "route.json"
@@ -191,11 +201,17 @@ def test_command_mistakes(tmp_path, tiny_network, capsys):
         (["--repeats=0"], "--repeats is 0"),
         ([f"--output={in_the_way / 'x'}"], "--output"),
         (["--route=v-net"], "no such file, and no architecture"),
+        ([f"--route={tmp_path / 'deeper.json'}"], "deeper.json: the route is drawn in"),
+        ([f"--table={tmp_path / 'own.json'}", f"--route={route}", "--precision=bfloat16"], "--precision"),
+        ([f"--table={tmp_path / 'own.json'}", f"--route={route}", f"--output={tmp_path}"], "--output"),
+        ([f"--table={tmp_path / 'threads.json'}", f"--route={route}"], "measured with 64 threads"),
+        ([f"--table={tmp_path / 'cuda.json'}", f"--route={route}"], "measured on cuda:0"),
         ([f"--table={other}"], "--route"),
         ([f"--table={other}", f"--route={route}"], "another network: depth is 4 there, 3 here"),
         ([f"--table={damaged}", f"--route={route}"], "damaged"),
         ([f"--table={tmp_path / 'nothing.json'}", f"--route={route}"], "no latency table"),
     ):
-        code, _, err = run(["profile", checkpoint, "--size=64x96", "--routes=1", "--repeats=1", *words], capsys)
+        new = [] if any(word.startswith("--table") for word in words) else ["--routes=1"]
+        code, _, err = run(["profile", checkpoint, "--size=64x96", "--repeats=1", *new, *words], capsys)
         assert code == 2 and expected in err and err.count("\n") == 1, (words, err)
     assert not list((tmp_path / "net").glob("latency*"))

@@ -188,7 +188,8 @@ class TestNoTorch:
         assert without_torch(["-c", "import torch"], tmp_path / "block").returncode == 1
 
     def test_what_needs_torch_says_so(self, checkpoint, images, tmp_path):
-        for words in (["predict", checkpoint, tmp_path / "in"], ["predict", tmp_path / "in"], ["evaluate", checkpoint]):
+        predict = (["predict", checkpoint, tmp_path / "in"], ["predict", tmp_path / "in"])
+        for words in (*predict, ["evaluate", checkpoint], ["download", "camvid", tmp_path / "data"]):
             done = without_torch(["-m", "routeseg.cli", *words], tmp_path / "block")
             assert done.returncode == 2 and "Traceback" not in done.stderr
             assert "not installed" in done.stderr and "predict FILE.onnx" in done.stderr
@@ -286,6 +287,8 @@ class TestWrongFiles:
         assert code == 2 and f"no file {tmp_path / 'no.onnx'}" in err
         code, _, err = run_command(["predict", files["static"]], capsys)
         assert code == 2 and "name the images" in err
+        code, _, err = run_command(["predict", images[0], files["static"]], capsys)
+        assert code == 2 and "static.onnx is a network: name one, before the images" in err
         monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as where it is not installed
         code, _, err = run_command(["predict", files["static"], images[0]], capsys)
         assert code == 2 and "routeseg[onnx]" in err
@@ -297,6 +300,7 @@ class TestWrongFiles:
             (["--engine", "ray", "--workers", "2"], "--engine is of checkpoints"),
             (["--engine", "skip"], "--engine is of checkpoints"),
             (["--device", "cuda"], "--device cuda is of checkpoints"),
+            (["--precision", "bfloat16"], "--precision is of checkpoints"),
             (["--workers", "2"], "--workers is of --engine ray"),
         ],
     )
@@ -323,6 +327,10 @@ class TestRunning:
         for shape in ((3, 64, 64), (1, 4, 64, 64), (0, 3, 64, 64), (1, 3, 31, 64)):
             with pytest.raises(ValueError, match=r"expected \[B,3,H,W\]"):
                 network.run(np.zeros(shape, dtype=np.uint8))
+        with pytest.raises(ValueError, match="dtype int64: give uint8"):
+            network.run(np.zeros((1, 3, 64, 64), dtype=np.int64))
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            network.run(np.full((1, 3, 64, 64), np.nan, dtype=np.float32))
 
     @pytest.mark.parametrize(
         ("words", "skipped"),

@@ -108,6 +108,22 @@ def test_small_images_will_do(tmp_path):
     assert OnnxNetwork(file)(noise(40, 50))[0].shape == (40, 50)
 
 
+def test_nothing_to_calibrate_with(tmp_path):
+    with pytest.raises(ValueError, match="no image to calibrate with"):
+        export_int8(DynamicRoutingNetwork(3, depth=3, base_channels=4, stem_channels=4), tmp_path / "net.onnx", [])
+
+
+def test_images_too_large_to_calibrate_with_are_named(images, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory")
+
+    monkeypatch.setattr("onnxruntime.quantization.quantize_static", fail)
+    model = DynamicRoutingNetwork(3, depth=3, base_channels=4, stem_channels=4).eval()
+    with pytest.raises(ValueError, match="calibration failed .Failed to allocate memory.: give smaller images"):
+        export_int8(model, tmp_path / "net.onnx", images)
+    assert not (tmp_path / "net.onnx").exists()
+
+
 class TestCommand:
     @pytest.fixture
     def checkpoint(self, tmp_path):

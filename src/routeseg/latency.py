@@ -79,8 +79,10 @@ class LatencyTable:
 
     def of_gates(self, gates: Tensor | np.ndarray) -> np.ndarray:
         """Milliseconds of each image, whose gates [B,L+1,S,3] (or [L+1,S,3]) a forward returned: float64 [B] (or a
-        scalar array). The gates' own time is in it."""
+        scalar array). The gates' own time is in it. Raises ValueError for gates of another space."""
         values = gates.detach().cpu().numpy() if hasattr(gates, "detach") else np.asarray(gates)
+        if values.shape[-3:] != self.space.legal.shape:
+            raise ValueError(f"gates have shape {list(values.shape)}: the table is for {self.space}")
         if values.ndim == self.space.legal.ndim:
             return np.asarray(self._of_counts(node_counts(self.space, values, self.network["gated"])))
         return np.array([self.of_gates(one) for one in values])
@@ -98,10 +100,12 @@ class LatencyTable:
     def check(self, model: RoutingGrid | NetworkDescription, size: tuple[int, int], name: str | Path) -> None:
         """Raises ValueError, naming the file, where the table is of a network of another shape, or of another size."""
         own = network_shape(model)
-        other = [key for key in own if own[key] != self.network.get(key)]
-        if other:
-            shown = f": {other[0]} is {self.network.get(other[0])} there, {own[other[0]]} here" if other else ""
-            raise ValueError(f"{name} is the latency of another network{shown}. Measure this one: `routeseg profile`")
+        for key in own:
+            if own[key] != self.network.get(key):
+                raise ValueError(
+                    f"{name} is the latency of another network: {key} is {self.network.get(key)} there, {own[key]} "
+                    "here. Measure this one: `routeseg profile`"
+                )
         if self.size != tuple(size):
             there, here = ("x".join(map(str, some)) for some in (self.size, size))
             raise ValueError(f"{name} is for images of {there}: measure it with `routeseg profile --size {here}`")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from routeseg.description import DIVERGED, FORMAT, METADATA_KEY, NetworkDescription
+from routeseg.description import DIVERGED, FORMAT, METADATA_KEY, NOT_FINITE, NetworkDescription
 from routeseg.space import MIN_IMAGE_SIZE, padded_size
 
 FATAL_ONLY = 4  # of the log of ONNX Runtime, which also raises its errors
@@ -49,11 +49,11 @@ class OnnxNetwork:
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Image uint8 [H,W,3] RGB, H and W at least 32 -> labels uint8 [H,W], gates float32 [L+1,S,3].
 
-        Raises ValueError where an output is NaN, and MemoryError where memory is short.
+        Raises ValueError where an output is not finite, and MemoryError where memory is short.
         """
         logits, gates = self.run(image.transpose(2, 0, 1)[None])
         labels, best = most_likely(logits[0])
-        if np.isnan(best).any() or np.isnan(gates).any():
+        if not np.isfinite(best).all() or not np.isfinite(gates).all():
             raise ValueError(DIVERGED)
         return labels, gates[0]
 
@@ -67,6 +67,10 @@ class OnnxNetwork:
             raise ValueError(
                 f"images have shape {list(images.shape)}: expected [B,3,H,W], RGB, H and W at least {MIN_IMAGE_SIZE}"
             )
+        if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+            raise ValueError(f"images have dtype {images.dtype}: give uint8, or floating point in 0..1")
+        if images.dtype != np.uint8 and not np.isfinite(images).all():
+            raise ValueError(NOT_FINITE)
         if self.kind != "static" and len(images) > 1:  # each takes a route of its own
             parts = [self.run(image[None]) for image in images]
             return np.concatenate([logits for logits, _ in parts]), np.concatenate([gates for _, gates in parts])
@@ -76,7 +80,7 @@ class OnnxNetwork:
         except Exception as error:  # ONNX Runtime has its own, which share no class but this one
             if any(words in str(error) for words in NO_MEMORY):
                 raise MemoryError(str(error)) from error
-            raise ValueError(f"{self.file} cannot be run on images of {height}x{width}: {_reason(error)}") from error
+            raise ValueError(f"{self.file} cannot be run on images of {height}x{width}: {reason(error)}") from error
         return logits[..., :height, :width], gates
 
 
@@ -133,7 +137,7 @@ def _open(file: Path, threads: int) -> Any:
     try:
         return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has its own, which share no class but this one
-        raise ValueError(f"{file} is no ONNX file, or a damaged one: {_reason(error)}") from error
+        raise ValueError(f"{file} is no ONNX file, or a damaged one: {reason(error)}") from error
 
 
 def _own_words(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -181,7 +185,7 @@ def _check_tensors(own: OnnxNetwork) -> None:
             )
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The first line of what ONNX Runtime says, without its name and number for it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].split(" : ", 2)[-1]

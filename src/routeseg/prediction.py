@@ -53,7 +53,7 @@ class Runner(Protocol):
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Image uint8 [H,W,3] RGB, H and W at least 32 -> labels uint8 [H,W], gates float32 [L+1,S,3].
 
-        Raises ValueError (DIVERGED) where an output is NaN, and MemoryError or RuntimeError where memory is short.
+        Raises ValueError (DIVERGED) where an output is not finite, MemoryError or RuntimeError where memory is short.
         """
         ...
 

@@ -26,7 +26,7 @@ from routeseg.description import METADATA_KEY, describe
 from routeseg.export import build_onnx, check_name
 from routeseg.files import write_atomically
 from routeseg.model import DynamicRoutingNetwork
-from routeseg.onnx_network import prepare, require_onnxruntime
+from routeseg.onnx_network import prepare, reason, require_onnxruntime
 from routeseg.prediction import pad_small, read_source
 
 if TYPE_CHECKING:
@@ -47,9 +47,12 @@ def export_int8(
     images    to calibrate with, such as the network will see; CALIBRATION_IMAGES of them at most are read
     on_image  called after each image (for a progress bar)
 
-    Raises ValueError where the name does not end in .onnx, an image cannot be read, or the extra is not installed.
+    Raises ValueError where the name does not end in .onnx, there is no image, one cannot be read, they are too large
+    for the memory, or the extra is not installed.
     """
     path = check_name(path)
+    if not images:
+        raise ValueError("no image to calibrate with: give some such as the network will see")
     require_onnxruntime()
     float_model = build_onnx(model, dense=model.gated)
     network, step = describe(model), on_image or (lambda: None)
@@ -80,7 +83,7 @@ def quantize(model: onnx.ModelProto, images: Iterator[np.ndarray]) -> onnx.Model
             image = next(images, None)
             return None if image is None else {"images": image}
 
-    with tempfile.TemporaryDirectory() as scratch, _silent():
+    with tempfile.TemporaryDirectory() as scratch, _silent(), _named_errors():
         quantize_static(
             model,
             Path(scratch) / "int8.onnx",
@@ -121,6 +124,17 @@ def _is_map(value: onnx.ValueInfoProto) -> bool:
     """Whether this is [B,C,h,w] of more than a pixel."""
     dims = value.type.tensor_type.shape.dim
     return len(dims) == 4 and dims[3].dim_value != 1  # 0 where it is only known at run time
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    """Turns what ONNX Runtime raises, while it runs the images, into a ValueError that tells the remedy."""
+    try:
+        yield
+    except (ValueError, OSError):  # of the images
+        raise
+    except Exception as error:  # ONNX Runtime has its own, which share no class but this one
+        raise ValueError(f"calibration failed ({reason(error)}): give smaller images") from error
 
 
 @contextmanager

@@ -32,6 +32,6 @@ class TorchNetwork:
         finally:
             if was_training:
                 self.model.train()
-        if result.logits.isnan().any() or result.gates.isnan().any():
+        if not result.logits.isfinite().all() or not result.gates.isfinite().all():
             raise ValueError(DIVERGED)
         return result.labels[0].cpu().numpy().astype(np.uint8), result.gates[0].float().cpu().numpy()

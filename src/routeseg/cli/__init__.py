@@ -22,7 +22,8 @@ from routeseg.cli.training import demo_command, pretrain_command, train_command
 
 __all__ = ["COMMANDS", "main"]
 
-LEFT_OUT = ("torch", "lightning", "torchmetrics")  # what a deployment may do without (docs/prediction.md)
+# What a deployment may do without (docs/prediction.md).
+LEFT_OUT = ("filelock", "huggingface_hub", "lightning", "pooch", "safetensors", "scipy", "torch", "torchmetrics")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -143,7 +143,7 @@ def routes_command(words: Sequence[str]) -> int:
     check_writable(output)
     engine = build_engine(model)
     total = pictures_to_see(data, len(evenly_spread(pictures, args.images)))
-    with progress_bar(f"routes over {data.name} {args.split}", total) as step:
+    with enough_memory("give smaller images"), progress_bar(f"routes over {data.name} {args.split}", total) as step:
         survey = survey_routes(
             model, engine, data, args.split, recipe.seed, args.images, args.permutations, step, args.checkpoint
         )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from routeseg.data.datamodule import DataConfig
     from routeseg.model import DynamicRoutingNetwork
-    from routeseg.space import RoutingSpace
+    from routeseg.space import Route, RoutingSpace
     from routeseg.training.recipe import Recipe
 
 USAGE_ERROR = 2
@@ -128,7 +128,7 @@ def network_options(args: Namespace) -> dict[str, Any]:
     options = vars(args.model)
     if str(options["route"]).endswith(".json"):
         space = RoutingSpace(args.model.depth, args.model.num_scales)
-        options = options | {"route": _read_route(Path(options["route"]), space)}
+        options = options | {"route": read_route(options["route"], space).named_edges}
     return options
 
 
@@ -160,22 +160,42 @@ def start_from(model: DynamicRoutingNetwork, folder: str | None, output: Path, r
             write_json(output / "init.json", report.as_dict())
 
 
-def _read_route(path: Path, space: RoutingSpace) -> list[tuple[int, int, str]]:
-    """The edges of a route file, as `Route.to_json` and `routeseg predict` write it."""
+def read_route(name: str, space: RoutingSpace) -> Route:
+    """An architecture's route, or that of a file, as `Route.to_json` and `routeseg predict` write it.
+
+    Raises ValueError, naming it, where it is neither, of another space, or has dead ends.
+    """
+    from routeseg.architectures import ARCHITECTURES
     from routeseg.space import Route, edge_name
 
     try:
-        route = Route.from_json(path.read_text())
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name](space)
+        if not Path(name).is_file():
+            raise ValueError(f"no such file, and no architecture: choose one of {', '.join(ARCHITECTURES)}")
+        route = Route.from_json(Path(name).read_text())
+        if route.space != space:
+            raise ValueError(f"the route is drawn in {route.space}, the network has {space}")
+        for edge in sorted(route.dead_ends):
+            raise ValueError(
+                f"{len(route.dead_ends)} open edges that no path leads to, the first is {edge_name(edge)}: take them "
+                "out of its list `open`, or open a path to them"
+            )
     except ValueError as error:
-        raise ValueError(f"{path} is {error}") from error
-    if route.space != space:
-        raise ValueError(f"{path} is drawn in {route.space}, the network has {space}: set --model.depth to match")
-    for edge in sorted(route.dead_ends):
-        raise ValueError(
-            f"{path} has {len(route.dead_ends)} open edges that no path leads to, the first is {edge_name(edge)}: take "
-            "them out of its list `open`, or open a path to them"
-        )
-    return route.named_edges
+        raise ValueError(f"route {name}: {error}") from error
+    return route
+
+
+def read_route_of(model: DynamicRoutingNetwork, name: str) -> Route:
+    """The same, of a network's edges. Raises ValueError, naming it, also where the network lacks one."""
+    from routeseg.model.network import check_route
+
+    route = read_route(name, model.space)
+    try:
+        check_route(model, route)
+    except ValueError as error:
+        raise ValueError(f"route {name}: {error}") from error
+    return route
 
 
 def check_classes(checkpoint: str, model: DynamicRoutingNetwork, data: DataConfig, classes: int) -> None:
@@ -210,12 +230,13 @@ def find_device(name: str) -> torch.device:
 
 @contextmanager
 def enough_memory(remedy: str) -> Iterator[None]:
-    """Turns the error of a device whose memory is too small into a ValueError that tells the remedy."""
+    """Turns the error of a memory that is too small into a ValueError that tells the remedy."""
     try:
         yield
-    except RuntimeError as error:
-        if "out of memory" in str(error) or "allocate memory" in str(error):  # of a GPU, of a CPU
-            reason = str(error).splitlines()[0]
+    except (RuntimeError, MemoryError) as error:
+        reason = (str(error).splitlines() or ["none is left"])[0]
+        of_memory = "out of memory" in reason or "allocate memory" in reason  # of a GPU, of a CPU
+        if of_memory or isinstance(error, MemoryError):
             raise ValueError(f"the images are too large for the memory ({reason}): {remedy}") from error
         raise
 

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from routeseg.cli.common import Parser, progress_bar
+from routeseg.cli.common import Parser, progress_bar, read_route_of
 from routeseg.files import check_writable
 
 if TYPE_CHECKING:
     from routeseg.model import DynamicRoutingNetwork
-    from routeseg.space import Route
 
 MEGABYTE = 1e6
 
@@ -42,7 +41,7 @@ def export_command(words: Sequence[str]) -> int:
     check_writable(path.parent, "OUT")
     model = checkpoints.load(args.checkpoint)
     if args.route is not None:
-        model = _specialize(model, args.route)
+        model = model.specialize(read_route_of(model, args.route))
     check_kind(model, args.routed)
     if args.int8 is None:
         export(model, path, args.routed)
@@ -78,27 +77,3 @@ def _summary(model: DynamicRoutingNetwork, skips: bool) -> str:
         return f"a network with gates, all paths computed, {full}"
     least = float(table.of_gates(Route(model.space).to_gates()))
     return f"a routed network, from {least / 1e9:.2f} (all paths closed) to {full}"
-
-
-def _specialize(model: DynamicRoutingNetwork, name: str) -> DynamicRoutingNetwork:
-    """The network of this route alone. Raises ValueError, naming the route, where it has none of that name."""
-    route = read_route(model, name)
-    try:
-        return model.specialize(route)
-    except ValueError as error:
-        raise ValueError(f"--route {name}: {error}") from error
-
-
-def read_route(model: DynamicRoutingNetwork, name: str) -> Route:
-    """A route file's, or an architecture's. Raises ValueError, naming the option, where it is neither."""
-    from routeseg.architectures import ARCHITECTURES
-    from routeseg.space import Route
-
-    try:
-        if name in ARCHITECTURES:
-            return ARCHITECTURES[name](model.space)
-        if not Path(name).is_file():
-            raise ValueError(f"no such file, and no architecture: choose one of {', '.join(ARCHITECTURES)}")
-        return Route.from_json(Path(name).read_text())
-    except ValueError as error:
-        raise ValueError(f"--route {name}: {error}") from error

@@ -51,6 +51,9 @@ def predict_command(words: Sequence[str]) -> int:
     network = inputs.pop(0) if _is_network(inputs[0]) else None
     if network is not None and not inputs:
         raise ValueError(f"{network} is a network: name the images to segment behind it")
+    for word in inputs:
+        if _is_onnx(word):
+            raise ValueError(f"{word} is a network: name one, before the images")
     common = {"resume": args.resume, "pictures": args.pictures}
     if args.engine == "ray" and not _is_onnx(network):
         summary = _predict_with_ray(network, inputs, args, common)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
@@ -17,13 +17,16 @@ from routeseg.cli.common import (
     parse_size,
     progress_bar,
     read_parts,
+    read_route_of,
 )
 from routeseg.files import check_writable, write_json
 
 if TYPE_CHECKING:
+    from routeseg.latency import LatencyTable
     from routeseg.model import DynamicRoutingNetwork
 
 OUTPUT = "runs/profile"  # where no checkpoint is given
+ROUTES = 50
 
 
 def profile_command(words: Sequence[str]) -> int:
@@ -37,9 +40,9 @@ def profile_command(words: Sequence[str]) -> int:
     )
     parser.add_argument("--size", type=str, default="1024x2048", help="HEIGHTxWIDTH of the image")
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
-    parser.add_argument("--precision", type=str, default="float32", help=PRECISION_HELP)
+    parser.add_argument("--precision", type=str | None, default=None, help=PRECISION_HELP)
     parser.add_argument("--num_classes", type=int, default=19, help="of a network without a checkpoint")
-    parser.add_argument("--routes", type=int, default=50, help="random routes to test the predictions on")
+    parser.add_argument("--routes", type=int | None, default=None, help=f"to test predictions on, drawn; {ROUTES}")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each route, whose median counts")
     parser.add_argument(
         "--route", type=str | None, default=None, help="also time this route: a JSON file, or an architecture"
@@ -54,7 +57,6 @@ def profile_command(words: Sequence[str]) -> int:
     args, _, recipe, _ = read_parts(parser, words)
     size = parse_size("--size", args.size)
 
-    from routeseg.cli.export import read_route
     from routeseg.cost import model_cost
     from routeseg.evaluation import machine_facts
     from routeseg.figures import latency_scatter
@@ -63,12 +65,16 @@ def profile_command(words: Sequence[str]) -> int:
     from routeseg.tables import print_latency
 
     for option in ("routes", "repeats"):
-        if args[option] < 1:
+        if args[option] is not None and args[option] < 1:
             raise ValueError(f"--{option} is {args[option]}: it must be at least 1")
     if args.table is not None and args.route is None:
         raise ValueError("--table predicts a route: name one with --route, or leave --table out to measure")
+    for option in ("precision", "routes", "output"):
+        if args.table is not None and args[option] is not None:
+            raise ValueError(f"--{option} is of a new table, --table names one that is there: leave one of them out")
+    routes = args.routes or ROUTES
     model = _network(args, recipe.seed).to(find_device(args.device))
-    route = None if args.route is None else read_route(model, args.route)
+    route = None if args.route is None else read_route_of(model, args.route)
     output = Path(args.output or args.checkpoint or OUTPUT)
     if args.table is None:
         check_writable(output)
@@ -78,9 +84,11 @@ def profile_command(words: Sequence[str]) -> int:
         if args.table is not None:
             table = LatencyTable.read(args.table)
             table.check(model, size, args.table)
+            _check_conditions(table, model, args.table)
         else:
-            with progress_bar("profile", args.repeats * forwards(args.routes)) as step:
-                table = profile(model, size, args.precision, args.routes, args.repeats, recipe.seed, step=step)
+            with progress_bar("profile", args.repeats * forwards(routes)) as step:
+                precision: Any = args.precision or "float32"
+                table = profile(model, size, precision, routes, args.repeats, recipe.seed, step=step)
             table.facts["all_open_by_part"] = by_part(table, model_cost(model, size))
             table.facts.update({"command": ["profile", *words]} | machine_facts())
         timed = [] if route is None else measure_route(model, table, route, args.repeats)
@@ -110,3 +118,16 @@ def _network(args: Namespace, seed: int) -> DynamicRoutingNetwork:
         return checkpoints.load(args.checkpoint)
     torch.manual_seed(seed)
     return DynamicRoutingNetwork(args.num_classes, **network_options(args)).eval()
+
+
+def _check_conditions(table: LatencyTable, model: DynamicRoutingNetwork, name: str) -> None:
+    """Raises ValueError where a table was measured on another device, or with other threads, than would run now."""
+    import torch
+
+    device, threads = next(model.parameters()).device, table.facts.get("machine", {}).get("threads")
+    if table.device != str(device):
+        raise ValueError(f"{name} was measured on {table.device}, this runs on {device}: set --device")
+    if device.type == "cpu" and threads not in (None, torch.get_num_threads()):
+        raise ValueError(
+            f"{name} was measured with {threads} threads, this runs with {torch.get_num_threads()}: set OMP_NUM_THREADS"
+        )

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from routeseg.description import NOT_FINITE
 from routeseg.engine.folding import fold_batch_norm
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.model.cell import RoutingNode
@@ -31,7 +32,6 @@ from routeseg.space import DIRECTIONS, padded_size
 BUILDS = ("generic", "avx2", "avx512", "avx512bf16")  # in the order of `routeseg_level`; see setup.py
 STEPS = ("gather", "gate", "cell", "up", "down")  # of a node, whose times can be taken
 FLOAT32: Any = {"dtype": torch.float32, "device": "cpu"}  # of memory that the kernels see, whatever PyTorch defaults to
-NOT_FINITE = "the images contain NaN or infinite values: give RGB, uint8 or float in 0..1"
 
 
 class _Conv(Structure):

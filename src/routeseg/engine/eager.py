@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from routeseg.engine.compiled import NOT_FINITE
+from routeseg.description import NOT_FINITE
 from routeseg.engine.folding import fold_batch_norm
 from routeseg.engine.graphs import CudaRecorder, Recordings
 from routeseg.engine.transfers import DeviceArrays, to_device, to_host

@@ -24,6 +24,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from routeseg.cost import CostTable, model_cost
 from routeseg.data.transforms import IGNORE
+from routeseg.description import DIVERGED
 from routeseg.distributed import gather
 from routeseg.evaluation.boundary import boundary_counts
 from routeseg.evaluation.test_time import Averaged, Forward, MultiPass
@@ -162,7 +163,8 @@ def evaluate(
 
     In a distributed job every process gives its share (`evaluation_loader` with its rank), and all return the result
     over all shares, the very one of a single process.
-    Raises ValueError where there is no picture, a single class, or a label outside the network's classes.
+    Raises ValueError where there is no picture, a single class, a label outside the network's classes, or an output
+    that is not finite.
     """
     check_class_count(model.num_classes)
     device = next(model.parameters()).device
@@ -183,6 +185,8 @@ def evaluate(
             labels = picture["labels"].to(device)
             _check_labels(labels, model.num_classes, picture["name"])
             result = segment(picture["image"].to(device))
+            if not result.scores.isfinite().all():
+                raise ValueError(f"{picture['name']}: {DIVERGED}")
             found = result.labels
             counter.update(found, labels)
             per_image.append((*_costs(result, table), result.count, result.gates.float().cpu().numpy()))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from routeseg.collection import is_url
 from routeseg.description import METADATA_KEY
 from routeseg.engine.folding import fold_batch_norm
 from routeseg.export.metadata import metadata
@@ -32,7 +33,9 @@ def export(model: DynamicRoutingNetwork, path: str | Path, routed: bool = False)
 
 
 def check_name(path: str | Path) -> Path:
-    """The path. Raises ValueError where it does not end in .onnx, or is a folder."""
+    """The path. Raises ValueError where it does not end in .onnx, or is a folder or URL."""
+    if is_url(path):
+        raise ValueError(f"{path}: files are written to a disk: give a path, and copy it there")
     path = Path(path)
     if path.suffix != SUFFIX:
         raise ValueError(f"{path} is no name of an ONNX file: let it end in {SUFFIX}, such as {path.stem}{SUFFIX}")
