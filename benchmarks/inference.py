@@ -1,6 +1,6 @@
 """Does time follow the route? Milliseconds of a forward against its MACs, a plain implementation and exported files.
 
-    python benchmarks/inference.py --camvid path/to/camvid [--size 512x1024 1024x2048]   # to results/inference_cpu.json
+    python benchmarks/inference.py --camvid path/to/camvid   # to results/inference_cpu.json
     python benchmarks/inference.py --device cuda [--batches 1 8]
     python benchmarks/inference.py --fill README.md docs/inference.md docs/export.md  # measures nothing: writes tables
 
@@ -54,7 +54,7 @@ from inference_methods import (
     spread_gates,
 )
 from inference_processes import MEMORY_SIZE, memory, memory_of, startup
-from inference_tables import fill, tables
+from inference_tables import all_tables, fill, tables
 from routeseg import DynamicRoutingNetwork, Route, SkipEngine
 from routeseg.cost import model_cost
 from routeseg.data.datamodule import DataConfig, evaluation_loader, open_data
@@ -63,7 +63,9 @@ from routeseg.export import export
 from routeseg.files import write_atomically, write_json
 from routeseg.model import Segmentation
 
+RESULTS = Path("results")
 BATCHES = {"cpu": [1, 4], "cuda": [1, 8]}
+ROUTED_PIXELS = 2**20  # of images for routed files: at 1024x2048 their six sessions take more than 24 GB
 SHARES = (0.75, 0.5, 0.25)  # of the nodes, on drawn routes
 DRAWS = {"latency": 2, "skipping": 4, "equality": 2}  # routes of each share
 
@@ -101,7 +103,8 @@ def latency_of(model: DynamicRoutingNetwork, size: tuple[int, int], batch: int, 
             pixels = images.numpy()
             file, shape = export(static, Path(folder) / "static.onnx"), facts(whole)
             methods += file_methods("static", file, pixels, args, shape, PRECISIONS["cpu"])
-            for words, route in gate_routes.items() if batch == 1 else ():
+            with_routed = batch == 1 and size[0] * size[1] <= ROUTED_PIXELS
+            for words, route in gate_routes.items() if with_routed else ():
                 file = export(gated_to(model, route), Path(folder) / f"{words}.onnx", routed=True)
                 methods += file_methods(f"routed, {words}", file, pixels, args, facts(route, gated=True), ("float32",))
         found = alternate(methods, args.seconds, args.device, args.seed)
@@ -303,20 +306,19 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--camvid", type=Path, help="folder of CamVid, for real images")
     parser.add_argument("--images", type=int, default=16, help="of CamVid, that section real times")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--fill", nargs="+", type=Path, help="documents to write the tables of --output into")
+    parser.add_argument("--fill", nargs="+", type=Path, help="documents to write the tables of all results into")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     torch.set_num_threads(args.threads)
     if args.one:
         print(json.dumps(memory_of(args.one, args)))
         return
-    output = args.output or Path(f"results/inference_{args.device}.json")
+    output = args.output or RESULTS / f"inference_{args.device}.json"
     if args.fill:
-        if not output.is_file():
-            parser.error(f"no file {output}: measure first, without --fill")
+        sources = [args.output] if args.output else sorted(RESULTS.glob(f"inference*_{args.device}.json"))
         try:
-            facts = json.loads(output.read_text())
-            filled = {document: fill(document.read_text(), facts) for document in args.fill}
+            made = all_tables(sources)
+            filled = {document: fill(document.read_text(), made) for document in args.fill}
         except (ValueError, OSError) as error:
             parser.error(str(error))
         for document, text in filled.items():

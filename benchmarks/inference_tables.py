@@ -5,8 +5,10 @@ In a document a table stands between `<!-- inference: NAME -->` and `<!-- end --
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 MARKS = re.compile(r"(<!-- inference: ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -19,7 +21,7 @@ def tables(facts: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for size, by_batch in facts.get("latency", {}).items():
         found |= {f"latency {size}, batch {batch}": _latency(methods) for batch, methods in by_batch.items()}
-        if "1" in by_batch and "static, ONNX Runtime" in by_batch["1"]:
+        if "1" in by_batch and "routed, closed, ONNX Runtime" in by_batch["1"]:
             found[f"export {size}"] = _export(by_batch["1"])
             found[f"summary {size}"] = _summary(by_batch["1"], size)
     for size, by_precision in facts.get("skipping", {}).items():
@@ -39,9 +41,19 @@ def tables(facts: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def fill(document: str, facts: Mapping[str, Any]) -> str:
-    """The document with its tables as these facts have them. Raises ValueError for one that was not measured."""
-    made = tables(facts)
+def all_tables(sources: Iterable[Path]) -> dict[str, str]:
+    """The tables of several result files. Raises ValueError, naming it, where one is none."""
+    made: dict[str, str] = {}
+    for source in sources:
+        try:
+            made |= tables(json.loads(source.read_text()))
+        except (ValueError, KeyError, OSError) as error:
+            raise ValueError(f"{source} is no result of this benchmark ({error}): measure first") from error
+    return made
+
+
+def fill(document: str, made: Mapping[str, str]) -> str:
+    """The document with these tables. Raises ValueError for one that was not measured."""
 
     def table(match: re.Match[str]) -> str:
         if match[2] not in made:

@@ -127,6 +127,28 @@ def test_readme_has_the_comparison_as_it_was_written(name):
     assert {"machine", "date", "versions"} <= set(facts) and not facts["missing"]
 
 
+def test_documents_quote_latency_and_int8():
+    """docs/cost.md has what `routeseg profile` found, docs/prediction.md what benchmarks/int8.py did."""
+    text = (ROOT / "docs" / "cost.md").read_text()
+    for name in ("latency", "latency_bfloat16"):
+        facts = json.loads((ROOT / "results" / f"{name}_cpu.json").read_text())
+        assert {"machine", "date", "versions"} <= set(facts)
+        whole, test = facts["all_open"][0], facts["test"]
+        rates = {(r["part"], r["scale"]): r["ms"] / r["gmacs"] for r in facts["all_open_by_part"] if r["gmacs"]}
+        some = [rates[part] for part in (("stem", None), ("cells", 0), ("cells", 3), ("decoder", None))]
+        row = [f"{whole['predicted_ms']:.0f} | {whole['measured_ms']:.0f}"]
+        row += [f"{100 * test[key]:.1f} %" for key in ("median_error", "worst_error")]
+        row += [" / ".join(f"{rate:.1f}" for rate in some)]
+        assert f"| {facts['precision']} | {' | '.join(row)} |" in text, row
+    text = (ROOT / "docs" / "prediction.md").read_text()
+    facts = json.loads((ROOT / "results" / "int8_camvid_cpu.json").read_text())
+    for row in facts["camvid"]:
+        accuracy = f"{100 * row['miou']:.2f} % | {100 * row['same_labels']:.1f} %"
+        assert f"| {row['file']} | {row['mb']:.1f} | {accuracy} | {row['median_ms']:.1f} |" in text, row
+    for row in facts["full_size"]["results"]:
+        assert f"{row['file']} | {row['mb']:.1f} |  |  | {row['median_ms']:.0f} |" in text, row
+
+
 def test_documents_quote_the_measurements():
     """The tables of docs/{data,prediction,training}.md are what the benchmarks wrote."""
     facts = {

@@ -99,7 +99,7 @@ def test_profile_predicts(compiled, monkeypatch):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     steps: list[None] = []
     table = profile(model, (128, 128), routes=12, repeats=3, compiled=compiled, step=lambda: steps.append(None))
-    assert len(steps) == 3 * (40 + 12)
+    assert len(steps) == 3 * (40 + 12 + 2)
     assert table.facts["how"] == ("clocked" if compiled else "fitted")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     predicted, measured = (

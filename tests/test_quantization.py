@@ -119,7 +119,7 @@ def test_images_too_large_to_calibrate_with_are_named(images, tmp_path, monkeypa
 
     monkeypatch.setattr("onnxruntime.quantization.quantize_static", fail)
     model = DynamicRoutingNetwork(3, depth=3, base_channels=4, stem_channels=4).eval()
-    with pytest.raises(ValueError, match="calibration failed .Failed to allocate memory.: give smaller images"):
+    with pytest.raises(ValueError, match="calibration failed .*Failed to allocate memory.: give smaller images"):
         export_int8(model, tmp_path / "net.onnx", images)
     assert not (tmp_path / "net.onnx").exists()
 

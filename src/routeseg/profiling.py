@@ -4,7 +4,8 @@ Two sets of random routes run in turns, in another order every round: one to tak
 to test it on. Half of either run their gates.
 
 clocked  where the engine has compiled kernels (engine/compiled.py), they take the time of each step of each node. A
-         part's time is the median over all nodes of a scale, routes and rounds.
+         part's time is the median over all nodes of a scale, routes and rounds, times a factor near 1, the same for all
+         parts: what disturbs a machine only lengthens times, so a sum's median is more than the sum of medians.
 fitted   elsewhere (GPUs, CPUs without a compiler) the parts' times are the non-negative ones that explain best,
          relative to each, what whole forwards took. Stem and decoder always run together and cannot be told apart, nor
          can a path up and what its arrival costs. The sum holds better than its parts, which trade time among each
@@ -53,6 +54,8 @@ from routeseg.model.grid import check_images
 from routeseg.model.network import route_gates
 from routeseg.space import Route
 
+ROUTES = 50
+REPEATS = 11  # with 5, the median of a route was off by 6 % on a restless machine
 CALIBRATION_ROUTES = 40  # the fit has up to 20 unknowns
 STEP_PARTS = (None, GATE, CELL, SEND_UP, SEND_DOWN)  # what each of STEPS is the time of; gather: of three parts
 FITTED = (GATE, CELL, SEND_UP, SEND_DOWN, ARRIVAL)
@@ -75,14 +78,14 @@ def profile(
     model: DynamicRoutingNetwork,
     size: tuple[int, int],
     precision: Precision = "float32",
-    routes: int = 50,
-    repeats: int = 5,
+    routes: int = ROUTES,
+    repeats: int = REPEATS,
     seed: int = 0,
     compiled: bool | None = None,
     step: Callable[[], None] = lambda: None,
 ) -> LatencyTable:
     """The latency table of a network for images of this size, on the device where it is, with as many threads as
-    PyTorch uses. `step` is called after each of the `forwards(routes) * repeats` measurements.
+    PyTorch uses. `step` is called after each of the `forwards(routes) * repeats` forwards.
 
     routes    that the table is tested on
     repeats   rounds, whose median counts
@@ -99,17 +102,16 @@ def profile(
     images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(seed)).to(device)
     check_images(images)
     calibration, tested = _jobs(model, routes, random.Random(seed))
-    jobs, order = [*calibration, *tested], random.Random(seed)
-    for job in calibration[:2]:  # everything open: warms up
+    runs = [(job, clocked) for job in calibration] + [(job, False) for job in tested]
+    runs += [(job, False) for job in calibration[:2]]  # everything open is shown as well, measured without clocks
+    for job in calibration[:2]:  # warms up
         _forward(engine, images, job)
+        job.ms.clear()
+    order = random.Random(seed)
     for _ in range(repeats):
-        order.shuffle(jobs)
-        for job in jobs:
-            start = time.perf_counter()
-            _forward(engine, images, job)
-            job.ms.append(MS * (time.perf_counter() - start))
-            if clocked:
-                _clocked_forward(engine, images, job)
+        order.shuffle(runs)
+        for job, with_clocks in runs:
+            (_clocked_forward if with_clocks else _forward)(engine, images, job)
             step()
     fixed_ms, part_ms = _from_clocks(model, calibration) if clocked else _from_fit(model, calibration)
     table = LatencyTable(size, str(device), engine.precision, network_shape(model), fixed_ms, part_ms)
@@ -120,11 +122,15 @@ def profile(
 
 def forwards(routes: int) -> int:
     """How many forwards a round of `profile` has."""
-    return CALIBRATION_ROUTES + routes
+    return CALIBRATION_ROUTES + routes + 2
 
 
 def measure_route(
-    model: DynamicRoutingNetwork, table: LatencyTable, route: Route, repeats: int = 5, compiled: bool | None = None
+    model: DynamicRoutingNetwork,
+    table: LatencyTable,
+    route: Route,
+    repeats: int = REPEATS,
+    compiled: bool | None = None,
 ) -> list[dict[str, Any]]:
     """A route's predicted and measured milliseconds, without its gates and, where the network has gates, with them."""
     engine = SkipEngine(_opened(model), table.precision, compiled=compiled)  # type: ignore[arg-type]
@@ -132,10 +138,9 @@ def measure_route(
     rows = []
     for job in [_Job(route, gates) for gates in (False, True)[: 1 + model.gated]]:
         _forward(engine, images, job)
+        job.ms.clear()  # of the first, which warms up
         for _ in range(repeats):
-            start = time.perf_counter()
             _forward(engine, images, job)
-            job.ms.append(MS * (time.perf_counter() - start))
         rows.append(_tested(table, job))
     return rows
 
@@ -179,14 +184,16 @@ def random_route(whole: Route, shares: list[tuple[float, float]], rng: random.Ra
 
 
 def _forward(engine: SkipEngine, images: Tensor, job: _Job) -> None:
+    start = time.perf_counter()
     engine(images, job.route, "own" if job.gates else "one")
     if images.device.type != "cpu":
         torch.accelerator.synchronize(images.device)
+    job.ms.append(MS * (time.perf_counter() - start))
 
 
 @torch.inference_mode()
 def _clocked_forward(engine: SkipEngine, images: Tensor, job: _Job) -> None:
-    """The same with the kernels' clocks; what they do not see is the call's."""
+    """A forward with the kernels' clocks; what they do not see is the call's."""
     assert isinstance(engine.forward, CompiledForward)
     nodes = engine.model.space.legal.shape[:2]
     seconds = np.zeros(nodes[0] * nodes[1] * len(STEPS) + 2)
@@ -214,8 +221,14 @@ def _from_clocks(model: DynamicRoutingNetwork, jobs: list[_Job]) -> tuple[dict[s
             kinds, kind = np.unique(count[summed][:, [SUM, ARRIVAL, HALVED]], axis=0, return_inverse=True)
             medians = [np.median(ms[summed][kind.ravel() == k, 0]) for k in range(len(kinds))]
             part_ms[scale, [SUM, ARRIVAL, HALVED]] = nnls(kinds, np.array(medians))[0]
-    stem, decoder, call = MS * np.median(np.concatenate([job.fixed for job in jobs]), axis=0)
-    return {STEM: float(stem), DECODER: float(decoder), CALL: max(0.0, float(call))}, part_ms
+    fixed_ms = MS * np.median(np.concatenate([job.fixed for job in jobs]), axis=0).clip(0)
+    whole_ms = [
+        MS * np.median([steps.sum() + fixed.sum() for steps, fixed in zip(job.steps, job.fixed, strict=True)])
+        for job in jobs
+    ]
+    sums_ms = (counts.sum(1) * part_ms).sum((1, 2)) + fixed_ms.sum()
+    factor = float(np.median(whole_ms / sums_ms))
+    return dict(zip((STEM, DECODER, CALL), (factor * fixed_ms).tolist(), strict=True)), factor * part_ms
 
 
 def _from_fit(model: DynamicRoutingNetwork, jobs: list[_Job]) -> tuple[dict[str, float], np.ndarray]:

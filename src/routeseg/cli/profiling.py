@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from routeseg.model import DynamicRoutingNetwork
 
 OUTPUT = "runs/profile"  # where no checkpoint is given
-ROUTES = 50
 
 
 def profile_command(words: Sequence[str]) -> int:
@@ -42,8 +41,8 @@ def profile_command(words: Sequence[str]) -> int:
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
     parser.add_argument("--precision", type=str | None, default=None, help=PRECISION_HELP)
     parser.add_argument("--num_classes", type=int, default=19, help="of a network without a checkpoint")
-    parser.add_argument("--routes", type=int | None, default=None, help=f"to test predictions on, drawn; {ROUTES}")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each route, whose median counts")
+    parser.add_argument("--routes", type=int | None, default=None, help="to test predictions on, drawn; 50")
+    parser.add_argument("--repeats", type=int | None, default=None, help="forwards of each, whose median counts; 11")
     parser.add_argument(
         "--route", type=str | None, default=None, help="also time this route: a JSON file, or an architecture"
     )
@@ -61,7 +60,7 @@ def profile_command(words: Sequence[str]) -> int:
     from routeseg.evaluation import machine_facts
     from routeseg.figures import latency_scatter
     from routeseg.latency import LatencyTable, by_part
-    from routeseg.profiling import forwards, measure_route, profile
+    from routeseg.profiling import REPEATS, ROUTES, forwards, measure_route, profile
     from routeseg.tables import print_latency
 
     for option in ("routes", "repeats"):
@@ -72,7 +71,7 @@ def profile_command(words: Sequence[str]) -> int:
     for option in ("precision", "routes", "output"):
         if args.table is not None and args[option] is not None:
             raise ValueError(f"--{option} is of a new table, --table names one that is there: leave one of them out")
-    routes = args.routes or ROUTES
+    routes, repeats = args.routes or ROUTES, args.repeats or REPEATS
     model = _network(args, recipe.seed).to(find_device(args.device))
     route = None if args.route is None else read_route_of(model, args.route)
     output = Path(args.output or args.checkpoint or OUTPUT)
@@ -86,12 +85,12 @@ def profile_command(words: Sequence[str]) -> int:
             table.check(model, size, args.table)
             _check_conditions(table, model, args.table)
         else:
-            with progress_bar("profile", args.repeats * forwards(routes)) as step:
+            with progress_bar("profile", repeats * forwards(routes)) as step:
                 precision: Any = args.precision or "float32"
-                table = profile(model, size, precision, routes, args.repeats, recipe.seed, step=step)
+                table = profile(model, size, precision, routes, repeats, recipe.seed, step=step)
             table.facts["all_open_by_part"] = by_part(table, model_cost(model, size))
             table.facts.update({"command": ["profile", *words]} | machine_facts())
-        timed = [] if route is None else measure_route(model, table, route, args.repeats)
+        timed = [] if route is None else measure_route(model, table, route, repeats)
     if args.table is None:
         path = output / f"{table.name}.json"
         table.write(path)
