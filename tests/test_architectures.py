@@ -349,12 +349,12 @@ class TestCommand:
         [
             (["--model.depth", "8", "--model.route", "u-net"], "has no gates: set gate to fixed"),
             (["--model.depth", "8", "--model.gate", "fixed", "--model.route", "unet"], "no architecture 'unet'"),
-            (["--model.depth", "5", "--model.gate", "fixed", "--model.route", "ROUTE"], "set --model.depth to match"),
+            (["--model.depth", "5", "--model.gate", "fixed", "--model.route", "ROUTE"], "the depths must match"),
             (
                 ["--model.depth", "4", "--model.gate", "fixed", "--model.route", "ROUTE"],
                 "that no path leads to, the first is",
             ),
-            (["--model.depth", "4", "--model.gate", "fixed", "--model.route", "none.json"], "none.json: No such file"),
+            (["--model.depth", "4", "--model.gate", "fixed", "--model.route", "none.json"], "none.json: no such file"),
             (["--model.depth", "4", "--model.gate", "fixed", "--budget.weight", "0.5"], "cannot keep a budget"),
         ],
     )

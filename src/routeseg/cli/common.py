@@ -175,7 +175,7 @@ def read_route(name: str, space: RoutingSpace) -> Route:
             raise ValueError(f"no such file, and no architecture: choose one of {', '.join(ARCHITECTURES)}")
         route = Route.from_json(Path(name).read_text())
         if route.space != space:
-            raise ValueError(f"the route is drawn in {route.space}, the network has {space}")
+            raise ValueError(f"the route is drawn in {route.space}, the network has {space}: the depths must match")
         for edge in sorted(route.dead_ends):
             raise ValueError(
                 f"{len(route.dead_ends)} open edges that no path leads to, the first is {edge_name(edge)}: take them "
