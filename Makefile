@@ -4,7 +4,6 @@ READY := $(VENV)/.ready
 DATA ?= scenes
 OUTPUT ?= runs/demo
 MINUTES ?= 5
-TWO := -n 2 --dist loadfile  # processes; a file's tests share what they set up
 DEMO := $(VENV)/bin/routeseg demo --config configs/$(DATA)/small_cpu.yaml --output $(OUTPUT)
 
 .PHONY: demo test test-all check bench clean
@@ -13,10 +12,10 @@ demo: $(READY)  ## train, evaluate, report: make demo [DATA=camvid ROOT=folder] 
 	$(DEMO) $(if $(ROOT),--data.root "$(ROOT)") --minutes $(MINUTES)
 
 test: $(READY)  ## the tests, under 10 minutes on 2 cores
-	$(VENV)/bin/pytest -q $(TWO)
+	$(VENV)/bin/pytest -q
 
 test-all: $(READY)  ## also the slow ones
-	$(VENV)/bin/pytest -q $(TWO) -m ""
+	$(VENV)/bin/pytest -q -m ""
 
 check: $(READY)  ## lint, format and types
 	$(VENV)/bin/ruff check .

@@ -7,11 +7,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-
-if "PYTEST_XDIST_WORKER" in os.environ:  # other workers have the other cores
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import torch  # noqa: E402
+import torch
 
 from routeseg import DynamicRoutingNetwork
 from routeseg.cli import main

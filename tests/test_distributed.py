@@ -196,7 +196,7 @@ def children(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes in /proc")
-@pytest.mark.parametrize("launcher", ["torchrun", "devices"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("devices", marks=pytest.mark.slow)])
 def test_a_process_that_dies_ends_the_job(tmp_path, capsys, launcher):
     """SIGKILL in the middle: the job ends soon, says so, and one process goes on from what is there."""
     output = tmp_path / "run"

@@ -288,7 +288,7 @@ class TestCommand:
         code, _, err = run(words(tmp_path, tmp_path / "run", *shards, "--data.workers=1"), capsys)
         assert code == 2 and "train-0.tar is damaged" in err
 
-    @pytest.mark.parametrize("depth", [16, 33])
+    @pytest.mark.parametrize("depth", [16, pytest.param(33, marks=pytest.mark.slow)])
     def test_configurations(self, tmp_path, tree, capsys, depth):
         """The paper's numbers, and names that a segmenter knows; two steps on the small tree, narrow."""
         config = ROOT / "configs" / "imagenet" / f"depth{depth}.yaml"

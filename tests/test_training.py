@@ -59,7 +59,10 @@ def command(arguments):
     return [sys.executable, "-m", "routeseg.cli", *arguments]
 
 
-@pytest.mark.parametrize("options", [[], ["--recipe.ema_decay=0.9", "--recipe.accumulate=2", "--data.batch_size=1"]])
+AVERAGED = ["--recipe.ema_decay=0.9", "--recipe.accumulate=2", "--data.batch_size=1"]
+
+
+@pytest.mark.parametrize("options", [[], pytest.param(AVERAGED, marks=pytest.mark.slow)])
 def test_killed_and_resumed_ends_with_the_same_weights(tmp_path, options, one_thread):
     """SIGKILL somewhere after the first checkpoint; the resumed run ends bit for bit like one never interrupted."""
     iterations = 40
