@@ -37,7 +37,12 @@ def test_config(path):
 @pytest.mark.parametrize(
     ("path", "route"),
     [
-        pytest.param(path, route, id="-".join(filter(None, (path.parent.name, path.stem, route))))
+        pytest.param(
+            path,
+            route,
+            id="-".join(filter(None, (path.parent.name, path.stem, route))),
+            marks=[pytest.mark.slow] if "33" in path.stem else [],
+        )
         for path in REAL_DATA
         for route in (ARCHITECTURES if path == STATIC else [None])
     ],

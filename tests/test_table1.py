@@ -48,7 +48,10 @@ def experiment(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem.endswith("gpu") else []) for p in EXPERIMENTS],
+)
 def test_experiment_files(path):
     assert len(path.read_text().splitlines()) <= 35
     networks = table1.read_experiment(path)
