@@ -131,6 +131,7 @@ def tiny_camvid(root: Path) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_a_whole_run(facts):
     assert {"machine", "date", "versions", "network", "threads", "seed"} <= set(facts)
     assert facts["versions"].keys() >= {"onnxruntime"} and facts["network"] == {"depth": 3, "channels": 4, "classes": 5}
@@ -157,6 +158,7 @@ def test_a_whole_run(facts):
     assert all(0.1 < row["min_s"] <= row["median_s"] for row in facts["startup"].values())
 
 
+@pytest.mark.slow
 def test_tables_into_documents(facts):
     made = tables.tables(facts)
     sized = {

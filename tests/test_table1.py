@@ -65,6 +65,7 @@ def test_experiment_files(path):
         assert model.gated == (network.kind in ("dynamic", "softmax"))
 
 
+@pytest.mark.slow
 def test_table(experiment, tmp_path, capsys, monkeypatch, one_thread):
     folder, output = tmp_path / "runs", tmp_path / "results" / "tiny.json"
     command = ["--config", str(experiment), "--seeds", "0,1", "--folder", str(folder), "--output", str(output)]
