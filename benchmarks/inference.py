@@ -49,6 +49,7 @@ from inference_methods import (
     onnxruntime_method,
     openvino_method,
     plain_forward,
+    precisions,
     products,
     random_images,
     spread_gates,
@@ -141,7 +142,7 @@ def skipping(args: Namespace) -> dict[str, Any]:
                 facts = cost_facts(model, size, route) | {"precision": engine.precision}
                 methods.append(Method(f"{precision}, {words}", partial(engine, images, route), facts))
         times = alternate(methods, args.seconds, args.device, args.seed)
-        found[in_words(size)] = {p: against_bound(times, p, list(routes)) for p in engines(model, args)}
+        found[in_words(size)] = {p: against_bound(times, p, list(routes)) for p in precisions(args.device)}
     return found
 
 
@@ -197,7 +198,7 @@ def equality(args: Namespace) -> dict[str, Any]:
     choosing = spread_gates(model, args.seed).to(args.device)
     images = random_images(2, size, args.seed).to(args.device)
     made = {"eager float32": partial(SkipEngine, compiled=False)}
-    made |= {f"engine {p}": partial(SkipEngine, precision=p) for p in engines(model, args)}
+    made |= {f"engine {p}": partial(SkipEngine, precision=p) for p in precisions(args.device)}
     runs = {words: (model, route) for words, route in drawn(model.space, "equality", args).items()}
     runs |= {"all open": (model, Route.all_open(model.space)), "0 %": (model, Route(model.space))}
     runs["gates"] = (choosing, None)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import routeseg
-from inference_methods import engines, in_words, new_network, plain_forward, random_images
+from inference_methods import in_words, new_network, plain_forward, precisions, random_images
 from routeseg import SkipEngine
 from routeseg.export import export
 
@@ -29,7 +29,7 @@ STARTS, START_SIZE = 5, (360, 480)
 def memory(args: Namespace) -> dict[str, Any]:
     """method -> MiB that a forward adds to the peak of its process, the logits it returns included."""
     found = {}
-    for name in ("plain", *(f"engine {precision}" for precision in engines(new_network(args), args))):
+    for name in ("plain", *(f"engine {precision}" for precision in precisions(args.device))):
         words = [sys.executable, str(COMMAND), "--one", name, "--device", args.device, "--threads", str(args.threads)]
         words += ["--depth", str(args.depth), "--channels", str(args.channels), "--classes", str(args.classes)]
         words += ["--size", in_words(args.memory_size)]

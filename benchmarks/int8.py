@@ -48,8 +48,8 @@ def as_forward(network: OnnxNetwork) -> Callable[[torch.Tensor], Segmentation]:
     return forward
 
 
-def write_float(model: routeseg.DynamicRoutingNetwork, path: Path, **kind: bool) -> Path:
-    path.write_bytes(build_onnx(model, **kind).SerializeToString())
+def write_dense(model: routeseg.DynamicRoutingNetwork, path: Path) -> Path:
+    path.write_bytes(build_onnx(model, dense=True).SerializeToString())
     return path
 
 
@@ -74,8 +74,8 @@ def on_camvid(root: str, folder: Path) -> list[dict]:
     model, data = routeseg.load(), open_data(DataConfig(name="camvid", root=root), "val")
     training = find_inputs([f"{root}/train"])
     files = {
-        "float32, routed": write_float(model, folder / "routed.onnx", routed=True),
-        "float32, dense": write_float(model, folder / "dense.onnx", dense=True),
+        "float32, routed": export(model, folder / "routed.onnx", routed=True),
+        "float32, dense": write_dense(model, folder / "dense.onnx"),
         "int8, dense": export_int8(model, folder / "int8.onnx", training),
     }
     networks = {name: OnnxNetwork(file, THREADS) for name, file in files.items()}

@@ -116,7 +116,7 @@ def facts(tmp_path_factory, one_thread):
         patch.setattr(methods, "PRODUCT_SIZE", 64)
         patch.setattr(methods, "PAUSE_S", 0.0)
         patch.setattr(processes, "STARTS", 1)
-        patch.setattr(processes, "engines", lambda model, args: ["float32"])  # a process for each
+        patch.setattr(processes, "precisions", lambda device: ["float32"])  # a process for each
         patch.setitem(inference.DRAWS, "skipping", 2)
         inference.main(words)
     return json.loads((folder / "a.json").read_text())

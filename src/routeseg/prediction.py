@@ -45,6 +45,11 @@ OUT_OF_MEMORY = ("out of memory", "allocate memory", "Insufficient memory")  # o
 GIGA = 1e9
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Whether this says that an image was too large for the memory."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
 class Runner(Protocol):
     """A network, ready to segment one image after another."""
 
@@ -225,7 +230,7 @@ class Segmenter:
         except UnreadableImage as error:
             return Skip(job.image, job.name, str(error))
         except (MemoryError, RuntimeError, cv2.error) as error:
-            if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            if not lacks_memory(error):
                 raise
             return Skip(job.image, job.name, f"{job.image} is too large for the memory")
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from routeseg.data.datamodule import DataConfig
     from routeseg.model import DynamicRoutingNetwork
-    from routeseg.space import Route, RoutingSpace
+    from routeseg.space import Route
     from routeseg.training.recipe import Recipe
 
 USAGE_ERROR = 2
@@ -123,12 +123,12 @@ def new_network(args: Namespace, data: DataConfig, recipe: Recipe) -> DynamicRou
 
 def network_options(args: Namespace) -> dict[str, Any]:
     """The model section; a route that is given as a JSON file is read."""
-    from routeseg.space import RoutingSpace
+    from routeseg.space import Route, RoutingSpace
 
     options = vars(args.model)
     if str(options["route"]).endswith(".json"):
         space = RoutingSpace(args.model.depth, args.model.num_scales)
-        options = options | {"route": read_route(options["route"], space).named_edges}
+        options = options | {"route": read_route(options["route"], Route.all_open(space)).named_edges}
     return options
 
 
@@ -160,39 +160,33 @@ def start_from(model: DynamicRoutingNetwork, folder: str | None, output: Path, r
             write_json(output / "init.json", report.as_dict())
 
 
-def read_route(name: str, space: RoutingSpace) -> Route:
-    """An architecture's route, or that of a file, as `Route.to_json` and `routeseg predict` write it.
+def read_route(name: str, whole: Route) -> Route:
+    """An architecture's route, or that of a file, as `Route.to_json` and `routeseg predict` write it; `whole` has the
+    edges of the network.
 
-    Raises ValueError, naming it, where it is neither, of another space, or has dead ends.
+    Raises ValueError, naming it, where it is neither, of another space, has dead ends, or edges that the network lacks.
     """
     from routeseg.architectures import ARCHITECTURES
+    from routeseg.model.network import check_route
     from routeseg.space import Route, edge_name
 
     try:
         if name in ARCHITECTURES:
-            return ARCHITECTURES[name](space)
-        if not Path(name).is_file():
+            route = ARCHITECTURES[name](whole.space)
+        elif Path(name).is_file():
+            route = Route.from_json(Path(name).read_text())
+        else:
             raise ValueError(f"no such file, and no architecture: choose one of {', '.join(ARCHITECTURES)}")
-        route = Route.from_json(Path(name).read_text())
-        if route.space != space:
-            raise ValueError(f"the route is drawn in {route.space}, the network has {space}: the depths must match")
+        if route.space != whole.space:
+            raise ValueError(
+                f"the route is drawn in {route.space}, the network has {whole.space}: the depths must match"
+            )
         for edge in sorted(route.dead_ends):
             raise ValueError(
                 f"{len(route.dead_ends)} open edges that no path leads to, the first is {edge_name(edge)}: take them "
                 "out of its list `open`, or open a path to them"
             )
-    except ValueError as error:
-        raise ValueError(f"route {name}: {error}") from error
-    return route
-
-
-def read_route_of(model: DynamicRoutingNetwork, name: str) -> Route:
-    """The same, of a network's edges. Raises ValueError, naming it, also where the network lacks one."""
-    from routeseg.model.network import check_route
-
-    route = read_route(name, model.space)
-    try:
-        check_route(model, route)
+        check_route(whole, route)
     except ValueError as error:
         raise ValueError(f"route {name}: {error}") from error
     return route
@@ -234,9 +228,10 @@ def enough_memory(remedy: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        reason = (str(error).splitlines() or ["none is left"])[0]
-        of_memory = "out of memory" in reason or "allocate memory" in reason  # of a GPU, of a CPU
-        if of_memory or isinstance(error, MemoryError):
+        from routeseg.prediction import lacks_memory
+
+        if lacks_memory(error):
+            reason = (str(error).splitlines() or ["none is left"])[0]
             raise ValueError(f"the images are too large for the memory ({reason}): {remedy}") from error
         raise
 

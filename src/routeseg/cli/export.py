@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from routeseg.cli.common import Parser, progress_bar, read_route_of
+from routeseg.cli.common import Parser, progress_bar, read_route
 from routeseg.files import check_writable
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def export_command(words: Sequence[str]) -> int:
     check_writable(path.parent, "OUT")
     model = checkpoints.load(args.checkpoint)
     if args.route is not None:
-        model = model.specialize(read_route_of(model, args.route))
+        model = model.specialize(read_route(args.route, model.route))
     check_kind(model, args.routed)
     if args.int8 is None:
         export(model, path, args.routed)

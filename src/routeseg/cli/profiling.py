@@ -17,7 +17,7 @@ from routeseg.cli.common import (
     parse_size,
     progress_bar,
     read_parts,
-    read_route_of,
+    read_route,
 )
 from routeseg.files import check_writable, write_json
 
@@ -73,7 +73,7 @@ def profile_command(words: Sequence[str]) -> int:
             raise ValueError(f"--{option} is of a new table, --table names one that is there: leave one of them out")
     routes, repeats = args.routes or ROUTES, args.repeats or REPEATS
     model = _network(args, recipe.seed).to(find_device(args.device))
-    route = None if args.route is None else read_route_of(model, args.route)
+    route = None if args.route is None else read_route(args.route, model.route)
     output = Path(args.output or args.checkpoint or OUTPUT)
     if args.table is None:
         check_writable(output)

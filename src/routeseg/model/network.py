@@ -123,7 +123,7 @@ class DynamicRoutingNetwork(
         Gates that were below 1 are now 1, so train it anew, or on, before you use it.
         Raises ValueError for a route of another space, with edges that this network lacks, or with dead ends.
         """
-        check_route(self, route)
+        check_route(self.route, route)
         config = self.arguments | {"gate": "fixed", "small_gate": False, "route": route.check().named_edges}
         with next(self.parameters()).device:
             static = DynamicRoutingNetwork(**config)
@@ -157,15 +157,16 @@ def route_gates(model: DynamicRoutingNetwork, route: Routes, batch: int, device:
     if len(routes) != batch:
         raise ValueError(f"{len(routes)} routes for {batch} images: give one route, or one for each image")
     for one in routes:
-        check_route(model, one)
+        check_route(model.route, one)
     return torch.from_numpy(np.stack([one.to_gates() for one in routes])).to(device)
 
 
-def check_route(model: DynamicRoutingNetwork, route: Route) -> None:
-    """Raises ValueError where the route is of another space, or has edges that the network lacks."""
-    if route.space != model.space:
-        raise ValueError(f"the route is drawn in {route.space}, the network has {model.space}")
-    lacking = sorted(route.edges - model.route.edges)
+def check_route(whole: Route, route: Route) -> None:
+    """Raises ValueError where the route is of another space than the network, or has edges that it lacks; `whole` has
+    those of the network."""
+    if route.space != whole.space:
+        raise ValueError(f"the route is drawn in {route.space}, the network has {whole.space}")
+    lacking = sorted(route.edges - whole.edges)
     if lacking:
         raise ValueError(
             f"the network has no {edge_name(lacking[0])} (and lacks {len(lacking) - 1} more of the route): it is a "
