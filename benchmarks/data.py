@@ -27,10 +27,10 @@ from PIL import Image, ImageOps
 
 from routeseg import DynamicRoutingNetwork, model_cost
 from routeseg.data.cache import ImageCache
-from routeseg.data.cityscapes import OFFICIAL
 from routeseg.data.datamodule import DataConfig, SegmentationDataModule, TrainingPictures, image_tensor
 from routeseg.data.pairs import PairedFiles, read_image, read_label_file
 from routeseg.data.scenes import draw_scene
+from routeseg.data.sets.cityscapes import OFFICIAL
 from routeseg.data.transforms import Augmentation, jitter
 from routeseg.evaluation import machine_facts
 from routeseg.files import write_json

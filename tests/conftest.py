@@ -12,8 +12,8 @@ import torch
 from routeseg import DynamicRoutingNetwork
 from routeseg.cli import main
 from routeseg.data.datamodule import DataConfig
-from routeseg.data.layouts import write_layout
 from routeseg.data.scenes import CLASSES, PALETTE
+from routeseg.data.tools.layouts import write_layout
 
 GOLDEN = Path(__file__).parent / "golden"
 CAMVID = Path(os.environ.get("ROUTESEG_CAMVID") or Path(__file__).parents[2] / "shared" / "camvid")

@@ -13,10 +13,10 @@ from PIL import Image
 from conftest import run, scenes_checkpoint
 from pictures import noise, save, truncate
 from routeseg.cli import main
-from routeseg.data.check import check_split, look_at_pairs, pictures_to_show
 from routeseg.data.datamodule import DataConfig, open_data
-from routeseg.data.findings import SMALLEST, find, verdict
-from routeseg.data.folder import open_folder
+from routeseg.data.sets.folder import open_folder
+from routeseg.data.tools.check import check_split, look_at_pairs, pictures_to_show
+from routeseg.data.tools.findings import SMALLEST, find, verdict
 from routeseg.data.transforms import IGNORE
 from routeseg.figures import Section, contact_sheet
 from test_folder import blocks, describe, write_pictures

@@ -13,10 +13,10 @@ from PIL import Image
 
 from conftest import run
 from pictures import noise, save
-from routeseg.data.convert import Annotations, convert_coco, convert_voc
-from routeseg.data.folder import open_folder, read_description
+from routeseg.data.sets.folder import open_folder, read_description
+from routeseg.data.sets.voc import voc_palette
+from routeseg.data.tools.convert import Annotations, convert_coco, convert_voc
 from routeseg.data.transforms import IGNORE
-from routeseg.data.voc import voc_palette
 from test_folder import blocks
 
 BOTH = ("train", "val")

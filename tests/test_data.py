@@ -13,7 +13,6 @@ from PIL import Image
 
 from pictures import ORIENTATION_TAG, ROTATED_RIGHT, noise, save, truncate
 from routeseg.cli.common import log_to_stderr
-from routeseg.data import camvid
 from routeseg.data.datamodule import (
     MAX_BAD_IN_A_ROW,
     DataConfig,
@@ -25,6 +24,7 @@ from routeseg.data.datamodule import (
     open_data,
 )
 from routeseg.data.pairs import SKIPS_NAMED, LabelMap, UnreadableImage, read_image, read_label_file
+from routeseg.data.sets import camvid
 from routeseg.data.transforms import IGNORE, PADDING_RGB, Augmentation
 
 COLOURS = np.array(

@@ -25,10 +25,10 @@ import pytest
 from PIL import Image
 
 from conftest import run
-from routeseg.data import archives
-from routeseg.data.archives import BadArchive, unpack
-from routeseg.data.camvid import open_camvid
-from routeseg.data.download import SOURCES, TRIES, DownloadError, Source, check_camvid, download, parse_checksum
+from routeseg.data.sets.camvid import open_camvid
+from routeseg.data.tools import archives
+from routeseg.data.tools.archives import BadArchive, unpack
+from routeseg.data.tools.download import SOURCES, TRIES, DownloadError, Source, check_camvid, download, parse_checksum
 
 INSIDE, LIMIT = "top/data", 10_000_000
 
@@ -451,7 +451,7 @@ class TestDisk:
 SLOW_UNPACKING = """
 import signal, time
 from pathlib import Path
-from routeseg.data.download import Source, download
+from routeseg.data.tools.download import Source, download
 def stop(written):
     print("unpacked", flush=True)
     time.sleep(60)
@@ -576,6 +576,6 @@ class TestCommand:
             raise OSError(errno.ENOSPC, "No space left on device", "archive")
 
         words = [*self.words(server, monkeypatch), tmp_path, "--url", server.address]
-        monkeypatch.setattr("routeseg.data.download.unpack", full)
+        monkeypatch.setattr("routeseg.data.tools.download.unpack", full)
         code, _, err = run(words, capsys)
         assert code == 2 and "the disk is full" in err and err.count("\n") == 1

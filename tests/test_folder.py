@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from conftest import run
 from pictures import ORIENTATION_TAG, ROTATED_RIGHT, noise, save, truncate
 from routeseg import files
-from routeseg.data.folder import Fraction, open_folder, read_description, write_classes
 from routeseg.data.pairs import LabelMap, UnreadableImage
+from routeseg.data.sets.folder import Fraction, open_folder, read_description, write_classes
+from routeseg.data.sets.voc import voc_palette
 from routeseg.data.transforms import IGNORE
-from routeseg.data.voc import voc_palette
 
 
 def blocks(values, height: int = 32, width: int = 40, seed: int = 0) -> np.ndarray:

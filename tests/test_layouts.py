@@ -12,16 +12,16 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 
 from conftest import run
-from routeseg.data import ade20k, cityscapes, voc
-from routeseg.data import layouts as writers
-from routeseg.data.ade20k import open_ade20k
-from routeseg.data.camvid import open_camvid
-from routeseg.data.cityscapes import open_cityscapes
 from routeseg.data.datamodule import VALIDATION_SEED_OFFSET, DataConfig, open_data
 from routeseg.data.pairs import UnreadableImage
 from routeseg.data.scenes import CLASSES, draw_scene
+from routeseg.data.sets import ade20k, cityscapes, voc
+from routeseg.data.sets.ade20k import open_ade20k
+from routeseg.data.sets.camvid import open_camvid
+from routeseg.data.sets.cityscapes import open_cityscapes
+from routeseg.data.sets.voc import open_voc, read_sbd, train_aug_names, voc_palette
+from routeseg.data.tools import layouts as writers
 from routeseg.data.transforms import IGNORE
-from routeseg.data.voc import open_voc, read_sbd, train_aug_names, voc_palette
 
 SIZE, TRAIN, VAL = (48, 96), 4, 2  # of the fixture `layouts`
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from routeseg.data.check import SplitCheck
-from routeseg.data.findings import VERDICTS, Finding, verdict
+from routeseg.data.tools.check import SplitCheck
+from routeseg.data.tools.findings import VERDICTS, Finding, verdict
 from routeseg.evaluation import Evaluation
 from routeseg.route_survey import RouteSurvey
 

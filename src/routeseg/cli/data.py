@@ -14,9 +14,9 @@ from routeseg.files import check_writable, expand_user, write_json
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from routeseg.data.check import SplitCheck
     from routeseg.data.datamodule import DataConfig
     from routeseg.data.pairs import SegmentationData
+    from routeseg.data.tools.check import SplitCheck
 
 PICTURES_SHOWN = {"train": 12, "val": 8}  # on the contact sheet
 
@@ -36,7 +36,7 @@ def make_data_command(words: Sequence[str]) -> int:
         raise ValueError(f"cannot make {args.name!r}: choose scenes")
 
     from routeseg.data.datamodule import DataConfig
-    from routeseg.data.layouts import LAYOUTS, pictures_of, write_layout
+    from routeseg.data.tools.layouts import LAYOUTS, pictures_of, write_layout
 
     if args.layout not in LAYOUTS:
         raise ValueError(f"no layout {args.layout!r}: choose one of {', '.join(LAYOUTS)}")
@@ -50,8 +50,8 @@ def make_data_command(words: Sequence[str]) -> int:
 
 
 def download_command(words: Sequence[str]) -> int:
-    from routeseg.data.download import SOURCES, download, parse_checksum
-    from routeseg.data.registration import BY_HAND
+    from routeseg.data.tools.download import SOURCES, download, parse_checksum
+    from routeseg.data.tools.registration import BY_HAND
 
     parser = Parser(prog="routeseg download")
     parser.add_argument("name", type=str, help=f"{', '.join(SOURCES)}; or {', '.join(BY_HAND)}, for what to do by hand")
@@ -100,7 +100,7 @@ def convert_data_command(words: Sequence[str]) -> int:
     if args.background not in ("class", "ignore"):
         raise ValueError(f"--background is {args.background!r}: choose class or ignore")
 
-    from routeseg.data.convert import Annotations, convert_coco, convert_voc
+    from routeseg.data.tools.convert import Annotations, convert_coco, convert_voc
 
     keep = args.background == "class"
     if args.format == "voc":
@@ -134,11 +134,11 @@ def check_data_command(words: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int | None, default=None, help="processes that read files; 1: this one")
     args, data, recipe, _ = read_parts(parser, words)
 
-    from routeseg.data.check import SplitCheck, check_split
     from routeseg.data.datamodule import open_data, pair
-    from routeseg.data.findings import find, verdict
-    from routeseg.data.folder import describing_file
     from routeseg.data.pairs import Classes, PairedFiles
+    from routeseg.data.sets.folder import describing_file
+    from routeseg.data.tools.check import SplitCheck, check_split
+    from routeseg.data.tools.findings import find, verdict
     from routeseg.evaluation import machine_facts
     from routeseg.tables import print_check
 
@@ -184,7 +184,7 @@ def _draw_contact_sheet(
     """Pictures of each split; nothing where no picture could be read."""
     import numpy as np
 
-    from routeseg.data.check import pictures_to_show, read_to_show
+    from routeseg.data.tools.check import pictures_to_show, read_to_show
     from routeseg.figures import Section, contact_sheet
     from routeseg.model.network import default_palette
 

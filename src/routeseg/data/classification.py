@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from routeseg.data.crops import CentreCrop, RandomResizedCrop
 from routeseg.data.datamodule import NORM_STREAM, TRAIN_STREAM, StepSampler, image_tensor, one_thread
 from routeseg.data.pairs import SKIPS_NAMED, UnreadableImage, read_image
-from routeseg.data.registration import IMAGENET_TREE
-from routeseg.data.roots import expected
+from routeseg.data.sets.roots import expected
 from routeseg.data.shards import Sample, ShuffledShards, find_shards, read_shard
+from routeseg.data.tools.registration import IMAGENET_TREE
 from routeseg.files import expand_user
 
 SUFFIXES = (".jpeg", ".jpg", ".png")

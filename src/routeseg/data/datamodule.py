@@ -15,15 +15,15 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from routeseg.data import scenes
-from routeseg.data.ade20k import open_ade20k
 from routeseg.data.cache import ImageCache
-from routeseg.data.camvid import open_camvid
-from routeseg.data.cityscapes import open_cityscapes
-from routeseg.data.folder import open_folder
 from routeseg.data.pairs import Classes, PairedFiles, SegmentationData, SkipLog, UnreadableImage
-from routeseg.data.roots import no_split
+from routeseg.data.sets.ade20k import open_ade20k
+from routeseg.data.sets.camvid import open_camvid
+from routeseg.data.sets.cityscapes import open_cityscapes
+from routeseg.data.sets.folder import open_folder
+from routeseg.data.sets.roots import no_split
+from routeseg.data.sets.voc import open_voc
 from routeseg.data.transforms import Augmentation
-from routeseg.data.voc import open_voc
 from routeseg.files import expand_user
 
 TRAIN_STREAM, NORM_STREAM = 0, 1  # separate random streams: training batches, batches for precise BatchNorm

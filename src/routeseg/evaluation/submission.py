@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from routeseg.data.cityscapes import TRAIN_TO_LABEL_ID
-from routeseg.data.voc import NAMES, voc_palette
+from routeseg.data.sets.cityscapes import TRAIN_TO_LABEL_ID
+from routeseg.data.sets.voc import NAMES, voc_palette
 from routeseg.figures import png_bytes
 from routeseg.files import check_writable, write_atomically
 

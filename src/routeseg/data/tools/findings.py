@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from routeseg.data.check import Picture, SplitCheck, duplicates
 from routeseg.data.pairs import LabelMap
+from routeseg.data.tools.check import Picture, SplitCheck, duplicates
 from routeseg.data.transforms import IGNORE
 
 MOSTLY = 0.99  # share of the labelled pixels above which a class leaves the others hardly a chance

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from routeseg.data import ade20k, cityscapes
-from routeseg.data.roots import expected
+from routeseg.data.sets import ade20k, cityscapes
+from routeseg.data.sets.roots import expected
 
 IMAGENET_TREE = """
 ROOT/train/n01440764/NAME.JPEG      one folder for each class, of any name; also .jpg and .png

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from routeseg.data.folder import FILE, write_classes
 from routeseg.data.pairs import list_images
-from routeseg.data.roots import expected
+from routeseg.data.sets.folder import FILE, write_classes
+from routeseg.data.sets.roots import expected
+from routeseg.data.sets.voc import voc_palette
 from routeseg.data.transforms import IGNORE
-from routeseg.data.voc import voc_palette
 from routeseg.files import check_writable, write_atomically
 
 FARTHEST = 1e6  # coordinate that is drawn: pycocotools walks along outlines step by step, and never ends at NaN

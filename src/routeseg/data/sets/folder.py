@@ -37,7 +37,7 @@ from routeseg.data.pairs import (
     pair_files,
     read_label_file,
 )
-from routeseg.data.roots import expected, no_split, read_names
+from routeseg.data.sets.roots import expected, no_split, read_names
 from routeseg.data.transforms import IGNORE
 from routeseg.files import expand_user, write_atomically
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from routeseg.data.archives import BadArchive, unpack
-from routeseg.data.camvid import open_camvid
+from routeseg.data.sets.camvid import open_camvid
+from routeseg.data.tools.archives import BadArchive, unpack
 from routeseg.files import DISK_FULL, check_writable, expand_user
 from routeseg.version import __version__
 

@@ -16,9 +16,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from routeseg.data import ade20k, camvid, cityscapes, scenes, voc
+from routeseg.data import scenes
 from routeseg.data.datamodule import VALIDATION_SEED_OFFSET, DataConfig, pair
-from routeseg.data.folder import write_classes
+from routeseg.data.sets import ade20k, camvid, cityscapes, voc
+from routeseg.data.sets.folder import write_classes
 from routeseg.data.transforms import IGNORE
 
 Layout = Literal["folder", "camvid", "cityscapes", "voc", "sbd", "ade20k"]

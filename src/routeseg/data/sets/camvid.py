@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from routeseg.data.pairs import Classes, LabelMap, PairedFiles, pair_folders
-from routeseg.data.roots import need_folders, no_split, read_class_numbers
+from routeseg.data.sets.roots import need_folders, no_split, read_class_numbers
 from routeseg.data.transforms import IGNORE
 
 CLASSES = Classes(

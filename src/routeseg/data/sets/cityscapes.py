@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from routeseg.data.pairs import Classes, LabelMap, Pair, PairedFiles
-from routeseg.data.roots import check_names, expected, files_of, need_folders, no_split, read_class_numbers
+from routeseg.data.sets.roots import check_names, expected, files_of, need_folders, no_split, read_class_numbers
 from routeseg.data.transforms import IGNORE
 
 TREE = """

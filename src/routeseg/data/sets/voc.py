@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from routeseg.data.pairs import Classes, LabelMap, Pair, PairedFiles, UnreadableImage
-from routeseg.data.roots import (
+from routeseg.data.sets.roots import (
     check_names,
     expected,
     files_of,

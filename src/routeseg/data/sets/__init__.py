@@ -1,0 +1,1 @@
+"""Data sets by their layout: one file each."""
