@@ -26,9 +26,9 @@ import routeseg
 from routeseg.data.scenes import draw_scene
 from routeseg.evaluation import machine_facts
 from routeseg.files import write_json
-from routeseg.prediction import predict_files
-from routeseg.ray_prediction import BLOCKS_PER_WORKER, predict_with_ray, ray_session, require_ray
-from routeseg.torch_network import TorchNetwork
+from routeseg.prediction.files import predict_files
+from routeseg.prediction.ray import BLOCKS_PER_WORKER, predict_with_ray, ray_session, require_ray
+from routeseg.prediction.torch_runner import TorchNetwork
 
 SIZE = (256, 512)
 IMAGES = {True: 24, False: 48}  # with pictures of overlay and route, which take most of the time, and without

@@ -18,13 +18,13 @@ from conftest import run as run_command
 from conftest import scenes_checkpoint
 from pictures import noise, save
 from routeseg.description import FORMAT, describe
-from routeseg.prediction import OUTPUTS, predict_files
-from routeseg.torch_network import TorchNetwork
+from routeseg.prediction.files import OUTPUTS, predict_files
+from routeseg.prediction.torch_runner import TorchNetwork
 
 onnx = pytest.importorskip("onnx", reason="the extra routeseg[onnx]")
 pytest.importorskip("onnxruntime", reason="the extra routeseg[onnx]")
 from routeseg.export import build_onnx, export  # noqa: E402
-from routeseg.onnx_network import OnnxNetwork, most_likely  # noqa: E402
+from routeseg.prediction.onnx_runner import OnnxNetwork, most_likely  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -197,7 +197,7 @@ class TestNoTorch:
     def test_an_import_brings_none_in(self):
         """Also where it is installed: it takes seconds."""
         code = (
-            "import sys, routeseg, routeseg.cli, routeseg.onnx_network, routeseg.prediction, routeseg.cost\n"
+            "import sys, routeseg, routeseg.cli, routeseg.prediction.onnx_runner, routeseg.prediction.files, routeseg.cost\n"
             "routeseg.RoutingSpace, routeseg.model_cost, routeseg.OnnxNetwork, routeseg.common_route\n"
             "print([name for name in ('torch', 'lightning', 'torchmetrics', 'onnx') if name in sys.modules])"
         )

@@ -19,14 +19,14 @@ from conftest import run as run_command
 from conftest import scenes_checkpoint
 from pictures import ORIENTATION_TAG, ROTATED_RIGHT, noise, save
 from routeseg import DynamicRoutingNetwork, SkipEngine, load
-from routeseg.collection import find_inputs, output_names
 from routeseg.cost import model_cost
 from routeseg.data.pairs import read_image, read_label_file
 from routeseg.data.transforms import PADDING_RGB
 from routeseg.description import fingerprint
-from routeseg.prediction import LABELS, OUTPUTS, OVERLAY, Skip, predict_files
+from routeseg.prediction.files import LABELS, OUTPUTS, OVERLAY, Skip, predict_files
+from routeseg.prediction.sources import find_inputs, output_names
+from routeseg.prediction.torch_runner import TorchNetwork
 from routeseg.space import DIRECTIONS, Route
-from routeseg.torch_network import TorchNetwork
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

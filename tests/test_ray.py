@@ -20,12 +20,12 @@ from PIL import Image
 from conftest import run as run_command
 from conftest import scenes_checkpoint, spread_gates
 from routeseg import DynamicRoutingNetwork, SkipEngine
-from routeseg.prediction import OUTPUTS, ROUTE, predict_files
-from routeseg.torch_network import TorchNetwork
+from routeseg.prediction.files import OUTPUTS, ROUTE, predict_files
+from routeseg.prediction.torch_runner import TorchNetwork
 
 ray = pytest.importorskip("ray", reason="the extra routeseg[ray]")
 pytest.importorskip("ray.data")
-from routeseg.ray_prediction import MAX_ATTEMPTS, predict_with_ray  # noqa: E402
+from routeseg.prediction.ray import MAX_ATTEMPTS, predict_with_ray  # noqa: E402
 
 WORKERS = 2
 PROCESS_TITLE = b"ray::MapWorker"

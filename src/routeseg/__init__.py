@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from routeseg.engine import SkipEngine, build_engine
     from routeseg.latency import LatencyTable
     from routeseg.model import DynamicRoutingNetwork, Segmentation
-    from routeseg.onnx_network import OnnxNetwork
+    from routeseg.prediction.onnx_runner import OnnxNetwork
     from routeseg.space import Route, RoutingSpace
 
 __all__ = [
@@ -49,7 +49,7 @@ _NAMES = {
     "engine": ("SkipEngine", "build_engine"),
     "latency": ("LatencyTable",),
     "model": ("DynamicRoutingNetwork", "Segmentation"),
-    "onnx_network": ("OnnxNetwork",),
+    "prediction.onnx_runner": ("OnnxNetwork",),
     "space": ("Route", "RoutingSpace"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from routeseg.collection import Source, locate
 from routeseg.description import METADATA_KEY, describe
 from routeseg.export import build_onnx, check_name
 from routeseg.files import write_atomically
 from routeseg.model import DynamicRoutingNetwork
-from routeseg.onnx_network import prepare, reason, require_onnxruntime
-from routeseg.prediction import pad_small, read_source
+from routeseg.prediction.files import pad_small, read_source
+from routeseg.prediction.onnx_runner import prepare, reason, require_onnxruntime
+from routeseg.prediction.sources import Source, locate
 
 if TYPE_CHECKING:
     import onnx

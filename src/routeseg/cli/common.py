@@ -228,7 +228,7 @@ def enough_memory(remedy: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        from routeseg.prediction import lacks_memory
+        from routeseg.prediction.files import lacks_memory
 
         if lacks_memory(error):
             reason = (str(error).splitlines() or ["none is left"])[0]

@@ -53,7 +53,7 @@ def export_command(words: Sequence[str]) -> int:
 
 
 def _export_int8(model: DynamicRoutingNetwork, path: Path, images: str) -> None:
-    from routeseg.collection import find_inputs
+    from routeseg.prediction.sources import find_inputs
     from routeseg.quantization import chosen, export_int8
 
     sources = chosen(find_inputs([images]))

@@ -13,7 +13,7 @@ from routeseg.files import CONFIG_FILE
 
 if TYPE_CHECKING:
     from routeseg.model import DynamicRoutingNetwork
-    from routeseg.prediction import PredictionSummary, Runner
+    from routeseg.prediction.files import PredictionSummary, Runner
 
 
 def predict_command(words: Sequence[str]) -> int:
@@ -38,9 +38,9 @@ def predict_command(words: Sequence[str]) -> int:
     )
     args = parser.parse_args(list(words))
 
-    from routeseg.collection import find_inputs
-    from routeseg.onnx_network import OnnxNetwork
-    from routeseg.prediction import predict_files
+    from routeseg.prediction.files import predict_files
+    from routeseg.prediction.onnx_runner import OnnxNetwork
+    from routeseg.prediction.sources import find_inputs
 
     for option in ("workers", "ray_address"):
         if args.engine != "ray" and args[option] is not None:
@@ -103,7 +103,7 @@ def _load(checkpoint: str | None) -> DynamicRoutingNetwork:
 def _torch_network(checkpoint: str | None, args: Namespace) -> Runner:
     """The network of a checkpoint on its device, with its engine."""
     from routeseg.engine import build_engine
-    from routeseg.torch_network import TorchNetwork
+    from routeseg.prediction.torch_runner import TorchNetwork
 
     model = _load(checkpoint).to(find_device(args.device))
     return TorchNetwork(build_engine(model, args.engine or "skip", args.precision), model)
@@ -112,8 +112,8 @@ def _torch_network(checkpoint: str | None, args: Namespace) -> Runner:
 def _predict_with_ray(
     checkpoint: str | None, inputs: Sequence[str], args: Namespace, common: dict[str, bool]
 ) -> PredictionSummary:
-    from routeseg.collection import find_inputs
-    from routeseg.ray_prediction import predict_with_ray, require_ray
+    from routeseg.prediction.ray import predict_with_ray, require_ray
+    from routeseg.prediction.sources import find_inputs
 
     require_ray()
     images, model = find_inputs(inputs), _load(checkpoint)

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from routeseg.collection import is_url
 from routeseg.description import METADATA_KEY
 from routeseg.engine.folding import fold_batch_norm
 from routeseg.export.metadata import metadata
 from routeseg.files import write_atomically
 from routeseg.model import DynamicRoutingNetwork
+from routeseg.prediction.sources import is_url
 
 if TYPE_CHECKING:
     import onnx

@@ -30,12 +30,21 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from routeseg.collection import ResultFolder, Source, file_name, is_url, locate, open_folder, output_names, read_bytes
 from routeseg.cost import model_cost
 from routeseg.data.pairs import UnreadableImage, decode_image
 from routeseg.data.transforms import IGNORE, PADDING_RGB
 from routeseg.description import NetworkDescription
 from routeseg.figures import overlay, png_bytes, route_picture
+from routeseg.prediction.sources import (
+    ResultFolder,
+    Source,
+    file_name,
+    is_url,
+    locate,
+    open_folder,
+    output_names,
+    read_bytes,
+)
 from routeseg.space import MIN_IMAGE_SIZE, Route, padded_size
 
 LABELS, OVERLAY, ROUTE_PICTURE, ROUTE = "_labels.png", "_overlay.png", "_route.png", "_route.json"

@@ -19,12 +19,22 @@ from typing import Any
 
 import torch
 
-from routeseg.collection import Source, is_url
 from routeseg.description import describe
 from routeseg.engine import build_engine
 from routeseg.model import DynamicRoutingNetwork
-from routeseg.prediction import Job, Plan, Prediction, PredictionSummary, Segmenter, Skip, Target, collect, plan_work
-from routeseg.torch_network import TorchNetwork
+from routeseg.prediction.files import (
+    Job,
+    Plan,
+    Prediction,
+    PredictionSummary,
+    Segmenter,
+    Skip,
+    Target,
+    collect,
+    plan_work,
+)
+from routeseg.prediction.sources import Source, is_url
+from routeseg.prediction.torch_runner import TorchNetwork
 
 STORE_BYTES = 200 * 2**20  # of Ray's object store, beside the network: images and results do not pass through it
 BLOCKS_PER_WORKER, LARGEST_BLOCK = 8, 16  # images a worker takes at once: few, to lose few and to end together
