@@ -57,7 +57,7 @@ from inference_methods import (
 from inference_processes import MEMORY_SIZE, memory, memory_of, startup
 from inference_tables import all_tables, fill, tables
 from routeseg import DynamicRoutingNetwork, Route, SkipEngine
-from routeseg.cost import model_cost
+from routeseg.cost.macs import model_cost
 from routeseg.data.datamodule import DataConfig, evaluation_loader, open_data
 from routeseg.evaluation import evaluate, machine_facts
 from routeseg.export import export

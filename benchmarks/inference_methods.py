@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from routeseg import DynamicRoutingNetwork, Route, SkipEngine
-from routeseg.cost import model_cost
+from routeseg.cost.macs import model_cost
 from routeseg.model import Segmentation
 from routeseg.space import KEEP, SCALE_STEP, Node, RoutingSpace, padded_size
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from routeseg.cost import CONVENTIONS, Budget, budget_loss, cost_table, model_cost
+from routeseg.cost.macs import CONVENTIONS, Budget, budget_loss, cost_table, model_cost
 from routeseg.engine import SkipEngine
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.space import DOWN, KEEP, UP, Route, RoutingSpace

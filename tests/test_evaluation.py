@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import evaluation_share
 from conftest import run, spread_gates
 from routeseg import DynamicRoutingNetwork, SkipEngine
-from routeseg.cost import model_cost
+from routeseg.cost.macs import model_cost
 from routeseg.data.datamodule import DataConfig, evaluation_loader, open_data
 from routeseg.data.transforms import IGNORE
 from routeseg.evaluation import evaluate

@@ -14,7 +14,7 @@ import torch
 import routeseg
 from conftest import run, scenes_checkpoint, spread_gates
 from routeseg import DynamicRoutingNetwork, Route
-from routeseg.cost import model_cost
+from routeseg.cost.macs import model_cost
 from routeseg.description import NetworkDescription, describe
 
 onnx = pytest.importorskip("onnx", reason="the extra routeseg[onnx]")

@@ -12,7 +12,7 @@ import torch
 from conftest import spread_gates
 from pictures import noise, save
 from routeseg import DynamicRoutingNetwork, Route, SkipEngine
-from routeseg.cost import model_cost
+from routeseg.cost.macs import model_cost
 from routeseg.space import RoutingSpace
 
 pytest.importorskip("onnx", reason="the extra routeseg[onnx]")

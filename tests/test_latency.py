@@ -12,10 +12,10 @@ import torch
 import routeseg
 from conftest import run, scenes_checkpoint, spread_gates
 from routeseg import DynamicRoutingNetwork, Route, RoutingSpace
-from routeseg.cost import model_cost
+from routeseg.cost.latency import PARTS, LatencyTable, by_part, network_shape, node_counts, route_counts
+from routeseg.cost.macs import model_cost
 from routeseg.engine import SkipEngine
 from routeseg.engine.compiled import is_compiled
-from routeseg.latency import PARTS, LatencyTable, by_part, network_shape, node_counts, route_counts
 from routeseg.profiling import profile
 
 pytestmark = pytest.mark.usefixtures("one_thread")

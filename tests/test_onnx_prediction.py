@@ -197,7 +197,7 @@ class TestNoTorch:
     def test_an_import_brings_none_in(self):
         """Also where it is installed: it takes seconds."""
         code = (
-            "import sys, routeseg, routeseg.cli, routeseg.prediction.onnx_runner, routeseg.prediction.files, routeseg.cost\n"
+            "import sys, routeseg, routeseg.cli, routeseg.prediction.onnx_runner, routeseg.prediction.files, routeseg.cost.macs\n"
             "routeseg.RoutingSpace, routeseg.model_cost, routeseg.OnnxNetwork, routeseg.common_route\n"
             "print([name for name in ('torch', 'lightning', 'torchmetrics', 'onnx') if name in sys.modules])"
         )

@@ -19,7 +19,7 @@ from conftest import run as run_command
 from conftest import scenes_checkpoint
 from pictures import ORIENTATION_TAG, ROTATED_RIGHT, noise, save
 from routeseg import DynamicRoutingNetwork, SkipEngine, load
-from routeseg.cost import model_cost
+from routeseg.cost.macs import model_cost
 from routeseg.data.pairs import read_image, read_label_file
 from routeseg.data.transforms import PADDING_RGB
 from routeseg.description import fingerprint

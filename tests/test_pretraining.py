@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import routeseg
 from conftest import run, spread_gates
 from routeseg import DynamicRoutingNetwork
-from routeseg.cost import classifier_cost
+from routeseg.cost.macs import classifier_cost
 from routeseg.data.classification import ClassificationConfig, ClassificationDataModule
 from routeseg.model.classifier import DynamicRoutingClassifier
 from routeseg.training.classification import PretrainingRecipe, SaveClassifier, evaluate_classifier, pretrain

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import routeseg
 from conftest import spread_gates
-from routeseg.cost import Budget, budget_loss, model_cost
+from routeseg.cost.macs import Budget, budget_loss, model_cost
 from routeseg.data.datamodule import TRAIN_STREAM, DataConfig, TrainingPictures, evaluation_loader, open_data
 from routeseg.distributed import rank_and_world
 from routeseg.engine import SkipEngine

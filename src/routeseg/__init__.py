@@ -16,9 +16,9 @@ from routeseg.version import __version__
 if TYPE_CHECKING:
     from routeseg.architectures import ARCHITECTURES, common_route
     from routeseg.checkpoints import import_checkpoint, load
-    from routeseg.cost import Budget, cost_table, model_cost
+    from routeseg.cost.latency import LatencyTable
+    from routeseg.cost.macs import Budget, cost_table, model_cost
     from routeseg.engine import SkipEngine, build_engine
-    from routeseg.latency import LatencyTable
     from routeseg.model import DynamicRoutingNetwork, Segmentation
     from routeseg.prediction.onnx_runner import OnnxNetwork
     from routeseg.space import Route, RoutingSpace
@@ -45,9 +45,9 @@ __all__ = [
 _NAMES = {
     "architectures": ("ARCHITECTURES", "common_route"),
     "checkpoints": ("import_checkpoint", "load"),
-    "cost": ("Budget", "cost_table", "model_cost"),
+    "cost.macs": ("Budget", "cost_table", "model_cost"),
     "engine": ("SkipEngine", "build_engine"),
-    "latency": ("LatencyTable",),
+    "cost.latency": ("LatencyTable",),
     "model": ("DynamicRoutingNetwork", "Segmentation"),
     "prediction.onnx_runner": ("OnnxNetwork",),
     "space": ("Route", "RoutingSpace"),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from routeseg.architectures import ARCHITECTURES
-from routeseg.cost import model_cost
+from routeseg.cost.macs import model_cost
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.space import DIRECTIONS, Route, RoutingSpace
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from routeseg import checkpoints, figures
-from routeseg.cost import Budget, budget_loss, model_cost
+from routeseg.cost.macs import Budget, budget_loss, model_cost
 from routeseg.data.datamodule import (
     DataConfig,
     SegmentationData,

@@ -25,7 +25,7 @@ Colour = tuple[int, ...]
 
 @dataclass(frozen=True)
 class NetworkDescription:
-    """A network without its weights; `routeseg.cost.model_cost` takes it as it takes the network.
+    """A network without its weights; `routeseg.cost.macs.model_cost` takes it as it takes the network.
 
     route        the edges that the network has
     gated        whether it has gates

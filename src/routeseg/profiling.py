@@ -29,9 +29,7 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from routeseg.engine import Precision, SkipEngine
-from routeseg.engine.compiled import STEPS, CompiledForward
-from routeseg.latency import (
+from routeseg.cost.latency import (
     ARRIVAL,
     CALL,
     CELL,
@@ -48,6 +46,8 @@ from routeseg.latency import (
     network_shape,
     route_counts,
 )
+from routeseg.engine import Precision, SkipEngine
+from routeseg.engine.compiled import STEPS, CompiledForward
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.model.gate import GATE_BIAS
 from routeseg.model.grid import check_images

@@ -128,7 +128,7 @@ def routes_command(words: Sequence[str]) -> int:
 
     from routeseg import checkpoints
     from routeseg.architectures import common_route
-    from routeseg.cost import model_cost
+    from routeseg.cost.macs import model_cost
     from routeseg.data.datamodule import open_data
     from routeseg.engine import build_engine
     from routeseg.evaluation import machine_facts

@@ -65,7 +65,7 @@ def _export_int8(model: DynamicRoutingNetwork, path: Path, images: str) -> None:
 
 def _summary(model: DynamicRoutingNetwork, skips: bool) -> str:
     """Kind and cost of what is written; `skips`: closed paths are not computed."""
-    from routeseg.cost import model_cost
+    from routeseg.cost.macs import model_cost
     from routeseg.export.metadata import COST_SIZE
     from routeseg.space import Route
 

@@ -130,7 +130,7 @@ def import_command(words: Sequence[str]) -> int:
     args = parser.parse_args(list(words))
 
     from routeseg import checkpoints
-    from routeseg.cost import model_cost
+    from routeseg.cost.macs import model_cost
 
     model = checkpoints.import_checkpoint(args.file, args.small_gate, args.normalize)
     folder = model.save(args.output)

@@ -22,7 +22,7 @@ from routeseg.cli.common import (
 from routeseg.files import check_writable, write_json
 
 if TYPE_CHECKING:
-    from routeseg.latency import LatencyTable
+    from routeseg.cost.latency import LatencyTable
     from routeseg.model import DynamicRoutingNetwork
 
 OUTPUT = "runs/profile"  # where no checkpoint is given
@@ -56,10 +56,10 @@ def profile_command(words: Sequence[str]) -> int:
     args, _, recipe, _ = read_parts(parser, words)
     size = parse_size("--size", args.size)
 
-    from routeseg.cost import model_cost
+    from routeseg.cost.latency import LatencyTable, by_part
+    from routeseg.cost.macs import model_cost
     from routeseg.evaluation import machine_facts
     from routeseg.figures import latency_scatter
-    from routeseg.latency import LatencyTable, by_part
     from routeseg.profiling import REPEATS, ROUTES, forwards, measure_route, profile
     from routeseg.tables import print_latency
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from routeseg.cost import CostTable, model_cost
+from routeseg.cost.macs import CostTable, model_cost
 from routeseg.data.transforms import IGNORE
 from routeseg.description import DIVERGED
 from routeseg.distributed import gather

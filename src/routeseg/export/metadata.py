@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from routeseg.cost import model_cost
+from routeseg.cost.macs import model_cost
 from routeseg.description import FORMAT, fingerprint
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.space import DIRECTIONS

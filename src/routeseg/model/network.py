@@ -36,7 +36,7 @@ class Segmentation:
 
     logits  [B,K,H,W] at the size of the images given
     gates   [B,L+1,S,3] in [0,1] (those of gates are below 1): exactly 0 on illegal edges, closed paths and nodes
-            that nothing reached. `routeseg.cost` turns them into MACs, `Route.from_gates` into a route.
+            that nothing reached. `routeseg.cost.macs` turns them into MACs, `Route.from_gates` into a route.
     """
 
     logits: Tensor

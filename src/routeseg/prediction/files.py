@@ -30,7 +30,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from routeseg.cost import model_cost
+from routeseg.cost.macs import model_cost
 from routeseg.data.pairs import UnreadableImage, decode_image
 from routeseg.data.transforms import IGNORE, PADDING_RGB
 from routeseg.description import NetworkDescription

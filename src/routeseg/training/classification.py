@@ -14,7 +14,7 @@ import torch
 from lightning import Trainer
 from torch.nn import functional as F
 
-from routeseg.cost import classifier_cost
+from routeseg.cost.macs import classifier_cost
 from routeseg.data.classification import Batch, ClassificationConfig, ClassificationDataModule
 from routeseg.distributed import rank_and_world, total
 from routeseg.model.classifier import DynamicRoutingClassifier

@@ -16,7 +16,7 @@ from lightning import Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from routeseg.cost import Budget, budget_loss, model_cost
+from routeseg.cost.macs import Budget, budget_loss, model_cost
 from routeseg.data.datamodule import DataConfig, SegmentationDataModule, pair
 from routeseg.data.transforms import IGNORE
 from routeseg.distributed import rank_and_world, total

@@ -26,7 +26,7 @@ from routeseg.space import DIRECTIONS, DOWN, KEEP, SCALE_STEP, UP, Route, Routin
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from routeseg.cost import CostTable
+    from routeseg.cost.macs import CostTable
     from routeseg.description import NetworkDescription
     from routeseg.model.grid import RoutingGrid
 

@@ -1,0 +1,1 @@
+"""What a route costs: MACs (macs.py) and milliseconds (latency.py). No torch."""
