@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from routeseg.architecture_table import RouteCounter
 from routeseg.architectures import ARCHITECTURES, union, walk
 from routeseg.evaluation import machine_facts
+from routeseg.evaluation.architecture_table import RouteCounter
 from routeseg.files import write_json
 from routeseg.space import DOWN, KEEP, UP, Route, RoutingSpace
 

@@ -17,9 +17,9 @@ from routeseg import (
     load,
     model_cost,
 )
-from routeseg.architecture_table import architecture_table
 from routeseg.architectures import architecture, walk
 from routeseg.cli import main
+from routeseg.evaluation.architecture_table import architecture_table
 from routeseg.space import DOWN, KEEP, UP
 
 SPACE = RoutingSpace(16)

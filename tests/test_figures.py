@@ -16,7 +16,7 @@ from matplotlib.text import Text
 
 from routeseg import figures
 from routeseg.figures import charts
-from routeseg.report import Report
+from routeseg.figures.report import Report
 from routeseg.space import DOWN, KEEP, UP, RoutingSpace
 
 NAMES = ["sky", "road", "car", "person"]

@@ -34,9 +34,9 @@ from routeseg.data.datamodule import (
 from routeseg.data.scenes import PRESETS
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import Evaluation, evaluate, machine_facts
+from routeseg.figures.report import Report
 from routeseg.files import write_atomically, write_json
 from routeseg.model import DynamicRoutingNetwork
-from routeseg.report import Report
 from routeseg.training.recipe import Recipe
 from routeseg.training.segmentation import segmentation_loss, train
 

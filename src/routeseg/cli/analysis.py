@@ -56,11 +56,11 @@ def evaluate_command(words: Sequence[str]) -> int:
     args, data, recipe, _ = read_parts(parser, words)
 
     from routeseg import checkpoints
+    from routeseg.cli.tables import print_evaluation
     from routeseg.data.datamodule import evaluation_loader, open_data
     from routeseg.engine import build_engine
     from routeseg.evaluation import evaluate, machine_facts
     from routeseg.evaluation.submission import Submission
-    from routeseg.tables import print_evaluation
 
     if not 0 <= args.boundary_width <= 1:
         raise ValueError(f"--boundary_width is {args.boundary_width}: it is a share of the diagonal, 0 to 1")
@@ -112,7 +112,7 @@ def _report_submission(submission: Submission, skipped: int) -> int:
 
 
 def routes_command(words: Sequence[str]) -> int:
-    from routeseg.route_statistics import PERMUTATIONS
+    from routeseg.evaluation.route_statistics import PERMUTATIONS
 
     parser = config_parser("routes")
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder, of a network with gates")
@@ -128,12 +128,12 @@ def routes_command(words: Sequence[str]) -> int:
 
     from routeseg import checkpoints
     from routeseg.architectures import common_route
+    from routeseg.cli.tables import print_survey
     from routeseg.cost.macs import model_cost
     from routeseg.data.datamodule import open_data
     from routeseg.engine import build_engine
     from routeseg.evaluation import machine_facts
-    from routeseg.route_survey import draw_survey, evenly_spread, pictures_to_see, survey_routes
-    from routeseg.tables import print_survey
+    from routeseg.evaluation.routes import draw_survey, evenly_spread, pictures_to_see, survey_routes
 
     model, output = checkpoints.load(args.checkpoint).to(find_device(args.device)), Path(args.output)
     pictures = open_data(data, args.split, recipe.seed)
@@ -175,11 +175,11 @@ def architectures_command(words: Sequence[str]) -> int:
     args = parser.parse_args(list(words))
     size = parse_size("--size", args.size)
 
-    from routeseg.architecture_table import architecture_table
     from routeseg.architectures import ARCHITECTURES
+    from routeseg.cli.tables import print_architectures
+    from routeseg.evaluation.architecture_table import architecture_table
     from routeseg.figures import picture_kind, route_grid
     from routeseg.space import Route, RoutingSpace
-    from routeseg.tables import print_architectures
 
     space = RoutingSpace(args.depth)
     for option, path in (("--json", args.json), ("--figure", args.figure)):

@@ -134,13 +134,13 @@ def check_data_command(words: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int | None, default=None, help="processes that read files; 1: this one")
     args, data, recipe, _ = read_parts(parser, words)
 
+    from routeseg.cli.tables import print_check
     from routeseg.data.datamodule import open_data, pair
     from routeseg.data.pairs import Classes, PairedFiles
     from routeseg.data.sets.folder import describing_file
     from routeseg.data.tools.check import SplitCheck, check_split
     from routeseg.data.tools.findings import find, verdict
     from routeseg.evaluation import machine_facts
-    from routeseg.tables import print_check
 
     if args.workers is not None and args.workers < 0:
         raise ValueError(f"--workers is {args.workers}: it must not be negative")

@@ -29,7 +29,7 @@ def train_command(words: Sequence[str]) -> int:
     parser.add_argument("--init", type=str | None, default=None, help="folder of a network to take weights from")
     args, data, recipe, budget = read_parts(parser, words)
 
-    from routeseg.tables import print_evaluation
+    from routeseg.cli.tables import print_evaluation
     from routeseg.training.segmentation import train
 
     model = new_network(args, data, recipe)

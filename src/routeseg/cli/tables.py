@@ -13,7 +13,7 @@ from rich.table import Table
 from routeseg.data.tools.check import SplitCheck
 from routeseg.data.tools.findings import VERDICTS, Finding, verdict
 from routeseg.evaluation import Evaluation
-from routeseg.route_survey import RouteSurvey
+from routeseg.evaluation.routes import RouteSurvey
 
 FILES_SHOWN = 20  # of the files that a finding is about
 

@@ -21,8 +21,7 @@ from routeseg.data.datamodule import DataConfig, evaluation_loader, image_tensor
 from routeseg.data.pairs import Classes, SegmentationData, SkipLog
 from routeseg.data.scenes import PRESETS
 from routeseg.evaluation import Evaluation, Forward, evaluate
-from routeseg.model import DynamicRoutingNetwork
-from routeseg.route_statistics import (
+from routeseg.evaluation.route_statistics import (
     MIN_GROUP,
     PERMUTATIONS,
     PermutationTest,
@@ -36,6 +35,7 @@ from routeseg.route_statistics import (
     size_group_name,
     size_groups,
 )
+from routeseg.model import DynamicRoutingNetwork
 from routeseg.space import RoutingSpace
 
 MIN_SHIFTED = 40  # pictures; with fewer, shifts are too few for a small p
