@@ -26,11 +26,11 @@ from inference_methods import alternate, onnxruntime_method, random_network
 from routeseg.data.datamodule import DataConfig, evaluation_loader, open_data
 from routeseg.evaluation import evaluate, machine_facts
 from routeseg.export import build_onnx, export
+from routeseg.export.int8 import chosen, export_int8
 from routeseg.files import write_json
 from routeseg.model import Segmentation
 from routeseg.prediction.onnx_runner import OnnxNetwork, prepare
 from routeseg.prediction.sources import find_inputs
-from routeseg.quantization import chosen, export_int8
 
 THREADS, SECONDS = 2, 60.0
 TIMED_IMAGES = 4  # of CamVid: their routes differ

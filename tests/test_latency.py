@@ -16,7 +16,7 @@ from routeseg.cost.latency import PARTS, LatencyTable, by_part, network_shape, n
 from routeseg.cost.macs import model_cost
 from routeseg.engine import SkipEngine
 from routeseg.engine.compiled import is_compiled
-from routeseg.profiling import profile
+from routeseg.engine.profiling import profile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_kernels = pytest.mark.skipif(not is_compiled(torch.float32), reason="no compiled kernels here")
@@ -94,7 +94,7 @@ def test_parts_add_up_to_cost_and_latency(tiny_network):
 def test_profile_predicts(compiled, monkeypatch):
     """Longer routes take longer, as the table says and as is measured: in processor time, which other programs on the
     machine do not lengthen as they do the time that passes. Loose all the same."""
-    monkeypatch.setattr("routeseg.profiling.time.perf_counter", time.process_time)
+    monkeypatch.setattr("routeseg.engine.profiling.time.perf_counter", time.process_time)
     model = DynamicRoutingNetwork(5, depth=6, base_channels=16, stem_channels=16).eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     steps: list[None] = []

@@ -18,8 +18,8 @@ from routeseg.data.scenes import draw_scene
 onnx = pytest.importorskip("onnx", reason="the extra routeseg[onnx]")
 pytest.importorskip("onnxruntime", reason="the extra routeseg[onnx]")
 from routeseg.export import build_onnx  # noqa: E402
+from routeseg.export.int8 import CALIBRATION_IMAGES, chosen, export_int8  # noqa: E402
 from routeseg.prediction.onnx_runner import OnnxNetwork  # noqa: E402
-from routeseg.quantization import CALIBRATION_IMAGES, chosen, export_int8  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -53,8 +53,8 @@ def export_command(words: Sequence[str]) -> int:
 
 
 def _export_int8(model: DynamicRoutingNetwork, path: Path, images: str) -> None:
+    from routeseg.export.int8 import chosen, export_int8
     from routeseg.prediction.sources import find_inputs
-    from routeseg.quantization import chosen, export_int8
 
     sources = chosen(find_inputs([images]))
     with progress_bar("calibrate", len(sources)) as step:

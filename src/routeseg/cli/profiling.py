@@ -59,9 +59,9 @@ def profile_command(words: Sequence[str]) -> int:
     from routeseg.cli.tables import print_latency
     from routeseg.cost.latency import LatencyTable, by_part
     from routeseg.cost.macs import model_cost
+    from routeseg.engine.profiling import REPEATS, ROUTES, forwards, measure_route, profile
     from routeseg.evaluation import machine_facts
     from routeseg.figures import latency_scatter
-    from routeseg.profiling import REPEATS, ROUTES, forwards, measure_route, profile
 
     for option in ("routes", "repeats"):
         if args[option] is not None and args[option] < 1:
