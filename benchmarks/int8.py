@@ -125,7 +125,7 @@ def main() -> None:
     results = {"camvid": camvid, "full_size": FULL_NETWORK | {"results": full}, "seconds": SECONDS}
     facts = machine_facts()
     facts["versions"]["onnxruntime"] = onnxruntime.__version__
-    write_json(args.output, {"network": routeseg.checkpoints.PRETRAINED.name} | results | facts)
+    write_json(args.output, {"network": routeseg.model.checkpoints.PRETRAINED.name} | results | facts)
     print("| file | MB | mIoU | pixels right | labels as float32 | GMACs of its route | ms |\n" + "|---" * 7 + "|")
     for row in camvid:
         print(

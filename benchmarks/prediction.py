@@ -96,7 +96,7 @@ def main() -> None:
         dict(setting) | {key: statistics.median(run[key] for run in some) for key in some[0]}
         for setting, some in runs.items()
     ]
-    network = {"network": routeseg.checkpoints.PRETRAINED.name, "size": list(SIZE), "rounds": ROUNDS}
+    network = {"network": routeseg.model.checkpoints.PRETRAINED.name, "size": list(SIZE), "rounds": ROUNDS}
     write_json(args.output, {**network, "results": results, **machine_facts()})
     print("| engine | workers | pictures | images | images/s | start-up, s | all, s | Ray, s |\n" + "|---" * 8 + "|")
     for r in results:

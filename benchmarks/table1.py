@@ -41,7 +41,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 
-from routeseg import checkpoints, figures
+from routeseg import figures
 from routeseg.architectures import ARCHITECTURES, common_route
 from routeseg.cli.common import config_parser, new_network, read_parts
 from routeseg.cost.macs import Budget, model_cost
@@ -49,7 +49,7 @@ from routeseg.data.datamodule import DataConfig, evaluation_loader, open_data
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import evaluate, machine_facts
 from routeseg.files import check_writable, write_atomically, write_json
-from routeseg.model import DynamicRoutingNetwork
+from routeseg.model import DynamicRoutingNetwork, checkpoints
 from routeseg.space import Route
 from routeseg.training.callbacks import RESUME_FILE
 from routeseg.training.recipe import Recipe

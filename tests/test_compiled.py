@@ -14,10 +14,10 @@ import torch
 
 from conftest import spread_gates
 from routeseg import DynamicRoutingNetwork, Route, SkipEngine, load
-from routeseg.checkpoints import PRETRAINED
 from routeseg.data.pairs import read_image
 from routeseg.engine import compiled, skip
 from routeseg.engine.compiled import BUILDS, STEPS, CompiledForward, find_library, is_compiled
+from routeseg.model.checkpoints import PRETRAINED
 from routeseg.space import DOWN, KEEP, UP
 
 # Where there is a compiler there must be kernels: sources that do not compile leave the installation without.

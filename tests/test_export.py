@@ -163,7 +163,7 @@ def test_closed_paths_are_not_run(tmp_path):
 
 
 def test_the_shipped_network(tmp_path):
-    if not routeseg.checkpoints.PRETRAINED.is_dir():
+    if not routeseg.model.checkpoints.PRETRAINED.is_dir():
         pytest.skip("this copy comes without the small network")
     model = routeseg.load()
     (gates,) = compare(with_ort(build_onnx(model, routed=True)), model, [(96, 128)])

@@ -15,11 +15,11 @@ from routeseg.version import __version__
 
 if TYPE_CHECKING:
     from routeseg.architectures import ARCHITECTURES, common_route
-    from routeseg.checkpoints import import_checkpoint, load
     from routeseg.cost.latency import LatencyTable
     from routeseg.cost.macs import Budget, cost_table, model_cost
     from routeseg.engine import SkipEngine, build_engine
     from routeseg.model import DynamicRoutingNetwork, Segmentation
+    from routeseg.model.checkpoints import import_checkpoint, load
     from routeseg.prediction.onnx_runner import OnnxNetwork
     from routeseg.space import Route, RoutingSpace
 
@@ -44,7 +44,7 @@ __all__ = [
 
 _NAMES = {
     "architectures": ("ARCHITECTURES", "common_route"),
-    "checkpoints": ("import_checkpoint", "load"),
+    "model.checkpoints": ("import_checkpoint", "load"),
     "cost.macs": ("Budget", "cost_table", "model_cost"),
     "engine": ("SkipEngine", "build_engine"),
     "cost.latency": ("LatencyTable",),

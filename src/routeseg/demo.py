@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from routeseg import checkpoints, figures
+from routeseg import figures
 from routeseg.cost.macs import Budget, budget_loss, model_cost
 from routeseg.data.datamodule import (
     DataConfig,
@@ -36,7 +36,7 @@ from routeseg.engine import SkipEngine
 from routeseg.evaluation import Evaluation, evaluate, machine_facts
 from routeseg.figures.report import Report
 from routeseg.files import write_atomically, write_json
-from routeseg.model import DynamicRoutingNetwork
+from routeseg.model import DynamicRoutingNetwork, checkpoints
 from routeseg.training.recipe import Recipe
 from routeseg.training.segmentation import segmentation_loss, train
 

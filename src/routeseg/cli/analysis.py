@@ -55,12 +55,12 @@ def evaluate_command(words: Sequence[str]) -> int:
     )
     args, data, recipe, _ = read_parts(parser, words)
 
-    from routeseg import checkpoints
     from routeseg.cli.tables import print_evaluation
     from routeseg.data.datamodule import evaluation_loader, open_data
     from routeseg.engine import build_engine
     from routeseg.evaluation import evaluate, machine_facts
     from routeseg.evaluation.submission import Submission
+    from routeseg.model import checkpoints
 
     if not 0 <= args.boundary_width <= 1:
         raise ValueError(f"--boundary_width is {args.boundary_width}: it is a share of the diagonal, 0 to 1")
@@ -126,7 +126,6 @@ def routes_command(words: Sequence[str]) -> int:
     parser.add_argument("--permutations", type=int, default=PERMUTATIONS, help="relabellings of the permutation test")
     args, data, recipe, _ = read_parts(parser, words)
 
-    from routeseg import checkpoints
     from routeseg.architectures import common_route
     from routeseg.cli.tables import print_survey
     from routeseg.cost.macs import model_cost
@@ -134,6 +133,7 @@ def routes_command(words: Sequence[str]) -> int:
     from routeseg.engine import build_engine
     from routeseg.evaluation import machine_facts
     from routeseg.evaluation.routes import draw_survey, evenly_spread, pictures_to_see, survey_routes
+    from routeseg.model import checkpoints
 
     model, output = checkpoints.load(args.checkpoint).to(find_device(args.device)), Path(args.output)
     pictures = open_data(data, args.split, recipe.seed)

@@ -140,8 +140,8 @@ def start_from(model: DynamicRoutingNetwork, folder: str | None, output: Path, r
     """
     from lightning.pytorch.utilities import rank_zero_only
 
-    from routeseg.checkpoints import read_config
     from routeseg.files import check_writable, write_json
+    from routeseg.model.checkpoints import read_config
     from routeseg.training.callbacks import LAST_FOLDER, RESUME_FILE
     from routeseg.training.initialization import adopt_normalization, initialize
 

@@ -29,8 +29,8 @@ def export_command(words: Sequence[str]) -> int:
     )
     args = parser.parse_args(list(words))
 
-    from routeseg import checkpoints
     from routeseg.export import FORMATS, check_kind, check_name, export, require_onnx
+    from routeseg.model import checkpoints
 
     if args.format not in FORMATS:
         raise ValueError(f"--format {args.format!r}: choose {' or '.join(FORMATS)}")

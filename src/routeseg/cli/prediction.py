@@ -93,7 +93,7 @@ def _check_onnx_options(network: str, args: Namespace) -> None:
 
 
 def _load(checkpoint: str | None) -> DynamicRoutingNetwork:
-    from routeseg import checkpoints
+    from routeseg.model import checkpoints
 
     if checkpoint is None:
         print(f"using the network that is shipped, trained on CamVid ({checkpoints.PRETRAINED.name})")
@@ -129,8 +129,8 @@ def import_command(words: Sequence[str]) -> int:
     parser.add_argument("--normalize", type=bool, default=True, help="fold the authors' input normalisation in")
     args = parser.parse_args(list(words))
 
-    from routeseg import checkpoints
     from routeseg.cost.macs import model_cost
+    from routeseg.model import checkpoints
 
     model = checkpoints.import_checkpoint(args.file, args.small_gate, args.normalize)
     folder = model.save(args.output)

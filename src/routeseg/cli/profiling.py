@@ -110,8 +110,7 @@ def _network(args: Namespace, seed: int) -> DynamicRoutingNetwork:
     """The checkpoint's, or one with random weights as the model section says."""
     import torch
 
-    from routeseg import checkpoints
-    from routeseg.model import DynamicRoutingNetwork
+    from routeseg.model import DynamicRoutingNetwork, checkpoints
 
     if args.checkpoint is not None:
         return checkpoints.load(args.checkpoint)

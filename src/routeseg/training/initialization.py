@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from routeseg.checkpoints import read_config, read_weights
+from routeseg.model.checkpoints import read_config, read_weights
 from routeseg.model.grid import RoutingGrid
 
 SIZE_ARGUMENTS = ("depth", "num_scales", "base_channels", "stem_channels", "cell_operations")

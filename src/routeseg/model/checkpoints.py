@@ -19,7 +19,7 @@ from routeseg.files import CONFIG_FILE, WEIGHTS_FILE
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.space import DIRECTIONS, DOWN, KEEP, UP
 
-PRETRAINED = Path(__file__).parent / "pretrained" / "camvid_small"
+PRETRAINED = Path(__file__).parents[1] / "pretrained" / "camvid_small"
 
 # The authors feed BGR in 0..255, less this mean, not divided.
 AUTHORS_MEAN_BGR = (103.53, 116.28, 123.675)
