@@ -44,7 +44,8 @@ from jsonargparse import Namespace
 from routeseg import figures
 from routeseg.architectures import ARCHITECTURES, common_route
 from routeseg.cli.common import config_parser, new_network, read_parts
-from routeseg.cost.macs import Budget, model_cost
+from routeseg.cost.budget import Budget
+from routeseg.cost.macs import model_cost
 from routeseg.data.datamodule import DataConfig, evaluation_loader, open_data
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import evaluate, machine_facts

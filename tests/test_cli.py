@@ -12,6 +12,7 @@ import routeseg
 from conftest import run, scenes_checkpoint
 from routeseg import DynamicRoutingNetwork, Route
 from routeseg.data.scenes import CLASSES
+from routeseg.model.checkpoints import PRETRAINED
 
 SCENES = ["--data.image_size=[48,64]", "--data.val_images=3", "--data.workers=0"]
 
@@ -111,9 +112,7 @@ def test_predict_mistakes(tmp_path, checkpoint, capsys):
         assert code == 2 and expected in err, (words, err)
 
 
-@pytest.mark.skipif(
-    not routeseg.model.checkpoints.PRETRAINED.is_dir(), reason="this copy comes without the small network"
-)
+@pytest.mark.skipif(not PRETRAINED.is_dir(), reason="this copy comes without the small network")
 def test_predict_with_the_network_that_comes_along(tmp_path, capsys):
     Image.fromarray(np.full((360, 480, 3), 120, dtype=np.uint8)).save(tmp_path / "street.png")
     code, out, _ = run(["predict", tmp_path / "street.png", "--output", tmp_path / "out"], capsys)

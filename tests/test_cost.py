@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from routeseg.cost.macs import CONVENTIONS, Budget, budget_loss, cost_table, model_cost
+from routeseg.cost.budget import Budget, budget_loss
+from routeseg.cost.macs import CONVENTIONS, cost_table, model_cost
 from routeseg.engine import SkipEngine
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.space import DOWN, KEEP, UP, Route, RoutingSpace

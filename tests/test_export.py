@@ -16,6 +16,7 @@ from conftest import run, scenes_checkpoint, spread_gates
 from routeseg import DynamicRoutingNetwork, Route
 from routeseg.cost.macs import model_cost
 from routeseg.description import NetworkDescription, describe
+from routeseg.model.checkpoints import PRETRAINED
 
 onnx = pytest.importorskip("onnx", reason="the extra routeseg[onnx]")
 ort = pytest.importorskip("onnxruntime", reason="the extra routeseg[onnx]")
@@ -163,7 +164,7 @@ def test_closed_paths_are_not_run(tmp_path):
 
 
 def test_the_shipped_network(tmp_path):
-    if not routeseg.model.checkpoints.PRETRAINED.is_dir():
+    if not PRETRAINED.is_dir():
         pytest.skip("this copy comes without the small network")
     model = routeseg.load()
     (gates,) = compare(with_ort(build_onnx(model, routed=True)), model, [(96, 128)])

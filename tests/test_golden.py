@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 import routeseg
 from conftest import GOLDEN
-from routeseg.cost.macs import budget_loss, model_cost
+from routeseg.cost.budget import budget_loss
+from routeseg.cost.macs import model_cost
 from routeseg.engine import build_engine
 from routeseg.space import DOWN, KEEP, UP
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import routeseg
 from conftest import spread_gates
 from routeseg.cli import main
-from routeseg.cost.macs import Budget
+from routeseg.cost.budget import Budget
 from routeseg.data.datamodule import DataConfig, SegmentationDataModule
 from routeseg.evaluation import evaluate
 from routeseg.training import callbacks

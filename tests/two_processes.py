@@ -13,9 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import routeseg
 from conftest import spread_gates
-from routeseg.cost.macs import Budget, budget_loss, model_cost
+from routeseg.collectives import rank_and_world
+from routeseg.cost.budget import Budget, budget_loss
+from routeseg.cost.macs import model_cost
 from routeseg.data.datamodule import TRAIN_STREAM, DataConfig, TrainingPictures, evaluation_loader, open_data
-from routeseg.distributed import rank_and_world
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import evaluate
 from routeseg.model.grid import RoutingGrid

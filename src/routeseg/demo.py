@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from routeseg import figures
-from routeseg.cost.macs import Budget, budget_loss, model_cost
+from routeseg.cost.budget import Budget, budget_loss
+from routeseg.cost.macs import model_cost
 from routeseg.data.datamodule import (
     DataConfig,
     SegmentationData,

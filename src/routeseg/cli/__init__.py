@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_overview())
         return 0 if words else USAGE_ERROR
     if words[0] == "--version":
-        from routeseg import __version__
+        from routeseg.version import __version__
 
         print(f"routeseg {__version__}")
         return 0
@@ -60,9 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return USAGE_ERROR
     except RuntimeError as error:
-        if "routeseg.distributed" not in sys.modules:  # then no training stopped, and there may be no torch to import
+        if (
+            "routeseg.training.processes" not in sys.modules
+        ):  # then no training stopped, and there may be no torch to import
             raise
-        from routeseg.distributed import ProcessLost, TrainingStopped
+        from routeseg.training.processes import ProcessLost, TrainingStopped
 
         if not isinstance(error, TrainingStopped):
             raise

@@ -79,7 +79,7 @@ def log_to_stderr() -> Iterator[None]:
 
 def config_parser(command: str) -> Parser:
     """The typed configuration: sections model, data, recipe and budget; files with --config, then single keys."""
-    from routeseg.cost.macs import Budget
+    from routeseg.cost.budget import Budget
     from routeseg.data.datamodule import DataConfig
     from routeseg.model import DynamicRoutingNetwork
     from routeseg.training.recipe import Recipe
@@ -95,7 +95,7 @@ def config_parser(command: str) -> Parser:
 
 def read_parts(parser: Parser, words: Sequence[str]) -> tuple[Namespace, Any, Any, Any]:
     """The parsed words and the data, recipe and budget sections as objects."""
-    from routeseg.cost.macs import Budget
+    from routeseg.cost.budget import Budget
     from routeseg.data.datamodule import DataConfig
     from routeseg.training.recipe import Recipe
 

@@ -130,9 +130,9 @@ def import_command(words: Sequence[str]) -> int:
     args = parser.parse_args(list(words))
 
     from routeseg.cost.macs import model_cost
-    from routeseg.model import checkpoints
+    from routeseg.model.authors import import_checkpoint
 
-    model = checkpoints.import_checkpoint(args.file, args.small_gate, args.normalize)
+    model = import_checkpoint(args.file, args.small_gate, args.normalize)
     folder = model.save(args.output)
     parameters = sum(p.numel() for p in model.parameters())
     gates = "no" if not model.gated else "small" if model.small_gate else "full"

@@ -1,5 +1,5 @@
 """Statistics of routes: how often each edge is open, how far routes are apart, and whether they follow a grouping of
-the images, such as by the size of what is in them. Arrays only; route_survey.py takes them over a data set.
+the images, such as by the size of what is in them. Arrays only; routes.py takes them over a data set.
 
 Legend: B images, L depth, S scales, E legal edges, G groups, P permutations, H, W image size.
     gates [B, L+1, S, 3]   activation of every edge; open where above 0

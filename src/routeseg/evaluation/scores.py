@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from routeseg.collectives import gather
 from routeseg.cost.macs import CostTable, model_cost
 from routeseg.data.transforms import IGNORE
 from routeseg.description import DIVERGED
-from routeseg.distributed import gather
 from routeseg.evaluation.boundary import boundary_counts
 from routeseg.evaluation.test_time import Averaged, Forward, MultiPass
 from routeseg.model import DynamicRoutingNetwork

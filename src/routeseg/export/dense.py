@@ -1,6 +1,6 @@
 """A network with its gates as an ONNX graph without `If`: closed paths are computed as well, and multiplied by 0.
 
-It is the dense forward of `routeseg.model`, for one image. A quantiser wants it so (quantization.py): it sees every
+It is the dense forward of `routeseg.model`, for one image. A quantiser wants it so (int8.py): it sees every
 operator on every image, and enters no branches.
 
 Legend: S scales, C channels of a scale, h, w the size of its map.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from routeseg.architectures import architecture
-from routeseg.distributed import anywhere
+from routeseg.collectives import anywhere
 from routeseg.model.cell import RoutingNode
 from routeseg.model.gate import ACTIVATIONS, GATE_BIAS, Gate
 from routeseg.model.layers import CELL_OPERATIONS, InputNorm, Stem

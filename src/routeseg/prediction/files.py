@@ -7,9 +7,9 @@ For every image, named NAME below, the output folder gets
     NAME_route.json    the route, its activations and its cost; `Route.from_json` reads it
 
 The JSON is written last, so where it is, the other files are there too. NAME is made by `output_names`. Images may be
-files or URLs, and so may the folder (see collection.py); `predict_files` runs here, one image after another, and
-ray_prediction.py in several processes or machines, with the same results. What segments an image is a `Runner`:
-torch_network.py has that of a checkpoint, onnx_network.py that of an exported file. No torch here.
+files or URLs, and so may the folder (see sources.py); `predict_files` runs here, one image after another, and
+ray.py in several processes or machines, with the same results. What segments an image is a `Runner`:
+torch_runner.py has that of a checkpoint, onnx_runner.py that of an exported file. No torch here.
 
 Legend: H, W image size, K classes, L depth, S scales.
 """

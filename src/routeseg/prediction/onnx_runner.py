@@ -21,7 +21,7 @@ NO_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc")  # in t
 
 
 class OnnxNetwork:
-    """The network of an ONNX file: `OnnxNetwork(file)(image)`, a `Runner` (prediction.py).
+    """The network of an ONNX file: `OnnxNetwork(file)(image)`, a `Runner` (files.py).
 
     file     as `routeseg export` writes it
     threads  that compute one image; None: OMP_NUM_THREADS, or all cores that this process may use

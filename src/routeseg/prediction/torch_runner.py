@@ -1,4 +1,4 @@
-"""A network of torch, as prediction.py runs it; onnx_network.py has its brother for exported files."""
+"""A network of torch, as files.py runs it; onnx_runner.py has its brother for exported files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from routeseg.model import DynamicRoutingNetwork
 
 
 class TorchNetwork:
-    """A `Runner` (prediction.py) of a network.
+    """A `Runner` (files.py) of a network.
 
     forward  what computes the segmentation, in eval mode: the model itself or an engine built from it
     model    gives classes, colours and cost

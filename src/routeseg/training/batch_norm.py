@@ -8,7 +8,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from routeseg.distributed import rank_and_world, total
+from routeseg.collectives import rank_and_world, total
 from routeseg.model.grid import RoutingGrid
 from routeseg.model.layers import running_statistics
 from routeseg.space import SMALL_GATE_FACTOR, STEM_STRIDE, padded_size

@@ -14,9 +14,9 @@ import torch
 from lightning import Trainer
 from torch.nn import functional as F
 
+from routeseg.collectives import rank_and_world, total
 from routeseg.cost.macs import classifier_cost
 from routeseg.data.classification import Batch, ClassificationConfig, ClassificationDataModule
-from routeseg.distributed import rank_and_world, total
 from routeseg.model.classifier import DynamicRoutingClassifier
 from routeseg.training.batch_norm import Mode
 from routeseg.training.callbacks import ValidateAndSave

@@ -1,7 +1,7 @@
 """Training of any network by a recipe: optimiser, processes, the folder of the run, around Lightning's loop.
 
 What a step computes is a task's: see segmentation.py and classification.py. One process, or several under torchrun or
-`devices`: see distributed.py, and docs/training.md for how it is started.
+`devices`: see processes.py, and docs/training.md for how it is started.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from routeseg.distributed import (
+from routeseg.files import check_writable
+from routeseg.model.grid import RoutingGrid
+from routeseg.training.batch_norm import Mode, check_enough_values, choose_mode, norms_of
+from routeseg.training.callbacks import RESUME_FILE, RUN_STATE, Progress, ValidateAndSave
+from routeseg.training.processes import (
     LOST,
     TIMEOUT,
     ProcessLost,
@@ -32,10 +36,6 @@ from routeseg.distributed import (
     count_processes,
     ending_together,
 )
-from routeseg.files import check_writable
-from routeseg.model.grid import RoutingGrid
-from routeseg.training.batch_norm import Mode, check_enough_values, choose_mode, norms_of
-from routeseg.training.callbacks import RESUME_FILE, RUN_STATE, Progress, ValidateAndSave
 from routeseg.training.recipe import Recipe, lr_factor
 
 

@@ -16,10 +16,11 @@ from lightning import Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from routeseg.cost.macs import Budget, budget_loss, model_cost
+from routeseg.collectives import rank_and_world, total
+from routeseg.cost.budget import Budget, budget_loss
+from routeseg.cost.macs import model_cost
 from routeseg.data.datamodule import DataConfig, SegmentationDataModule, pair
 from routeseg.data.transforms import IGNORE
-from routeseg.distributed import rank_and_world, total
 from routeseg.evaluation import Evaluation
 from routeseg.evaluation.scores import check_class_count
 from routeseg.model import DynamicRoutingNetwork

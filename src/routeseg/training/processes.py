@@ -1,6 +1,6 @@
-"""Several processes that train one network: how many there are, what they tell each other, and how they end together.
+"""Several processes that train one network: how many there are, and how they end together.
 
-Outside of a job of several processes, what they tell each other is what the one process knows.
+What they tell each other: collectives.py.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import torch
-from torch import Tensor
 
 TIMEOUT = timedelta(minutes=10)  # of a process that waits for the others: a dead machine is noticed after so long
 POLL_SECONDS = 0.5
@@ -25,8 +24,6 @@ LOST = (
     "another process of this job died, or can no longer be reached. The last checkpoint, if one was written, is kept: "
     "the same command with --resume goes on from it, also with another number of processes"
 )
-
-T = TypeVar("T")
 
 
 class TrainingStopped(RuntimeError):
@@ -65,40 +62,6 @@ def count_processes(devices: int | Literal["auto"], on_gpu: bool) -> tuple[int, 
             f"Ask for {gpus}, or set --accelerator cpu"
         )
     return local, machines
-
-
-def rank_and_world() -> tuple[int, int]:
-    """The number of this process and how many there are; (0, 1) outside of a job."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def total(values: Tensor) -> Tensor:
-    """The sum over all processes; the same numbers in each."""
-    if rank_and_world()[1] > 1:
-        values = values.clone()
-        torch.distributed.all_reduce(values)
-    return values
-
-
-def anywhere(flags: Tensor) -> Tensor:
-    """Which of these boolean flags are set in any process."""
-    if rank_and_world()[1] == 1:
-        return flags
-    counts = flags.to(torch.uint8)
-    torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX)
-    return counts.bool()
-
-
-def gather(share: T) -> list[T]:
-    """What every process gives, in the order of the processes; in each."""
-    _, world = rank_and_world()
-    if world == 1:
-        return [share]
-    shares: list[Any] = [None] * world
-    torch.distributed.all_gather_object(shares, share)
-    return shares
 
 
 def connection_lost(error: BaseException) -> bool:
