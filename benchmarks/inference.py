@@ -86,7 +86,7 @@ def latency_of(model: DynamicRoutingNetwork, size: tuple[int, int], batch: int, 
     static, facts = model.specialize(whole), partial(cost_facts, model, size)
     routes = {"all open": whole} | (drawn(space, "latency", args) if batch == 1 else {}) | {"0 %": nothing}
     gate_routes = {"all open": whole, "half open": draw_route(space, 0.5, args.seed), "closed": nothing}
-    eager, float32 = SkipEngine(model, compiled=False), {"precision": "float32"}
+    eager, float32 = SkipEngine(model, backend="eager"), {"precision": "float32"}
     methods = products(args.device, PRECISIONS[args.device])
     methods.append(Method("plain", partial(plain_forward, model, images), facts(whole, gated=True) | float32))
     methods.append(Method("eager, gates all open", partial(eager, images), facts(whole, gated=True) | float32))
@@ -197,7 +197,7 @@ def equality(args: Namespace) -> dict[str, Any]:
     model, size = new_network(args), args.size[0]
     choosing = spread_gates(model, args.seed).to(args.device)
     images = random_images(2, size, args.seed).to(args.device)
-    made = {"eager float32": partial(SkipEngine, compiled=False)}
+    made = {"eager float32": partial(SkipEngine, backend="eager")}
     made |= {f"engine {p}": partial(SkipEngine, precision=p) for p in precisions(args.device)}
     runs = {words: (model, route) for words, route in drawn(model.space, "equality", args).items()}
     runs |= {"all open": (model, Route.all_open(model.space)), "0 %": (model, Route(model.space))}

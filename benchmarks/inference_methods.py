@@ -86,7 +86,7 @@ def alternate(methods: Sequence[Method], seconds: float, device: str = "cpu", se
 def random_network(depth: int, channels: int, classes: int, seed: int) -> DynamicRoutingNetwork:
     """Random weights, with the statistics of random images; all of its gates are open. In eval mode."""
     torch.manual_seed(seed)
-    model = DynamicRoutingNetwork(classes, depth, base_channels=channels, stem_channels=channels)
+    model = DynamicRoutingNetwork(num_classes=classes, depth=depth, base_channels=channels, stem_channels=channels)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None
@@ -105,7 +105,7 @@ def engines(model: DynamicRoutingNetwork, args: Namespace) -> dict[str, SkipEngi
 
 def precisions(device: str) -> list[str]:
     """Those that this machine computes in, and does not replace by another: asked of a small network."""
-    tiny = DynamicRoutingNetwork(2, depth=3, base_channels=2, stem_channels=1).to(device)
+    tiny = DynamicRoutingNetwork(num_classes=2, depth=3, base_channels=2, stem_channels=1).to(device)
     return [precision for precision in PRECISIONS[device] if SkipEngine(tiny, precision).precision == precision]
 
 
@@ -196,7 +196,7 @@ def plain_forward(model: DynamicRoutingNetwork, images: Tensor) -> Segmentation:
             for direction in node.directions:
                 target = scale + SCALE_STEP[direction]
                 after[target].append(alpha[:, direction, None, None, None] * node.transform(direction, hidden))
-                arrives[target] |= runs if space.zeros_arrive else alpha[:, direction] > 0
+                arrives[target] |= runs if model.config.zeros_arrive else alpha[:, direction] > 0
             drops = reached[scale] & ~runs
             after[scale + SCALE_STEP[KEEP]].append(features * drops[:, None, None, None])
             arrives[scale] |= drops

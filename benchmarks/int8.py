@@ -100,7 +100,7 @@ def on_camvid(root: str, folder: Path) -> list[dict]:
 def full_size(folder: Path) -> list[dict]:
     """Time alone, of a static network with random weights and the statistics of random images."""
     network = random_network(**FULL_NETWORK, seed=0)
-    model = network.specialize(routeseg.Route.all_open(network.space)).eval()
+    model = network.specialize(routeseg.Route.all_open(network.config.space)).eval()
     image = (np.random.default_rng(0).random((*FULL_SIZE, 3)) * 255).astype(np.uint8)
     Image.fromarray(image).save(folder / "noise.png")
     files = {

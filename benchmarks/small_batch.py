@@ -118,7 +118,7 @@ def perform(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Trains one network, or goes on training it; returns what is written into result.json."""
     data, recipe = DataConfig(**settings["data"]), Recipe(**settings["recipe"])
     torch.manual_seed(recipe.seed)
-    model = DynamicRoutingNetwork(len(CLASSES), **settings["model"])
+    model = DynamicRoutingNetwork(num_classes=len(CLASSES), **settings["model"])
     resume = (folder / RESUME_FILE).exists()
     if not resume:
         shutil.rmtree(folder / "logs", ignore_errors=True)

@@ -265,7 +265,7 @@ def perform(run: Run, accelerator: str = "auto") -> dict[str, Any]:
     found = {
         **evaluation.as_dict(),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "expected_share": share if model.gated else None,
+        "expected_share": share if model.config.gated else None,
         "seed": run.seed,
         "iterations": step,
         "seconds": result.seconds,

@@ -38,7 +38,9 @@ CLASSES = 19
 def measure(depth: int, channels: int, size: tuple[int, int], batch: int, precision: str, device: str) -> dict:
     """Seconds of a step (median), images per second, and the peak growth of memory in MiB."""
     torch.manual_seed(0)
-    model = DynamicRoutingNetwork(CLASSES, depth, base_channels=channels).to(device, memory_format=torch.channels_last)
+    model = DynamicRoutingNetwork(num_classes=CLASSES, depth=depth, base_channels=channels).to(
+        device, memory_format=torch.channels_last
+    )
     optimizer = torch.optim.SGD(parameter_groups(model, Recipe()), lr=0.01, momentum=0.9)
     table, budget = model_cost(model, size), Budget(0.5, 0.2)
     images = torch.rand(batch, 3, *size, device=device)

@@ -58,7 +58,13 @@ def scenes_checkpoint(folder: Path, **options) -> str:
     """A saved network of depth 3 for the classes of the scenes, with spread gates."""
     torch.manual_seed(0)
     model = DynamicRoutingNetwork(
-        len(CLASSES), depth=3, base_channels=8, stem_channels=8, class_names=CLASSES, palette=PALETTE, **options
+        num_classes=len(CLASSES),
+        depth=3,
+        base_channels=8,
+        stem_channels=8,
+        class_names=CLASSES,
+        palette=PALETTE,
+        **options,
     )
     return str(spread_gates(model).save(folder))
 

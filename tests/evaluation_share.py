@@ -19,7 +19,7 @@ PICTURES = 5
 def evaluate_share(rank: int = 0, world: int = 1) -> Evaluation:
     """The pictures that fall to this process: every second one, of different sizes, and so of different costs."""
     torch.manual_seed(0)
-    model = DynamicRoutingNetwork(len(CLASSES), depth=3, base_channels=8, stem_channels=8).eval()
+    model = DynamicRoutingNetwork(num_classes=len(CLASSES), depth=3, base_channels=8, stem_channels=8).eval()
     examples = []
     for index in range(rank, PICTURES, world):
         image, labels = draw_scene(0, index, (48 + 16 * index, 64), "mixed")

@@ -44,7 +44,7 @@ class TestArchitectures:
     def test_counted_parameters_are_those_of_the_network(self, name):
         row = architecture_table(SPACE, names=[name])[0]
         with torch.device("meta"):
-            model = DynamicRoutingNetwork(19, gate="fixed", route=name)
+            model = DynamicRoutingNetwork(num_classes=19, gate="fixed", route=name)
         assert row["static_params_m"] * 1e6 == sum(p.numel() for p in model.parameters())
 
     @pytest.mark.parametrize("depth", [7, 8, 12, 16, 24, 33])
@@ -171,13 +171,17 @@ class TestStaticNetworks:
 
     @pytest.mark.parametrize("name", ARCHITECTURES)
     def test_has_no_gates_and_no_unused_parameters(self, name):
-        model = DynamicRoutingNetwork(4, depth=8, base_channels=4, stem_channels=4, gate="fixed", route=name)
-        assert not model.gated and not model.gate_parameters()
+        model = DynamicRoutingNetwork(
+            num_classes=4, depth=8, base_channels=4, stem_channels=4, gate="fixed", route=name
+        )
+        assert not model.config.gated and not model.gate_parameters()
         model(torch.rand(2, 3, 64, 64)).logits.square().sum().backward()
         assert [key for key, p in model.named_parameters() if p.grad is None] == []
 
     def test_is_saved_with_its_edges_and_loaded(self, tmp_path):
-        model = DynamicRoutingNetwork(4, depth=8, base_channels=4, stem_channels=4, gate="fixed", route="u-net").eval()
+        model = DynamicRoutingNetwork(
+            num_classes=4, depth=8, base_channels=4, stem_channels=4, gate="fixed", route="u-net"
+        ).eval()
         loaded = load(model.save(tmp_path / "static"))
         assert loaded.route == model.route == architecture("u-net", RoutingSpace(8))
         assert len(json.loads((tmp_path / "static" / "config.json").read_text())["route"]) == len(model.route)
@@ -185,7 +189,9 @@ class TestStaticNetworks:
         assert torch.equal(loaded(images).logits, model(images).logits)
 
     def test_is_exported_by_torch(self):
-        model = DynamicRoutingNetwork(4, depth=8, base_channels=4, stem_channels=4, gate="fixed", route="u-net").eval()
+        model = DynamicRoutingNetwork(
+            num_classes=4, depth=8, base_channels=4, stem_channels=4, gate="fixed", route="u-net"
+        ).eval()
         images = torch.rand(1, 3, 64, 96)
         exported = torch.export.export(model, (images,)).module()
         torch.testing.assert_close(exported(images).logits, model(images).logits)
@@ -207,7 +213,7 @@ class TestStaticNetworks:
         static = tiny_network.specialize(route)
         images, routes = torch.rand(2, 3, 64, 96), [route, Route(space)]
         expected = tiny_network(images, routes)
-        for forward in (static, SkipEngine(static), SkipEngine(static, together=True)):
+        for forward in (static, SkipEngine(static), SkipEngine(static, backend="batched")):
             result = forward(images, routes)
             torch.testing.assert_close(result.logits, expected.logits, rtol=1e-5, atol=1e-5)
             assert torch.equal(result.gates, expected.gates)
@@ -228,13 +234,13 @@ class TestStaticNetworks:
         with pytest.raises(ValueError, match="drawn in RoutingSpace.depth=5"):
             tiny_network.specialize(Route.all_open(RoutingSpace(5)))
         with pytest.raises(ValueError, match="is no edge of"):
-            DynamicRoutingNetwork(4, depth=4, gate="fixed", route=[(9, 0, "keep")])
+            DynamicRoutingNetwork(num_classes=4, depth=4, gate="fixed", route=[(9, 0, "keep")])
         with pytest.raises(ValueError, match="is no edge: give"):
-            DynamicRoutingNetwork(4, depth=4, gate="fixed", route=[(0, 0, "sideways")])
+            DynamicRoutingNetwork(num_classes=4, depth=4, gate="fixed", route=[(0, 0, "sideways")])
         with pytest.raises(ValueError, match="has no gates: set gate to fixed"):
-            DynamicRoutingNetwork(4, depth=8, route="u-net")
+            DynamicRoutingNetwork(num_classes=4, depth=8, route="u-net")
         with pytest.raises(ValueError, match="route has no edges"):
-            DynamicRoutingNetwork(4, depth=4, gate="fixed", route=[])
+            DynamicRoutingNetwork(num_classes=4, depth=4, gate="fixed", route=[])
 
 
 class TestCommonRoute:
@@ -283,7 +289,7 @@ class TestCommonRoute:
 
 class TestSoftmaxGate:
     def test_one_path_leaves_every_node(self):
-        model = DynamicRoutingNetwork(4, depth=4, base_channels=8, stem_channels=8, gate="softmax").eval()
+        model = DynamicRoutingNetwork(num_classes=4, depth=4, base_channels=8, stem_channels=8, gate="softmax").eval()
         with torch.no_grad():
             for node in model.nodes.values():
                 node.gate.score.weight.normal_(std=2.0)
@@ -296,7 +302,7 @@ class TestSoftmaxGate:
         torch.testing.assert_close(skipping.logits, result.logits, rtol=1e-4, atol=1e-5)
 
     def test_learns(self):
-        model = DynamicRoutingNetwork(4, depth=4, base_channels=8, stem_channels=8, gate="softmax").train()
+        model = DynamicRoutingNetwork(num_classes=4, depth=4, base_channels=8, stem_channels=8, gate="softmax").train()
         model(torch.rand(2, 3, 64, 64)).logits.square().sum().backward()
         assert model.node(0, 0).gate.score.weight.grad.abs().sum() > 0
 
@@ -331,7 +337,14 @@ class TestCommand:
         assert message in capsys.readouterr().err
 
     def train(self, tmp_path, *words: str) -> int:
-        tiny = ["--model.base_channels", "4", "--model.stem_channels", "4", "--data.image_size", "[32, 64]"]
+        tiny = [
+            "--model.base_channels",
+            "4",
+            "--model.stem_channels",
+            "4",
+            "--data.image_size",
+            "[32, 64]",
+        ]
         tiny += ["--data.crop", "[32, 32]", "--data.batch_size", "2", "--data.train_images", "4", "--data.workers", "0"]
         tiny += ["--data.val_images", "2", "--recipe.iterations", "2", "--recipe.precise_bn_batches", "1"]
         return main(["train", *tiny, "--output", str(tmp_path / "run"), *words])

@@ -17,8 +17,8 @@ from routeseg.data.datamodule import DataConfig, open_data
 from routeseg.data.sets.folder import open_folder
 from routeseg.data.tools.check import check_split, look_at_pairs, pictures_to_show
 from routeseg.data.tools.findings import SMALLEST, find, verdict
-from routeseg.data.transforms import IGNORE
 from routeseg.figures import Section, contact_sheet
+from routeseg.labels import IGNORE
 from test_folder import blocks, describe, write_pictures
 
 BOTH = ("train", "val")

@@ -69,7 +69,7 @@ def test_evaluate_counts_by_hand(tmp_path, checkpoint):
 
 
 def test_evaluate_mistakes(tmp_path, checkpoint, capsys):
-    other = DynamicRoutingNetwork(4, depth=3, base_channels=8, stem_channels=8).save(tmp_path / "other")
+    other = DynamicRoutingNetwork(num_classes=4, depth=3, base_channels=8, stem_channels=8).save(tmp_path / "other")
     for words, expected in (
         (["evaluate", other, *SCENES], "4 classes"),
         (["evaluate", tmp_path / "nothing", *SCENES], "no checkpoint folder"),

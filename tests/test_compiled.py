@@ -71,7 +71,7 @@ CHANGES = {
 def test_equals_the_dense_forward(changes, size):
     model = network(**changes)
     batch = images(2, *size)
-    found, expected = SkipEngine(model, compiled=True)(batch), model(batch)
+    found, expected = SkipEngine(model, backend="kernels")(batch), model(batch)
     assert relative_error(found, expected) < 1e-5
     assert torch.allclose(found.gates, expected.gates, atol=1e-6)
 
@@ -107,7 +107,9 @@ def test_images_in_any_form(images_as):
         "half": batch.half() / 255,
         "channels_last": (batch.float() / 255).contiguous(memory_format=torch.channels_last),
     }[images_as]
-    assert relative_error(SkipEngine(model, compiled=True)(form), expected) < (1e-3 if images_as == "half" else 1e-5)
+    assert relative_error(SkipEngine(model, backend="kernels")(form), expected) < (
+        1e-3 if images_as == "half" else 1e-5
+    )
 
 
 @torch.no_grad()
@@ -148,7 +150,7 @@ from routeseg.engine.compiled import CompiledForward, _Conv
 from routeseg.space import DOWN, UP
 
 torch.manual_seed(3)
-model = spread_gates(DynamicRoutingNetwork(5, depth=5, base_channels=8, stem_channels=8), 3).eval()
+model = spread_gates(DynamicRoutingNetwork(num_classes=5, depth=5, base_channels=8, stem_channels=8), 3).eval()
 forward, images = CompiledForward(model, torch.float32), torch.rand(1, 3, 64, 96)
 logits, gates = forward(images, None, True)
 space, network = model.space, forward._packed.network
@@ -180,7 +182,7 @@ class TestBfloat16:
     def test_is_close(self, changes):
         model = network(**changes)
         batch = images(2, 75, 130)
-        found, expected = SkipEngine(model, "bfloat16", compiled=True)(batch), model(batch)
+        found, expected = SkipEngine(model, "bfloat16", backend="kernels")(batch), model(batch)
         assert found.logits.dtype == found.gates.dtype == torch.float32
         flipped = (found.gates > 0) != (expected.gates > 0)
         assert not flipped.any() or torch.maximum(found.gates, expected.gates)[flipped].max() < 0.05
@@ -213,7 +215,7 @@ class TestBfloat16:
 class TestAsALibrary:
     @torch.no_grad()
     def test_results_do_not_depend_on_the_number_of_threads(self):
-        engine, batch = SkipEngine(network(depth=6), compiled=True), images(1, 160, 224)
+        engine, batch = SkipEngine(network(depth=6), backend="kernels"), images(1, 160, 224)
         threads = torch.get_num_threads()
         try:
             results = []
@@ -227,7 +229,7 @@ class TestAsALibrary:
 
     @torch.no_grad()
     def test_memory_is_used_again_and_results_are_their_own(self):
-        engine = SkipEngine(network(), compiled=True)
+        engine = SkipEngine(network(), backend="kernels")
         first = engine(images(1, 64, 64, 1)).logits
         copy = first.clone()
         for seed, size in enumerate([(64, 64), (96, 32), (64, 64)]):
@@ -237,7 +239,7 @@ class TestAsALibrary:
     @torch.no_grad()
     def test_two_threads_share_an_engine(self):
         model = network()
-        engine = SkipEngine(model, compiled=True)
+        engine = SkipEngine(model, backend="kernels")
         batches = [images(1, 64 + 32 * seed, 64, seed) for seed in range(4)]
         expected = [engine(batch).logits for batch in batches]
         wrong: list[int] = []
@@ -260,7 +262,7 @@ class TestAsALibrary:
 import os, sys, torch
 from routeseg import DynamicRoutingNetwork, SkipEngine
 torch.set_num_threads(2)
-engine = SkipEngine(DynamicRoutingNetwork(5, depth=3, base_channels=8), compiled=True)
+engine = SkipEngine(DynamicRoutingNetwork(num_classes=5, depth=3, base_channels=8), backend="kernels")
 x = torch.rand(1, 3, 64, 64)
 expected = engine(x).logits
 child = os.fork()
@@ -271,10 +273,10 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or not same)
 """
         assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
-    @pytest.mark.parametrize("compiled", [True, False])
-    def test_an_engine_keeps_its_weights_whatever_becomes_of_the_network(self, compiled):
+    @pytest.mark.parametrize("backend", ["kernels", "eager"])
+    def test_an_engine_keeps_its_weights_whatever_becomes_of_the_network(self, backend):
         model = network()
-        engine, batch = SkipEngine(model, compiled=compiled), images(1, 64, 64)
+        engine, batch = SkipEngine(model, backend=backend), images(1, 64, 64)
         before = engine(batch).logits
         with torch.no_grad():
             for parameter in model.parameters():
@@ -285,18 +287,18 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or not same)
 
     def test_what_pytorch_defaults_to_does_not_matter(self):
         model, batch = network(), images(1, 64, 64)
-        expected = SkipEngine(model, compiled=True)(batch)
+        expected = SkipEngine(model, backend="kernels")(batch)
         try:
             torch.set_default_dtype(torch.float64)
             with torch.device("meta"):
-                found = SkipEngine(model, compiled=True)(batch)
+                found = SkipEngine(model, backend="kernels")(batch)
         finally:
             torch.set_default_dtype(torch.float32)
         assert torch.equal(found.logits, expected.logits) and torch.equal(found.gates, expected.gates)
 
     def test_two_engines_at_once_with_threads_of_their_own(self):
         models, batch = [network(seed) for seed in (1, 2)], images(1, 160, 224)
-        engines = [SkipEngine(model, compiled=True) for model in models]
+        engines = [SkipEngine(model, backend="kernels") for model in models]
         expected = [engine(batch).logits for engine in engines]
         same: list[bool] = []
 
@@ -335,16 +337,16 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or not same)
 
 class TestBadInput:
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    @pytest.mark.parametrize("compiled", [True, False])
-    def test_values_that_are_not_finite(self, compiled, value):
+    @pytest.mark.parametrize("backend", ["kernels", "eager"])
+    def test_values_that_are_not_finite(self, backend, value):
         batch = images(2, 64, 64)
         batch[1, 2, 63, 63] = value
         with pytest.raises(ValueError, match="the images contain NaN or infinite values"):
-            SkipEngine(network(), compiled=compiled)(batch)
+            SkipEngine(network(), backend=backend)(batch)
 
-    @pytest.mark.parametrize("compiled", [True, False])
-    def test_shapes_and_routes(self, compiled):
-        engine = SkipEngine(network(), compiled=compiled)
+    @pytest.mark.parametrize("backend", ["kernels", "eager"])
+    def test_shapes_and_routes(self, backend):
+        engine = SkipEngine(network(), backend=backend)
         with pytest.raises(ValueError, match=r"images have shape \[0, 3, 64, 64\]: expected .* B at least 1"):
             engine(images(0, 64, 64))
         with pytest.raises(ValueError, match="the smallest size is 32x32"):
@@ -354,22 +356,22 @@ class TestBadInput:
         with pytest.raises(ValueError, match="2 routes for 1 images"):
             engine(images(1, 64, 64), [Route(network().space)] * 2)
 
-    @pytest.mark.parametrize("compiled", [True, False])
-    def test_images_on_another_device(self, compiled):
+    @pytest.mark.parametrize("backend", ["kernels", "eager"])
+    def test_images_on_another_device(self, backend):
         with pytest.raises(ValueError, match="the images are on meta, the engine is on cpu: move them there"):
-            SkipEngine(network(), compiled=compiled)(images(1, 64, 64).to("meta"))
+            SkipEngine(network(), backend=backend)(images(1, 64, 64).to("meta"))
 
     def test_compiled_where_it_cannot_be(self, monkeypatch):
-        with pytest.raises(ValueError, match="take float32 networks, not torch.float64"):
-            SkipEngine(network().double(), compiled=True)
-        with pytest.raises(ValueError, match="one image after the other"):
-            SkipEngine(network(), together=True, compiled=True)
+        with pytest.raises(ValueError, match="weights are float64, the kernels take float32"):
+            SkipEngine(network().double(), backend="kernels")
+        with pytest.raises(ValueError, match="backend 'fast': choose one of auto, kernels, eager, batched"):
+            SkipEngine(network(), backend="fast")
         monkeypatch.setattr(compiled, "find_library", lambda dtype: None)
         with pytest.raises(ValueError, match="need a C\\+\\+ compiler when routeseg is installed"):
-            SkipEngine(network(), compiled=True)
+            SkipEngine(network(), backend="kernels")
 
     def test_without_kernels_the_engine_runs_on_pytorch(self, monkeypatch):
-        monkeypatch.setattr(skip, "is_compiled", lambda dtype: False)
+        monkeypatch.setattr(compiled, "find_library", lambda dtype: None)
         model, batch = network(), images(1, 64, 64)
         engine = SkipEngine(model)
         assert not isinstance(engine.forward, CompiledForward)

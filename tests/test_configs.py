@@ -29,7 +29,7 @@ def test_config(path):
     assert args.data.name == path.parent.name
     with torch.device("meta"):
         model = DynamicRoutingNetwork(num_classes=11, **vars(args.model))
-    assert model.gated == (path.stem != "static")
+    assert model.config.gated == (path.stem != "static")
     given = yaml.safe_load(path.read_text())
     assert args.recipe.iterations == given["recipe"]["iterations"]
 

@@ -16,7 +16,7 @@ from pictures import noise, save
 from routeseg.data.sets.folder import open_folder, read_description
 from routeseg.data.sets.voc import voc_palette
 from routeseg.data.tools.convert import Annotations, convert_coco, convert_voc
-from routeseg.data.transforms import IGNORE
+from routeseg.labels import IGNORE
 from test_folder import blocks
 
 BOTH = ("train", "val")

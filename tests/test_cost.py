@@ -12,7 +12,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from routeseg.cost.budget import Budget, budget_loss
-from routeseg.cost.macs import CONVENTIONS, cost_table, model_cost
+from routeseg.cost.macs import cost_table, model_cost
+from routeseg.counting import CONVENTIONS
 from routeseg.engine import SkipEngine
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.space import DOWN, KEEP, UP, Route, RoutingSpace
@@ -158,12 +159,12 @@ class TestCountedConvolutions:
         cost = model_cost(model, (64, 96), "conv")
         real = float(cost.of_gates(model(images).gates)[0])
         assert real < cost.full
-        assert counted_macs(SkipEngine(model, compiled=False), images) == real
+        assert counted_macs(SkipEngine(model, backend="eager"), images) == real
 
     def test_a_given_route_costs_its_open_paths_and_no_gate(self):
         model = tiny()
         route = Route(model.space, [(0, 0, DOWN), (1, 1, KEEP), (1, 1, DOWN), (2, 2, UP), (4, 1, KEEP)])
-        counted = counted_macs(SkipEngine(model, compiled=False), torch.rand(1, 3, 64, 64), route=route)
+        counted = counted_macs(SkipEngine(model, backend="eager"), torch.rand(1, 3, 64, 64), route=route)
         assert counted == model_cost(model, (64, 64), "conv").of_route(route)
 
 

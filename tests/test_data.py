@@ -25,7 +25,8 @@ from routeseg.data.datamodule import (
 )
 from routeseg.data.pairs import SKIPS_NAMED, LabelMap, UnreadableImage, read_image, read_label_file
 from routeseg.data.sets import camvid
-from routeseg.data.transforms import IGNORE, PADDING_RGB, Augmentation
+from routeseg.data.transforms import PADDING_RGB, Augmentation
+from routeseg.labels import IGNORE
 
 COLOURS = np.array(
     [[250, 10, 10], [10, 250, 10], [10, 10, 250], [250, 250, 10], [10, 250, 250], [250, 10, 250]], np.uint8

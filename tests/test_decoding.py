@@ -20,7 +20,8 @@ from routeseg.data import cache, pairs
 from routeseg.data.cache import ImageCache
 from routeseg.data.datamodule import DataConfig, SegmentationDataModule
 from routeseg.data.pairs import LabelMap, UnreadableImage, read_image
-from routeseg.data.transforms import IGNORE, LUMA_RGB, jitter
+from routeseg.data.transforms import LUMA_RGB, jitter
+from routeseg.labels import IGNORE
 
 ROTATED = 6  # EXIF orientation
 ENCODINGS = {

@@ -238,7 +238,10 @@ def test_a_process_that_dies_ends_the_job(tmp_path, capsys, launcher):
         (["--recipe.clip_norm", "0"], "recipe.clip_norm is 0"),
         (["--accelerator", "abacus"], "abacus"),
         (["--data.batch_size", "1", "--data.crop", "[32,32]"], "batch_size 1 .* single value .*frozen"),
-        (["--data.batch_size", "1", "--data.crop", "[128,128]", "--model.small_gate", "true"], "with small gates"),
+        (
+            ["--data.batch_size", "1", "--data.crop", "[128,128]", "--model.small_gate", "true"],
+            "with small gates",
+        ),
     ],
 )
 def test_wrong_requests(tmp_path, capsys, words, message):

@@ -18,6 +18,7 @@ from routeseg import DynamicRoutingNetwork, Route, SkipEngine, build_engine
 from routeseg.engine import skip
 from routeseg.engine.eager import EagerForward
 from routeseg.engine.graphs import KEPT, Recordings
+from routeseg.model.request import Request
 from test_model import close, images, random_route
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,7 +79,7 @@ def test_one_image_crosses_once_per_layer(changes):
     seen, gates = transfers_of(model, 1)
     assert not seen.other
     assert len(seen.down) == model.space.depth + 1 and seen.up == [gates.size]
-    reached = model.space.reached(gates[0])
+    reached = model.space.reached(gates[0], model.config.zeros_arrive)
     directions = [[len(model.space.directions(layer, s)) * reached[layer, s] for s in range(4)] for layer in range(7)]
     assert seen.down == np.sum(directions, axis=1).tolist(), "no more than the scores of the nodes that are reached"
     assert (gates > 0).any() and (gates[:, model.space.legal] == 0).any()
@@ -109,10 +110,10 @@ def test_a_known_route_asks_the_device_nothing(batch):
 
 
 @pytest.mark.parametrize("changes", [{}, {"small_gate": True}, {"gate": "softmax"}, {"zeros_arrive": True}])
-@pytest.mark.parametrize("together", [False, True])
-def test_the_operations_for_gpus_give_what_dense_gives(changes, together):
+@pytest.mark.parametrize("backend", ["eager", "batched"])
+def test_the_operations_for_gpus_give_what_dense_gives(changes, backend):
     model = network(**changes)
-    engine = SkipEngine(model, together=together, compiled=False)
+    engine = SkipEngine(model, backend=backend)
     batch = torch.cat([images(3, 50, 70), torch.zeros(1, 3, 50, 70), torch.ones(1, 3, 50, 70)])
     some = [random_route(model.space, seed, share) for seed, share in enumerate((0.1, 0.3, 0.5, 0.7, 0.9))]
     for route in (None, Route(model.space), Route.all_open(model.space), some):
@@ -135,10 +136,10 @@ def test_half_precision_is_near_to_float32(dtype, bound):
     for node in half.model.nodes.values():
         node.cell.register_forward_hook(lambda m, x, out: layouts.append((out.dtype, out.stride()[1] == 1)))
     with torch.inference_mode():
-        free_logits, gates = half(batch, None, True)
+        free = half(batch, Request.of(model.config, 3))
+        free_logits, gates = free.logits, free.gates
         routes = [random_route(model.space, seed) for seed in range(3)]
-        given = np.stack([route.to_gates() for route in routes])
-        logits, _ = half(batch, given, False)
+        logits = half(batch, Request.of(model.config, 3, routes)).logits
         exact = model(batch, routes)
         for image in range(3):  # by its own choices
             route = Route.from_gates(model.space, gates[image].numpy())
@@ -171,7 +172,7 @@ class FxRecorder:
 
 
 def recording_engine(model):
-    engine = SkipEngine(model, together=True, compiled=False)
+    engine = SkipEngine(model, backend="batched")
     assert engine.forward.recordings is None, "on a CPU nothing is recorded"
     engine.forward.recordings, recorder = Recordings(recorder := FxRecorder()), recorder
     return engine, recorder
@@ -181,7 +182,7 @@ def test_recorded_routes_give_the_results_of_unrecorded_ones():
     """For other images, another dtype, another route and another size than those that were recorded."""
     model = network()
     engine, recorder = recording_engine(model)
-    plain = SkipEngine(model, together=True, compiled=False)
+    plain = SkipEngine(model, backend="batched")
     routes = [random_route(model.space, seed) for seed in (1, 2)]
     cases = [(2, 64, 96, routes[0]), (2, 64, 96, routes[1]), (1, 50, 70, routes[0])]
     for turn in range(4):
@@ -252,7 +253,7 @@ def test_a_failed_recording_is_said_once_and_changes_nothing(caplog):
             raise RuntimeError("operation not permitted when stream is capturing\nand so on")
 
     model = network()
-    engine = SkipEngine(model, together=True, compiled=False)
+    engine = SkipEngine(model, backend="batched")
     expected = [engine(images(1), route).logits for route in (Route.all_open(model.space), Route(model.space))]
     engine.forward.recordings = Recordings(Failing())
     with caplog.at_level(logging.WARNING, "routeseg"):

@@ -18,11 +18,11 @@ from conftest import run, spread_gates
 from routeseg import DynamicRoutingNetwork, SkipEngine
 from routeseg.cost.macs import model_cost
 from routeseg.data.datamodule import DataConfig, evaluation_loader, open_data
-from routeseg.data.transforms import IGNORE
 from routeseg.evaluation import evaluate
 from routeseg.evaluation.boundary import boundary_counts
 from routeseg.evaluation.submission import Submission
 from routeseg.evaluation.test_time import MultiPass
+from routeseg.labels import IGNORE
 from routeseg.model import Segmentation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -307,7 +307,7 @@ def networks(tmp_path_factory):
 
     def checkpoint(classes, **options):
         torch.manual_seed(0)
-        model = DynamicRoutingNetwork(classes, depth=3, base_channels=8, stem_channels=8, **options)
+        model = DynamicRoutingNetwork(num_classes=classes, depth=3, base_channels=8, stem_channels=8, **options)
         return spread_gates(model).save(tmp_path_factory.mktemp("networks") / str(classes))
 
     return checkpoint
@@ -470,7 +470,9 @@ def test_agreement_with_the_official_script_for_good_predictions(tmp_path, layou
     """The same for predictions that are right at most pixels, of all classes."""
     root = layouts("cityscapes")
     pictures = open_data(DataConfig(name="cityscapes", root=str(root)), "val")
-    model = DynamicRoutingNetwork(19, depth=3, base_channels=4, stem_channels=4, class_names=pictures.classes.names)
+    model = DynamicRoutingNetwork(
+        num_classes=19, depth=3, base_channels=4, stem_channels=4, class_names=pictures.classes.names
+    )
     rng = np.random.default_rng(0)
     remaining = [pictures.read(index)[1] for index in range(len(pictures))]
 

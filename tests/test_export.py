@@ -176,7 +176,7 @@ def test_openvino(tmp_path):
     gated = network(None, zeros_arrive=True)
     small = network(-1.0, small_gate=True, gate="softmax", num_scales=3)
     for name, model in (("static", gated.specialize(Route.all_open(gated.space))), ("zeros", gated), ("small", small)):
-        file = export(model, tmp_path / f"{name}.onnx", routed=model.gated)
+        file = export(model, tmp_path / f"{name}.onnx", routed=model.config.gated)
         compiled = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
         def with_openvino(images, compiled=compiled):
@@ -195,7 +195,7 @@ def test_metadata():
         data = json.loads(entry.value)
         assert entry.key == "routeseg" and data == json.loads(json.dumps(metadata(model, kind)))
         assert data["kind"] == kind and data["precision"] == "float32" and data["format"] == 1
-        assert data["gated"] == model.gated and data["class_names"] == list("abcde")
+        assert data["gated"] == model.config.gated and data["class_names"] == list("abcde")
         assert NetworkDescription.from_metadata(data).fingerprint == describe(model).fingerprint
         assert file.ir_version <= 10 and [(o.domain, o.version) for o in file.opset_import] == [("", 18)]
     assert metadata(gated, "routed")["route"] is None

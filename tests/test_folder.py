@@ -20,7 +20,7 @@ from routeseg import files
 from routeseg.data.pairs import LabelMap, UnreadableImage
 from routeseg.data.sets.folder import Fraction, open_folder, read_description, write_classes
 from routeseg.data.sets.voc import voc_palette
-from routeseg.data.transforms import IGNORE
+from routeseg.labels import IGNORE
 
 
 def blocks(values, height: int = 32, width: int = 40, seed: int = 0) -> np.ndarray:

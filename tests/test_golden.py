@@ -57,7 +57,7 @@ def test_counts(golden):
     model, values, facts = golden
     assert sum(p.numel() for p in model.parameters()) == facts["params"]
     assert model.space.depth == facts["layer_num"]
-    assert model.base_channels == facts["init_channel"]
+    assert model.config.base_channels == facts["init_channel"]
     table = authors_table(model, facts)
     assert table.stem == pytest.approx(facts["stem_mflops"] * 1e6, rel=1e-6)
     assert table.decoder == pytest.approx(facts["head_mflops"] * 1e6, rel=1e-6)
@@ -112,7 +112,7 @@ def test_pth_as_released(tmp_path):
 def test_without_gates():
     state = load_file(GOLDEN / "tiny_open.weights.safetensors")
     model = routeseg.import_checkpoint({k: v for k, v in state.items() if ".gate_conv_beta." not in k})
-    assert not model.gated
+    assert not model.config.gated
     assert (model(torch.rand(1, 3, 64, 64)).gates[0].detach().numpy() == model.space.legal).all()
 
 

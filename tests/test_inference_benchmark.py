@@ -48,7 +48,9 @@ def test_drawn_routes(space, share):
 @pytest.mark.parametrize("size", [(64, 96), (37, 50)])
 def test_plain_forward_is_the_dense_one(size, zeros_arrive):
     """But for its memory format, and that it computes what is closed."""
-    model = DynamicRoutingNetwork(5, 4, base_channels=8, stem_channels=8, zeros_arrive=zeros_arrive, small_gate=True)
+    model = DynamicRoutingNetwork(
+        num_classes=5, depth=4, base_channels=8, stem_channels=8, zeros_arrive=zeros_arrive, small_gate=True
+    )
     model, images = spread_gates(model).eval(), torch.rand(2, 3, *size)
     computed = []
     for node in model.nodes.values():

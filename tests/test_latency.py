@@ -49,7 +49,7 @@ def test_counts_by_hand():
 @pytest.mark.parametrize("zeros_arrive", [False, True])
 def test_counts_are_what_the_kernels_run(zeros_arrive):
     model = spread_gates(
-        DynamicRoutingNetwork(5, depth=6, base_channels=16, stem_channels=8, zeros_arrive=zeros_arrive)
+        DynamicRoutingNetwork(num_classes=5, depth=6, base_channels=16, stem_channels=8, zeros_arrive=zeros_arrive)
     ).eval()
     engine = SkipEngine(model)
     for seed in range(5):
@@ -90,31 +90,33 @@ def test_parts_add_up_to_cost_and_latency(tiny_network):
     assert total["ms"] == pytest.approx(sum(row["ms"] for row in rows))
 
 
-@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_kernels), False])
-def test_profile_predicts(compiled, monkeypatch):
+@pytest.mark.parametrize("backend", [pytest.param("kernels", marks=needs_kernels), "eager"])
+def test_profile_predicts(backend, monkeypatch):
     """Longer routes take longer, as the table says and as is measured: in processor time, which other programs on the
     machine do not lengthen as they do the time that passes. Loose all the same."""
     monkeypatch.setattr("routeseg.engine.profiling.time.perf_counter", time.process_time)
-    model = DynamicRoutingNetwork(5, depth=6, base_channels=16, stem_channels=16).eval()
+    model = DynamicRoutingNetwork(num_classes=5, depth=6, base_channels=16, stem_channels=16).eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     steps: list[None] = []
-    table = profile(model, (128, 128), routes=12, repeats=3, compiled=compiled, step=lambda: steps.append(None))
+    table = profile(model, (128, 128), routes=12, repeats=3, backend=backend, step=lambda: steps.append(None))
     assert len(steps) == 3 * (40 + 12 + 2)
-    assert table.facts["how"] == ("clocked" if compiled else "fitted")
+    assert table.facts["how"] == ("clocked" if backend == "kernels" else "fitted")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     predicted, measured = (
         [row[key] for row in table.facts["test"]["routes"]] for key in ("predicted_ms", "measured_ms")
     )
     assert np.corrcoef(predicted, measured)[0, 1] > 0.7
     assert table.facts["test"]["median_error"] < 0.5
-    if compiled:
+    if backend == "kernels":
         assert (
             (table.part_ms[:, :2] > 0).all() and (table.part_ms[1:, 2] > 0).all() and (table.part_ms[:-1, 3] > 0).all()
         )
 
 
 def test_profile_of_a_static_network():
-    model = DynamicRoutingNetwork(5, depth=6, base_channels=8, stem_channels=8, gate="fixed", route="fcn-32s").eval()
+    model = DynamicRoutingNetwork(
+        num_classes=5, depth=6, base_channels=8, stem_channels=8, gate="fixed", route="fcn-32s"
+    ).eval()
     table = profile(model, SIZE, routes=3, repeats=1)
     assert table.network["route"] == [list(edge) for edge in model.route.named_edges]
     assert not any(row["gates"] for row in table.facts["test"]["routes"])
@@ -129,7 +131,7 @@ def test_file(tmp_path, tiny_network):
     read.check(tiny_network, SIZE, file)
     with pytest.raises(ValueError, match="64x96.*64x64"):
         read.check(tiny_network, (64, 64), file)
-    wider = DynamicRoutingNetwork(5, depth=4, base_channels=16, stem_channels=8)
+    wider = DynamicRoutingNetwork(num_classes=5, depth=4, base_channels=16, stem_channels=8)
     with pytest.raises(ValueError, match="another network: base_channels is 8 there, 16 here"):
         read.check(wider, SIZE, file)
     data = json.loads(file.read_text())

@@ -21,7 +21,7 @@ from routeseg.data.sets.camvid import open_camvid
 from routeseg.data.sets.cityscapes import open_cityscapes
 from routeseg.data.sets.voc import open_voc, read_sbd, train_aug_names, voc_palette
 from routeseg.data.tools import layouts as writers
-from routeseg.data.transforms import IGNORE
+from routeseg.labels import IGNORE
 
 SIZE, TRAIN, VAL = (48, 96), 4, 2  # of the fixture `layouts`
 

@@ -15,8 +15,8 @@ from routeseg.space import DOWN, KEEP
 ENGINES = {
     "dense": DynamicRoutingNetwork.eval,
     "skip": SkipEngine,
-    "skip eager": lambda m: SkipEngine(m, compiled=False),
-    "skip together": lambda m: SkipEngine(m, together=True),
+    "skip eager": lambda m: SkipEngine(m, backend="eager"),
+    "skip together": lambda m: SkipEngine(m, backend="batched"),
 }
 
 
@@ -135,7 +135,7 @@ def test_skip_engine_equals_dense(changes, size, activation):
 def test_skip_engine_is_as_exact_as_dense_when_deep(seed):
     """Sixteen layers of random gates amplify rounding, in the dense forward too. In float64 both agree; in
     float32 the engine is no further from that than the dense forward is."""
-    model = spread_gates(DynamicRoutingNetwork(7, base_channels=8, stem_channels=8), seed).eval()
+    model = spread_gates(DynamicRoutingNetwork(num_classes=7, base_channels=8, stem_channels=8), seed).eval()
     exact = copy.deepcopy(model).double()
     batch = images(2, 96, 128, seed)
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_skip_engine_is_as_exact_as_dense_when_deep(seed):
 
 def test_skip_engine_does_not_compute_what_is_closed(tiny_network):
     """It runs the cells of the open nodes, for the images that open them, and no other; likewise the transforms."""
-    engine, space = SkipEngine(tiny_network, together=True), tiny_network.space
+    engine, space = SkipEngine(tiny_network, backend="batched"), tiny_network.space
     routes = [random_route(space, 1, 0.4), random_route(space, 2, 0.4)]
     ran: list[tuple[str, int]] = []
     for (layer, scale), node in ((n, engine.forward.model.node(*n)) for n in space.nodes):
@@ -166,7 +166,7 @@ def test_skip_engine_does_not_compute_what_is_closed(tiny_network):
 @pytest.mark.usefixtures("one_thread")
 def test_skip_engine_is_faster_with_half_of_the_paths_closed():
     """At a size where convolutions dominate, in turns, in processor time: other programs do not lengthen it."""
-    model = DynamicRoutingNetwork(5, depth=8, base_channels=32, stem_channels=8).eval()
+    model = DynamicRoutingNetwork(num_classes=5, depth=8, base_channels=32, stem_channels=8).eval()
     engine, batch = build_engine(model), images(1, 256, 384)
     # Half of the edges: every keep, and the way down to each scale; so every cell runs, here and there.
     half = [(layer, s, d) for layer, s, d in model.space.edges if d == KEEP or (d == DOWN and s == layer)]
@@ -204,7 +204,9 @@ def test_routes_that_do_not_fit(tiny_network):
     "operations", [["sep_conv_3x3"], ["sep_conv_5x5", "identity"], ["sep_conv_3x3", "sep_conv_5x5"], ["identity"]]
 )
 def test_cell_operations(operations):
-    model = DynamicRoutingNetwork(3, depth=3, base_channels=8, stem_channels=8, cell_operations=operations).eval()
+    model = DynamicRoutingNetwork(
+        num_classes=3, depth=3, base_channels=8, stem_channels=8, cell_operations=operations
+    ).eval()
     with torch.no_grad():
         assert close(build_engine(model)(images()).logits, model(images()).logits)
 
@@ -229,7 +231,7 @@ def test_arguments_that_make_no_network(arguments, message):
 
 
 def test_every_parameter_learns():
-    model = spread_gates(DynamicRoutingNetwork(3, depth=4, base_channels=8, stem_channels=8)).train()
+    model = spread_gates(DynamicRoutingNetwork(num_classes=3, depth=4, base_channels=8, stem_channels=8)).train()
     for node in model.nodes.values():
         torch.nn.init.constant_(node.gate.score.bias, 1.0)
         node.gate.score.weight.data.mul_(0.01)
@@ -240,7 +242,7 @@ def test_every_parameter_learns():
 
 def test_gates_start_open():
     """tanh(1.5) = 0.905 (Sec. 3.2)."""
-    model = DynamicRoutingNetwork(3, depth=3, base_channels=8).eval()
+    model = DynamicRoutingNetwork(num_classes=3, depth=3, base_channels=8).eval()
     with torch.no_grad():
         gates = model(images()).gates.numpy()
     assert abs(gates[:, model.space.legal].mean() - 0.905) < 0.02
@@ -309,7 +311,7 @@ def test_gradients_where_only_closed_paths_lead(zeros_arrive):
     by default they do not run."""
     torch.manual_seed(0)
     model = DynamicRoutingNetwork(
-        5, depth=16, base_channels=4, stem_channels=4, small_gate=True, zeros_arrive=zeros_arrive
+        num_classes=5, depth=16, base_channels=4, stem_channels=4, small_gate=True, zeros_arrive=zeros_arrive
     )
     with torch.no_grad():
         for module in model.modules():

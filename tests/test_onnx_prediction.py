@@ -138,7 +138,9 @@ class TestSameFiles:
                 assert getattr(network.network, name) == pytest.approx(getattr(expected, name), rel=1e-6)
             exact = {name: value for name, value in vars(expected).items() if not name.startswith("pixel")}
             assert exact.items() <= vars(network.network).items()
-            assert network.network.space.zeros_arrive == model.space.zeros_arrive  # which == of spaces leaves out
+            assert (
+                network.network.config.space.zeros_arrive == model.space.zeros_arrive
+            )  # which == of spaces leaves out
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_a_batch_is_its_images(self, files, models, kind):
@@ -147,7 +149,7 @@ class TestSameFiles:
         logits, gates = network.run(batch)
         with torch.no_grad():
             expected = model(torch.from_numpy(batch))
-        assert logits.shape == (3, model.num_classes, 40, 70) and gates.shape == expected.gates.shape
+        assert logits.shape == (3, model.config.num_classes, 40, 70) and gates.shape == expected.gates.shape
         limit = 1e-4 * float(expected.logits.abs().max())
         assert np.abs(logits - expected.logits.numpy()).max() < limit
         assert np.abs(gates - expected.gates.numpy()).max() < 1e-4

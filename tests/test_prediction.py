@@ -142,7 +142,7 @@ class TestPredictFiles:
             ids = np.asarray(picture)
         assert np.array_equal(ids, result.labels[0].numpy())
         assert len(np.unique(ids)) > 1, "the check above compared something"
-        assert np.array_equal(colours[: network.num_classes], network.palette)
+        assert np.array_equal(colours[: network.config.num_classes], network.config.palette)
         mask = read_label_file(tmp_path / "out" / "street_labels.png")
         assert np.array_equal(mask, ids), "a label map can serve as a mask to train on"
 
@@ -153,7 +153,7 @@ class TestPredictFiles:
         prediction = summary.predictions[0]
         assert prediction.image == path and prediction.name == "street" and prediction.size == (64, 96)
         text = (tmp_path / "out" / "street_route.json").read_text()
-        assert Route.from_json(text) == Route.from_gates(network.space, result.gates[0].numpy())
+        assert Route.from_json(text) == Route.from_gates(network.config.space, result.gates[0].numpy())
         cost = model_cost(network, (64, 96))
         assert prediction.cost_macs == pytest.approx(float(cost.of_gates(result.gates)[0]))
         assert prediction.full_macs == pytest.approx(cost.full)
@@ -217,7 +217,7 @@ class TestPredictFiles:
 
     def test_the_cost_is_that_of_the_size_that_is_computed(self, tmp_path):
         """With three scales 16 pixels would do for the space, but the network takes no less than 32."""
-        model = DynamicRoutingNetwork(5, depth=3, num_scales=3, base_channels=8, stem_channels=8).eval()
+        model = DynamicRoutingNetwork(num_classes=5, depth=3, num_scales=3, base_channels=8, stem_channels=8).eval()
         prediction = run(model, [save(tmp_path / "a.png", noise(10, 12))], tmp_path / "out").predictions[0]
         assert prediction.full_macs == pytest.approx(model_cost(model, (32, 32)).full)
 

@@ -128,7 +128,7 @@ class TestClassifier:
         model = classifier(class_names=("apple", "leaf", "sea")).eval()
         model.save(tmp_path)
         again = DynamicRoutingClassifier.from_pretrained(str(tmp_path)).eval()
-        assert again.class_names == model.class_names
+        assert again.class_names == model.config.class_names
         images = torch.rand(1, 3, 32, 32)
         assert torch.equal(again(images).logits, model(images).logits)
 
@@ -252,7 +252,7 @@ class TestCommand:
     def test_pretrain(self, pretrained, tree):
         assert {path.name for path in pretrained.iterdir()} == {"best", "last", "last.ckpt", "logs", "tensorboard"}
         model = DynamicRoutingClassifier.from_pretrained(str(pretrained / "last"))
-        assert model.class_names == ("apple", "leaf", "sea") and model.base_channels == 8
+        assert model.config.class_names == ("apple", "leaf", "sea") and model.config.base_channels == 8
 
     def test_says_what_came_out(self, tmp_path, tree, capsys):
         code, out, _ = run(words(tree, tmp_path / "run"), capsys)
@@ -353,8 +353,10 @@ class TestInitialize:
         assert ("depth", 3, 4) in report.differences
 
     def test_the_input_normalisation_comes_along(self, tmp_path):
-        DynamicRoutingNetwork(5, pixel_mean=(0.1, 0.2, 0.3), pixel_std=(1, 1, 2), **NETWORK).save(tmp_path / "a")
-        model = DynamicRoutingNetwork(5, **NETWORK).eval()
+        DynamicRoutingNetwork(num_classes=5, pixel_mean=(0.1, 0.2, 0.3), pixel_std=(1, 1, 2), **NETWORK).save(
+            tmp_path / "a"
+        )
+        model = DynamicRoutingNetwork(num_classes=5, **NETWORK).eval()
         initialize(model, tmp_path / "a")
         images = torch.rand(1, 3, 32, 32)
         with torch.no_grad():
@@ -369,7 +371,7 @@ class TestInitialize:
          ({"stem_channels": 4, "cell_operations": ["sep_conv_5x5"]}, "cell_operations is")],
     )  # fmt: skip
     def test_a_network_of_another_kind_is_refused(self, pretrained, change, expected):
-        model = DynamicRoutingNetwork(5, **{**NETWORK, **change})
+        model = DynamicRoutingNetwork(num_classes=5, **{**NETWORK, **change})
         before = {name: value.clone() for name, value in model.state_dict().items()}
         with pytest.raises(ValueError, match="does not fit the network: .*The likely reason: ") as error:
             initialize(model, pretrained / "last")
@@ -377,7 +379,7 @@ class TestInitialize:
         assert equal(before, model.state_dict())
 
     def test_what_is_no_checkpoint(self, tmp_path, pretrained):
-        model = DynamicRoutingNetwork(5, **NETWORK)
+        model = DynamicRoutingNetwork(num_classes=5, **NETWORK)
         save_file({"fc.weight": torch.ones(3)}, tmp_path / "model.safetensors")
         for config, expected in ((None, "config.json is missing"), ("[]", "holds no object"), ("{", "describes no"),
                                  ("{}", "0 of the .* Its config does not tell why")):  # fmt: skip
@@ -406,7 +408,7 @@ class TestInitialize:
     def test_train_init_and_resume(self, tmp_path, pretrained, capsys):
         """A resumed run goes on with its own weights, and with the input normalisation that it began with."""
         source = tmp_path / "source"
-        DynamicRoutingNetwork(5, pixel_mean=(0.1, 0.2, 0.3), **NETWORK).save(source)
+        DynamicRoutingNetwork(num_classes=5, pixel_mean=(0.1, 0.2, 0.3), **NETWORK).save(source)
         output = tmp_path / "run"
         assert run(train_words(output, f"--init={source}"), capsys)[0] == 0
         report = (output / "init.json").read_text()

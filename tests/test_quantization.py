@@ -32,7 +32,9 @@ def images(tmp_path_factory) -> list[Path]:
 
 def gated(**options) -> DynamicRoutingNetwork:
     torch.manual_seed(0)
-    return spread_gates(DynamicRoutingNetwork(5, depth=4, base_channels=8, stem_channels=8, **options)).eval()
+    return spread_gates(
+        DynamicRoutingNetwork(num_classes=5, depth=4, base_channels=8, stem_channels=8, **options)
+    ).eval()
 
 
 MODELS = {
@@ -48,7 +50,11 @@ def test_near_the_float32_network(name, images, tmp_path):
     steps: list[int] = []
     file = export_int8(model, tmp_path / "net.onnx", images[:4], lambda: steps.append(1))
     network = OnnxNetwork(file)
-    assert network.precision == "int8" and network.kind == ("dense" if model.gated else "static") and len(steps) == 4
+    assert (
+        network.precision == "int8"
+        and network.kind == ("dense" if model.config.gated else "static")
+        and len(steps) == 4
+    )
     for number in (4, 5, 0):  # the first two are new to it
         image = draw_scene(0, number, (64, 128))[0].transpose(2, 0, 1)[None]
         logits, gates = network.run(image)
@@ -110,7 +116,9 @@ def test_small_images_will_do(tmp_path):
 
 def test_nothing_to_calibrate_with(tmp_path):
     with pytest.raises(ValueError, match="no image to calibrate with"):
-        export_int8(DynamicRoutingNetwork(3, depth=3, base_channels=4, stem_channels=4), tmp_path / "net.onnx", [])
+        export_int8(
+            DynamicRoutingNetwork(num_classes=3, depth=3, base_channels=4, stem_channels=4), tmp_path / "net.onnx", []
+        )
 
 
 def test_images_too_large_to_calibrate_with_are_named(images, tmp_path, monkeypatch):
@@ -118,7 +126,7 @@ def test_images_too_large_to_calibrate_with_are_named(images, tmp_path, monkeypa
         raise RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory")
 
     monkeypatch.setattr("onnxruntime.quantization.quantize_static", fail)
-    model = DynamicRoutingNetwork(3, depth=3, base_channels=4, stem_channels=4).eval()
+    model = DynamicRoutingNetwork(num_classes=3, depth=3, base_channels=4, stem_channels=4).eval()
     with pytest.raises(ValueError, match="calibration failed .*Failed to allocate memory.: give smaller images"):
         export_int8(model, tmp_path / "net.onnx", images)
     assert not (tmp_path / "net.onnx").exists()

@@ -271,7 +271,9 @@ def test_routes_writes_the_common_route(tmp_path, checkpoint, capsys):
 
 def test_a_threshold_that_closes_everything(tmp_path, capsys):
     torch.manual_seed(0)
-    model = DynamicRoutingNetwork(10, depth=3, base_channels=8, stem_channels=8, class_names=CLASSES, palette=PALETTE)
+    model = DynamicRoutingNetwork(
+        num_classes=10, depth=3, base_channels=8, stem_channels=8, class_names=CLASSES, palette=PALETTE
+    )
     with torch.no_grad():
         for node in model.nodes.values():
             node.gate.score.bias.fill_(-9.0)
@@ -283,7 +285,7 @@ def test_a_threshold_that_closes_everything(tmp_path, capsys):
 def test_routes_mistakes(tmp_path, checkpoint, own_data, capsys):
     folder, words = own_data
     static = scenes_checkpoint(tmp_path / "static", gate="fixed")
-    four = DynamicRoutingNetwork(4, depth=3, base_channels=8, stem_channels=8).save(tmp_path / "four")
+    four = DynamicRoutingNetwork(num_classes=4, depth=3, base_channels=8, stem_channels=8).save(tmp_path / "four")
     (tmp_path / "file").write_text("")
     for command, expected in (
         ([static, *SCENES], "static has no gates: its route is the same for every image"),

@@ -62,7 +62,7 @@ def test_experiment_files(path):
         assert network.recipe == networks["u-net"].recipe and network.data == networks["u-net"].data
         with torch.device("meta"):
             model = DynamicRoutingNetwork(num_classes=11, **vars(network.args.model))
-        assert model.gated == (network.kind in ("dynamic", "softmax"))
+        assert model.config.gated == (network.kind in ("dynamic", "softmax"))
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from routeseg.cost.macs import model_cost
 from routeseg.data.datamodule import TRAIN_STREAM, DataConfig, TrainingPictures, evaluation_loader, open_data
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import evaluate
-from routeseg.model.grid import RoutingGrid
+from routeseg.model.grid import RoutedNetwork
 from routeseg.training.batch_norm import precise_batch_norm
 from routeseg.training.callbacks import ValidateAndSave
 from routeseg.training.segmentation import Recipe, cross_entropy_sum, train
@@ -67,7 +67,7 @@ def fit(output, batch_size, budget=0.5, resume=False, **changes):
 @contextmanager
 def nodes_that_run():
     """A list with the set of nodes that run, for each forward in training."""
-    ran, route, leave = [], RoutingGrid._route, RoutingGrid._leave
+    ran, route, leave = [], RoutedNetwork._route, RoutedNetwork._leave
 
     def note_route(self, *args, **options):
         if self.training:
@@ -79,11 +79,11 @@ def nodes_that_run():
             node.cell.register_forward_pre_hook(lambda *_: ran[-1].add((layer, scale)))
         return leave(self, node, layer, scale, *args, **options)
 
-    RoutingGrid._route, RoutingGrid._leave = note_route, note_leave
+    RoutedNetwork._route, RoutedNetwork._leave = note_route, note_leave
     try:
         yield ran
     finally:
-        RoutingGrid._route, RoutingGrid._leave = route, leave
+        RoutedNetwork._route, RoutedNetwork._leave = route, leave
 
 
 def images_and_labels(count=4):

@@ -3,7 +3,6 @@ from .architectures import ARCHITECTURES as ARCHITECTURES
 from .architectures import common_route as common_route
 from .cost.budget import Budget as Budget
 from .cost.latency import LatencyTable as LatencyTable
-from .cost.macs import cost_table as cost_table
 from .cost.macs import model_cost as model_cost
 from .engine import SkipEngine as SkipEngine
 from .engine import build_engine as build_engine

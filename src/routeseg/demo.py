@@ -181,7 +181,7 @@ def write_report(
     for index in np.linspace(0, len(pictures) - 1, min(GALLERY, len(pictures))).round().astype(int):
         image, labels, _ = _segment(engine, pictures, int(index))
         path = output / f"overlay_{pictures.name(int(index))}.png"
-        overlay = figures.overlay(image, labels, model.class_names, model.palette)
+        overlay = figures.overlay(image, labels, model.config.class_names, model.config.palette)
         write_atomically(path, figures.png_bytes(overlay))
         gallery.append((path, pictures.name(int(index))))
     report.gallery(gallery)
@@ -191,14 +191,14 @@ def write_report(
     start = int(budget.start * iterations) if budget.weight > 0 else None
     figures.learning_curves(curves, read_log(output / "run"), start, budget.target if budget.weight > 0 else None)
     report.figure(curves, "Loss, validation mIoU, and expected and real cost over the training")
-    figures.class_iou_bars(bars, model.class_names, evaluation.iou, model.palette)
+    figures.class_iou_bars(bars, model.config.class_names, evaluation.iou, model.config.palette)
     report.figure(bars, "IoU per class on the validation pictures")
     figures.cost_histogram(histogram, evaluation.cost_macs / 1e9, float(evaluation.full_macs.mean() / 1e9))
     report.figure(histogram, "Real cost of the validation pictures")
 
     report.heading("How it was made")
     machine, versions = facts["machine"], facts["versions"]
-    size = f"{model.base_channels} channels, {facts['parameters'] / 1e6:.2f} M parameters"
+    size = f"{model.config.base_channels} channels, {facts['parameters'] / 1e6:.2f} M parameters"
     spread = f"min {cost['min']:.3f}, max {cost['max']:.3f}, full {cost['full']:.3f}"
     report.table(
         ["", ""],
@@ -247,6 +247,6 @@ def _panels(
         table = model_cost(model, labels.shape)
         macs = float(table.of_gates(gates))
         title = f"{name}: {macs / 1e9:.3f} GMACs ({100 * macs / table.full:.0f} % of full)"
-        drawn = figures.overlay(image, labels, model.class_names, model.palette, legend=False)
+        drawn = figures.overlay(image, labels, model.config.class_names, model.config.palette, legend=False)
         panels.append((image, drawn, gates, title))
     return panels

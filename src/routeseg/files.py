@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, and a clear word beforehand where a folder cannot be written."""
+"""Files: written whole or not at all, read with a limit, and a clear word beforehand if a folder cannot be written."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"  # of a checkpoint: the names of huggingface_hub
+MAX_JSON = 1 << 24  # characters of a configuration or a route
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -39,6 +40,16 @@ def not_written(path: str | Path, error: OSError) -> OSError:
     """The error of the same kind that names the file that was to be written, and what to do where the disk is full."""
     remedy = ": free some space there, or write to another folder" if error.errno in DISK_FULL else ""
     return OSError(error.errno, f"cannot write it, {error.strerror or error}{remedy}", str(path))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What the text says. Raises ValueError if it is no JSON, too deeply nested, or longer than MAX_JSON."""
+    if len(text) > MAX_JSON:
+        raise ValueError(f"it has {len(text)} characters, more than any file of ours ({MAX_JSON})")
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its lists are nested too deeply") from None
 
 
 def write_json(path: str | Path, data: Any) -> None:

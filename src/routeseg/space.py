@@ -1,5 +1,7 @@
 """The routing space (Sec. 3.1): a grid of nodes over layers and scales, and the edges between them. No torch here.
 
+`step` is the one step of a walk through the grid: who runs, who passes its input on, who is reached in the next layer.
+
 Legend: L depth, S number of scales, B images.
     node  (layer, scale)             layer 0..L, scale 0..S-1; scale s has 1 / (4 * 2**s) of the image's resolution
     edge  (layer, scale, direction)  leaves that node; direction UP (0), KEEP (1) or DOWN (2)
@@ -11,12 +13,15 @@ from __future__ import annotations
 import json
 import math
 import operator
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
+
+from routeseg.files import parse_json
 
 UP, KEEP, DOWN = 0, 1, 2
 DIRECTIONS = ("up", "keep", "down")
@@ -24,6 +29,8 @@ SCALE_STEP = {UP: -1, KEEP: 0, DOWN: 1}  # scales that an edge climbs down
 STEM_STRIDE = 4  # the stem takes the image to 1/4 of its resolution
 SMALL_GATE_FACTOR = 4  # the small gate looks at its input at 1/4 of the size
 MIN_IMAGE_SIZE = 32
+MAX_DEPTH, MAX_SCALES = 128, 6  # far beyond any network of the paper (33 and 4): what is larger is a mistake
+MAX_EDGES = 3 * (MAX_DEPTH + 1) * MAX_SCALES
 
 Node = tuple[int, int]
 Edge = tuple[int, int, int]
@@ -36,20 +43,17 @@ class RoutingSpace:
     Layer 0 has one node (scale 0), each layer has one more, until there are `num_scales`. A node sends its output up
     (to scale s-1 of the next layer), keep (s) or down (s+1); the nodes of the last layer only keep, into the decoder.
 
-    zeros_arrive   what a closed path out of a node that runs is: nothing (False), or zeros that arrive, so that the
-                   node behind it runs on them (True: the authors' network). Spaces that differ in this alone are equal
-
-    Raises ValueError where depth and scales make no network: the last layer must have every scale.
+    Raises ValueError if depth and scales make no network: the last layer must have every scale, and neither may be
+    beyond MAX_DEPTH, MAX_SCALES.
     """
 
     depth: int = 16
     num_scales: int = 4
-    zeros_arrive: bool = field(default=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name, value in (("depth", self.depth), ("num_scales", self.num_scales)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1")
+        for name, value, most in (("depth", self.depth, MAX_DEPTH), ("num_scales", self.num_scales, MAX_SCALES)):
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ValueError(f"{name} is {brief(value)}: it must be a whole number from 1 to {most}")
         if self.depth < self.num_scales - 1:
             raise ValueError(
                 f"depth {self.depth} is too small for {self.num_scales} scales: the coarsest scale is first reached in "
@@ -92,42 +96,81 @@ class RoutingSpace:
         mask.flags.writeable = False
         return mask
 
-    def reached(self, gates: np.ndarray) -> np.ndarray:
+    def reached(self, gates: np.ndarray, zeros_arrive: bool = False) -> np.ndarray:
         """Which nodes something arrives at, given the gates [..., L+1, S, 3]: bool [..., L+1, S].
 
-        These are the nodes that are fed; or, if zeros arrive, more: a reached node with an open path then sends
-        alpha_j T_j(H) in every direction, be it 0 (Eq. 5 to the letter). A reached node without an open path passes its
-        input along keep, for free, and sends nothing up or down.
+        zeros_arrive  closed paths of nodes that run send zeros (see `step`); otherwise the nodes are those that the
+                      stem's features arrive at, and from each of them features go on to the decoder: a node that is
+                      not reached is the only kind of dead end there is
         """
-        if not self.zeros_arrive:
-            return self.fed(gates)
-        runs = np.any(np.asarray(gates) > 0, axis=-1)
-        reached = np.zeros_like(runs)
-        reached[..., 0, 0] = True
-        for layer in range(self.depth):
-            now, runs_now = reached[..., layer, :], runs[..., layer, :] & reached[..., layer, :]
-            reached[..., layer + 1, :] |= now
-            reached[..., layer + 1, :-1] |= runs_now[..., 1:]
-            reached[..., layer + 1, 1:] |= runs_now[..., :-1]
-        return reached
+        layers = [one.arrived for one in walk(self, gates, zeros_arrive)]
+        absent = np.zeros_like(layers[0][0])
+        rows = [np.stack([*flags, *[absent] * (self.num_scales - len(flags))], axis=-1) for flags in layers]
+        return np.stack(rows, axis=-2)
 
-    def fed(self, gates: np.ndarray) -> np.ndarray:
-        """Which nodes the stem's features arrive at, and not zeros alone, given the gates [..., L+1, S, 3]:
-        bool [..., L+1, S].
 
-        They travel along the open paths, and along keep out of a node that has none (Eq. 5). From every such node
-        they go on to the decoder: a node that is not fed is the only kind of dead end there is.
-        """
-        is_open = np.asarray(gates) > 0
-        runs = np.any(is_open, axis=-1)
-        fed = np.zeros(runs.shape, dtype=bool)
-        fed[..., 0, 0] = True
-        for layer in range(self.depth):
-            now = fed[..., layer, :, None] & is_open[..., layer, :, :]
-            fed[..., layer + 1, :] |= now[..., KEEP] | (fed[..., layer, :] & ~runs[..., layer, :])
-            fed[..., layer + 1, :-1] |= now[..., 1:, UP]
-            fed[..., layer + 1, 1:] |= now[..., :-1, DOWN]
-        return fed
+Flag = TypeVar("Flag")  # of one image or of several: anything that has &, | and ~, such as arrays of bools
+
+
+@dataclass(frozen=True)
+class Step(Generic[Flag]):
+    """What the nodes of a layer do, and whom they reach. Flags are by scale, those of the layer's nodes alone.
+
+    arrived  something arrived at the node
+    runs     a path is open: the cell runs
+    passes   no path is open: the cell is dropped, and the input goes on along keep, for free (Eq. 5)
+    sends    (scale, direction) -> something leaves along this edge
+    reached  something arrives at the node of this scale in the next layer; behind the last layer, in the decoder
+    """
+
+    arrived: tuple[Flag, ...]
+    runs: tuple[Flag, ...]
+    passes: tuple[Flag, ...]
+    sends: Mapping[tuple[int, int], Flag]
+    reached: tuple[Flag, ...]
+
+
+def step(
+    space: RoutingSpace, layer: int, arrived: Sequence[Any], is_open: Sequence[Sequence[Any]], zeros_arrive: bool
+) -> Step[Any]:
+    """A step of the walk through the grid (Eq. 5), for flags of any kind: bools of numpy or torch, values of a graph.
+
+    arrived       by scale: has something arrived at the layer's node?
+    is_open       by scale, then direction up, keep, down: would its gate open this path?
+    zeros_arrive  what a closed path out of a node that runs is: nothing (False), or zeros that arrive, so that the
+                  node behind it runs on them (True: the authors' networks)
+    """
+    scales = space.scales(layer)
+    runs, passes, sends = [], [], {}
+    reached: list[Any] = [None] * len(space.scales(min(layer + 1, space.depth)))
+
+    def reach(scale: int, flag: Any) -> None:
+        reached[scale] = flag if reached[scale] is None else reached[scale] | flag
+
+    for scale in scales:
+        up, keep, down = is_open[scale]
+        legal = [(up, keep, down)[direction] for direction in space.directions(layer, scale)]
+        some = legal[0]
+        for flag in legal[1:]:
+            some = some | flag
+        runs.append(arrived[scale] & some)
+        passes.append(arrived[scale] & ~some)
+        for direction, flag in zip(space.directions(layer, scale), legal, strict=True):
+            sends[scale, direction] = runs[scale] if zeros_arrive else arrived[scale] & flag
+            reach(scale + SCALE_STEP[direction], sends[scale, direction])
+        reach(scale, passes[scale])
+    return Step(tuple(arrived[s] for s in scales), tuple(runs), tuple(passes), sends, tuple(reached))
+
+
+def walk(space: RoutingSpace, gates: np.ndarray, zeros_arrive: bool = False) -> Iterator[Step[np.ndarray]]:
+    """The steps through all layers, given the gates [..., L+1, S, 3]; flags are bool [...]."""
+    is_open = np.asarray(gates) > 0
+    arrived: Sequence[np.ndarray] = [np.ones(is_open.shape[:-3], dtype=bool)]  # the stem's features
+    for layer in range(space.depth + 1):
+        by_scale = [[is_open[..., layer, scale, d] for d in (UP, KEEP, DOWN)] for scale in space.scales(layer)]
+        one = step(space, layer, arrived, by_scale, zeros_arrive)
+        yield one
+        arrived = one.reached
 
 
 @dataclass(frozen=True, init=False)
@@ -177,7 +220,7 @@ class Route:
 
     @cached_property
     def reached(self) -> frozenset[Node]:
-        """The nodes that something arrives at (`RoutingSpace.reached`)."""
+        """The nodes that features arrive at (`RoutingSpace.reached`)."""
         return frozenset((layer, s) for layer, s in np.argwhere(self.space.reached(self.to_gates())).tolist())
 
     @cached_property
@@ -188,9 +231,8 @@ class Route:
     @cached_property
     def dead_ends(self) -> frozenset[Edge]:
         """The open edges that lie on no path from the stem to the decoder, free skips included: those out of nodes
-        that no features arrive at (`RoutingSpace.fed`)."""
-        fed = self.space.fed(self.to_gates())
-        return frozenset(edge for edge in self.edges if not fed[edge[:2]])
+        that no features arrive at."""
+        return frozenset(edge for edge in self.edges if edge[:2] not in self.reached)
 
     def pruned(self) -> Route:
         """The same route without its dead ends."""
@@ -219,7 +261,9 @@ class Route:
                 layer, scale, name = edge
                 listed.append((operator.index(layer), operator.index(scale), DIRECTIONS.index(name)))
             except (TypeError, ValueError) as error:
-                raise ValueError(f'{edge!r} is no edge: give [layer, scale, "up" | "keep" | "down"]') from error
+                raise ValueError(f'{brief(edge)} is no edge: give [layer, scale, "up" | "keep" | "down"]') from error
+            if len(listed) > MAX_EDGES:
+                raise ValueError(f"more than {MAX_EDGES} edges are listed: no space has so many")
         return cls(space, listed)
 
     def to_json(self) -> str:
@@ -228,9 +272,9 @@ class Route:
 
     @classmethod
     def from_json(cls, text: str) -> Route:
-        """The inverse of `to_json`. Raises ValueError where the text is no route."""
+        """The inverse of `to_json`. Raises ValueError if the text is no route."""
         try:
-            data = json.loads(text)
+            data = parse_json(text)
             space = RoutingSpace(data["depth"], data["num_scales"])
             return cls.from_named_edges(space, data["open"])
         except (KeyError, TypeError, ValueError) as error:
@@ -253,6 +297,12 @@ def padded_size(space: RoutingSpace, height: int, width: int) -> tuple[int, int]
     """The size that is computed for an image of this size: the next multiples of the space's stride."""
     stride = space.stride
     return math.ceil(height / stride) * stride, math.ceil(width / stride) * stride
+
+
+def brief(value: Any) -> str:
+    """A value as messages show it: 80 characters at most, however large it is."""
+    text = reprlib.repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def edge_name(edge: tuple[int, ...]) -> str:

@@ -79,14 +79,14 @@ def log_to_stderr() -> Iterator[None]:
 
 def config_parser(command: str) -> Parser:
     """The typed configuration: sections model, data, recipe and budget; files with --config, then single keys."""
+    from routeseg.config import NetworkConfig
     from routeseg.cost.budget import Budget
     from routeseg.data.datamodule import DataConfig
-    from routeseg.model import DynamicRoutingNetwork
     from routeseg.training.recipe import Recipe
 
     parser = Parser(prog=f"routeseg {command}", exit_on_error=True)
     parser.add_argument("--config", action="config", help="a YAML file with any of the keys below; may be given again")
-    parser.add_class_arguments(DynamicRoutingNetwork, "model", skip=NETWORK_SKIP, as_group=True)
+    parser.add_class_arguments(NetworkConfig, "model", skip=NETWORK_SKIP, as_group=True)
     parser.add_class_arguments(DataConfig, "data")
     parser.add_class_arguments(Recipe, "recipe")
     parser.add_class_arguments(Budget, "budget")
@@ -167,7 +167,7 @@ def read_route(name: str, whole: Route) -> Route:
     Raises ValueError, naming it, where it is neither, of another space, has dead ends, or edges that the network lacks.
     """
     from routeseg.architectures import ARCHITECTURES
-    from routeseg.model.network import check_route
+    from routeseg.model.request import check_route
     from routeseg.space import Route, edge_name
 
     try:
@@ -194,9 +194,9 @@ def read_route(name: str, whole: Route) -> Route:
 
 def check_classes(checkpoint: str, model: DynamicRoutingNetwork, data: DataConfig, classes: int) -> None:
     """Raises ValueError where the data set has not as many classes as the network."""
-    if classes != model.num_classes:
+    if classes != model.config.num_classes:
         raise ValueError(
-            f"{checkpoint} has {model.num_classes} classes, the data set {data.name} has {classes}: "
+            f"{checkpoint} has {model.config.num_classes} classes, the data set {data.name} has {classes}: "
             "give the configuration that it was trained with"
         )
 

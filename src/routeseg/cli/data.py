@@ -136,11 +136,12 @@ def check_data_command(words: Sequence[str]) -> int:
 
     from routeseg.cli.tables import print_check
     from routeseg.data.datamodule import open_data, pair
-    from routeseg.data.pairs import Classes, PairedFiles
+    from routeseg.data.pairs import PairedFiles
     from routeseg.data.sets.folder import describing_file
     from routeseg.data.tools.check import SplitCheck, check_split
     from routeseg.data.tools.findings import find, verdict
     from routeseg.evaluation import machine_facts
+    from routeseg.labels import Classes
 
     if args.workers is not None and args.workers < 0:
         raise ValueError(f"--workers is {args.workers}: it must not be negative")
@@ -186,7 +187,7 @@ def _draw_contact_sheet(
 
     from routeseg.data.tools.check import pictures_to_show, read_to_show
     from routeseg.figures import Section, contact_sheet
-    from routeseg.model.network import default_palette
+    from routeseg.labels import default_palette
 
     sections = []
     for check in (check for check in checks if check.counted):

@@ -59,7 +59,7 @@ def _export_int8(model: DynamicRoutingNetwork, path: Path, images: str) -> None:
     sources = chosen(find_inputs([images]))
     with progress_bar("calibrate", len(sources)) as step:
         export_int8(model, path, sources, step)
-    note = ". Closed paths are computed as well: in this file the gates spare nothing" if model.gated else ""
+    note = ". Closed paths are computed as well: in this file the gates spare nothing" if model.config.gated else ""
     print(f"int8, calibrated with {len(sources)} images{note}")
 
 
@@ -71,7 +71,7 @@ def _summary(model: DynamicRoutingNetwork, skips: bool) -> str:
 
     table, size = model_cost(model, COST_SIZE), "x".join(map(str, COST_SIZE))
     full = f"{table.full / 1e9:.2f} GMACs at {size}"
-    if not model.gated:
+    if not model.config.gated:
         return f"a static network of {len(model.route)} edges, {full}"
     if not skips:
         return f"a network with gates, all paths computed, {full}"

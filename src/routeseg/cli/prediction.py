@@ -135,9 +135,10 @@ def import_command(words: Sequence[str]) -> int:
     model = import_checkpoint(args.file, args.small_gate, args.normalize)
     folder = model.save(args.output)
     parameters = sum(p.numel() for p in model.parameters())
-    gates = "no" if not model.gated else "small" if model.small_gate else "full"
+    config = model.config
+    gates = "no" if not config.gated else "small" if config.small_gate else "full"
     print(
-        f"{folder}: {model.space}, {model.base_channels} channels, {model.num_classes} classes, {gates} gates, "
+        f"{folder}: {model.space}, {config.base_channels} channels, {config.num_classes} classes, {gates} gates, "
         f"{parameters / 1e6:.3f} M parameters, "
         f"{model_cost(model, (1024, 2048)).full / 1e9:.2f} GMACs at 1024x2048"
     )

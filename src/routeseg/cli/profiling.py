@@ -82,7 +82,7 @@ def profile_command(words: Sequence[str]) -> int:
     with enough_memory("give a smaller --size"):
         if args.table is not None:
             table = LatencyTable.read(args.table)
-            table.check(model, size, args.table)
+            table.check(model.config, size, args.table)
             _check_conditions(table, model, args.table)
         else:
             with progress_bar("profile", repeats * forwards(routes)) as step:
@@ -115,7 +115,7 @@ def _network(args: Namespace, seed: int) -> DynamicRoutingNetwork:
     if args.checkpoint is not None:
         return checkpoints.load(args.checkpoint)
     torch.manual_seed(seed)
-    return DynamicRoutingNetwork(args.num_classes, **network_options(args)).eval()
+    return DynamicRoutingNetwork(num_classes=args.num_classes, **network_options(args)).eval()
 
 
 def _check_conditions(table: LatencyTable, model: DynamicRoutingNetwork, name: str) -> None:

@@ -56,13 +56,14 @@ def train_command(words: Sequence[str]) -> int:
 def pretrain_command(words: Sequence[str]) -> int:
     import torch
 
+    from routeseg.config import NetworkConfig
     from routeseg.data.classification import ClassificationConfig, open_sources
     from routeseg.model.classifier import DynamicRoutingClassifier
     from routeseg.training.classification import PretrainingRecipe, pretrain
 
     parser = Parser(prog="routeseg pretrain")
     parser.add_argument("--config", action="config", help="a YAML file with any of the keys below; may be given again")
-    parser.add_class_arguments(DynamicRoutingClassifier, "model", skip=NETWORK_SKIP, as_group=True)
+    parser.add_class_arguments(NetworkConfig, "model", skip=NETWORK_SKIP | {"zeros_arrive"}, as_group=True)
     parser.add_class_arguments(ClassificationConfig, "data")
     parser.add_class_arguments(PretrainingRecipe, "recipe")
     _add_run_arguments(parser, "runs/pretrain")

@@ -20,15 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from routeseg.files import write_json
-from routeseg.space import DIRECTIONS, DOWN, KEEP, SCALE_STEP, UP, Route, RoutingSpace
+from routeseg.config import NO_GATE, NetworkConfig
+from routeseg.files import parse_json, write_json
+from routeseg.space import DOWN, KEEP, SCALE_STEP, UP, Route, RoutingSpace, walk
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from routeseg.cost.macs import CostTable
-    from routeseg.description import NetworkDescription
-    from routeseg.model.grid import RoutingGrid
 
 # gate, cell      of a node, at its scale
 # up, down        the transforms of its paths; keep has none
@@ -40,6 +39,7 @@ GATE, CELL, SEND_UP, SEND_DOWN, SUM, ARRIVAL, HALVED = range(len(PARTS))
 STEM, DECODER, CALL = "stem", "decoder", "call"  # what runs in any case; call: checks, copies, results
 STEM_AND_DECODER = "stem and decoder"  # where they cannot be told apart
 FORMAT = 1  # of the file
+UNTIMED = ("gate", "class_names", "palette", "pixel_mean", "pixel_std")  # fields that the time does not depend on
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class LatencyTable:
 
     @property
     def space(self) -> RoutingSpace:
-        return RoutingSpace(self.network["depth"], self.network["num_scales"], self.network["zeros_arrive"])
+        return RoutingSpace(self.network["depth"], self.network["num_scales"])
 
     @property
     def fingerprint(self) -> str:
@@ -84,7 +84,7 @@ class LatencyTable:
         if values.shape[-3:] != self.space.legal.shape:
             raise ValueError(f"gates have shape {list(values.shape)}: the table is for {self.space}")
         if values.ndim == self.space.legal.ndim:
-            return np.asarray(self._of_counts(node_counts(self.space, values, self.network["gated"])))
+            return np.asarray(self._of_counts(node_counts(self.network, values, self.network["gated"])))
         return np.array([self.of_gates(one) for one in values])
 
     def of_route(self, route: Route, gates: bool = False) -> float:
@@ -92,14 +92,14 @@ class LatencyTable:
         and open it. Raises ValueError for a route of another space."""
         if route.space != self.space:
             raise ValueError(f"the route is drawn in {route.space}, the latency table is for {self.space}")
-        return self._of_counts(route_counts(route, self.space, gates and self.network["gated"]))
+        return self._of_counts(route_counts(self.network, route, gates and self.network["gated"]))
 
     def _of_counts(self, counts: np.ndarray) -> float:
         return sum(self.fixed_ms.values()) + float((counts.sum(0) * self.part_ms).sum())
 
-    def check(self, model: RoutingGrid | NetworkDescription, size: tuple[int, int], name: str | Path) -> None:
+    def check(self, config: NetworkConfig, size: tuple[int, int], name: str | Path) -> None:
         """Raises ValueError, naming the file, where the table is of a network of another shape, or of another size."""
-        own = network_shape(model)
+        own = network_shape(config)
         for key in own:
             if own[key] != self.network.get(key):
                 raise ValueError(
@@ -132,7 +132,7 @@ class LatencyTable:
         """The inverse of `write`. Raises ValueError, naming the file, where it is damaged or no latency table."""
         remedy = "write it anew with `routeseg profile`"
         try:
-            return cls.from_dict(json.loads(Path(path).read_bytes()))
+            return cls.from_dict(parse_json(Path(path).read_bytes()))
         except FileNotFoundError as error:
             raise ValueError(f"no latency table {path}: {remedy}") from error
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -154,7 +154,7 @@ class LatencyTable:
             (height, width),
             str(device),
             str(precision),
-            dict(network),
+            _checked(network),
             {str(name): float(ms) for name, ms in fixed_ms.items()},
             np.array([[float(row[part]) for part in PARTS] for row in scales]).reshape(-1, len(PARTS)),
             rest,
@@ -168,59 +168,57 @@ class LatencyTable:
         return table
 
 
-def network_shape(model: RoutingGrid | NetworkDescription) -> dict[str, Any]:
-    """What the time of a forward depends on, as JSON has it: space, widths, operations, gates; not the weights.
-
-    route  the edges of a static network; None for one that has all of its space
-    """
-    space = model.space
-    return {
-        "depth": space.depth,
-        "num_scales": space.num_scales,
-        "zeros_arrive": space.zeros_arrive,
-        "base_channels": model.base_channels,
-        "stem_channels": model.stem_channels,
-        "num_classes": model.num_classes,
-        "cell_operations": list(model.cell_operations),
-        "gated": model.gated,
-        "small_gate": model.small_gate,
-        "route": None if len(model.route) == len(space.edges) else [list(edge) for edge in model.route.named_edges],
-    }
+def _checked(network: Mapping[str, Any]) -> dict[str, Any]:
+    """The shape of a network from a file. Raises ValueError, KeyError or TypeError if it is none."""
+    shape = dict(network)
+    gate = {} if shape["gated"] else {"gate": NO_GATE}
+    NetworkConfig.from_dict({name: value for name, value in shape.items() if name != "gated"} | gate)
+    return shape
 
 
-def node_counts(space: RoutingSpace, gates: np.ndarray, gated: bool) -> np.ndarray:
+def network_shape(config: NetworkConfig) -> dict[str, Any]:
+    """What the time of a forward depends on, as JSON has it: space, widths, operations, gates; not the weights."""
+    shape = {name: value for name, value in config.as_dict().items() if name not in UNTIMED}
+    if len(config.whole_route) == len(config.space.edges):
+        shape["route"] = None
+    return json.loads(json.dumps(shape | {"gated": config.gated}))
+
+
+def node_counts(network: Mapping[str, Any], gates: np.ndarray, gated: bool) -> np.ndarray:
     """How often each part of each node runs, given the gates [L+1,S,3] of an image: float64 [L+1,S,P], columns as in
-    `PARTS`. `gated`: the gates run. As the skip engine goes (engine/forward.cpp, engine/eager.py); the sums that the
-    decoder begins with belong to the decoder."""
+    `PARTS`. As the skip engine goes; the sums that the decoder begins with belong to the decoder.
+
+    network  its shape (`network_shape`)
+    gated    the gates run
+    """
+    space = RoutingSpace(network["depth"], network["num_scales"])
     counts = np.zeros((*gates.shape[:2], len(PARTS)))
-    reached = space.reached(gates)
     arriving: list[list[tuple[float, int]]] = [[] for _ in space.scales(space.depth)]  # weight, ARRIVAL or HALVED
     arriving[0].append((1.0, ARRIVAL))  # the stem's features
-    for layer in range(space.depth + 1):
+    for layer, now in enumerate(walk(space, gates, network["zeros_arrive"])):
         following: list[list[tuple[float, int]]] = [[] for _ in arriving]
-        for scale in np.flatnonzero(reached[layer]):
+        for scale in np.flatnonzero(now.arrived):
             count, alpha = counts[layer, scale], gates[layer, scale]
             if arriving[scale] != [(1.0, ARRIVAL)]:
                 count[SUM] = 1
                 for _, kind in arriving[scale]:
                     count[kind] += 1
             count[GATE] = gated
-            if not (alpha > 0).any():  # dropped cell: the input itself is kept, for free
+            if now.passes[scale]:  # dropped cell: the input itself is kept, for free
                 following[scale].append((1.0, ARRIVAL))
                 continue
             count[CELL], count[SEND_UP], count[SEND_DOWN] = 1, alpha[UP] > 0, alpha[DOWN] > 0
-            for direction in range(len(DIRECTIONS)):
-                if alpha[direction] > 0:
-                    kind = HALVED if direction == UP else ARRIVAL
-                    following[scale + SCALE_STEP[direction]].append((float(alpha[direction]), kind))
+            for direction in np.flatnonzero(alpha > 0).tolist():
+                kind = HALVED if direction == UP else ARRIVAL
+                following[scale + SCALE_STEP[direction]].append((float(alpha[direction]), kind))
         arriving = following
     return counts
 
 
-def route_counts(route: Route, space: RoutingSpace, gated: bool) -> np.ndarray:
-    """The same of a route in a space that may let zeros arrive: forced, its paths have weight 1; of gates, less."""
+def route_counts(network: Mapping[str, Any], route: Route, gated: bool) -> np.ndarray:
+    """The same of a route: forced, its paths have weight 1; of gates, less."""
     weight = 0.5 if gated else 1.0  # which weight below 1 does not matter
-    return node_counts(space, weight * route.to_gates(), gated)
+    return node_counts(network, weight * route.to_gates(), gated)
 
 
 def by_part(table: LatencyTable, cost: CostTable) -> list[dict[str, Any]]:
@@ -230,8 +228,8 @@ def by_part(table: LatencyTable, cost: CostTable) -> list[dict[str, Any]]:
     keep  computes nothing but a ReLU; its milliseconds are those of all sums of what arrives at the scale
     """
     route = Route(table.space, [edge for edge in table.space.edges if cost.edge[edge] > 0])
-    ms = (route_counts(route, table.space, table.network["gated"]).sum(0) * table.part_ms).T  # [P,S]
-    fixed_macs = {STEM: cost.stem, DECODER: cost.decoder, STEM_AND_DECODER: cost.stem + cost.decoder}
+    ms = (route_counts(table.network, route, table.network["gated"]).sum(0) * table.part_ms).T  # [P,S]
+    fixed_macs = {STEM: cost.stem, DECODER: cost.head, STEM_AND_DECODER: cost.stem + cost.head}
     rows: list[tuple[str, int | None, float, float]] = [
         (name, None, fixed_macs.get(name, 0.0), time) for name, time in table.fixed_ms.items()
     ]

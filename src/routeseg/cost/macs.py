@@ -1,7 +1,7 @@
 """What a route costs: multiply-accumulates (MACs) of every node and edge.
 
-All of it is a pure function of (space, widths, classes, image size) and gates or a route; nothing is measured here, and
-torch is not imported.
+All of it is a pure function of what a network is made of, the image size, and gates or a route; nothing is measured
+here, and torch is not imported. What each part costs, it says itself (`macs`); how that is counted: counting.py.
 
 Legend: L depth, S scales, B images.
     gates [B, L+1, S, 3]   activation of every edge, direction 0 up, 1 keep, 2 down
@@ -14,64 +14,40 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from routeseg.space import DOWN, KEEP, SMALL_GATE_FACTOR, STEM_STRIDE, UP, Route, RoutingSpace
+from routeseg.config import NetworkConfig
+from routeseg.counting import CONVENTIONS, PartMacs
+from routeseg.space import Route, RoutingSpace, padded_size
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from routeseg.description import NetworkDescription
-    from routeseg.model.classifier import DynamicRoutingClassifier
-    from routeseg.model.grid import RoutingGrid
-
-
-@dataclass(frozen=True)
-class Convention:
-    """What is counted, in MACs per element of a map (or per MAC of a convolution).
-
-    `authors_sizes`: the sizes that the authors' counter believes in. It takes the stem's first convolution for padded
-    (it has H/2 - 1 rows, not H/2), and in the decoder the image's height for its width.
-    """
-
-    conv: float = 1.0
-    norm: float = 2.0
-    relu: float = 1.0
-    pool: float = 1.0
-    resize: float = 0.0  # per output element of a bilinear resizing
-    gate_product: float = 0.0  # per element of a path's output, times its activation
-    authors_sizes: bool = False
-
-
-CONVENTIONS = {
-    # As the authors count, who leave out bilinear resizing and the products with the gates.
-    "authors": Convention(authors_sizes=True),
-    # Everything a forward computes: a bilinear output element takes 4 MACs, a product with an activation 1.
-    "full": Convention(resize=4.0, gate_product=1.0),
-    # Only the convolutions, as torch.utils.flop_counter sees them.
-    "conv": Convention(norm=0.0, relu=0.0, pool=0.0),
-}
+    from routeseg.model.grid import RoutedNetwork
 
 
 @dataclass(frozen=True)
 class CostTable:
     """MACs of each part at one image size, float64.
 
-    stem, decoder   always paid
-    gate [L+1,S]    paid by every node that is reached (0 in a network without gates)
+    stem, head      always paid
+    gate [L+1,S]    paid by every node that something arrives at (0 in a network without gates)
     cell [L+1,S]    paid by every node with an open path
     edge [L+1,S,3]  paid by every open path
+    zeros_arrive    zeros of closed paths arrive, too (`space.step`)
     """
 
     space: RoutingSpace
     stem: float
-    decoder: float
+    head: float
     gate: np.ndarray
     cell: np.ndarray
     edge: np.ndarray
+    zeros_arrive: bool = False
 
     @property
     def full(self) -> float:
         """Cost with every path open."""
-        return float(self.stem + self.decoder + self.gate.sum() + self.cell.sum() + self.edge.sum())
+        return float(self.stem + self.head + self.gate.sum() + self.cell.sum() + self.edge.sum())
 
     @property
     def budgeted(self) -> float:
@@ -81,11 +57,11 @@ class CostTable:
     def of_gates(self, gates: Tensor | np.ndarray) -> np.ndarray:
         """Real cost of each image from its gates [B,L+1,S,3] (or [L+1,S,3]): MACs, float64 [B] (or a scalar array)."""
         values = gates.detach().cpu().numpy() if hasattr(gates, "detach") else np.asarray(gates)
-        reached = self.space.reached(values)
+        reached = self.space.reached(values, self.zeros_arrive)
         open_edges = (values > 0) & reached[..., None]
         return (
             self.stem
-            + self.decoder
+            + self.head
             + (reached * self.gate).sum((-1, -2))
             + (open_edges.any(-1) * self.cell).sum((-1, -2))
             + (open_edges * self.edge).sum((-1, -2, -3))
@@ -102,167 +78,52 @@ class CostTable:
         cell, edge = gates.new_tensor(self.cell), gates.new_tensor(self.edge)
         return (gates.amax(-1) * cell).sum((-1, -2)) + (gates * edge).sum((-1, -2, -3))
 
-    def as_authors_report(self) -> CostTable:
-        """What the authors' own counter leaves out set to 0: cell and gate of node (0,0), keep of the last layer."""
-        gate, cell, edge = self.gate.copy(), self.cell.copy(), self.edge.copy()
-        gate[0, 0] = cell[0, 0] = edge[-1] = 0.0
-        return replace(self, gate=gate, cell=cell, edge=edge)
 
-
-def cost_table(
-    space: RoutingSpace,
+def model_cost(
+    network: RoutedNetwork | NetworkDescription | NetworkConfig,
     image_size: tuple[int, int],
-    num_classes: int = 19,
-    base_channels: int = 64,
-    stem_channels: int = 64,
-    cell_operations: tuple[str, ...] = ("sep_conv_3x3", "identity"),
-    gated: bool = True,
-    small_gate: bool = False,
     convention: str = "authors",
 ) -> CostTable:
-    """MACs of every node and edge for an image of size (height, width), padded to the space's stride.
+    """The cost table of a network, of its description, or of a segmenter with this configuration, at an image size
+    (height, width), padded to the space's stride; of a static network, with the parts that it has.
 
     `convention` is "authors" (checked against their network), "full" or "conv": see `CONVENTIONS` and docs/cost.md.
     Raises ValueError for another one.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"cost convention {convention!r}: choose one of {', '.join(CONVENTIONS)}")
-    count = _Counter(CONVENTIONS[convention])
-    height, width = (-(-size // space.stride) * space.stride for size in image_size)
+    if isinstance(network, NetworkConfig):
+        config, macs = network, _segmenter_macs(network)
+    else:
+        config, macs = network.config, network.macs
+    unit, space = CONVENTIONS[convention], config.space
+    size = padded_size(space, *image_size)
 
+    cell_macs = [part.count(size, unit) for part in macs.cell]
+    gate_macs = [[part.count(size, unit) for part in row] for row in macs.gate]
+    edge_macs = [[part.count(size, unit) for part in row] for row in macs.transform]
     shape = (space.depth + 1, space.num_scales)
     gate, cell, edge = np.zeros(shape), np.zeros(shape), np.zeros((*shape, 3))
     for layer, scale in space.nodes:
-        channels = base_channels * 2**scale
-        h, w = height // (STEM_STRIDE * 2**scale), width // (STEM_STRIDE * 2**scale)
-        pixels = h * w
         directions = space.directions(layer, scale)
-        cell[layer, scale] = sum(count.operation(name, channels, pixels) for name in cell_operations)
-        if gated:
-            gate[layer, scale] = count.gate(channels, (h, w), len(directions), small_gate)
+        cell[layer, scale] = cell_macs[scale]
+        gate[layer, scale] = gate_macs[scale][len(directions) - 1]
         for direction in directions:
-            edge[layer, scale, direction] = count.transform(direction, channels, pixels)
+            edge[layer, scale, direction] = edge_macs[scale][direction]
+    there = config.whole_route.to_gates() > 0
     return CostTable(
-        space=space,
-        stem=count.stem(stem_channels, base_channels, height, width),
-        decoder=count.decoder(space.num_scales, base_channels, num_classes, height, width),
-        gate=gate,
-        cell=cell,
-        edge=edge,
+        space,
+        macs.stem.count(size, unit),
+        macs.head.count(size, unit),
+        gate,
+        cell * there.any(-1),
+        edge * there,
+        config.zeros_arrive,
     )
 
 
-def model_cost(
-    model: RoutingGrid | NetworkDescription, image_size: tuple[int, int], convention: str = "authors"
-) -> CostTable:
-    """The cost table of a network, or of what its description tells, at an image size (height, width); of a static one,
-    with its own parts alone."""
-    whole = cost_table(
-        model.space,
-        image_size,
-        num_classes=model.num_classes,
-        base_channels=model.base_channels,
-        stem_channels=model.stem_channels,
-        cell_operations=model.cell_operations,
-        gated=model.gated,
-        small_gate=model.small_gate,
-        convention=convention,
-    )
-    own = model.route.to_gates() > 0
-    return replace(whole, cell=whole.cell * own.any(-1), edge=whole.edge * own)
+def _segmenter_macs(config: NetworkConfig) -> PartMacs:
+    from routeseg.model.decoder import Decoder  # here, for the parts need torch, and a description brings their MACs
+    from routeseg.model.grid import part_macs
 
-
-def classifier_cost(
-    model: DynamicRoutingClassifier, image_size: tuple[int, int], convention: str = "authors"
-) -> CostTable:
-    """The same for a classifier: its head stands in the place of the decoder."""
-    whole = model_cost(model, image_size, convention)
-    height, width = (-(-side // model.space.stride) * model.space.stride for side in image_size)
-    count = _Counter(CONVENTIONS[convention])
-    head = count.head(model.space.num_scales, model.base_channels, model.num_classes, height, width)
-    return replace(whole, decoder=head)
-
-
-class _Counter:
-    """MACs of the parts of the network, in a convention. `pixels` are those of the part's input map."""
-
-    def __init__(self, convention: Convention) -> None:
-        self.unit = convention
-
-    def conv_norm(self, fan_in: int, channels: int, pixels: int, relu: bool = True) -> float:
-        """A convolution of `fan_in` weights per output element, its norm and ReLU; `pixels` of the output."""
-        unit = self.unit
-        return pixels * channels * (unit.conv * fan_in + unit.norm + unit.relu * relu)
-
-    def separable(self, channels: int, out: int, kernel: int, pixels: int, relu: bool = True) -> float:
-        depthwise = pixels * channels * kernel**2 * self.unit.conv
-        return depthwise + self.conv_norm(channels, out, pixels, relu)
-
-    def operation(self, name: str, channels: int, pixels: int) -> float:
-        """An operation of a cell (Eq. 1)."""
-        if name == "identity":
-            return 0.0
-        kernel = int(name.rsplit("x", 1)[1])  # sep_conv_3x3, sep_conv_5x5
-        return sum(self.separable(channels, channels, kernel, pixels, relu) for relu in (True, False))
-
-    def gate(self, channels: int, size: tuple[int, int], directions: int, small: bool) -> float:
-        """Eq. 2-3 at a map of size (h, w); the small gate first resizes it by 1/4, to at least one pixel."""
-        h, w = (max(1, side // SMALL_GATE_FACTOR) for side in size) if small else size
-        pixels = h * w
-        total = pixels * channels * self.unit.resize if small else 0.0
-        hidden = channels // 2
-        return (
-            total
-            + self.conv_norm(channels, hidden, pixels)
-            + pixels * hidden * self.unit.pool
-            + hidden * directions * self.unit.conv
-        )
-
-    def transform(self, direction: int, channels: int, pixels: int) -> float:
-        """T_j of Eq. 5, and the product of its output with alpha_j where the convention counts it."""
-        unit = self.unit
-        relu = pixels * channels * unit.relu
-        if direction == KEEP:
-            return relu + pixels * channels * unit.gate_product
-        if direction == UP:
-            up = pixels * 4 * (channels // 2)
-            return relu + self.conv_norm(channels, channels // 2, pixels) + up * (unit.resize + unit.gate_product)
-        assert direction == DOWN
-        down = self.conv_norm(channels, channels * 2, pixels // 4)
-        return relu + down + pixels // 4 * channels * 2 * unit.gate_product
-
-    def stem(self, stem_channels: int, base_channels: int, height: int, width: int) -> float:
-        trim = 0 if self.unit.authors_sizes else 1
-        half = (height // 2 - trim) * (width // 2 - trim)
-        quarter = height * width // STEM_STRIDE**2
-        # The last depthwise convolution has stride 2: both of its halves are counted at 1/4 of the resolution.
-        return (
-            self.conv_norm(3 * 9, stem_channels, half)
-            + self.separable(stem_channels, stem_channels, 3, half)
-            + self.separable(stem_channels, base_channels, 3, quarter)
-        )
-
-    def decoder(self, num_scales: int, base_channels: int, num_classes: int, height: int, width: int) -> float:
-        if self.unit.authors_sizes:
-            width = height
-        total = 0.0
-        for scale in range(num_scales):
-            pixels = height * width // (STEM_STRIDE * 2**scale) ** 2
-            channels = base_channels * 2**scale
-            out = channels // 2 if scale else channels
-            total += self.conv_norm(channels, out, pixels)
-            if scale:
-                total += 4 * pixels * out * self.unit.resize
-        quarter = height * width // STEM_STRIDE**2
-        total += quarter * base_channels * 9 * num_classes * self.unit.conv
-        return total + height * width * num_classes * self.unit.resize
-
-    def head(self, num_scales: int, base_channels: int, num_classes: int, height: int, width: int) -> float:
-        """The head of a classifier: a 1x1 convolution at each scale, the mean over the coarsest map, a linear layer."""
-        total, channels, pixels = 0.0, base_channels, 0
-        for scale in range(num_scales):
-            coarser = min(scale + 1, num_scales - 1)
-            out, pixels = base_channels * 2**coarser, height * width // (STEM_STRIDE * 2**coarser) ** 2
-            total += self.conv_norm(channels, out, pixels)
-            channels = out
-        return total + pixels * channels * self.unit.pool + channels * num_classes * self.unit.conv
+    return part_macs(config, Decoder)

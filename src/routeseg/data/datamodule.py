@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from routeseg.data import scenes
 from routeseg.data.cache import ImageCache
-from routeseg.data.pairs import Classes, PairedFiles, SegmentationData, SkipLog, UnreadableImage
+from routeseg.data.pairs import PairedFiles, SegmentationData, SkipLog, UnreadableImage
 from routeseg.data.sets.ade20k import open_ade20k
 from routeseg.data.sets.camvid import open_camvid
 from routeseg.data.sets.cityscapes import open_cityscapes
@@ -25,6 +25,7 @@ from routeseg.data.sets.roots import no_split
 from routeseg.data.sets.voc import open_voc
 from routeseg.data.transforms import Augmentation
 from routeseg.files import expand_user
+from routeseg.labels import Classes
 
 TRAIN_STREAM, NORM_STREAM = 0, 1  # separate random streams: training batches, batches for precise BatchNorm
 VALIDATION_SEED_OFFSET = 1_000_003  # scenes: the validation pictures are drawn from another seed

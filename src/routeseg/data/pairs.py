@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from routeseg.data.transforms import IGNORE
+from routeseg.labels import IGNORE, Classes
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 # What Pillow raises for damaged files (RuntimeError from AVIF, struct.error from EXIF data), and for too large ones.
@@ -44,17 +44,6 @@ PNG_TURNED = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
 PNG_TAIL_BYTES = 1 << 16
 MOST_VALUES = 1 << 17  # from the lowest to the highest label value that a table is made for
 SKIPS_NAMED = 10  # unreadable pictures of a data set that the log names; of the others it only says that they are there
-
-
-@dataclass(frozen=True)
-class Classes:
-    """Names and RGB colours of the classes; `palette` may be None."""
-
-    names: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...] | None = None
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 class SkipLog:

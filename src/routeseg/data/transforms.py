@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-IGNORE = 255
+from routeseg.labels import IGNORE
+
 PADDING_RGB = (124, 116, 104)  # the mean of ImageNet, so that padding is about 0 once normalised
 LUMA_RGB = np.array([0.299, 0.587, 0.114])
 

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from typing import Literal
 
 from routeseg.engine.skip import Precision, SkipEngine
-from routeseg.model import DynamicRoutingNetwork, Segmentation
+from routeseg.model import Segmentation
+from routeseg.model.grid import RoutedNetwork
 
 Engine = Callable[..., Segmentation]
 EngineName = Literal["skip", "dense"]
 
 
-def build_engine(model: DynamicRoutingNetwork, name: EngineName = "skip", precision: Precision = "float32") -> Engine:
+def build_engine(model: RoutedNetwork, name: EngineName = "skip", precision: Precision = "float32") -> Engine:
     """The forward of this name for a network in eval mode, on the device where the network is.
 
     precision  of the skip engine, see there; the dense forward runs in the network's own

@@ -22,11 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from routeseg.description import NOT_FINITE
 from routeseg.engine.folding import fold_batch_norm
-from routeseg.model import DynamicRoutingNetwork
+from routeseg.errors import NOT_FINITE
+from routeseg.model import Segmentation
 from routeseg.model.cell import RoutingNode
+from routeseg.model.decoder import Decoder
+from routeseg.model.gate import SoftGate, SoftmaxGate
+from routeseg.model.grid import RoutedNetwork
 from routeseg.model.layers import Subsample
+from routeseg.model.operations import Identity, SepConv3x3, SepConv5x5
+from routeseg.model.request import Request
+from routeseg.registry import GATES, OPERATIONS
 from routeseg.space import DIRECTIONS, padded_size
 
 BUILDS = ("generic", "avx2", "avx512", "avx512bf16")  # in the order of `routeseg_level`; see setup.py
@@ -99,55 +105,68 @@ class CompiledForward:
     Raises ValueError where no library was built for this dtype (float32, bfloat16): ask `is_compiled` before.
     """
 
-    def __init__(self, model: DynamicRoutingNetwork, dtype: torch.dtype) -> None:
+    def __init__(self, model: RoutedNetwork, dtype: torch.dtype) -> None:
         library = find_library(dtype)
         if library is None:
             raise ValueError(
                 "compiled kernels are not at hand: they need a C++ compiler when routeseg is installed, and for "
                 "bfloat16 a CPU with AVX512_BF16. Leave compiled out to run on PyTorch's operations"
             )
-        self.space, self.classes = model.space, model.num_classes
-        self.mean = tuple(model.normalize.mean.flatten().tolist())
-        self.std = tuple(model.normalize.std.flatten().tolist())
+        self.config, self.space = model.config, model.space
         self._forward = getattr(library, f"routeseg_forward_{_name(dtype)}")
         self._packed = _Packed(fold_batch_norm(model), dtype, library.routeseg_vector(), library.routeseg_panel())
         self._workspace = library.routeseg_open()
         close = weakref.finalize(self, library.routeseg_close, self._workspace)
         close.atexit = False  # a thread may still be inside a forward then
 
-    def __call__(
-        self, images: Tensor, given: np.ndarray | None, own: bool, seconds: np.ndarray | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Images [B,3,H,W], and gates of given routes [B,L+1,S,3], to logits [B,K,H,W] and gates [B,L+1,S,3].
+    def __call__(self, images: Tensor, request: Request, seconds: np.ndarray | None = None) -> Segmentation:
+        """Segments images [B,3,H,W].
 
-        own      the open paths of a given route have the network's own activations
         seconds  float64, zeros: the time of each step of each node is added, [L+1,S,5], then of stem and decoder [2]
 
         Raises ValueError for images with values that are not finite, and MemoryError.
         """
         batch, _, height, width = images.shape
         pixels = images if images.dtype in (torch.uint8, torch.float32) else images.float()
-        logits = torch.empty((batch, self.classes, height, width), **FLOAT32)
+        logits = torch.empty((batch, self.config.num_classes, height, width), **FLOAT32)
         gates = torch.empty((batch, self.space.depth + 1, self.space.num_scales, len(DIRECTIONS)), **FLOAT32)
+        mask, mean, std = request.mask.astype(np.float32), self.config.pixel_mean, self.config.pixel_std
         for number, image in enumerate(pixels):
-            request = _Request(
-                _Image(
-                    image.data_ptr(), *image.stride(), height, width, image.dtype == torch.uint8, self.mean, self.std
-                ),
+            asked = _Request(
+                _Image(image.data_ptr(), *image.stride(), height, width, image.dtype == torch.uint8, mean, std),
                 *padded_size(self.space, height, width),
-                None if given is None else given[number].ctypes.data,
-                own,
+                mask[number % len(mask)].ctypes.data,
+                request.gated,
                 gates[number].data_ptr(),
                 logits[number].data_ptr(),
                 None if seconds is None else seconds.ctypes.data,
                 torch.get_num_threads(),
             )
-            status = self._forward(addressof(self._packed.network), addressof(request), self._workspace)
+            status = self._forward(addressof(self._packed.network), addressof(asked), self._workspace)
             if status == 1:
                 raise ValueError(NOT_FINITE)
             if status == 2:
                 raise MemoryError(f"not enough memory for a forward of {height}x{width} pixels")
-        return logits, gates
+        return Segmentation(logits, gates)
+
+
+def unsupported(model: RoutedNetwork, dtype: torch.dtype) -> str | None:
+    """Why a network cannot run on the kernels in this dtype; None if it can."""
+    parameter, config = next(model.parameters()), model.config
+    if parameter.device.type != "cpu":
+        return f"the network is on {parameter.device}, the kernels are for CPUs"
+    if parameter.dtype != torch.float32:
+        return f"the network's weights are {_name(parameter.dtype)}, the kernels take float32"
+    if find_library(dtype) is None:
+        return "no kernels were built for this machine: they need a C++ compiler when routeseg is installed"
+    if config.gated and GATES[config.gate] not in (SoftGate, SoftmaxGate):
+        return f"there is no kernel for the gate {config.gate}"
+    for name in config.cell_operations:
+        if OPERATIONS[name] not in (SepConv3x3, SepConv5x5, Identity):
+            return f"there is no kernel for the cell operation {name}"
+    if type(model.head) is not Decoder:
+        return f"there is no kernel for the head {type(model.head).__name__}"
+    return None
 
 
 def is_compiled(dtype: torch.dtype) -> bool:
@@ -196,7 +215,7 @@ def _name(dtype: torch.dtype) -> str:
 class _Packed:
     """A network as `_Network`, and all that its pointers point to."""
 
-    def __init__(self, folded: DynamicRoutingNetwork, dtype: torch.dtype, vector: int, panel: int) -> None:
+    def __init__(self, folded: RoutedNetwork, dtype: torch.dtype, vector: int, panel: int) -> None:
         self.dtype, self.vector, self.panel = dtype, vector, panel
         self.kept: list[Tensor | ctypes.Array] = []
         space = folded.space
@@ -204,18 +223,19 @@ class _Packed:
         for layer, scale in folded.route.nodes:
             nodes[layer * space.num_scales + scale] = self._node(folded.node(layer, scale))
         self.kept.append(nodes)
-        gates = {node.gate.activation for node in folded.nodes.values() if node.gate is not None}  # type: ignore
+        decoder = cast(Decoder, folded.head)
+        gates = {type(folded.node(*node).gate) for node in folded.route.nodes}
         self.network = _Network(
-            space.depth, space.num_scales, space.zeros_arrive, "softmax" in gates, folded.num_classes,
+            space.depth, space.num_scales, folded.config.zeros_arrive, SoftmaxGate in gates, folded.config.num_classes,
             self._convs([self._conv(_layers(part), image=not i) for i, part in enumerate(folded.stem)]),
             nodes,
-            self._convs([self._conv(_layers(merge)) for merge in folded.decoder.merge]),
-            self._conv([folded.decoder.predictor], wide=True),
+            self._convs([self._conv(_layers(merge)) for merge in decoder.merge]),
+            self._conv([decoder.predictor], wide=True),
         )  # fmt: skip
 
     def _node(self, node: RoutingNode) -> _Node:
-        operations = [_layers(operation) for name, operation in node.cell.items() if name != "identity"]
-        packed = _Node(len(operations), "identity" in node.cell)
+        operations = [_layers(one) for one in node.cell.operations.values() if not isinstance(one, Identity)]
+        packed = _Node(len(operations), len(operations) < len(node.cell))
         packed.cell = self._convs([self._conv(_layers(half)) for halves in operations for half in halves])
         for direction in node.directions:
             packed.directions[direction] = 1

@@ -12,23 +12,24 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from routeseg.description import NOT_FINITE
 from routeseg.engine.folding import fold_batch_norm
 from routeseg.engine.graphs import CudaRecorder, Recordings
 from routeseg.engine.transfers import DeviceArrays, to_device, to_host
-from routeseg.model import DynamicRoutingNetwork
+from routeseg.errors import NOT_FINITE
 from routeseg.model.cell import RoutingNode
-from routeseg.model.gate import Gate, activate, shrink
-from routeseg.model.grid import prepare
+from routeseg.model.decoder import Decoder
+from routeseg.model.gate import Gate
+from routeseg.model.grid import RoutedNetwork, prepare
 from routeseg.model.layers import Upsample, upsample
-from routeseg.space import DIRECTIONS, SCALE_STEP, STEM_STRIDE, UP
+from routeseg.model.request import Request
+from routeseg.space import DIRECTIONS, SCALE_STEP, STEM_STRIDE, UP, Step, step
 
 
 @dataclass(frozen=True)
@@ -68,58 +69,45 @@ class EagerForward:
     recordings  of known routes, on CUDA; None elsewhere
     """
 
-    def __init__(self, model: DynamicRoutingNetwork, dtype: torch.dtype, together: bool) -> None:
-        self.together, self.dtype, self.space = together, dtype, model.space
+    def __init__(self, model: RoutedNetwork, dtype: torch.dtype, together: bool) -> None:
+        self.together, self.dtype, self.space, self.config = together, dtype, model.space, model.config
         self.wide = torch.promote_types(dtype, torch.float32)  # of scores and logits
         folded = fold_batch_norm(model)
         gates = [module for module in folded.modules() if isinstance(module, Gate)]
-        scores = [(gate, gate.score) for gate in gates]
-        for gate in gates:
-            gate.score = nn.Identity()  # type: ignore[assignment]
         self.model = folded.to(dtype)
-        for gate, score in scores:
-            gate.score = score.to(self.wide)
-        self.gate_activation = gates[0].activation if gates else None
+        for gate in gates:
+            gate.score.to(self.wide)
+        self.activate = gates[0].activate if gates else None
         self.model.normalize = copy.deepcopy(model.normalize)  # in the network's own precision
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         on_cuda = next(model.parameters()).device.type == "cuda"
         self.recordings = Recordings(CudaRecorder()) if on_cuda else None
 
-    def __call__(self, images: Tensor, given: np.ndarray | None, own: bool) -> tuple[Tensor, Tensor]:
-        """Images [B,3,H,W], and gates of given routes [B,L+1,S,3], to logits [B,K,H,W] and gates [B,L+1,S,3].
-
-        own  the open paths of a given route have the network's own activations
+    def __call__(self, images: Tensor, request: Request) -> Any:
+        """What the head makes of images [B,3,H,W].
 
         Raises ValueError for images on a CPU with values that are not finite.
         """
         if images.device.type == "cpu" and images.is_floating_point() and not torch.isfinite(images).all():
             raise ValueError(NOT_FINITE)
-        if not self.model.gated:  # what it has is open: a known route
-            everything = np.broadcast_to(self.model.route.to_gates(), (len(images), *self.space.legal.shape))
-            given, own = everything if given is None else given, False
-        forward = partial(self._forward, given=given, own=own)
-        if self.recordings is not None and given is not None and not own and (given == given[:1]).all():
-            key = (images.shape, images.dtype, given[0].tobytes())
-            logits, gates = self.recordings(key, forward, images)
+        forward = partial(self._forward, request=request)
+        if self.recordings is not None and not request.gated and len(request.mask) == 1:
+            output, gates = self.recordings((images.shape, images.dtype, request.mask.tobytes()), forward, images)
         else:
-            logits, gates = forward(images)
-        return logits, to_device(gates, logits.device)
+            output, gates = forward(images)
+        return self.model.head.result(output, to_device(gates, output.device), (images.shape[-2], images.shape[-1]))
 
-    def _forward(self, images: Tensor, given: np.ndarray | None, own: bool) -> tuple[Tensor, np.ndarray]:
-        """As `__call__`, with the gates on the host."""
-        x, (height, width) = prepare(self.model, images)
+    def _forward(self, images: Tensor, request: Request) -> tuple[Tensor, np.ndarray]:
+        """The head's output, and the gates on the host."""
+        x, _ = prepare(self.model, images)
         x = x.to(self.dtype)
         if self.together or len(x) == 1:
-            logits, gates = self._run(x, given, own)
-        else:
-            rows = [slice(i, i + 1) for i in range(len(x))]
-            parts = [self._run(x[row], None if given is None else given[row], own) for row in rows]
-            logits = torch.cat([part[0] for part in parts])
-            gates = np.concatenate([part[1] for part in parts])
-        return logits[..., :height, :width], gates
+            return self._run(x, request)
+        parts = [self._run(x[i : i + 1], request.of_image(i)) for i in range(len(x))]
+        return torch.cat([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
-    def _run(self, x: Tensor, given: np.ndarray | None, own: bool) -> tuple[Tensor, np.ndarray]:
-        """Prepared images [B,3,H,W] and a given route's gates [B,L+1,S,3] to logits [B,K,H,W] and gates.
+    def _run(self, x: Tensor, request: Request) -> tuple[Tensor, np.ndarray]:
+        """Prepared images [B,3,H,W] to the head's output and gates.
 
         Kernels that read the activations on the device, and return where a path is closed, would need no decision of
         the host: they would take the place of this loop.
@@ -128,23 +116,22 @@ class EagerForward:
         stem = self.model.stem(x)
         arrivals: list[list[Arrival]] = [[] for _ in range(space.num_scales)]
         arrivals[0].append(Arrival(stem, np.arange(batch), np.ones(batch, dtype=np.float32)))
-        reached = np.zeros((batch, space.num_scales), dtype=bool)
-        reached[:, 0] = True
-        gates, arrays = [], DeviceArrays((), x.device)
+        arrived: Sequence[np.ndarray] = [np.ones(batch, dtype=bool)]
+        gates, arrays = np.zeros((batch, *space.legal.shape), dtype=np.float32), DeviceArrays((), x.device)
         for layer in range(space.depth + 1):
-            features = {
-                s: self._gather(arrivals[s], s, stem, arrays) for s in space.scales(layer) if reached[:, s].any()
-            }
-            if given is not None and not own:
-                alpha = given[:, layer] * reached[..., None]
-            else:
-                alpha = self._activations(layer, features, reached, arrays)
-                alpha = alpha if given is None else alpha * given[:, layer]
-            departures, reached = self._decide(layer, reached, alpha)
-            arrays = DeviceArrays(list(_needed(departures, reached)), x.device)
+            scales = space.scales(layer)
+            features = {s: self._gather(arrivals[s], s, stem, arrays) for s in scales if arrived[s].any()}
+            alpha = request.mask[:, layer, : len(scales)] * np.stack(arrived, axis=1)[..., None]  # [B,S',3]
+            if request.gated:
+                alpha = alpha * self._activations(layer, features, arrived, request, arrays)
+            gates[:, layer, : len(scales)] = alpha
+            is_open = [[alpha[:, s, direction] > 0 for direction in range(len(DIRECTIONS))] for s in scales]
+            now = step(space, layer, arrived, is_open, self.config.zeros_arrive)
+            departures = self._departures(now, gates[:, layer])
+            arrays = DeviceArrays(list(_needed(departures, now.reached)), x.device)
             arrivals = self._advance(layer, features, departures, arrays)
-            gates.append(alpha)
-        return self._decode(arrivals, stem, arrays), np.stack(gates, axis=1)
+            arrived = now.reached
+        return self._read_out(arrivals, stem, arrays), gates
 
     def _gather(self, arrivals: Sequence[Arrival], scale: int, stem: Tensor, arrays: DeviceArrays) -> Tensor:
         """Eq. 5: the sum of what arrives at a scale, for the whole batch; zeros where nothing does."""
@@ -170,43 +157,46 @@ class EagerForward:
         return _zeros(shape, stem) if total is None else total
 
     def _activations(
-        self, layer: int, features: dict[int, Tensor], reached: np.ndarray, arrays: DeviceArrays
+        self,
+        layer: int,
+        features: dict[int, Tensor],
+        arrived: Sequence[np.ndarray],
+        request: Request,
+        arrays: DeviceArrays,
     ) -> np.ndarray:
-        """The activations of the layer's edges on the host, float32 [B,S,3]; 0 where an image does not reach a node."""
-        assert self.gate_activation is not None
-        asked = [(s, self.model.node(layer, s), np.flatnonzero(reached[:, s])) for s in features]
-        answers = [
-            _scores(cast(Gate, node.gate), _choose(features[s], images, arrays)).flatten() for s, node, images in asked
-        ]
+        """The activations of the layer's edges on the host, float32 [B,S',3]; 0 if an image does not reach a node."""
+        assert self.activate is not None
+        asked = [(s, self.model.node(layer, s), np.flatnonzero(arrived[s])) for s in features]
+        answers = []
+        for s, node, images in asked:
+            budget = None if request.budget is None else to_device(request.budget[images], features[s].device)
+            answers.append(cast(Gate, node.gate).scores(_choose(features[s], images, arrays), budget).flatten())
         found, start = to_host(torch.cat(answers)), 0  # the one transfer of this layer
+        reached = np.stack(arrived, axis=1)
         scores = np.full((*reached.shape, len(DIRECTIONS)), -np.inf, dtype=found.dtype)
         for s, node, images in asked:
             stop = start + len(images) * len(node.directions)
             scores[images[:, None], s, node.directions] = found[start:stop].reshape(len(images), -1)
             start = stop
         alpha = np.zeros(scores.shape, dtype=np.float32)
-        alpha[reached] = activate(torch.from_numpy(scores[reached]), self.gate_activation).numpy()
+        alpha[reached] = self.activate(torch.from_numpy(scores[reached])).numpy()
         return alpha
 
-    def _decide(self, layer: int, reached: np.ndarray, alpha: np.ndarray) -> tuple[list[Departure], np.ndarray]:
-        """What leaves each node of the layer, and which images reach the scales of the next [B,S]."""
+    def _departures(self, now: Step[np.ndarray], alpha: np.ndarray) -> list[Departure]:
+        """What leaves each node of the layer, given the activations [B,S,3]."""
         departures = []
-        next_reached = np.zeros_like(reached)
-        runs = np.any(alpha > 0, axis=-1)  # [B,S]
-        for scale in (s for s in self.space.scales(layer) if reached[:, s].any()):
-            running = np.flatnonzero(runs[:, scale])
+        for scale, arrived in enumerate(now.arrived):
+            if not arrived.any():
+                continue
+            running = np.flatnonzero(now.runs[scale])
             sent = []
-            for direction in self.model.node(layer, scale).directions if len(running) else ():
+            for direction in range(len(DIRECTIONS)):
                 share = alpha[running, scale, direction]
                 rows = np.flatnonzero(share > 0)
                 if len(rows):
                     sent.append((direction, rows, share[rows]))
-                arrives = runs[:, scale] if self.space.zeros_arrive else alpha[:, scale, direction] > 0
-                next_reached[:, scale + SCALE_STEP[direction]] |= arrives
-            skipping = np.flatnonzero(reached[:, scale] & ~runs[:, scale])
-            next_reached[skipping, scale] = True
-            departures.append(Departure(scale, running, tuple(sent), skipping))
-        return departures, next_reached
+            departures.append(Departure(scale, running, tuple(sent), np.flatnonzero(now.passes[scale])))
+        return departures
 
     def _advance(
         self, layer: int, features: dict[int, Tensor], departures: Sequence[Departure], arrays: DeviceArrays
@@ -228,22 +218,26 @@ class EagerForward:
                 arrivals[scale].append(Arrival(kept, skipping, np.ones(len(skipping), dtype=np.float32)))
         return arrivals
 
-    def _decode(self, arrivals: Sequence[Sequence[Arrival]], stem: Tensor, arrays: DeviceArrays) -> Tensor:
-        """`Decoder.forward` on what leaves the grid, to logits [B,K,4h,4w]; classes are told apart in float32."""
-        decoder, batch = self.model.decoder, len(stem)
+    def _read_out(self, arrivals: Sequence[Sequence[Arrival]], stem: Tensor, arrays: DeviceArrays) -> Tensor:
+        """What the head makes of what leaves the grid; a decoder's paths up are summed before they are resized."""
+        head, batch = self.model.head, len(stem)
+        if type(head) is not Decoder:
+            return head([self._gather(arrivals[s], s, stem, arrays) for s in range(self.space.num_scales)]).to(
+                self.wide
+            )
         everyone, ones = np.arange(batch), np.ones(batch, dtype=np.float32)
         running: list[Arrival] = []
         for scale in reversed(range(self.space.num_scales)):
             x = self._gather([*arrivals[scale], *running], scale, stem, arrays)
-            running = [Arrival(decoder.merge[scale](x), everyone, ones, halved=True)]
-        return upsample(decoder.predictor(running[0].map).to(self.wide), STEM_STRIDE)
+            running = [Arrival(head.merge[scale](x), everyone, ones, halved=True)]
+        return upsample(head.predictor(running[0].map).to(self.wide), STEM_STRIDE)  # classes are told apart in float32
 
 
-def _needed(departures: Sequence[Departure], reached: np.ndarray) -> Iterator[np.ndarray]:
+def _needed(departures: Sequence[Departure], reached: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
     """The places and weights that a device needs to know until the next layer is decided: not those of all images,
-    and no weight that all share. `reached` [B,S] is that of the next layer."""
-    batch = len(reached)
-    places = [np.flatnonzero(of_scale) for of_scale in reached.T]
+    and no weight that all share. `reached`, by scale [B], is that of the next layer."""
+    batch = len(reached[0])
+    places = [np.flatnonzero(of_scale) for of_scale in reached]
     for departure in departures:
         places += [departure.running, departure.skipping]
         for _, rows, weight in departure.sent:
@@ -260,12 +254,6 @@ def _uniform(weight: np.ndarray) -> bool:
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     empty = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
     return empty.zero_()
-
-
-def _scores(gate: Gate, features: Tensor) -> Tensor:
-    """Eq. 2-3 for features [b,C,h,w]: scores [b,D] of the node's directions, float32."""
-    hidden = gate.squeeze(shrink(features) if gate.small else features)
-    return gate.score(hidden.mean(dim=(2, 3), dtype=gate.score.weight.dtype))
 
 
 def _transform(node: RoutingNode, direction: int, hidden: Tensor) -> Tensor:

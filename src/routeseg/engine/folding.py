@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from routeseg.model import DynamicRoutingNetwork
+from routeseg.model.grid import RoutedNetwork
 from routeseg.model.layers import running_statistics
 
+Network = TypeVar("Network", bound=RoutedNetwork)
 
-def fold_batch_norm(model: DynamicRoutingNetwork) -> DynamicRoutingNetwork:
+
+def fold_batch_norm(model: Network) -> Network:
     """A copy in eval mode whose convolutions carry the BatchNorm behind them; computed in float64."""
     folded = copy.deepcopy(model).eval().requires_grad_(False)
     for sequence in [m for m in folded.modules() if isinstance(m, nn.Sequential)]:

@@ -17,11 +17,10 @@ Legend: L depth, S scales, P parts of a node, N routes.
 
 from __future__ import annotations
 
-import copy
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -48,10 +47,11 @@ from routeseg.cost.latency import (
 )
 from routeseg.engine import Precision, SkipEngine
 from routeseg.engine.compiled import STEPS, CompiledForward
+from routeseg.engine.skip import Backend
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.model.gate import GATE_BIAS
 from routeseg.model.grid import check_images
-from routeseg.model.network import route_gates
+from routeseg.model.request import Request
 from routeseg.space import Route
 
 ROUTES = 50
@@ -81,7 +81,7 @@ def profile(
     routes: int = ROUTES,
     repeats: int = REPEATS,
     seed: int = 0,
-    compiled: bool | None = None,
+    backend: Backend = "auto",
     step: Callable[[], None] = lambda: None,
 ) -> LatencyTable:
     """The latency table of a network for images of this size, on the device where it is, with as many threads as
@@ -89,14 +89,14 @@ def profile(
 
     routes    that the table is tested on
     repeats   rounds, whose median counts
-    compiled  as SkipEngine takes it
+    backend   as SkipEngine takes it
 
     Raises ValueError for fewer than one route or repeat, and what SkipEngine raises.
     """
     for name, value in (("routes", routes), ("repeats", repeats)):
         if value < 1:
             raise ValueError(f"{name} is {value}: it must be at least 1")
-    engine = SkipEngine(_opened(model), precision, compiled=compiled)
+    engine = SkipEngine(_opened(model), precision, backend)
     clocked = isinstance(engine.forward, CompiledForward)
     device = next(model.parameters()).device
     images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(seed)).to(device)
@@ -114,7 +114,7 @@ def profile(
             (_clocked_forward if with_clocks else _forward)(engine, images, job)
             step()
     fixed_ms, part_ms = _from_clocks(model, calibration) if clocked else _from_fit(model, calibration)
-    table = LatencyTable(size, str(device), engine.precision, network_shape(model), fixed_ms, part_ms)
+    table = LatencyTable(size, str(device), engine.precision, network_shape(model.config), fixed_ms, part_ms)
     table.facts.update(how="clocked" if clocked else "fitted", repeats=repeats, seed=seed)
     table.facts.update(all_open=[_tested(table, job) for job in calibration[:2]], test=_test(table, tested))
     return table
@@ -130,13 +130,13 @@ def measure_route(
     table: LatencyTable,
     route: Route,
     repeats: int = REPEATS,
-    compiled: bool | None = None,
+    backend: Backend = "auto",
 ) -> list[dict[str, Any]]:
     """A route's predicted and measured milliseconds, without its gates and, where the network has gates, with them."""
-    engine = SkipEngine(_opened(model), table.precision, compiled=compiled)  # type: ignore[arg-type]
+    engine = SkipEngine(_opened(model), table.precision, backend)  # type: ignore[arg-type]
     images = torch.rand(1, 3, *table.size).to(next(model.parameters()).device)
     rows = []
-    for job in [_Job(route, gates) for gates in (False, True)[: 1 + model.gated]]:
+    for job in [_Job(route, gates) for gates in (False, True)[: 1 + model.config.gated]]:
         _forward(engine, images, job)
         job.ms.clear()  # of the first, which warms up
         for _ in range(repeats):
@@ -148,29 +148,32 @@ def measure_route(
 def _opened(model: DynamicRoutingNetwork) -> DynamicRoutingNetwork:
     """A copy whose gates are computed as ever, and open every path whatever they see: a given route is then exactly
     what runs."""
-    opened = copy.deepcopy(model)
+    config = replace(model.config, gate="soft") if model.config.gated else model.config
+    opened = DynamicRoutingNetwork(config).to(next(model.parameters()))
+    opened.load_state_dict(model.state_dict(), strict=False)  # a gate of another kind may have more
     with torch.no_grad():
         for layer, scale in opened.route.nodes:
             gate = opened.node(layer, scale).gate
             if gate is not None:
-                gate.activation = "soft"
                 gate.score.weight.zero_()
                 gate.score.bias.fill_(GATE_BIAS)
-    return opened
+    return opened.eval()
 
 
 def _jobs(model: DynamicRoutingNetwork, routes: int, rng: random.Random) -> tuple[list[_Job], list[_Job]]:
     """Calibration: everything open, with gates and without, and routes whose shares of nodes and edges differ between
     scales, so that no part always comes with another. Test: routes with one share of nodes and one of edges."""
-    calibration = [_Job(model.route, gates=model.gated), _Job(model.route, gates=False)]
+    calibration = [_Job(model.route, gates=model.config.gated), _Job(model.route, gates=False)]
     scales = range(model.space.num_scales)
     while len(calibration) < CALIBRATION_ROUTES:
         shares = [(rng.random(), rng.random()) for _ in scales]
-        calibration.append(_Job(random_route(model.route, shares, rng), model.gated and len(calibration) % 2 == 0))
+        calibration.append(
+            _Job(random_route(model.route, shares, rng), model.config.gated and len(calibration) % 2 == 0)
+        )
     tested = []
     for number in range(routes):
         shares = [(rng.random(), rng.random())] * len(scales)
-        tested.append(_Job(random_route(model.route, shares, rng), model.gated and number % 2 == 0))
+        tested.append(_Job(random_route(model.route, shares, rng), model.config.gated and number % 2 == 0))
     return calibration, tested
 
 
@@ -199,16 +202,15 @@ def _clocked_forward(engine: SkipEngine, images: Tensor, job: _Job) -> None:
     seconds = np.zeros(nodes[0] * nodes[1] * len(STEPS) + 2)
     start = time.perf_counter()
     check_images(images)
-    given = route_gates(engine.model, job.route, 1, torch.device("cpu"))
-    assert given is not None
-    engine.forward(images, given.numpy(), job.gates, seconds)
+    request = Request.of(engine.model.config, 1, job.route, "own" if job.gates else "one")
+    engine.forward(images, request, seconds)
     call = time.perf_counter() - start - seconds.sum()
     job.steps.append(seconds[:-2].reshape(*nodes, len(STEPS)))
     job.fixed.append(np.array([*seconds[-2:], call]))
 
 
 def _from_clocks(model: DynamicRoutingNetwork, jobs: list[_Job]) -> tuple[dict[str, float], np.ndarray]:
-    counts = np.stack([route_counts(job.route, model.space, job.gates) for job in jobs])  # [N,L+1,S,P]
+    counts = np.stack([route_counts(network_shape(model.config), job.route, job.gates) for job in jobs])  # [N,L+1,S,P]
     steps_ms = MS * np.stack([np.median(job.steps, axis=0) for job in jobs])  # [N,L+1,S,5]
     part_ms = np.zeros((model.space.num_scales, len(PARTS)))
     for scale in range(model.space.num_scales):
@@ -232,7 +234,8 @@ def _from_clocks(model: DynamicRoutingNetwork, jobs: list[_Job]) -> tuple[dict[s
 
 
 def _from_fit(model: DynamicRoutingNetwork, jobs: list[_Job]) -> tuple[dict[str, float], np.ndarray]:
-    counts = np.stack([route_counts(job.route, model.space, job.gates).sum(0) for job in jobs])[..., FITTED]  # [N,S,p]
+    shape = network_shape(model.config)
+    counts = np.stack([route_counts(shape, job.route, job.gates).sum(0) for job in jobs])[..., FITTED]  # [N,S,p]
     measured = np.array([np.median(job.ms) for job in jobs])
     rows = np.column_stack([np.ones(len(jobs)), counts.reshape(len(jobs), -1)])
     times = nnls(rows / measured[:, None], np.ones(len(jobs)))[0]

@@ -1,29 +1,29 @@
 """The skip engine: a closed path and a dropped cell are not computed, per image also inside a batch.
 
-BatchNorm is folded into the convolutions (in float64, once). Same logits and gates as the dense forward, in eval mode,
-to float32 rounding; where a deep network amplifies rounding, it does so in both (in float64 they agree to 1e-12).
+BatchNorm is folded into the convolutions (in float64, once). Same result as the dense forward, in eval mode, to float32
+rounding; if a deep network amplifies rounding, it does so in both (in float64 they agree to 1e-12).
 
-At the threshold: a path is open where its activation, as computed here, is above 0. An activation that the dense
-forward rounds to the other side of 0 is below 1e-6 there; only a node whose every activation is that small can differ.
-In bfloat16 the features that gates see are rounded to 8 bits, and so an activation can differ by some 0.01.
+At the threshold: a path is open if its activation, as computed here, is above 0. An activation that the dense forward
+rounds to the other side of 0 is below 1e-6 there; only a node whose every activation is that small can differ. In
+bfloat16 the features that gates see are rounded to 8 bits, and so an activation can differ by some 0.01.
 """
 
 from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from routeseg.engine.compiled import CompiledForward, is_compiled
+from routeseg.engine.compiled import CompiledForward, unsupported
 from routeseg.engine.eager import EagerForward
-from routeseg.model import DynamicRoutingNetwork, Segmentation
-from routeseg.model.grid import check_images
-from routeseg.model.network import Activation, Routes, route_gates
+from routeseg.model.grid import RoutedNetwork, check_images
+from routeseg.model.request import Activation, Request, Routes
 
 Precision = Literal["float32", "bfloat16", "float16"]
+Backend = Literal["auto", "kernels", "eager", "batched"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -35,68 +35,63 @@ class SkipEngine:
 
     forward: CompiledForward | EagerForward
 
-    def __init__(
-        self,
-        model: DynamicRoutingNetwork,
-        precision: Precision = "float32",
-        together: bool | None = None,
-        compiled: bool | None = None,
-    ) -> None:
+    def __init__(self, model: RoutedNetwork, precision: Precision = "float32", backend: Backend = "auto") -> None:
         """The engine on the device where the model is.
 
         precision  of weights and feature maps; gates and logits are float32 in any case. bfloat16 is for CPUs with
                    AVX512_BF16 and for GPUs, float16 for GPUs; elsewhere the network's own takes their place, and a
                    warning is logged, once
-        together   run the images of a batch layer by layer together, choosing rows where routes differ (None: on
-                   GPUs); otherwise one after the other, which spares the copies and is faster on CPUs
-        compiled   run on the kernels built at installation, which take float32 networks on CPUs, one image after the
-                   other (None: where they can); otherwise on PyTorch's operations
+        backend    kernels: those built at installation, for CPUs, one image after the other. eager: PyTorch's
+                   operations, one image after the other, which spares copies. batched: PyTorch's operations, the images
+                   layer by layer together, choosing rows if routes differ. auto: kernels on CPUs if they can run the
+                   network, else eager, with the reason logged once; batched on GPUs
 
-        Raises ValueError for another precision, and where kernels are demanded that are not there.
+        Raises ValueError for another precision or backend, and if kernels are demanded that cannot run the network.
         """
         self.model = model
         parameter = next(model.parameters())
         self.device = parameter.device
-        dtype = _supported(precision, parameter)
-        if compiled is None:
-            compiled = parameter.device.type == "cpu" and parameter.dtype == torch.float32 and is_compiled(dtype)
-            compiled = compiled and not together
-        if compiled:
-            if together or parameter.device.type != "cpu":
-                raise ValueError("compiled kernels run on CPUs, one image after the other: leave compiled out")
-            if parameter.dtype != torch.float32:
-                raise ValueError(f"compiled kernels take float32 networks, not {parameter.dtype}: leave compiled out")
+        dtype = _supported(precision, model)
+        if backend not in ("auto", "kernels", "eager", "batched"):
+            raise ValueError(f"backend {backend!r}: choose one of auto, kernels, eager, batched")
+        reason = unsupported(model, dtype)
+        if backend == "auto":
+            backend = "batched" if self.device.type != "cpu" else "eager" if reason else "kernels"
+            if backend == "eager" and parameter.dtype == torch.float32:
+                _say_once(f"running on PyTorch's operations, which is slower: {reason}")
+        if backend == "kernels":
+            if reason is not None:
+                raise ValueError(f"the kernels cannot run this network: {reason}. Choose another backend")
             self.forward = CompiledForward(model, dtype)
         else:
-            self.forward = EagerForward(model, dtype, parameter.device.type != "cpu" if together is None else together)
+            self.forward = EagerForward(model, dtype, together=backend == "batched")
         self.precision = str(dtype).removeprefix("torch.")
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor, route: Routes = None, activation: Activation = "one") -> Segmentation:
-        """See `DynamicRoutingNetwork.forward`. Raises ValueError also for images on another device than the engine,
-        and for images on a CPU with NaN or infinity."""
+    def __call__(self, images: Tensor, route: Routes = None, activation: Activation = "one") -> Any:
+        """See `RoutedNetwork.forward`. Raises ValueError also for images on another device than the engine, and for
+        images on a CPU with NaN or infinity."""
         check_images(images)
         if images.device != self.device:
             raise ValueError(f"the images are on {images.device}, the engine is on {self.device}: move them there")
-        given = route_gates(self.model, route, len(images), torch.device("cpu"))
-        own = given is None or activation == "own"
-        return Segmentation(*self.forward(images, None if given is None else given.numpy(), own))
+        return self.forward(images, Request.of(self.model.config, len(images), route, activation))
 
 
-def _supported(precision: str, parameter: Tensor) -> torch.dtype:
-    """The dtype of this name, or the network's own one where its device lacks it; says so once."""
+def _supported(precision: str, model: RoutedNetwork) -> torch.dtype:
+    """The dtype of this name, or the network's own one if its device lacks it; says so once."""
     if precision not in DTYPES:
         raise ValueError(f"precision {precision!r}: choose one of {', '.join(DTYPES)}")
-    dtype, own, device = DTYPES[precision], parameter.dtype, parameter.device.type
+    parameter = next(model.parameters())
+    dtype, own, device = DTYPES[precision], parameter.dtype, parameter.device
     if dtype == torch.float32:
         return own
-    if device == "cpu":
-        supported = dtype == torch.bfloat16 and own == torch.float32 and is_compiled(dtype)
+    if device.type == "cpu":
+        supported = unsupported(model, dtype) is None
     else:
-        supported = dtype == torch.float16 or _has_bfloat16(parameter.device)
+        supported = dtype == torch.float16 or _has_bfloat16(device)
     if not supported:
-        name = "CPU" if device == "cpu" else "GPU"
-        _say_once(f"no fast {precision} on this {name}: running in {str(own).removeprefix('torch.')}")
+        name = "CPU" if device.type == "cpu" else "GPU"
+        _say_once(f"no fast {precision} for this network on this {name}: running in {str(own).removeprefix('torch.')}")
     return dtype if supported else own
 
 

@@ -61,7 +61,9 @@ class RouteCounter:
         convention: str = "authors",
     ) -> None:
         with torch.device("meta"):
-            model = DynamicRoutingNetwork(num_classes, space.depth, space.num_scales, base_channels)
+            model = DynamicRoutingNetwork(
+                num_classes=num_classes, depth=space.depth, num_scales=space.num_scales, base_channels=base_channels
+            )
         params = {name: sum(p.numel() for p in module.parameters()) for name, module in model.named_modules()}
         self.cost = model_cost(model, image_size, convention)
         self.fixed = params["stem"] + params["decoder"]

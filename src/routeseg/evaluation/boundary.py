@@ -13,7 +13,7 @@ import math
 import cv2
 import numpy as np
 
-from routeseg.data.transforms import IGNORE
+from routeseg.labels import IGNORE
 
 BOUNDARY_WIDTH = 0.02  # of the image's diagonal, the paper's default
 

@@ -14,7 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from routeseg.data.transforms import IGNORE
+from routeseg.labels import IGNORE
 from routeseg.space import DIRECTIONS, RoutingSpace
 
 SIZE_GROUPS = 4  # quartiles of the object size

@@ -18,7 +18,7 @@ import numpy as np
 
 from routeseg import figures
 from routeseg.data.datamodule import DataConfig, evaluation_loader, image_tensor, open_data
-from routeseg.data.pairs import Classes, SegmentationData, SkipLog
+from routeseg.data.pairs import SegmentationData, SkipLog
 from routeseg.data.scenes import PRESETS
 from routeseg.evaluation import Evaluation, Forward, evaluate
 from routeseg.evaluation.route_statistics import (
@@ -35,6 +35,7 @@ from routeseg.evaluation.route_statistics import (
     size_group_name,
     size_groups,
 )
+from routeseg.labels import Classes
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.space import RoutingSpace
 
@@ -246,7 +247,7 @@ def survey_routes(
 
     Raises ValueError where the network has no gates, or there is nothing to look at.
     """
-    if not model.gated:
+    if not model.config.gated:
         raise ValueError(
             f"{name} has no gates: its route is the same for every image. Draw it with "
             "`routeseg architectures --figure`, or see its config.json"
@@ -345,5 +346,5 @@ def _panel(
     labels = forward(pixels).labels[0].cpu().numpy().astype(np.uint8)
     cost, share = seen.evaluation.cost_macs[place] / 1e9, seen.cost_share[place]
     title = f"{seen.names[place]}: {cost:.3f} GMACs, {100 * share:.1f} % of full"
-    tinted = figures.overlay(image, labels, model.class_names, model.palette, legend=False)
+    tinted = figures.overlay(image, labels, model.config.class_names, model.config.palette, legend=False)
     return image, tinted, seen.gates[place], title

@@ -24,10 +24,10 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from routeseg.collectives import gather
 from routeseg.cost.macs import CostTable, model_cost
-from routeseg.data.transforms import IGNORE
-from routeseg.description import DIVERGED
+from routeseg.errors import DIVERGED
 from routeseg.evaluation.boundary import boundary_counts
 from routeseg.evaluation.test_time import Averaged, Forward, MultiPass
+from routeseg.labels import IGNORE
 from routeseg.model import DynamicRoutingNetwork
 
 PACKAGES = ("routeseg", "torch", "lightning")  # whose versions a result file names
@@ -166,12 +166,12 @@ def evaluate(
     Raises ValueError where there is no picture, a single class, a label outside the network's classes, or an output
     that is not finite.
     """
-    check_class_count(model.num_classes)
+    check_class_count(model.config.num_classes)
     device = next(model.parameters()).device
     segment = forward if isinstance(forward, MultiPass) else MultiPass(forward or model)
-    counter = MulticlassConfusionMatrix(model.num_classes, ignore_index=IGNORE).to(device)
+    counter = MulticlassConfusionMatrix(model.config.num_classes, ignore_index=IGNORE).to(device)
     table = cache(lambda size: model_cost(model, size, convention))
-    boundary = np.zeros((2, model.num_classes), dtype=np.int64)
+    boundary = np.zeros((2, model.config.num_classes), dtype=np.int64)
     # Of each image: real cost, full cost, passes, gates; None where it was skipped.
     per_image: list[tuple[float, float, int, np.ndarray] | None] = []
     skipped = 0
@@ -183,7 +183,7 @@ def evaluate(
             per_image.append(None)
         else:
             labels = picture["labels"].to(device)
-            _check_labels(labels, model.num_classes, picture["name"])
+            _check_labels(labels, model.config.num_classes, picture["name"])
             result = segment(picture["image"].to(device))
             if not result.scores.isfinite().all():
                 raise ValueError(f"{picture['name']}: {DIVERGED}")
@@ -194,7 +194,7 @@ def evaluate(
                 prediction = found[0].cpu().numpy().astype(np.uint8)
             if boundary_width:
                 truth = picture["labels"][0].numpy()
-                boundary += boundary_counts(truth, prediction, model.num_classes, boundary_width)
+                boundary += boundary_counts(truth, prediction, model.config.num_classes, boundary_width)
             if on_prediction is not None:
                 on_prediction(picture["name"], prediction)
         if on_picture is not None:
@@ -207,7 +207,7 @@ def evaluate(
         raise ValueError("the data set has no readable picture to evaluate on")
     costs, fulls, counts, gates = zip(*images, strict=True)
     return Evaluation(
-        class_names=model.class_names,
+        class_names=tuple(model.config.class_names),
         confusion=counter.compute().cpu().numpy(),
         cost_macs=np.array(costs),
         full_macs=np.array(fulls),

@@ -10,7 +10,7 @@ from routeseg.description import METADATA_KEY
 from routeseg.engine.folding import fold_batch_norm
 from routeseg.export.metadata import metadata
 from routeseg.files import write_atomically
-from routeseg.model import DynamicRoutingNetwork
+from routeseg.model.grid import RoutedNetwork
 from routeseg.prediction.sources import is_url
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ SUFFIX = ".onnx"
 __all__ = ["FORMATS", "build_onnx", "export", "metadata", "require_onnx"]
 
 
-def export(model: DynamicRoutingNetwork, path: str | Path, routed: bool = False) -> Path:
+def export(model: RoutedNetwork, path: str | Path, routed: bool = False) -> Path:
     """Writes a network as an ONNX file, whole or not at all; `routed`: with its gates, closed paths skipped.
 
     Raises ValueError where the name does not end in .onnx, the network is not of that kind, or onnx is not installed.
@@ -44,7 +44,7 @@ def check_name(path: str | Path) -> Path:
     return path
 
 
-def build_onnx(model: DynamicRoutingNetwork, routed: bool = False, dense: bool = False) -> onnx.ModelProto:
+def build_onnx(model: RoutedNetwork, routed: bool = False, dense: bool = False) -> onnx.ModelProto:
     """The ONNX model of a network. Input `images` [B,3,H,W], outputs `logits` [B,K,H,W] and `gates` [B,L+1,S,3].
 
     dense  with its gates, too, but without `If`: closed paths are computed, and multiplied by 0
@@ -70,21 +70,21 @@ def build_onnx(model: DynamicRoutingNetwork, routed: bool = False, dense: bool =
     return graph.model(
         [images],
         {
-            "logits": (logits, [batch, model.num_classes, "height", "width"]),
+            "logits": (logits, [batch, model.config.num_classes, "height", "width"]),
             "gates": (gates, [batch, space.depth + 1, space.num_scales, 3]),
         },
         {METADATA_KEY: json.dumps(metadata(model, kind))},
     )
 
 
-def check_kind(model: DynamicRoutingNetwork, routed: bool) -> None:
+def check_kind(model: RoutedNetwork, routed: bool) -> None:
     """Raises ValueError, naming the option, where a network with gates is not to keep them, or one without is to."""
-    if model.gated and not routed:
+    if model.config.gated and not routed:
         raise ValueError(
             "the network chooses its route for each image: export it with --routed, gates and all, or name one route "
             "for all images with --route FILE or an architecture's NAME"
         )
-    if routed and not model.gated:
+    if routed and not model.config.gated:
         raise ValueError("the network is static, it has no gates to route by: leave --routed out")
 
 

@@ -69,6 +69,27 @@ class Graph:
             self.weights[key] = numpy_helper.from_array(array, self.name("constant"))
         return self.weights[key].name
 
+    def integers(self, value: Any) -> str:
+        """A small constant of int64."""
+        return self.constant(value, np.int64)
+
+    def as_float(self, value: str) -> str:
+        """0 and 1 of bools."""
+        return self.op("Cast", value, to=FLOAT)
+
+    def sequence(self, module: nn.Sequential, name: str, x: str) -> str:
+        """Convolutions and ReLUs in a row, also nested."""
+        for key, layer in module.named_children():
+            if isinstance(layer, nn.Conv2d):
+                x = self.conv(layer, f"{name}.{key}", x)
+            elif isinstance(layer, nn.ReLU):
+                x = self.op("Relu", x)
+            elif isinstance(layer, nn.Sequential):
+                x = self.sequence(layer, f"{name}.{key}", x)
+            else:
+                assert isinstance(layer, nn.Identity)  # where a BatchNorm was
+        return x
+
     def conv(self, conv: nn.Conv2d, name: str, x: str, stride: int | None = None) -> str:
         """The convolution of this name, with its bias where it has one; `stride` in place of its own."""
         inputs = [x, self.tensor(f"{name}.weight", conv.weight.detach().numpy())]

@@ -54,7 +54,7 @@ def export_int8(
     if not images:
         raise ValueError("no image to calibrate with: give some such as the network will see")
     require_onnxruntime()
-    float_model = build_onnx(model, dense=model.gated)
+    float_model = build_onnx(model, dense=model.config.gated)
     network, step = describe(model), on_image or (lambda: None)
 
     def calibration() -> Iterator[np.ndarray]:

@@ -5,46 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from routeseg.cost.macs import model_cost
-from routeseg.description import FORMAT, fingerprint
-from routeseg.model import DynamicRoutingNetwork
+from routeseg.description import FORMAT, describe
+from routeseg.model.grid import RoutedNetwork
 from routeseg.space import DIRECTIONS
 from routeseg.version import __version__
 
 COST_SIZE = (1024, 2048)  # the image size that costs are given for
 
 
-def metadata(model: DynamicRoutingNetwork, kind: str, precision: str = "float32") -> dict[str, Any]:
+def metadata(model: RoutedNetwork, kind: str, precision: str = "float32") -> dict[str, Any]:
     """The JSON object under `routeseg` in the metadata of a file.
 
     kind       "static", "routed" or "dense" (see `build_onnx`); `model` is the network that the file runs, so a static
                one is specialised already
     precision  "float32" or "int8"
     """
-    return {
-        "format": FORMAT,
-        "kind": kind,
-        "precision": precision,
-        "version": __version__,
-        "num_classes": model.num_classes,
-        "class_names": list(model.class_names),
-        "palette": [list(colour) for colour in model.palette],
-        "pixel_mean": list(model.arguments["pixel_mean"]),
-        "pixel_std": list(model.arguments["pixel_std"]),
-        "depth": model.space.depth,
-        "num_scales": model.space.num_scales,
-        "zeros_arrive": model.space.zeros_arrive,
-        "route": model.arguments.get("route") and model.route.named_edges,
-        "base_channels": model.base_channels,
-        "stem_channels": model.stem_channels,
-        "cell_operations": list(model.cell_operations),
-        "small_gate": model.small_gate,
-        "gated": model.gated,
-        "fingerprint": fingerprint(model),
-        "cost_macs": cost_macs(model),
-    }
+    facts = {"format": FORMAT, "kind": kind, "precision": precision, "version": __version__}
+    return facts | describe(model).as_metadata() | {"cost_macs": cost_macs(model)}
 
 
-def cost_macs(model: DynamicRoutingNetwork) -> dict[str, Any]:
+def cost_macs(model: RoutedNetwork) -> dict[str, Any]:
     """The cost table at 1024x2048, in the authors' convention: what is always paid, and each node's own part.
 
     A node that is reached pays `gate`, one that runs `cell`, and each open path its own entry (docs/cost.md).
@@ -55,4 +35,4 @@ def cost_macs(model: DynamicRoutingNetwork) -> dict[str, Any]:
         parts = {"cell": table.cell[layer, scale], "gate": table.gate[layer, scale]}
         edges = dict(zip(DIRECTIONS, table.edge[layer, scale], strict=True))
         nodes[f"{layer}-{scale}"] = {name: float(macs) for name, macs in (parts | edges).items()}
-    return {"size": list(COST_SIZE), "fixed": table.stem + table.decoder, "nodes": nodes}
+    return {"size": list(COST_SIZE), "fixed": table.stem + table.head, "nodes": nodes}

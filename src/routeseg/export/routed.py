@@ -17,10 +17,12 @@ from functools import reduce
 import numpy as np
 import torch
 
+from routeseg.errors import NotExportable
 from routeseg.export import parts
 from routeseg.export.arrivals import Sent, nothing, select, select_or_nothing
 from routeseg.export.graph import BOOL, FLOAT, Graph
-from routeseg.model import DynamicRoutingNetwork
+from routeseg.model.decoder import Decoder, Vector
+from routeseg.model.grid import RoutedNetwork
 from routeseg.space import KEEP, SCALE_STEP, UP
 
 
@@ -33,7 +35,7 @@ class LayerState:
     reached: str
 
 
-def routed_outputs(graph: Graph, model: DynamicRoutingNetwork, images: str) -> tuple[str, str]:
+def routed_outputs(graph: Graph, model: RoutedNetwork, images: str) -> tuple[str, str]:
     """Adds a network with gates, whose BatchNorm is folded: images [1,3,H,W] -> logits, gates."""
     space = model.space
     stem = parts.stem(graph, model, images)
@@ -47,7 +49,7 @@ def routed_outputs(graph: Graph, model: DynamicRoutingNetwork, images: str) -> t
         flags = _flags(graph, model, layer, state, alpha)
         *maps, alpha = _layer(graph, model, layer, state.maps, flags, zeros)
         has_map = flags.has_map
-        if layer < space.depth and space.zeros_arrive:
+        if layer < space.depth and model.config.zeros_arrive:
             runs = np.array([[float(zeros.gate(layer + 1, s).any())] for s in space.scales(layer + 1)])
             if runs.any():  # zeros become a map where the node runs on them
                 has_map = graph.op("Max", has_map, graph.op("Mul", flags.reached, graph.constant(runs)))
@@ -57,9 +59,7 @@ def routed_outputs(graph: Graph, model: DynamicRoutingNetwork, images: str) -> t
     return logits, gates
 
 
-def _layer(
-    graph: Graph, model: DynamicRoutingNetwork, layer: int, maps: list[str], flags: Flags, zeros: _Zeros
-) -> list[str]:
+def _layer(graph: Graph, model: RoutedNetwork, layer: int, maps: list[str], flags: Flags, zeros: _Zeros) -> list[str]:
     """The next layer's maps [1,C,h,w] and its activations [n',3]; behind the last layer the logits."""
     last = layer == model.space.depth
     return graph.choose(
@@ -70,7 +70,7 @@ def _layer(
     )
 
 
-def _layer_together(graph: Graph, model: DynamicRoutingNetwork, layer: int, maps: list[str], flags: Flags) -> list[str]:
+def _layer_together(graph: Graph, model: RoutedNetwork, layer: int, maps: list[str], flags: Flags) -> list[str]:
     """A layer whose every path is open, in one branch."""
     space = model.space
     arrivals: dict[int, str] = {}
@@ -83,14 +83,14 @@ def _layer_together(graph: Graph, model: DynamicRoutingNetwork, layer: int, maps
             out = graph.op("Mul", out, flags.share[k][direction])  # behind the resizing, which then keeps its layout
             arrivals[target] = graph.op("Add", arrivals[target], out) if target in arrivals else out
     if layer == space.depth:
-        return [parts.decode(graph, model, [arrivals[s] for s in range(space.num_scales)])]
+        return [model.head.onnx(graph, [arrivals[s] for s in range(space.num_scales)])]
     scales = space.scales(layer + 1)
     answers = [parts.gate(graph, model, layer + 1, s, arrivals[s]) for s in scales]
     return [*(arrivals[s] for s in scales), graph.op("Concat", *answers, axis=0)]
 
 
 def _layer_apart(
-    graph: Graph, model: DynamicRoutingNetwork, layer: int, maps: list[str], flags: Flags, zeros: _Zeros
+    graph: Graph, model: RoutedNetwork, layer: int, maps: list[str], flags: Flags, zeros: _Zeros
 ) -> list[str]:
     """A layer some of whose paths are closed: each part is a branch of its own."""
     space = model.space
@@ -111,14 +111,14 @@ def _layer_apart(
 class _Zeros:
     """What is known of maps of zeros, before any image is seen."""
 
-    def __init__(self, graph: Graph, model: DynamicRoutingNetwork, stem: str) -> None:
+    def __init__(self, graph: Graph, model: RoutedNetwork, stem: str) -> None:
         self.model, self.stem = model, stem
         self.shapes: dict[int, str] = {}
         self.graph = graph
 
     def gate(self, layer: int, scale: int) -> np.ndarray:
         """The activations [3] of a node at which nothing but zeros arrives."""
-        zeros = torch.zeros(1, self.model.channels(scale), 8, 8)
+        zeros = torch.zeros(1, self.model.config.channels(scale), 8, 8)
         return self.model.node(layer, scale).activations(zeros)[0].detach().numpy()
 
     def shape(self, scale: int) -> str:
@@ -127,7 +127,9 @@ class _Zeros:
             g = self.graph
             size = g.op("Shape", self.stem, start=2, end=4)
             size = g.op("Div", size, g.constant([2**scale, 2**scale], np.int64))
-            self.shapes[scale] = g.op("Concat", g.constant([1, self.model.channels(scale)], np.int64), size, axis=0)
+            self.shapes[scale] = g.op(
+                "Concat", g.constant([1, self.model.config.channels(scale)], np.int64), size, axis=0
+            )
         return self.shapes[scale]
 
 
@@ -153,7 +155,7 @@ class Flags:
     reached: str
 
 
-def _flags(graph: Graph, model: DynamicRoutingNetwork, layer: int, state: LayerState, alpha: str) -> Flags:
+def _flags(graph: Graph, model: RoutedNetwork, layer: int, state: LayerState, alpha: str) -> Flags:
     """Eq. 5 in zeros and ones, given the activations [n,3] of a layer."""
     space = model.space
     scales = space.scales(layer)
@@ -173,7 +175,7 @@ def _flags(graph: Graph, model: DynamicRoutingNetwork, layer: int, state: LayerS
             reach[k, 0, scale + SCALE_STEP[direction]] = 1
         arrival[k, 3, scale] = reach[k, 1, scale] = 1
     has_map = reached = _spread(graph, [is_open, drops], arrival)
-    if space.zeros_arrive:
+    if model.config.zeros_arrive:
         reached = _spread(graph, [runs, graph.op("Mul", state.reached, idle)], reach)
     lacking = 1.0 - space.legal[layer, : len(scales)]
     all_open = graph.op("ReduceMin", graph.op("Max", is_open, graph.constant(lacking)), keepdims=0)
@@ -190,9 +192,7 @@ def _flags(graph: Graph, model: DynamicRoutingNetwork, layer: int, state: LayerS
     )
 
 
-def _leave(
-    graph: Graph, model: DynamicRoutingNetwork, layer: int, maps: list[str], flags: Flags
-) -> list[list[list[Sent]]]:
+def _leave(graph: Graph, model: RoutedNetwork, layer: int, maps: list[str], flags: Flags) -> list[list[list[Sent]]]:
     """For each scale of the next layer, what may arrive there, as groups of which one at most does."""
     space = model.space
     sent: list[list[list[Sent]]] = [[[], [], []] for _ in range(space.num_scales)]  # of up, keep, down
@@ -225,7 +225,7 @@ def _split(graph: Graph, values: str, count: int, shape: Sequence[int]) -> list[
     return graph.several("Split", [flat], count, axis=0, num_outputs=count) if count > 1 else [flat]
 
 
-def _run(graph: Graph, model: DynamicRoutingNetwork, layer: int, scale: int, features: str, runs: str) -> str:
+def _run(graph: Graph, model: RoutedNetwork, layer: int, scale: int, features: str, runs: str) -> str:
     """relu(H) of a node, where it runs."""
     node, name = model.node(layer, scale), f"nodes.{layer}-{scale}"
     return graph.choose(runs, lambda g: [parts.cell(g, node, name, features)], nothing)[0]
@@ -233,7 +233,7 @@ def _run(graph: Graph, model: DynamicRoutingNetwork, layer: int, scale: int, fea
 
 def _send(
     graph: Graph,
-    model: DynamicRoutingNetwork,
+    model: RoutedNetwork,
     layer: int,
     scale: int,
     direction: int,
@@ -252,7 +252,7 @@ def _send(
 
 def _arrive(
     graph: Graph,
-    model: DynamicRoutingNetwork,
+    model: RoutedNetwork,
     layer: int,
     scale: int,
     groups: list[list[Sent]],
@@ -267,7 +267,7 @@ def _arrive(
         return [features, parts.gate(g, model, layer, scale, features)]
 
     def zeros_or_nothing(g: Graph) -> list[str]:
-        known = zeros.gate(layer, scale) * model.space.zeros_arrive
+        known = zeros.gate(layer, scale) * model.config.zeros_arrive
         if not known.any():
             return [*nothing(g), g.constant(np.zeros((1, 3)))]
         blank = g.choose(reached, lambda b: [b.op("ConstantOfShape", zeros.shape(scale))], nothing)[0]
@@ -277,7 +277,7 @@ def _arrive(
     return features, alpha
 
 
-def _all_scales(graph: Graph, model: DynamicRoutingNetwork, layer: int, alpha: str) -> str:
+def _all_scales(graph: Graph, model: RoutedNetwork, layer: int, alpha: str) -> str:
     """Activations [n,3] of a layer as [1,S,3], with zeros for scales that it has not."""
     n, total = len(model.space.scales(layer)), model.space.num_scales
     if n < total:
@@ -285,21 +285,24 @@ def _all_scales(graph: Graph, model: DynamicRoutingNetwork, layer: int, alpha: s
     return graph.op("Unsqueeze", alpha, graph.constant([0], np.int64))
 
 
-def _decode(graph: Graph, model: DynamicRoutingNetwork, maps: list[str], arrived: list[str]) -> str:
-    """The decoder, in one branch where every scale has a map; otherwise a step after the other."""
+def _decode(graph: Graph, model: RoutedNetwork, maps: list[str], arrived: list[str]) -> str:
+    """The decoder, in one branch if every scale has a map; otherwise a step after the other."""
+    head = model.head
+    if not isinstance(head, Decoder):
+        raise NotExportable(f"the head {type(head).__name__} has no routed export: export one route for all images")
 
-    def steps(g: Graph, scale: int, running: str | parts.Vector | None) -> list[str]:
+    def steps(g: Graph, scale: int, running: str | Vector | None) -> list[str]:
         if scale < 0:
             assert isinstance(running, str)
-            return [parts.predict(g, model, running)]
+            return [head.onnx_predict(g, running)]
 
         def step(b: Graph, x: str | None) -> list[str]:
-            return steps(b, scale - 1, parts.merge(b, model, scale, x, running))
+            return steps(b, scale - 1, head.onnx_merge(b, scale, x, running))
 
         if scale == 0 and not isinstance(running, str):
             return step(g, maps[0])
         return g.choose(arrived[scale], lambda b: step(b, maps[scale]), lambda b: step(b, None))
 
     everything = reduce(lambda one, other: graph.op("And", one, other), arrived)
-    whole = graph.choose(everything, lambda g: [parts.decode(g, model, maps)], lambda g: steps(g, len(maps) - 1, None))
+    whole = graph.choose(everything, lambda g: [head.onnx(g, maps)], lambda g: steps(g, len(maps) - 1, None))
     return whole[0]

@@ -6,20 +6,19 @@ import numpy as np
 
 from routeseg.export import parts
 from routeseg.export.graph import Graph
-from routeseg.model import DynamicRoutingNetwork
-from routeseg.space import SCALE_STEP, UP
+from routeseg.model.grid import RoutedNetwork
+from routeseg.space import SCALE_STEP, UP, walk
 
 
-def static_outputs(graph: Graph, model: DynamicRoutingNetwork, images: str) -> tuple[str, str]:
+def static_outputs(graph: Graph, model: RoutedNetwork, images: str) -> tuple[str, str]:
     """Adds a network without gates, whose BatchNorm is folded: images [B,3,H,W] -> logits, gates."""
-    space = model.space
-    arrivals: list[str | None] = [parts.stem(graph, model, images)] + [None] * (space.num_scales - 1)
-    for layer in range(space.depth + 1):
-        after: list[str | None] = [None] * space.num_scales
-        for scale, features in enumerate(arrivals):
+    maps: list[str | None] = [parts.stem(graph, model, images)] + [None] * (model.space.num_scales - 1)
+    for layer, now in enumerate(walk(model.space, model.route.to_gates())):
+        after: list[str | None] = [None] * model.space.num_scales
+        for scale, features in enumerate(maps):
             if features is None:
                 continue
-            if (layer, scale) not in model.route.nodes:  # a dropped cell: the input is kept, for free (Eq. 5)
+            if now.passes[scale]:  # a dropped cell: the input is kept, for free (Eq. 5)
                 sent = [(scale, features)]
             else:
                 node, name = model.node(layer, scale), f"nodes.{layer}-{scale}"
@@ -31,11 +30,11 @@ def static_outputs(graph: Graph, model: DynamicRoutingNetwork, images: str) -> t
             for target, out in sent:
                 before = after[target]
                 after[target] = out if before is None else graph.op("Add", before, out)
-        arrivals = after
-    return parts.decode(graph, model, arrivals), _gates(graph, model, images)
+        maps = after
+    return model.head.onnx(graph, maps), _gates(graph, model, images)
 
 
-def _gates(graph: Graph, model: DynamicRoutingNetwork, images: str) -> str:
+def _gates(graph: Graph, model: RoutedNetwork, images: str) -> str:
     """The route's 0 and 1 for each image [B,L+1,S,3]."""
     gates = model.route.to_gates()
     batch = graph.op("Shape", images, start=0, end=1)

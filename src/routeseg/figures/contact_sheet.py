@@ -12,10 +12,10 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
-from routeseg.data.transforms import IGNORE
 from routeseg.figures.common import FAINT, INK, MUTED, ORANGE, png_bytes
 from routeseg.figures.labels import overlay, percent, shorten, text_font
 from routeseg.files import write_atomically
+from routeseg.labels import IGNORE
 
 WIDTH, MARGIN, GAP = 1680, 36, 16  # pixels
 TALLEST = 1.5  # height to width of a cell, at most

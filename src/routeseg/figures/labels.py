@@ -19,8 +19,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from routeseg.data.transforms import IGNORE
 from routeseg.figures.common import INK, MUTED
+from routeseg.labels import IGNORE
 
 MIN_PICTURE = 480  # pixels of the longer side below which an overlay is enlarged
 SIDE_LEGEND_RATIO = 1.8  # taller than this: the legend stands beside the picture

@@ -159,7 +159,7 @@ def group_frequencies(path: str | Path, space: RoutingSpace, groups: Sequence[tu
     place.heading("How often each path is open", 0)
     for column, (title, shares) in enumerate(groups):
         ax = place.axes(column * (wide + between), first, wide, tall)
-        draw_route(ax, space, shares, title, legend=False, several=True)
+        draw_route(ax, space, shares, title, legend=False)
         if column:
             ax.set_ylabel("")
     place.legend(route_legend(_columns(figure), FREQUENCY), row_height + LEGEND_GAP)
@@ -223,7 +223,7 @@ def _stacked(
     place = _Placer(figure)
     drawn = [place.axes(0, row * row_height + TITLE, wide, tall) for row in range(len(panels))]
     for ax, (title, shares) in zip(drawn, panels, strict=True):
-        draw_route(ax, space, shares, title, legend=False, several=True)
+        draw_route(ax, space, shares, title, legend=False)
     place.legend(route_legend(_columns(figure), words))
     return figure, drawn
 

@@ -65,7 +65,6 @@ def draw_route(
     title: str | None = None,
     legend: bool = True,
     words: RouteWords = ONE_IMAGE,
-    several: bool = False,
 ) -> None:
     """Draw one image's route on `ax`: layers from left to right, scales from fine (top) to coarse.
 
@@ -73,16 +72,14 @@ def draw_route(
     circle, also where only the zeros of closed paths arrive. One that something arrives at and that has no
     open path is hollow, and the dotted line along keep is its free skip (Eq. 5). The others are faint dots.
     Sizes follow the size `ax` has now, so lay the figure out first. `legend` explains the signs below it, in
-    `words`; other numbers in 0..1 for each edge, over `several` images, can be drawn as `gates` where these say what
+    `words`; other numbers in 0..1 for each edge, over several images, can be drawn as `gates` if the words say what
     they are: then every node of an edge above 0 runs in some image.
 
     Raises ValueError where `gates` is not [L+1, S, 3] of this space, or holds NaN.
     """
     gates = _checked_gates(space, gates)
-    if not several:
-        gates = gates * space.reached(gates)[..., None]
+    fed = space.reached(gates)
     runs = np.any(gates > 0, axis=-1)  # [L+1, S]
-    fed = space.fed(gates)
     unit = draw_frame(ax, space, title)
 
     closed, opened = [], []

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from routeseg.model.checkpoints import load_state, read_safetensors
+from routeseg.config import NO_GATE, NetworkConfig
 from routeseg.model.network import DynamicRoutingNetwork
 from routeseg.space import DIRECTIONS, DOWN, KEEP, UP
 
@@ -41,8 +43,13 @@ def import_checkpoint(
     config["small_gate"], config["zeros_arrive"] = small_gate, True
     config["pixel_mean"] = [m / 255.0 for m in reversed(AUTHORS_MEAN_BGR)] if normalize else [0.0, 0.0, 0.0]
     config["pixel_std"] = [1 / 255.0 if normalize else 1.0] * 3
-    model = DynamicRoutingNetwork(**config)
-    load_state(model, _translate(model, theirs, name, flip_channels=normalize), name)
+    model = DynamicRoutingNetwork(NetworkConfig(**config))
+    state = _translate(model, theirs, name, flip_channels=normalize)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise ValueError(f"{name} does not fit the network that its tensors describe: {first}") from error
     return model.eval()
 
 
@@ -50,7 +57,10 @@ def _read_authors_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"no file {path}: give one of the authors' checkpoints, .pth or .safetensors")
     if path.suffix == ".safetensors":
-        return read_safetensors(path)
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"cannot read {path}: {error}. Is the file complete?") from error
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -79,7 +89,7 @@ def _infer_config(theirs: Mapping[str, Tensor], name: str) -> dict[str, Any]:
             "stem_channels": theirs["backbone.stem.stem_1.weight"].shape[0],
             "base_channels": theirs["backbone.stem.stem_3.1.weight"].shape[0],
             "num_classes": theirs["sem_seg_head.predictor.weight"].shape[0],
-            "gate": "soft" if "backbone.init_layer.gate_conv_beta.0.weight" in theirs else "fixed",
+            "gate": "soft" if "backbone.init_layer.gate_conv_beta.0.weight" in theirs else NO_GATE,
         }
     except (KeyError, ValueError, IndexError, AttributeError) as error:
         raise ValueError(

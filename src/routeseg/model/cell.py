@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from routeseg.model.gate import Gate
-from routeseg.model.layers import CELL_OPERATIONS, Transform
+from routeseg.model.layers import Transform
+from routeseg.model.operations import Operation
+from routeseg.registry import GATES, OPERATIONS
 from routeseg.space import DIRECTIONS
 
 
@@ -19,15 +21,20 @@ class Cell(nn.ModuleDict):
     """H = sum of the operations on X (Eq. 1): [B,C,h,w] -> [B,C,h,w]."""
 
     def __init__(self, channels: int, operations: Sequence[str]) -> None:
-        super().__init__({name: CELL_OPERATIONS[name](channels) for name in operations})
+        super().__init__({name: OPERATIONS[name](channels) for name in operations})
+
+    @property
+    def operations(self) -> dict[str, Operation]:
+        """The operations by name."""
+        return dict(self.items())  # type: ignore[arg-type]  # which ModuleDict takes for any modules
 
     def forward(self, features: Tensor, drop_path: float = 0.0) -> Tensor:
         """With `drop_path` each operation but identity is dropped per image with this probability, and the others are
         divided by the keep probability (scheduled drop path; training only)."""
         total: Tensor | None = None
-        for operation in self.values():
+        for operation in self.operations.values():
             out = operation(features)
-            if drop_path > 0 and not isinstance(operation, nn.Identity):
+            if drop_path > 0 and operation.droppable:
                 keep = torch.rand(len(out), 1, 1, 1, device=out.device) >= drop_path
                 out = out * (keep / (1.0 - drop_path)).to(out.dtype)
             total = out if total is None else total + out
@@ -39,23 +46,18 @@ class RoutingNode(nn.Module):
     """Cell, gate (None: every direction is open) and transforms of a node with these directions."""
 
     def __init__(
-        self,
-        channels: int,
-        directions: Sequence[int],
-        operations: Sequence[str],
-        gate: str = "soft",
-        small_gate: bool = False,
+        self, channels: int, directions: Sequence[int], operations: Sequence[str], gate: str | None, small_gate: bool
     ) -> None:
         super().__init__()
         self.directions = tuple(directions)
         self.cell = Cell(channels, operations)
         self.transforms = nn.ModuleDict({DIRECTIONS[d]: Transform(channels, d) for d in self.directions})
-        self.gate = None if gate == "fixed" else Gate(channels, len(self.directions), gate, small_gate)
+        self.gate: Gate | None = None if gate is None else GATES[gate](channels, len(self.directions), small_gate)
 
-    def activations(self, features: Tensor) -> Tensor:
-        """alpha [B,3], float32: 0 where the node lacks the direction, 1 on the others if it has no gate."""
+    def activations(self, features: Tensor, budget: Tensor | None = None) -> Tensor:
+        """alpha [B,3], float32: 0 if the node lacks the direction, 1 on the others if it has no gate."""
         alpha = torch.zeros(len(features), len(DIRECTIONS), device=features.device)
-        alpha[:, self.directions] = 1.0 if self.gate is None else self.gate(features)
+        alpha[:, self.directions] = 1.0 if self.gate is None else self.gate(features, budget)
         return alpha
 
     def transform(self, direction: int, features: Tensor) -> Tensor:

@@ -1,45 +1,53 @@
-"""Reading networks from disk: folders, as `model.save` writes them."""
+"""Reading networks from disk: folders, as `model.save` writes them. Nothing is allocated before a file is checked."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from routeseg.files import CONFIG_FILE, WEIGHTS_FILE
+from routeseg.config import NetworkConfig
+from routeseg.files import CONFIG_FILE, WEIGHTS_FILE, parse_json
 from routeseg.model import DynamicRoutingNetwork
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained" / "camvid_small"
+FLOATS, COUNTS = ("F64", "F32", "F16", "BF16"), ("I64",)  # dtypes of safetensors that weights, and counts, may have
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a file says of one of its tensors."""
+
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def load(folder: str | Path | None = None) -> DynamicRoutingNetwork:
     """The network of a checkpoint folder, in eval mode; without a folder, the small CamVid network that is shipped.
 
-    Raises ValueError, naming the file, where the folder is no checkpoint, is damaged, or does not fit its config.
+    Raises ValueError, naming the file, if the folder is no checkpoint, is damaged, or does not fit its config.
     """
     folder = Path(folder) if folder is not None else PRETRAINED
-    config = read_config(folder)
-    try:
-        model = DynamicRoutingNetwork(**config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG_FILE} describes no network: {error}") from error
-    state = read_weights(folder)
-    if any(key.startswith("head.") for key in state):
+    config, stored = read_config(folder), read_header(folder)
+    if any(key.startswith("head.") for key in stored):
         raise ValueError(
             f"{folder} is a classifier, of `routeseg pretrain`: it segments nothing yet. Start from it with "
             f"`routeseg train --init {folder}`"
         )
-    load_state(model, state, folder / WEIGHTS_FILE)
+    with torch.device("meta"):
+        expected = DynamicRoutingNetwork(config).state_dict()
+    check_fit(expected, stored, folder / WEIGHTS_FILE)
+    model = DynamicRoutingNetwork(config)
+    model.load_state_dict(read_weights(folder))
     return model.eval()
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The arguments of the network in a checkpoint folder. Raises ValueError where it is none."""
+def read_config(folder: Path) -> NetworkConfig:
+    """What makes the network in a checkpoint folder. Raises ValueError, naming the file, if it is none."""
     if not folder.is_dir():
         raise ValueError(f"no checkpoint folder {folder}: give a folder with {WEIGHTS_FILE} and {CONFIG_FILE}")
     for name in (WEIGHTS_FILE, CONFIG_FILE):
@@ -48,30 +56,48 @@ def read_config(folder: Path) -> dict[str, Any]:
             hint = f"Did you mean {inside[0]}?" if inside else "`routeseg train` writes such folders"
             raise ValueError(f"{folder} is no checkpoint: {name} is missing. {hint}")
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return NetworkConfig.from_dict(parse_json((folder / CONFIG_FILE).read_bytes()))
+    except ValueError as error:
         raise ValueError(f"{folder / CONFIG_FILE} describes no network: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / CONFIG_FILE} describes no network: it holds no object")
-    return config
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint folder, in float32."""
-    state = read_safetensors(folder / WEIGHTS_FILE)
+def read_header(folder: Path) -> dict[str, Stored]:
+    """What the weights of a checkpoint folder are, by name, without reading them."""
+    path = folder / WEIGHTS_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+            return {name: Stored(tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"cannot read {path}: {error}. Is the file complete?") from error
+
+
+def read_weights(folder: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint folder, or those of these names, in float32. Check the header first."""
+    path = folder / WEIGHTS_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"cannot read {path}: {error}. Is the file complete?") from error
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
 
-def load_state(model: DynamicRoutingNetwork, state: Mapping[str, Tensor], name: str | Path) -> None:
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise ValueError(f"{name} does not fit the network that its config describes: {first}") from error
+def check_fit(expected: Mapping[str, Tensor], stored: Mapping[str, Stored], name: str | Path) -> None:
+    """Raises ValueError, naming a tensor, if the weights of a file are not those of the network."""
 
+    def wrong(what: str) -> ValueError:
+        return ValueError(f"{name} does not fit the network that its config describes: {what}")
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"cannot read {path}: {error}. Is the file complete?") from error
+    lacking, left = [[k for k in some if k not in other] for some, other in ((expected, stored), (stored, expected))]
+    if lacking:
+        raise wrong(f"it lacks {lacking[0]} (and {len(lacking) - 1} more tensors)")
+    if left:
+        raise wrong(f"the network has no {left[0]} (nor {len(left) - 1} more tensors)")
+    for key, value in expected.items():
+        one = stored[key]
+        if one.shape != tuple(value.shape):
+            raise wrong(f"{key} has shape {list(one.shape)} there, {list(value.shape)} in the network")
+        allowed = FLOATS if value.is_floating_point() else COUNTS
+        if one.dtype not in allowed:
+            raise wrong(f"{key} is stored as {one.dtype}: it must be {' or '.join(allowed)}")

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor, nn
 
-from routeseg.model.grid import IMAGENET_MEAN, IMAGENET_STD, RoutingGrid, prepare
+from routeseg import counting
+from routeseg.config import NetworkConfig
+from routeseg.counting import ONCE, Macs, each
+from routeseg.model.grid import RoutedNetwork
+from routeseg.model.head import Head
 from routeseg.model.layers import Subsample, conv_norm
+from routeseg.space import STEM_STRIDE
 
 MODEL_CARD = """---
 {{ card_data }}
@@ -35,23 +39,25 @@ class Classification:
     gates: Tensor
 
 
-class ClassifierHead(nn.Module):
+class ClassifierHead(Head):
     """The decoder turned around: from the finest scale to the coarsest, then the mean over the map and to classes.
 
     Features of every scale, scale s [B, C*2**s, H/(4*2**s), W/(4*2**s)] -> logits [B,K].
     """
 
-    def __init__(self, num_scales: int, base_channels: int, num_classes: int) -> None:
-        super().__init__()
-        channels = [base_channels * 2**s for s in range(num_scales)]
-        coarsest = num_scales - 1
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__(config)
+        coarsest = config.num_scales - 1
         self.merge = nn.ModuleList(
             nn.Sequential(
-                Subsample() if s < coarsest else nn.Identity(), *conv_norm(channels[s], channels[min(s + 1, coarsest)])
+                Subsample() if s < coarsest else nn.Identity(),
+                *conv_norm(config.channels(s), config.channels(min(s + 1, coarsest))),
             )
-            for s in range(num_scales)
+            for s in range(config.num_scales)
         )
-        self.predictor = nn.Linear(channels[coarsest], num_classes)
+        self.predictor = nn.Linear(config.channels(coarsest), config.num_classes)
+
+    def reset_parameters(self) -> None:
         nn.init.normal_(self.predictor.weight, std=0.01)
         nn.init.zeros_(self.predictor.bias)
 
@@ -62,9 +68,24 @@ class ClassifierHead(nn.Module):
         assert running is not None
         return self.predictor(running.mean(dim=(2, 3)))
 
+    def result(self, output: Tensor, gates: Tensor, size: tuple[int, int]) -> Classification:
+        return Classification(output, gates)
+
+    @classmethod
+    def macs(cls, config: NetworkConfig) -> Macs:
+        """A 1x1 convolution at each scale, the mean over the coarsest map, a linear layer."""
+        total, channels, coarsest = Macs(), config.base_channels, config.num_scales - 1
+        stride = STEM_STRIDE * 2**coarsest
+        for scale in range(config.num_scales):
+            coarser = min(scale + 1, coarsest)
+            out, stride = config.channels(coarser), STEM_STRIDE * 2**coarser
+            total += counting.conv_norm(channels, out, stride)
+            channels = out
+        return total + each("pool", channels, stride) + each("conv", channels * config.num_classes, 1, ONCE)
+
 
 class DynamicRoutingClassifier(
-    RoutingGrid,
+    RoutedNetwork,
     library_name="routeseg",
     tags=["image-classification", "dynamic-routing"],
     license="apache-2.0",
@@ -73,48 +94,9 @@ class DynamicRoutingClassifier(
 ):
     """Image classification with a route per image: the pre-training of the paper (Sec. 4), down to stride 32.
 
-    The arguments are those of `DynamicRoutingNetwork`, but for what only a segmenter needs.
-    Raises ValueError, naming the argument, where they make no network.
+    `DynamicRoutingClassifier(config)`, or the fields of a `NetworkConfig` by name; the palette is not used. Image sizes
+    that the space's stride does not divide are padded with zeros, which count in the mean. `network(images)` gives a
+    `Classification`.
     """
 
-    def __init__(
-        self,
-        num_classes: int = 1000,
-        depth: int = 16,
-        num_scales: int = 4,
-        base_channels: int = 64,
-        stem_channels: int = 64,
-        cell_operations: Sequence[str] = ("sep_conv_3x3", "identity"),
-        gate: Literal["soft", "softmax", "fixed"] = "soft",
-        small_gate: bool = False,
-        route: str | Sequence[tuple[int, int, str]] | None = None,
-        class_names: Sequence[str] | None = None,
-        pixel_mean: Sequence[float] = IMAGENET_MEAN,
-        pixel_std: Sequence[float] = IMAGENET_STD,
-    ) -> None:
-        super().__init__(
-            num_classes,
-            depth,
-            num_scales,
-            base_channels,
-            stem_channels,
-            cell_operations,
-            gate,
-            small_gate,
-            route,
-            False,
-            class_names,
-            pixel_mean,
-            pixel_std,
-        )
-        self.head = ClassifierHead(num_scales, base_channels, num_classes)
-        self._initialize()
-
-    def forward(self, images: Tensor) -> Classification:
-        """Classifies images [B,3,H,W], RGB, uint8 or float in 0..1, any H, W from 32.
-
-        Sizes that the space's stride does not divide are padded with zeros, which count in the mean.
-        """
-        x, _ = prepare(self, images)
-        features, gates = self._route(self.stem(x), None, own=True)
-        return Classification(self.head(features), gates)
+    head_class = ClassifierHead

@@ -1,26 +1,64 @@
 """The fixed decoder: from the coarsest scale to the finest, then to classes at the input size.
 
-Legend: B images, C base channels, K classes, H, W the (padded) image size.
+Legend: B images, C base channels, K classes, H, W the (padded) image size, L depth, S scales.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
+from routeseg import counting
+from routeseg.config import NetworkConfig
+from routeseg.counting import DECODER, Macs, each
+from routeseg.model.head import Head
 from routeseg.model.layers import conv_norm, upsample
 from routeseg.space import STEM_STRIDE
 
+if TYPE_CHECKING:
+    Graph = Any  # export/graph.py, which stands above the model
+Vector = np.ndarray  # one value per channel, float64 [C]: a map that is the same everywhere
 
-class Decoder(nn.Module):
-    """Features of every scale, scale s [B, C*2**s, H/(4*2**s), W/(4*2**s)] or None -> logits [B,K,H,W]."""
 
-    def __init__(self, num_scales: int, base_channels: int, num_classes: int) -> None:
-        super().__init__()
-        channels = [base_channels * 2**s for s in range(num_scales)]
-        self.merge = nn.ModuleList(conv_norm(channels[s], channels[max(s - 1, 0)]) for s in range(num_scales))
-        self.predictor = nn.Conv2d(base_channels, num_classes, 3, padding=1)
+@dataclass(frozen=True)
+class Segmentation:
+    """What a forward returns, always.
+
+    logits  [B,K,H,W] at the size of the images given
+    gates   [B,L+1,S,3] in [0,1] (those of soft gates are below 1): exactly 0 on illegal edges, closed paths and nodes
+            that nothing reached. `routeseg.model_cost` turns them into MACs, `Route.from_gates` into a route.
+    """
+
+    logits: Tensor
+    gates: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        """The most likely class of every pixel, int64 [B,H,W]."""
+        return self.logits.argmax(dim=1)
+
+
+torch.export.register_dataclass(Segmentation)  # so that `torch.export` takes a network as it is
+
+
+class Decoder(Head):
+    """Features of every scale, scale s [B, C*2**s, H/(4*2**s), W/(4*2**s)] -> logits [B,K,H,W]."""
+
+    key = "decoder"
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__(config)
+        channels = [config.channels(s) for s in range(config.num_scales)]
+        self.merge = nn.ModuleList(conv_norm(c, channels[max(s - 1, 0)]) for s, c in enumerate(channels))
+        self.predictor = nn.Conv2d(config.base_channels, config.num_classes, 3, padding=1)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.predictor.weight, std=0.01)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         running: Tensor | None = None
@@ -30,3 +68,47 @@ class Decoder(nn.Module):
             if scale > 0:
                 running = upsample(running)
         return upsample(self.predictor(running), STEM_STRIDE)
+
+    def result(self, output: Tensor, gates: Tensor, size: tuple[int, int]) -> Segmentation:
+        return Segmentation(output[..., : size[0], : size[1]], gates)
+
+    @classmethod
+    def macs(cls, config: NetworkConfig) -> Macs:
+        total = Macs()
+        for scale in range(config.num_scales):
+            channels, stride = config.channels(scale), STEM_STRIDE * 2**scale
+            out = channels // 2 if scale else channels
+            total += counting.conv_norm(channels, out, stride, place=DECODER)
+            if scale:
+                total += each("resize", out, stride // 2, DECODER)
+        total += each("conv", config.base_channels * 9 * config.num_classes, STEM_STRIDE, DECODER)
+        return total + each("resize", config.num_classes, 1, DECODER)
+
+    def onnx(self, graph: Graph, maps: Sequence[str | None]) -> str:
+        running: str | Vector | None = None
+        for scale in reversed(range(len(maps))):
+            running = self.onnx_merge(graph, scale, maps[scale], running)
+        assert isinstance(running, str)  # something reaches some scale
+        return self.onnx_predict(graph, running)
+
+    def onnx_merge(self, graph: Graph, scale: int, x: str | None, running: str | Vector | None) -> str | Vector:
+        """A step of the decoder: what arrives at a scale (None: zeros) and what comes from the coarser one -> the next.
+
+        A scale that nothing arrives at is the same everywhere, so it stays a vector and writes no map.
+        """
+        block, name = cast(nn.Sequential, self.merge[scale]), f"{self.key}.merge.{scale}"
+        conv = cast(nn.Conv2d, block[0])
+        assert conv.bias is not None
+        if x is None and not isinstance(running, str):
+            vector = np.zeros(conv.in_channels) if running is None else running
+            weight, bias = conv.weight.double().numpy()[..., 0, 0], conv.bias.double().numpy()
+            return np.maximum(weight @ vector + bias, 0.0)
+        if isinstance(running, np.ndarray):
+            running = graph.constant(running.reshape(1, -1, 1, 1))
+        both = [part for part in (x, running) if part is not None]
+        out = graph.sequence(block, name, both[0] if len(both) == 1 else graph.op("Add", *both))
+        return graph.resize(out, 2) if scale > 0 else out
+
+    def onnx_predict(self, graph: Graph, x: str) -> str:
+        """The end of the decoder: [B,C,H/4,W/4] -> logits [B,K,H,W]."""
+        return graph.resize(graph.conv(self.predictor, f"{self.key}.predictor", x), STEM_STRIDE)

@@ -1,77 +1,119 @@
 """The gates (Sec. 3.2, Eq. 2-4): one activation per direction, per image. The paper's is the soft conditional gate;
-"softmax", where one path wins, is the alternative that its ablation argues against.
+softmax, where one path wins, is the alternative that its ablation argues against.
+
+Another gate is a subclass of `Gate`, with its name in registry.GATES (docs/extending.md).
 
 Legend: B images, C channels, h, w the size of a feature map, D legal directions of the node (1 to 3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from routeseg import counting
+from routeseg.counting import MAP, ONCE, SMALL, Macs, each
+from routeseg.errors import NotExportable
 from routeseg.model.layers import conv_norm
 from routeseg.space import SMALL_GATE_FACTOR
 
+if TYPE_CHECKING:
+    Graph = Any  # export/graph.py, which stands above the model
+
 GATE_BIAS = 1.5  # tanh(1.5) = 0.905: every path starts open
+BELOW_ONE = 1.0 - torch.finfo(torch.float32).eps  # the largest activation of a gate that is soft
 
 
 class Gate(nn.Module):
-    """Features [B,C,h,w] -> activations alpha [B,D] in [0,1).
+    """Features [B,C,h,w] -> activations alpha [B,D] in [0,1]; 0 is closed.
 
-    activation  "soft" or "softmax", see ACTIVATIONS
-    small       X is first resized by 1/4 (bilinear), so that the gate costs a sixteenth
+    small  the features are first resized by 1/4 (bilinear), so that the gate costs a sixteenth
+
+    A kind of gate says how scores become activations (`activate`) and, if it can be exported, the same in ONNX
+    (`onnx`). What scores are computed from may be changed as well (`scores`, `macs`).
     """
 
-    def __init__(self, channels: int, num_directions: int, activation: str = "soft", small: bool = False) -> None:
+    def __init__(self, channels: int, num_directions: int, small: bool = False) -> None:
         super().__init__()
-        self.activation, self.small = activation, small
+        self.small = small
         self.squeeze = conv_norm(channels, channels // 2)
         self.score = nn.Linear(channels // 2, num_directions)
+
+    def reset_parameters(self) -> None:
+        """Draws the weights of the scores: near 0, so that every path starts open, for every image."""
+        nn.init.normal_(self.score.weight, std=0.01)
         nn.init.constant_(self.score.bias, GATE_BIAS)
 
-    def forward(self, features: Tensor) -> Tensor:
-        if self.small:
-            features = shrink(features)
-        hidden = self.squeeze(features)
-        scores = self.score(hidden.mean(dim=(2, 3)))  # Eq. 2-3: [B,C/2] -> [B,D]
-        return activate(scores, self.activation)
+    def forward(self, features: Tensor, budget: Tensor | None = None) -> Tensor:
+        return self.activate(self.scores(features, budget))
+
+    def scores(self, features: Tensor, budget: Tensor | None = None) -> Tensor:
+        """G of Eq. 2-3: [B,C,h,w] -> [B,D], float32.
+
+        budget  the cost that is requested of each image [B]; a gate that takes no request does not look at it
+        """
+        hidden = self.squeeze(shrink(features) if self.small else features)
+        return self.score(hidden.mean(dim=(2, 3), dtype=self.score.weight.dtype))
+
+    @staticmethod
+    def activate(scores: Tensor) -> Tensor:
+        """Activations in [0,1] of scores [B,D], float32. A score of -infinity closes a path; rows are independent, and
+        a column of -infinity changes no other."""
+        raise NotImplementedError
+
+    @classmethod
+    def macs(cls, channels: int, num_directions: int, small: bool, stride: int) -> Macs:
+        """MACs for any image size; `stride` of the features' map, in pixels of the image."""
+        place, hidden = (SMALL if small else MAP), channels // 2
+        resize = each("resize", channels, stride, SMALL) if small else Macs()
+        return (
+            resize
+            + counting.conv_norm(channels, hidden, stride, place=place)
+            + each("pool", hidden, stride, place)
+            + each("conv", hidden * num_directions, 1, ONCE)
+        )
+
+    def onnx(self, graph: Graph, scores: str) -> str:
+        """`activate` in a graph of ONNX: scores [1,D] -> activations [1,D]. Raises NotExportable if it has none."""
+        raise NotExportable(f"the gate {type(self).__name__} has no export: give it a method `onnx`")
 
 
-def activate(scores: Tensor, activation: str) -> Tensor:
-    """Activations in [0,1) of scores [B,D], float32; a score of -infinity closes a path."""
-    return ACTIVATIONS[activation](scores.float()).clamp(max=1.0 - torch.finfo(torch.float32).eps)
+class SoftGate(Gate):
+    """The soft conditional gate: directions are independent of each other, several or none may be open."""
+
+    @staticmethod
+    def activate(scores: Tensor) -> Tensor:
+        return torch.tanh(scores.float()).clamp(min=0.0).clamp(max=BELOW_ONE)  # Eq. 4
+
+    def onnx(self, graph: Graph, scores: str) -> str:
+        return graph.op("Clip", graph.op("Tanh", scores), graph.constant(0.0), graph.constant(BELOW_ONE))
 
 
-def soft_gate(scores: Tensor) -> Tensor:
-    """Eq. 4: max(0, tanh(G)) of scores [B,D]; directions are independent of each other, several or none may be open."""
-    return torch.tanh(scores).clamp(min=0.0)
+class SoftmaxGate(Gate):
+    """Softmax over the directions, of which only the largest stays open: one path leaves the node, and no cell is ever
+    dropped."""
 
+    @staticmethod
+    def activate(scores: Tensor) -> Tensor:
+        alpha = torch.softmax(scores.float(), dim=1)
+        winner = F.one_hot(alpha.argmax(dim=1), alpha.shape[1])
+        return (alpha * winner).clamp(max=BELOW_ONE)
 
-def softmax_gate(scores: Tensor) -> Tensor:
-    """Softmax over the directions [B,D], of which only the largest stays open: one path leaves the node, and no cell is
-    ever dropped."""
-    alpha = torch.softmax(scores, dim=1)
-    winner = F.one_hot(alpha.argmax(dim=1), alpha.shape[1])
-    return alpha * winner
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"soft": soft_gate, "softmax": softmax_gate}
+    def onnx(self, graph: Graph, scores: str) -> str:
+        alpha = graph.op("Softmax", scores, axis=1)
+        winner = graph.op("ArgMax", alpha, axis=1, keepdims=1)
+        numbers = graph.integers([list(range(self.score.out_features))])
+        alpha = graph.op("Mul", alpha, graph.as_float(graph.op("Equal", winner, numbers)))
+        return graph.op("Min", alpha, graph.constant(BELOW_ONE))
 
 
 def shrink(features: Tensor) -> Tensor:
     """Bilinear resizing to a quarter, at least one pixel: [B,C,h,w] -> [B,C,h/4,w/4]."""
     h, w = features.shape[-2:]
-    if min(h, w) >= SMALL_GATE_FACTOR:  # the step is 4 pixels also where 4 does not divide the size
+    if min(h, w) >= SMALL_GATE_FACTOR:  # the step is 4 pixels also if 4 does not divide the size
         return F.interpolate(features, scale_factor=1 / SMALL_GATE_FACTOR, mode="bilinear", align_corners=False)
-    return F.interpolate(features, size=shrunk_size(h, w)[:2], mode="bilinear", align_corners=False)
-
-
-def shrunk_size(h: int, w: int) -> tuple[int, int, float, float]:
-    """The size that `shrink` makes of h x w, and its steps: pixels from one output row to the next, and column."""
-    small = [max(1, side // SMALL_GATE_FACTOR) for side in (h, w)]
-    whole = min(h, w) >= SMALL_GATE_FACTOR
-    steps = [SMALL_GATE_FACTOR if whole else side / out for side, out in zip((h, w), small, strict=True)]
-    return small[0], small[1], steps[0], steps[1]
+    size = [max(1, side // SMALL_GATE_FACTOR) for side in (h, w)]
+    return F.interpolate(features, size=size, mode="bilinear", align_corners=False)

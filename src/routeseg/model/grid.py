@@ -1,6 +1,6 @@
-"""Stem and grid of gated nodes: the part of a network that its task does not change. `_route` is the dense forward.
+"""Stem, grid of gated nodes, and a head: any network of ours. `route` is the dense forward through the grid.
 
-Legend: B images, H, W image size, K classes, L depth, S scales, C base channels.
+Legend: B images, H, W image size, L depth, S scales, C base channels; N is B, or 1 for what is the same for all images.
     gates [B, L+1, S, 3]   activation of every edge, direction 0 up, 1 keep, 2 down
 """
 
@@ -9,92 +9,105 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from routeseg.architectures import architecture
 from routeseg.collectives import anywhere
+from routeseg.config import NetworkConfig
+from routeseg.counting import Macs, PartMacs
 from routeseg.model.cell import RoutingNode
-from routeseg.model.gate import ACTIVATIONS, GATE_BIAS, Gate
-from routeseg.model.layers import CELL_OPERATIONS, InputNorm, Stem
-from routeseg.space import DIRECTIONS, MIN_IMAGE_SIZE, SCALE_STEP, Node, Route, RoutingSpace, padded_size
+from routeseg.model.gate import Gate
+from routeseg.model.head import Head
+from routeseg.model.layers import InputNorm, Stem, Transform
+from routeseg.model.request import Activation, Request, Routes
+from routeseg.registry import GATES, OPERATIONS
+from routeseg.space import (
+    DIRECTIONS,
+    MIN_IMAGE_SIZE,
+    SCALE_STEP,
+    STEM_STRIDE,
+    Node,
+    Route,
+    RoutingSpace,
+    Step,
+    padded_size,
+    step,
+)
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
+class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
+    """Stem, nodes and a head: `RoutedNetwork(config)`, or the fields of a `NetworkConfig` by name.
 
-class RoutingGrid(nn.Module, PyTorchModelHubMixin):
-    """Stem and nodes, without what reads their features out: the segmenter adds a decoder, the classifier a head.
+    A kind of network is a subclass with a `Head`. The tensors of stem and nodes have the same names in all of them
+    (`stem.*`, `nodes.*`); those of the head are named by its `key`.
 
-    Their tensors have the same names in both (`stem.*`, `nodes.*`). The arguments: see `DynamicRoutingNetwork`.
-    Raises ValueError, naming the argument, where they make no network.
+    Raises ValueError, naming the field, if the fields make no network.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        depth: int,
-        num_scales: int,
-        base_channels: int,
-        stem_channels: int,
-        cell_operations: Sequence[str],
-        gate: str,
-        small_gate: bool,
-        route: str | Sequence[tuple[int, int, str]] | None,
-        zeros_arrive: bool,
-        class_names: Sequence[str] | None,
-        pixel_mean: Sequence[float],
-        pixel_std: Sequence[float],
-    ) -> None:
-        super().__init__()
-        # The route of a static network has no dead ends, so that zeros could change nothing.
-        self.space = RoutingSpace(depth, num_scales, zeros_arrive and route is None)
-        _check_arguments(num_classes, base_channels, stem_channels, cell_operations, gate, class_names)
-        self.num_classes = num_classes
-        self.base_channels = base_channels
-        self.stem_channels = stem_channels
-        self.cell_operations = tuple(cell_operations)
-        self.small_gate = small_gate
-        self.gated = gate != "fixed"
-        self.route = _own_route(self.space, gate, route)  # the edges that the network has
-        self.class_names = tuple(class_names or (f"class {k}" for k in range(num_classes)))
-        self.drop_path = 0.0  # p of the scheduled drop path at this step, set by the trainer
-        self.synced = False  # SyncBatchNorm: all processes of a job run the same nodes in training, set by the trainer
+    head_class: ClassVar[type[Head]]
 
-        self.normalize = InputNorm(tuple(pixel_mean), tuple(pixel_std))
-        self.stem = Stem(stem_channels, base_channels)
+    def __init__(self, network: NetworkConfig | None = None, /, **fields: Any) -> None:
+        super().__init__()
+        if network is not None and fields:
+            raise ValueError(f"give a NetworkConfig or its fields, not both ({', '.join(fields)})")
+        self.config = NetworkConfig.from_dict(fields) if network is None else network
+        config = self.config
+        self.normalize = InputNorm(config.pixel_mean, config.pixel_std)
+        self.stem = Stem(config.stem_channels, config.base_channels)
         directions: dict[Node, list[int]] = {}
-        for layer, s, direction in self.route:
+        for layer, s, direction in config.whole_route:
             directions.setdefault((layer, s), []).append(direction)
+        gate = config.gate if config.gated else None
         self.nodes = nn.ModuleDict(
             {
-                f"{layer}-{s}": RoutingNode(self.channels(s), out, self.cell_operations, gate, small_gate)
+                f"{layer}-{s}": RoutingNode(config.channels(s), out, config.cell_operations, gate, config.small_gate)
                 for (layer, s), out in directions.items()
             }
         )
-        if route is not None:  # saved as edges, so that a checkpoint depends on no drawing
-            self.arguments["route"] = self.route.named_edges
+        self.add_module(self.head_class.key, self.head_class(config))
+        self._reset_parameters()
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """The arguments that make this network, as huggingface_hub keeps and saves them."""
-        return cast(dict[str, Any], self._hub_mixin_config)
+    def config(self) -> NetworkConfig:
+        """What makes the network; saved as config.json."""
+        return cast(NetworkConfig, self._hub_mixin_config)
+
+    @config.setter
+    def config(self, config: NetworkConfig) -> None:
+        self._hub_mixin_config = config
+
+    @property
+    def space(self) -> RoutingSpace:
+        """The grid of nodes and edges."""
+        return self.config.space
+
+    @property
+    def route(self) -> Route:
+        """The edges that the network has."""
+        return self.config.whole_route
+
+    @property
+    def head(self) -> Head:
+        """What reads the features of all scales out."""
+        return cast(Head, getattr(self, self.head_class.key))
+
+    @property
+    def macs(self) -> PartMacs:
+        """What each part costs, for any image size."""
+        return part_macs(self.config, self.head_class)
 
     def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Another input normalisation of RGB in 0..1, kept with the weights."""
-        device = self.normalize.mean.device
-        self.normalize = InputNorm(tuple(mean), tuple(std)).to(device)
-        self.arguments.update(pixel_mean=tuple(mean), pixel_std=tuple(std))
-
-    def channels(self, scale: int) -> int:
-        """Channels of the nodes of a scale."""
-        return self.base_channels * 2**scale
+        self.config = replace(self.config, pixel_mean=mean, pixel_std=std)
+        self.normalize = InputNorm(self.config.pixel_mean, self.config.pixel_std).to(self.normalize.mean.device)
 
     def node(self, layer: int, scale: int) -> RoutingNode:
         """The node (layer, scale), one of `route.nodes`."""
@@ -107,7 +120,7 @@ class RoutingGrid(nn.Module, PyTorchModelHubMixin):
     def save(self, folder: str | Path) -> Path:
         """Writes `model.safetensors`, `config.json` and a model card into the folder, each file whole or not at all.
 
-        `routeseg.load` reads it. Raises ValueError where the folder cannot be written.
+        `routeseg.load` reads it. Raises ValueError if the folder cannot be written.
         """
         folder = Path(folder)
         try:
@@ -122,90 +135,131 @@ class RoutingGrid(nn.Module, PyTorchModelHubMixin):
             raise ValueError(f"cannot write the checkpoint {folder}: {reason}. Choose another folder") from error
         return folder
 
-    def _route(self, x: Tensor, given: Tensor | None, own: bool) -> tuple[list[Tensor], Tensor]:
-        """From the stem's output [B,C,H/4,W/4] to what leaves each scale [B,C*2**s,h/2**s,w/2**s], and the gates."""
-        space, batch = self.space, len(x)
-        arrivals: list[Tensor | None] = [x] + [None] * (space.num_scales - 1)
-        reached = [x.new_ones(batch, dtype=torch.bool)] + [x.new_zeros(batch, dtype=torch.bool)] * (
-            space.num_scales - 1
-        )
-        weighted = self.gated or given is not None
-        all_gates = []
+    def forward(
+        self, images: Tensor, route: Routes = None, activation: Activation = "one", drop_path: float = 0.0
+    ) -> Any:
+        """The head's result for images [B,3,H,W], RGB, uint8 or float in 0..1, any H, W from 32.
+
+        route       None: the gates decide, per image. A Route: exactly its edges are open, for all images, as far as
+                    something arrives at them (`Route.check` finds dead ends); or a sequence, one Route for each image.
+        activation  of the open edges of a given route: "one", or "own", the network's own gates (an edge that they
+                    close stays closed).
+        drop_path   in training, the probability that an operation of the last layer is dropped; of the others less, in
+                    proportion to their layer (scheduled drop path)
+
+        The result for an image does not depend on the other images of the batch (in eval mode).
+        Raises ValueError for images of another shape, and for a route of another space.
+        """
+        x, size = prepare(self, images)
+        request = Request.of(self.config, len(images), route, activation)
+        features, gates = self.walk(self.stem(x), request, drop_path if self.training else 0.0)
+        return self.head.result(self.head(features), gates, size)
+
+    def walk(self, x: Tensor, request: Request, drop_path: float = 0.0) -> tuple[list[Tensor], Tensor]:
+        """From the stem's output [B,C,H/4,W/4] to what leaves each scale [B,C*2**s,h/2**s,w/2**s], and the gates.
+
+        A node runs for the whole batch as soon as one image runs it.
+        """
+        space, mask = self.space, torch.from_numpy(request.mask).to(x.device)
+        asked = np.ones(len(request.mask), dtype=bool)
+        arrived: Sequence[Any] = [x.new_ones(len(x), dtype=torch.bool) if request.gated else asked]
+        maps: list[Tensor | None] = [x] + [None] * (space.num_scales - 1)
+        gates = []
         for layer in range(space.depth + 1):
-            next_arrivals: list[Tensor | None] = [None] * space.num_scales
-            next_reached = [torch.zeros_like(reached[0]) for _ in reached]
-            layer_gates = []
-            for scale in range(space.num_scales):
-                features = arrivals[scale]
-                if features is None or (layer, scale) not in self.route.nodes:  # not reached, or a free skip
-                    layer_gates.append(torch.zeros(batch, len(DIRECTIONS), device=x.device))
-                    _arrive(next_arrivals, scale, features)
-                    next_reached[scale] = next_reached[scale] | reached[scale]
+            if request.gated:
+                alphas = self._activations(layer, maps, arrived, request, mask)
+            else:
+                alphas = [request.mask[:, layer, s] & arrived[s][:, None] for s in space.scales(layer)]
+            is_open = [[alpha[:, direction] > 0 for direction in range(len(DIRECTIONS))] for alpha in alphas]
+            now = step(space, layer, arrived, is_open, self.config.zeros_arrive)
+            some = self._for_some_image(now)
+            after: list[Tensor | None] = [None] * space.num_scales
+            for scale in space.scales(layer):
+                features = maps[scale]
+                if features is None:
+                    continue
+                if not some.runs[scale]:  # a free skip, for all images
+                    _arrive(after, scale, features)
                     continue
                 node = self.node(layer, scale)
-                alpha = node.activations(features) if own else torch.ones(batch, 3, device=x.device)
-                alpha = alpha * reached[scale][:, None]
-                if given is not None:
-                    alpha = alpha * given[:, layer, scale]
-                layer_gates.append(alpha)
-                sent = self._leave(node, layer, scale, features, alpha, reached[scale], weighted)
-                for target, out, arrives in sent:
-                    _arrive(next_arrivals, target, out)
-                    next_reached[target] = next_reached[target] | arrives
-            arrivals, reached = next_arrivals, next_reached
-            all_gates.append(torch.stack(layer_gates, dim=1))
-        return fill_missing(arrivals, x), torch.stack(all_gates, dim=1)
+                hidden = node.cell(features, drop_path * layer / space.depth)  # Eq. 1
+                for direction in node.directions:
+                    if some.sends[scale, direction]:
+                        out, alpha = node.transform(direction, hidden), alphas[scale][:, direction]
+                        if request.gated or len(alpha) > 1:  # otherwise the path is open for all images, and alpha is 1
+                            out = _each(alpha, out).to(hidden.dtype) * out  # Eq. 5
+                        _arrive(after, scale + SCALE_STEP[direction], out)
+                if some.passes[scale]:  # an image that drops the cell keeps the input itself, for free
+                    _arrive(after, scale, torch.where(_each(now.passes[scale], features), features, 0.0))
+            gates.append(alphas)
+            maps, arrived = after, now.reached
+        return fill_missing(maps, x), _stack_gates(space, gates, x)
 
-    def _leave(
-        self,
-        node: RoutingNode,
-        layer: int,
-        scale: int,
-        features: Tensor,
-        alpha: Tensor,
-        reached: Tensor,
-        weighted: bool,
-    ) -> list[tuple[int, Tensor, Tensor]]:
-        """Eq. 5 for a batch: a list of (target scale, what is sent there [B,C,h,w], which images send it [B]).
+    def _activations(
+        self, layer: int, maps: Sequence[Tensor | None], arrived: Sequence[Tensor], request: Request, mask: Tensor
+    ) -> list[Tensor]:
+        """alpha [B,3] of each node of the layer: 0 for an image that does not reach the node."""
+        budget = None if request.budget is None else torch.from_numpy(request.budget).to(mask.device)
+        alphas = []
+        for scale in self.space.scales(layer):
+            features = maps[scale]
+            if features is None:
+                alphas.append(torch.zeros(len(arrived[scale]), len(DIRECTIONS), device=mask.device))
+            else:
+                alpha = self.node(layer, scale).activations(features, budget)
+                alphas.append(alpha * arrived[scale][:, None] * mask[:, layer, scale])
+        return alphas
 
-        Not `weighted`: every activation is 1, for all images that reach the node.
+    def _for_some_image(self, now: Step[Any]) -> Step[bool]:
+        """Which flags of a step are set for some image of the batch: one transfer from the device at most.
+
+        With SyncBatchNorm, for some image of some process: all processes must run the same nodes then.
         """
-        if weighted:
-            is_open = alpha > 0
-            runs = is_open.any(dim=1)
-            drops = reached & ~runs
-            # One transfer from the device: is the path open in some image; does some image drop the cell.
-            flags = torch.cat((is_open.any(dim=0), drops.any()[None]))
-            *used, some_drop = (anywhere(flags) if self.synced and self.training else flags).tolist()
-            if not any(used):
-                return [(scale, features, reached)]
-        drop_path = self.drop_path * layer / self.space.depth if self.training else 0.0
-        hidden = node.cell(features, drop_path)  # Eq. 1
-        if not weighted:
-            return [(scale + SCALE_STEP[d], node.transform(d, hidden), reached) for d in node.directions]
-        sent = []
-        for direction in node.directions:
-            if used[direction] or self.space.zeros_arrive:
-                out = alpha[:, direction, None, None, None].to(hidden.dtype) * node.transform(direction, hidden)
-                arrives = runs if self.space.zeros_arrive else is_open[:, direction]
-                sent.append((scale + SCALE_STEP[direction], out, arrives))
-        if some_drop:  # an image that drops the cell keeps the input itself, for free
-            sent.append((scale, torch.where(drops[:, None, None, None], features, 0.0), drops))
-        return sent
+        flags = [*now.runs, *now.passes, *now.sends.values()]
+        if isinstance(flags[0], np.ndarray):
+            some = [bool(flag.any()) for flag in flags]
+        else:
+            found = torch.stack([flag.any() for flag in flags])
+            some = (anywhere(found) if self.training and self.synced else found).tolist()
+        n = len(now.runs)
+        return Step((), tuple(some[:n]), tuple(some[n : 2 * n]), dict(zip(now.sends, some[2 * n :], strict=True)), ())
 
-    def _initialize(self) -> None:
-        """Draws the weights; to be called once every part is there."""
+    @property
+    def synced(self) -> bool:
+        """Whether the processes of a job share the statistics of their batches."""
+        return isinstance(cast(nn.Sequential, self.stem[0])[1], nn.SyncBatchNorm)
+
+    def _reset_parameters(self) -> None:
+        """Draws the weights, once every part is there."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, Gate):
-                nn.init.normal_(module.score.weight, std=0.01)
-                nn.init.constant_(module.score.bias, GATE_BIAS)
+                module.reset_parameters()
+        self.head.reset_parameters()
 
 
-def prepare(model: RoutingGrid, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+def part_macs(config: NetworkConfig, head: type[Head]) -> PartMacs:
+    """What each part of a network costs, for any image size."""
+    cell, gate, transform = [], [], []
+    for scale in range(config.num_scales):
+        channels, stride = config.channels(scale), STEM_STRIDE * 2**scale
+        cell.append(sum((OPERATIONS[name].macs(channels, stride) for name in config.cell_operations), start=Macs()))
+        counts = range(1, len(DIRECTIONS) + 1)
+        gate.append(
+            tuple(
+                GATES[config.gate].macs(channels, count, config.small_gate, stride) if config.gated else Macs()
+                for count in counts
+            )
+        )
+        transform.append(tuple(Transform.macs(channels, direction, stride) for direction in range(len(DIRECTIONS))))
+    stem = Stem.macs(config.stem_channels, config.base_channels)
+    return PartMacs(stem, head.macs(config), tuple(cell), tuple(gate), tuple(transform))
+
+
+def prepare(model: RoutedNetwork, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """Normalised images, zero-padded right and below to the space's stride, and their own size (H, W).
 
     The padding depends on the image's size alone. Raises ValueError for images that are not [B,3,H,W], H, W >= 32.
@@ -228,67 +282,32 @@ def check_images(images: Tensor) -> tuple[int, int]:
     return height, width
 
 
-def _own_route(space: RoutingSpace, gate: str, route: str | Sequence[tuple[int, int, str]] | None) -> Route:
-    """The edges of the network that these arguments describe."""
-    if route is None:
-        return Route.all_open(space)
-    if gate != "fixed":
-        raise ValueError(
-            f"a network of a fixed route has no gates: set gate to fixed (it is {gate}), or leave route out"
-        )
-    if isinstance(route, str):
-        return architecture(route, space)
-    own = Route.from_named_edges(space, route)
-    if not len(own):
-        raise ValueError("route has no edges: give at least one, or leave route out for the whole space")
-    return own.check()
-
-
-def _arrive(arrivals: list[Tensor | None], scale: int, out: Tensor | None) -> None:
-    """Adds to what arrives at a scale of the next layer."""
-    if out is not None:
-        before = arrivals[scale]
-        arrivals[scale] = out if before is None else before + out
-
-
-def fill_missing(arrivals: Sequence[Tensor | None], stem: Tensor) -> list[Tensor]:
+def fill_missing(maps: Sequence[Tensor | None], stem: Tensor) -> list[Tensor]:
     """What leaves the grid: zeros for a scale that no image reached."""
     batch, channels, h, w = stem.shape
     return [
-        stem.new_zeros(batch, channels * 2**s, h // 2**s, w // 2**s) if x is None else x for s, x in enumerate(arrivals)
+        stem.new_zeros(batch, channels * 2**s, h // 2**s, w // 2**s) if x is None else x for s, x in enumerate(maps)
     ]
 
 
-def _check_arguments(
-    num_classes: int,
-    base_channels: int,
-    stem_channels: int,
-    cell_operations: Sequence[str],
-    gate: str,
-    class_names: Sequence[str] | None,
-) -> None:
-    for name, value, least in (
-        ("num_classes", num_classes, 1),
-        ("base_channels", base_channels, 2),
-        ("stem_channels", stem_channels, 1),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} is {value!r}: it must be a whole number of at least {least}")
-    if base_channels % 2:
-        raise ValueError(f"base_channels is {base_channels}: it must be even, a gate works on half of them")
-    unknown = [name for name in cell_operations if name not in CELL_OPERATIONS]
-    if unknown or not cell_operations:
-        raise ValueError(
-            f"cell_operations {list(cell_operations)}: choose at least one of {', '.join(CELL_OPERATIONS)}"
-        )
-    if len(set(cell_operations)) != len(cell_operations):
-        raise ValueError(f"cell_operations {list(cell_operations)} names an operation twice")
-    if gate not in (*ACTIVATIONS, "fixed"):
-        raise ValueError(f"gate is {gate!r}: choose one of {', '.join(ACTIVATIONS)}, fixed")
-    check_per_class("class_names", class_names, num_classes)
+def _arrive(maps: list[Tensor | None], scale: int, out: Tensor) -> None:
+    """Adds to what arrives at a scale of the next layer."""
+    before = maps[scale]
+    maps[scale] = out if before is None else before + out
 
 
-def check_per_class(name: str, items: Sequence[Any] | None, num_classes: int) -> None:
-    """Raises ValueError, naming the argument, where a list has not one entry for each class."""
-    if items is not None and len(items) != num_classes:
-        raise ValueError(f"{name} has {len(items)} entries for {num_classes} classes")
+def _each(values: Tensor | np.ndarray, maps: Tensor) -> Tensor:
+    """A value for each image [N] as [N,1,1,1], where the maps are."""
+    values = torch.from_numpy(values).to(maps.device) if isinstance(values, np.ndarray) else values
+    return values[:, None, None, None]
+
+
+def _stack_gates(space: RoutingSpace, gates: Sequence[Sequence[Tensor | np.ndarray]], x: Tensor) -> Tensor:
+    """The activations of all layers, by scale [N,3] each, as float32 [B,L+1,S,3]."""
+    if isinstance(gates[0][0], np.ndarray):
+        known = np.zeros((len(gates[0][0]), *space.legal.shape), dtype=np.float32)
+        for layer, alphas in enumerate(gates):
+            known[:, layer, : len(alphas)] = np.stack(alphas, axis=1)
+        return torch.from_numpy(known).to(x.device).expand(len(x), -1, -1, -1).contiguous()
+    layers = [torch.stack([torch.as_tensor(alpha) for alpha in alphas], dim=1) for alphas in gates]
+    return torch.stack([F.pad(layer, (0, 0, 0, space.num_scales - layer.shape[1])) for layer in layers], dim=1)

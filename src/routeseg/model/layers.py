@@ -5,13 +5,15 @@ Legend: B images, C channels, h, w the size of a feature map.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from routeseg.space import DOWN, KEEP, UP
+from routeseg import counting
+from routeseg.counting import UNPADDED, Macs, each
+from routeseg.space import DOWN, KEEP, STEM_STRIDE, UP
 
 
 def conv_norm(
@@ -54,22 +56,15 @@ class Stem(nn.Sequential):
             separable_conv(stem_channels, base_channels, stride=2),
         )
 
-
-class StackedSepConv(nn.Sequential):
-    """The SepConv operation of a cell: two separable convolutions, ReLU only between them. Keeps the shape."""
-
-    def __init__(self, channels: int, kernel_size: int) -> None:
-        super().__init__(
-            separable_conv(channels, channels, kernel_size),
-            separable_conv(channels, channels, kernel_size, relu=False),
+    @staticmethod
+    def macs(stem_channels: int, base_channels: int) -> Macs:
+        """MACs for any image size."""
+        # The last depthwise convolution has stride 2: both of its halves are counted at 1/4 of the resolution.
+        return (
+            counting.conv_norm(3 * 9, stem_channels, 2, place=UNPADDED)
+            + counting.separable(stem_channels, stem_channels, 3, 2, place=UNPADDED)
+            + counting.separable(stem_channels, base_channels, 3, STEM_STRIDE)
         )
-
-
-CELL_OPERATIONS: dict[str, Callable[[int], nn.Module]] = {
-    "sep_conv_3x3": lambda channels: StackedSepConv(channels, 3),
-    "sep_conv_5x5": lambda channels: StackedSepConv(channels, 5),
-    "identity": lambda channels: nn.Identity(),
-}
 
 
 def upsample(features: Tensor, factor: int = 2) -> Tensor:
@@ -90,6 +85,22 @@ class Transform(nn.Sequential):
             DOWN: [Subsample(), nn.ReLU(), *conv_norm(channels, channels * 2)],
         }
         super().__init__(*layers[direction])
+
+    @staticmethod
+    def macs(channels: int, direction: int, stride: int) -> Macs:
+        """MACs for any image size, and the product of the output with alpha_j; `stride` of the input's map."""
+        relu = each("relu", channels, stride)
+        if direction == KEEP:
+            return relu + each("product", channels, stride)
+        if direction == UP:
+            conv = counting.conv_norm(channels, channels // 2, stride)
+            return (
+                relu
+                + conv
+                + Macs(tuple(counting.Term(unit, channels // 2, stride // 2) for unit in ("resize", "product")))
+            )
+        assert direction == DOWN
+        return relu + counting.conv_norm(channels, channels * 2, stride * 2) + each("product", channels * 2, stride * 2)
 
 
 class Upsample(nn.Module):
@@ -119,7 +130,7 @@ class InputNorm(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)

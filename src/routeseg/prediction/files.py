@@ -32,9 +32,10 @@ from PIL import Image, UnidentifiedImageError
 
 from routeseg.cost.macs import model_cost
 from routeseg.data.pairs import UnreadableImage, decode_image
-from routeseg.data.transforms import IGNORE, PADDING_RGB
+from routeseg.data.transforms import PADDING_RGB
 from routeseg.description import NetworkDescription
 from routeseg.figures import overlay, png_bytes, route_picture
+from routeseg.labels import IGNORE
 from routeseg.prediction.sources import (
     ResultFolder,
     Source,
@@ -194,8 +195,8 @@ def plan_work(
 ) -> Plan:
     """Which images are to be segmented, into which folder. Raises the ValueErrors that come before any work."""
     start = time.monotonic()
-    if network.num_classes > IGNORE:
-        raise ValueError(f"the network has {network.num_classes} classes: a label map holds at most {IGNORE}")
+    if network.config.num_classes > IGNORE:
+        raise ValueError(f"the network has {network.config.num_classes} classes: a label map holds at most {IGNORE}")
     target = Target(open_folder(output), pictures, network.fingerprint)
     sources = [image if is_url(image) else Path(image) for image in images]
     jobs = [Job(source, locate(source), name) for source, name in zip(sources, output_names(sources), strict=True)]
@@ -249,7 +250,7 @@ class Segmenter:
         padded = pad_small(image)
         labels, gates = self.runner(padded)
         labels = np.ascontiguousarray(labels[:height, :width])
-        table = model_cost(self.network, padded_size(self.network.space, *padded.shape[:2]))
+        table = model_cost(self.network, padded_size(self.network.config.space, *padded.shape[:2]))
         prediction = Prediction(
             image=job.image,
             name=job.name,
@@ -257,12 +258,14 @@ class Segmenter:
             cost_macs=float(table.of_gates(gates)),
             full_macs=table.full,
         )
-        files = {LABELS: _label_png(labels, self.network.palette)}
+        files = {LABELS: _label_png(labels, self.network.config.palette)}
         if self.target.pictures:
             cost = f"{prediction.cost_macs / GIGA:.4g} GMACs, {_percent(prediction.share)} of the full network"
             shown = os.fsencode(file_name(job.image)).decode(errors="replace")
-            files[OVERLAY] = png_bytes(overlay(image, labels, self.network.class_names, self.network.palette))
-            files[ROUTE_PICTURE] = route_picture(self.network.space, gates, f"{shown}: {cost}")
+            files[OVERLAY] = png_bytes(
+                overlay(image, labels, self.network.config.class_names, self.network.config.palette)
+            )
+            files[ROUTE_PICTURE] = route_picture(self.network.config.space, gates, f"{shown}: {cost}")
         self.target.folder.remove(job.name + ROUTE)  # while the others change, nothing says that they belong together
         for ending, data in files.items():
             self.target.folder.write(job.name + ending, data)
@@ -271,7 +274,7 @@ class Segmenter:
 
     def _route_json(self, prediction: Prediction, gates: np.ndarray) -> str:
         """The object of `Route.to_json`, and with it the activation of each open edge, the image, cost and network."""
-        route = Route.from_gates(self.network.space, gates)
+        route = Route.from_gates(self.network.config.space, gates)
         data = json.loads(route.to_json())
         data |= {
             "activations": [float(gates[edge]) for edge in route],  # in the order of `open`

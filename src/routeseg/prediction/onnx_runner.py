@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from routeseg.description import DIVERGED, FORMAT, METADATA_KEY, NOT_FINITE, NetworkDescription
+from routeseg.description import FORMAT, METADATA_KEY, NetworkDescription
+from routeseg.errors import DIVERGED, NOT_FINITE
 from routeseg.space import MIN_IMAGE_SIZE, padded_size
 
 FATAL_ONLY = 4  # of the log of ONNX Runtime, which also raises its errors
@@ -88,8 +89,8 @@ def prepare(network: NetworkDescription, images: np.ndarray) -> np.ndarray:
     """Images [B,3,H,W], uint8 or floating point in 0..1 -> what the graph takes: float32 in 0..1, padded to the space's
     stride, right and below, with the mean pixel, which is 0 once normalised."""
     batch, _, height, width = images.shape
-    prepared = np.empty((batch, 3, *padded_size(network.space, height, width)), dtype=np.float32)
-    mean = np.array(network.pixel_mean, dtype=np.float32).reshape(3, 1, 1)
+    prepared = np.empty((batch, 3, *padded_size(network.config.space, height, width)), dtype=np.float32)
+    mean = np.array(network.config.pixel_mean, dtype=np.float32).reshape(3, 1, 1)
     np.divide(images, 255 if images.dtype == np.uint8 else 1, out=prepared[..., :height, :width])
     prepared[..., height:, :] = mean
     prepared[..., :height, width:] = mean
@@ -161,10 +162,10 @@ def _own_words(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _check_tensors(own: OnnxNetwork) -> None:
     """Raises ValueError where inputs and outputs of the graph are not those of the network that the file describes."""
-    space, session = own.network.space, own.session
+    space, session = own.network.config.space, own.session
     expected = {
         "images": (None, 3, None, None),
-        "logits": (None, own.network.num_classes, None, None),
+        "logits": (None, own.network.config.num_classes, None, None),
         "gates": (None, space.depth + 1, space.num_scales, 3),
     }
     found = {value.name: value for value in (*session.get_inputs(), *session.get_outputs())}

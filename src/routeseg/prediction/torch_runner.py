@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from routeseg.description import DIVERGED, describe
+from routeseg.description import describe
+from routeseg.errors import DIVERGED
 from routeseg.evaluation import Forward
 from routeseg.model import DynamicRoutingNetwork
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from routeseg.collectives import rank_and_world, total
-from routeseg.model.grid import RoutingGrid
+from routeseg.model.grid import RoutedNetwork
 from routeseg.model.layers import running_statistics
 from routeseg.space import SMALL_GATE_FACTOR, STEM_STRIDE, padded_size
 
@@ -32,17 +32,17 @@ def choose_mode(asked: str, on_gpu: bool, processes: int) -> Mode:
     return cast(Mode, asked)
 
 
-def check_enough_values(model: RoutingGrid, crop: tuple[int, int], batch_size: int) -> None:
+def check_enough_values(model: RoutedNetwork, crop: tuple[int, int], batch_size: int) -> None:
     """Raises ValueError where a BatchNorm would see a single value per channel, which has no variance.
 
     The fewest are at the coarsest scale, in a small gate one for 16 pixels.
     """
     scale = max(s for _, s in model.route.nodes)
     height, width = (side // (STEM_STRIDE * 2**scale) for side in padded_size(model.space, *crop))
-    if model.gated and model.small_gate:
+    if model.config.gated and model.config.small_gate:
         height, width = (max(1, side // SMALL_GATE_FACTOR) for side in (height, width))
     if batch_size * height * width < 2:
-        small = " with small gates" if model.gated and model.small_gate else ""
+        small = " with small gates" if model.config.gated and model.config.small_gate else ""
         raise ValueError(
             f"data.batch_size {batch_size} and data.crop {crop[0]}x{crop[1]} leave a single value per channel for "
             f"BatchNorm at the coarsest scale{small}, which has no variance: take a larger batch or crop, or, "
@@ -55,19 +55,18 @@ def norms_of(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 
 
 @torch.no_grad()
-def precise_batch_norm(model: RoutingGrid, batches: Iterable[dict[str, Tensor]]) -> None:
+def precise_batch_norm(model: RoutedNetwork, batches: Iterable[dict[str, Tensor]]) -> None:
     """Sets BatchNorm's statistics to their mean over these batches, instead of a running mean over training.
 
     In a job of several processes each brings its own batches, and all get the mean over all of them.
     """
     norms = norms_of(model)
-    device, was_training, drop_path = next(model.parameters()).device, model.training, model.drop_path
+    device, was_training = next(model.parameters()).device, model.training
     momenta = [norm.momentum for norm in norms]
     before = [(mean.clone(), variance.clone()) for mean, variance in map(running_statistics, norms)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative mean
-    model.drop_path = 0.0
     model.train()
     for batch in batches:
         model(batch["image"].to(device))
@@ -79,7 +78,6 @@ def precise_batch_norm(model: RoutingGrid, batches: Iterable[dict[str, Tensor]])
             for statistic, value in zip(running_statistics(norm), kept, strict=True):
                 statistic.copy_(value)
     model.train(was_training)
-    model.drop_path = drop_path
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from lightning import Trainer
 from torch.nn import functional as F
 
 from routeseg.collectives import rank_and_world, total
-from routeseg.cost.macs import classifier_cost
+from routeseg.cost.macs import model_cost
 from routeseg.data.classification import Batch, ClassificationConfig, ClassificationDataModule
 from routeseg.model.classifier import DynamicRoutingClassifier
 from routeseg.training.batch_norm import Mode
@@ -80,7 +80,7 @@ class ClassificationTask(RecipeTask):
     ) -> None:
         super().__init__(model, recipe, batch_norm, first_step)
         self.label_smoothing = recipe.label_smoothing
-        self.cost = classifier_cost(model, (crop, crop))
+        self.cost = model_cost(model, (crop, crop))
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """A step of the optimiser on `accumulate` batches, which come as one."""
@@ -91,7 +91,7 @@ class ClassificationTask(RecipeTask):
         parts = zip(batch["image"].chunk(count), batch["label"].chunk(count), strict=True)
         for part, (pictures, labels) in enumerate(parts):
             self.seed_part(rank, part)
-            result = self.model(pictures.contiguous(memory_format=torch.channels_last))
+            result = self.model(pictures.contiguous(memory_format=torch.channels_last), drop_path=self.drop_path)
             logits = result.logits.float()
             loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
             hits = (logits.argmax(dim=1) == labels).sum()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from routeseg.files import check_writable
-from routeseg.model.grid import RoutingGrid
+from routeseg.model.grid import RoutedNetwork
 from routeseg.training.batch_norm import Mode, check_enough_values, choose_mode, norms_of
 from routeseg.training.callbacks import RESUME_FILE, RUN_STATE, Progress, ValidateAndSave
 from routeseg.training.processes import (
@@ -50,7 +50,7 @@ class RecipeTask(LightningModule):
     (`seed_part`, `add_gradients`), checks the loss, and ends with `finish_step`.
     """
 
-    def __init__(self, model: RoutingGrid, recipe: Recipe, batch_norm: Mode = "own", first_step: int = 0) -> None:
+    def __init__(self, model: RoutedNetwork, recipe: Recipe, batch_norm: Mode = "own", first_step: int = 0) -> None:
         super().__init__()
         self.automatic_optimization = False  # a step has several batches
         self.model, self.recipe, self.batch_norm, self.first_step = model, recipe, batch_norm, first_step
@@ -61,9 +61,9 @@ class RecipeTask(LightningModule):
             self.average.requires_grad_(False)
 
     @property
-    def network(self) -> RoutingGrid:
+    def network(self) -> RoutedNetwork:
         """What is validated and saved: the averaged network where there is one."""
-        return self.model if self.average is None else cast(RoutingGrid, self.average.module)
+        return self.model if self.average is None else cast(RoutedNetwork, self.average.module)
 
     def on_train_start(self) -> None:
         if self.global_step != self.first_step:
@@ -82,10 +82,14 @@ class RecipeTask(LightningModule):
         schedule.base_lrs = [given["lr"] for given in groups]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self.model.drop_path = self.recipe.drop_path * self.global_step / self.recipe.iterations
         if self.batch_norm == "frozen":
             for norm in norms_of(self.model):
                 norm.eval()
+
+    @property
+    def drop_path(self) -> float:
+        """p of the scheduled drop path at this step."""
+        return self.recipe.drop_path * self.global_step / self.recipe.iterations
 
     def seed_part(self, rank: int, part: int) -> None:
         """To be called before each batch of a step: what it draws at random depends on these alone, so that a resumed
@@ -148,7 +152,7 @@ class RecipeTask(LightningModule):
         )
 
 
-def parameter_groups(model: RoutingGrid, recipe: Recipe) -> list[dict[str, Any]]:
+def parameter_groups(model: RoutedNetwork, recipe: Recipe) -> list[dict[str, Any]]:
     """Norm weights without decay, gates with their own learning rate, and the rest."""
     gates = {id(parameter) for parameter in model.gate_parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -178,7 +182,7 @@ class Before:
 class Run:
     """A training that is about to start, or to go on: its folder, its processes, and where it goes on from."""
 
-    model: RoutingGrid
+    model: RoutedNetwork
     recipe: Recipe
     output: Path
     resume: bool
@@ -192,7 +196,7 @@ class Run:
     @classmethod
     def begin(
         cls,
-        model: RoutingGrid,
+        model: RoutedNetwork,
         recipe: Recipe,
         output: Path,
         batch_size: int,
@@ -211,7 +215,6 @@ class Run:
         before = _prepare_output(output, model, recipe, resume)
         lightning.seed_everything(recipe.seed, workers=True, verbose=False)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack memory_format
-        model.synced = batch_norm == "synced" and world > 1
         if recipe.compile:
             compile_parts(model)
         return cls(
@@ -233,7 +236,7 @@ class Run:
                 num_nodes=self.machines,
                 strategy=_several_processes() if several else "auto",
                 precision=recipe.precision,
-                sync_batchnorm=self.model.synced,
+                sync_batchnorm=self.batch_norm == "synced" and several,
                 use_distributed_sampler=False,
                 limit_val_batches=0,
                 num_sanity_val_steps=0,
@@ -287,7 +290,7 @@ def _several_processes() -> DDPStrategy:
     )
 
 
-def compile_parts(model: RoutingGrid) -> None:
+def compile_parts(model: RoutedNetwork) -> None:
     """torch.compile for every cell, gate and transform; the routing between them stays plain Python."""
     parts: list[nn.Module] = [part for name, part in model.named_children() if name not in ("normalize", "nodes")]
     for layer, scale in model.route.nodes:
@@ -297,7 +300,7 @@ def compile_parts(model: RoutingGrid) -> None:
         part.compile()
 
 
-def _prepare_output(output: Path, model: RoutingGrid, recipe: Recipe, resume: bool) -> Before:
+def _prepare_output(output: Path, model: RoutedNetwork, recipe: Recipe, resume: bool) -> Before:
     """Makes the folder; returns where the run goes on from."""
     path = output / RESUME_FILE
     check_writable(output)

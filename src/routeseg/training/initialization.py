@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from routeseg.model.checkpoints import read_config, read_weights
-from routeseg.model.grid import RoutingGrid
+from routeseg.config import NetworkConfig
+from routeseg.model.checkpoints import read_config, read_header, read_weights
+from routeseg.model.grid import RoutedNetwork
 
-SIZE_ARGUMENTS = ("depth", "num_scales", "base_channels", "stem_channels", "cell_operations")
-OWN_ARGUMENTS = ("num_classes", "class_names", "palette", "pixel_mean", "pixel_std")  # each network has its own
+SIZE_FIELDS = ("depth", "num_scales", "base_channels", "stem_channels", "cell_operations")
+OWN_FIELDS = ("num_classes", "class_names", "palette", "pixel_mean", "pixel_std")  # each network has its own
 LISTED = 4  # names in a line of a report
 
 
@@ -54,7 +53,7 @@ class InitReport:
         )
 
 
-def initialize(model: RoutingGrid, folder: str | Path) -> InitReport:
+def initialize(model: RoutedNetwork, folder: str | Path) -> InitReport:
     """Copies into the network what a checkpoint folder holds under the same name, in the same shape.
 
     The folder may be a classifier of `routeseg pretrain`, or a segmenter of any classes. Its input normalisation is
@@ -62,13 +61,14 @@ def initialize(model: RoutingGrid, folder: str | Path) -> InitReport:
     than half of the tensors of the network's stem and nodes.
     """
     folder = Path(folder)
-    config, state, own = read_config(folder), read_weights(folder), model.state_dict()
-    used = [key for key in own if key in state and state[key].shape == own[key].shape]
-    other = [key for key in own if key in state and state[key].shape != own[key].shape]
+    config, stored, own = read_config(folder), read_header(folder), model.state_dict()
+    there = {key: value for key, value in stored.items() if key in own}
+    used = [key for key in own if key in there and there[key].shape == tuple(own[key].shape)]
+    other = [key for key in own if key in there and there[key].shape != tuple(own[key].shape)]
     differences = [
-        (name, config[name], here)
-        for name, here in model.arguments.items()
-        if name in config and name not in OWN_ARGUMENTS and not _same(config[name], here)
+        (name, value, getattr(model.config, name))
+        for name, value in config.as_dict().items()
+        if name not in OWN_FIELDS and value != getattr(model.config, name)
     ]
     body = [key for key in own if key.startswith(("stem.", "nodes."))]
     fitting = len(set(used) & set(body))
@@ -81,25 +81,24 @@ def initialize(model: RoutingGrid, folder: str | Path) -> InitReport:
         source=str(folder),
         used=used,
         values=sum(own[key].numel() for key in used),
-        not_in_network=sorted(set(state) - set(own)),
-        other_shape=[(key, list(state[key].shape), list(own[key].shape)) for key in other],
-        missing=[key for key in own if key not in state],
+        not_in_network=sorted(set(stored) - set(own)),
+        other_shape=[(key, list(there[key].shape), list(own[key].shape)) for key in other],
+        missing=[key for key in own if key not in stored],
         differences=differences,
     )
-    model.load_state_dict({key: state[key] for key in used}, strict=False)
+    model.load_state_dict(read_weights(folder, used), strict=False)
     adopt_normalization(model, config)
     return report
 
 
-def adopt_normalization(model: RoutingGrid, config: Mapping[str, Any]) -> None:
-    """Gives the network the input normalisation of a checkpoint's config: its weights know no other."""
-    mean, std = (config.get(key, model.arguments[key]) for key in ("pixel_mean", "pixel_std"))
-    model.set_normalization(mean, std)
+def adopt_normalization(model: RoutedNetwork, config: NetworkConfig) -> None:
+    """Gives the network the input normalisation of a checkpoint: its weights know no other."""
+    model.set_normalization(config.pixel_mean, config.pixel_std)
 
 
 def _reason(differences: list[tuple[str, Any, Any]]) -> str:
     """The likely reason, and the remedy, in words."""
-    sizes = [d for d in differences if d[0] in SIZE_ARGUMENTS]
+    sizes = [d for d in differences if d[0] in SIZE_FIELDS]
     if not sizes:
         return "Its config does not tell why: is the file of another program?"
     said = ", ".join(f"{name} is {there} there and {here} here" for name, there, here in sizes)
@@ -120,11 +119,6 @@ def _part(name: str) -> str:
     """nodes.3-1.gate.score.bias -> nodes.*.gate, decoder.merge.0.0.weight -> decoder.merge."""
     first, *rest = name.split(" ")[0].split(".")
     return ".".join([first, "*", *rest[1:2]] if first == "nodes" else [first, *rest[:1]])
-
-
-def _same(some: Any, other: Any) -> bool:
-    """Whether two arguments are equal, a list being a tuple."""
-    return json.dumps(some) == json.dumps(other)
 
 
 def _short(value: Any) -> str:

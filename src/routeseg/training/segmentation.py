@@ -20,9 +20,9 @@ from routeseg.collectives import rank_and_world, total
 from routeseg.cost.budget import Budget, budget_loss
 from routeseg.cost.macs import model_cost
 from routeseg.data.datamodule import DataConfig, SegmentationDataModule, pair
-from routeseg.data.transforms import IGNORE
 from routeseg.evaluation import Evaluation
 from routeseg.evaluation.scores import check_class_count
+from routeseg.labels import IGNORE
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.training.batch_norm import Mode
 from routeseg.training.callbacks import ValidateAndSave
@@ -74,7 +74,7 @@ class SegmentationTask(RecipeTask):
         parts = zip(batch["image"].chunk(count), batch["labels"].chunk(count), strict=True)
         for part, (images, labels) in enumerate(parts):
             self.seed_part(rank, part)
-            result = self.model(images.contiguous(memory_format=torch.channels_last))
+            result = self.model(images.contiguous(memory_format=torch.channels_last), drop_path=self.drop_path)
             cross_entropy = cross_entropy_sum(result.logits.float(), labels)
             expected = self.cost.expected(result.gates).mean()
             real = expected.new_tensor(self.cost.of_gates(result.gates).mean() / self.cost.full)
@@ -135,11 +135,11 @@ def train(
     written, for a single class, for a budget without gates, and for processes or a kind of BatchNorm that the machine
     does not have; NonFiniteLoss; ProcessLost.
     """
-    if budget.weight and not model.gated:
+    if budget.weight and not model.config.gated:
         raise ValueError(
             "a network without gates cannot keep a budget: set --budget.weight 0, or --model.gate soft to give it gates"
         )
-    check_class_count(model.num_classes)
+    check_class_count(model.config.num_classes)
     run = Run.begin(model, recipe, output, data.batch_size, pair(data.crop), resume, devices, accelerator)
     step = run.before.step
     module = SegmentationDataModule(data, recipe.iterations, recipe.seed, step, recipe.accumulate)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from routeseg.data.pairs import Classes, LabelMap, PairedFiles, pair_folders
+from routeseg.data.pairs import LabelMap, PairedFiles, pair_folders
 from routeseg.data.sets.roots import need_folders, no_split, read_class_numbers
-from routeseg.data.transforms import IGNORE
+from routeseg.labels import IGNORE, Classes
 
 CLASSES = Classes(
     names=(

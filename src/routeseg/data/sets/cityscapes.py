@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from routeseg.data.pairs import Classes, LabelMap, Pair, PairedFiles
+from routeseg.data.pairs import LabelMap, Pair, PairedFiles
 from routeseg.data.sets.roots import check_names, expected, files_of, need_folders, no_split, read_class_numbers
-from routeseg.data.transforms import IGNORE
+from routeseg.labels import IGNORE, Classes
 
 TREE = """
 ROOT/leftImg8bit/{train,val,test,train_extra}/CITY/CITY_SEQ_FRAME_leftImg8bit.png

@@ -27,19 +27,10 @@ from typing import Any
 
 import yaml
 
-from routeseg.data.pairs import (
-    IMAGE_SUFFIXES,
-    Classes,
-    LabelMap,
-    Pair,
-    PairedFiles,
-    list_images,
-    pair_files,
-    read_label_file,
-)
+from routeseg.data.pairs import IMAGE_SUFFIXES, LabelMap, Pair, PairedFiles, list_images, pair_files, read_label_file
 from routeseg.data.sets.roots import expected, no_split, read_names
-from routeseg.data.transforms import IGNORE
 from routeseg.files import expand_user, write_atomically
+from routeseg.labels import IGNORE, Classes
 
 FILE = "classes.yaml"
 KEYS = ("names", "palette", "mapping", "images", "masks", "mask_suffix", "split")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from routeseg.data.pairs import Classes, LabelMap, Pair, PairedFiles, UnreadableImage
+from routeseg.data.pairs import LabelMap, Pair, PairedFiles, UnreadableImage
 from routeseg.data.sets.roots import (
     check_names,
     expected,
@@ -19,6 +19,7 @@ from routeseg.data.sets.roots import (
     read_class_numbers,
     read_names,
 )
+from routeseg.labels import Classes
 
 TREE = """
 ROOT/VOCdevkit/VOC2012/ImageSets/Segmentation/{train,val,trainval,test}.txt

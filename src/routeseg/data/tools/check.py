@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 
 from routeseg.data.pairs import (
-    Classes,
     LabelMap,
     Pair,
     PairedFiles,
@@ -33,7 +32,7 @@ from routeseg.data.pairs import (
     read_image,
     value_name,
 )
-from routeseg.data.transforms import IGNORE
+from routeseg.labels import IGNORE, Classes
 
 ALONE_SECONDS = 3.0  # a small data set is looked at before other processes would have started
 CHUNK = 8  # pictures that a process is given at a time

@@ -25,8 +25,8 @@ from routeseg.data.pairs import list_images
 from routeseg.data.sets.folder import FILE, write_classes
 from routeseg.data.sets.roots import expected
 from routeseg.data.sets.voc import voc_palette
-from routeseg.data.transforms import IGNORE
 from routeseg.files import check_writable, write_atomically
+from routeseg.labels import IGNORE
 
 FARTHEST = 1e6  # coordinate that is drawn: pycocotools walks along outlines step by step, and never ends at NaN
 VAL_FRACTION = 0.2  # where the export does not say what is for validation

@@ -11,7 +11,7 @@ import numpy as np
 
 from routeseg.data.pairs import LabelMap
 from routeseg.data.tools.check import Picture, SplitCheck, duplicates
-from routeseg.data.transforms import IGNORE
+from routeseg.labels import IGNORE
 
 MOSTLY = 0.99  # share of the labelled pixels above which a class leaves the others hardly a chance
 MOSTLY_IGNORED = 0.8

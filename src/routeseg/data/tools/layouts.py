@@ -20,7 +20,7 @@ from routeseg.data import scenes
 from routeseg.data.datamodule import VALIDATION_SEED_OFFSET, DataConfig, pair
 from routeseg.data.sets import ade20k, camvid, cityscapes, voc
 from routeseg.data.sets.folder import write_classes
-from routeseg.data.transforms import IGNORE
+from routeseg.labels import IGNORE
 
 Layout = Literal["folder", "camvid", "cityscapes", "voc", "sbd", "ade20k"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)

@@ -1,0 +1,55 @@
+"""What stands behind the grid: a head reads the features of all scales out.
+
+The decoder (decoder.py) segments, the classifier's head (classifier.py) classifies; another one is a subclass of `Head`
+with the class of network that has it (docs/extending.md).
+
+Legend: B images, H, W (padded) image size, C base channels, L depth, S scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from routeseg.config import NetworkConfig
+from routeseg.counting import Macs
+from routeseg.errors import NotExportable
+
+if TYPE_CHECKING:
+    Graph = Any  # export/graph.py, which stands above the model
+
+
+class Head(nn.Module):
+    """Features of every scale, scale s [B, C*2**s, H/(4*2**s), W/(4*2**s)] -> the network's output.
+
+    key  the name of its tensors in a checkpoint
+    """
+
+    key: ClassVar[str] = "head"
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def result(self, output: Tensor, gates: Tensor, size: tuple[int, int]) -> Any:
+        """What the network returns: the head's output, gates [B,L+1,S,3]; `size` of the images before the padding."""
+        raise NotImplementedError
+
+    @classmethod
+    def macs(cls, config: NetworkConfig) -> Macs:
+        """MACs for any image size."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Draws weights that are not to be drawn as those of every convolution; called once all parts are there."""
+
+    def onnx(self, graph: Graph, maps: Sequence[str | None]) -> str:
+        """Adds the head to a graph of ONNX: a map of each scale, None for zeros -> the output's name.
+
+        Raises NotExportable if it has none.
+        """
+        raise NotExportable(f"the head {type(self).__name__} has no export: give it a method `onnx`")
