@@ -119,8 +119,9 @@ class TestDeadEnds:
 
     def test_zeros_of_closed_paths_feed_nothing(self):
         """In the authors' networks (1, 1) is reached by the zeros of the closed path down; but no features arrive."""
-        route = Route(RoutingSpace(4, zeros_arrive=True), [(0, 0, KEEP), (1, 1, KEEP)])
-        assert (1, 1) in route.reached and route.dead_ends == {(1, 1, KEEP)}
+        route = Route(RoutingSpace(4), [(0, 0, KEEP), (1, 1, KEEP)])
+        assert route.space.reached(route.to_gates(), zeros_arrive=True)[1, 1] and (1, 1) not in route.reached
+        assert route.dead_ends == {(1, 1, KEEP)}
 
     def test_free_skips_lead_on(self):
         """(1, 0) and (2, 0) have no open path and hand on what they get."""
@@ -136,7 +137,7 @@ class TestDeadEnds:
         """Against a plain search over all paths, on random routes of several images at once."""
         rng = np.random.default_rng(0)
         gates = (rng.random((40, *self.space.legal.shape)) < 0.3) * self.space.legal
-        fed = self.space.fed(gates)
+        fed = self.space.reached(gates)
         step = {UP: -1, KEEP: 0, DOWN: 1}
         for one, found in zip(gates, fed, strict=True):
             front, seen = [(0, 0)], {(0, 0)}
@@ -296,7 +297,7 @@ class TestSoftmaxGate:
         images = torch.rand(3, 3, 64, 96)
         result = model(images)
         is_open = (result.gates > 0).numpy()
-        fed = model.space.fed(is_open)
+        fed = model.space.reached(is_open)
         assert (is_open.sum(-1)[fed] == 1).all()
         skipping = SkipEngine(model)(images)
         torch.testing.assert_close(skipping.logits, result.logits, rtol=1e-4, atol=1e-5)

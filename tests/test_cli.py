@@ -132,7 +132,7 @@ def test_make_data_and_train_on_it(tmp_path, capsys):
     short = ["--recipe.iterations=2", "--recipe.precise_bn_batches=1", "--data.crop=[32,32]", "--data.workers=0"]
     folder = ["--data.name=folder", f"--data.root={data}", "--data.batch_size=2", "--accelerator=cpu"]
     assert run(["train", *network, *short, *folder, "--output", tmp_path / "run"], capsys)[0] == 0
-    assert routeseg.load(tmp_path / "run" / "best").class_names == CLASSES
+    assert routeseg.load(tmp_path / "run" / "best").config.class_names == CLASSES
     assert run(["make-data", "cities", data], capsys)[0] == 2
     assert run(["make-data", "scenes", tmp_path / "x", "--preset=huge"], capsys)[0] == 2
 
@@ -142,7 +142,7 @@ def test_import_checkpoint(tmp_path, capsys):
 
     code, out, _ = run(["import-checkpoint", GOLDEN / "tiny_open.weights.safetensors", tmp_path / "net"], capsys)
     assert code == 0 and "depth=5" in out and "0.083 M parameters" in out
-    assert routeseg.load(tmp_path / "net").base_channels == 8
+    assert routeseg.load(tmp_path / "net").config.base_channels == 8
     code, _, err = run(["import-checkpoint", tmp_path / "none.pth", tmp_path / "x"], capsys)
     assert code == 2 and "none.pth" in err and not (tmp_path / "x").exists()
 

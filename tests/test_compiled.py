@@ -18,6 +18,7 @@ from routeseg.data.pairs import read_image
 from routeseg.engine import compiled, skip
 from routeseg.engine.compiled import BUILDS, STEPS, CompiledForward, find_library, is_compiled
 from routeseg.model.checkpoints import PRETRAINED
+from routeseg.model.request import Request
 from routeseg.space import DOWN, KEEP, UP
 
 # Where there is a compiler there must be kernels: sources that do not compile leave the installation without.
@@ -88,7 +89,8 @@ def test_every_build_that_this_machine_runs(build, monkeypatch):
     for changes in (CHANGES["plain"], CHANGES["all operations"], CHANGES["odd widths"]):
         model = network(small_gate=True, **changes)
         batch = images(1, 75, 90)
-        logits, gates = CompiledForward(model, torch.float32)(batch, None, True)
+        result = CompiledForward(model, torch.float32)(batch, Request.of(model.config, len(batch)))
+        logits, gates = result.logits, result.gates
         expected = model(batch)
         assert float((logits - expected.logits).abs().max() / expected.logits.abs().max()) < 1e-5
         assert torch.allclose(gates, expected.gates, atol=1e-6)
@@ -119,7 +121,7 @@ def test_only_what_is_open_is_computed():
     forward = CompiledForward(model, torch.float32)
     seconds = np.zeros((model.space.depth + 1, model.space.num_scales, len(STEPS)))
     times = np.concatenate([seconds.ravel(), np.zeros(2)])
-    _, gates = forward(images(1, 64, 96), None, True, times)
+    gates = forward(images(1, 64, 96), Request.of(model.config, 1), times).gates
     took = times[:-2].reshape(seconds.shape) > 0
     is_open = gates[0].numpy() > 0
     reached = model.space.reached(gates[0].numpy())
@@ -136,7 +138,7 @@ def test_a_forced_route_runs_no_gate():
     model = network()
     route = Route(model.space, [(0, 0, DOWN), (1, 1, KEEP), (2, 1, UP)])
     times = np.zeros((model.space.depth + 1) * model.space.num_scales * len(STEPS) + 2)
-    CompiledForward(model, torch.float32)(images(1, 64, 96), route.to_gates()[None], False, times)
+    CompiledForward(model, torch.float32)(images(1, 64, 96), Request.of(model.config, 1, route), times)
     assert times[:-2].reshape(-1, len(STEPS))[:, STEPS.index("cell")].astype(bool).sum() == 3
 
 
@@ -147,12 +149,15 @@ import torch
 from conftest import spread_gates
 from routeseg import DynamicRoutingNetwork, Route
 from routeseg.engine.compiled import CompiledForward, _Conv
+from routeseg.model.request import Request
 from routeseg.space import DOWN, UP
 
 torch.manual_seed(3)
 model = spread_gates(DynamicRoutingNetwork(num_classes=5, depth=5, base_channels=8, stem_channels=8), 3).eval()
 forward, images = CompiledForward(model, torch.float32), torch.rand(1, 3, 64, 96)
-logits, gates = forward(images, None, True)
+free = Request.of(model.config, 1)
+result = forward(images, free)
+logits, gates = result.logits, result.gates
 space, network = model.space, forward._packed.network
 reached, alpha = space.reached(gates[0].numpy()), gates[0].numpy()
 taken = 0
@@ -165,10 +170,10 @@ for layer, scale in space.nodes:
         taken += conv.weights is not None
         conv.weights = conv.bias = conv.taps = None
 assert taken > 10
-assert torch.equal(forward(images, None, True)[0], logits)
+assert torch.equal(forward(images, free).logits, logits)
 for layer, scale in space.nodes:  # a route that is given asks no gate
     network.nodes[layer * space.num_scales + scale].squeeze.weights = None
-forward(images, Route.from_gates(space, gates[0]).to_gates()[None], False)
+forward(images, Request.of(model.config, 1, Route.from_gates(space, gates[0])))
 """
     environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
@@ -200,7 +205,8 @@ class TestBfloat16:
         assert np.mean(same) > 0.995
 
     def test_falls_back_and_says_so_once_where_the_cpu_has_none(self, monkeypatch, caplog):
-        monkeypatch.setattr(skip, "is_compiled", lambda dtype: dtype == torch.float32)
+        found = find_library(torch.float32)
+        monkeypatch.setattr(compiled, "find_library", lambda dtype: found if dtype == torch.float32 else None)
         skip._say_once.cache_clear()
         model = network()
         engines = [SkipEngine(model, "bfloat16") for _ in range(2)]

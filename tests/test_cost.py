@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import authors_report
+from routeseg.config import NetworkConfig
 from routeseg.cost.budget import Budget, budget_loss
-from routeseg.cost.macs import cost_table, model_cost
+from routeseg.cost.macs import CostTable, model_cost
 from routeseg.counting import CONVENTIONS
 from routeseg.engine import SkipEngine
 from routeseg.model import DynamicRoutingNetwork
@@ -61,6 +63,10 @@ def meta_network(**options) -> DynamicRoutingNetwork:
         return DynamicRoutingNetwork(**options)
 
 
+def cost_table(space: RoutingSpace, size: tuple[int, int], convention: str = "authors", **fields) -> CostTable:
+    return model_cost(NetworkConfig(depth=space.depth, num_scales=space.num_scales, **fields), size, convention)
+
+
 def parameters(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
@@ -84,7 +90,7 @@ class TestPaper:
     def test_stem_and_decoder(self):
         cost = cost_table(SPACE, CITYSCAPES)
         assert cost.stem / MEGA == pytest.approx(4194.3, abs=ROUNDING)
-        assert cost.decoder / MEGA == pytest.approx(1406.4, abs=ROUNDING)
+        assert cost.head / MEGA == pytest.approx(1406.4, abs=ROUNDING)
 
     def test_only_nodes_and_legal_edges_cost_anything(self):
         cost = cost_table(SPACE, CITYSCAPES)
@@ -105,7 +111,7 @@ class TestPaper:
 
     def test_as_the_authors_report_it(self):
         cost = cost_table(SPACE, CITYSCAPES)
-        report = cost.as_authors_report()
+        report = authors_report(cost)
         assert report.full / GIGA == pytest.approx(118.09, abs=0.00501)
         left_out = cost.cell[0, 0] + cost.gate[0, 0] + cost.edge[-1].sum()
         assert cost.full - report.full == pytest.approx(left_out)
@@ -174,9 +180,9 @@ class TestRealCost:
 
     def test_all_closed_is_stem_decoder_and_the_gates_along_the_finest_scale(self):
         closed = np.zeros(self.space.legal.shape)
-        expected = self.cost.stem + self.cost.decoder + self.cost.gate[:, 0].sum()
+        expected = self.cost.stem + self.cost.head + self.cost.gate[:, 0].sum()
         assert float(self.cost.of_gates(closed)) == pytest.approx(expected)
-        assert self.cost.of_route(Route(self.space)) == pytest.approx(self.cost.stem + self.cost.decoder)
+        assert self.cost.of_route(Route(self.space)) == pytest.approx(self.cost.stem + self.cost.head)
 
     def test_all_open_is_the_full_cost(self):
         gates = 0.3 * self.space.legal
@@ -187,11 +193,10 @@ class TestRealCost:
     @pytest.mark.parametrize("zeros_arrive", [False, True])
     def test_by_hand(self, zeros_arrive):
         """(0,0) opens down, (1,1) keep and up; from layer 2 on free skips. (1,0) and (2,2) may get zeros."""
-        space = RoutingSpace(4, zeros_arrive=zeros_arrive)
         gates = np.zeros(self.space.legal.shape)
         gates[0, 0, DOWN], gates[1, 1, KEEP], gates[1, 1, UP] = 0.9, 0.1, 1e-6
-        c = replace(self.cost, space=space)
-        expected = c.stem + c.decoder + c.cell[0, 0] + c.cell[1, 1]
+        c = replace(self.cost, zeros_arrive=zeros_arrive)
+        expected = c.stem + c.head + c.cell[0, 0] + c.cell[1, 1]
         expected += c.edge[0, 0, DOWN] + c.edge[1, 1, KEEP] + c.edge[1, 1, UP]
         reached = [(0, 0), (1, 1), *((layer, s) for layer in (2, 3, 4) for s in (0, 1))]
         if zeros_arrive:
@@ -292,7 +297,7 @@ class TestExpectedCost:
     def test_all_open_at_1_is_the_budgeted_cost(self):
         gates = torch.from_numpy(self.cost.space.legal[None].astype(np.float32))
         assert float(self.cost.expected(gates)[0]) == pytest.approx(self.cost.budgeted, rel=1e-6)
-        fixed = self.cost.stem + self.cost.decoder + self.cost.gate.sum()
+        fixed = self.cost.stem + self.cost.head + self.cost.gate.sum()
         assert self.cost.budgeted == pytest.approx(self.cost.full - fixed)
 
     def test_it_reaches_the_gates_of_a_network(self):

@@ -14,6 +14,7 @@ import torch
 import routeseg
 from conftest import run, scenes_checkpoint, spread_gates
 from routeseg import DynamicRoutingNetwork, Route
+from routeseg.config import NetworkConfig
 from routeseg.cost.macs import model_cost
 from routeseg.description import NetworkDescription, describe
 from routeseg.model.checkpoints import PRETRAINED
@@ -135,9 +136,10 @@ def test_routes_of_different_seeds_and_what_they_reach():
             (gates,) = compare(with_ort(build_onnx(model, routed=True)), model, [(64, 96)])
             is_open = gates[0].numpy() > 0
             runs = is_open.any(-1)
-            kinds["on zeros"] += (runs & ~model.space.fed(gates[0].numpy())).sum()
-            kinds["dropped"] += (model.space.reached(gates[0].numpy()) & ~runs).sum()
-            kinds["no map at the end"] += (~model.space.reached(gates[0].numpy())[-1]).sum()
+            reached = model.space.reached(gates[0].numpy(), zeros_arrive)
+            kinds["on zeros"] += (runs & ~model.space.reached(gates[0].numpy())).sum()
+            kinds["dropped"] += (reached & ~runs).sum()
+            kinds["no map at the end"] += (~reached[-1]).sum()
     assert all(kinds[kind] > 0 for kind in ("on zeros", "dropped", "no map at the end")), kinds
 
 
@@ -194,12 +196,14 @@ def test_metadata():
         (entry,) = file.metadata_props
         data = json.loads(entry.value)
         assert entry.key == "routeseg" and data == json.loads(json.dumps(metadata(model, kind)))
-        assert data["kind"] == kind and data["precision"] == "float32" and data["format"] == 1
-        assert data["gated"] == model.config.gated and data["class_names"] == list("abcde")
+        assert data["kind"] == kind and data["precision"] == "float32" and data["format"] == 2
+        assert NetworkConfig.from_dict(data["config"]) == model.config and data["config"]["class_names"] == list(
+            "abcde"
+        )
         assert NetworkDescription.from_metadata(data).fingerprint == describe(model).fingerprint
         assert file.ir_version <= 10 and [(o.domain, o.version) for o in file.opset_import] == [("", 18)]
-    assert metadata(gated, "routed")["route"] is None
-    assert metadata(static, "static")["route"] == [(0, 0, "keep")]
+    assert metadata(gated, "routed")["config"]["route"] is None
+    assert metadata(static, "static")["config"]["route"] == ((0, 0, "keep"),)
 
 
 def test_cost_in_the_metadata_is_the_cost_table():
@@ -207,7 +211,7 @@ def test_cost_in_the_metadata_is_the_cost_table():
     with torch.no_grad():
         gates = model(torch.rand(1, 3, 32, 32)).gates[0].numpy()
     cost, total = cost_macs(model), 0.0
-    for (layer, scale), reached in np.ndenumerate(model.space.reached(gates)):
+    for (layer, scale), reached in np.ndenumerate(model.space.reached(gates, model.config.zeros_arrive)):
         if reached:
             node, is_open = cost["nodes"][f"{layer}-{scale}"], gates[layer, scale] > 0
             total += node["gate"] + node["cell"] * is_open.any()

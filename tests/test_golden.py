@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import routeseg
-from conftest import GOLDEN
+from conftest import GOLDEN, authors_report
 from routeseg.cost.budget import budget_loss
 from routeseg.cost.macs import model_cost
 from routeseg.engine import build_engine
@@ -31,7 +31,7 @@ def golden(request):
 
 
 def authors_table(model, facts):
-    return model_cost(model, tuple(facts["image_size"])).as_authors_report()
+    return authors_report(model_cost(model, tuple(facts["image_size"])))
 
 
 @pytest.mark.parametrize("engine", ["dense", "skip"])
@@ -41,7 +41,7 @@ def test_logits_and_gates(golden, engine):
         result = build_engine(model, engine)(values["input"])
     error = (result.logits - values["logits"]).abs().max() / values["logits"].abs().max()
     assert error < 1e-5
-    reached = model.space.reached(result.gates.numpy())
+    reached = model.space.reached(result.gates.numpy(), model.config.zeros_arrive)
     for key, expected in values.items():
         if not key.startswith("gates/"):
             continue
@@ -60,7 +60,7 @@ def test_counts(golden):
     assert model.config.base_channels == facts["init_channel"]
     table = authors_table(model, facts)
     assert table.stem == pytest.approx(facts["stem_mflops"] * 1e6, rel=1e-6)
-    assert table.decoder == pytest.approx(facts["head_mflops"] * 1e6, rel=1e-6)
+    assert table.head == pytest.approx(facts["head_mflops"] * 1e6, rel=1e-6)
     with torch.no_grad():
         gates = model(values["input"]).gates
     assert table.of_gates(gates) == pytest.approx([c * 1e6 for c in facts["eval_real_mflops"]], rel=1e-3)

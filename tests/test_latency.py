@@ -12,11 +12,13 @@ import torch
 import routeseg
 from conftest import run, scenes_checkpoint, spread_gates
 from routeseg import DynamicRoutingNetwork, Route, RoutingSpace
+from routeseg.config import NetworkConfig
 from routeseg.cost.latency import PARTS, LatencyTable, by_part, network_shape, node_counts, route_counts
 from routeseg.cost.macs import model_cost
 from routeseg.engine import SkipEngine
 from routeseg.engine.compiled import is_compiled
 from routeseg.engine.profiling import profile
+from routeseg.model.request import Request
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_kernels = pytest.mark.skipif(not is_compiled(torch.float32), reason="no compiled kernels here")
@@ -27,13 +29,14 @@ def invented(model: DynamicRoutingNetwork) -> LatencyTable:
     """A table whose times are powers of two, so that a sum tells its parts."""
     scales = model.space.num_scales
     times = 2.0 ** np.arange(scales * len(PARTS)).reshape(scales, len(PARTS))
-    return LatencyTable(SIZE, "cpu", "float32", network_shape(model), {"stem": 0.25, "decoder": 0.5}, times)
+    return LatencyTable(SIZE, "cpu", "float32", network_shape(model.config), {"stem": 0.25, "decoder": 0.5}, times)
 
 
 def test_counts_by_hand():
     """(0,0) drops its cell; (1,0) keeps and sends down; (2,0) keeps, (2,1) sends up; (3,0) sums both."""
     route = Route(RoutingSpace(3, 2), [(1, 0, 1), (1, 0, 2), (2, 0, 1), (2, 1, 0)])
-    forced, gated = (route_counts(route, route.space, gates) for gates in (False, True))
+    shape = network_shape(NetworkConfig(depth=3, num_scales=2))
+    forced, gated = (route_counts(shape, route, gates) for gates in (False, True))
     expected = np.zeros((4, 2, len(PARTS)))
     expected[1, 0] = (0, 1, 0, 1, 0, 0, 0)
     expected[2, 0] = (0, 1, 0, 0, 0, 0, 0)  # a single map of weight 1 needs no sum
@@ -55,8 +58,8 @@ def test_counts_are_what_the_kernels_run(zeros_arrive):
     for seed in range(5):
         images = torch.rand(1, 3, *SIZE, generator=torch.Generator().manual_seed(seed))
         seconds = np.zeros((7 * 4 * 5) + 2)
-        _, gates = engine.forward(images, None, True, seconds)
-        counts = node_counts(model.space, gates[0].numpy(), True)
+        gates = engine.forward(images, Request.of(model.config, 1), seconds).gates
+        counts = node_counts(network_shape(model.config), gates[0].numpy(), True)
         ran = seconds[:-2].reshape(7, 4, 5) > 0
         assert 0 < counts[..., 0].sum() < 7 * 4
         assert (ran[..., 1:] == (counts[..., :4] > 0)).all()  # gate, cell, up, down
@@ -68,7 +71,7 @@ def test_latency_is_the_sum_of_what_runs(tiny_network):
     assert table.of_route(nothing) == 0.75
     reached = (tiny_network.space.depth + 1) * table.part_ms[0, 0]  # the stem's features pass, and gates of scale 0 ask
     assert table.of_route(nothing, gates=True) == 0.75 + reached
-    counts = route_counts(whole, table.space, True).sum(0)
+    counts = route_counts(table.network, whole, True).sum(0)
     assert counts[:, 1].tolist() == [5, 4, 3, 2] and counts[:, 2].tolist() == [0, 3, 2, 1]
     assert table.of_route(whole, gates=True) == 0.75 + (counts * table.part_ms).sum()
     half = Route(table.space, table.space.edges[::2]).pruned()
@@ -128,12 +131,12 @@ def test_file(tmp_path, tiny_network):
     table.write(file)
     read = LatencyTable.read(file)
     assert read.as_dict() == table.as_dict() and read.fingerprint == table.fingerprint
-    read.check(tiny_network, SIZE, file)
+    read.check(tiny_network.config, SIZE, file)
     with pytest.raises(ValueError, match="64x96.*64x64"):
-        read.check(tiny_network, (64, 64), file)
+        read.check(tiny_network.config, (64, 64), file)
     wider = DynamicRoutingNetwork(num_classes=5, depth=4, base_channels=16, stem_channels=8)
     with pytest.raises(ValueError, match="another network: base_channels is 8 there, 16 here"):
-        read.check(wider, SIZE, file)
+        read.check(wider.config, SIZE, file)
     data = json.loads(file.read_text())
     for damage in (
         {"fixed_ms": {"stem": -1}},
@@ -209,7 +212,7 @@ def test_command_mistakes(tmp_path, tiny_network, capsys):
         ([f"--table={tmp_path / 'threads.json'}", f"--route={route}"], "measured with 64 threads"),
         ([f"--table={tmp_path / 'cuda.json'}", f"--route={route}"], "measured on cuda:0"),
         ([f"--table={other}"], "--route"),
-        ([f"--table={other}", f"--route={route}"], "another network: depth is 4 there, 3 here"),
+        ([f"--table={other}", f"--route={route}"], "another network: num_classes is 5 there, 10 here"),
         ([f"--table={damaged}", f"--route={route}"], "damaged"),
         ([f"--table={tmp_path / 'nothing.json'}", f"--route={route}"], "no latency table"),
     ):

@@ -301,7 +301,7 @@ def test_zeros_that_arrive_in_all_engines(engine):
         expected, found = model(images(6)), ENGINES[engine](model)(images(6))
         without = plain(images(6))
     assert close(found.logits, expected.logits) and torch.allclose(found.gates, expected.gates, atol=1e-6)
-    more = (expected.gates > 0) & ~torch.from_numpy(model.space.fed(expected.gates.numpy()))[..., None]
+    more = (expected.gates > 0) & ~torch.from_numpy(model.space.reached(expected.gates.numpy()))[..., None]
     assert more.any() and (without.gates[more] == 0).all()
 
 

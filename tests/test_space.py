@@ -18,8 +18,8 @@ def gates_of(space: RoutingSpace, *edges: tuple[int, int, int], strength: float 
     return gates
 
 
-def reached_nodes(space: RoutingSpace, *edges: tuple[int, int, int]) -> set[tuple[int, int]]:
-    return {tuple(node) for node in np.argwhere(space.reached(gates_of(space, *edges))).tolist()}
+def reached_nodes(space: RoutingSpace, *edges: tuple[int, int, int], zeros: bool = True) -> set[tuple[int, int]]:
+    return {tuple(node) for node in np.argwhere(space.reached(gates_of(space, *edges), zeros)).tolist()}
 
 
 class TestRoutingSpace:
@@ -80,7 +80,7 @@ class TestRoutingSpace:
 
 
 class TestReached:
-    space = RoutingSpace(4, zeros_arrive=True)
+    space = RoutingSpace(4)
 
     def test_all_closed_reaches_scale_0_of_every_layer_along_the_free_skip(self):
         assert reached_nodes(self.space) == {(layer, 0) for layer in range(5)}
@@ -103,22 +103,21 @@ class TestReached:
 
     def test_an_open_path_that_leads_nowhere_legal_adds_no_node(self):
         gates = np.ones(self.space.legal.shape)  # also outside the mask
-        reached = self.space.reached(gates)
+        reached = self.space.reached(gates, True)
         assert {tuple(n) for n in np.argwhere(reached).tolist()} == set(self.space.nodes)
 
     def test_images_of_a_batch_are_apart(self):
         one, other = gates_of(self.space), gates_of(self.space, (0, 0, DOWN), (1, 1, DOWN))
-        both = self.space.reached(np.stack([one, other]))
+        both = self.space.reached(np.stack([one, other]), True)
         assert both.shape == (2, 5, 4)
-        assert np.array_equal(both[0], self.space.reached(one))
-        assert np.array_equal(both[1], self.space.reached(other))
+        assert np.array_equal(both[0], self.space.reached(one, True))
+        assert np.array_equal(both[1], self.space.reached(other, True))
         assert both[1].sum() > both[0].sum()
 
-    def test_zeros_arrive_nowhere_unless_the_space_says_so(self):
-        space = RoutingSpace(4)
-        assert reached_nodes(space, (0, 0, DOWN)) == {(0, 0)} | {(layer, 1) for layer in (1, 2, 3, 4)}
-        assert reached_nodes(space, (0, 0, DOWN)) < reached_nodes(self.space, (0, 0, DOWN))
-        assert space == self.space, "routes drawn in one are good in the other"
+    def test_zeros_arrive_nowhere_unless_the_network_says_so(self):
+        found = reached_nodes(self.space, (0, 0, DOWN), zeros=False)
+        assert found == {(0, 0)} | {(layer, 1) for layer in (1, 2, 3, 4)}
+        assert found < reached_nodes(self.space, (0, 0, DOWN))
 
 
 class TestRoute:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from routeseg.engine.compiled import CompiledForward, unsupported
+from routeseg.engine.compiled import CompiledForward, find_library, unsupported
 from routeseg.engine.eager import EagerForward
 from routeseg.model.grid import RoutedNetwork, check_images
 from routeseg.model.request import Activation, Request, Routes
@@ -86,12 +86,13 @@ def _supported(precision: str, model: RoutedNetwork) -> torch.dtype:
     if dtype == torch.float32:
         return own
     if device.type == "cpu":
-        supported = unsupported(model, dtype) is None
+        supported, name = unsupported(model, dtype) is None, "CPU"
+        if not supported and find_library(dtype) is not None:
+            name += f" for this network ({unsupported(model, dtype)})"
     else:
-        supported = dtype == torch.float16 or _has_bfloat16(device)
+        supported, name = dtype == torch.float16 or _has_bfloat16(device), "GPU"
     if not supported:
-        name = "CPU" if device.type == "cpu" else "GPU"
-        _say_once(f"no fast {precision} for this network on this {name}: running in {str(own).removeprefix('torch.')}")
+        _say_once(f"no fast {precision} on this {name}: running in {str(own).removeprefix('torch.')}")
     return dtype if supported else own
 
 

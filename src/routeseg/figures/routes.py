@@ -78,6 +78,7 @@ def draw_route(
     Raises ValueError where `gates` is not [L+1, S, 3] of this space, or holds NaN.
     """
     gates = _checked_gates(space, gates)
+    gates = gates * space.reached(gates, zeros_arrive=True)[..., None]  # zeros may be all that arrives
     fed = space.reached(gates)
     runs = np.any(gates > 0, axis=-1)  # [L+1, S]
     unit = draw_frame(ax, space, title)
