@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import routeseg
 from conftest import run, spread_gates
 from routeseg import DynamicRoutingNetwork
-from routeseg.cost.macs import classifier_cost
+from routeseg.cost.macs import model_cost
 from routeseg.data.classification import ClassificationConfig, ClassificationDataModule
 from routeseg.model.classifier import DynamicRoutingClassifier
+from routeseg.model.request import Request
 from routeseg.training.classification import PretrainingRecipe, SaveClassifier, evaluate_classifier, pretrain
 from routeseg.training.initialization import initialize
 from test_classification_data import png, shard_config, write_shard, write_shards, write_tree
@@ -94,7 +95,7 @@ class TestClassifier:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             result = model(torch.rand(2, 3, *size))
         assert result.logits.shape == (2, 10)
-        assert counter.get_total_flops() / 2 == classifier_cost(model, size, "conv").of_gates(result.gates).sum()
+        assert counter.get_total_flops() / 2 == model_cost(model, size, "conv").of_gates(result.gates).sum()
 
     def test_reaches_stride_32_before_the_mean(self):
         model, shapes = classifier().eval(), []
@@ -317,7 +318,10 @@ class TestInitialize:
         images = model.normalize(torch.rand(2, 3, 64, 96))
         with torch.no_grad():
             assert torch.equal(model.stem(images), source.stem(images))
-            ours, theirs = (network._route(network.stem(images), None, own=True) for network in (model, source))
+            ours, theirs = (
+                network.walk(network.stem(images), Request.of(network.config, len(images)))
+                for network in (model, source)
+            )
         assert all(torch.equal(a, b) for a, b in zip(ours[0], theirs[0], strict=True))
         assert torch.equal(ours[1], theirs[1])
         assert all(torch.equal(value, model.decoder.state_dict()[name]) for name, value in decoder.items())

@@ -427,7 +427,10 @@ def test_the_budget_of_accumulated_batches(tmp_path):
 
 def test_every_batch_draws_its_own_drop_path(tmp_path):
     model, seeds = tiny_model(), []
-    model.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()) if model.drop_path else None)
+    model.register_forward_pre_hook(
+        lambda _, args, options: seeds.append(torch.initial_seed()) if options.get("drop_path") else None,
+        with_kwargs=True,
+    )
     plan = recipe(iterations=4, accumulate=3, drop_path=0.3, precise_bn_batches=0, validate_every=4)
     train(model, DataConfig(**DATA), plan, Budget(), tmp_path, progress=False, accelerator="cpu")
     assert len(seeds) == len(set(seeds)) == 3 * 3  # the first step drops nothing

@@ -189,7 +189,7 @@ def _class_name(name: str, value: Any) -> str:
 
 
 def _colour(name: str, value: Any) -> Colour:
-    parts = _list(name, value, 3)
+    parts = _list(name, value, MAX_CLASSES)
     whole = all(isinstance(part, int) and not isinstance(part, bool) for part in parts)
     if len(parts) != 3 or not whole or not all(0 <= part <= 255 for part in parts):
         raise ValueError(f"{name} is {brief(value)}: a colour is three whole numbers from 0 to 255")
@@ -197,7 +197,7 @@ def _colour(name: str, value: Any) -> Colour:
 
 
 def _three_numbers(name: str, value: Any) -> tuple[float, float, float]:
-    numbers = _list(name, value, 3)
+    numbers = _list(name, value, MAX_CLASSES)
     real = all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
     if len(numbers) != 3 or not real or not all(abs(number) <= MAX_PIXEL for number in numbers):  # NaN is not
         raise ValueError(

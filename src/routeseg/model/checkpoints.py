@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import operator
+import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from routeseg.config import NetworkConfig
-from routeseg.files import CONFIG_FILE, WEIGHTS_FILE, parse_json
+from routeseg.files import CONFIG_FILE, MAX_JSON, WEIGHTS_FILE, parse_json
 from routeseg.model import DynamicRoutingNetwork
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained" / "camvid_small"
+LENGTH_BYTES = 8  # at the start of a safetensors file: the length of its header
 FLOATS, COUNTS = ("F64", "F32", "F16", "BF16"), ("I64",)  # dtypes of safetensors that weights, and counts, may have
 
 
@@ -62,14 +66,24 @@ def read_config(folder: Path) -> NetworkConfig:
 
 
 def read_header(folder: Path) -> dict[str, Stored]:
-    """What the weights of a checkpoint folder are, by name, without reading them."""
+    """What the weights of a checkpoint folder are, by name, without reading or mapping them: the head of the file (a
+    length, then JSON; see safetensors' format)."""
     path = folder / WEIGHTS_FILE
     try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
-            return {name: Stored(tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"cannot read {path}: {error}. Is the file complete?") from error
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(LENGTH_BYTES))
+            header = parse_json(file.read(min(length, MAX_JSON + 1)))
+        end = path.stat().st_size - LENGTH_BYTES - length
+        return {name: _stored(one, end) for name, one in header.items() if name != "__metadata__"}
+    except (OSError, struct.error, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"cannot read {path}: it is no safetensors file, or cut off ({error})") from error
+
+
+def _stored(entry: Mapping[str, Any], end: int) -> Stored:
+    """A tensor's entry in the header. Raises ValueError, TypeError or KeyError if it is none, or beyond the end."""
+    if entry["data_offsets"][1] > end:
+        raise ValueError("its tensors are not all there")
+    return Stored(tuple(operator.index(side) for side in entry["shape"]), str(entry["dtype"]))
 
 
 def read_weights(folder: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -78,7 +92,7 @@ def read_weights(folder: Path, names: Collection[str] | None = None) -> dict[str
     try:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: it cannot be mapped
         raise ValueError(f"cannot read {path}: {error}. Is the file complete?") from error
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
