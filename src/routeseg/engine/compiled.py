@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import weakref
-from collections.abc import Sequence
-from ctypes import POINTER, Structure, addressof, c_float, c_int, c_int32, c_int64, c_void_p
+from collections.abc import Iterator, Sequence
+from ctypes import POINTER, Structure, addressof, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -25,12 +26,24 @@ from torch import Tensor, nn
 from routeseg.description import NOT_FINITE
 from routeseg.engine.folding import fold_batch_norm
 from routeseg.model import DynamicRoutingNetwork
-from routeseg.model.cell import RoutingNode
-from routeseg.model.layers import Subsample
+from routeseg.model.cell import Cell, RoutingNode
+from routeseg.model.decoder import Decoder
+from routeseg.model.gate import Gate
+from routeseg.model.layers import InputNorm, StackedSepConv, Stem, Subsample, Transform, Upsample
 from routeseg.space import DIRECTIONS, padded_size
 
 BUILDS = ("generic", "avx2", "avx512", "avx512bf16")  # in the order of `routeseg_level`; see setup.py
+FOLDER = "ROUTESEG_KERNELS"  # environment variable: a folder whose builds are used in place of the installed ones
+DONE, NOT_FINITE_STATUS, NO_MEMORY = range(3)  # `Status` of kernels/forward.cpp; all else failed with a text
 STEPS = ("gather", "gate", "cell", "up", "down")  # of a node, whose times can be taken
+KERNEL_SIZES = (3, 5)  # of separable convolutions
+GATES = ("soft", "softmax")
+# The only layers that the kernels compute, by their exact type: what is derived from them may do something else.
+LAYERS = (
+    *(InputNorm, Stem, RoutingNode, Cell, Gate, StackedSepConv, Transform, Upsample, Subsample, Decoder),
+    *(nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.Identity, nn.Linear),
+    *(nn.Sequential, nn.ModuleDict, nn.ModuleList),
+)
 FLOAT32: Any = {"dtype": torch.float32, "device": "cpu"}  # of memory that the kernels see, whatever PyTorch defaults to
 
 
@@ -49,9 +62,21 @@ class _Image(Structure):
     _fields_ = [
         ("data", c_void_p),
         *((name, c_int64) for name in ("channel_step", "row_step", "column_step")),
-        *((name, c_int32) for name in ("height", "width", "bytes")),
+        *((name, c_int32) for name in ("height", "width", "is_uint8")),
         *((name, c_float * 3) for name in ("mean", "std")),
     ]
+
+
+class _Map(Structure):
+    """`Map` of kernels/convolution.h. The forward makes its own; benchmarks/kernels.py needs some, and sums of them."""
+
+    _fields_ = [("data", c_void_p), *((name, c_int32) for name in ("h", "w", "c", "first", "rows"))]
+
+
+class _Summand(Structure):
+    """`Summand` of kernels/maps.h."""
+
+    _fields_ = [("map", _Map), ("weight", c_float), ("halved", c_int32)]
 
 
 class _Node(Structure):
@@ -93,25 +118,49 @@ class _Request(Structure):
     ]
 
 
+class _Field(Structure):
+    """`Field` of kernels/forward.cpp."""
+
+    _fields_ = [("name", c_char_p), ("offset", c_int32), ("size", c_int32)]
+
+
 class CompiledForward:
     """A network's forward on a CPU, for one image after another, with as many threads as PyTorch uses.
 
-    Raises ValueError where no library was built for this dtype (float32, bfloat16): ask `is_compiled` before.
+    Raises ValueError with the reason if it cannot run on the kernels in this dtype (float32, bfloat16): ask `supports`.
     """
 
-    def __init__(self, model: DynamicRoutingNetwork, dtype: torch.dtype) -> None:
+    @staticmethod
+    def supports(model: nn.Module, dtype: torch.dtype) -> str | None:
+        """Why this network cannot run on the kernels in this dtype; None if it can."""
+        parameter = next(model.parameters())
+        if parameter.device.type != "cpu":
+            return f"compiled kernels run on CPUs, the network is on {parameter.device}"
+        if parameter.dtype != torch.float32:
+            return f"compiled kernels take float32 networks, not {parameter.dtype}"
         library = find_library(dtype)
         if library is None:
-            raise ValueError(
+            return (
                 "compiled kernels are not at hand: they need a C++ compiler when routeseg is installed, and for "
-                "bfloat16 a CPU with AVX512_BF16. Leave compiled out to run on PyTorch's operations"
+                "bfloat16 a CPU with AVX512_BF16"
             )
+        if type(getattr(model, "decoder", None)) is not Decoder:
+            return "compiled kernels know no other head than the decoder"
+        return next(_unknown_parts(model, library), None)
+
+    def __init__(self, model: DynamicRoutingNetwork, dtype: torch.dtype) -> None:
+        reason = self.supports(model, dtype)
+        if reason is not None:
+            raise ValueError(f"{reason}. Leave compiled out to run on PyTorch's operations")
+        self._library = library = cast(ctypes.CDLL, find_library(dtype))
         self.space, self.classes = model.space, model.num_classes
         self.mean = tuple(model.normalize.mean.flatten().tolist())
         self.std = tuple(model.normalize.std.flatten().tolist())
         self._forward = getattr(library, f"routeseg_forward_{_name(dtype)}")
         self._packed = _Packed(fold_batch_norm(model), dtype, library.routeseg_vector(), library.routeseg_panel())
         self._workspace = library.routeseg_open()
+        if self._workspace is None:
+            raise MemoryError("not enough memory for an engine")
         close = weakref.finalize(self, library.routeseg_close, self._workspace)
         close.atexit = False  # a thread may still be inside a forward then
 
@@ -123,7 +172,8 @@ class CompiledForward:
         own      the open paths of a given route have the network's own activations
         seconds  float64, zeros: the time of each step of each node is added, [L+1,S,5], then of stem and decoder [2]
 
-        Raises ValueError for images with values that are not finite, and MemoryError.
+        Raises ValueError for images with values that are not finite, MemoryError, and RuntimeError with its text for
+        any other failure of the kernels.
         """
         batch, _, height, width = images.shape
         pixels = images if images.dtype in (torch.uint8, torch.float32) else images.float()
@@ -143,11 +193,44 @@ class CompiledForward:
                 torch.get_num_threads(),
             )
             status = self._forward(addressof(self._packed.network), addressof(request), self._workspace)
-            if status == 1:
-                raise ValueError(NOT_FINITE)
-            if status == 2:
-                raise MemoryError(f"not enough memory for a forward of {height}x{width} pixels")
+            raise_failure(self._library, status, f"a forward of {height}x{width} pixels")
         return logits, gates
+
+
+def raise_failure(library: ctypes.CDLL, status: int, what: str) -> None:
+    """Raises what a status of the kernels means, if they have failed; `what` they were asked for."""
+    if status == NOT_FINITE_STATUS:
+        raise ValueError(NOT_FINITE)
+    if status == NO_MEMORY:
+        raise MemoryError(f"not enough memory for {what}")
+    if status != DONE:
+        raise RuntimeError(f"the compiled kernels failed in {what}: {library.routeseg_failure().decode()}")
+
+
+def _unknown_parts(model: nn.Module, library: ctypes.CDLL) -> Iterator[str]:
+    """What of a network the kernels do not know, or cannot hold."""
+    for name, layer in model.named_modules():
+        if layer is not model and type(layer) not in LAYERS:
+            yield f"compiled kernels do not know the layer {name}, {type(layer).__name__}"
+        if isinstance(layer, nn.Conv2d) and (most := library.routeseg_most_channels()) < max(layer.weight.shape[:2]):
+            yield f"compiled kernels hold {most} channels, {name} has {max(layer.weight.shape[:2])}"
+        if isinstance(layer, StackedSepConv):
+            kernel = layer[0][0].kernel_size  # type: ignore[index]
+            if kernel not in [(side, side) for side in KERNEL_SIZES]:
+                sizes = " and ".join(f"{side}x{side}" for side in KERNEL_SIZES)
+                yield f"compiled kernels know convolutions of {sizes}, {name} has {kernel[0]}x{kernel[1]}"
+        if isinstance(layer, Cell):
+            for operation, part in layer.items():
+                if not isinstance(part, StackedSepConv | nn.Identity):
+                    yield f"compiled kernels do not know the cell operation {operation}, {type(part).__name__}"
+    kinds = {str(layer.activation) for layer in model.modules() if isinstance(layer, Gate)}
+    if unknown := kinds - set(GATES):
+        yield f"compiled kernels do not know gates of the kind {min(unknown)}"
+    if len(kinds) > 1:
+        yield f"compiled kernels know one kind of gate in a network, this one has {' and '.join(sorted(kinds))}"
+    scales, most = len(model.decoder.merge), library.routeseg_most_scales()  # type: ignore[union-attr, arg-type]
+    if scales > most:
+        yield f"compiled kernels hold {most} scales, the network has {scales}"
 
 
 def is_compiled(dtype: torch.dtype) -> bool:
@@ -168,17 +251,22 @@ def find_library(dtype: torch.dtype) -> ctypes.CDLL | None:
 @cache
 def _load(build: str) -> ctypes.CDLL | None:
     """A build's library; None where there is none, or, with a warning, where it cannot be used."""
-    paths = [Path(__file__).with_name(f"_forward_{build}{suffix}") for suffix in EXTENSION_SUFFIXES]
+    named = os.environ.get(FOLDER)
+    folder = Path(named) if named else Path(__file__).parent
+    paths = [folder / f"_forward_{build}{suffix}" for suffix in EXTENSION_SUFFIXES]
     path = next((path for path in paths if path.exists()), None)
     if path is None:
+        if named and build == BUILDS[0]:
+            raise ValueError(f"{FOLDER} is {named}, where no kernels are: build them there, or unset it")
         return None
     try:
         library = ctypes.CDLL(str(path))
-        sizes = [ctypes.sizeof(structure) for structure in (_Conv, _Image, _Node, _Network, _Request)]
-        if not library.routeseg_fits(*sizes):
-            raise OSError(f"{path} was built from other sources")
+        library.routeseg_layout.restype = POINTER(_Field)
+        if (field := _first_difference(library)) is not None:
+            raise OSError(f"{path} was built from other sources: they have another {field}")
         library.routeseg_open.restype = c_void_p
         library.routeseg_close.argtypes = [c_void_p]
+        library.routeseg_failure.restype = c_char_p
     except (OSError, AttributeError) as error:  # AttributeError: a library that lacks a function
         logging.getLogger("routeseg").warning("running without compiled kernels, install routeseg again: %s", error)
         return None
@@ -187,6 +275,22 @@ def _load(build: str) -> ctypes.CDLL | None:
             function = getattr(library, f"routeseg_forward_{name}")
             function.argtypes, function.restype = [c_void_p] * 3, c_int
     return library
+
+
+def _first_difference(library: ctypes.CDLL) -> str | None:
+    """The first structure or field that lies elsewhere in the library than here; None if all are the same."""
+    theirs: dict[str, tuple[int, int]] = {}
+    for field in library.routeseg_layout():
+        if field.name is None:
+            break
+        theirs[field.name.decode()] = (field.offset, field.size)
+    ours: dict[str, tuple[int, int]] = {}
+    for structure in (_Conv, _Image, _Map, _Summand, _Node, _Network, _Request):
+        name = structure.__name__.removeprefix("_")
+        ours[name] = (0, ctypes.sizeof(structure))
+        fields = [(field[0], getattr(structure, field[0])) for field in structure._fields_]
+        ours |= {f"{name}.{field}": (place.offset, place.size) for field, place in fields}
+    return next((name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)), None)
 
 
 def _name(dtype: torch.dtype) -> str:
