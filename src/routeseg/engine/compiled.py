@@ -297,46 +297,14 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class _Packed:
-    """A network as `_Network`, and all that its pointers point to."""
+class Weights:
+    """Layers as `_Conv`, and the memory that these point to."""
 
-    def __init__(self, folded: DynamicRoutingNetwork, dtype: torch.dtype, vector: int, panel: int) -> None:
+    def __init__(self, dtype: torch.dtype, vector: int, panel: int) -> None:
         self.dtype, self.vector, self.panel = dtype, vector, panel
         self.kept: list[Tensor | ctypes.Array] = []
-        space = folded.space
-        nodes = (_Node * ((space.depth + 1) * space.num_scales))()
-        for layer, scale in folded.route.nodes:
-            nodes[layer * space.num_scales + scale] = self._node(folded.node(layer, scale))
-        self.kept.append(nodes)
-        gates = {node.gate.activation for node in folded.nodes.values() if node.gate is not None}  # type: ignore
-        self.network = _Network(
-            space.depth, space.num_scales, space.zeros_arrive, "softmax" in gates, folded.num_classes,
-            self._convs([self._conv(_layers(part), image=not i) for i, part in enumerate(folded.stem)]),
-            nodes,
-            self._convs([self._conv(_layers(merge)) for merge in folded.decoder.merge]),
-            self._conv([folded.decoder.predictor], wide=True),
-        )  # fmt: skip
 
-    def _node(self, node: RoutingNode) -> _Node:
-        operations = [_layers(operation) for name, operation in node.cell.items() if name != "identity"]
-        packed = _Node(len(operations), "identity" in node.cell)
-        packed.cell = self._convs([self._conv(_layers(half)) for halves in operations for half in halves])
-        for direction in node.directions:
-            packed.directions[direction] = 1
-            layers = _layers(node.transforms[DIRECTIONS[direction]])
-            if any(isinstance(layer, nn.Conv2d) for layer in layers):
-                packed.transforms[direction] = self._conv(layers)
-        if node.gate is not None:
-            score = node.gate.score
-            weight = torch.zeros((len(DIRECTIONS), score.in_features), **FLOAT32)
-            bias = torch.zeros(len(DIRECTIONS), **FLOAT32)
-            weight[list(node.directions)], bias[list(node.directions)] = score.weight, score.bias
-            packed.gated, packed.small_gate, packed.features = 1, node.gate.small, score.in_features
-            packed.squeeze = self._conv(_layers(node.gate.squeeze))
-            packed.weight, packed.bias = self._keep(weight), self._keep(bias)
-        return packed
-
-    def _conv(self, layers: Sequence[nn.Module], image: bool = False, wide: bool = False) -> _Conv:
+    def conv(self, layers: Sequence[nn.Module], image: bool = False, wide: bool = False) -> _Conv:
         """Layers with one convolution, or a depthwise one and a 1x1 behind it; Subsample before it is a stride.
 
         image  it is what the convolution reads: three channels, and no zeros behind them
@@ -380,6 +348,45 @@ class _Packed:
         array = (_Conv * len(convs))(*convs)
         self.kept.append(array)
         return array
+
+
+class _Packed(Weights):
+    """A network as `_Network`, and all that its pointers point to."""
+
+    def __init__(self, folded: DynamicRoutingNetwork, dtype: torch.dtype, vector: int, panel: int) -> None:
+        super().__init__(dtype, vector, panel)
+        space = folded.space
+        nodes = (_Node * ((space.depth + 1) * space.num_scales))()
+        for layer, scale in folded.route.nodes:
+            nodes[layer * space.num_scales + scale] = self._node(folded.node(layer, scale))
+        self.kept.append(nodes)
+        gates = {node.gate.activation for node in folded.nodes.values() if node.gate is not None}  # type: ignore
+        self.network = _Network(
+            space.depth, space.num_scales, space.zeros_arrive, "softmax" in gates, folded.num_classes,
+            self._convs([self.conv(_layers(part), image=not i) for i, part in enumerate(folded.stem)]),
+            nodes,
+            self._convs([self.conv(_layers(merge)) for merge in folded.decoder.merge]),
+            self.conv([folded.decoder.predictor], wide=True),
+        )  # fmt: skip
+
+    def _node(self, node: RoutingNode) -> _Node:
+        operations = [_layers(operation) for name, operation in node.cell.items() if name != "identity"]
+        packed = _Node(len(operations), "identity" in node.cell)
+        packed.cell = self._convs([self.conv(_layers(half)) for halves in operations for half in halves])
+        for direction in node.directions:
+            packed.directions[direction] = 1
+            layers = _layers(node.transforms[DIRECTIONS[direction]])
+            if any(isinstance(layer, nn.Conv2d) for layer in layers):
+                packed.transforms[direction] = self.conv(layers)
+        if node.gate is not None:
+            score = node.gate.score
+            weight = torch.zeros((len(DIRECTIONS), score.in_features), **FLOAT32)
+            bias = torch.zeros(len(DIRECTIONS), **FLOAT32)
+            weight[list(node.directions)], bias[list(node.directions)] = score.weight, score.bias
+            packed.gated, packed.small_gate, packed.features = 1, node.gate.small, score.in_features
+            packed.squeeze = self.conv(_layers(node.gate.squeeze))
+            packed.weight, packed.bias = self._keep(weight), self._keep(bias)
+        return packed
 
 
 def _layers(sequence: nn.Module) -> list[nn.Module]:

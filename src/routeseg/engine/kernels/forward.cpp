@@ -242,8 +242,11 @@ class Forward {
         convolve_any<T>(conv, x, out, added, relu, nullptr, threads);
     }
 
-    Held convolved(const Conv& conv, const Map& x, const Map* residual = nullptr, bool relu = true, bool wide = false) {
+    // `outputs`: channels that the network has there; weights are not read before they agree.
+    Held convolved(const Conv& conv, const Map& x, int outputs, const Map* residual = nullptr, bool relu = true,
+                   bool wide = false) {
         const Map shape = convolved_shape(conv, x);
+        require(shape.c == outputs, "a convolution's outputs are not as many as the network has there");
         Held out = make(shape.h, shape.w, shape.c, 0, shape.h, wide);
         convolve_into(conv, x, out.map, residual, relu, wide);
         return out;
@@ -257,6 +260,7 @@ class Forward {
         Map shape[STEM_CONVOLUTIONS + 1] = {image.map};  // of the image, and behind each convolution
         for (int i = 0; i < STEM_CONVOLUTIONS; ++i) shape[i + 1] = convolved_shape(net.stem[i], shape[i]);
         const Map& last = shape[STEM_CONVOLUTIONS];
+        require(last.c == channels(0), "the stem's outputs are not as many as the network has there");
         require(last.h * STEM_STRIDE == height && last.w * STEM_STRIDE == width, "the stem has another stride");
         stem_map = make(last.h, last.w, last.c, 0, last.h);
         for (int begin = 0; begin < last.h; begin += STEM_BAND) {
@@ -323,8 +327,9 @@ class Forward {
             next_reached[target] = true;
             if (alpha[direction] > 0) {
                 const bool same = direction == KEEP;
-                next[target].push_back({same ? hidden : convolved(node.transforms[direction], hidden.map),
-                                        alpha[direction], direction == UP});
+                next[target].push_back(
+                    {same ? hidden : convolved(node.transforms[direction], hidden.map, channels(target)),
+                     alpha[direction], direction == UP});
                 if (!same) clock.lap(place + (direction == UP ? SEND_UP : SEND_DOWN));
             }
         }
@@ -384,9 +389,9 @@ class Forward {
         require(node.operations > 0 && node.cell, "a cell has no operations");
         Held total = node.identity ? x : Held{};
         for (int i = 0; i < node.operations; ++i) {
-            const Held middle = convolved(node.cell[2 * i], x.map);
+            const Held middle = convolved(node.cell[2 * i], x.map, x.map.c);
             const bool last = i == node.operations - 1;
-            total = convolved(node.cell[2 * i + 1], middle.map, total.memory ? &total.map : nullptr, last);
+            total = convolved(node.cell[2 * i + 1], middle.map, x.map.c, total.memory ? &total.map : nullptr, last);
         }
         return total;
     }
@@ -400,9 +405,9 @@ class Forward {
             arrivals[scale].clear();
             incoming.clear();
             running.clear();
-            running = {{convolved(net.merges[scale], x.map), 1, true}};
+            running = {{convolved(net.merges[scale], x.map, channels(std::max(scale - 1, 0))), 1, true}};
         }
-        const Held scores = convolved(net.predictor, running[0].from.map, nullptr, false, true);
+        const Held scores = convolved(net.predictor, running[0].from.map, net.predictor.outputs, nullptr, false, true);
         stem_map = {};
         enlarge(scores.map, net.classes, request.logits, request.image.height, request.image.width, threads);
     }
