@@ -4,9 +4,11 @@ READY := $(VENV)/.ready
 DATA ?= scenes
 OUTPUT ?= runs/demo
 MINUTES ?= 5
+KERNELS := $(wildcard src/routeseg/engine/kernels/*)
+NATIVE_TESTS ?= tests/test_compiled.py tests/test_kernels_benchmark.py
 DEMO := $(VENV)/bin/routeseg demo --config configs/$(DATA)/small_cpu.yaml --output $(OUTPUT)
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo test test-all check check-native bench clean
 
 demo: $(READY)  ## train, evaluate, report: make demo [DATA=camvid ROOT=folder] [MINUTES=5]
 	$(DEMO) $(if $(ROOT),--data.root "$(ROOT)") --minutes $(MINUTES)
@@ -21,12 +23,26 @@ check: $(READY)  ## lint, format and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(KERNELS)
+
+# Leaks are not looked for: Python and PyTorch leave memory to the end of the process. libstdc++ stands beside libasan,
+# so that exceptions find it before Python has loaded anything that needs it.
+SANITIZED := build/sanitized
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1
+PRELOADED = $(shell c++ -print-file-name=libasan.so) $(shell c++ -print-file-name=libstdc++.so)
+check-native: $(READY)  ## the engine's tests on kernels that stop at a wrong address or undefined behaviour
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check "setuptools>=77"
+	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(VENV)/bin/python setup.py -q build_ext \
+		--parallel 2 --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+	ROUTESEG_KERNELS=$(CURDIR)/$(SANITIZED)/routeseg/engine LD_PRELOAD="$(PRELOADED)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(VENV)/bin/pytest -q -s $(NATIVE_TESTS)
 
 bench: $(READY)  ## training step: images per second and memory, to results/
 	$(VENV)/bin/python benchmarks/training.py
 
 # torch first and pinned: any other way to ask for it may bring gigabytes of CUDA.
-$(READY): pyproject.toml constraints.txt setup.py $(wildcard src/routeseg/engine/kernels/*)
+$(READY): pyproject.toml constraints.txt setup.py $(KERNELS)
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,15 @@ import torch
 
 from conftest import spread_gates
 from routeseg import DynamicRoutingNetwork, Route, SkipEngine, load
+from routeseg.config import NetworkConfig
 from routeseg.data.pairs import read_image
 from routeseg.engine import compiled, skip
 from routeseg.engine.compiled import BUILDS, STEPS, CompiledForward, find_library, is_compiled
 from routeseg.model.checkpoints import PRETRAINED
+from routeseg.model.classifier import DynamicRoutingClassifier
+from routeseg.model.decoder import Decoder
+from routeseg.model.gate import SoftGate, SoftmaxGate
+from routeseg.model.operations import SepConv
 from routeseg.model.request import Request
 from routeseg.space import DOWN, KEEP, UP
 
@@ -48,6 +54,7 @@ def relative_error(found, expected) -> float:
     return float((found.logits - expected.logits).abs().max() / expected.logits.abs().max())
 
 
+FREE = Request.of(network().config, 1)  # of the plain network: its gates decide
 CHANGES = {
     "plain": {},
     "small gate": {"small_gate": True},
@@ -175,9 +182,160 @@ for layer, scale in space.nodes:  # a route that is given asks no gate
     network.nodes[layer * space.num_scales + scale].squeeze.weights = None
 forward(images, Request.of(model.config, 1, Route.from_gates(space, gates[0])))
 """
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+class OtherOperation(SepConv):
+    """An operation that computes something else than what it is derived from."""
+
+    kernel_size = 7
+
+
+class OtherGate(SoftGate):
+    pass
+
+
+class OtherDecoder(Decoder):
+    pass
+
+
+def change_operation(model):
+    model.node(2, 1).cell["sep_conv_3x3"] = OtherOperation(16)
+
+
+def change_layer(model):
+    model.node(2, 1).transforms["down"][1] = torch.nn.GELU()
+
+
+def change_gate(model):
+    model.node(2, 1).gate = OtherGate(16, 3)
+
+
+def change_one_gate(model):
+    model.node(2, 1).gate = SoftmaxGate(16, 3)
+
+
+def change_decoder(model):
+    model.decoder = OtherDecoder(model.config)
+
+
+class TestSupports:
+    @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+    def test_every_network_of_ours(self, changes):
+        assert CompiledForward.supports(network(**changes), torch.float32) is None
+
+    @pytest.mark.parametrize(
+        "change, reason",
+        [
+            (change_operation, "no kernel for the cell operation OtherOperation (nodes.2-1.cell.sep_conv_3x3)"),
+            (change_layer, "no kernel for the layer GELU (nodes.2-1.transforms.down.1)"),
+            (change_gate, "no kernel for the gate OtherGate (nodes.2-1.gate)"),
+            (change_one_gate, "know one kind of gate in a network, this one has SoftGate and SoftmaxGate"),
+            (change_decoder, "no kernel for the head OtherDecoder"),
+            (torch.nn.Module.double, "take float32 networks, not float64"),
+            (lambda model: model.to("meta"), "run on CPUs, the network is on meta"),
+        ],
+    )
+    def test_what_they_do_not_know_is_refused_with_its_name(self, change, reason):
+        model = network()
+        change(model)
+        assert reason in CompiledForward.supports(model, torch.float32)
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            CompiledForward(model, torch.float32)
+
+    @pytest.mark.parametrize("limit", ["channels", "scales"])
+    def test_what_they_cannot_hold_is_refused(self, limit, monkeypatch):
+        library = find_library(torch.float32)
+        monkeypatch.setattr(library, f"routeseg_most_{limit}", lambda: 2)
+        assert f"hold 2 {limit}, " in CompiledForward.supports(network(), torch.float32)
+
+    def test_there_are_no_kernels(self, monkeypatch):
+        monkeypatch.setattr(compiled, "find_library", lambda dtype: None)
+        assert "need a C++ compiler" in CompiledForward.supports(network(), torch.float32)
+
+    def test_a_classifier(self):
+        model = DynamicRoutingClassifier(num_classes=5, depth=3, base_channels=8, stem_channels=8)
+        assert "no kernel for the head ClassifierHead" in CompiledForward.supports(model, torch.float32)
+
+
+class TestBoundsOfTheKernels:
+    """Whatever the structures say, a kernel refuses rather than touch memory of others."""
+
+    @staticmethod
+    def damage(forward: CompiledForward, name: str) -> None:
+        network, scales = forward._packed.network, forward.space.num_scales
+        node = network.nodes[2 * scales + 1]  # layer 2, scale 1
+        changes = {
+            "kernel": lambda: setattr(node.cell[0], "kernel", 7),
+            "even kernel": lambda: setattr(node.cell[0], "kernel", 4),
+            "no kernel": lambda: setattr(node.cell[0], "kernel", 0),
+            "stride": lambda: setattr(node.cell[0], "stride", 3),
+            "no stride": lambda: setattr(node.cell[0], "stride", 0),
+            "large stride": lambda: [setattr(conv, "stride", 2) for conv in (node.cell[0], node.cell[1])],
+            "padding": lambda: setattr(node.cell[0], "padding", 2),
+            "negative padding": lambda: setattr(node.cell[0], "padding", -1),
+            "inputs": lambda: setattr(node.cell[0], "inputs", 2 * node.cell[0].inputs),
+            "outputs": lambda: setattr(node.cell[1], "outputs", 2 * node.cell[1].outputs),
+            "parts of vectors": lambda: setattr(node.cell[1], "outputs", 3),
+            "weights": lambda: setattr(node.cell[0], "weights", None),
+            "taps": lambda: setattr(node.cell[0], "taps", None),
+            "wide": lambda: setattr(node.cell[0], "wide", 1),
+            "transform": lambda: setattr(node.transforms[UP], "outputs", node.cell[0].outputs),
+            "direction": lambda: setattr(network.nodes[0], "directions", (1, 1, 1)),
+            "features": lambda: setattr(node, "features", 1000),
+            "no features": lambda: setattr(node, "features", 0),
+            "operations": lambda: setattr(node, "operations", -1),
+            "cell": lambda: setattr(node, "cell", None),
+            "no depth": lambda: setattr(network, "depth", 0),
+            "no scales": lambda: setattr(network, "scales", 0),
+            "many scales": lambda: setattr(network, "scales", 100),
+            "no classes": lambda: setattr(network, "classes", 0),
+            "classes": lambda: setattr(network, "classes", 1000),
+            "stem": lambda: setattr(network.stem[2], "stride", 1),
+            "merges": lambda: setattr(network.merges[1], "inputs", 8 * network.merges[1].inputs),
+        }
+        changes[name]()
+
+    NAMES = (
+        "kernel,even kernel,no kernel,stride,no stride,large stride,padding,negative padding,inputs,outputs,"
+        "parts of vectors,weights,taps,wide,transform,direction,features,no features,operations,cell,no depth,"
+        "no scales,many scales,no classes,classes,stem,merges"
+    ).split(",")
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_a_network_of_other_shapes(self, name):
+        model = network(base_channels=16, zeros_arrive=True)
+        for node in model.nodes.values():
+            node.gate.score.weight.data.zero_()
+            node.gate.score.bias.data.fill_(1.0)  # every path is open
+        forward, batch = CompiledForward(model, torch.float32), images(1, 64, 96)
+        forward(batch, FREE)
+        if name == "classes":
+            forward.config = NetworkConfig(num_classes=1000)  # room for as many logits
+        self.damage(forward, name)
+        with pytest.raises(RuntimeError, match="the compiled kernels failed in a forward of 64x96 pixels: [a-z]"):
+            forward(batch, FREE)
+
+    def test_another_engine_goes_on(self):
+        model, batch = network(), images(1, 64, 96)
+        broken, whole = (CompiledForward(model, torch.float32) for _ in range(2))
+        expected = whole(batch, FREE).logits
+        self.damage(broken, "kernel")
+        with pytest.raises(RuntimeError, match="a convolution's kernel is none of 1, 3 and 5"):
+            broken(batch, FREE)
+        assert torch.equal(whole(batch, FREE).logits, expected)
+
+    def test_an_image_without_padding(self, monkeypatch):
+        forward = CompiledForward(network(), torch.float32)
+        monkeypatch.setattr(compiled, "padded_size", lambda space, height, width: (height, width))
+        with pytest.raises(RuntimeError, match="the image's sides are not padded to the stride"):
+            forward(images(1, 60, 96), FREE)
+        monkeypatch.setattr(compiled, "padded_size", lambda space, height, width: (height - 32, width))
+        with pytest.raises(RuntimeError, match="an image does not fit into its map"):
+            forward(images(1, 64, 96), FREE)
 
 
 class TestBfloat16:
@@ -321,6 +479,54 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or not same)
         torch.set_num_threads(before)
         assert len(same) == 40 and all(same)
 
+    def test_each_of_two_callers_has_helpers(self):
+        """Each piece of work waits until two threads are inside it: without a helper it would never end."""
+        code = """
+import threading, torch
+from routeseg.engine.compiled import find_library
+library, ends = find_library(torch.float32), []
+call = lambda: ends.extend(library.routeseg_meet(2, 0) for _ in range(200))
+threads = [threading.Thread(target=call) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert ends == [0] * 800
+"""
+        assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+    @pytest.mark.parametrize(
+        "throwing, error, text",
+        [
+            (1, MemoryError, "not enough memory for a test"),
+            (2, RuntimeError, "the compiled kernels failed in a test: a helper failed"),
+        ],
+    )
+    def test_what_a_helper_throws_reaches_the_caller(self, throwing, error, text):
+        library = find_library(torch.float32)
+        status = library.routeseg_meet(2, throwing)
+        with pytest.raises(error, match=text):
+            compiled.raise_failure(library, status, "a test")
+        assert library.routeseg_meet(2, 0) == compiled.DONE
+
+    @pytest.mark.parametrize("structure", ["Conv", "Image", "Map", "Summand", "Node", "Network", "Request"])
+    def test_fields_that_lie_elsewhere_are_noticed(self, structure, monkeypatch):
+        """Also if the structures are equally large: two neighbours of one size have changed places."""
+        library, own = find_library(torch.float32), getattr(compiled, f"_{structure}")
+        assert compiled._first_difference(library) is None
+        fields = list(own._fields_)
+        sizes = [compiled.ctypes.sizeof(field[1]) for field in fields]
+        place = next(i for i in range(len(fields) - 1) if sizes[i] == sizes[i + 1])
+        fields[place], fields[place + 1] = fields[place + 1], fields[place]
+        other = type(f"_{structure}", (compiled.Structure,), {"_fields_": fields})
+        monkeypatch.setattr(compiled, f"_{structure}", other)
+        assert compiled._first_difference(library).startswith(f"{structure}.")
+
+    def test_a_folder_of_kernels_that_has_none(self, tmp_path, monkeypatch):
+        monkeypatch.setenv(compiled.FOLDER, str(tmp_path))
+        with pytest.raises(ValueError, match=f"ROUTESEG_KERNELS is {tmp_path}, where no kernels are"):
+            compiled._load.__wrapped__("generic")
+
     @pytest.mark.parametrize("damage", ["not a library", "of other sources"])
     def test_a_library_that_cannot_be_used(self, tmp_path, monkeypatch, caplog, damage):
         """The next best is taken; the engine runs on PyTorch's operations where there is none."""
@@ -329,7 +535,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or not same)
         if damage == "of other sources":
             monkeypatch.setattr(compiled, "_Conv", type("_Conv", (compiled.Structure,), {"_fields_": []}))
         else:
-            monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
+            monkeypatch.setenv(compiled.FOLDER, str(tmp_path))
         for cached in (compiled._load, compiled.find_library):
             cached.cache_clear()
         try:
@@ -368,7 +574,7 @@ class TestBadInput:
             SkipEngine(network(), backend=backend)(images(1, 64, 64).to("meta"))
 
     def test_compiled_where_it_cannot_be(self, monkeypatch):
-        with pytest.raises(ValueError, match="weights are float64, the kernels take float32"):
+        with pytest.raises(ValueError, match="take float32 networks, not float64"):
             SkipEngine(network().double(), backend="kernels")
         with pytest.raises(ValueError, match="backend 'fast': choose one of auto, kernels, eager, batched"):
             SkipEngine(network(), backend="fast")

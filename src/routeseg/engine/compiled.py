@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import weakref
-from collections.abc import Sequence
-from ctypes import POINTER, Structure, addressof, c_float, c_int, c_int32, c_int64, c_void_p
+from collections.abc import Iterator, Sequence
+from ctypes import POINTER, Structure, addressof, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -25,18 +26,26 @@ from torch import Tensor, nn
 from routeseg.engine.folding import fold_batch_norm
 from routeseg.errors import NOT_FINITE
 from routeseg.model import Segmentation
-from routeseg.model.cell import RoutingNode
+from routeseg.model.cell import Cell, RoutingNode
 from routeseg.model.decoder import Decoder
-from routeseg.model.gate import SoftGate, SoftmaxGate
+from routeseg.model.gate import Gate, SoftGate, SoftmaxGate
 from routeseg.model.grid import RoutedNetwork
-from routeseg.model.layers import Subsample
-from routeseg.model.operations import Identity, SepConv3x3, SepConv5x5
+from routeseg.model.layers import InputNorm, Stem, Subsample, Transform, Upsample
+from routeseg.model.operations import Identity, Operation, SepConv3x3, SepConv5x5
 from routeseg.model.request import Request
-from routeseg.registry import GATES, OPERATIONS
 from routeseg.space import DIRECTIONS, padded_size
 
 BUILDS = ("generic", "avx2", "avx512", "avx512bf16")  # in the order of `routeseg_level`; see setup.py
+FOLDER = "ROUTESEG_KERNELS"  # environment variable: a folder whose builds are used in place of the installed ones
+DONE, NOT_FINITE_STATUS, NO_MEMORY = range(3)  # `Status` of kernels/forward.cpp; all else failed with a text
 STEPS = ("gather", "gate", "cell", "up", "down")  # of a node, whose times can be taken
+# The only layers that the kernels compute, by their exact type: what is derived from them may do something else.
+LAYERS = (
+    *(InputNorm, Stem, RoutingNode, Cell, SepConv3x3, SepConv5x5, Identity, SoftGate, SoftmaxGate),
+    *(Transform, Upsample, Subsample, Decoder),
+    *(nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.Identity, nn.Linear),
+    *(nn.Sequential, nn.ModuleDict, nn.ModuleList),
+)
 FLOAT32: Any = {"dtype": torch.float32, "device": "cpu"}  # of memory that the kernels see, whatever PyTorch defaults to
 
 
@@ -55,9 +64,21 @@ class _Image(Structure):
     _fields_ = [
         ("data", c_void_p),
         *((name, c_int64) for name in ("channel_step", "row_step", "column_step")),
-        *((name, c_int32) for name in ("height", "width", "bytes")),
+        *((name, c_int32) for name in ("height", "width", "is_uint8")),
         *((name, c_float * 3) for name in ("mean", "std")),
     ]
+
+
+class _Map(Structure):
+    """`Map` of kernels/convolution.h. The forward makes its own; benchmarks/kernels.py needs some, and sums of them."""
+
+    _fields_ = [("data", c_void_p), *((name, c_int32) for name in ("h", "w", "c", "first", "rows"))]
+
+
+class _Summand(Structure):
+    """`Summand` of kernels/maps.h."""
+
+    _fields_ = [("map", _Map), ("weight", c_float), ("halved", c_int32)]
 
 
 class _Node(Structure):
@@ -99,23 +120,47 @@ class _Request(Structure):
     ]
 
 
+class _Field(Structure):
+    """`Field` of kernels/forward.cpp."""
+
+    _fields_ = [("name", c_char_p), ("offset", c_int32), ("size", c_int32)]
+
+
 class CompiledForward:
     """A network's forward on a CPU, for one image after another, with as many threads as PyTorch uses.
 
-    Raises ValueError where no library was built for this dtype (float32, bfloat16): ask `is_compiled` before.
+    Raises ValueError with the reason if it cannot run on the kernels in this dtype (float32, bfloat16): ask `supports`.
     """
 
-    def __init__(self, model: RoutedNetwork, dtype: torch.dtype) -> None:
+    @staticmethod
+    def supports(model: RoutedNetwork, dtype: torch.dtype) -> str | None:
+        """Why this network cannot run on the kernels in this dtype; None if it can."""
+        parameter = next(model.parameters())
+        if parameter.device.type != "cpu":
+            return f"the kernels run on CPUs, the network is on {parameter.device}"
+        if parameter.dtype != torch.float32:
+            return f"the kernels take float32 networks, not {_name(parameter.dtype)}"
         library = find_library(dtype)
         if library is None:
-            raise ValueError(
-                "compiled kernels are not at hand: they need a C++ compiler when routeseg is installed, and for "
-                "bfloat16 a CPU with AVX512_BF16. Leave compiled out to run on PyTorch's operations"
+            return (
+                "there are no kernels for this machine: they need a C++ compiler when routeseg is installed, and for "
+                "bfloat16 a CPU with AVX512_BF16"
             )
+        if type(model.head) is not Decoder:
+            return f"there is no kernel for the head {type(model.head).__name__}"
+        return next(_unknown_parts(model, library), None)
+
+    def __init__(self, model: RoutedNetwork, dtype: torch.dtype) -> None:
+        reason = self.supports(model, dtype)
+        if reason is not None:
+            raise ValueError(f"the kernels cannot run this network: {reason}. Choose another backend")
+        self._library = library = cast(ctypes.CDLL, find_library(dtype))
         self.config, self.space = model.config, model.space
         self._forward = getattr(library, f"routeseg_forward_{_name(dtype)}")
         self._packed = _Packed(fold_batch_norm(model), dtype, library.routeseg_vector(), library.routeseg_panel())
         self._workspace = library.routeseg_open()
+        if self._workspace is None:
+            raise MemoryError("not enough memory for an engine")
         close = weakref.finalize(self, library.routeseg_close, self._workspace)
         close.atexit = False  # a thread may still be inside a forward then
 
@@ -124,7 +169,8 @@ class CompiledForward:
 
         seconds  float64, zeros: the time of each step of each node is added, [L+1,S,5], then of stem and decoder [2]
 
-        Raises ValueError for images with values that are not finite, and MemoryError.
+        Raises ValueError for images with values that are not finite, MemoryError, and RuntimeError with its text for
+        any other failure of the kernels.
         """
         batch, _, height, width = images.shape
         pixels = images if images.dtype in (torch.uint8, torch.float32) else images.float()
@@ -143,30 +189,36 @@ class CompiledForward:
                 torch.get_num_threads(),
             )
             status = self._forward(addressof(self._packed.network), addressof(asked), self._workspace)
-            if status == 1:
-                raise ValueError(NOT_FINITE)
-            if status == 2:
-                raise MemoryError(f"not enough memory for a forward of {height}x{width} pixels")
+            raise_failure(self._library, status, f"a forward of {height}x{width} pixels")
         return Segmentation(logits, gates)
 
 
-def unsupported(model: RoutedNetwork, dtype: torch.dtype) -> str | None:
-    """Why a network cannot run on the kernels in this dtype; None if it can."""
-    parameter, config = next(model.parameters()), model.config
-    if parameter.device.type != "cpu":
-        return f"the network is on {parameter.device}, the kernels are for CPUs"
-    if parameter.dtype != torch.float32:
-        return f"the network's weights are {_name(parameter.dtype)}, the kernels take float32"
-    if find_library(dtype) is None:
-        return "no kernels were built for this machine: they need a C++ compiler when routeseg is installed"
-    if config.gated and GATES[config.gate] not in (SoftGate, SoftmaxGate):
-        return f"there is no kernel for the gate {config.gate}"
-    for name in config.cell_operations:
-        if OPERATIONS[name] not in (SepConv3x3, SepConv5x5, Identity):
-            return f"there is no kernel for the cell operation {name}"
-    if type(model.head) is not Decoder:
-        return f"there is no kernel for the head {type(model.head).__name__}"
-    return None
+def raise_failure(library: ctypes.CDLL, status: int, what: str) -> None:
+    """Raises what a status of the kernels means, if they have failed; `what` they were asked for."""
+    if status == NOT_FINITE_STATUS:
+        raise ValueError(NOT_FINITE)
+    if status == NO_MEMORY:
+        raise MemoryError(f"not enough memory for {what}")
+    if status != DONE:
+        raise RuntimeError(f"the compiled kernels failed in {what}: {library.routeseg_failure().decode()}")
+
+
+def _unknown_parts(model: RoutedNetwork, library: ctypes.CDLL) -> Iterator[str]:
+    """What of a network the kernels do not know, or cannot hold."""
+    gates: set[str] = set()
+    for name, layer in model.named_modules():
+        kind = type(layer).__name__
+        if isinstance(layer, Gate):
+            gates.add(kind)
+        if layer is not model and type(layer) not in LAYERS:
+            what = "gate" if isinstance(layer, Gate) else "cell operation" if isinstance(layer, Operation) else "layer"
+            yield f"there is no kernel for the {what} {kind} ({name})"
+        if isinstance(layer, nn.Conv2d) and (most := library.routeseg_most_channels()) < max(layer.weight.shape[:2]):
+            yield f"the kernels hold {most} channels, {name} has {max(layer.weight.shape[:2])}"
+    if len(gates) > 1:
+        yield f"the kernels know one kind of gate in a network, this one has {' and '.join(sorted(gates))}"
+    if (scales := model.space.num_scales) > (most := library.routeseg_most_scales()):
+        yield f"the kernels hold {most} scales, the network has {scales}"
 
 
 def is_compiled(dtype: torch.dtype) -> bool:
@@ -187,17 +239,22 @@ def find_library(dtype: torch.dtype) -> ctypes.CDLL | None:
 @cache
 def _load(build: str) -> ctypes.CDLL | None:
     """A build's library; None where there is none, or, with a warning, where it cannot be used."""
-    paths = [Path(__file__).with_name(f"_forward_{build}{suffix}") for suffix in EXTENSION_SUFFIXES]
+    named = os.environ.get(FOLDER)
+    folder = Path(named) if named else Path(__file__).parent
+    paths = [folder / f"_forward_{build}{suffix}" for suffix in EXTENSION_SUFFIXES]
     path = next((path for path in paths if path.exists()), None)
     if path is None:
+        if named and build == BUILDS[0]:
+            raise ValueError(f"{FOLDER} is {named}, where no kernels are: build them there, or unset it")
         return None
     try:
         library = ctypes.CDLL(str(path))
-        sizes = [ctypes.sizeof(structure) for structure in (_Conv, _Image, _Node, _Network, _Request)]
-        if not library.routeseg_fits(*sizes):
-            raise OSError(f"{path} was built from other sources")
+        library.routeseg_layout.restype = POINTER(_Field)
+        if (field := _first_difference(library)) is not None:
+            raise OSError(f"{path} was built from other sources: they have another {field}")
         library.routeseg_open.restype = c_void_p
         library.routeseg_close.argtypes = [c_void_p]
+        library.routeseg_failure.restype = c_char_p
     except (OSError, AttributeError) as error:  # AttributeError: a library that lacks a function
         logging.getLogger("routeseg").warning("running without compiled kernels, install routeseg again: %s", error)
         return None
@@ -208,51 +265,34 @@ def _load(build: str) -> ctypes.CDLL | None:
     return library
 
 
+def _first_difference(library: ctypes.CDLL) -> str | None:
+    """The first structure or field that lies elsewhere in the library than here; None if all are the same."""
+    theirs: dict[str, tuple[int, int]] = {}
+    for field in library.routeseg_layout():
+        if field.name is None:
+            break
+        theirs[field.name.decode()] = (field.offset, field.size)
+    ours: dict[str, tuple[int, int]] = {}
+    for structure in (_Conv, _Image, _Map, _Summand, _Node, _Network, _Request):
+        name = structure.__name__.removeprefix("_")
+        ours[name] = (0, ctypes.sizeof(structure))
+        fields = [(field[0], getattr(structure, field[0])) for field in structure._fields_]
+        ours |= {f"{name}.{field}": (place.offset, place.size) for field, place in fields}
+    return next((name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)), None)
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class _Packed:
-    """A network as `_Network`, and all that its pointers point to."""
+class Weights:
+    """Layers as `_Conv`, and the memory that these point to."""
 
-    def __init__(self, folded: RoutedNetwork, dtype: torch.dtype, vector: int, panel: int) -> None:
+    def __init__(self, dtype: torch.dtype, vector: int, panel: int) -> None:
         self.dtype, self.vector, self.panel = dtype, vector, panel
         self.kept: list[Tensor | ctypes.Array] = []
-        space = folded.space
-        nodes = (_Node * ((space.depth + 1) * space.num_scales))()
-        for layer, scale in folded.route.nodes:
-            nodes[layer * space.num_scales + scale] = self._node(folded.node(layer, scale))
-        self.kept.append(nodes)
-        decoder = cast(Decoder, folded.head)
-        gates = {type(folded.node(*node).gate) for node in folded.route.nodes}
-        self.network = _Network(
-            space.depth, space.num_scales, folded.config.zeros_arrive, SoftmaxGate in gates, folded.config.num_classes,
-            self._convs([self._conv(_layers(part), image=not i) for i, part in enumerate(folded.stem)]),
-            nodes,
-            self._convs([self._conv(_layers(merge)) for merge in decoder.merge]),
-            self._conv([decoder.predictor], wide=True),
-        )  # fmt: skip
 
-    def _node(self, node: RoutingNode) -> _Node:
-        operations = [_layers(one) for one in node.cell.operations.values() if not isinstance(one, Identity)]
-        packed = _Node(len(operations), len(operations) < len(node.cell))
-        packed.cell = self._convs([self._conv(_layers(half)) for halves in operations for half in halves])
-        for direction in node.directions:
-            packed.directions[direction] = 1
-            layers = _layers(node.transforms[DIRECTIONS[direction]])
-            if any(isinstance(layer, nn.Conv2d) for layer in layers):
-                packed.transforms[direction] = self._conv(layers)
-        if node.gate is not None:
-            score = node.gate.score
-            weight = torch.zeros((len(DIRECTIONS), score.in_features), **FLOAT32)
-            bias = torch.zeros(len(DIRECTIONS), **FLOAT32)
-            weight[list(node.directions)], bias[list(node.directions)] = score.weight, score.bias
-            packed.gated, packed.small_gate, packed.features = 1, node.gate.small, score.in_features
-            packed.squeeze = self._conv(_layers(node.gate.squeeze))
-            packed.weight, packed.bias = self._keep(weight), self._keep(bias)
-        return packed
-
-    def _conv(self, layers: Sequence[nn.Module], image: bool = False, wide: bool = False) -> _Conv:
+    def conv(self, layers: Sequence[nn.Module], image: bool = False, wide: bool = False) -> _Conv:
         """Layers with one convolution, or a depthwise one and a 1x1 behind it; Subsample before it is a stride.
 
         image  it is what the convolution reads: three channels, and no zeros behind them
@@ -296,6 +336,46 @@ class _Packed:
         array = (_Conv * len(convs))(*convs)
         self.kept.append(array)
         return array
+
+
+class _Packed(Weights):
+    """A network as `_Network`, and all that its pointers point to."""
+
+    def __init__(self, folded: RoutedNetwork, dtype: torch.dtype, vector: int, panel: int) -> None:
+        super().__init__(dtype, vector, panel)
+        space = folded.space
+        nodes = (_Node * ((space.depth + 1) * space.num_scales))()
+        for layer, scale in folded.route.nodes:
+            nodes[layer * space.num_scales + scale] = self._node(folded.node(layer, scale))
+        self.kept.append(nodes)
+        decoder = cast(Decoder, folded.head)
+        gates = {type(folded.node(*node).gate) for node in folded.route.nodes}
+        self.network = _Network(
+            space.depth, space.num_scales, folded.config.zeros_arrive, SoftmaxGate in gates, folded.config.num_classes,
+            self._convs([self.conv(_layers(part), image=not i) for i, part in enumerate(folded.stem)]),
+            nodes,
+            self._convs([self.conv(_layers(merge)) for merge in decoder.merge]),
+            self.conv([decoder.predictor], wide=True),
+        )  # fmt: skip
+
+    def _node(self, node: RoutingNode) -> _Node:
+        operations = [_layers(one) for one in node.cell.operations.values() if not isinstance(one, Identity)]
+        packed = _Node(len(operations), len(operations) < len(node.cell))
+        packed.cell = self._convs([self.conv(_layers(half)) for halves in operations for half in halves])
+        for direction in node.directions:
+            packed.directions[direction] = 1
+            layers = _layers(node.transforms[DIRECTIONS[direction]])
+            if any(isinstance(layer, nn.Conv2d) for layer in layers):
+                packed.transforms[direction] = self.conv(layers)
+        if node.gate is not None:
+            score = node.gate.score
+            weight = torch.zeros((len(DIRECTIONS), score.in_features), **FLOAT32)
+            bias = torch.zeros(len(DIRECTIONS), **FLOAT32)
+            weight[list(node.directions)], bias[list(node.directions)] = score.weight, score.bias
+            packed.gated, packed.small_gate, packed.features = 1, node.gate.small, score.in_features
+            packed.squeeze = self.conv(_layers(node.gate.squeeze))
+            packed.weight, packed.bias = self._keep(weight), self._keep(bias)
+        return packed
 
 
 def _layers(sequence: nn.Module) -> list[nn.Module]:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from routeseg.engine.compiled import CompiledForward, find_library, unsupported
+from routeseg.engine.compiled import CompiledForward, is_compiled
 from routeseg.engine.eager import EagerForward
 from routeseg.model.grid import RoutedNetwork, check_images
 from routeseg.model.request import Activation, Request, Routes
@@ -54,14 +54,12 @@ class SkipEngine:
         dtype = _supported(precision, model)
         if backend not in ("auto", "kernels", "eager", "batched"):
             raise ValueError(f"backend {backend!r}: choose one of auto, kernels, eager, batched")
-        reason = unsupported(model, dtype)
+        reason = CompiledForward.supports(model, dtype)
         if backend == "auto":
             backend = "batched" if self.device.type != "cpu" else "eager" if reason else "kernels"
             if backend == "eager" and parameter.dtype == torch.float32:
                 _say_once(f"running on PyTorch's operations, which is slower: {reason}")
         if backend == "kernels":
-            if reason is not None:
-                raise ValueError(f"the kernels cannot run this network: {reason}. Choose another backend")
             self.forward = CompiledForward(model, dtype)
         else:
             self.forward = EagerForward(model, dtype, together=backend == "batched")
@@ -86,9 +84,9 @@ def _supported(precision: str, model: RoutedNetwork) -> torch.dtype:
     if dtype == torch.float32:
         return own
     if device.type == "cpu":
-        supported, name = unsupported(model, dtype) is None, "CPU"
-        if not supported and find_library(dtype) is not None:
-            name += f" for this network ({unsupported(model, dtype)})"
+        supported, name = CompiledForward.supports(model, dtype) is None, "CPU"
+        if not supported and is_compiled(dtype):
+            name += f" for this network ({CompiledForward.supports(model, dtype)})"
     else:
         supported, name = dtype == torch.float16 or _has_bfloat16(device), "GPU"
     if not supported:

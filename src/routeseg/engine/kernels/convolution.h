@@ -8,8 +8,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 #include <type_traits>
 #include <vector>
 
@@ -18,10 +20,18 @@
 
 namespace {
 
-constexpr int ROWS = 6;  // pixels that the matrix product takes at a time
-constexpr int TILE = 16 * ROWS;  // pixels of a tile, at most: 96 x 512 floats are 192 KiB, inside an L2 cache
-constexpr int RGB_ROW = 9;  // inputs in a row of the first convolution's 3 x 3 patch
-constexpr int SUMS = 32;  // parts that a sum over all pixels is made of
+constexpr int ROWS = 6;                 // pixels that the matrix product takes at a time
+constexpr int TILE = 16 * ROWS;         // pixels of a tile, at most: 96 x 512 floats are 192 KiB, inside an L2 cache
+constexpr int RGB_ROW = 9;              // inputs in a row of the first convolution's 3 x 3 patch
+constexpr int SUMS = 32;                // parts that a sum over all pixels is made of
+constexpr int MOST_TAPS = 5;            // rows and columns of a depthwise kernel
+constexpr int MOST_CHANNELS = 1 << 13;  // of a map; with MOST_SIDE, a row's elements stay far below 2^31
+constexpr int MOST_SIDE = 1 << 19;      // of an image, in pixels
+
+// What a kernel demands of its arguments: where it does not hold, memory of others would be read or written.
+inline void require(bool holds, const char* text) {
+    if (!holds) throw std::invalid_argument(text);
+}
 
 // Rows first .. first + rows of a feature map of h x w pixels: of some maps no more is needed at a time.
 struct Map {
@@ -32,7 +42,7 @@ struct Map {
 struct Conv {
     int32_t depthwise;  // 1: depthwise k x k, then 1x1. 0: k x k, as a product with patches
     int32_t kernel, stride, padding;
-    int32_t wide;     // the output is float, whatever the inputs are
+    int32_t wide;             // the output is float, whatever the inputs are
     int32_t inputs, outputs;  // channels of the maps, in whole vectors (an image has 3)
     const void* weights;      // panels of PANEL * V outputs: [inputs][outputs], bfloat16 [inputs / 2][outputs][2]
     const float* bias;        // [outputs]
@@ -91,7 +101,7 @@ void depthwise_row(const T* const* rows, const Map& in, int padding, int x0, int
 
 template <class T>
 void depthwise(const Conv& conv, const Map& in, int y, int x0, int x1, T* out) {
-    const T* rows[5];
+    const T* rows[MOST_TAPS];
     for (int t = 0; t < conv.kernel; ++t) {
         int from = y * conv.stride - conv.padding + t;
         rows[t] = from >= 0 && from < in.h ? row_of<T>(in, from) : nullptr;
@@ -197,7 +207,7 @@ void panel(const T* a, int depth, const T* weights, int pixels, int first, const
         if (first == 0)
             for (long byte = p * share; byte < std::min(then.ahead_bytes, (p + ROWS) * share); byte += LINE)
                 __builtin_prefetch(then.ahead + byte, 0, 2);
-        const T* residual = static_cast<const T*>(then.residual) + p * outputs + first;
+        const T* residual = MODE == ADD ? static_cast<const T*>(then.residual) + p * outputs + first : nullptr;
         Out* out = static_cast<Out*>(then.out) + p * outputs + first;
         if (MODE == ADD)
             for (int r = 0; r < ROWS; ++r)
@@ -258,7 +268,7 @@ void convolve_pixels(const Conv& conv, const Map& in, const Map& out, const T* r
             p += x1 - x0;
         }
         void* to = MODE == SUM ? static_cast<void*>(sums) : static_cast<char*>(out.data) + begin * out.c * size;
-        Epilogue then{conv.bias, residual + begin * out.c, low, to, out.c, nullptr, 0};
+        Epilogue then{conv.bias, MODE == ADD ? residual + begin * out.c : nullptr, low, to, out.c, nullptr, 0};
         const int y = (out.first + int(stop / out.w)) * conv.stride - conv.padding + conv.kernel - 1;
         if (!direct && stop < end && y < in.first + in.rows) {
             const long x = stop % out.w * conv.stride;
@@ -269,11 +279,47 @@ void convolve_pixels(const Conv& conv, const Map& in, const Map& out, const T* r
     }
 }
 
+// That these kernels know the convolution.
+inline void check(const Conv& conv) {
+    const int k = conv.kernel;
+    require(conv.stride == 1 || conv.stride == 2, "a convolution's stride is neither 1 nor 2");
+    require(k == 1 || k == 3 || k == MOST_TAPS, "a convolution's kernel is none of 1, 3 and 5");
+    require(!conv.depthwise || k == 3 || (k == MOST_TAPS && conv.stride == 1), "a depthwise kernel is of another kind");
+    require(conv.padding >= 0 && conv.padding < k, "a convolution's padding is not below its kernel");
+    require(std::max(conv.inputs, conv.outputs) <= MOST_CHANNELS, "a convolution has too many channels");
+    require(conv.outputs > 0 && conv.outputs % V == 0, "a convolution's outputs are no whole vectors");
+    const bool image = conv.inputs == 3 && k > 1 && !conv.depthwise;
+    require(image || (conv.inputs > 0 && conv.inputs % V == 0), "a convolution's inputs are no whole vectors");
+    require(conv.weights && conv.bias && (conv.taps || !conv.depthwise), "a convolution has no weights");
+}
+
+// The shape of what a convolution makes of a map, all rows of it, without memory.
+inline Map convolved_shape(const Conv& conv, const Map& in) {
+    check(conv);
+    const int h = in.h + 2 * conv.padding - conv.kernel, w = in.w + 2 * conv.padding - conv.kernel;
+    require(in.c == conv.inputs, "a convolution meets a map of other channels");
+    require(h >= 0 && w >= 0, "a convolution meets a map that is smaller than its kernel");
+    return {nullptr, h / conv.stride + 1, w / conv.stride + 1, conv.outputs, 0, h / conv.stride + 1};
+}
+
+// That `out` has the shape of the convolution of `in`, and that both have the rows that it touches.
+inline void check(const Conv& conv, const Map& in, const Map& out, Mode mode) {
+    const Map shape = convolved_shape(conv, in);
+    require(out.h == shape.h && out.w == shape.w && out.c == shape.c, "a convolution meets a map of another shape");
+    require(in.data && (out.data || mode == SUM), "a convolution meets a map without memory");
+    const int first = std::max(0, out.first * conv.stride - conv.padding);
+    const int end = std::min(in.h, (out.first + out.rows - 1) * conv.stride - conv.padding + conv.kernel);
+    require(out.first >= 0 && out.rows > 0 && out.first + out.rows <= out.h && in.first <= first &&
+                end <= in.first + in.rows,
+            "a convolution meets a map that lacks rows");
+}
+
 // The convolution of a map: into the rows of `out`, or with SUM the sum over all pixels into sums [outputs]. They are
 // added up in an order that does not depend on the number of threads, so that no result does.
 template <class T, Mode MODE>
-void convolve(const Conv& conv, const Map& in, const Map& out, const T* residual, float low, float* sums,
-              int threads) {
+void convolve(const Conv& conv, const Map& in, const Map& out, const T* residual, float low, float* sums, int threads) {
+    check(conv, in, out, MODE);
+    require(threads > 0, "a convolution has no thread");
     const long pixels = long(out.rows) * out.w;
     const long wanted = MODE == SUM ? SUMS : long(threads) * PARTS;
     const long part = (pixels / wanted / ROWS + 1) * ROWS;  // neighbours: they read the same rows
@@ -285,6 +331,17 @@ void convolve(const Conv& conv, const Map& in, const Map& out, const T* residual
         convolve_pixels<T, MODE>(conv, in, out, residual, low, own, begin, end);
     });
     for (long i = 0; i < long(partial.size()); ++i) sums[i % out.c] += partial[i];
+}
+
+// The convolution of a map as its mode says: WIDE where the convolution is wide, SUM where there are `sums`.
+template <class T>
+void convolve_any(const Conv& conv, const Map& in, const Map& out, const T* residual, bool relu, float* sums,
+                  int threads) {
+    auto go = sums        ? convolve<T, SUM>
+              : conv.wide ? convolve<T, WIDE>
+              : residual  ? convolve<T, ADD>
+                          : convolve<T, STORE>;
+    go(conv, in, out, residual, relu ? 0.0f : -INFINITY, sums, threads);
 }
 
 }  // namespace

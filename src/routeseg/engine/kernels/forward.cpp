@@ -9,6 +9,8 @@
 #include "maps.h"
 
 #include <chrono>
+#include <cstddef>
+#include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <memory>
@@ -17,19 +19,20 @@
 namespace {
 
 constexpr int UP = 0, KEEP = 1, DOWN = 2, DIRECTIONS = 3;
-constexpr int STEM_CONVOLUTIONS = 3;
+constexpr int STEM_CONVOLUTIONS = 3, STEM_STRIDE = 4;
+constexpr int MOST_SCALES = 12;  // MOST_CHANNELS allows no more
 constexpr int STEM_BAND = 8;  // rows of the stem's output computed at a time: what lies before them stays in the cache
 constexpr float BELOW_ONE = 1 - 1.1920929e-7f;  // activations of gates are below 1
 
 // One node; the network lacks it where it has no direction.
 struct Node {
-    int32_t operations, identity;     // of the cell: separable ones, each of two convolutions, and the input itself
-    int32_t directions[DIRECTIONS];   // 1: the node has it
+    int32_t operations, identity;    // of the cell: separable ones, each of two convolutions, and the input itself
+    int32_t directions[DIRECTIONS];  // 1: the node has it
     int32_t gated, small_gate, features;
-    const Conv* cell;                 // [operations][2]
-    Conv transforms[DIRECTIONS];      // keep has none
-    Conv squeeze;                     // of the gate: its outputs' means are the `features`
-    const float *weight, *bias;       // of the gate: [3][features], [3]
+    const Conv* cell;             // [operations][2]
+    Conv transforms[DIRECTIONS];  // keep has none
+    Conv squeeze;                 // of the gate: its outputs' means are the `features`
+    const float *weight, *bias;   // of the gate: [3][features], [3]
 };
 
 struct Network {
@@ -82,10 +85,14 @@ class Workspace {
         return block;
     }
 
-    void give(void* block, size_t bytes) {
-        std::unique_lock<std::mutex> guard(lock, std::try_to_lock);
-        if (guard.owns_lock()) spare[bytes].push_back(block);
-        else std::free(block);
+    void give(void* block, size_t bytes) noexcept {
+        try {
+            std::unique_lock<std::mutex> guard(lock, std::try_to_lock);
+            if (!guard.owns_lock()) std::free(block);
+            else if (block) spare[bytes].push_back(block);
+        } catch (const std::bad_alloc&) {  // for the list itself
+            std::free(block);
+        }
     }
 
   private:
@@ -121,7 +128,8 @@ class Arena {
             return held(block, size);
         }
         if (beside_logits || next + bytes > end) {
-            borrowed.push_back({workspace.take(bytes), bytes});
+            borrowed.push_back({nullptr, bytes});  // first: if the list finds no memory, no block is lost
+            borrowed.back().first = workspace.take(bytes);
             return held(borrowed.back().first, bytes);
         }
         next += bytes;
@@ -132,7 +140,12 @@ class Arena {
     static uintptr_t whole_lines(uintptr_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
 
     std::shared_ptr<void> held(void* block, size_t bytes) {
-        return {block, [this, bytes](void* unused) { spare.emplace(bytes, unused); }};
+        return {block, [this, bytes](void* unused) noexcept {
+                    try {
+                        spare.emplace(bytes, unused);
+                    } catch (const std::bad_alloc&) {  // for the list itself: the block rests until the forward ends
+                    }
+                }};
     }
 
     Workspace& workspace;
@@ -148,12 +161,12 @@ struct Held {
 };
 
 // What arrives at a node along one edge (Eq. 5): weight times the map; of half the size, along a path up.
-struct Arriving {
+struct Arrival {
     Held from;
     float weight;
     bool halved;
 };
-using Arrivals = std::vector<std::vector<Arriving>>;  // by scale
+using Arrivals = std::vector<std::vector<Arrival>>;  // by scale
 
 class Clock {
   public:
@@ -220,19 +233,22 @@ class Forward {
         return held;
     }
 
-    static int after(const Conv& conv, int side) { return (side + 2 * conv.padding - conv.kernel) / conv.stride + 1; }
-
-    void convolve_into(const Conv& conv, const Map& x, const Map& out, const Map* residual, bool relu) {
+    void convolve_into(const Conv& conv, const Map& x, const Map& out, const Map* residual, bool relu,
+                       bool wide = false) {
+        require(bool(conv.wide) == wide, "a convolution's output is of another type");
+        require(!residual || (residual->h == out.h && residual->w == out.w && residual->c == out.c),
+                "what is added to a convolution has another size");
         const T* added = residual ? static_cast<const T*>(residual->data) : nullptr;
-        const float low = relu ? 0.0f : -INFINITY;
-        auto go = conv.wide ? convolve<T, WIDE> : residual ? convolve<T, ADD> : convolve<T, STORE>;
-        go(conv, x, out, added, low, nullptr, threads);
+        convolve_any<T>(conv, x, out, added, relu, nullptr, threads);
     }
 
-    Held convolved(const Conv& conv, const Map& x, const Map* residual = nullptr, bool relu = true) {
-        const int h = after(conv, x.h);
-        Held out = make(h, after(conv, x.w), conv.outputs, 0, h, conv.wide);
-        convolve_into(conv, x, out.map, residual, relu);
+    // `outputs`: channels that the network has there; weights are not read before they agree.
+    Held convolved(const Conv& conv, const Map& x, int outputs, const Map* residual = nullptr, bool relu = true,
+                   bool wide = false) {
+        const Map shape = convolved_shape(conv, x);
+        require(shape.c == outputs, "a convolution's outputs are not as many as the network has there");
+        Held out = make(shape.h, shape.w, shape.c, 0, shape.h, wide);
+        convolve_into(conv, x, out.map, residual, relu, wide);
         return out;
     }
 
@@ -240,15 +256,12 @@ class Forward {
         const int height = request.padded_height, width = request.padded_width;
         workspace.expect(height, width);
         Held image = make(height, width, 3, 0, height);
-        const bool finite = request.image.bytes ? normalize<T, uint8_t>(request.image, image.map, threads)
-                                                : normalize<T, float>(request.image, image.map, threads);
-        if (!finite) return false;
+        if (!normalized<T>(request.image, image.map, threads)) return false;
         Map shape[STEM_CONVOLUTIONS + 1] = {image.map};  // of the image, and behind each convolution
-        for (int i = 0; i < STEM_CONVOLUTIONS; ++i) {
-            const int h = after(net.stem[i], shape[i].h);
-            shape[i + 1] = {nullptr, h, after(net.stem[i], shape[i].w), net.stem[i].outputs, 0, h};
-        }
+        for (int i = 0; i < STEM_CONVOLUTIONS; ++i) shape[i + 1] = convolved_shape(net.stem[i], shape[i]);
         const Map& last = shape[STEM_CONVOLUTIONS];
+        require(last.c == channels(0), "the stem's outputs are not as many as the network has there");
+        require(last.h * STEM_STRIDE == height && last.w * STEM_STRIDE == width, "the stem has another stride");
         stem_map = make(last.h, last.w, last.c, 0, last.h);
         for (int begin = 0; begin < last.h; begin += STEM_BAND) {
             int first[STEM_CONVOLUTIONS + 1], end[STEM_CONVOLUTIONS + 1];  // rows that this band needs
@@ -275,7 +288,7 @@ class Forward {
     }
 
     // Eq. 5 at a node: the weighted sum of what arrives; zeros where nothing does.
-    Held gathered(const std::vector<Arriving>& arrivals, int scale, int channels, bool relu = false) {
+    Held gathered(const std::vector<Arrival>& arrivals, int scale, int channels, bool relu = false) {
         if (arrivals.size() == 1 && arrivals[0].weight == 1 && !arrivals[0].halved && !relu) return arrivals[0].from;
         const int h = stem_map.map.h >> scale, w = stem_map.map.w >> scale;
         Held out = make(h, w, channels, 0, h);
@@ -283,9 +296,10 @@ class Forward {
             std::memset(out.map.data, 0, sizeof(T) * h * w * channels);
             return out;
         }
-        Arrival all[DIRECTIONS + 1];
+        require(arrivals.size() <= SIDES, "more arrives at a node than it has sides");
+        Summand all[SIDES];
         for (size_t i = 0; i < arrivals.size(); ++i)
-            all[i] = {arrivals[i].from.map.data, arrivals[i].weight, arrivals[i].halved};
+            all[i] = {arrivals[i].from.map, arrivals[i].weight, arrivals[i].halved};
         assemble<T>(all, int(arrivals.size()), out.map, relu, threads);
         return out;
     }
@@ -307,13 +321,17 @@ class Forward {
         clock.lap(place + CELL);
         for (int direction = UP; direction <= DOWN; ++direction) {
             const int target = scale + direction - KEEP;
+            const bool sends = alpha[direction] > 0 || (net.zeros_arrive && node.directions[direction]);
+            if (!sends) continue;
+            require(target >= 0 && target < net.scales, "a path leads to a scale that the network lacks");
+            next_reached[target] = true;
             if (alpha[direction] > 0) {
                 const bool same = direction == KEEP;
-                next[target].push_back({same ? hidden : convolved(node.transforms[direction], hidden.map),
-                                        alpha[direction], direction == UP});
+                next[target].push_back(
+                    {same ? hidden : convolved(node.transforms[direction], hidden.map, channels(target)),
+                     alpha[direction], direction == UP});
                 if (!same) clock.lap(place + (direction == UP ? SEND_UP : SEND_DOWN));
             }
-            if (alpha[direction] > 0 || (net.zeros_arrive && node.directions[direction])) next_reached[target] = true;
         }
     }
 
@@ -335,9 +353,11 @@ class Forward {
             shrink<T>(x, small.map, threads);
             seen = &small.map;
         }
+        require(node.features > 0 && node.features <= node.squeeze.outputs && node.weight && node.bias,
+                "a gate has no features");
         std::vector<float> sums(node.squeeze.outputs, 0.0f);
         const Map nothing{nullptr, seen->h, seen->w, node.squeeze.outputs, 0, seen->h};
-        convolve<T, SUM>(node.squeeze, *seen, nothing, nullptr, 0.0f, sums.data(), threads);
+        convolve_any<T>(node.squeeze, *seen, nothing, nullptr, true, sums.data(), threads);
         const float pixels = float(seen->h) * seen->w;
         float score[DIRECTIONS];
         for (int d = 0; d < DIRECTIONS; ++d) {
@@ -355,6 +375,7 @@ class Forward {
         float total = 0;
         for (int d = 0; d < DIRECTIONS; ++d)
             if (node.directions[d] && (best < 0 || score[d] > score[best])) best = d;
+        require(best >= 0, "a gate has no direction");
         for (int d = 0; d < DIRECTIONS; ++d) {
             if (node.directions[d]) total += std::exp(score[d] - score[best]);
             alpha[d] = 0;
@@ -365,27 +386,28 @@ class Forward {
     // ReLU of H of Eq. 1: all transforms read it through a ReLU.
     Held cell(const Node& node, const Held& x, int scale) {
         if (!node.operations) return gathered({{x, 1, false}}, scale, x.map.c, true);
+        require(node.operations > 0 && node.cell, "a cell has no operations");
         Held total = node.identity ? x : Held{};
         for (int i = 0; i < node.operations; ++i) {
-            const Held middle = convolved(node.cell[2 * i], x.map);
+            const Held middle = convolved(node.cell[2 * i], x.map, x.map.c);
             const bool last = i == node.operations - 1;
-            total = convolved(node.cell[2 * i + 1], middle.map, total.memory ? &total.map : nullptr, last);
+            total = convolved(node.cell[2 * i + 1], middle.map, x.map.c, total.memory ? &total.map : nullptr, last);
         }
         return total;
     }
 
     void decode(Arrivals& arrivals) {
-        std::vector<Arriving> running;
+        std::vector<Arrival> running;
         for (int scale = net.scales - 1; scale >= 0; --scale) {
-            std::vector<Arriving> incoming = arrivals[scale];
+            std::vector<Arrival> incoming = arrivals[scale];
             incoming.insert(incoming.end(), running.begin(), running.end());
             const Held x = gathered(incoming, scale, channels(scale));
             arrivals[scale].clear();
             incoming.clear();
             running.clear();
-            running = {{convolved(net.merges[scale], x.map), 1, true}};
+            running = {{convolved(net.merges[scale], x.map, channels(std::max(scale - 1, 0))), 1, true}};
         }
-        const Held scores = convolved(net.predictor, running[0].from.map, nullptr, false);
+        const Held scores = convolved(net.predictor, running[0].from.map, net.predictor.outputs, nullptr, false, true);
         stem_map = {};
         enlarge(scores.map, net.classes, request.logits, request.image.height, request.image.width, threads);
     }
@@ -399,14 +421,78 @@ class Forward {
     Held stem_map;
 };
 
+// How a call from Python ended.
+enum Status { DONE, NOT_FINITE, NO_MEMORY, FAILED };
+thread_local char failure[256];  // what FAILED says, of this thread's last call
+
+// `work` returns whether all values were finite.
+template <class Work>
+int guarded(const Work& work) {
+    try {
+        return work() ? DONE : NOT_FINITE;
+    } catch (const std::bad_alloc&) {
+        return NO_MEMORY;
+    } catch (const std::exception& error) {
+        std::snprintf(failure, sizeof failure, "%s", error.what());
+    } catch (...) {
+        std::snprintf(failure, sizeof failure, "something that is no std::exception was thrown");
+    }
+    return FAILED;
+}
+
+// What the kernels do not see for themselves.
+void check(const Network& net, const Request& request) {
+    require(net.depth > 0 && net.scales > 0 && net.scales <= MOST_SCALES, "the network has no size that is supported");
+    require(net.stem && net.nodes && net.merges && net.classes > 0, "the network lacks a part");
+    const int stride = STEM_STRIDE << (net.scales - 1);
+    const int height = request.padded_height, width = request.padded_width;
+    require(std::min(height, width) > 0 && std::max(height, width) <= MOST_SIDE, "the image is too large");
+    require(height % stride == 0 && width % stride == 0, "the image's sides are not padded to the stride");
+    require(request.image.height > 0 && request.image.width > 0, "the image has no size");
+    require(request.gates && request.logits, "there is no memory for the results");
+    require(request.threads > 0, "there is no thread");
+}
+
 template <class T>
 int forward(const Network* net, const Request* request, void* workspace) {
-    try {
-        return Forward<T>(*net, *request, *static_cast<Workspace*>(workspace)).run() ? 0 : 1;
-    } catch (...) {  // nothing else is thrown than for lack of memory
-        return 2;
-    }
+    return guarded([&] {
+        check(*net, *request);
+        return Forward<T>(*net, *request, *static_cast<Workspace*>(workspace)).run();
+    });
 }
+
+// Where a structure keeps a field: compiled.py compares it with its own.
+struct Field {
+    const char* name;
+    int32_t offset, size;
+};
+#define STRUCTURE(type) {#type, 0, sizeof(type)}
+#define FIELD(type, name) {#type "." #name, offsetof(type, name), sizeof(type::name)}
+// clang-format off
+constexpr Field LAYOUT[] = {
+    STRUCTURE(Conv), FIELD(Conv, depthwise), FIELD(Conv, kernel), FIELD(Conv, stride), FIELD(Conv, padding),
+    FIELD(Conv, wide), FIELD(Conv, inputs), FIELD(Conv, outputs), FIELD(Conv, weights), FIELD(Conv, bias),
+    FIELD(Conv, taps),
+    STRUCTURE(Image), FIELD(Image, data), FIELD(Image, channel_step), FIELD(Image, row_step),
+    FIELD(Image, column_step), FIELD(Image, height), FIELD(Image, width), FIELD(Image, is_uint8), FIELD(Image, mean),
+    FIELD(Image, std),
+    STRUCTURE(Map), FIELD(Map, data), FIELD(Map, h), FIELD(Map, w), FIELD(Map, c), FIELD(Map, first),
+    FIELD(Map, rows),
+    STRUCTURE(Summand), FIELD(Summand, map), FIELD(Summand, weight), FIELD(Summand, halved),
+    STRUCTURE(Node), FIELD(Node, operations), FIELD(Node, identity), FIELD(Node, directions), FIELD(Node, gated),
+    FIELD(Node, small_gate), FIELD(Node, features), FIELD(Node, cell), FIELD(Node, transforms), FIELD(Node, squeeze),
+    FIELD(Node, weight), FIELD(Node, bias),
+    STRUCTURE(Network), FIELD(Network, depth), FIELD(Network, scales), FIELD(Network, zeros_arrive),
+    FIELD(Network, softmax), FIELD(Network, classes), FIELD(Network, stem), FIELD(Network, nodes),
+    FIELD(Network, merges), FIELD(Network, predictor),
+    STRUCTURE(Request), FIELD(Request, image), FIELD(Request, padded_height), FIELD(Request, padded_width),
+    FIELD(Request, given), FIELD(Request, own), FIELD(Request, gates), FIELD(Request, logits),
+    FIELD(Request, seconds), FIELD(Request, threads),
+    {nullptr, 0, 0},
+};
+// clang-format on
+#undef STRUCTURE
+#undef FIELD
 
 }  // namespace
 
@@ -424,25 +510,66 @@ int routeseg_level() {
 #endif
 }
 
-// Whether the caller has these structures, as far as their sizes say it.
-int routeseg_fits(int conv, int image, int node, int network, int request) {
-    return conv == sizeof(Conv) && image == sizeof(Image) && node == sizeof(Node) && network == sizeof(Network) &&
-           request == sizeof(Request);
-}
+// The fields of all structures, as far as the one without a name.
+const Field* routeseg_layout() { return LAYOUT; }
 
 int routeseg_vector() { return V; }
 int routeseg_panel() { return PANEL * V; }
+int routeseg_most_channels() { return MOST_CHANNELS; }
+int routeseg_most_scales() { return MOST_SCALES; }
 
-void* routeseg_open() { return new Workspace; }
+void* routeseg_open() { return new (std::nothrow) Workspace; }  // null: out of memory
 void routeseg_close(void* workspace) { delete static_cast<Workspace*>(workspace); }
 
-// 0: done; 1: the image has values that are not finite; 2: out of memory.
-int routeseg_forward_float32(const Network* net, const Request* request, void* workspace) {
-    return forward<float>(net, request, workspace);
-}
+// What a call that ended as FAILED says.
+const char* routeseg_failure() { return failure; }
+
+// What returns an int from here on returns a Status. After the forward: single kernels, for benchmarks/kernels.py and
+// the tests.
+#define ENTRY_POINTS(NAME, T)                                                                                     \
+    int routeseg_forward_##NAME(const Network* net, const Request* request, void* workspace) {                    \
+        return forward<T>(net, request, workspace);                                                               \
+    }                                                                                                             \
+    int routeseg_convolve_##NAME(const Conv* conv, const Map* in, const Map* out, const void* residual, int relu, \
+                                 float* sums, int threads) {                                                      \
+        return guarded([&] {                                                                                      \
+            convolve_any<T>(*conv, *in, *out, static_cast<const T*>(residual), relu, sums, threads);              \
+            return true;                                                                                          \
+        });                                                                                                       \
+    }                                                                                                             \
+    int routeseg_assemble_##NAME(const Summand* summands, int count, const Map* out, int threads) {               \
+        return guarded([&] { return assemble<T>(summands, count, *out, false, threads), true; });                 \
+    }                                                                                                             \
+    int routeseg_shrink_##NAME(const Map* in, const Map* out, int threads) {                                      \
+        return guarded([&] { return shrink<T>(*in, *out, threads), true; });                                      \
+    }                                                                                                             \
+    int routeseg_normalize_##NAME(const Image* image, const Map* out, int threads) {                              \
+        return guarded([&] { return normalized<T>(*image, *out, threads); });                                     \
+    }
+
+ENTRY_POINTS(float32, float)
 #if defined(__AVX512BF16__)
-int routeseg_forward_bfloat16(const Network* net, const Request* request, void* workspace) {
-    return forward<bfloat16>(net, request, workspace);
-}
+ENTRY_POINTS(bfloat16, bfloat16)
 #endif
+#undef ENTRY_POINTS
+
+int routeseg_enlarge(const Map* in, int classes, float* out, int height, int width, int threads) {
+    return guarded([&] { return enlarge(*in, classes, out, height, width, threads), true; });
+}
+
+// `threads` tasks that wait for each other, so that as many threads must take one each; 2 at most have their helpers
+// for sure, since callers share them. Then helpers throw: std::bad_alloc (throwing 1), or std::runtime_error (2).
+int routeseg_meet(int threads, int throwing) {
+    return guarded([&] {
+        const std::thread::id caller = std::this_thread::get_id();
+        std::atomic<int> met{0};
+        pool->run(threads, threads, [&](long) {
+            for (++met; met < threads;) std::this_thread::yield();
+            if (std::this_thread::get_id() == caller) return;
+            if (throwing == 1) throw std::bad_alloc();
+            if (throwing == 2) throw std::runtime_error("a helper failed");
+        });
+        return true;
+    });
+}
 }

@@ -20,13 +20,15 @@ constexpr int SMALL_GATE_FACTOR = 4;  // of space.py
 struct Image {
     const void* data;
     int64_t channel_step, row_step, column_step;  // in elements
-    int32_t height, width, bytes;                 // bytes: 0..255; otherwise float in 0..1
+    int32_t height, width, is_uint8;              // 0..255; otherwise float in 0..1
     float mean[3], std[3];
 };
 
-// What arrives at a node from one of its three sides, to be multiplied by a gate's activation.
-struct Arrival {
-    const void* data;
+constexpr int SIDES = 3;  // of a node, that something arrives from: one scale finer, its own, one scale coarser
+
+// One of the maps that are summed up, each multiplied by its weight.
+struct Summand {
+    Map map;
     float weight;
     int32_t halved;  // of half the height and width: resized bilinearly
 };
@@ -39,10 +41,21 @@ inline void put(bfloat16* p, float x) {
 }
 #endif
 
-// An image [3][height][width], float or bytes, to (x - mean) / std [out.h][out.w][3], with zeros right and below.
+// That it is a map with memory for all of its rows, of whole vectors of channels.
+inline void check(const Map& map) {
+    require(map.data && map.first == 0 && map.rows == map.h, "a map lacks rows");
+    require(map.h > 0 && map.w > 0 && std::max(map.h, map.w) <= MOST_SIDE, "a map has no size that is supported");
+    require(map.c > 0 && map.c <= MOST_CHANNELS && map.c % V == 0, "a map's channels are no whole vectors");
+}
+
+// An image [3][height][width], float or uint8, to (x - mean) / std [out.h][out.w][3], with zeros right and below.
 // False where a value is not finite.
 template <class T, class Pixel>
 bool normalize(const Image& image, const Map& out, int threads) {
+    require(image.data && out.data && out.c == 3 && out.rows == out.h, "an image has no map to go to");
+    require(image.height > 0 && image.width > 0 && image.height <= out.h && image.width <= out.w &&
+                std::max(out.h, out.w) <= MOST_SIDE,
+            "an image does not fit into its map");
     std::atomic<bool> finite{true};
     pool->rows(out.h, threads, [&](long y) {
         T* to = static_cast<T*>(out.data) + y * out.w * 3;
@@ -65,27 +78,42 @@ bool normalize(const Image& image, const Map& out, int threads) {
     return finite;
 }
 
-// Eq. 5 at a node: out = sum of weight * map over the arrivals, in one pass.
 template <class T>
-void assemble(const Arrival* arrivals, int count, const Map& out, bool relu, int threads) {
+bool normalized(const Image& image, const Map& out, int threads) {
+    return (image.is_uint8 ? normalize<T, uint8_t> : normalize<T, float>)(image, out, threads);
+}
+
+// Eq. 5 at a node: out = sum of weight * map over the summands, of which one may be halved, in one pass.
+template <class T>
+void assemble(const Summand* summands, int count, const Map& out, bool relu, int threads) {
+    check(out);
+    require(count > 0 && count <= SIDES, "a sum has no summand, or too many");
+    for (int i = 0, halves = 0; i < count; ++i) {
+        const Map& map = summands[i].map;
+        const int factor = summands[i].halved ? 2 : 1;
+        check(map);
+        require(map.c == out.c && map.h * factor == out.h && map.w * factor == out.w, "a sum has maps of other sizes");
+        halves += summands[i].halved ? 1 : 0;
+        require(halves <= 1, "a sum has two halved maps");
+    }
     const int c = out.c, w = out.w;
     const vec low = splat(relu ? 0.0f : -INFINITY);
     pool->rows(out.h, threads, [&](long y) {
         T* to = static_cast<T*>(out.data) + y * w * c;
-        const T* full[3];
-        float weight[3];
+        const T* full[SIDES];
+        float weight[SIDES];
         int fulls = 0;
         float* row = nullptr;  // the arrival of half the size, resized in height: [w/2][c]
         for (int i = 0; i < count; ++i) {
-            const T* from = static_cast<const T*>(arrivals[i].data);
-            if (!arrivals[i].halved) {
+            const T* from = static_cast<const T*>(summands[i].map.data);
+            if (!summands[i].halved) {
                 full[fulls] = from + y * w * c;
-                weight[fulls++] = arrivals[i].weight;
+                weight[fulls++] = summands[i].weight;
                 continue;
             }
             const long near = y / 2, far = std::clamp(near + (y % 2 ? 1L : -1L), 0L, long(out.h / 2 - 1));
             const T *a = from + near * (w / 2) * c, *b = from + far * (w / 2) * c;
-            const vec wa = splat(0.75f * arrivals[i].weight), wb = splat(0.25f * arrivals[i].weight);
+            const vec wa = splat(0.75f * summands[i].weight), wb = splat(0.25f * summands[i].weight);
             row = reinterpret_cast<float*>(scratch(sizeof(float) * (w / 2) * c));
             for (int j = 0; j < w / 2 * c; j += V) store(row + j, wa * load(a + j) + wb * load(b + j));
         }
@@ -121,6 +149,8 @@ struct Between {
 // The small gate's view of a map: a quarter of the size, at least one pixel (`shrink` of model/gate.py).
 template <class T>
 void shrink(const Map& in, const Map& out, int threads) {
+    check(in), check(out);
+    require(in.c == out.c && out.h <= in.h && out.w <= in.w, "a map is shrunk to another shape");
     const int c = in.c;
     const bool whole = std::min(in.h, in.w) >= SMALL_GATE_FACTOR;
     const float step_y = whole ? SMALL_GATE_FACTOR : float(in.h) / out.h;
@@ -144,6 +174,9 @@ void shrink(const Map& in, const Map& out, int threads) {
 
 // Scores, float [h,w,c], to logits [classes][4h][4w], of which `height` x `width` are kept: bilinear, factor 4.
 void enlarge(const Map& in, int classes, float* out, int height, int width, int threads) {
+    check(in);
+    require(out && classes > 0 && classes <= in.c, "there are fewer scores than classes");
+    require(height > 0 && width > 0 && height <= 4 * in.h && width <= 4 * in.w, "logits are larger than their scores");
     const int w = in.w, c = in.c;
     const vec4 left = {0.375f, 0.125f, 0, 0}, right = {0, 0, 0.125f, 0.375f};
     const vec4 middle = {0.625f, 0.875f, 0.875f, 0.625f};

@@ -6,9 +6,8 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <mutex>
-#include <new>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -24,34 +23,29 @@ constexpr int LINE = 64;  // bytes that memory comes in
 constexpr size_t LARGE_PAGE = 2 << 20;
 constexpr int PARTS = 8;  // of the work of each thread, so that none waits long for another that was held up
 
-// Workers that wait for the next piece of work: spinning for a moment, since pieces follow each other within
-// microseconds, then asleep.
+// Workers that help whoever has a piece of work, also several threads at once: they spin for a moment, since pieces
+// follow each other within microseconds, then sleep.
+//
+// A caller always works at its own piece, and waits for nobody but the helpers that are inside it. A worker that is
+// free goes to the piece that has the fewest helpers, of these to the oldest: a piece that nobody helps is never passed
+// over for one that was posted after it.
 class Pool {
   public:
-    // Calls work(task) for every task in 0..tasks, in `threads` threads, this one among them. Throws std::bad_alloc
-    // where one of them does.
+    // Calls work(task) for every task in 0..tasks, in up to `threads` threads, this one among them. Throws what one of
+    // them throws; the tasks that nobody has begun are then left out.
     template <class Work>
     void run(long tasks, int threads, const Work& work) {
-        std::unique_lock<std::mutex> alone(busy, std::defer_lock);
-        if (threads <= 1 || tasks <= 1 || !alone.try_lock()) {  // or another thread has the workers
+        if (threads <= 1 || tasks <= 1) {
             for (long task = 0; task < tasks; ++task) work(task);
             return;
         }
-        const int helpers = hire(std::min(threads - 1, MOST));
-        call = [](const void* w, long task) { (*static_cast<const Work*>(w))(task); };
-        argument = &work;
-        total = tasks;
-        next.store(0, std::memory_order_relaxed);
-        failed.store(false, std::memory_order_relaxed);
-        running.store(helpers, std::memory_order_relaxed);
-        {
-            std::lock_guard<std::mutex> guard(lock);
-            turn.store((turn.load() / (MOST + 1) + 1) * (MOST + 1) + helpers, std::memory_order_release);
-        }
-        wake.notify_all();
-        take();
-        for (long spin = 0; running.load(std::memory_order_acquire) > 0; ++spin) pause(spin);
-        if (failed.load(std::memory_order_relaxed)) throw std::bad_alloc();
+        Piece piece{[](const void* w, long task) { (*static_cast<const Work*>(w))(task); }, &work, tasks,
+                    std::min(threads - 1, MOST)};
+        post(piece);
+        piece.take();
+        withdraw(piece);
+        for (long spin = 0; piece.helpers.load(std::memory_order_acquire) > 0; ++spin) pause(spin);
+        if (piece.failure) std::rethrow_exception(piece.failure);
     }
 
     // Calls work(y) for every row y of 0..h; neighbours in the same thread, since they read the same rows.
@@ -65,7 +59,41 @@ class Pool {
 
   private:
     static constexpr long SPINS = 10000;  // some 200 microseconds
-    static constexpr int MOST = 0xffff;   // helpers of a piece of work
+    static constexpr int MOST = 1023;     // helpers of a piece of work
+
+    // A piece of work, in the memory of its caller, who leaves it when it is withdrawn and the last helper has gone.
+    struct Piece {
+        void (*call)(const void*, long);
+        const void* argument;
+        long total;
+        int wanted;                   // helpers, at most
+        std::atomic<long> next{0};    // task that nobody has begun
+        std::atomic<int> helpers{0};  // inside; a helper touches nothing of the piece once it has left
+        std::atomic<bool> failed{false};
+        std::exception_ptr failure{};  // of whoever set `failed`
+        Piece *before = nullptr, *after = nullptr;
+
+        void take() {
+            try {
+                for (long task; (task = next.fetch_add(1, std::memory_order_relaxed)) < total;) call(argument, task);
+            } catch (...) {
+                if (!failed.exchange(true)) failure = std::current_exception();
+                next.store(total, std::memory_order_relaxed);
+            }
+        }
+    };
+
+    // Guards the list of pieces, for some ten instructions at a time: putting a thread to sleep would cost more.
+    class Latch {
+      public:
+        explicit Latch(std::atomic<bool>& taken) : taken(taken) {
+            for (long spin = 0; taken.exchange(true, std::memory_order_acquire); ++spin) pause(spin);
+        }
+        ~Latch() { taken.store(false, std::memory_order_release); }
+
+      private:
+        std::atomic<bool>& taken;
+    };
 
     static void pause(long spin) {
         if (spin > SPINS) {
@@ -79,52 +107,70 @@ class Pool {
 #endif
     }
 
-    // So many workers, or as many as the system gives.
-    int hire(int wanted) {
-        try {
-            for (; workers < wanted; ++workers)
-                std::thread([this, number = workers] { serve(number); }).detach();
-        } catch (const std::system_error&) {
+    void post(Piece& piece) {
+        {
+            Latch latch(listing);
+            piece.before = newest;
+            (newest ? newest->after : oldest) = &piece;
+            newest = &piece;
         }
-        return std::min(wanted, workers);
+        {
+            std::lock_guard<std::mutex> guard(lock);
+            hire(piece.wanted);
+            posted.fetch_add(1, std::memory_order_release);
+        }
+        wake.notify_all();
     }
 
-    void take() {
+    void withdraw(Piece& piece) {
+        Latch latch(listing);
+        (piece.before ? piece.before->after : oldest) = piece.after;
+        (piece.after ? piece.after->before : newest) = piece.before;
+    }
+
+    // So many workers, or as many as the system gives. Callers share them.
+    void hire(int wanted) {
         try {
-            for (long task; (task = next.fetch_add(1, std::memory_order_relaxed)) < total;) call(argument, task);
-        } catch (const std::bad_alloc&) {
-            failed.store(true, std::memory_order_relaxed);
-            next.store(total, std::memory_order_relaxed);
+            for (; workers < wanted; ++workers) std::thread([this] { serve(); }).detach();
+        } catch (const std::exception&) {  // std::system_error or std::bad_alloc: fewer must do
         }
     }
 
-    // `number` counts from 0. Which turn it is and how many help in it are read at once, so that a worker that is late
-    // does not take part in a turn that is over.
-    void serve(int number) {
-        for (uint64_t seen = 0;;) {
-            for (long spin = 0; spin < SPINS && turn.load(std::memory_order_acquire) == seen; ++spin) pause(spin);
-            if (turn.load(std::memory_order_acquire) == seen) {
+    // The piece that a free worker goes to, or null; the worker is inside it then.
+    Piece* join() {
+        Latch latch(listing);
+        Piece* neediest = nullptr;
+        int fewest = 0;
+        for (Piece* piece = oldest; piece; piece = piece->after) {
+            const int helpers = piece->helpers.load(std::memory_order_relaxed);
+            const bool open = piece->next.load(std::memory_order_relaxed) < piece->total && helpers < piece->wanted;
+            if (open && (!neediest || helpers < fewest)) neediest = piece, fewest = helpers;
+        }
+        if (neediest) neediest->helpers.fetch_add(1, std::memory_order_relaxed);
+        return neediest;
+    }
+
+    void serve() {
+        for (;;) {
+            const uint64_t seen = posted.load(std::memory_order_acquire);  // before the list: what comes later differs
+            while (Piece* piece = join()) {
+                piece->take();
+                piece->helpers.fetch_sub(1, std::memory_order_release);
+            }
+            for (long spin = 0; spin < SPINS && posted.load(std::memory_order_acquire) == seen; ++spin) pause(spin);
+            if (posted.load(std::memory_order_acquire) == seen) {
                 std::unique_lock<std::mutex> guard(lock);
-                wake.wait(guard, [&] { return turn.load(std::memory_order_acquire) != seen; });
-            }
-            seen = turn.load(std::memory_order_acquire);
-            if (number < int(seen % (MOST + 1))) {
-                take();
-                running.fetch_sub(1, std::memory_order_release);
+                wake.wait(guard, [&] { return posted.load(std::memory_order_acquire) != seen; });
             }
         }
     }
 
-    std::mutex busy, lock;
+    std::atomic<bool> listing{false};
+    Piece *oldest = nullptr, *newest = nullptr;
+    std::mutex lock;  // of those who sleep
     std::condition_variable wake;
     int workers = 0;
-    std::atomic<uint64_t> turn{0};  // counts pieces of work, times MOST + 1, plus the helpers of this one
-    std::atomic<long> next{0};
-    std::atomic<int> running{0};
-    std::atomic<bool> failed{false};
-    void (*call)(const void*, long) = nullptr;
-    const void* argument = nullptr;
-    long total = 0;
+    std::atomic<uint64_t> posted{0};  // pieces of work, so far
 };
 
 // A forked child has none of its parent's threads: it starts with a pool of its own.
