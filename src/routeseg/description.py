@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from routeseg.model import DynamicRoutingNetwork
 
 METADATA_KEY, FORMAT = "routeseg", 1  # where an exported file says what it is, and the form in which it does
-DIVERGED = "the outputs hold NaN or infinite values: the network that made them has diverged"
-NOT_FINITE = "the images contain NaN or infinite values: give RGB, uint8 or float in 0..1"
 Colour = tuple[int, ...]
 
 

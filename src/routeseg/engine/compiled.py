@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from routeseg.description import NOT_FINITE
 from routeseg.engine.folding import fold_batch_norm
+from routeseg.errors import NOT_FINITE
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.model.cell import RoutingNode
 from routeseg.model.layers import Subsample

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from routeseg.description import NOT_FINITE
 from routeseg.engine.folding import fold_batch_norm
 from routeseg.engine.graphs import CudaRecorder, Recordings
 from routeseg.engine.transfers import DeviceArrays, to_device, to_host
+from routeseg.errors import NOT_FINITE
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.model.cell import RoutingNode
 from routeseg.model.gate import Gate, activate, shrink

@@ -25,7 +25,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from routeseg.collectives import gather
 from routeseg.cost.macs import CostTable, model_cost
 from routeseg.data.transforms import IGNORE
-from routeseg.description import DIVERGED
+from routeseg.errors import DIVERGED
 from routeseg.evaluation.boundary import boundary_counts
 from routeseg.evaluation.test_time import Averaged, Forward, MultiPass
 from routeseg.model import DynamicRoutingNetwork
