@@ -86,6 +86,69 @@ def test_evaluate_mistakes(tmp_path, checkpoint, capsys):
     assert code == 2 and "cannot write" in err
 
 
+class TestSections:
+    """A command takes the sections that it uses, and passes over the others of a file that was made for training."""
+
+    @pytest.fixture
+    def commands(self, tmp_path, checkpoint):
+        return {
+            "evaluate": ["evaluate", checkpoint, "--json", tmp_path / "evaluate.json"],
+            "routes": ["routes", checkpoint, "--permutations=20", "--output", tmp_path / "routes"],
+            "check-data": ["check-data", "--output", tmp_path / "check"],
+            "profile": ["profile", checkpoint, "--size=32x32", "--routes=1", "--repeats=1", "--output", tmp_path],
+        }
+
+    @pytest.mark.parametrize("command", ["evaluate", "routes", "check-data", "profile"])
+    def test_other_keys_on_the_command_line_are_refused(self, commands, capsys, command):
+        other = "--data.name=scenes" if command == "profile" else "--model.depth=3"
+        for word in ("--recipe.lr=0.1", "--budget.weight=0.5", "--recipe.seed=3", other):
+            code, _, err = run([*commands[command], word], capsys)
+            name, remedy = word.partition("=")[0], "give --seed instead" if "seed" in word else "leave it out"
+            assert code == 2 and err == f"routeseg: error: `routeseg {command}` does not take {name}: {remedy}\n"
+
+    @pytest.mark.parametrize("command", ["evaluate", "routes", "check-data", "profile"])
+    def test_a_file_for_training_is_taken(self, commands, tmp_path, capsys, command):
+        file = tmp_path / "training.yaml"
+        file.write_text(
+            "model: {depth: 5, base_channels: 4}\n"
+            "data: {image_size: [48, 64], val_images: 3, train_images: 2, workers: 0}\n"
+            "recipe: {iterations: 7, lr: 1e-3, seed: 3}\nbudget: {weight: 0.5}\n"
+        )
+        code, _, err = run([*commands[command], "--config", file], capsys)
+        assert code == 0, err
+
+    def test_the_seed_of_its_recipe_counts(self, commands, tmp_path, capsys):
+        def score(*words):
+            assert run([*commands["evaluate"], *SCENES, *words], capsys)[0] == 0
+            return json.loads((tmp_path / "evaluate.json").read_text())["iou"]
+
+        first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+        first.write_text("recipe:\n  seed: 3\n")
+        second.write_text("recipe:\n  lr: 1e-3\n")
+        assert score("--config", first) == score("--seed=3") == score("--data.seed=3") != score()
+        assert score("--config", first, "--config", second) == score("--seed=3"), "the second file has no seed"
+        assert score("--config", first, "--data.seed=4") == score("--seed=4")
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("modle: {depth: 3}", "no key 'modle.depth' in the configuration: did you mean model.depth?"),
+            ("recipie: {lr: 3}", "no key 'recipie.lr' in the configuration: did you mean recipe.lr?"),
+            ("data: {nmae: camvid}", "no key 'data.nmae' in the configuration: did you mean data.name?"),
+            ("recipe: {seed: x}", "seed"),
+            ("recipe: 3", "section 'recipe' of FILE is no mapping"),
+            ("data: [", "FILE is no YAML"),
+            (None, "FILE"),
+        ],
+    )
+    def test_mistakes_in_a_file_are_named(self, commands, tmp_path, capsys, text, message):
+        file = tmp_path / "training.yaml"
+        if text is not None:
+            file.write_text(text + "\n")
+        code, _, err = run([*commands["evaluate"], "--config", file], capsys)
+        assert code == 2 and message.replace("FILE", str(file)) in err and err.count("\n") == 1
+
+
 def test_predict(tmp_path, checkpoint, capsys):
     folder = tmp_path / "photos"
     folder.mkdir()

@@ -268,7 +268,6 @@ def test_command_mistakes(tmp_path, capsys, monkeypatch):
         ([checkpoint, tmp_path / "folder.onnx", "--routed"], "is a folder"),
         ([checkpoint, "s3://bucket/net.onnx", "--routed"], "written to a disk"),
         ([checkpoint, tmp_path / "file" / "x.onnx", "--routed"], "cannot write"),
-        ([checkpoint, out, "--format", "tflite", "--routed"], "'tflite'"),
         ([tmp_path / "nothing", out, "--routed"], "no checkpoint folder"),
         ([checkpoint, out, "--route", "resnet"], "u-net"),
         ([checkpoint, out, "--route", tmp_path / "other.json"], "depth=7"),

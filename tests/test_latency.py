@@ -161,18 +161,41 @@ def test_command(tmp_path, capsys):
     route = tmp_path / "route.json"
     route.write_text(Route(RoutingSpace(3), [(0, 0, 1), (1, 0, 2)]).to_json())
     words = ["profile", checkpoint, "--size=64x96", "--routes=4", "--repeats=2"]
-    code, out, err = run([*words, f"--route={route}", f"--json={tmp_path / 'result.json'}"], capsys)
+    code, out, err = run([*words, f"--json={tmp_path / 'result.json'}"], capsys)
     assert code == 0, err
     file = tmp_path / "net" / "latency_cpu_64x96_float32.json"
     assert file.with_suffix(".png").stat().st_size > 10_000
-    assert "cells" in out and "ms per GMAC" in out and "4 random routes" in out and f"{route}, with gates" in out
+    assert "cells" in out and "ms per GMAC" in out and "4 random routes" in out
     stored = json.loads(file.read_text())
     assert stored["machine"]["threads"] == 1 and stored["command"][:2] == ["profile", checkpoint]
     assert len(stored["test"]["routes"]) == 4 and LatencyTable.read(file).name == file.stem
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert len(result.pop("route_ms")) == 2 and result.pop("route") == str(route) and result == stored
-    code, out, _ = run([*words[:3], f"--table={file}", f"--route={route}"], capsys)
-    assert code == 0 and "without gates" in out and "random routes" not in out
+    assert json.loads((tmp_path / "result.json").read_text()) == stored
+    table = LatencyTable.read(file)
+    code, out, _ = run(["latency", file], capsys)
+    whole_ms = table.of_route(Route.all_open(table.space), gates=True)
+    assert code == 0 and f"everything open, with gates: {whole_ms:.2f} ms predicted\n" in out
+    found = tmp_path / "found.json"
+    words = ["latency", file, f"--route={route}", f"--json={found}"]
+    code, predicted, _ = run(words, capsys)
+    times = [table.of_route(Route.from_json(route.read_text()), gates) for gates in (False, True)]
+    assert code == 0 and "measured" not in predicted
+    for kind, ms in zip(("without gates", "with gates"), times, strict=True):
+        assert f"{route}, {kind}: {ms:.2f} ms predicted\n" in predicted
+    code, out, _ = run([*words, f"--measure={checkpoint}", "--repeats=2"], capsys)
+    assert code == 0 and out.count(" ms predicted, ") == 2 and out.count(" measured\n") == 2
+    rows = json.loads(found.read_text())["route_ms"]
+    assert [row["predicted_ms"] for row in rows] == times and all(row["measured_ms"] > 0 for row in rows)
+
+
+def test_latency_of_a_static_network(tmp_path, capsys):
+    """Everything that it has open is its own route, and it has no gates."""
+    model = DynamicRoutingNetwork(5, depth=6, base_channels=8, stem_channels=8, gate="fixed", route="fcn-32s")
+    table = invented(model)
+    table.write(tmp_path / "table.json")
+    code, out, _ = run(["latency", tmp_path / "table.json"], capsys)
+    assert code == 0 and out == f"everything open, without gates: {table.of_route(model.route):.2f} ms predicted\n"
+    code, _, err = run(["latency", tmp_path / "table.json", "--route=hrnet-v2"], capsys)
+    assert code == 2 and "hrnet-v2" in err and err.count("\n") == 1
 
 
 def test_command_without_checkpoint(tmp_path, capsys):
@@ -187,11 +210,11 @@ def test_command_mistakes(tmp_path, tiny_network, capsys):
     checkpoint = scenes_checkpoint(tmp_path / "net")
     other, damaged, in_the_way = tmp_path / "other.json", tmp_path / "damaged.json", tmp_path / "file"
     invented(tiny_network).write(other)
-    own = invented(routeseg.load(checkpoint))
-    own.write(tmp_path / "own.json")
-    own.facts["machine"] = {"threads": 64}
-    own.write(tmp_path / "threads.json")
-    replace(own, device="cuda:0").write(tmp_path / "cuda.json")
+    table, own = invented(routeseg.load(checkpoint)), tmp_path / "own.json"
+    table.write(own)
+    table.facts["machine"] = {"threads": 64}
+    table.write(tmp_path / "threads.json")
+    replace(table, device="cuda:7").write(tmp_path / "cuda.json")
     (tmp_path / "deeper.json").write_text(Route(RoutingSpace(5)).to_json())
     damaged.write_text(other.read_text()[:100])
     in_the_way.touch()
@@ -205,18 +228,27 @@ def test_command_mistakes(tmp_path, tiny_network, capsys):
         (["--routes=0"], "--routes is 0"),
         (["--repeats=0"], "--repeats is 0"),
         ([f"--output={in_the_way / 'x'}"], "--output"),
-        (["--route=v-net"], "no such file, and no architecture"),
-        ([f"--route={tmp_path / 'deeper.json'}"], "deeper.json: the route is drawn in"),
-        ([f"--table={tmp_path / 'own.json'}", f"--route={route}", "--precision=bfloat16"], "--precision"),
-        ([f"--table={tmp_path / 'own.json'}", f"--route={route}", f"--output={tmp_path}"], "--output"),
-        ([f"--table={tmp_path / 'threads.json'}", f"--route={route}"], "measured with 64 threads"),
-        ([f"--table={tmp_path / 'cuda.json'}", f"--route={route}"], "measured on cuda:0"),
-        ([f"--table={other}"], "--route"),
-        ([f"--table={other}", f"--route={route}"], "another network: num_classes is 5 there, 10 here"),
-        ([f"--table={damaged}", f"--route={route}"], "damaged"),
-        ([f"--table={tmp_path / 'nothing.json'}", f"--route={route}"], "no latency table"),
+        (["--model.depth=3"], "--model.depth describes a network without a checkpoint"),
+        (["--num_classes=3"], "--num_classes describes a network without a checkpoint"),
+        (["--data.name=camvid"], "does not take --data.name: leave it out"),
+        (["--recipe.seed=3"], "does not take --recipe.seed: give --seed instead"),
     ):
-        new = [] if any(word.startswith("--table") for word in words) else ["--routes=1"]
-        code, _, err = run(["profile", checkpoint, "--size=64x96", "--repeats=1", *new, *words], capsys)
+        code, _, err = run(["profile", checkpoint, "--size=64x96", "--repeats=1", "--routes=1", *words], capsys)
         assert code == 2 and expected in err and err.count("\n") == 1, (words, err)
     assert not list((tmp_path / "net").glob("latency*"))
+    measure = [f"--route={route}", f"--measure={checkpoint}"]
+    for words, expected in (
+        ([own, "--route=v-net"], "no such file, and no architecture"),
+        ([own, f"--route={tmp_path / 'deeper.json'}"], "deeper.json: the route is drawn in"),
+        ([own, "--repeats=3"], "--repeats only applies to --measure"),
+        ([own, *measure, "--repeats=0"], "--repeats is 0"),
+        ([own, f"--measure={tmp_path / 'nothing'}"], "no checkpoint folder"),
+        ([own, f"--json={in_the_way / 'x.json'}"], "--json"),
+        ([tmp_path / "threads.json", *measure], "measured with 64 threads"),
+        ([tmp_path / "cuda.json", *measure], "measured on cuda:7"),
+        ([other, f"--measure={checkpoint}"], "another network: depth is 4 there, 3 here"),
+        ([damaged, f"--route={route}"], "damaged"),
+        ([tmp_path / "nothing.json"], "no latency table"),
+    ):
+        code, _, err = run(["latency", *words], capsys)
+        assert code == 2 and expected in err and err.count("\n") == 1, (words, err)

@@ -30,8 +30,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 KINDS = ["static", "routed", "dense"]
 SIZES = [(64, 96), (33, 47), (20, 100), (1, 1), (97, 130)]
+# One process in which torch and others cannot be imported runs all commands: [words, ...] -> [[code, out, err], ...].
 NO_TORCH = """
-import sys
+import contextlib, io, json, sys
 LEFT_OUT = "torch lightning torchmetrics safetensors huggingface_hub scipy pooch filelock onnx".split()
 class Refuse:
     def find_spec(self, name, path=None, target=None):
@@ -39,6 +40,16 @@ class Refuse:
         if top in LEFT_OUT:
             raise ModuleNotFoundError(f"No module named {name!r}", name=top)
 sys.meta_path.insert(0, Refuse())
+try:
+    import torch
+except ModuleNotFoundError:
+    from routeseg.cli import main
+results = []
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(words)
+    results.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(results))
 """
 
 
@@ -101,14 +112,12 @@ def assert_near(one, other):
         assert one == other
 
 
-def without_torch(words, folder: Path, **options) -> subprocess.CompletedProcess[str]:
-    """A command of Python in a process in which torch cannot be imported."""
-    folder.mkdir(exist_ok=True)
-    (folder / "sitecustomize.py").write_text(NO_TORCH)
-    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, words)], env=environment, capture_output=True, text=True, timeout=120, **options
-    )
+def without_torch(commands) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each of the commands, in a process in which torch cannot be imported."""
+    words = json.dumps([[str(word) for word in command] for command in commands])
+    done = subprocess.run([sys.executable, "-c", NO_TORCH, words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return json.loads(done.stdout)
 
 
 class TestSameFiles:
@@ -168,40 +177,32 @@ class TestSameFiles:
 
 
 class TestNoTorch:
-    @pytest.mark.parametrize("kind", ["static", "routed"])
-    def test_predict_runs_to_its_end(self, files, images, tmp_path, kind):
+    def test_predict_runs_to_its_end_and_what_needs_torch_says_so(self, files, checkpoint, images, tmp_path):
         images[0].write_text("no image")
-        words = ["-m", "routeseg.cli", "predict", files[kind], tmp_path / "in", "--output", tmp_path / "out"]
-        done = without_torch(words, tmp_path / "block")
-        assert done.returncode == 2 and not done.stderr, "2 for the image that was skipped"
-        assert f"images           {len(images) - 1}" in done.stdout and "0.png" in done.stdout
-        assert len(list((tmp_path / "out").iterdir())) == len(OUTPUTS) * (len(images) - 1)
-        again = without_torch([*words, "--resume"], tmp_path / "block")
-        assert f"({len(images) - 1} of them from an earlier run)" in again.stdout
-
-    def test_the_block_of_this_file_blocks(self, tmp_path):
-        assert without_torch(["-c", "import torch"], tmp_path / "block").returncode == 1
-
-    def test_what_needs_torch_says_so(self, checkpoint, images, tmp_path):
+        segment = {
+            kind: ["predict", files[kind], tmp_path / "in", "--output", tmp_path / kind]
+            for kind in ("static", "routed")
+        }
         predict = (["predict", checkpoint, tmp_path / "in"], ["predict", tmp_path / "in"])
-        for words in (*predict, ["evaluate", checkpoint], ["download", "camvid", tmp_path / "data"]):
-            done = without_torch(["-m", "routeseg.cli", *words], tmp_path / "block")
-            assert done.returncode == 2 and "Traceback" not in done.stderr
-            assert "not installed" in done.stderr and "predict FILE.onnx" in done.stderr
+        refused = (*predict, ["evaluate", checkpoint], ["download", "camvid", tmp_path / "data"])
+        results = without_torch([*segment.values(), *([*words, "--resume"] for words in segment.values()), *refused])
+        first, again, others = results[:2], results[2:4], results[4:]
+        for kind, (code, out, err) in zip(segment, first, strict=True):
+            assert code == 2 and not err, "2 for the image that was skipped"
+            assert f"images           {len(images) - 1}" in out and "0.png" in out
+            assert len(list((tmp_path / kind).iterdir())) == len(OUTPUTS) * (len(images) - 1)
+        assert all(f"({len(images) - 1} of them from an earlier run)" in out for _, out, _ in again)
+        for code, _, err in others:
+            assert code == 2 and "not installed" in err and "predict FILE.onnx" in err
 
-    def test_an_import_brings_none_in(self):
-        """Also where it is installed: it takes seconds."""
+    def test_an_import_brings_none_in_and_the_public_names_are_all_there(self):
+        """Not even if torch is installed: it takes seconds."""
         code = (
             "import sys, routeseg, routeseg.cli, routeseg.prediction.onnx_runner, routeseg.prediction.files\n"
+            "import routeseg.prediction.ray\n"
             "routeseg.RoutingSpace, routeseg.model_cost, routeseg.OnnxNetwork, routeseg.common_route\n"
-            "print([name for name in ('torch', 'lightning', 'torchmetrics', 'onnx') if name in sys.modules])"
-        )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == "[]"
-
-    def test_the_public_names_are_all_there(self):
-        code = (
-            "import routeseg\n"
+            "heavy = ('torch', 'lightning', 'torchmetrics', 'onnx', 'onnxruntime', 'ray')\n"
+            "print([name for name in heavy if name in sys.modules])\n"
             "assert set(routeseg.__all__) <= set(dir(routeseg))\n"
             "from routeseg import *\n"
             "assert load is routeseg.model.checkpoints.load and RoutingSpace is routeseg.space.RoutingSpace\n"
@@ -209,7 +210,7 @@ class TestNoTorch:
             "routeseg.nonsense"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.stdout.strip() == "[]"
+        assert done.stdout.split() == ["[]", "[]"]
         assert done.stderr.splitlines()[-1] == "AttributeError: No routeseg attribute nonsense"
 
 
@@ -239,10 +240,10 @@ class TestWrongFiles:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda model, words: model.metadata_props.clear(), "is an ONNX file of something else"),
+            (lambda model, words: model.metadata_props.clear(), "is an ONNX file, but `routeseg export` did not write"),
             (
                 lambda model, words: words.update(format=FORMAT + 1, version="9.0"),
-                f"is of format {FORMAT + 1}, written by",
+                f"has format {FORMAT + 1}, and routeseg 9.0 wrote it",
             ),
             (drop("format"), "its metadata is damaged"),
             (drop("fingerprint"), "it has no fingerprint"),
@@ -252,7 +253,7 @@ class TestWrongFiles:
             (lambda model, words: words["macs"].update(cell=[]), "costs of its parts are damaged"),
             (lambda model, words: words["macs"]["cell"][0][0].__setitem__(1, -1), "costs of a part are damaged"),
             (lambda model, words: words["config"].update(route=[[9, 0, "keep"]]), "layers run from 0 to 3"),
-            (lambda model, words: words["config"].update(depth=5, route=None), "gates is .* not that of the network"),
+            (lambda model, words: words["config"].update(depth=5, route=None), "gates is .* does not fit the network"),
             (rename_input, r"takes \['pixels'\] and gives \['logits', 'gates'\]"),
         ],
     )
@@ -270,7 +271,7 @@ class TestWrongFiles:
         file.write_bytes(files["static"].read_bytes()[:50_000] if content is None else content)
         code, _, err = run_command(["predict", file, images[0], "--output", tmp_path / "out"], capsys)
         assert code == 2 and len(err.splitlines()) == 1
-        assert f"{file} is no ONNX file, or a damaged one" in err or "something else" in err
+        assert f"{file} is no ONNX file, or a damaged one" in err or "did not write it" in err
 
     def test_metadata_that_is_no_json(self, files, tmp_path):
         model = onnx.load(files["static"])
@@ -293,12 +294,10 @@ class TestWrongFiles:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["--engine", "ray"], "--engine is of checkpoints"),
-            (["--engine", "ray", "--workers", "2"], "--engine is of checkpoints"),
-            (["--engine", "skip"], "--engine is of checkpoints"),
-            (["--device", "cuda"], "--device cuda is of checkpoints"),
-            (["--precision", "bfloat16"], "--precision is of checkpoints"),
-            (["--workers", "2"], "--workers is of --engine ray"),
+            (["--engine", "dense", "--workers", "2"], "--engine only applies to checkpoints"),
+            (["--engine", "skip"], "--engine only applies to checkpoints"),
+            (["--device", "cuda"], "--device only applies to checkpoints"),
+            (["--precision", "bfloat16"], "--precision only applies to checkpoints"),
         ],
     )
     def test_options_of_checkpoints(self, files, images, tmp_path, capsys, words, message):

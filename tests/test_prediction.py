@@ -692,9 +692,8 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["--workers", "2"], "--workers is of --engine ray"),
-            (["--ray_address", "auto"], "--ray_address is of --engine ray"),
             (["--engine", "fast"], "engine 'fast': choose"),
+            (["--engine", "ray"], "engine 'ray': choose"),
             (["--output", "nonsense://x"], "cannot open nonsense://x"),
             (["--device", "cuda:99"], "--device cuda:99"),
         ],

@@ -1,10 +1,32 @@
-"""Phrases and errors that several rooms need."""
+"""What several rooms say, or ask, when something goes wrong."""
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 DIVERGED = "the outputs hold NaN or infinite values: the network that made them has diverged"
 NOT_FINITE = "the images contain NaN or infinite values: give RGB, uint8 or float in 0..1"
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "Insufficient memory")  # a GPU says so, a CPU, OpenCV
 
 
 class NotExportable(ValueError):
     """A part of a network has no export."""
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether this says that an image is too large for the memory."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def require(module: str, extra: str, user: str) -> Any:
+    """The module, imported. Raises ValueError, which names the extra of routeseg, if it is not installed.
+
+    user  what needs it, such as "`routeseg export`"
+    """
+    package = module.partition(".")[0]
+    try:
+        importlib.import_module(package)
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f'{user} needs the package {package} ({error}): pip install "routeseg[{extra}]"') from error

@@ -17,7 +17,7 @@ from routeseg.cli.common import USAGE_ERROR, log_to_stderr
 from routeseg.cli.data import check_data_command, convert_data_command, download_command, make_data_command
 from routeseg.cli.export import export_command
 from routeseg.cli.prediction import import_command, predict_command
-from routeseg.cli.profiling import profile_command
+from routeseg.cli.profiling import latency_command, profile_command
 from routeseg.cli.training import demo_command, pretrain_command, train_command
 
 __all__ = ["COMMANDS", "main"]
@@ -78,13 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print_any_name(stream: Any) -> None:
-    """Of a file name that is no text in the terminal's encoding, the odd bytes are printed with backslashes."""
+    """A file name may be no text in the terminal's encoding: its odd bytes are printed with backslashes."""
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
 
 
 def _message(error: Exception) -> str:
-    """The message alone, also where a loader process raised it and wrapped it in a traceback."""
+    """The message alone, even if a loader process wrapped it in a traceback."""
     text = str(error)
     if text.startswith("Caught "):
         text = re.split(r"\n\w*(?:Error|UnreadableImage): ", text)[-1]
@@ -103,7 +103,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "pretrain": (pretrain_command, "train a classifier (ImageNet), whose weights `train --init` starts from"),
     "evaluate": (evaluate_command, "mIoU and real cost of a checkpoint over a data set"),
     "routes": (routes_command, "how often each path is open over a data set, and whether routes follow scale"),
-    "profile": (profile_command, "milliseconds of each part on this machine, and of any route: --size HxW"),
+    "profile": (profile_command, "measure the milliseconds of each part on this machine: --size HxW"),
+    "latency": (latency_command, "predict the milliseconds of a route from a table that profile wrote"),
     "architectures": (architectures_command, "the known networks as routes: size, cost, and a picture"),
     "predict": (predict_command, "segment image files: labels, overlays and routes"),
     "export": (export_command, "write a network as an ONNX file: static, or routed, with its gates"),

@@ -17,7 +17,7 @@ from routeseg.cli.common import (
     find_device,
     parse_size,
     progress_bar,
-    read_parts,
+    read_data,
 )
 from routeseg.files import check_writable, write_atomically, write_json
 
@@ -29,7 +29,7 @@ def evaluate_command(words: Sequence[str]) -> int:
     from routeseg.evaluation.boundary import BOUNDARY_WIDTH
     from routeseg.evaluation.test_time import OVERLAP, MultiPass
 
-    parser = config_parser("evaluate")
+    parser = config_parser("evaluate", ["data"])
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder")
     parser.add_argument("--json", type=str | None, default=None, help="also write the result to this file")
     parser.add_argument("--split", type=str, default="val", help="train, val or test, as the data set calls them")
@@ -53,7 +53,7 @@ def evaluate_command(words: Sequence[str]) -> int:
     parser.add_argument(
         "--submission", type=str | None, default=None, help="write predictions in the official form into this folder"
     )
-    args, data, recipe, _ = read_parts(parser, words)
+    args, data = read_data(parser, words)
 
     from routeseg.cli.tables import print_evaluation
     from routeseg.data.datamodule import evaluation_loader, open_data
@@ -68,7 +68,7 @@ def evaluate_command(words: Sequence[str]) -> int:
     model = checkpoints.load(args.checkpoint).to(find_device(args.device))
     engine = build_engine(model, args.engine, args.precision)
     forward = MultiPass(engine, args.scales, args.flip, window, args.overlap, args.window_batch)
-    pictures = open_data(data, args.split, recipe.seed)
+    pictures = open_data(data, args.split, args.seed)
     check_classes(args.checkpoint, model, data, len(pictures.classes))
     if args.json is not None:
         check_writable(Path(args.json).parent, "--json")
@@ -114,7 +114,7 @@ def _report_submission(submission: Submission, skipped: int) -> int:
 def routes_command(words: Sequence[str]) -> int:
     from routeseg.evaluation.route_statistics import PERMUTATIONS
 
-    parser = config_parser("routes")
+    parser = config_parser("routes", ["data"])
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder, of a network with gates")
     parser.add_argument("--split", type=str, default="val", help="train, val or test")
     parser.add_argument("--output", type=str, default="runs/routes", help="folder for routes.json and the figures")
@@ -124,7 +124,7 @@ def routes_command(words: Sequence[str]) -> int:
         "--common", type=float | None, default=None, help="write common_route.json: edges open in this share of images"
     )
     parser.add_argument("--permutations", type=int, default=PERMUTATIONS, help="relabellings of the permutation test")
-    args, data, recipe, _ = read_parts(parser, words)
+    args, data = read_data(parser, words)
 
     from routeseg.architectures import common_route
     from routeseg.cli.tables import print_survey
@@ -136,7 +136,7 @@ def routes_command(words: Sequence[str]) -> int:
     from routeseg.model import checkpoints
 
     model, output = checkpoints.load(args.checkpoint).to(find_device(args.device)), Path(args.output)
-    pictures = open_data(data, args.split, recipe.seed)
+    pictures = open_data(data, args.split, args.seed)
     check_classes(args.checkpoint, model, data, len(pictures.classes))
     if args.common is not None and not 0 < args.common <= 1:
         raise ValueError(f"--common is {args.common}: it is a share of the images, above 0 and at most 1")
@@ -145,11 +145,11 @@ def routes_command(words: Sequence[str]) -> int:
     total = pictures_to_see(data, len(evenly_spread(pictures, args.images)))
     with enough_memory("give smaller images"), progress_bar(f"routes over {data.name} {args.split}", total) as step:
         survey = survey_routes(
-            model, engine, data, args.split, recipe.seed, args.images, args.permutations, step, args.checkpoint
+            model, engine, data, args.split, args.seed, args.images, args.permutations, step, args.checkpoint
         )
     common = None if args.common is None else common_route(survey.observation.gates, args.common)
     figures = draw_survey(survey, model, engine, output)
-    facts = {"command": ["routes", *words], "data": data.name, "split": args.split, "seed": recipe.seed}
+    facts = {"command": ["routes", *words], "data": data.name, "split": args.split, "seed": args.seed}
     write_json(output / "routes.json", survey.as_dict() | facts | machine_facts())
     print_survey(survey)
     if common is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import re
 import sys
 import warnings
@@ -12,7 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, Namespace
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+
+from routeseg.errors import lacks_memory
 
 if TYPE_CHECKING:
     import torch
@@ -23,16 +27,28 @@ if TYPE_CHECKING:
     from routeseg.training.recipe import Recipe
 
 USAGE_ERROR = 2
-PRECISION_HELP = "of engine skip: float32, bfloat16 (GPUs, CPUs with AVX512_BF16) or float16 (GPUs)"
+PRECISION_HELP = "engine skip computes in float32, bfloat16 (GPUs, CPUs with AVX512_BF16) or float16 (GPUs)"
+SECTIONS = ("model", "data", "recipe", "budget")  # of a configuration
+SEED_KEY = "recipe.seed"
 NETWORK_SKIP = {"num_classes", "class_names", "palette", "pixel_mean", "pixel_std"}  # the data decide these
 
 
 class Parser(ArgumentParser):
-    """jsonargparse, with the nearest valid name for a key that does not exist."""
+    """jsonargparse, with the nearest valid name for a key that does not exist.
+
+    passed_over  sections that a configuration file may have, and that this command does not use
+    """
+
+    passed_over: tuple[str, ...] = ()
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         known = [a.dest for a in self._actions if a.dest not in ("help", "==SUPPRESS==")]
         for wrong in _unknown_keys(message):
+            if wrong.partition(".")[0] in self.passed_over:
+                remedy = "give --seed instead" if wrong == SEED_KEY else "leave it out"
+                message = f"`{self.prog}` does not take --{wrong}: {remedy}"
+                break
+            known += [f"{name}.{wrong.partition('.')[2]}" for name in self.passed_over]
             near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
             near = near or [key for key in known if key.rsplit(".", 1)[-1] == wrong.rsplit(".", 1)[-1]][:1]
             hint = f"did you mean {near[0]}?" if near else f"see `{self.prog} --help`"
@@ -40,6 +56,31 @@ class Parser(ArgumentParser):
             break
         print(f"routeseg: error: {_first_lines(message)}", file=sys.stderr)
         raise SystemExit(USAGE_ERROR)
+
+
+class ConfigFile(ActionConfigFile):
+    """--config FILE. A file that was made for training serves the other commands, too: they pass over the sections that
+    they do not use, but for the recipe's seed."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        text = Path(values).read_text() if os.path.isfile(values) else values
+        try:
+            document = yaml.compose(text)  # and not `load`, so that every value stays as it is written
+        except yaml.YAMLError as error:
+            parser.error(f"{values} is no YAML: {error}")
+        if isinstance(document, yaml.MappingNode):
+            kept = []
+            for key, value in document.value:
+                if key.value in SECTIONS and not isinstance(value, yaml.MappingNode):
+                    parser.error(f"section {key.value!r} of {values} is no mapping: give its keys, a line each")
+                if key.value not in parser.passed_over:
+                    kept.append((key, value))
+                elif key.value == "recipe":
+                    kept = [pair for pair in value.value if pair[0].value == "seed"] + kept
+            if kept != document.value:
+                document.value = kept
+                values = yaml.serialize(document)
+        super().__call__(parser, cfg, values, option_string)
 
 
 def _unknown_keys(message: str) -> list[str]:
@@ -77,34 +118,54 @@ def log_to_stderr() -> Iterator[None]:
         log.removeHandler(handler)
 
 
-def config_parser(command: str) -> Parser:
-    """The typed configuration: sections model, data, recipe and budget; files with --config, then single keys."""
+def config_parser(command: str, sections: Sequence[str] = SECTIONS) -> Parser:
+    """The typed configuration: these sections of it; files with --config, then single keys.
+
+    A command that has no recipe takes --seed.
+    """
     from routeseg.config import NetworkConfig
     from routeseg.cost.budget import Budget
     from routeseg.data.datamodule import DataConfig
     from routeseg.training.recipe import Recipe
 
     parser = Parser(prog=f"routeseg {command}", exit_on_error=True)
-    parser.add_argument("--config", action="config", help="a YAML file with any of the keys below; may be given again")
-    parser.add_class_arguments(NetworkConfig, "model", skip=NETWORK_SKIP, as_group=True)
-    parser.add_class_arguments(DataConfig, "data")
-    parser.add_class_arguments(Recipe, "recipe")
-    parser.add_class_arguments(Budget, "budget")
+    parser.passed_over = tuple(name for name in SECTIONS if name not in sections)
+    add_config_argument(parser)
+    if "model" in sections:
+        parser.add_class_arguments(NetworkConfig, "model", skip=NETWORK_SKIP, as_group=True)
+    for name, kind in (("data", DataConfig), ("recipe", Recipe), ("budget", Budget)):
+        if name in sections:
+            parser.add_class_arguments(kind, name)
+    if "recipe" not in sections:
+        parser.add_argument(
+            "--seed", type=int, default=0, help=f"for all that is drawn at random; a file has it as {SEED_KEY}"
+        )
     return parser
 
 
-def read_parts(parser: Parser, words: Sequence[str]) -> tuple[Namespace, Any, Any, Any]:
-    """The parsed words and the data, recipe and budget sections as objects."""
-    from routeseg.cost.budget import Budget
+def add_config_argument(parser: Parser) -> None:
+    """--config FILE."""
+    parser.add_argument(
+        "--config", action=ConfigFile, help="a YAML file with any of the keys below; may be given again"
+    )
+
+
+def read_data(parser: Parser, words: Sequence[str]) -> tuple[Namespace, DataConfig]:
+    """The parsed words, and the data section as an object."""
     from routeseg.data.datamodule import DataConfig
-    from routeseg.training.recipe import Recipe
 
     args = parser.parse_args(list(words))
     quiet_libraries()
-    data, recipe, budget = (
-        kind(**vars(args[key])) for kind, key in ((DataConfig, "data"), (Recipe, "recipe"), (Budget, "budget"))
-    )
-    return args, data, recipe, budget
+    return args, DataConfig(**vars(args.data))
+
+
+def read_parts(parser: Parser, words: Sequence[str]) -> tuple[Namespace, Any, Any, Any]:
+    """The parsed words, and the data, recipe and budget sections as objects."""
+    from routeseg.cost.budget import Budget
+    from routeseg.training.recipe import Recipe
+
+    args, data = read_data(parser, words)
+    return args, data, Recipe(**vars(args.recipe)), Budget(**vars(args.budget))
 
 
 def new_network(args: Namespace, data: DataConfig, recipe: Recipe) -> DynamicRoutingNetwork:
@@ -228,8 +289,6 @@ def enough_memory(remedy: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        from routeseg.prediction.files import lacks_memory
-
         if lacks_memory(error):
             reason = (str(error).splitlines() or ["none is left"])[0]
             raise ValueError(f"the images are too large for the memory ({reason}): {remedy}") from error

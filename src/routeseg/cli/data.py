@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from routeseg.cli.common import USAGE_ERROR, Parser, config_parser, progress_bar, read_parts
+from routeseg.cli.common import USAGE_ERROR, Parser, config_parser, progress_bar, read_data
 from routeseg.files import check_writable, expand_user, write_json
 
 if TYPE_CHECKING:
@@ -127,12 +127,12 @@ def convert_data_command(words: Sequence[str]) -> int:
 
 
 def check_data_command(words: Sequence[str]) -> int:
-    parser = config_parser("check-data")
+    parser = config_parser("check-data", ["data"])
     parser.add_argument("--split", type=str, action="append", help="may be given again; else the configuration's")
     parser.add_argument("--json", type=str | None, default=None, help="also write all that was found to this file")
     parser.add_argument("--output", type=str, default="runs/check", help="folder for contact_sheet.png")
     parser.add_argument("--workers", type=int | None, default=None, help="processes that read files; 1: this one")
-    args, data, recipe, _ = read_parts(parser, words)
+    args, data = read_data(parser, words)
 
     from routeseg.cli.tables import print_check
     from routeseg.data.datamodule import open_data, pair
@@ -151,7 +151,7 @@ def check_data_command(words: Sequence[str]) -> int:
     checks, opened = [], {}
     for split in dict.fromkeys(args.split or (data.train_split, data.val_split)):
         try:
-            opened[split] = open_data(data, split, recipe.seed)
+            opened[split] = open_data(data, split, args.seed)
         except ValueError as error:
             checks.append(SplitCheck(split, Classes(()), [], failure=str(error)))
             continue

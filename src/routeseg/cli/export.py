@@ -19,7 +19,6 @@ def export_command(words: Sequence[str]) -> int:
     parser = Parser(prog="routeseg export")
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder")
     parser.add_argument("output", type=str, help="the file to write, NAME.onnx")
-    parser.add_argument("--format", type=str, default="onnx", help="onnx")
     parser.add_argument("--routed", action="store_true", help="with gates: the route is chosen for each image")
     parser.add_argument(
         "--route", type=str | None, default=None, help="one route for all images: a JSON file, or an architecture"
@@ -29,11 +28,9 @@ def export_command(words: Sequence[str]) -> int:
     )
     args = parser.parse_args(list(words))
 
-    from routeseg.export import FORMATS, check_kind, check_name, export, require_onnx
+    from routeseg.export import check_kind, check_name, export, require_onnx
     from routeseg.model import checkpoints
 
-    if args.format not in FORMATS:
-        raise ValueError(f"--format {args.format!r}: choose {' or '.join(FORMATS)}")
     if args.routed and args.route is not None:
         raise ValueError("--routed keeps every route, --route keeps one: give one of them")
     path = check_name(args.output)

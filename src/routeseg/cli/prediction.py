@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from jsonargparse import Namespace
 
@@ -12,8 +13,11 @@ from routeseg.cli.common import PRECISION_HELP, USAGE_ERROR, Parser, find_device
 from routeseg.files import CONFIG_FILE
 
 if TYPE_CHECKING:
+    from routeseg.description import NetworkDescription
     from routeseg.model import DynamicRoutingNetwork
-    from routeseg.prediction.files import PredictionSummary, Runner
+    from routeseg.prediction.files import Runner
+    from routeseg.prediction.onnx_runner import OnnxNetwork
+    from routeseg.prediction.ray import OpenRunner
 
 
 def predict_command(words: Sequence[str]) -> int:
@@ -26,27 +30,26 @@ def predict_command(words: Sequence[str]) -> int:
         "--engine",
         type=str | None,
         default=None,
-        help="of a checkpoint: skip, dense, or ray: skip in several processes",
+        help="how a checkpoint runs: skip (closed paths cost nothing; the default) or dense",
     )
-    parser.add_argument("--device", type=str, default="cpu", help="cpu, or of a checkpoint cuda")
+    parser.add_argument("--device", type=str, default="cpu", help="cpu; a checkpoint also runs on cuda")
     parser.add_argument("--precision", type=str, default="float32", help=PRECISION_HELP)
     parser.add_argument("--pictures", type=bool, default=True, help="false: labels and JSON alone, which is faster")
     parser.add_argument("--resume", action="store_true", help="leave the results that are there as they are")
-    parser.add_argument("--workers", type=int | None, default=None, help="of engine ray; by default one for each core")
     parser.add_argument(
-        "--ray_address", type=str | None, default=None, help="auto or HOST:PORT of a running Ray cluster"
+        "--workers", type=int | None, default=None, help="predict in so many processes, with Ray; else in this process"
+    )
+    parser.add_argument(
+        "--ray_address",
+        type=str | None,
+        default=None,
+        help="predict on a Ray cluster, auto or HOST:PORT; --workers are then by default one for each core",
     )
     args = parser.parse_args(list(words))
 
     from routeseg.prediction.files import predict_files
-    from routeseg.prediction.onnx_runner import OnnxNetwork
     from routeseg.prediction.sources import find_inputs
 
-    for option in ("workers", "ray_address"):
-        if args.engine != "ray" and args[option] is not None:
-            raise ValueError(f"--{option} is of --engine ray: add that, or leave --{option} out")
-    if args.engine == "ray" and args.precision != "float32":
-        raise ValueError("--precision is of --engine skip: leave it out with --engine ray")
     inputs = list(args.inputs)
     network = inputs.pop(0) if _is_network(inputs[0]) else None
     if network is not None and not inputs:
@@ -54,24 +57,25 @@ def predict_command(words: Sequence[str]) -> int:
     for word in inputs:
         if _is_onnx(word):
             raise ValueError(f"{word} is a network: name one, before the images")
+    images = find_inputs(inputs)
+    several = args.workers is not None or args.ray_address is not None
     common = {"resume": args.resume, "pictures": args.pictures}
-    if args.engine == "ray" and not _is_onnx(network):
-        summary = _predict_with_ray(network, inputs, args, common)
+    if several:
+        from routeseg.prediction.ray import predict_with_ray
+
+        opener, description = _opener(network, args)
+        where = {"workers": args.workers, "address": args.ray_address, "device": args.device}
+        with progress_bar("predict", len(images)) as step:
+            summary = predict_with_ray(opener, description, images, args.output, on_image=step, **where, **common)
     else:
-        images = find_inputs(inputs)
-        runner: Runner
-        if network is not None and _is_onnx(network):
-            _check_onnx_options(network, args)
-            runner = OnnxNetwork(network)
-        else:
-            runner = _torch_network(network, args)
+        runner = _open(network, args)
         with progress_bar("predict", len(images)) as step:
             summary = predict_files(runner, images, args.output, step, **common)
     print(summary.table())
     return USAGE_ERROR if summary.skipped else 0
 
 
-def _is_onnx(network: str | None) -> bool:
+def _is_onnx(network: str | None) -> TypeGuard[str]:
     return network is not None and network.lower().endswith(".onnx")
 
 
@@ -80,16 +84,43 @@ def _is_network(word: str) -> bool:
     return _is_onnx(word) or (Path(word) / CONFIG_FILE).is_file()
 
 
-def _check_onnx_options(network: str, args: Namespace) -> None:
-    """Raises ValueError for options of checkpoints alone."""
-    if args.engine is not None:
-        raise ValueError(f"--engine is of checkpoints, and {network} is run by ONNX Runtime: leave --engine out")
-    if args.device != "cpu":
-        raise ValueError(f"--device {args.device} is of checkpoints, and {network} runs on cpu: leave --device out")
-    if args.precision != "float32":
-        raise ValueError(
-            f"--precision is of checkpoints, and {network} has its own: leave it out (`routeseg export` writes int8)"
-        )
+def _open(network: str | None, args: Namespace) -> Runner:
+    """What segments images in this process."""
+    if _is_onnx(network):
+        return _open_onnx(network, args)
+    from routeseg.prediction.torch_runner import open_network
+
+    return open_network(_load(network), args.engine or "skip", args.precision, find_device(args.device))
+
+
+def _opener(network: str | None, args: Namespace) -> tuple[OpenRunner, NetworkDescription]:
+    """What opens the network in another process, and the network. Wrong options are found here, before Ray starts."""
+    from routeseg.prediction.onnx_runner import OnnxNetwork
+
+    if _is_onnx(network):
+        runner: Runner = _open_onnx(network, args)
+        return partial(OnnxNetwork, network, content=Path(network).read_bytes()), runner.network
+    from routeseg.prediction.torch_runner import open_network
+
+    model = _load(network)
+    opener = partial(open_network, model, args.engine or "skip", args.precision, args.device)
+    # Only a worker has the GPU.
+    runner = opener() if args.device == "cpu" else open_network(model, "dense")
+    return opener, runner.network
+
+
+def _open_onnx(file: str, args: Namespace) -> OnnxNetwork:
+    """The network of an ONNX file. Raises ValueError for options that only apply to checkpoints."""
+    from routeseg.prediction.onnx_runner import OnnxNetwork
+
+    for option, given, why in (
+        ("engine", args.engine is not None, f"ONNX Runtime runs {file}"),
+        ("device", args.device != "cpu", f"{file} runs on the CPU"),
+        ("precision", args.precision != "float32", f"{file} has its own (`routeseg export --int8` writes int8)"),
+    ):
+        if given:
+            raise ValueError(f"--{option} only applies to checkpoints, {why}: leave it out")
+    return OnnxNetwork(file)
 
 
 def _load(checkpoint: str | None) -> DynamicRoutingNetwork:
@@ -98,27 +129,6 @@ def _load(checkpoint: str | None) -> DynamicRoutingNetwork:
     if checkpoint is None:
         print(f"using the network that is shipped, trained on CamVid ({checkpoints.PRETRAINED.name})")
     return checkpoints.load(checkpoint)
-
-
-def _torch_network(checkpoint: str | None, args: Namespace) -> Runner:
-    """The network of a checkpoint on its device, with its engine."""
-    from routeseg.engine import build_engine
-    from routeseg.prediction.torch_runner import TorchNetwork
-
-    model = _load(checkpoint).to(find_device(args.device))
-    return TorchNetwork(build_engine(model, args.engine or "skip", args.precision), model)
-
-
-def _predict_with_ray(
-    checkpoint: str | None, inputs: Sequence[str], args: Namespace, common: dict[str, bool]
-) -> PredictionSummary:
-    from routeseg.prediction.ray import predict_with_ray, require_ray
-    from routeseg.prediction.sources import find_inputs
-
-    require_ray()
-    images, model = find_inputs(inputs), _load(checkpoint)
-    with progress_bar("predict", len(images)) as step:
-        return predict_with_ray(model, images, args.output, args.workers, args.ray_address, args.device, step, **common)
 
 
 def import_command(words: Sequence[str]) -> int:

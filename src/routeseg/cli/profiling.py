@@ -1,4 +1,4 @@
-"""The command that measures milliseconds: profile."""
+"""The commands about milliseconds: profile measures a table of them, latency predicts from it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from jsonargparse import Namespace
 
 from routeseg.cli.common import (
     PRECISION_HELP,
+    Parser,
     config_parser,
     enough_memory,
     find_device,
     network_options,
     parse_size,
     progress_bar,
-    read_parts,
+    quiet_libraries,
     read_route,
 )
 from routeseg.files import check_writable, write_json
@@ -24,108 +25,172 @@ from routeseg.files import check_writable, write_json
 if TYPE_CHECKING:
     from routeseg.cost.latency import LatencyTable
     from routeseg.model import DynamicRoutingNetwork
+    from routeseg.space import Route
 
-OUTPUT = "runs/profile"  # where no checkpoint is given
+OUTPUT = "runs/profile"  # if no checkpoint is given
+CLASSES = 19  # of a network without a checkpoint
+EVERYTHING_OPEN = "everything open"
 
 
 def profile_command(words: Sequence[str]) -> int:
-    parser = config_parser("profile")
+    from routeseg.engine.profiling import REPEATS, ROUTES, forwards, profile
+
+    parser = config_parser("profile", ["model"])
     parser.add_argument(
         "checkpoint",
         type=str | None,
         nargs="?",
         default=None,
-        help="a checkpoint folder; without one, random weights in the network of the model section",
+        help="a checkpoint folder; without one, a network with random weights, as the model section says",
     )
     parser.add_argument("--size", type=str, default="1024x2048", help="HEIGHTxWIDTH of the image")
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
-    parser.add_argument("--precision", type=str | None, default=None, help=PRECISION_HELP)
-    parser.add_argument("--num_classes", type=int, default=19, help="of a network without a checkpoint")
-    parser.add_argument("--routes", type=int | None, default=None, help="to test predictions on, drawn; 50")
-    parser.add_argument("--repeats", type=int | None, default=None, help="forwards of each, whose median counts; 11")
+    parser.add_argument("--precision", type=str, default="float32", help=PRECISION_HELP)
     parser.add_argument(
-        "--route", type=str | None, default=None, help="also time this route: a JSON file, or an architecture"
+        "--num_classes", type=int | None, default=None, help=f"classes of a network without a checkpoint; {CLASSES}"
     )
-    parser.add_argument(
-        "--table", type=str | None, default=None, help="predict --route from this file, and measure no table"
-    )
+    parser.add_argument("--routes", type=int, default=ROUTES, help="how many random routes test the predictions")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="forwards of each route; their median counts")
     parser.add_argument(
         "--output", type=str | None, default=None, help=f"folder; by default the checkpoint's, or {OUTPUT}"
     )
-    parser.add_argument("--json", type=str | None, default=None, help="also write the result to this file")
-    args, _, recipe, _ = read_parts(parser, words)
+    parser.add_argument("--json", type=str | None, default=None, help="also write the table to this file")
+    args = parser.parse_args(list(words))
+    quiet_libraries()
     size = parse_size("--size", args.size)
 
     from routeseg.cli.tables import print_latency
-    from routeseg.cost.latency import LatencyTable, by_part
+    from routeseg.cost.latency import by_part
     from routeseg.cost.macs import model_cost
-    from routeseg.engine.profiling import REPEATS, ROUTES, forwards, measure_route, profile
     from routeseg.evaluation import machine_facts
     from routeseg.figures import latency_scatter
 
     for option in ("routes", "repeats"):
-        if args[option] is not None and args[option] < 1:
-            raise ValueError(f"--{option} is {args[option]}: it must be at least 1")
-    if args.table is not None and args.route is None:
-        raise ValueError("--table predicts a route: name one with --route, or leave --table out to measure")
-    for option in ("precision", "routes", "output"):
-        if args.table is not None and args[option] is not None:
-            raise ValueError(f"--{option} is of a new table, --table names one that is there: leave one of them out")
-    routes, repeats = args.routes or ROUTES, args.repeats or REPEATS
-    model = _network(args, recipe.seed).to(find_device(args.device))
-    route = None if args.route is None else read_route(args.route, model.route)
+        _check_positive(option, args[option])
+    model = _network(args, words).to(find_device(args.device))
     output = Path(args.output or args.checkpoint or OUTPUT)
-    if args.table is None:
-        check_writable(output)
+    check_writable(output)
     if args.json is not None:
         check_writable(Path(args.json).parent, "--json")
-    with enough_memory("give a smaller --size"):
-        if args.table is not None:
-            table = LatencyTable.read(args.table)
-            table.check(model.config, size, args.table)
-            _check_conditions(table, model, args.table)
-        else:
-            with progress_bar("profile", repeats * forwards(routes)) as step:
-                precision: Any = args.precision or "float32"
-                table = profile(model, size, precision, routes, repeats, recipe.seed, step=step)
-            table.facts["all_open_by_part"] = by_part(table, model_cost(model, size))
-            table.facts.update({"command": ["profile", *words]} | machine_facts())
-        timed = [] if route is None else measure_route(model, table, route, repeats)
-    if args.table is None:
-        path = output / f"{table.name}.json"
-        table.write(path)
-        title = f"{args.size}, {table.device}, {table.precision}"
-        latency_scatter(path.with_suffix(".png"), table.facts["test"]["routes"], title)
-        print_latency(table.facts["all_open_by_part"], table.facts, title)
-        print(f"{path}, and a figure beside it")
-    for row in timed:
-        kind = "with gates" if row["gates"] else "without gates"
-        print(f"{args.route}, {kind}: {row['predicted_ms']:.2f} ms predicted, {row['measured_ms']:.2f} measured")
+    with (
+        enough_memory("give a smaller --size"),
+        progress_bar("profile", args.repeats * forwards(args.routes)) as step,
+    ):
+        table = profile(model, size, args.precision, args.routes, args.repeats, args.seed, step=step)
+    table.facts["all_open_by_part"] = by_part(table, model_cost(model, size))
+    table.facts.update({"command": ["profile", *words]} | machine_facts())
+    path = output / f"{table.name}.json"
+    table.write(path)
+    title = f"{args.size}, {table.device}, {table.precision}"
+    latency_scatter(path.with_suffix(".png"), table.facts["test"]["routes"], title)
+    print_latency(table.facts["all_open_by_part"], table.facts, title)
+    print(f"{path}, and a figure beside it")
     if args.json is not None:
-        write_json(args.json, table.as_dict() | ({"route": args.route, "route_ms": timed} if timed else {}))
+        write_json(args.json, table.as_dict())
     return 0
 
 
-def _network(args: Namespace, seed: int) -> DynamicRoutingNetwork:
-    """The checkpoint's, or one with random weights as the model section says."""
+def latency_command(words: Sequence[str]) -> int:
+    parser = Parser(prog="routeseg latency")
+    parser.add_argument("table", type=str, help="a table of milliseconds, as `routeseg profile` writes it")
+    parser.add_argument(
+        "--route", type=str | None, default=None, help=f"a JSON file, or an architecture; by default {EVERYTHING_OPEN}"
+    )
+    parser.add_argument(
+        "--measure", type=str | None, default=None, help="also time the route in the network of this checkpoint folder"
+    )
+    parser.add_argument(
+        "--repeats", type=int | None, default=None, help="forwards that --measure times; their median counts"
+    )
+    parser.add_argument("--json", type=str | None, default=None, help="also write the result to this file")
+    args = parser.parse_args(list(words))
+
+    from routeseg.cost.latency import LatencyTable
+
+    if args.repeats is not None:
+        if args.measure is None:
+            raise ValueError("--repeats only applies to --measure: add that, or leave --repeats out")
+        _check_positive("repeats", args.repeats)
+    table = LatencyTable.read(args.table)
+    whole = _whole_route(table)
+    route = whole if args.route is None else read_route(args.route, whole)
+    if args.json is not None:
+        check_writable(Path(args.json).parent, "--json")
+    if args.measure is None:
+        rows: list[dict[str, Any]] = [
+            {"open_edges": len(route), "gates": gates, "predicted_ms": table.of_route(route, gates)}
+            for gates in (False, True)[: 1 + table.network["gated"]]
+        ]
+    else:
+        rows = _measured(table, route, args)
+    for row in rows:
+        gates = "with gates" if row["gates"] else "without gates"
+        measured = f", {row['measured_ms']:.2f} measured" if "measured_ms" in row else ""
+        print(f"{args.route or EVERYTHING_OPEN}, {gates}: {row['predicted_ms']:.2f} ms predicted{measured}")
+    if args.json is not None:
+        write_json(
+            args.json, {"table": args.table, "route": args.route, "route_ms": rows, "command": ["latency", *words]}
+        )
+    return 0
+
+
+def _check_positive(option: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"--{option} is {value}: it must be at least 1")
+
+
+def _network(args: Namespace, words: Sequence[str]) -> DynamicRoutingNetwork:
+    """The checkpoint's network, or one with random weights as the model section says."""
     import torch
 
     from routeseg.model import DynamicRoutingNetwork, checkpoints
 
     if args.checkpoint is not None:
+        for word in words:
+            if word.startswith(("--model", "--num_classes")):
+                raise ValueError(
+                    f"{word.partition('=')[0]} describes a network without a checkpoint: leave it out, or leave out "
+                    f"{args.checkpoint}"
+                )
         return checkpoints.load(args.checkpoint)
-    torch.manual_seed(seed)
-    return DynamicRoutingNetwork(num_classes=args.num_classes, **network_options(args)).eval()
+    torch.manual_seed(args.seed)
+    return DynamicRoutingNetwork(num_classes=args.num_classes or CLASSES, **network_options(args)).eval()
 
 
-def _check_conditions(table: LatencyTable, model: DynamicRoutingNetwork, name: str) -> None:
-    """Raises ValueError where a table was measured on another device, or with other threads, than would run now."""
+def _whole_route(table: LatencyTable) -> Route:
+    """The edges that the network of a table has."""
+    from routeseg.space import Route
+
+    edges = table.network["route"]
+    return Route.all_open(table.space) if edges is None else Route.from_named_edges(table.space, edges)
+
+
+def _measured(table: LatencyTable, route: Route, args: Namespace) -> list[dict[str, Any]]:
+    """The route's predicted and measured milliseconds, in the network of --measure."""
+    from routeseg.engine.profiling import REPEATS, measure_route
+    from routeseg.model import checkpoints
+
+    quiet_libraries()
+    model = checkpoints.load(args.measure)
+    table.check(model.config, table.size, args.table)
+    _check_machine(table, args.table)
+    with enough_memory("measure a table of smaller images with `routeseg profile --size`"):
+        return measure_route(model.to(table.device), table, route, args.repeats or REPEATS)
+
+
+def _check_machine(table: LatencyTable, name: str) -> None:
+    """Raises ValueError if a table was measured on a device that is not here, or with other threads than run now."""
     import torch
 
-    device, threads = next(model.parameters()).device, table.facts.get("machine", {}).get("threads")
-    if table.device != str(device):
-        raise ValueError(f"{name} was measured on {table.device}, this runs on {device}: set --device")
-    if device.type == "cpu" and threads not in (None, torch.get_num_threads()):
+    try:
+        find_device(table.device)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} was measured on {table.device}, which is not here: measure a table on this machine with "
+            "`routeseg profile`"
+        ) from error
+    threads = table.facts.get("machine", {}).get("threads")
+    if table.device == "cpu" and threads not in (None, torch.get_num_threads()):
         raise ValueError(
             f"{name} was measured with {threads} threads, this runs with {torch.get_num_threads()}: set OMP_NUM_THREADS"
         )

@@ -9,6 +9,7 @@ from typing import Literal
 from routeseg.cli.common import (
     NETWORK_SKIP,
     Parser,
+    add_config_argument,
     config_parser,
     enough_memory,
     network_options,
@@ -62,7 +63,7 @@ def pretrain_command(words: Sequence[str]) -> int:
     from routeseg.training.classification import PretrainingRecipe, pretrain
 
     parser = Parser(prog="routeseg pretrain")
-    parser.add_argument("--config", action="config", help="a YAML file with any of the keys below; may be given again")
+    add_config_argument(parser)
     parser.add_class_arguments(NetworkConfig, "model", skip=NETWORK_SKIP | {"zeros_arrive"}, as_group=True)
     parser.add_class_arguments(ClassificationConfig, "data")
     parser.add_class_arguments(PretrainingRecipe, "recipe")

@@ -22,6 +22,7 @@ import fsspec
 import numpy as np
 
 from routeseg.data.pairs import decode_image
+from routeseg.errors import require
 from routeseg.files import expand_user
 
 IMAGE_KEYS = ("jpg", "jpeg", "png")
@@ -219,8 +220,7 @@ class _Watched:
 
 def import_webdataset() -> tuple[Any, Any]:
     """webdataset's `tariterators` and `shardlists`. Raises ValueError, naming the extra, where it is missing."""
-    try:
-        from webdataset import shardlists, tariterators
-    except ImportError as error:
-        raise ValueError("tar shards need the package webdataset: pip install 'routeseg[tars]'") from error
+    tariterators, shardlists = (
+        require(f"webdataset.{name}", "tars", "a set of tar shards") for name in ("tariterators", "shardlists")
+    )
     return tariterators, shardlists

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from routeseg.description import METADATA_KEY
 from routeseg.engine.folding import fold_batch_norm
+from routeseg.errors import require
 from routeseg.export.metadata import metadata
 from routeseg.files import write_atomically
 from routeseg.model.grid import RoutedNetwork
@@ -16,10 +17,9 @@ from routeseg.prediction.sources import is_url
 if TYPE_CHECKING:
     import onnx
 
-FORMATS = ("onnx",)
 SUFFIX = ".onnx"
 
-__all__ = ["FORMATS", "build_onnx", "export", "metadata", "require_onnx"]
+__all__ = ["build_onnx", "export", "metadata", "require_onnx"]
 
 
 def export(model: RoutedNetwork, path: str | Path, routed: bool = False) -> Path:
@@ -90,7 +90,4 @@ def check_kind(model: RoutedNetwork, routed: bool) -> None:
 
 def require_onnx() -> None:
     """Raises ValueError where the package onnx is not installed."""
-    try:
-        import onnx  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"export needs the package onnx ({error}): `pip install 'routeseg[onnx]'`") from error
+    require("onnx", "onnx", "`routeseg export`")

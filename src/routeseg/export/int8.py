@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from routeseg.description import METADATA_KEY, describe
+from routeseg.errors import require
 from routeseg.export import build_onnx, check_name
 from routeseg.files import write_atomically
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.prediction.files import pad_small, read_source
-from routeseg.prediction.onnx_runner import prepare, reason, require_onnxruntime
+from routeseg.prediction.onnx_runner import prepare, reason
 from routeseg.prediction.sources import Source, locate
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def export_int8(
     path = check_name(path)
     if not images:
         raise ValueError("no image to calibrate with: give some such as the network will see")
-    require_onnxruntime()
+    require("onnxruntime", "onnx", "--int8")
     float_model = build_onnx(model, dense=model.config.gated)
     network, step = describe(model), on_image or (lambda: None)
 

@@ -72,7 +72,7 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
                 for (layer, s), out in directions.items()
             }
         )
-        self.add_module(self.head_class.key, self.head_class(config))
+        self._modules[self.head_class.key] = self.head_class(config)  # which may be called as the property below
         self._reset_parameters()
 
     @property
@@ -97,7 +97,7 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
     @property
     def head(self) -> Head:
         """What reads the features of all scales out."""
-        return cast(Head, getattr(self, self.head_class.key))
+        return cast(Head, self._modules[self.head_class.key])
 
     @property
     def macs(self) -> PartMacs:

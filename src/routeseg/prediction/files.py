@@ -34,6 +34,7 @@ from routeseg.cost.macs import model_cost
 from routeseg.data.pairs import UnreadableImage, decode_image
 from routeseg.data.transforms import PADDING_RGB
 from routeseg.description import NetworkDescription
+from routeseg.errors import lacks_memory
 from routeseg.figures import overlay, png_bytes, route_picture
 from routeseg.labels import IGNORE
 from routeseg.prediction.sources import (
@@ -51,13 +52,7 @@ from routeseg.space import MIN_IMAGE_SIZE, Route, padded_size
 LABELS, OVERLAY, ROUTE_PICTURE, ROUTE = "_labels.png", "_overlay.png", "_route.png", "_route.json"
 OUTPUTS = (LABELS, OVERLAY, ROUTE_PICTURE, ROUTE)
 SKIPS_NAMED = 20  # in the summary; beyond that they are counted
-OUT_OF_MEMORY = ("out of memory", "allocate memory", "Insufficient memory")  # of a GPU, of a CPU, of OpenCV
 GIGA = 1e9
-
-
-def lacks_memory(error: Exception) -> bool:
-    """Whether this says that an image was too large for the memory."""
-    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 class Runner(Protocol):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from routeseg.description import FORMAT, METADATA_KEY, NetworkDescription
-from routeseg.errors import DIVERGED, NOT_FINITE
+from routeseg.errors import DIVERGED, NOT_FINITE, require
 from routeseg.space import MIN_IMAGE_SIZE, padded_size
 
 FATAL_ONLY = 4  # of the log of ONNX Runtime, which also raises its errors
@@ -26,20 +26,21 @@ class OnnxNetwork:
 
     file     as `routeseg export` writes it
     threads  that compute one image; None: OMP_NUM_THREADS, or all cores that this process may use
+    content  the file's bytes, if this machine does not have the file
 
     network    its NetworkDescription
     kind       "static"; "routed": with gates, closed paths are skipped; "dense": with gates, all paths are computed
     precision  "float32" or "int8"
     session    ONNX Runtime's
 
-    Raises ValueError, naming the file, where it is missing, damaged, none of ours, or of a later format, and where
-    ONNX Runtime is not installed.
+    Raises ValueError, naming the file, if it is missing or damaged, if routeseg did not write it, or a later version of
+    it did, and if ONNX Runtime is not installed.
     """
 
-    def __init__(self, file: str | Path, threads: int | None = None) -> None:
+    def __init__(self, file: str | Path, threads: int | None = None, content: bytes | None = None) -> None:
         self.file = Path(file)
-        self.session = _open(self.file, threads or _default_threads())
-        data = _own_words(self.file, self.session.get_modelmeta().custom_metadata_map)
+        self.session = _open(self.file, threads or _default_threads(), content)
+        data = _read_metadata(self.file, self.session.get_modelmeta().custom_metadata_map)
         self.kind, self.precision = str(data.get("kind")), str(data.get("precision"))
         try:
             self.network = NetworkDescription.from_metadata(data)
@@ -50,7 +51,7 @@ class OnnxNetwork:
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Image uint8 [H,W,3] RGB, H and W at least 32 -> labels uint8 [H,W], gates float32 [L+1,S,3].
 
-        Raises ValueError where an output is not finite, and MemoryError where memory is short.
+        Raises ValueError if an output is not finite, and MemoryError if memory is short.
         """
         logits, gates = self.run(image.transpose(2, 0, 1)[None])
         labels, best = most_likely(logits[0])
@@ -62,7 +63,7 @@ class OnnxNetwork:
         """Images [B,3,H,W] RGB, uint8 or floating point in 0..1, H and W at least 32 -> float32 logits [B,K,H,W],
         gates [B,L+1,S,3]: what `routeseg.model.Segmentation` holds.
 
-        Raises ValueError for other images, and MemoryError where memory is short.
+        Raises ValueError for other images, and MemoryError if memory is short.
         """
         if images.ndim != 4 or images.shape[1] != 3 or not len(images) or min(images.shape[2:]) < MIN_IMAGE_SIZE:
             raise ValueError(
@@ -78,7 +79,7 @@ class OnnxNetwork:
         height, width = images.shape[2:]
         try:
             logits, gates = self.session.run(["logits", "gates"], {"images": prepare(self.network, images)})
-        except Exception as error:  # ONNX Runtime has its own, which share no class but this one
+        except Exception as error:  # ONNX Runtime's errors share no class but this one
             if any(words in str(error) for words in NO_MEMORY):
                 raise MemoryError(str(error)) from error
             raise ValueError(f"{self.file} cannot be run on images of {height}x{width}: {reason(error)}") from error
@@ -98,9 +99,9 @@ def prepare(network: NetworkDescription, images: np.ndarray) -> np.ndarray:
 
 
 def most_likely(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [K,H,W] -> the first of the largest, uint8 [H,W], and its logit [H,W], NaN where one of them is.
+    """Logits [K,H,W] -> the first of the largest, uint8 [H,W], and its logit [H,W], which is NaN if any of the K is.
 
-    A map at a time, which is more than twice as fast as `argmax` over the first axis.
+    One class after another, which is more than twice as fast as `argmax` over the first axis.
     """
     labels, best = np.zeros(logits.shape[1:], dtype=np.uint8), logits[0].copy()
     for number, one in enumerate(logits[1:], start=1):
@@ -109,42 +110,32 @@ def most_likely(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return labels, best
 
 
-def require_onnxruntime() -> None:
-    """Raises ValueError where ONNX Runtime is not installed."""
-    try:
-        import onnxruntime  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"ONNX files need ONNX Runtime ({error}): `pip install 'routeseg[onnx]'`") from error
-
-
 def _default_threads() -> int:
-    """As torch's: OMP_NUM_THREADS where it is set, else all cores that this process may use."""
+    """As many as torch takes: OMP_NUM_THREADS if it is set, else all cores that this process may use."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdigit() and int(asked) > 0:
         return int(asked)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _open(file: Path, threads: int) -> Any:
-    """ONNX Runtime's session of a file."""
-    require_onnxruntime()
-    import onnxruntime
-
-    if not file.is_file():
+def _open(file: Path, threads: int, content: bytes | None) -> Any:
+    """ONNX Runtime's session of a file, or of its content."""
+    onnxruntime = require("onnxruntime", "onnx", "prediction with an ONNX file")
+    if content is None and not file.is_file():
         raise ValueError(f"no file {file}: `routeseg export CHECKPOINT {file}` writes one")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = FATAL_ONLY
     try:
-        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime has its own, which share no class but this one
+        return onnxruntime.InferenceSession(content or file, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's errors share no class but this one
         raise ValueError(f"{file} is no ONNX file, or a damaged one: {reason(error)}") from error
 
 
-def _own_words(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What the file says of its network. Raises ValueError where it is none of ours, or of a later format."""
+def _read_metadata(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What the file says of its network. Raises ValueError if routeseg did not write it, or a later version did."""
     if METADATA_KEY not in metadata:
-        raise ValueError(f"{file} is an ONNX file of something else: give one that `routeseg export` wrote")
+        raise ValueError(f"{file} is an ONNX file, but `routeseg export` did not write it: give one that it wrote")
     try:
         data = json.loads(metadata[METADATA_KEY])
         written = data["format"]
@@ -154,24 +145,24 @@ def _own_words(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         ) from error
     if written != FORMAT:
         raise ValueError(
-            f"{file} is of format {written}, written by routeseg {data.get('version', '?')}; this one reads format "
+            f"{file} has format {written}, and routeseg {data.get('version', '?')} wrote it; this version reads format "
             f"{FORMAT}: install that version, or export the network anew"
         )
     return data
 
 
-def _check_tensors(own: OnnxNetwork) -> None:
-    """Raises ValueError where inputs and outputs of the graph are not those of the network that the file describes."""
-    space, session = own.network.config.space, own.session
+def _check_tensors(onnx: OnnxNetwork) -> None:
+    """Raises ValueError if inputs and outputs of the graph are not those of the network that the file describes."""
+    space, session = onnx.network.config.space, onnx.session
     expected = {
         "images": (None, 3, None, None),
-        "logits": (None, own.network.config.num_classes, None, None),
+        "logits": (None, onnx.network.config.num_classes, None, None),
         "gates": (None, space.depth + 1, space.num_scales, 3),
     }
     found = {value.name: value for value in (*session.get_inputs(), *session.get_outputs())}
     if found.keys() != expected.keys() or [value.name for value in session.get_inputs()] != ["images"]:
         raise ValueError(
-            f"{own.file} takes {[value.name for value in session.get_inputs()]} and gives "
+            f"{onnx.file} takes {[value.name for value in session.get_inputs()]} and gives "
             f"{[value.name for value in session.get_outputs()]}, not ['images'] and ['logits', 'gates']: export it anew"
         )
     for name, shape in expected.items():
@@ -181,7 +172,7 @@ def _check_tensors(own: OnnxNetwork) -> None:
         )
         if not fits or value.type != "tensor(float)":
             raise ValueError(
-                f"{own.file}: {name} is {value.type} {value.shape}, which is not that of the network that the file "
+                f"{onnx.file}: {name} is {value.type} {value.shape}, which does not fit the network that the file "
                 "describes: export it anew"
             )
 

@@ -1,13 +1,13 @@
 """`predict_files` in several processes, on this machine or on a cluster, with Ray Data (the extra `routeseg[ray]`).
 
-The driver lists the images and holds the network in Ray's object store; each worker, an actor, takes the network from
-there once, and images block by block. Ray restarts a worker that dies and gives its block to another, which writes the
-same files again. An image at which several workers died is skipped.
+The driver lists the images and puts into Ray's object store what opens the network. Each worker, an actor, takes it
+from there once, opens the network, and segments images block by block. Ray restarts a worker that dies and gives its
+block to another one, which writes the same files again. An image at which several workers died is skipped.
+No torch here.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import socket
@@ -17,16 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from routeseg.description import describe
-from routeseg.engine import build_engine
-from routeseg.model import DynamicRoutingNetwork
+from routeseg.description import NetworkDescription
+from routeseg.errors import require
 from routeseg.prediction.files import (
     Job,
     Plan,
     Prediction,
     PredictionSummary,
+    Runner,
     Segmenter,
     Skip,
     Target,
@@ -34,27 +32,19 @@ from routeseg.prediction.files import (
     plan_work,
 )
 from routeseg.prediction.sources import Source, is_url
-from routeseg.prediction.torch_runner import TorchNetwork
 
-STORE_BYTES = 200 * 2**20  # of Ray's object store, beside the network: images and results do not pass through it
-BLOCKS_PER_WORKER, LARGEST_BLOCK = 8, 16  # images a worker takes at once: few, to lose few and to end together
+OpenRunner = Callable[..., Runner]  # called with `threads=N` in each worker
+STORE_BYTES = 200 * 2**20  # Ray's object store, beside the network: images and results do not pass through it
+BLOCKS_PER_WORKER, LARGEST_BLOCK = 8, 16  # images that a worker takes at once: few, to lose few and to end together
 MAX_ATTEMPTS = 3  # workers that may die at one image
 CONNECT_SECONDS = 5
+DEVICES = ("cpu", "cuda")
 DONE, SKIPPED, FAILED = "done", "skipped", "failed"
 
 
-def require_ray() -> None:
-    """Raises ValueError where Ray is not installed, or lacks its part for data."""
-    try:
-        import ray.data  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            f"--engine ray needs Ray ({error}): `pip install 'routeseg[ray]'`, or leave --engine out"
-        ) from error
-
-
 def predict_with_ray(
-    model: DynamicRoutingNetwork,
+    open_runner: OpenRunner,
+    network: NetworkDescription,
     images: Sequence[Source],
     output: Source,
     workers: int | None = None,
@@ -64,30 +54,35 @@ def predict_with_ray(
     resume: bool = False,
     pictures: bool = True,
 ) -> PredictionSummary:
-    """`predict_files` with the skip engine in several processes: the same files.
+    """`predict_files` in several processes: the same files.
 
-    workers  how many processes; None: one for each core of this machine or the cluster
-    address  None: a Ray of its own on this machine, which ends with the call; "auto" or "HOST:PORT": a running
-             cluster, whose machines have routeseg installed and see paths where this one sees them
-    device   of the workers, cpu or cuda (then each has a GPU of its own)
+    open_runner  gives each process its runner, such as `partial(open_network, model)` or
+                 `partial(OnnxNetwork, file, content=file.read_bytes())`; it travels to them as a pickle
+    network      the network of the runner
+    workers      how many processes; None: one for each core, or for each GPU, of this machine or the cluster
+    address      None: a Ray of its own on this machine, which ends with the call; "auto" or "HOST:PORT": a running
+                 cluster, whose machines have routeseg installed and see paths where this one sees them
+    device       where the runner computes, cpu or cuda; with cuda Ray gives each process a GPU of its own
 
     Inside a program that has called `ray.init`, that Ray is used, and left as it is.
-    Raises ValueError as `predict_files` does, and where Ray is missing, or there is no such cluster or GPU.
+    Raises ValueError as `predict_files` does, and if Ray is not installed, or there is no such cluster or GPU.
     """
-    require_ray()
+    require("ray.data", "ray", "prediction in several processes (--workers, --ray_address)")
     if workers is not None and workers < 1:
         raise ValueError(f"--workers is {workers}: it must be at least 1")
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"--device is {device}: choose cpu or cuda; with cuda Ray gives each worker its GPU")
-    plan = plan_work(describe(model), images, output, resume, pictures)
+    if device not in DEVICES:
+        raise ValueError(
+            f"--device is {device}: with --workers or --ray_address, choose cpu, or cuda, where each worker gets a GPU"
+        )
+    plan = plan_work(network, images, output, resume, pictures)
     _refuse_memory(plan)
     if not plan.jobs:  # all done
         return collect(plan, (), on_image)
-    return collect(plan, _outcomes(model, plan, workers, address, device), on_image)
+    return collect(plan, _outcomes(open_runner, plan, workers, address, device), on_image)
 
 
 def _outcomes(
-    model: DynamicRoutingNetwork,
+    open_runner: OpenRunner,
     plan: Plan,
     workers: int | None,
     address: str | None,
@@ -97,10 +92,9 @@ def _outcomes(
     import ray
     import ray.data
 
-    weights = sum(value.nbytes for value in model.state_dict().values())
-    with ray_session(address, workers, STORE_BYTES + 2 * weights), _quiet_data():
+    opener = ray.cloudpickle.dumps(open_runner)
+    with ray_session(address, workers, STORE_BYTES + len(opener)), _quiet_data():
         workers, threads, gpus = _share_out(workers, len(plan.jobs), device)
-        network = ray.put(copy.deepcopy(model).cpu())
         attempts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Attempts).remote()
         blocks = max(-(-len(plan.jobs) // LARGEST_BLOCK), min(len(plan.jobs), BLOCKS_PER_WORKER * workers))
         rows = [
@@ -109,7 +103,7 @@ def _outcomes(
         ]
         data = ray.data.from_items(rows, override_num_blocks=blocks).map(
             _Worker,  # type: ignore[arg-type]
-            fn_constructor_args=(network, plan.target, device, threads, attempts),
+            fn_constructor_args=(ray.put(opener), plan.target, threads, attempts),
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=threads,
             num_gpus=gpus,
@@ -119,26 +113,30 @@ def _outcomes(
                 yield _unpack_outcome(row, plan)
         except ray.exceptions.RayError as error:
             raise ValueError(
-                f"Ray gave up: {_last_line(error)}. The results that are written stay: --resume goes on from them"
+                f"Ray gave up: {_last_line(error)}. The results that are written stay: go on from them with --resume"
             ) from error
 
 
 class _Worker:
     """One process of the pool: row of a job -> row of its outcome."""
 
-    def __init__(self, network: Any, target: Target, device: str, threads: int, attempts: Any) -> None:
+    def __init__(self, opener: Any, target: Target, threads: int, attempts: Any) -> None:
         import ray
 
-        torch.set_num_threads(threads)
-        model = ray.get(network).to(device).eval()
-        self.segment = Segmenter(TorchNetwork(build_engine(model, "skip"), model), target)
-        self.attempts = attempts
+        self.attempts, self.failure = attempts, ""
+        try:
+            self.segment = Segmenter(ray.cloudpickle.loads(ray.get(opener))(threads=threads), target)
+        except ValueError as error:  # if it came from here, Ray would try again for ever
+            self.failure = str(error)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         import ray
 
         number = int(row["number"])
-        outcome = {"number": number, "kind": DONE, "reason": "", "height": 0, "width": 0, "cost": 0.0, "full": 0.0}
+        outcome: dict[str, Any] = {"number": number, "kind": DONE, "reason": ""}
+        outcome |= {"height": 0, "width": 0, "cost": 0.0, "full": 0.0}
+        if self.failure:
+            return outcome | {"kind": FAILED, "reason": _text(self.failure)}
         image = _unpack(row["image"])
         if ray.get(self.attempts.begin.remote(number)) > MAX_ATTEMPTS:
             reason = _text(f"{image}: {MAX_ATTEMPTS} processes died at it, perhaps for want of memory")
@@ -158,7 +156,7 @@ class _Worker:
 
 
 class _Attempts:
-    """Counts for each image the workers that began it and did not come to its end."""
+    """Counts, for each image, the workers that began it and did not finish it."""
 
     def __init__(self) -> None:
         self.begun: Counter[int] = Counter()
@@ -181,23 +179,23 @@ def _unpack_outcome(row: dict[str, Any], plan: Plan) -> Prediction | Skip:
 
 
 def _share_out(workers: int | None, jobs: int, device: str) -> tuple[int, int, int]:
-    """(workers, threads of each, GPUs of each) for the machines that Ray has. Raises ValueError where they are short.
+    """(workers, threads of each, GPUs of each) for the machines that Ray has. Raises ValueError if they are too few.
 
-    A worker asks Ray for as many CPUs as it has threads, and no worker for more than the smallest machine has. Nothing
-    else in the cluster needs a CPU: the rows lie in the object store, so that the workers may take all of them.
+    A worker asks Ray for as many CPUs as it has threads, and no worker asks for more than the smallest machine has.
+    Nothing else in the cluster needs a CPU, because the rows lie in the object store: the workers may take all of them.
     """
     import ray
 
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cores = [int(resources["CPU"]) for resources in machines if resources.get("CPU", 0) >= 1]
     if not cores:
-        raise ValueError("the Ray cluster has no machine with a CPU: see `ray status`")
+        raise ValueError("the Ray cluster has no machine with a CPU: look what it has with `ray status`")
     most, gpus = sum(cores), 0
-    if device.startswith("cuda"):
+    if device == "cuda":
         most, gpus = int(sum(resources.get("GPU", 0) for resources in machines)), 1
         if most < (workers or 1):
             raise ValueError(
-                f"--device {device} gives each worker a GPU, and Ray has {most}: set --workers, or take cpu"
+                f"--device {device} gives each worker a GPU, and Ray has {most}: lower --workers, or take --device cpu"
             )
     workers = min(workers or most, jobs)
     return workers, max(1, min(sum(cores) // workers, *cores)), gpus
@@ -207,14 +205,14 @@ def _share_out(workers: int | None, jobs: int, device: str) -> tuple[int, int, i
 def ray_session(
     address: str | None = None, workers: int | None = None, store_bytes: int = STORE_BYTES
 ) -> Iterator[None]:
-    """The Ray that runs already in this program; else one of our own, or a connection to a cluster, for this block."""
+    """A Ray for this block: the one that this program has started, else one of our own, or a cluster."""
     import ray
 
     if address is not None:
         _check_reachable(address)
     if ray.is_initialized():
         if address is not None:
-            raise ValueError(f"this program uses a Ray already: leave the address {address} out")
+            raise ValueError(f"this program has started a Ray already, which is used: leave the address {address} out")
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -225,7 +223,7 @@ def ray_session(
         options |= {"address": "local", "num_cpus": max(cores, workers or 1), "object_store_memory": store_bytes}
         options |= {"include_dashboard": False}
     try:
-        with _silent_stderr():  # of one line, which says that Ray was told to be quiet
+        with _silent_stderr():  # Ray says in one line that it was told to be quiet
             ray.init(**options)
     except (OSError, RuntimeError, ValueError) as error:
         where = "start Ray" if address is None else f"reach a Ray cluster at {address}"
@@ -238,7 +236,7 @@ def ray_session(
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """What C++ code writes to stderr goes nowhere, for this block; errors are Python's."""
+    """In this block, what C++ code writes to stderr goes nowhere. Errors still come as Python's."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -250,7 +248,7 @@ def _silent_stderr() -> Iterator[None]:
 
 
 def _check_reachable(address: str) -> None:
-    """Raises ValueError for no address, and where nobody answers: Ray itself would wait for minutes."""
+    """Raises ValueError if this is no address, and if nobody answers there: Ray itself would wait for minutes."""
     if address == "auto":
         return
     host, colon, port = address.rpartition(":")
@@ -264,7 +262,7 @@ def _check_reachable(address: str) -> None:
 
 @contextmanager
 def _quiet_data() -> Iterator[None]:
-    """Ray Data without its bars and remarks, for this block."""
+    """In this block Ray Data shows no bars and no remarks."""
     import ray.data
 
     context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
@@ -279,14 +277,14 @@ def _quiet_data() -> Iterator[None]:
 
 
 def _refuse_memory(plan: Plan) -> None:
-    """Raises ValueError for memory://, which every process has of its own."""
+    """Raises ValueError for memory://, because every process has its own."""
     for name in (plan.target.folder.locate(""), *(job.location for job in plan.jobs)):
         if isinstance(name, str) and name.startswith("memory:"):
-            raise ValueError(f"{name} is seen by one process alone: take --engine skip, or another store")
+            raise ValueError(f"only one process can see {name}: leave --workers out, or take another store")
 
 
 def _pack(source: Source) -> bytes:
-    """For a column of a table, which takes no text that is not UTF-8."""
+    """Bytes, because a column of a table takes no text that is not UTF-8."""
     return os.fsencode(source)
 
 
@@ -300,7 +298,7 @@ def _text(text: str) -> str:
 
 
 def _last_line(error: BaseException) -> str:
-    """Where Ray's errors, which hold a traceback, tell the cause."""
+    """The cause that one of Ray's errors tells, below a traceback."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()

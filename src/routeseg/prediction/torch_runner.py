@@ -1,21 +1,24 @@
-"""A network of torch, as files.py runs it; onnx_runner.py has its brother for exported files."""
+"""The `Runner` (files.py) of a checkpoint. onnx_runner.py has the one of an exported file."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
 
 from routeseg.description import describe
+from routeseg.engine import build_engine
 from routeseg.errors import DIVERGED
 from routeseg.evaluation import Forward
 from routeseg.model import DynamicRoutingNetwork
 
 
 class TorchNetwork:
-    """A `Runner` (files.py) of a network.
+    """Segments one image after another.
 
-    forward  what computes the segmentation, in eval mode: the model itself or an engine built from it
-    model    gives classes, colours and cost
+    forward  what computes the segmentation: the model itself, or an engine that is built from it
+    model    tells classes, colours and cost
     """
 
     def __init__(self, forward: Forward, model: DynamicRoutingNetwork) -> None:
@@ -36,3 +39,22 @@ class TorchNetwork:
         if not result.logits.isfinite().all() or not result.gates.isfinite().all():
             raise ValueError(DIVERGED)
         return result.labels[0].cpu().numpy().astype(np.uint8), result.gates[0].float().cpu().numpy()
+
+
+def open_network(
+    model: DynamicRoutingNetwork,
+    engine: Any = "skip",
+    precision: Any = "float32",
+    device: torch.device | str = "cpu",
+    threads: int | None = None,
+) -> TorchNetwork:
+    """The runner of a network with this engine (`build_engine`), on this device.
+
+    threads  of PyTorch, in this process; None: as they are
+
+    Raises ValueError for an engine or precision that there is not.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model = model.to(device).eval()
+    return TorchNetwork(build_engine(model, engine, precision), model)

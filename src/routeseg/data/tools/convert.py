@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from routeseg.data.pairs import list_images
 from routeseg.data.sets.folder import FILE, write_classes
 from routeseg.data.sets.roots import expected
 from routeseg.data.sets.voc import voc_palette
+from routeseg.errors import require
 from routeseg.files import check_writable, write_atomically
 from routeseg.labels import IGNORE
 
@@ -140,7 +140,7 @@ def convert_coco(
     on_picture  called after each picture (for a progress bar)
     Raises ValueError, naming the extra, where pycocotools is missing, and where OUTPUT holds a data set.
     """
-    tool = _pycocotools()
+    tool = require("pycocotools.mask", "coco", "a file of COCO annotations")
     if (output / FILE).exists():
         raise ValueError(f"{output} already holds a data set: choose another folder")
     categories, notes = _categories(parts)
@@ -177,14 +177,6 @@ def convert_coco(
         layout["split"] = {split: f"{split}.txt" for split in parts}  # type: ignore[assignment]
     write_classes(output / FILE, names, voc_palette()[: len(names)], **layout)  # last: a folder with it is complete
     return Converted(output / FILE, tuple(names), tuple(notes))
-
-
-def _pycocotools() -> ModuleType:
-    try:
-        from pycocotools import mask
-    except ImportError as error:
-        raise ValueError("COCO annotations need the package pycocotools: pip install 'routeseg[coco]'") from error
-    return mask
 
 
 def _categories(parts: Mapping[str, Annotations]) -> tuple[dict[int, dict], list[str]]:
