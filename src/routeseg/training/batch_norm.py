@@ -61,13 +61,12 @@ def precise_batch_norm(model: RoutingGrid, batches: Iterable[dict[str, Tensor]])
     In a job of several processes each brings its own batches, and all get the mean over all of them.
     """
     norms = norms_of(model)
-    device, was_training, drop_path = next(model.parameters()).device, model.training, model.drop_path
+    device, was_training = next(model.parameters()).device, model.training
     momenta = [norm.momentum for norm in norms]
     before = [(mean.clone(), variance.clone()) for mean, variance in map(running_statistics, norms)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative mean
-    model.drop_path = 0.0
     model.train()
     for batch in batches:
         model(batch["image"].to(device))
@@ -79,7 +78,6 @@ def precise_batch_norm(model: RoutingGrid, batches: Iterable[dict[str, Tensor]])
             for statistic, value in zip(running_statistics(norm), kept, strict=True):
                 statistic.copy_(value)
     model.train(was_training)
-    model.drop_path = drop_path
 
 
 @torch.no_grad()
