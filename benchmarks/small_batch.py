@@ -45,9 +45,10 @@ from routeseg.demo import read_log
 from routeseg.evaluation import machine_facts
 from routeseg.files import check_writable, write_json
 from routeseg.training.callbacks import RESUME_FILE
-from routeseg.training.fitting import NonFiniteLoss
 from routeseg.training.recipe import Recipe
+from routeseg.training.run import RunOptions
 from routeseg.training.segmentation import train
+from routeseg.training.task import NonFiniteLoss
 
 LR, LR_PICTURES = 0.05, 8  # the paper's learning rate, and the pictures in a step that it belongs to
 WARMUP_SHARE = 0.1
@@ -122,12 +123,13 @@ def perform(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     resume = (folder / RESUME_FILE).exists()
     if not resume:
         shutil.rmtree(folder / "logs", ignore_errors=True)
+    options = RunOptions(folder, resume, devices=1, accelerator="cpu", progress=False)
     start, stopped, miou, cost = time.monotonic(), None, None, None
     try:
-        result = train(model, data, recipe, Budget(**settings["budget"]), folder, resume, False, 1, "cpu")
-        if result.evaluation is not None:
-            miou = result.evaluation.miou
-            cost = float((result.evaluation.cost_macs / result.evaluation.full_macs).mean())
+        result = train(model, data, recipe, Budget(**settings["budget"]), options)
+        if result.found is not None:
+            miou = result.found.miou
+            cost = float((result.found.cost_macs / result.found.full_macs).mean())
     except NonFiniteLoss as error:
         stopped = str(error).split(". ")[0]
     losses = [float(row["cross_entropy"]) for row in read_log(folder) if row.get("cross_entropy")]

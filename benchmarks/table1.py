@@ -54,6 +54,7 @@ from routeseg.model import DynamicRoutingNetwork, checkpoints
 from routeseg.space import Route
 from routeseg.training.callbacks import RESUME_FILE
 from routeseg.training.recipe import Recipe
+from routeseg.training.run import RunOptions
 from routeseg.training.segmentation import train
 
 # Table 1 of the paper, Cityscapes val at 1024x2048: mIoU in %, GMACs (mean, max, min), parameters in millions.
@@ -247,16 +248,15 @@ def perform(run: Run, accelerator: str = "auto") -> dict[str, Any]:
         args.model.route = _common_route(run, recipe)
     model = new_network(args, network.data, recipe)
     resume = (run.folder / RESUME_FILE).exists()
-    result = train(
-        model, network.data, recipe, network.budget, run.folder, resume, False, devices=1, accelerator=accelerator
-    )
-    step = result.trainer.global_step
+    options = RunOptions(run.folder, resume, devices=1, accelerator=accelerator, progress=False)
+    result = train(model, network.data, recipe, network.budget, options)
+    step = result.steps
     if step != recipe.iterations:
         raise RuntimeError(f"the training of {run.name} ended at step {step} of {recipe.iterations}")
     pictures = open_data(network.data, "val", run.seed)
-    evaluation = result.evaluation
+    evaluation = result.found
     if evaluation is None:  # the last step was done and saved already
-        model.to(result.trainer.strategy.root_device)
+        model.to("cuda" if options.on_gpu else "cpu")
         model.save(run.folder / "last")
         evaluation = evaluate(model, evaluation_loader(pictures, network.data.workers), SkipEngine(model))
     height, width = pictures.read(0)[1].shape

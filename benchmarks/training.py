@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from routeseg import Budget, DynamicRoutingNetwork, cost, model_cost
+from routeseg import Budget, DynamicRoutingNetwork
 from routeseg.evaluation import machine_facts
 from routeseg.files import write_json
-from routeseg.training.fitting import parameter_groups
 from routeseg.training.recipe import Recipe
-from routeseg.training.segmentation import segmentation_loss
+from routeseg.training.segmentation import SegmentationTask
+from routeseg.training.task import parameter_groups
 
 SETTINGS = {
     "cpu": [(8, 32, (240, 320), 4), (16, 32, (240, 320), 4), (16, 32, (352, 480), 2), (16, 64, (256, 512), 1)],
@@ -42,7 +42,7 @@ def measure(depth: int, channels: int, size: tuple[int, int], batch: int, precis
         device, memory_format=torch.channels_last
     )
     optimizer = torch.optim.SGD(parameter_groups(model, Recipe()), lr=0.01, momentum=0.9)
-    table, budget = model_cost(model, size), Budget(0.5, 0.2)
+    task = SegmentationTask(model, Recipe(), Budget(0.5, 0.2, start=0.0, ramp=0.0), size)
     images = torch.rand(batch, 3, *size, device=device)
     labels = torch.randint(0, CLASSES, (batch, *size), device=device)
     before = _memory_mib(device)
@@ -50,9 +50,7 @@ def measure(depth: int, channels: int, size: tuple[int, int], batch: int, precis
     for _ in range(STEPS + 1):
         start = time.perf_counter()
         with torch.autocast(device, PRECISIONS[precision], enabled=precision != "fp32"):
-            result = model(images)
-        loss = segmentation_loss(result.logits.float(), labels)
-        loss = loss + budget.weight * cost.budget_loss(table.expected(result.gates), table.budgeted, budget.target)
+            loss = task.part(images, labels, task.count(labels)).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

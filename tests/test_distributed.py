@@ -21,7 +21,7 @@ from conftest import run
 from routeseg.data.datamodule import DataConfig, evaluation_loader, open_data
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import evaluate
-from routeseg.training import fitting
+from routeseg.training import run as training_run
 from routeseg.training.batch_norm import choose_mode
 from routeseg.training.processes import count_processes
 from routeseg.training.recipe import Recipe
@@ -29,7 +29,8 @@ from two_processes import CUT, DATA, GLOBAL_BATCH, STEPS, fit, network, statisti
 
 HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+PYTHONPATH = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
 WORDS = [
     "--accelerator=cpu", "--model.depth=3", "--model.base_channels=4", "--model.stem_channels=4", "--data.workers=0",
     "--data.crop=[32,64]", "--data.image_size=[48,64]", "--data.train_images=12", "--data.val_images=3",
@@ -270,13 +271,13 @@ def test_processes_of_torchrun(monkeypatch):
 
 def test_values_of_synced_batch_norm_come_from_all_processes(tmp_path, monkeypatch):
     """One image of 32x32 a process is too little for its own statistics, and enough together with another's."""
-    monkeypatch.setattr(fitting, "count_processes", lambda *_: (2, 1))
+    monkeypatch.setattr(training_run, "count_processes", lambda *_: (2, 1))
     for mode in ("own", "synced"):
-        monkeypatch.setattr(fitting, "choose_mode", lambda *_, mode=mode: mode)
+        monkeypatch.setattr(training_run, "choose_mode", lambda *_, mode=mode: mode)
         refused = pytest.raises(ValueError, match="single value") if mode == "own" else nullcontext()
         with refused:
-            run = fitting.Run.begin(network(), Recipe(), tmp_path, 1, (32, 32))
-    assert run.model.synced and run.images_per_step == 2
+            job = training_run.Run.begin(network(), Recipe(), training_run.RunOptions(tmp_path), 1, (32, 32))
+    assert job.synced and job.images_per_step == 2
 
 
 def test_which_batch_norm():

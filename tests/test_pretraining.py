@@ -20,8 +20,9 @@ from routeseg.cost.macs import model_cost
 from routeseg.data.classification import ClassificationConfig, ClassificationDataModule
 from routeseg.model.classifier import DynamicRoutingClassifier
 from routeseg.model.request import Request
-from routeseg.training.classification import PretrainingRecipe, SaveClassifier, evaluate_classifier, pretrain
+from routeseg.training.classification import ClassificationTask, PretrainingRecipe, evaluate_classifier, pretrain
 from routeseg.training.initialization import initialize
+from routeseg.training.run import RunOptions
 from test_classification_data import png, shard_config, write_shard, write_shards, write_tree
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +46,8 @@ def recipe(**changes) -> PretrainingRecipe:
 def fit(output, data, model=None, resume=False, **changes):
     """The network after `pretrain`, and its rows in the log."""
     model = model or classifier()
-    result = pretrain(model, data, recipe(**changes), output, resume=resume, progress=False, accelerator="cpu")
+    options = RunOptions(output, resume, accelerator="cpu", progress=False)
+    result = pretrain(model, data, recipe(**changes), options)
     with open(sorted((output / "logs").glob("*/metrics.csv"))[-1]) as file:
         return result, load_file(output / "last" / "model.safetensors"), list(csv.DictReader(file))
 
@@ -82,7 +84,7 @@ def tree(tmp_path_factory):
 def pretrained(tree, tmp_path_factory):
     """The folder of a classifier that the command has trained, with what it printed."""
     output = tmp_path_factory.mktemp("pretrained") / "run"
-    assert routeseg.cli.main(words(tree, output, "--recipe.iterations=30")) == 0
+    assert routeseg.cli.main(words(tree, output, "--recipe.iterations=12")) == 0
     return output
 
 
@@ -143,12 +145,14 @@ class TestPretraining:
     def test_learns(self, tmp_path, tree):
         """Colours of blotches, in some seconds: far above the third of a guess; the best network is kept."""
         data = ClassificationConfig(root=str(tree), **{**SMALL, "batch_size": 12})
-        result, last, rows = fit(tmp_path, data, iterations=30, lr=0.05, validate_every=15, precise_bn_batches=4)
+        result, last, rows = fit(
+            tmp_path, data, iterations=30, lr=0.05, validate_every=15, save_every=30, precise_bn_batches=4
+        )
         losses = [float(row["loss"]) for row in rows if row["loss"]]
         assert len(losses) == 30 and losses[0] == pytest.approx(1.1, abs=0.4) and sum(losses[-8:]) / 8 < 0.6
-        assert result.accuracy.top1 >= 0.75 and result.accuracy.top5 == 1.0 and result.accuracy.images == 12
+        assert result.found.top1 >= 0.75 and result.found.top5 == 1.0 and result.found.images == 12
         validated = [float(row["val_top1"]) for row in rows if row["val_top1"]]
-        assert len(validated) == 2 and validated[-1] == pytest.approx(result.accuracy.top1)
+        assert len(validated) == 2 and validated[-1] == pytest.approx(result.found.top1)
         best = DynamicRoutingClassifier.from_pretrained(str(tmp_path / "best"))
         found = evaluate_classifier(best, ClassificationDataModule(data, 1).val_dataloader())
         assert found.top1 == pytest.approx(max(validated))
@@ -160,11 +164,12 @@ class TestPretraining:
         names = ["apple", "leaf", "sea"]
         write_shard(root / "val-000000.tar", [(p.stem, p.read_bytes(), names.index(p.parent.name)) for p in files])
         shards = shard_config(root, batch_size=12)
-        result, _, _ = fit(tmp_path / "run", shards, iterations=30, lr=0.05, validate_every=30, precise_bn_batches=4)
-        assert result.accuracy.top1 >= 0.75
+        quick = dict(iterations=24, validate_every=24, save_every=24)
+        result, _, _ = fit(tmp_path / "run", shards, lr=0.05, precise_bn_batches=4, **quick)
+        assert result.found.top1 >= 0.75
         model = DynamicRoutingClassifier.from_pretrained(str(tmp_path / "run" / "last"))
         of_tree = ClassificationDataModule(ClassificationConfig(root=str(tree), **SMALL), 1).val_dataloader()
-        assert evaluate_classifier(model, of_tree) == result.accuracy
+        assert evaluate_classifier(model, of_tree) == result.found
 
     @pytest.mark.parametrize(
         ("source", "changes"),
@@ -176,8 +181,9 @@ class TestPretraining:
             data = ClassificationConfig(root=str(tree), **SMALL)
         else:
             data = shard_config(write_shards(tmp_path / "shards"), batch_size=6)
+        changes = dict(iterations=8, validate_every=4, save_every=3) | changes
         _, whole, rows = fit(tmp_path / "whole", data, **changes)
-        real, calls = SaveClassifier.score, []
+        real, calls = ClassificationTask.validate, []
 
         def cut(self, *args):
             calls.append(args)
@@ -186,14 +192,14 @@ class TestPretraining:
             return real(self, *args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(SaveClassifier, "score", cut)
+            patch.setattr(ClassificationTask, "validate", cut)
             with pytest.raises(KeyError, match="cut"):
                 fit(tmp_path / "cut", data, **changes)
         reached = torch.load(tmp_path / "cut" / "last.ckpt", weights_only=True)["global_step"]
-        assert reached == 8
+        assert reached == 6
         _, resumed, rest = fit(tmp_path / "cut", data, resume=True, **changes)
         assert equal(whole, resumed)
-        assert [row["loss"] for row in rest if row["loss"]] == [row["loss"] for row in rows if row["loss"]][8:]
+        assert [row["loss"] for row in rest if row["loss"]] == [row["loss"] for row in rows if row["loss"]][6:]
 
     def test_the_loss_is_the_labels_cross_entropy(self, tmp_path, tree):
         data = ClassificationConfig(root=str(tree), **SMALL)
@@ -213,8 +219,9 @@ class TestPretraining:
         for size, count in ((6, 1), (3, 2)):
             data = ClassificationConfig(root=str(tree), **{**SMALL, "batch_size": size})
             _, last, rows = fit(
-                tmp_path / str(size), data, spread_gates(classifier()), accumulate=count, batch_norm="frozen", lr=0.02
-            )
+                tmp_path / str(size), data, spread_gates(classifier()), accumulate=count, batch_norm="frozen", lr=0.02,
+                iterations=6, save_every=100,
+            )  # fmt: skip
             losses[size] = [float(row["loss"]) for row in rows if row["loss"]]
         assert losses[3] == pytest.approx(losses[6], rel=1e-4)
 
@@ -240,7 +247,7 @@ class TestPretraining:
         result, _, rows = fit(tmp_path / "run", data, iterations=8, validate_every=4)
         counts = [float(row["skipped_images"]) for row in rows if row["skipped_images"]]
         assert counts == sorted(counts) and counts[-1] == 2 and counts[0] == 0  # once in each of two epochs
-        assert (result.accuracy.images, result.accuracy.skipped) == (5, 1)
+        assert (result.found.images, result.found.skipped) == (5, 1)
         said = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
         assert sum("leaf_3.JPEG" in text for text in said) == 1 and any("sea_1.jpg" in text for text in said)
         for path in (root / "val").glob("*/*"):
@@ -291,7 +298,7 @@ class TestCommand:
 
     @pytest.mark.parametrize("depth", [16, pytest.param(33, marks=pytest.mark.slow)])
     def test_configurations(self, tmp_path, tree, capsys, depth):
-        """The paper's numbers, and names that a segmenter knows; two steps on the small tree, narrow."""
+        """The paper's numbers, and names that a segmenter knows; two steps on the small tree, narrow and of depth 3."""
         config = ROOT / "configs" / "imagenet" / f"depth{depth}.yaml"
         given = yaml.safe_load(config.read_text())
         assert len(config.read_text().splitlines()) <= 35
@@ -302,8 +309,8 @@ class TestCommand:
         names = {name: value.shape for name, value in full.items() if not name.startswith("head.")}
         assert names == {name: value.shape for name, value in segmenter.items() if not name.startswith("decoder.")}
         assert full["head.predictor.weight"].shape == (1000, 512) and f"nodes.{depth}-3.gate.score.bias" in names
-        small = ["--model.base_channels=8", "--data.crop=64", "--data.resize=64", "--data.batch_size=4"]
-        short = ["--recipe.iterations=2", "--recipe.precision=32-true", "--data.workers=0", "--accelerator=cpu"]
+        small = ["--model.depth=3", "--model.base_channels=8", *section("data", SMALL)]
+        short = ["--recipe.iterations=2", "--recipe.precision=32-true", "--accelerator=cpu"]
         words = ["pretrain", "--config", config, "--data.root", tree, "--output", tmp_path / "run", *small, *short]
         code, out, err = run(words, capsys)
         assert code == 0 and "3 classes: top-1" in out, err

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,14 +21,16 @@ from routeseg.cli import main
 from routeseg.cost.budget import Budget
 from routeseg.data.datamodule import DataConfig, SegmentationDataModule
 from routeseg.evaluation import evaluate
-from routeseg.training import callbacks
+from routeseg.model.cell import Cell
+from routeseg.training import callbacks, segmentation
 from routeseg.training.batch_norm import precise_batch_norm
-from routeseg.training.fitting import NonFiniteLoss, parameter_groups
 from routeseg.training.recipe import Recipe, lr_factor
+from routeseg.training.run import RunOptions
 from routeseg.training.segmentation import train
+from routeseg.training.task import NonFiniteLoss, parameter_groups
 
-DATA = dict(crop=(32, 64), image_size=(48, 64), train_images=12, val_images=3, batch_size=2, workers=0)
-NETWORK = dict(depth=3, base_channels=4, stem_channels=4)
+DATA = dict(crop=(32, 64), image_size=(48, 64), train_images=8, val_images=2, batch_size=2, workers=0)
+NETWORK = dict(depth=2, num_scales=3, base_channels=4, stem_channels=4)
 
 
 def tiny_model(**changes):
@@ -44,6 +45,9 @@ def recipe(**changes):
     return Recipe(**{**values, **changes})
 
 
+QUICK = dict(validate_every=1000, save_every=1000, precise_bn_batches=0)  # validates and saves at the end alone
+
+
 def words(output, iterations, *extra):
     return [
         "train", "--output", str(output), "--accelerator", "cpu",
@@ -55,55 +59,103 @@ def words(output, iterations, *extra):
     ]  # fmt: skip
 
 
-def command(arguments):
-    return [sys.executable, "-m", "routeseg.cli", *arguments]
+def fit(output, plan, model=None, budget=None, resume=False, **data):
+    """Trains a tiny network, and returns the result; `data` are changes of DATA."""
+    options = RunOptions(output, resume, accelerator="cpu", progress=False)
+    return train(model or tiny_model(), DataConfig(**DATA | data), plan, budget or Budget(), options)
 
 
-AVERAGED = ["--recipe.ema_decay=0.9", "--recipe.accumulate=2", "--data.batch_size=1"]
+def logged(output):
+    """The rows of a run's log that a step wrote, run by run."""
+    rows = []
+    for path in sorted((output / "logs").glob("*/metrics.csv")):
+        with open(path) as file:
+            rows += [row for row in csv.DictReader(file) if row["loss"]]
+    return rows
 
 
-@pytest.mark.parametrize("options", [[], pytest.param(AVERAGED, marks=pytest.mark.slow)])
-def test_killed_and_resumed_ends_with_the_same_weights(tmp_path, options, one_thread):
-    """SIGKILL somewhere after the first checkpoint; the resumed run ends bit for bit like one never interrupted."""
-    iterations = 40
-    assert main(words(tmp_path / "whole", iterations, *options)) == 0
-    process = subprocess.Popen(
-        command(words(tmp_path / "cut", iterations, *options)),
+def same_networks(one, other):
+    """Whether two runs ended with the same networks, bit for bit."""
+    pairs = [[load_file(run / name / "model.safetensors") for run in (one, other)] for name in ("last", "best")]
+    return all(a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in pairs)
+
+
+ITERATIONS, SAVED, CUT = 10, 4, 6  # steps of the whole run, and of the last checkpoint before it is cut
+
+KILLED_WHILE_IT_SAVES = f"""
+import os, signal, sys
+from lightning import Trainer
+from routeseg.cli import main
+
+save = Trainer.save_checkpoint
+
+def save_and_die(trainer, path):
+    save(trainer, path)
+    if trainer.global_step == {CUT}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Trainer.save_checkpoint = save_and_die
+main(sys.argv[1:])
+"""
+
+
+def test_killed_and_resumed_ends_with_the_same_weights(tmp_path, one_thread):
+    """SIGKILL when the third checkpoint is written but not yet in its place; the resumed run ends bit for bit like one
+    that was never interrupted."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(words(whole, ITERATIONS)) == 0
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_WHILE_IT_SAVES, *words(cut, ITERATIONS)],
         stdout=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1"},  # other numbers of threads add up in another order
+        timeout=120,
     )
-    checkpoint = tmp_path / "cut" / "last.ckpt"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    reached = torch.load(checkpoint, weights_only=True)["global_step"]
-    assert 0 < reached < iterations, "the run was not cut in the middle"
-    assert main(words(tmp_path / "cut", iterations, *options, "--resume")) == 0
-    for folder in ("last", "best"):
-        whole = load_file(tmp_path / "whole" / folder / "model.safetensors")
-        cut = load_file(tmp_path / "cut" / folder / "model.safetensors")
-        assert whole.keys() == cut.keys()
-        assert all(torch.equal(whole[key], cut[key]) for key in whole), folder
+    assert done.returncode == -signal.SIGKILL
+    assert torch.load(cut / "last.ckpt", weights_only=True)["global_step"] == SAVED
+    assert main(words(cut, ITERATIONS, "--resume")) == 0
+    assert same_networks(whole, cut) and not list(cut.glob(".last*"))
 
 
-def test_a_resumed_run_follows_the_recipe_that_it_is_given(tmp_path):
+def test_cut_and_resumed_ends_with_the_same_weights(tmp_path, monkeypatch):
+    """The same in one process, where the run ends by an exception in the middle of a step; with steps of two batches,
+    averaged weights, and only every third step logged."""
+    plan = recipe(iterations=ITERATIONS, accumulate=2, ema_decay=0.9, drop_path=0.3, log_every=3, validate_every=5)
+    options = dict(budget=Budget(0.5, 0.2, start=0.2), batch_size=1)
+    fit(tmp_path / "whole", plan, **options)
+
+    def cut(task):
+        if task.global_step == SAVED + 1:
+            raise KeyError("cut")
+
+    with monkeypatch.context() as patch:
+        steps_of(patch, cut)
+        with pytest.raises(KeyError, match="cut"):
+            fit(tmp_path / "cut", plan, **options)
+    assert torch.load(tmp_path / "cut" / "last.ckpt", weights_only=True)["global_step"] == SAVED
+    fit(tmp_path / "cut", plan, resume=True, **options)
+    assert same_networks(tmp_path / "whole", tmp_path / "cut")
+    whole, resumed = ({row["step"]: row for row in logged(tmp_path / name)} for name in ("whole", "cut"))
+    steps = range(plan.log_every - 1, ITERATIONS, plan.log_every)
+    assert list(whole) == [str(step) for step in steps]
+    assert all(row["real_cost"] and row["skipped_images"] for row in whole.values())
+    kept = {step: row for step, row in whole.items() if int(step) >= SAVED}
+    assert {step: row for step, row in resumed.items() if int(step) >= SAVED} == kept
+
+
+def test_a_resumed_run_follows_the_recipe_that_it_is_given(tmp_path, monkeypatch):
     """Learning rates, decay and momentum are those of the changed recipe, also where a finished run gets longer."""
-    data, options = DataConfig(**DATA), dict(progress=False, accelerator="cpu")
-    train(tiny_model(), data, recipe(iterations=4, save_every=4), Budget(), tmp_path, **options)
-    plan = recipe(iterations=8, lr=0.005, momentum=0.5, weight_decay=1e-3, gate_lr_factor=2.0)
-    result = train(tiny_model(), data, plan, Budget(), tmp_path, resume=True, **options)
-    rates = {}
-    for path in (tmp_path / "logs").glob("*/metrics.csv"):
-        with open(path) as file:
-            rates |= {int(row["step"]): float(row["lr"]) for row in csv.DictReader(file) if row["lr"]}
+    fit(tmp_path, recipe(iterations=4, **QUICK))
+    changed = dict(lr=0.005, momentum=0.5, weight_decay=1e-3, gate_lr_factor=2.0)
+    plan, tasks = recipe(iterations=8, **changed, **QUICK), []
+    steps_of(monkeypatch, tasks.append)
+    fit(tmp_path, plan, resume=True)
+    rates = {int(row["step"]): float(row["lr"]) for row in logged(tmp_path)}
     before = recipe(iterations=4)
     assert rates == pytest.approx(
         {step: 0.02 * lr_factor(step, before) for step in range(4)}
         | {step: 0.005 * lr_factor(step, plan) for step in range(4, 8)}
     )
-    groups = result.trainer.optimizers[0].param_groups
+    groups = tasks[-1].optimizers().param_groups
     expected = parameter_groups(tiny_model(), plan)
     assert {group["momentum"] for group in groups} == {0.5}
     assert [group["weight_decay"] for group in groups] == [group["weight_decay"] for group in expected]
@@ -114,7 +166,7 @@ def test_a_resumed_run_follows_the_recipe_that_it_is_given(tmp_path):
 def test_resumed_with_another_network(tmp_path, capsys):
     assert main(words(tmp_path / "run", 2)) == 0
     assert "2 images a step (2 x 1 processes x 1 accumulated), learning rate 0.02" in capsys.readouterr().out
-    for change, name in (("base_channels=8", "stem.2.1.weight is"), ("depth=4", "nodes.3-0.*is missing there")):
+    for change, name in (("base_channels=8", "stem.2.1.weight is"), ("depth=3", "nodes.2-0.*is missing there")):
         assert main(words(tmp_path / "run", 4, "--resume", f"--model.{change}")) == 2
         err = capsys.readouterr().err
         assert re.search(f"has another network: .*{name}.* here.*configuration", err) and "Traceback" not in err, err
@@ -123,7 +175,7 @@ def test_resumed_with_another_network(tmp_path, capsys):
 def test_a_single_class_is_refused(tmp_path):
     model = routeseg.DynamicRoutingNetwork(num_classes=1, **NETWORK)
     with pytest.raises(ValueError, match="one class only"):
-        train(model, DataConfig(**DATA), recipe(), Budget(), tmp_path / "run", progress=False, accelerator="cpu")
+        fit(tmp_path / "run", recipe(), model)
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="one class only"):
         evaluate(model, [])
@@ -139,51 +191,40 @@ def test_too_little_memory(tmp_path, capsys, monkeypatch):
     assert "--data.batch_size" in err and "--recipe.accumulate" in err and "Traceback" not in err
 
 
-def test_interrupted(tmp_path):
-    process = subprocess.Popen(
-        command(words(tmp_path / "run", 100_000)),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / "last.ckpt").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err.endswith("routeseg: interrupted\n"), err
+def test_interrupted(tmp_path, capsys, monkeypatch):
+    """Ctrl-C in the third step: one line says so, and the run can be resumed."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        steps_of(monkeypatch, lambda task: signal.raise_signal(signal.SIGINT) if task.global_step == 3 else None)
+        assert main(words(tmp_path / "run", ITERATIONS)) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err.endswith("routeseg: interrupted\n")
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
 def test_writes_logs_and_networks(tmp_path):
     model = tiny_model()
-    result = train(
-        model, DataConfig(**DATA), recipe(), Budget(0.5, 0.2, start=0.5), tmp_path, progress=False, accelerator="cpu"
-    )
-    assert result.evaluation is not None and 0 <= result.evaluation.miou <= 1
+    result = fit(tmp_path, recipe(), model, Budget(0.5, 0.2, start=0.5))
+    assert 0 <= result.found.miou <= 1 and result.steps == 6 and result.is_global_zero
     assert len(list((tmp_path / "tensorboard").glob("events*"))) == 1
-    with open(next((tmp_path / "logs").glob("*/metrics.csv"))) as file:
-        rows = list(csv.DictReader(file))
-    steps = [row for row in rows if row["loss"]]
+    steps = logged(tmp_path)
     assert len(steps) == 6
     for row in steps:  # Eq. 10; the budget starts after half of the steps, and ramps up from 0
         weight = 0.5 * (int(row["step"]) > 3)
         assert float(row["loss"]) == pytest.approx(
             float(row["cross_entropy"]) + weight * float(row["budget_loss"]), rel=1e-5
         )
-    assert sum(bool(row["val_miou"]) for row in rows) == 2
+    with open(next((tmp_path / "logs").glob("*/metrics.csv"))) as file:
+        assert sum(bool(row["val_miou"]) for row in csv.DictReader(file)) == 2
     loaded = routeseg.load(tmp_path / "last")
     assert torch.equal(loaded.decoder.predictor.weight, model.decoder.predictor.weight)
 
 
 def test_learns(tmp_path):
     """A few steps on a few pictures bring the loss well below that of a uniform guess."""
-    train(
-        tiny_model(base_channels=8), DataConfig(**DATA), recipe(iterations=60, lr=0.1, validate_every=60), Budget(),
-        tmp_path, progress=False, accelerator="cpu",
-    )  # fmt: skip
-    with open(next((tmp_path / "logs").glob("*/metrics.csv"))) as file:
-        losses = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+    fit(tmp_path, recipe(iterations=40, lr=0.1, **QUICK), tiny_model(base_channels=8))
+    losses = [float(row["loss"]) for row in logged(tmp_path)]
     assert losses[0] == pytest.approx(math.log(10), abs=0.3)
     assert sum(losses[-10:]) / 10 < 1.7
 
@@ -192,12 +233,8 @@ def test_budget_lowers_the_cost(tmp_path):
     costs = {}
     for weight in (0.0, 20.0):
         folder = tmp_path / str(weight)
-        train(
-            tiny_model(), DataConfig(**DATA), recipe(iterations=40, lr=0.1), Budget(weight, 0.1, start=0.0, ramp=0.0),
-            folder, progress=False, accelerator="cpu",
-        )  # fmt: skip
-        with open(next((folder / "logs").glob("*/metrics.csv"))) as file:
-            costs[weight] = [float(r["expected_cost"]) for r in csv.DictReader(file) if r["expected_cost"]][-1]
+        fit(folder, recipe(iterations=15, lr=0.1, **QUICK), budget=Budget(weight, 0.1, start=0.0, ramp=0.0))
+        costs[weight] = float(logged(folder)[-1]["expected_cost"])
     assert costs[20.0] < 0.75 * costs[0.0]
 
 
@@ -212,21 +249,15 @@ def test_the_best_network_keeps_the_budget(tmp_path, monkeypatch, weight, best_s
         kept[step] = copy.deepcopy(model.state_dict())
         return SimpleNamespace(miou=scores[step], cost_macs=np.ones(1), full_macs=np.ones(1))
 
-    monkeypatch.setattr(callbacks, "evaluate", scored)
-    train(
-        tiny_model(), DataConfig(**DATA), recipe(iterations=6, validate_every=2), Budget(weight, start=0.8),
-        tmp_path, progress=False, accelerator="cpu",
-    )  # fmt: skip
+    monkeypatch.setattr(segmentation, "evaluate", scored)
+    fit(tmp_path, recipe(**QUICK | {"validate_every": 2}), budget=Budget(weight, start=0.8))
     best = load_file(tmp_path / "best" / "model.safetensors")
     assert all(torch.equal(best[key], value) for key, value in kept[best_step].items())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     with pytest.raises(NonFiniteLoss, match=r"step \d+, learning rate .*--recipe\.lr"):
-        train(
-            tiny_model(), DataConfig(**DATA), recipe(iterations=50, lr=1e30, warmup_steps=0, save_every=1),
-            Budget(), tmp_path / "run", progress=False, accelerator="cpu",
-        )  # fmt: skip
+        fit(tmp_path / "run", recipe(iterations=50, lr=1e30, warmup_steps=0, save_every=1))
     state = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
     assert state["global_step"] >= 1
     code = main([*words(tmp_path / "cli", 50), "--recipe.lr=1e30", "--recipe.warmup_steps=0"])
@@ -259,7 +290,7 @@ def test_output_that_cannot_be_written(tmp_path, capsys):
         (["--modle.depth=4"], "model.depth"),
         (["--recipe.learning_rate=1"], "recipe."),
         (["--model.depth=deep"], "model.depth"),
-        (["--model.depth=2"], "depth 2 is too small"),
+        (["--model.depth=1"], "depth 1 is too small"),
         (["--model.base_channels=7"], "even"),
         (["--model.cell_operations=[conv]"], "sep_conv_3x3"),
         (["--data.name=camvid"], "--data.root"),
@@ -335,9 +366,9 @@ def test_batches_of_precise_batch_norm_do_not_depend_on_the_workers():
 def test_scheduled_drop_path():
     """p * layer / depth * progress, per image, on the convolutions alone; the first layer is never dropped."""
     model = spread_gates(tiny_model(gate="fixed")).train()
-    cell = model.node(3, 0).cell
+    cell = model.node(2, 0).cell
     x = torch.randn(4000, 4, 1, 1)
-    operation = model.node(3, 0).cell["sep_conv_3x3"].eval()
+    operation = model.node(2, 0).cell["sep_conv_3x3"].eval()
     kept = cell(x, drop_path=0.25) - x
     dropped = (kept == 0).flatten(1).all(1)
     assert dropped.float().mean() == pytest.approx(0.25, abs=0.03)
@@ -359,8 +390,8 @@ def test_average_of_the_weights(tmp_path, monkeypatch):
     """What is saved is w1 at first, then 0.75 of itself and 0.25 of the new weights, with its own BatchNorm."""
     seen = []
     steps_of(monkeypatch, lambda task: seen.append(copy.deepcopy(task.model.state_dict())))
-    model, plan = tiny_model(), recipe(iterations=5, ema_decay=0.75, validate_every=5)
-    train(model, DataConfig(**DATA), plan, Budget(), tmp_path, progress=False, accelerator="cpu")
+    model, plan = tiny_model(), recipe(iterations=5, ema_decay=0.75, validate_every=5, save_every=5)
+    fit(tmp_path, plan, model)
     average = seen[0]
     for state in seen[1:]:
         average = {key: 0.75 * average[key] + 0.25 * value for key, value in state.items()}
@@ -390,11 +421,9 @@ def test_accumulated_batches_are_one(tmp_path):
     found = {}
     for name, size, count in (("one", 4, 1), ("two", 2, 2)):
         model = spread_gates(tiny_model()).train()
-        data = DataConfig(**{**DATA, "batch_size": size, "crop": (64, 96), "train_images": 5})  # padding has no label
-        plan = recipe(accumulate=count, batch_norm="frozen", validate_every=6, lr=0.05)
-        train(model, data, plan, Budget(), tmp_path / name, progress=False, accelerator="cpu")
-        with open(next((tmp_path / name / "logs").glob("*/metrics.csv"))) as file:
-            rows = [row for row in csv.DictReader(file) if row["loss"]]
+        plan = recipe(accumulate=count, batch_norm="frozen", lr=0.05, **QUICK)
+        fit(tmp_path / name, plan, model, batch_size=size, crop=(64, 96), train_images=5)  # padding has no label
+        rows = logged(tmp_path / name)
         assert [int(row["step"]) for row in rows] == list(range(6))
         found[name] = model.state_dict(), [float(row["loss"]) for row in rows]
     assert found["two"][1] == pytest.approx(found["one"][1], rel=1e-5)
@@ -409,31 +438,41 @@ def test_accumulated_batches_are_one(tmp_path):
 
 def test_the_budget_of_accumulated_batches(tmp_path):
     """Each batch's mean cost is held against the target: the mean of the squares, as SegmentationTask says."""
-    model = spread_gates(tiny_model()).train()
-    data, plan = DataConfig(**DATA), recipe(iterations=1, accumulate=2, batch_norm="frozen", warmup_steps=0)
+    model = spread_gates(tiny_model(depth=3, num_scales=4)).train()
+    data, plan = DataConfig(**DATA), recipe(iterations=1, accumulate=2, batch_norm="frozen", warmup_steps=0, **QUICK)
     batch = next(iter(SegmentationDataModule(data, 1, plan.seed, 0, 2).train_dataloader()))
     cost = routeseg.model_cost(model, DATA["crop"])
     with torch.no_grad():
-        shares = cost.expected(model.eval()(batch["image"]).gates) / cost.budgeted
+        gates = model.eval()(batch["image"]).gates
+    shares = cost.expected(gates) / cost.budgeted
     means = shares.reshape(2, 2).mean(1)
     assert abs(means[0] - means[1]) > 1e-3
-    train(model.train(), data, plan, Budget(0.5, 0.2, start=0.0, ramp=0.0), tmp_path, progress=False, accelerator="cpu")
-    with open(next((tmp_path / "logs").glob("*/metrics.csv"))) as file:
-        row = next(row for row in csv.DictReader(file) if row["loss"])
+    fit(tmp_path, plan, model.train(), Budget(0.5, 0.2, start=0.0, ramp=0.0))
+    (row,) = logged(tmp_path)
     assert float(row["budget_loss"]) == pytest.approx(float(((means - 0.2) ** 2).mean()), rel=1e-4)
     assert float(row["expected_cost"]) == pytest.approx(float(shares.mean()), rel=1e-5)
+    assert float(row["real_cost"]) == pytest.approx(float(cost.of_gates(gates).mean() / cost.full), rel=1e-6)
     assert float(row["loss"]) == pytest.approx(float(row["cross_entropy"]) + 0.5 * float(row["budget_loss"]), rel=1e-6)
 
 
-def test_every_batch_draws_its_own_drop_path(tmp_path):
-    model, seeds = tiny_model(), []
-    model.register_forward_pre_hook(
-        lambda _, args, options: seeds.append(torch.initial_seed()) if options.get("drop_path") else None,
-        with_kwargs=True,
-    )
-    plan = recipe(iterations=4, accumulate=3, drop_path=0.3, precise_bn_batches=0, validate_every=4)
-    train(model, DataConfig(**DATA), plan, Budget(), tmp_path, progress=False, accelerator="cpu")
-    assert len(seeds) == len(set(seeds)) == 3 * 3  # the first step drops nothing
+def test_every_batch_draws_another_drop_path(tmp_path, monkeypatch):
+    """The seed differs for every batch of every step; p grows from 0 with the steps, and BatchNorm's estimate has 0."""
+    model, seeds, dropped, forward = tiny_model(), [], [], Cell.forward
+
+    def note_forward(*_):
+        seeds.append(torch.initial_seed())
+        dropped.append([])
+
+    def note_cell(self, features, drop_path=0.0):
+        dropped[-1].append(drop_path)
+        return forward(self, features, drop_path)
+
+    monkeypatch.setattr(Cell, "forward", note_cell)
+    model.register_forward_pre_hook(note_forward)
+    fit(tmp_path, recipe(iterations=4, accumulate=3, drop_path=0.3, **QUICK | {"precise_bn_batches": 1}), model)
+    assert len(set(seeds[:12])) == 12
+    assert [max(values) for values in dropped[:12:3]] == pytest.approx([0.3 * step / 4 for step in range(4)])
+    assert len(dropped) == 13 and max(dropped[12]) == 0
 
 
 @pytest.mark.slow
@@ -441,16 +480,7 @@ def test_compiled_and_bf16(tmp_path):
     """torch.compile and bf16 both train; compiled parts give the loss that plain ones give."""
     losses = {}
     for name, changes in (("plain", {}), ("compiled", {"compile": True}), ("bf16", {"precision": "bf16-mixed"})):
-        train(
-            tiny_model(),
-            DataConfig(**DATA),
-            recipe(**changes),
-            Budget(),
-            tmp_path / name,
-            progress=False,
-            accelerator="cpu",
-        )
-        with open(next((tmp_path / name / "logs").glob("*/metrics.csv"))) as file:
-            losses[name] = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+        fit(tmp_path / name, recipe(**changes))
+        losses[name] = [float(row["loss"]) for row in logged(tmp_path / name)]
     assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-3)
     assert losses["bf16"] == pytest.approx(losses["plain"], rel=5e-2)

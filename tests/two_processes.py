@@ -22,7 +22,9 @@ from routeseg.evaluation import evaluate
 from routeseg.model.grid import RoutedNetwork
 from routeseg.training.batch_norm import precise_batch_norm
 from routeseg.training.callbacks import ValidateAndSave
-from routeseg.training.segmentation import Recipe, cross_entropy_sum, train
+from routeseg.training.recipe import Recipe
+from routeseg.training.run import RunOptions
+from routeseg.training.segmentation import cross_entropy_sum, train
 
 GLOBAL_BATCH, STEPS, CUT = 4, 8, 4
 DATA = dict(crop=(32, 64), image_size=(48, 64), train_images=10, val_images=5, workers=0)
@@ -36,11 +38,13 @@ def network(depth=3):
 
 
 def fit(output, batch_size, budget=0.5, resume=False, **changes):
-    """A training; its checkpoint at step CUT is kept as cut.ckpt. Returns the result and (position, index) it read."""
+    """A training; its checkpoint at step CUT is kept as cut.ckpt. Returns the result, (position, index) of what it
+    read, and the network."""
     values = dict(
         iterations=STEPS, lr=0.05, warmup_steps=2, batch_norm="frozen", validate_every=STEPS, save_every=CUT,
         precise_bn_batches=3, log_every=1, seed=3,
     )  # fmt: skip
+    model, options = network(), RunOptions(output, resume, accelerator="cpu", progress=False)
     read, save, item = [], ValidateAndSave._save, TrainingPictures.__getitem__
 
     def save_and_keep(self, trainer, task):
@@ -56,12 +60,12 @@ def fit(output, batch_size, budget=0.5, resume=False, **changes):
     ValidateAndSave._save, TrainingPictures.__getitem__ = save_and_keep, read_and_note
     try:
         result = train(
-            network(), DataConfig(**DATA, batch_size=batch_size), Recipe(**{**values, **changes}),
-            Budget(budget, 0.2, start=0.2, ramp=0.2), output, resume, progress=False, accelerator="cpu",
+            model, DataConfig(**DATA, batch_size=batch_size), Recipe(**{**values, **changes}),
+            Budget(budget, 0.2, start=0.2, ramp=0.2), options,
         )  # fmt: skip
     finally:
         ValidateAndSave._save, TrainingPictures.__getitem__ = save, item
-    return result, read
+    return result, read, model
 
 
 @contextmanager
@@ -152,17 +156,17 @@ def statistics(batches):
 def main(folder):
     (folder / "resumed_one_two").mkdir(exist_ok=True)
     shutil.copy(folder / "one" / "cut.ckpt", folder / "resumed_one_two" / "last.ckpt")
-    whole, read = fit(folder / "two", GLOBAL_BATCH // 2)
+    whole, read, _ = fit(folder / "two", GLOBAL_BATCH // 2)
     rank, world = rank_and_world()
     assert world == 2
-    resumed, _ = fit(folder / "resumed_one_two", GLOBAL_BATCH // 2, resume=True)
+    resumed, _, _ = fit(folder / "resumed_one_two", GLOBAL_BATCH // 2, resume=True)
     with nodes_that_run() as ran:
         fit(folder / "two_accumulated", 1, budget=0.0, accumulate=2)
     only_first = sum(bool(first - last) for first, last in zip(ran[::2], ran[1::2], strict=True))
-    own, _ = fit(
+    _, _, own = fit(
         folder / "two_own", GLOBAL_BATCH // 2, batch_norm="own", ema_decay=0.5, precise_bn_batches=0, iterations=CUT
     )
-    own_state = own.trainer.lightning_module.network.state_dict()
+    own_state = own.state_dict()
     model = routeseg.load(folder / "one" / "last")
     pictures = open_data(DataConfig(**DATA), "val", 3)
     scores = evaluate(model, evaluation_loader(pictures, 0, rank, world), SkipEngine(model))
@@ -171,7 +175,7 @@ def main(folder):
     torch.save(tensors, folder / f"{rank}.pt")
     facts = {
         "read": read,
-        "miou": {"whole": whole.evaluation.miou, "resumed": resumed.evaluation.miou},
+        "miou": {"whole": whole.found.miou, "resumed": resumed.found.miou},
         "evaluation": scores.as_dict() | {"costs": scores.cost_macs.tolist(), "gates": scores.gates.tolist()},
         "only_first": only_first,
     }

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from routeseg import figures
-from routeseg.cost.budget import Budget, budget_loss
+from routeseg.cost.budget import Budget
 from routeseg.cost.macs import model_cost
 from routeseg.data.datamodule import (
     DataConfig,
@@ -39,7 +39,8 @@ from routeseg.figures.report import Report
 from routeseg.files import write_atomically, write_json
 from routeseg.model import DynamicRoutingNetwork, checkpoints
 from routeseg.training.recipe import Recipe
-from routeseg.training.segmentation import segmentation_loss, train
+from routeseg.training.run import RunOptions
+from routeseg.training.segmentation import SegmentationTask, train
 
 PICTURES_PER_PRESET = 40
 GALLERY = 6
@@ -57,11 +58,11 @@ def run_demo(
     """
     start = time.monotonic()
     if minutes is not None:
-        recipe = fit_to_time(model, data, recipe, minutes)
+        recipe = fit_to_time(model, data, recipe, budget, minutes)
     print(f"training for {recipe.iterations} iterations of {data.batch_size} pictures")
     if (output / "report.html").exists():
         shutil.rmtree(output / "run", ignore_errors=True)
-    result = train(model, data, recipe, budget, output / "run", devices=1)
+    result = train(model, data, recipe, budget, RunOptions(output / "run", devices=1))
     best = checkpoints.load(output / "run" / "best")
     pictures = open_data(data, "val", recipe.seed)
     engine = SkipEngine(best)
@@ -90,19 +91,20 @@ def run_demo(
     return path
 
 
-def fit_to_time(model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe, minutes: float) -> Recipe:
-    """The recipe with as many iterations as fit into `minutes` here, by a few timed steps on a copy of the network."""
+def fit_to_time(
+    model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe, budget: Budget, minutes: float
+) -> Recipe:
+    """The recipe with as many iterations as fit into `minutes` here, by a few timed batches on a copy of the network:
+    forward, loss and backward as the training computes them."""
     module = SegmentationDataModule(replace(data, workers=0), CALIBRATION_STEPS, recipe.seed)
     trial = copy.deepcopy(model).train()
     trial.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack memory_format
-    cost = model_cost(trial, pair(data.crop))
+    task = SegmentationTask(trial, recipe, budget, pair(data.crop))
     seconds = []
     for batch in module.train_dataloader():
         start = time.monotonic()
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16-mixed"):
-            result = trial(batch["image"])
-        loss = segmentation_loss(result.logits.float(), batch["labels"])
-        (loss + budget_loss(cost.expected(result.gates), cost.budgeted, 0.5)).backward()
+            task.part(batch["image"], batch["labels"], task.count(batch["labels"])).loss.backward()
         seconds.append(time.monotonic() - start)
     steps = minutes * 60 * TRAINING_SHARE / (statistics.median(seconds[1:]) * recipe.accumulate)
     every = max(5, int(steps / VALIDATIONS))

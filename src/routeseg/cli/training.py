@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from jsonargparse import Namespace
 
 from routeseg.cli.common import (
     NETWORK_SKIP,
@@ -18,6 +20,9 @@ from routeseg.cli.common import (
     read_parts,
     start_from,
 )
+
+if TYPE_CHECKING:
+    from routeseg.training.run import RunOptions
 
 SMALLER_STEPS = (
     "lower --data.batch_size and raise --recipe.accumulate by the same factor, or take a smaller --data.crop"
@@ -36,21 +41,12 @@ def train_command(words: Sequence[str]) -> int:
     model = new_network(args, data, recipe)
     start_from(model, args.init, Path(args.output), args.resume)
     with enough_memory(SMALLER_STEPS):
-        result = train(
-            model,
-            data,
-            recipe,
-            budget,
-            Path(args.output),
-            resume=args.resume,
-            devices=args.devices,
-            accelerator=args.accelerator,
-        )
-    if not result.trainer.is_global_zero:
+        result = train(model, data, recipe, budget, run_options(args))
+    if not result.is_global_zero:
         return 0
-    if result.evaluation is not None:
-        print_evaluation(result.evaluation)
-    print(f"{result.seconds / 60:.1f} minutes; networks in {result.output}/best and {result.output}/last")
+    if result.found is not None:
+        print_evaluation(result.found)
+    print(f"{result.seconds / 60:.1f} minutes; networks in {args.output}/best and {args.output}/last")
     return 0
 
 
@@ -75,20 +71,12 @@ def pretrain_command(words: Sequence[str]) -> int:
     torch.manual_seed(recipe.seed)
     model = DynamicRoutingClassifier(num_classes=len(classes), class_names=classes, **network_options(args))
     with enough_memory(SMALLER_STEPS):
-        result = pretrain(
-            model,
-            data,
-            recipe,
-            Path(args.output),
-            resume=args.resume,
-            devices=args.devices,
-            accelerator=args.accelerator,
-        )
-    if not result.trainer.is_global_zero:
+        result = pretrain(model, data, recipe, run_options(args))
+    if not result.is_global_zero:
         return 0
-    if result.accuracy is not None:
-        print(f"{len(classes)} classes: {result.accuracy}")
-    print(f"{result.seconds / 60:.1f} minutes; start a segmenter with `routeseg train --init {result.output}/last ...`")
+    if result.found is not None:
+        print(f"{len(classes)} classes: {result.found}")
+    print(f"{result.seconds / 60:.1f} minutes; start a segmenter with `routeseg train --init {args.output}/last ...`")
     return 0
 
 
@@ -100,9 +88,16 @@ def _add_run_arguments(parser: Parser, output: str) -> None:
         "--devices",
         type=int | Literal["auto"],
         default="auto",
-        help="processes on this machine, each with a GPU of its own; auto: all GPUs, or those that torchrun started",
+        help="processes on this machine, each with another GPU; auto: all GPUs, or those that torchrun started",
     )
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
+
+
+def run_options(args: Namespace) -> RunOptions:
+    """The options of `_add_run_arguments`."""
+    from routeseg.training.run import RunOptions
+
+    return RunOptions(Path(args.output), args.resume, args.devices, args.accelerator)
 
 
 def demo_command(words: Sequence[str]) -> int:

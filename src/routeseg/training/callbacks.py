@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 
-from routeseg.engine import SkipEngine
-from routeseg.evaluation import Evaluation, evaluate
+from routeseg.data.classification import ClassificationDataModule
+from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.files import not_written
-from routeseg.model import DynamicRoutingNetwork
 from routeseg.training.batch_norm import average_statistics, precise_batch_norm
 from routeseg.training.recipe import Recipe
-
-if TYPE_CHECKING:
-    from routeseg.data.classification import ClassificationDataModule
-    from routeseg.data.datamodule import SegmentationDataModule
-    from routeseg.training.fitting import RecipeTask
-    from routeseg.training.segmentation import SegmentationTask
+from routeseg.training.task import RecipeTask, Validation
 
 RESUME_FILE = "last.ckpt"
 BEST_FOLDER, LAST_FOLDER = "best", "last"
 RUN_STATE = "run"  # where a checkpoint keeps what ValidateAndSave knows
-SHOWN = (  # in the progress bar: what is logged, its name there, its factor
+SHOWN = (  # in the progress bar: a number of the task, its name there, its factor
     ("loss", "loss", 1),
     ("budget_loss", "budget", 1),
     ("expected_cost", "exp%", 100),
@@ -39,8 +33,8 @@ SHOWN = (  # in the progress bar: what is logged, its name there, its factor
 class ValidateAndSave(Callback):
     """Every `validate_every` steps: precise BatchNorm, validation, the best network. Every `save_every`: the run.
 
-    The best is the one of the highest mIoU since the budget is at its full weight. With `ema_decay` the network that
-    is validated and saved is the averaged one.
+    The best network is the one with the highest score among the candidates (see `Validation`). With `ema_decay` the
+    averaged network is validated and saved.
 
     Writes OUTPUT/last.ckpt (to resume from), OUTPUT/best and OUTPUT/last (networks, with `routeseg.load`).
     """
@@ -50,11 +44,13 @@ class ValidateAndSave(Callback):
         output: Path,
         recipe: Recipe,
         data: SegmentationDataModule | ClassificationDataModule,
+        first_step: int,
         images_per_step: int,
     ) -> None:
-        self.output, self.recipe, self.data, self.images_per_step = output, recipe, data, images_per_step
-        self.best_score, self.best_settled = -1.0, False
-        self.latest: Evaluation | None = None
+        self.output, self.recipe, self.data = output, recipe, data
+        self.first_step, self.images_per_step = first_step, images_per_step
+        self.best_score, self.best_is_candidate = -1.0, False
+        self.latest: Validation | None = None
 
     @property
     def state_key(self) -> str:
@@ -63,19 +59,26 @@ class ValidateAndSave(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "best_score": self.best_score,
-            "best_settled": self.best_settled,
+            "best_settled": self.best_is_candidate,
             "images_per_step": self.images_per_step,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best_score, self.best_settled = state["best_score"], state["best_settled"]
+        self.best_score, self.best_is_candidate = state["best_score"], state["best_settled"]
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.global_step != self.first_step:
+            raise ValueError(
+                f"{self.output / RESUME_FILE} counts its steps in another way (an older version wrote it): start the "
+                "run anew"
+            )
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
-        task, step = cast("RecipeTask", module), trainer.global_step
+        task, step = cast(RecipeTask, module), trainer.global_step
         validates = step % self.recipe.validate_every == 0 or step == self.recipe.iterations
         if not (validates or step % self.recipe.save_every == 0):
             return
-        if task.batch_norm == "own":  # each process has its own running statistics: what is saved has their mean
+        if task.batch_norm == "own":  # the running statistics differ between processes: their mean is saved
             for network in dict.fromkeys((task.model, task.network)):  # in every process in this order
                 average_statistics(network)
         if validates:
@@ -87,26 +90,14 @@ class ValidateAndSave(Callback):
         if self.recipe.precise_bn_batches and task.batch_norm != "frozen":
             with trainer.precision_plugin.forward_context():
                 precise_batch_norm(network, self.data.norm_dataloader(step, self.recipe.precise_bn_batches))
-        score, scores, settled = self.score(trainer, task)
+        self.latest = validation = task.validate(self.data.val_dataloader())
         for logger in trainer.loggers:
-            logger.log_metrics(scores, step)
-        task.log_dict(scores, prog_bar=True, logger=False)
-        if score > self.best_score or settled > self.best_settled:
-            self.best_score, self.best_settled = score, settled
+            logger.log_metrics(validation.logged, step)
+        task.numbers.update(validation.logged)
+        if validation.score > self.best_score or validation.candidate > self.best_is_candidate:
+            self.best_score, self.best_is_candidate = validation.score, validation.candidate
             if trainer.is_global_zero:
                 network.save(self.output / BEST_FOLDER)
-
-    def score(self, trainer: Trainer, task: RecipeTask) -> tuple[float, dict[str, float], bool]:
-        """Validates: the score that the best network has most of, what is logged, and whether it is a candidate (it is
-        also one as long as there is no other)."""
-        task = cast("SegmentationTask", task)
-        network = cast(DynamicRoutingNetwork, task.network)
-        result = evaluate(network, self.data.val_dataloader(), SkipEngine(network))
-        self.latest = result
-        scores = {"val_miou": result.miou, "val_cost": float((result.cost_macs / result.full_macs).mean())}
-        # A network that does not yet keep the budget is no candidate once there are others.
-        reached = (task.budget.start + task.budget.ramp) * self.recipe.iterations
-        return result.miou, scores, trainer.global_step >= reached or not task.budget.weight
 
     def _save(self, trainer: Trainer, task: RecipeTask) -> None:
         scratch, target = self.output / f".{RESUME_FILE}.tmp", self.output / RESUME_FILE
@@ -123,13 +114,13 @@ class ValidateAndSave(Callback):
 
 
 class Progress(RichProgressBar):
-    """One line: step, rate, loss, budget loss, expected and real cost in percent, and the last validation mIoU."""
+    """One line: step, rate, and the numbers of the task that `SHOWN` lists."""
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "train"  # a run is one long epoch
 
     def get_metrics(self, trainer: Trainer, task: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
-        values = {key: float(value) for key, value in trainer.progress_bar_metrics.items()}
+        values = cast(RecipeTask, task).numbers
         shown: dict[str, int | str | float | dict[str, float]] = {}
         for key, name, factor in SHOWN:
             if key in values and (values[key] or key != "skipped_images"):

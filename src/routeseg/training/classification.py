@@ -6,22 +6,21 @@ Legend: B images, K classes.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal, cast
+from dataclasses import asdict, dataclass
+from typing import Any, cast
 
 import torch
-from lightning import Trainer
+from torch import Tensor
 from torch.nn import functional as F
 
 from routeseg.collectives import rank_and_world, total
 from routeseg.cost.macs import model_cost
 from routeseg.data.classification import Batch, ClassificationConfig, ClassificationDataModule
-from routeseg.model.classifier import DynamicRoutingClassifier
+from routeseg.model.classifier import Classification, DynamicRoutingClassifier
 from routeseg.training.batch_norm import Mode
-from routeseg.training.callbacks import ValidateAndSave
-from routeseg.training.fitting import RecipeTask, Run
 from routeseg.training.recipe import Recipe
+from routeseg.training.run import Run, RunOptions, RunResult
+from routeseg.training.task import RecipeTask, Validation
 
 TOP = 5  # a label among so many of the highest scores is a hit of top-5
 
@@ -63,45 +62,36 @@ class Accuracy:
         return f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%} of {self.images} validation images{skipped}"
 
 
-class ClassificationTask(RecipeTask):
-    """Cross-entropy of the labels, in the steps of the recipe.
+class ClassificationTask(RecipeTask[Accuracy]):
+    """Cross-entropy of the labels.
 
     With P processes and N images i in all batches of a step, the loss is sum_i CE_i / N. DDP takes the mean of the
-    gradients over the processes, so that each contributes P sum_i CE_i / N of its own images.
+    gradients over the processes, so that each contributes P sum_i CE_i / N of its images.
     """
 
-    def __init__(
-        self,
-        model: DynamicRoutingClassifier,
-        recipe: PretrainingRecipe,
-        crop: int,
-        batch_norm: Mode = "own",
-        first_step: int = 0,
-    ) -> None:
-        super().__init__(model, recipe, batch_norm, first_step)
-        self.label_smoothing = recipe.label_smoothing
-        self.cost = model_cost(model, (crop, crop))
+    labels_key = "label"
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """A step of the optimiser on `accumulate` batches, which come as one."""
-        count, (rank, world) = self.recipe.accumulate, rank_and_world()
-        images = len(batch["label"]) * world
-        sums = torch.zeros(3, device=self.device)  # of the cross-entropies, the hits and the shares of the full cost
-        cast(Any, self.optimizers()).zero_grad()
-        parts = zip(batch["image"].chunk(count), batch["label"].chunk(count), strict=True)
-        for part, (pictures, labels) in enumerate(parts):
-            self.seed_part(rank, part)
-            result = self.model(pictures.contiguous(memory_format=torch.channels_last), drop_path=self.drop_path)
-            logits = result.logits.float()
-            loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
-            hits = (logits.argmax(dim=1) == labels).sum()
-            cost = float(self.cost.of_gates(result.gates).sum() / self.cost.full)
-            sums += torch.stack((loss.detach(), hits.float(), loss.new_tensor(cost)))
-            self.add_gradients(world * loss / images, part == count - 1)
-        sums = total(sums) / images
-        self.check_loss(sums[0])
-        logged = dict(zip(("loss", "top1", "real_cost"), sums, strict=True))
-        self.finish_step(logged, len(batch["label"]), int(total(batch["skipped"])))
+    def __init__(
+        self, model: DynamicRoutingClassifier, recipe: PretrainingRecipe, crop: int, batch_norm: Mode = "own"
+    ) -> None:
+        super().__init__(model, recipe, model_cost(model, (crop, crop)), batch_norm)
+        self.label_smoothing = recipe.label_smoothing
+
+    def count(self, labels: Tensor) -> Tensor:
+        """The images."""
+        return labels.new_tensor(len(labels))
+
+    def loss(self, result: Classification, labels: Tensor, labels_in_step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = result.logits.float()
+        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing) / labels_in_step
+        hits = (logits.argmax(dim=1) == labels).sum() / labels_in_step
+        return rank_and_world()[1] * loss, {"loss": loss, "top1": hits}
+
+    def validate(self, batches: Iterable[Batch]) -> Validation[Accuracy]:
+        """The score is top-1."""
+        with self.trainer.precision_plugin.forward_context():
+            found = evaluate_classifier(cast(DynamicRoutingClassifier, self.network), batches)
+        return Validation(found, found.top1, {"val_top1": found.top1, "val_top5": found.top5})
 
 
 @torch.no_grad()
@@ -127,50 +117,16 @@ def evaluate_classifier(model: DynamicRoutingClassifier, batches: Iterable[Batch
     return Accuracy(top1 / images, top5 / images, images, skipped)
 
 
-class SaveClassifier(ValidateAndSave):
-    """`ValidateAndSave` with the best network by top-1."""
-
-    accuracy: Accuracy | None = None
-
-    def score(self, trainer: Trainer, task: RecipeTask) -> tuple[float, dict[str, float], bool]:
-        with trainer.precision_plugin.forward_context():
-            model = cast(DynamicRoutingClassifier, task.network)
-            self.accuracy = evaluate_classifier(model, self.data.val_dataloader())
-        scores = {"val_top1": self.accuracy.top1, "val_top5": self.accuracy.top5}
-        return self.accuracy.top1, scores, True
-
-
-@dataclass
-class PretrainingResult:
-    """What `pretrain` returns: the last validation, the folder, and the seconds it took."""
-
-    accuracy: Accuracy | None
-    output: Path
-    seconds: float
-    trainer: Trainer = field(repr=False)
-
-
 def pretrain(
-    model: DynamicRoutingClassifier,
-    data: ClassificationConfig,
-    recipe: PretrainingRecipe,
-    output: Path,
-    resume: bool = False,
-    progress: bool = True,
-    devices: int | Literal["auto"] = "auto",
-    accelerator: str = "auto",
-) -> PretrainingResult:
-    """Trains the classifier as `routeseg.training.train` does a segmenter, and writes the same things into `output`.
+    model: DynamicRoutingClassifier, data: ClassificationConfig, recipe: PretrainingRecipe, options: RunOptions
+) -> RunResult[Accuracy]:
+    """Trains the classifier as `routeseg.training.train` does a segmenter, and writes the same things into
+    `options.output`.
 
-    With `resume` the run goes on from OUTPUT/last.ckpt. It ends, on one CPU process, with the very weights of a run
-    that was never interrupted: from a tree always, from tar shards with as many loader workers as before.
+    With `options.resume` the run goes on from OUTPUT/last.ckpt. It ends, on one CPU process, with the very weights of a
+    run that was never interrupted: from a tree always, from tar shards with as many loader workers as before.
     Raises as `train` does.
     """
-    crop = (data.crop, data.crop)
-    run = Run.begin(model, recipe, output, data.batch_size, crop, resume, devices, accelerator)
-    step = run.before.step
-    module = ClassificationDataModule(data, recipe.iterations, recipe.seed, step, recipe.accumulate)
-    saver = SaveClassifier(output, recipe, module, run.images_per_step)
-    task = ClassificationTask(model, recipe, data.crop, run.batch_norm, step)
-    trainer, seconds = run.fit(task, module, saver, progress)
-    return PretrainingResult(saver.accuracy, output, seconds, trainer)
+    run = Run.begin(model, recipe, options, data.batch_size, (data.crop, data.crop))
+    module = ClassificationDataModule(data, recipe.iterations, recipe.seed, run.first_step, recipe.accumulate)
+    return run.fit(ClassificationTask(model, recipe, data.crop, run.batch_norm), module)

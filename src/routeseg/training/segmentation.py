@@ -1,18 +1,15 @@
-"""Training of the segmenter: its loss, and what a step computes (the authors' recipe).
+"""Training of the segmenter: its loss (the authors' recipe), and its validation.
 
-How a network is trained, in one process or several, is in fitting.py.
+What a step does with the loss: task.py. How a network is trained, in one process or several: run.py.
 
 Legend: B images, K classes, H, W crop size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, cast
+from collections.abc import Iterable
+from typing import Any, cast
 
-import torch
-from lightning import Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,18 +17,19 @@ from routeseg.collectives import rank_and_world, total
 from routeseg.cost.budget import Budget, budget_loss
 from routeseg.cost.macs import model_cost
 from routeseg.data.datamodule import DataConfig, SegmentationDataModule, pair
-from routeseg.evaluation import Evaluation
+from routeseg.engine import SkipEngine
+from routeseg.evaluation import Evaluation, evaluate
 from routeseg.evaluation.scores import check_class_count
 from routeseg.labels import IGNORE
-from routeseg.model import DynamicRoutingNetwork
+from routeseg.model import DynamicRoutingNetwork, Segmentation
 from routeseg.training.batch_norm import Mode
-from routeseg.training.callbacks import ValidateAndSave
-from routeseg.training.fitting import RecipeTask, Run
 from routeseg.training.recipe import Recipe
+from routeseg.training.run import Run, RunOptions, RunResult
+from routeseg.training.task import RecipeTask, Validation
 
 
-class SegmentationTask(RecipeTask):
-    """Cross-entropy plus budget (Eq. 10), SGD with the authors' groups and schedule, the weights' average if asked.
+class SegmentationTask(RecipeTask[Evaluation]):
+    """Cross-entropy plus budget (Eq. 10).
 
     With P processes, A batches of each in a step (`accumulate`), N labelled pixels i in all of these batches, and
     M_a the mean of the expected costs of the images in the batches a of all processes,
@@ -50,6 +48,8 @@ class SegmentationTask(RecipeTask):
     not to their mean: it exceeds the loss of one large batch by lambda_2 times the variance of the M_a / full.
     """
 
+    labels_key = "labels"
+
     def __init__(
         self,
         model: DynamicRoutingNetwork,
@@ -57,79 +57,53 @@ class SegmentationTask(RecipeTask):
         budget: Budget,
         crop: tuple[int, int],
         batch_norm: Mode = "own",
-        first_step: int = 0,
     ) -> None:
-        super().__init__(model, recipe, batch_norm, first_step)
+        super().__init__(model, recipe, model_cost(model, crop), batch_norm)
         self.budget = budget
-        self.cost = model_cost(model, crop)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """A step of the optimiser on `accumulate` batches, which come as one: image [A*B,3,H,W], labels [A*B,H,W]."""
-        count, (rank, world) = self.recipe.accumulate, rank_and_world()
+    def count(self, labels: Tensor) -> Tensor:
+        """The labelled pixels."""
+        return (labels != IGNORE).sum()
+
+    def loss(self, result: Segmentation, labels: Tensor, labels_in_step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        count, (_, world) = self.recipe.accumulate, rank_and_world()
         weight = self.budget.weight_at(self.global_step / self.recipe.iterations)
-        labelled, skipped = total(torch.stack(((batch["labels"] != IGNORE).sum(), batch["skipped"].sum())))
-        labelled, zero = labelled.clamp(min=1), torch.zeros((), device=self.device)
-        logged = dict.fromkeys(("loss", "cross_entropy", "budget_loss", "expected_cost", "real_cost"), zero)
-        cast(Any, self.optimizers()).zero_grad()
-        parts = zip(batch["image"].chunk(count), batch["labels"].chunk(count), strict=True)
-        for part, (images, labels) in enumerate(parts):
-            self.seed_part(rank, part)
-            result = self.model(images.contiguous(memory_format=torch.channels_last), drop_path=self.drop_path)
-            cross_entropy = cross_entropy_sum(result.logits.float(), labels)
-            expected = self.cost.expected(result.gates).mean()
-            real = expected.new_tensor(self.cost.of_gates(result.gates).mean() / self.cost.full)
-            sums = total(torch.stack((cross_entropy.detach(), expected.detach() / world, real / world)))
-            # M_a: the value of all processes, the gradient of our own images.
-            budget = budget_loss(expected + (sums[1] - expected.detach()), self.cost.budgeted, self.budget.target)
-            found = {
-                "loss": sums[0] / labelled + weight / count * budget.detach(),
-                "cross_entropy": sums[0] / labelled,
-                "budget_loss": budget.detach() / count,
-                "expected_cost": sums[1] / self.cost.budgeted / count,
-                "real_cost": sums[2] / count,
-            }
-            self.check_loss(found["loss"])
-            self.add_gradients(world * cross_entropy / labelled + weight / count * budget, part == count - 1)
-            logged = {key: logged[key] + value for key, value in found.items()}
-        self.finish_step(logged, len(batch["image"]), int(skipped))
+        cross_entropy = cross_entropy_sum(result.logits.float(), labels) / labels_in_step.clamp(min=1)
+        expected = self.cost.expected(result.gates).mean()
+        mean = total(expected.detach()) / world
+        # M_a: the value of all processes, the gradient of this one's images.
+        budget = budget_loss(expected + (mean - expected.detach()), self.cost.budgeted, self.budget.target) / count
+        numbers = {
+            "loss": cross_entropy + weight * budget / world,
+            "cross_entropy": cross_entropy,
+            "budget_loss": budget / world,
+            "expected_cost": expected / self.cost.budgeted / count / world,
+        }
+        return world * cross_entropy + weight * budget, numbers
 
-
-def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of logits [B,K,H,W] and labels [B,H,W], over the pixels that have a label (0 where none has)."""
-    return cross_entropy_sum(logits, labels) / (labels != IGNORE).sum().clamp(min=1)
+    def validate(self, batches: Iterable[dict[str, Any]]) -> Validation[Evaluation]:
+        """The score is the mIoU. A network is a candidate once the budget has its full weight: one that does not yet
+        keep the budget must not win."""
+        network = cast(DynamicRoutingNetwork, self.network)
+        found = evaluate(network, batches, SkipEngine(network))
+        logged = {"val_miou": found.miou, "val_cost": float((found.cost_macs / found.full_macs).mean())}
+        full_weight = (self.budget.start + self.budget.ramp) * self.recipe.iterations
+        return Validation(found, found.miou, logged, self.global_step >= full_weight or not self.budget.weight)
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """The sum of the pixels' cross-entropies, see `segmentation_loss`."""
+    """The sum of the cross-entropies of logits [B,K,H,W] and labels [B,H,W], over the pixels that have a label."""
     return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
 
 
-@dataclass
-class TrainingResult:
-    """What `train` returns: the last validation, the folder, and the seconds it took."""
-
-    evaluation: Evaluation | None
-    output: Path
-    seconds: float
-    trainer: Trainer = field(repr=False)
-
-
 def train(
-    model: DynamicRoutingNetwork,
-    data: DataConfig,
-    recipe: Recipe,
-    budget: Budget,
-    output: Path,
-    resume: bool = False,
-    progress: bool = True,
-    devices: int | Literal["auto"] = "auto",
-    accelerator: str = "auto",
-) -> TrainingResult:
-    """Trains the network and writes checkpoints and logs into `output`; afterwards `model` is the network in
+    model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe, budget: Budget, options: RunOptions
+) -> RunResult[Evaluation]:
+    """Trains the network and writes checkpoints and logs into `options.output`; afterwards `model` is the network in
     OUTPUT/last.
 
-    With `resume` the run goes on from OUTPUT/last.ckpt and ends, on one CPU process, with the very weights of a run
-    that was never interrupted. `devices` are processes on this machine; started by torchrun, we are one of its.
+    With `options.resume` the run goes on from OUTPUT/last.ckpt and ends, on one CPU process, with the very weights of a
+    run that was never interrupted.
 
     Raises ValueError for a folder that already holds a run (unless resuming), or another network's, or cannot be
     written, for a single class, for a budget without gates, and for processes or a kind of BatchNorm that the machine
@@ -140,10 +114,6 @@ def train(
             "a network without gates cannot keep a budget: set --budget.weight 0, or --model.gate soft to give it gates"
         )
     check_class_count(model.config.num_classes)
-    run = Run.begin(model, recipe, output, data.batch_size, pair(data.crop), resume, devices, accelerator)
-    step = run.before.step
-    module = SegmentationDataModule(data, recipe.iterations, recipe.seed, step, recipe.accumulate)
-    saver = ValidateAndSave(output, recipe, module, run.images_per_step)
-    task = SegmentationTask(model, recipe, budget, pair(data.crop), run.batch_norm, step)
-    trainer, seconds = run.fit(task, module, saver, progress)
-    return TrainingResult(saver.latest, output, seconds, trainer)
+    run = Run.begin(model, recipe, options, data.batch_size, pair(data.crop))
+    module = SegmentationDataModule(data, recipe.iterations, recipe.seed, run.first_step, recipe.accumulate)
+    return run.fit(SegmentationTask(model, recipe, budget, pair(data.crop), run.batch_norm), module)

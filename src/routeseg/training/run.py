@@ -1,0 +1,240 @@
+"""A run: its folder, its processes, where it starts or goes on from; around Lightning's loop.
+
+What a step computes: task.py. One process, or several under torchrun or `devices`: processes.py, and docs/training.md
+for how they are started.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Literal
+
+import lightning
+import torch
+from lightning import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from routeseg.data.classification import ClassificationDataModule
+from routeseg.data.datamodule import SegmentationDataModule
+from routeseg.files import check_writable
+from routeseg.model.grid import RoutedNetwork
+from routeseg.training.batch_norm import Mode, check_enough_values, choose_mode
+from routeseg.training.callbacks import RESUME_FILE, RUN_STATE, Progress, ValidateAndSave
+from routeseg.training.processes import (
+    LOST,
+    TIMEOUT,
+    ProcessLost,
+    TrainingStopped,
+    connection_lost,
+    count_processes,
+    ending_together,
+)
+from routeseg.training.recipe import Recipe
+from routeseg.training.task import Found, RecipeTask
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run writes, and what it runs on.
+
+    output       folder of the run
+    resume       go on from OUTPUT/last.ckpt
+    devices      processes on this machine, each with another GPU; auto: all GPUs, or those that torchrun started
+    accelerator  cpu, gpu or auto
+    progress     show a progress bar
+    """
+
+    output: Path
+    resume: bool = False
+    devices: int | Literal["auto"] = "auto"
+    accelerator: str = "auto"
+    progress: bool = True
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class RunResult(Generic[Found]):
+    """What a run returns.
+
+    found           what the last validation measured; None if no step was left to do
+    steps           of the optimiser, since the run began
+    seconds         since it was started or resumed
+    is_global_zero  whether this process is the one that writes files and prints
+    """
+
+    found: Found | None
+    steps: int
+    seconds: float
+    is_global_zero: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training that is about to start, or to go on: its options, its processes, and where it goes on from.
+
+    processes            on this machine
+    images_before        images of a step before it was interrupted; None if it starts, or if nobody wrote it down
+    """
+
+    model: RoutedNetwork
+    recipe: Recipe
+    options: RunOptions
+    processes: int
+    machines: int
+    batch_norm: Mode
+    images_per_step: int
+    first_step: int
+    images_before: int | None
+
+    @classmethod
+    def begin(
+        cls, model: RoutedNetwork, recipe: Recipe, options: RunOptions, batch_size: int, crop: tuple[int, int]
+    ) -> Run:
+        """Checks what was asked for, makes the folder, seeds, and makes the network ready. Raises as `train` does."""
+        processes, machines = count_processes(options.devices, options.on_gpu)
+        world = processes * machines
+        batch_norm = choose_mode(recipe.batch_norm, options.on_gpu, world)
+        if batch_norm != "frozen":
+            check_enough_values(model, crop, batch_size * (world if batch_norm == "synced" else 1))
+        first_step, images_before = _prepare_output(model, recipe, options)
+        lightning.seed_everything(recipe.seed, workers=True, verbose=False)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack memory_format
+        if recipe.compile:
+            compile_parts(model)
+        images = batch_size * world * recipe.accumulate
+        return cls(model, recipe, options, processes, machines, batch_norm, images, first_step, images_before)
+
+    @property
+    def world(self) -> int:
+        """Processes on all machines."""
+        return self.processes * self.machines
+
+    @property
+    def synced(self) -> bool:
+        """Whether BatchNorm has the statistics of the batches of several processes."""
+        return self.batch_norm == "synced" and self.world > 1
+
+    def fit(self, task: RecipeTask[Found], data: SegmentationDataModule | ClassificationDataModule) -> RunResult[Found]:
+        """Trains; afterwards the network is the one in OUTPUT/last."""
+        options, checkpoint = self.options, self.options.output / RESUME_FILE
+        saver = ValidateAndSave(options.output, self.recipe, data, self.first_step, self.images_per_step)
+        trainer = self._trainer(saver)
+        if trainer.is_global_zero:
+            self._say_images()
+        start = time.monotonic()
+        together = ending_together(lambda: getattr(trainer.strategy.launcher, "procs", ()))
+        with together if self.world > 1 else nullcontext():
+            try:
+                trainer.fit(task, datamodule=data, ckpt_path=checkpoint if options.resume else None, weights_only=True)
+            except RuntimeError as error:
+                if self.world > 1 and not isinstance(error, TrainingStopped) and connection_lost(error):
+                    raise ProcessLost(LOST) from error
+                raise
+            except SystemExit as stop:
+                if trainer.interrupted:  # Lightning takes Ctrl-C, and exits without a word
+                    raise KeyboardInterrupt from stop
+                raise
+        self.model.load_state_dict(task.network.state_dict())
+        found = saver.latest.found if saver.latest is not None else None
+        return RunResult(found, trainer.global_step, time.monotonic() - start, trainer.is_global_zero)
+
+    def _trainer(self, saver: ValidateAndSave) -> Trainer:
+        recipe, options = self.recipe, self.options
+        try:
+            return Trainer(
+                max_steps=recipe.iterations,
+                max_epochs=-1,
+                accelerator=options.accelerator,
+                devices=self.processes,
+                num_nodes=self.machines,
+                strategy=_several_processes() if self.world > 1 else "auto",
+                precision=recipe.precision,
+                sync_batchnorm=self.synced,
+                use_distributed_sampler=False,
+                limit_val_batches=0,
+                num_sanity_val_steps=0,
+                log_every_n_steps=recipe.log_every,
+                logger=[
+                    CSVLogger(options.output, name="logs", flush_logs_every_n_steps=recipe.log_every),
+                    TensorBoardLogger(options.output, name="tensorboard", version=""),
+                ],
+                callbacks=[saver, *([Progress()] if options.progress else [])],
+                enable_progress_bar=options.progress,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+                default_root_dir=options.output,
+            )
+        except MisconfigurationException as error:
+            raise ValueError(f"--accelerator {options.accelerator}: {error}") from error
+
+    def _say_images(self) -> None:
+        """Prints how many images a step has, which the learning rate must fit."""
+        recipe, images = self.recipe, self.images_per_step
+        print(
+            f"{images} images a step ({images // (self.world * recipe.accumulate)} x {self.world} processes "
+            f"x {recipe.accumulate} accumulated), learning rate {recipe.lr:g}"
+        )
+        if self.images_before not in (None, images):
+            print(
+                f"note: this run took {self.images_before} images a step so far, and takes {images} from here on. "
+                f"Its schedule counts steps, and --recipe.lr {recipe.lr:g} stays: scale it with the images of a step"
+            )
+
+
+def _several_processes() -> DDPStrategy:
+    return DDPStrategy(
+        find_unused_parameters=True,  # a dropped cell has no gradient
+        broadcast_buffers=False,  # BatchNorm's statistics: see batch_norm.py
+        timeout=TIMEOUT,
+    )
+
+
+def compile_parts(model: RoutedNetwork) -> None:
+    """torch.compile for every cell, gate and transform; the routing between them stays plain Python."""
+    parts: list[nn.Module] = [part for name, part in model.named_children() if name not in ("normalize", "nodes")]
+    for layer, scale in model.route.nodes:
+        node = model.node(layer, scale)
+        parts += [node.cell, *node.transforms.values(), *([node.gate] if node.gate is not None else [])]
+    for part in parts:
+        part.compile()
+
+
+def _prepare_output(model: RoutedNetwork, recipe: Recipe, options: RunOptions) -> tuple[int, int | None]:
+    """Makes the folder; returns the step that the run goes on from, and the images of a step that it had before."""
+    output, path = options.output, options.output / RESUME_FILE
+    check_writable(output)
+    if not options.resume:
+        if path.exists():
+            raise ValueError(f"{output} already holds a run: go on with it with --resume, or choose another --output")
+        return 0, None
+    if not path.exists():
+        raise ValueError(f"nothing to resume: {path} does not exist")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        step = int(checkpoint["global_step"])
+        averaged = any(name.startswith("average.") for name in checkpoint["state_dict"])
+        shapes = {name: list(value.shape) for name, value in checkpoint["state_dict"].items()}
+        saved = checkpoint["callbacks"][RUN_STATE].get("images_per_step")
+    except Exception as error:  # a damaged file fails in many ways
+        raise ValueError(f"{path} is damaged or no checkpoint of a run: {error}") from error
+    if averaged != bool(recipe.ema_decay):
+        had = "an average of its weights" if averaged else "no average of its weights"
+        raise ValueError(f"the run in {output} keeps {had}: resume it with the --recipe.ema_decay that it had")
+    there = {name.removeprefix("model."): shape for name, shape in shapes.items() if name.startswith("model.")}
+    here = {name: list(value.shape) for name, value in model.state_dict().items()}
+    for name in [*here, *there]:
+        if there.get(name) != here.get(name):
+            raise ValueError(
+                f"the run in {output} has another network: {name} is {there.get(name, 'missing')} there, and "
+                f"{here.get(name, 'missing')} here. Resume it with the configuration that it had (model and data)"
+            )
+    return step, saved

@@ -1,0 +1,233 @@
+"""What a training step is: the batches of a step, their loss and gradients, the optimiser, what is logged.
+
+A task says what the loss of a batch is, and what a validation measures: segmentation.py and classification.py.
+
+Legend: B images, L depth, S scales.
+    gates [B, L+1, S, 3]   activation of every edge, direction 0 up, 1 keep, 2 down
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar, cast
+
+import numpy as np
+import torch
+from lightning import LightningModule
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from routeseg.collectives import rank_and_world, total
+from routeseg.cost.macs import CostTable
+from routeseg.model.grid import RoutedNetwork
+from routeseg.training.batch_norm import Mode, norms_of
+from routeseg.training.processes import TrainingStopped
+from routeseg.training.recipe import Recipe, lr_factor
+
+Found = TypeVar("Found")  # what a validation measures: Evaluation, Accuracy
+
+
+class NonFiniteLoss(TrainingStopped):
+    """The loss or its gradient became nan or infinite."""
+
+
+class Part(NamedTuple):
+    """What one batch of a step gives.
+
+    loss     its gradients, added up over the parts of a step and averaged over the processes, are those of the step's
+             loss
+    numbers  what is logged: this batch's share of each number of the step, scalars on the device. The shares add up
+             over parts and processes; "loss" is one of them
+    gates    [B, L+1, S, 3], without a gradient
+    """
+
+    loss: Tensor
+    numbers: dict[str, Tensor]
+    gates: Tensor
+
+
+@dataclass(frozen=True)
+class Validation(Generic[Found]):
+    """What a validation tells.
+
+    found      all that was measured
+    score      the best network is the one with the highest
+    logged     what is logged, by name
+    candidate  whether this network may be the best one; if none ever may, the highest score counts
+    """
+
+    found: Found
+    score: float
+    logged: dict[str, float]
+    candidate: bool = True
+
+
+class RecipeTask(LightningModule, ABC, Generic[Found]):
+    """A network that a recipe trains: SGD with the authors' groups and schedule, and an average of the weights if
+    `ema_decay` asks for one.
+
+    This class owns the loop over the `accumulate` batches of a step; a task supplies the loss of one of them.
+
+    cost     the network's, at the size of the training crops
+    numbers  what the last steps found, by name; real_cost and skipped_images are those of the last step that was logged
+    """
+
+    labels_key: str  # of a batch; its images are "image", how many of them could not be read is "skipped"
+
+    def __init__(self, model: RoutedNetwork, recipe: Recipe, cost: CostTable, batch_norm: Mode = "own") -> None:
+        super().__init__()
+        self.automatic_optimization = False  # a step has several batches
+        self.model, self.recipe, self.cost, self.batch_norm = model, recipe, cost, batch_norm
+        self.skipped = torch.zeros((), dtype=torch.int64)  # unreadable images of all processes, since they started
+        self.numbers: dict[str, float] = {}
+        self.average: AveragedModel | None = None
+        if recipe.ema_decay:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
+            self.average.requires_grad_(False)
+
+    @abstractmethod
+    def count(self, labels: Tensor) -> Tensor:
+        """How many labels the loss is a mean over; a scalar on the device."""
+
+    @abstractmethod
+    def loss(self, result: Any, labels: Tensor, labels_in_step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and numbers of `Part`, from what the network gave for one batch.
+
+        `labels_in_step` is `count` over all batches of the step, of all processes.
+        """
+
+    @abstractmethod
+    def validate(self, batches: Iterable[Any]) -> Validation[Found]:
+        """Runs `network` over the validation data; in a job each process brings its share, and all get the result."""
+
+    @property
+    def network(self) -> RoutedNetwork:
+        """What is validated and saved: the averaged network if there is one."""
+        return self.model if self.average is None else cast(RoutedNetwork, self.average.module)
+
+    @property
+    def drop_path(self) -> float:
+        """p of the scheduled drop path at this step."""
+        return self.recipe.drop_path * self.global_step / self.recipe.iterations
+
+    def on_train_start(self) -> None:
+        """A run that goes on keeps the momenta of its gradients; the numbers are the recipe's, which may differ."""
+        schedule, factor = cast(Any, self.lr_schedulers()), lr_factor(self.global_step, self.recipe)
+        groups = parameter_groups(self.model, self.recipe)
+        for group, given in zip(self._optimizer.param_groups, groups, strict=True):
+            group["initial_lr"], group["lr"] = given["lr"], given["lr"] * factor
+            group["weight_decay"], group["momentum"] = given["weight_decay"], self.recipe.momentum
+        schedule.base_lrs = [given["lr"] for given in groups]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.batch_norm == "frozen":
+            for norm in norms_of(self.model):
+                norm.eval()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """A step of the optimiser on `accumulate` batches, which come as one: image [accumulate*B,3,H,W]."""
+        count, (rank, world) = self.recipe.accumulate, rank_and_world()
+        images, labels = batch["image"], batch[self.labels_key]
+        labels_in_step, skipped = total(torch.stack((self.count(labels), batch["skipped"].sum())))
+        self._optimizer.zero_grad()
+        parts = []
+        for part, (some, their_labels) in enumerate(zip(images.chunk(count), labels.chunk(count), strict=True)):
+            self._seed(rank, part)
+            found = self.part(some, their_labels, labels_in_step)
+            self._add_gradients(found.loss, is_last=part == count - 1)
+            parts.append(found)
+        self.skipped = self.skipped + skipped
+        numbers = {name: torch.stack([found.numbers[name] for found in parts]).sum() for name in parts[0].numbers}
+        is_logged = (self.global_step + 1) % self.recipe.log_every == 0  # as Lightning decides
+        if is_logged:
+            real = self.cost.of_gates(torch.cat([found.gates for found in parts])).mean() / self.cost.full
+            numbers["real_cost"] = torch.tensor(real / world, dtype=torch.float32, device=self.device)
+        self._finish(numbers, is_logged)
+
+    def part(self, images: Tensor, labels: Tensor, labels_in_step: Tensor) -> Part:
+        """The loss of one batch of a step: images [B,3,H,W] and their labels."""
+        result = self.model(images.contiguous(memory_format=torch.channels_last), drop_path=self.drop_path)
+        loss, numbers = self.loss(result, labels, labels_in_step)
+        return Part(loss, {name: value.detach() for name, value in numbers.items()}, result.gates.detach())
+
+    def _seed(self, rank: int, part: int) -> None:
+        """What a batch of a step draws at random depends on these alone, so that a resumed run draws the same."""
+        numbers = (self.recipe.seed, self.global_step, rank, part)
+        torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+
+    def _add_gradients(self, loss: Tensor, is_last: bool) -> None:
+        """Backward of one batch of a step. A process keeps its gradients to itself until the last one."""
+        strategy = self.trainer.strategy
+        here: AbstractContextManager = nullcontext()
+        if not is_last and isinstance(strategy, ParallelStrategy):
+            here = strategy.block_backward_sync()
+        with here:
+            self.manual_backward(loss)
+
+    def _finish(self, numbers: dict[str, Tensor], is_logged: bool) -> None:
+        """Clips the gradients, moves the weights, their average and the schedule on, and logs.
+
+        Raises NonFiniteLoss, in all processes, if the loss or the gradient is nan or infinite.
+        """
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        sums = total(torch.stack(list(numbers.values())))
+        *values, norm_value = torch.cat((sums, norm[None])).tolist()  # the one time that a step waits for the device
+        found = dict(zip(numbers, values, strict=True))
+        for what, value in (("the loss", found["loss"]), ("the gradient", norm_value)):
+            if not math.isfinite(value):  # before the step: the weights stay good
+                raise NonFiniteLoss(self._diagnosis(what))
+        if is_logged:
+            found["skipped_images"] = float(self.skipped)
+            self.log_dict(found | {"lr": self._lr})
+        self.numbers.update(found)
+        self._optimizer.step()
+        cast(Any, self.lr_schedulers()).step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = torch.optim.SGD(
+            parameter_groups(self.model, self.recipe), lr=self.recipe.lr, momentum=self.recipe.momentum
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, self.recipe))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def _optimizer(self) -> Any:
+        return self.optimizers()
+
+    @property
+    def _lr(self) -> float:
+        return self._optimizer.param_groups[0]["lr"]
+
+    def _diagnosis(self, what: str) -> str:
+        return (
+            f"{what} became nan or infinite at step {self.global_step}, learning rate {self._lr:.3g}. "
+            "The last checkpoint, if one was written, is kept. "
+            f"Try a lower --recipe.lr (now {self.recipe.lr:g}; it should shrink with the batch size), a longer "
+            "--recipe.warmup_steps, or --recipe.precision 32-true, and go on from that checkpoint with --resume"
+        )
+
+
+def parameter_groups(model: RoutedNetwork, recipe: Recipe) -> list[dict[str, Any]]:
+    """The parameters by kind: norm weights do not decay, and gates have another learning rate than the rest."""
+    gates = {id(parameter) for parameter in model.gate_parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for module in model.modules():
+        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for parameter in module.parameters(recurse=False):
+            groups.setdefault((is_norm, id(parameter) in gates), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if is_norm else recipe.weight_decay,
+            "lr": recipe.lr * (recipe.gate_lr_factor if is_gate else 1.0),
+        }
+        for (is_norm, is_gate), parameters in sorted(groups.items())
+    ]
