@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -14,73 +15,96 @@ from routeseg.cli.common import config_parser
 from routeseg.space import RoutingSpace
 
 ROOT = Path(__file__).parents[1]
-# See test_table1.py and test_pretraining.py for the others.
-CONFIGS = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name not in ("table1", "imagenet"))
-REAL_DATA = [p for p in CONFIGS if p.parent.name in ("cityscapes", "voc")]
-STATIC = ROOT / "configs" / "cityscapes" / "static.yaml"
-TINY = ["--model.base_channels=4", "--model.stem_channels=4", "--data.crop=[64, 64]", "--data.batch_size=2"]
-TINY += ["--data.workers=0", "--recipe.iterations=2", "--recipe.precise_bn_batches=1", "--recipe.precision=32-true"]
+CONFIGS = ROOT / "configs"
+BUDGETS = {"dynamic_a": (0.8, 0.1), "dynamic_b": (0.5, 0.1), "dynamic_c": (0.5, 0.2)}  # weight, target: the paper's
+SETS = ("camvid", "cityscapes", "scenes", "voc")  # imagenet: test_pretraining.py; table1: test_table1.py
+# What the documents name, as one `--config` after the other; docs/training.md lists them.
+COMBINATIONS = [(f"{name}/base",) for name in SETS]
+COMBINATIONS += [(f"{name}/base", budget) for name in ("camvid", "cityscapes", "scenes") for budget in BUDGETS]
+COMBINATIONS += [("cityscapes/base", "cityscapes/long"), ("cityscapes/base", "cityscapes/imagenet")]
+COMBINATIONS += [("cityscapes/base", "dynamic_a", "cityscapes/one_gpu")]
+COMBINATIONS += [("camvid/small_cpu",), ("scenes/small_cpu",)]
+REAL_DATA = [files for files in COMBINATIONS if files[0] in ("cityscapes/base", "voc/base")]
+TINY = ["--model.depth=4", "--model.base_channels=4", "--model.stem_channels=4", "--data.crop=[64, 64]"]
+TINY += ["--data.batch_size=2", "--data.workers=0", "--budget.start=0", "--recipe.iterations=2"]
+TINY += ["--recipe.accumulate=1", "--recipe.precise_bn_batches=1", "--recipe.precision=32-true"]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}-{p.stem}")
-def test_config(path):
-    assert len(path.read_text().splitlines()) <= 35
-    args = config_parser("train").parse_args(["--config", str(path)])
-    assert args.data.name == path.parent.name
+@pytest.fixture(scope="module")
+def parser():
+    return config_parser("train")
+
+
+@lru_cache  # several combinations have one network
+def network_of(options):
     with torch.device("meta"):
-        model = DynamicRoutingNetwork(num_classes=11, **vars(args.model))
-    assert model.gated == (path.stem != "static")
-    given = yaml.safe_load(path.read_text())
-    assert args.recipe.iterations == given["recipe"]["iterations"]
+        return DynamicRoutingNetwork(num_classes=11, **json.loads(options))
 
 
-@pytest.mark.parametrize(
-    ("path", "route"),
-    [
-        pytest.param(
-            path,
-            route,
-            id="-".join(filter(None, (path.parent.name, path.stem, route))),
-            marks=[pytest.mark.slow] if "33" in path.stem else [],
-        )
-        for path in REAL_DATA
-        for route in (ARCHITECTURES if path == STATIC else [None])
-    ],
-)
-def test_two_steps_on_a_small_copy(path, route, layouts, tmp_path, capsys, one_thread):
-    """The recipe, made small in width and crop, trains and validates on a copy in the official layout."""
-    root = layouts("cityscapes" if path.parent.name == "cityscapes" else "sbd")
-    words = ["--config", path, "--data.root", root, "--output", tmp_path, "--accelerator", "cpu", *TINY]
-    words += [] if route is None else ["--model.route", route]
-    code, out, err = run(["train", *words], capsys)
+def with_configs(files):
+    return [word for name in files for word in ("--config", str(CONFIGS / f"{name}.yaml"))]
+
+
+@pytest.mark.parametrize("files", COMBINATIONS, ids="+".join)
+def test_configuration(files, parser):
+    """Short, typed, and what its names say."""
+    args = parser.parse_args(with_configs(files))
+    assert args.data.name == files[0].split("/")[0]
+    assert network_of(json.dumps(vars(args.model))).gated
+    for name, section in (("model", args.model), ("data", args.data), ("recipe", args.recipe), ("budget", args.budget)):
+        given = [yaml.safe_load((CONFIGS / f"{file}.yaml").read_text()).get(name, {}) for file in files]
+        for key, value in {key: value for part in given for key, value in part.items()}.items():
+            found = section[key]
+            assert (list(found) if isinstance(found, tuple) else found) == value, key
+
+
+def test_every_file_belongs_to_a_combination():
+    here = {path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.glob("**/*.yaml")}
+    elsewhere = {name for name in here if name.startswith(("table1/", "imagenet/"))}
+    assert here - elsewhere == {file for files in COMBINATIONS for file in files}
+    assert all(len((CONFIGS / f"{name}.yaml").read_text().splitlines()) <= 35 for name in here)
+
+
+@pytest.mark.parametrize("files", REAL_DATA, ids="+".join)
+def test_two_steps_on_a_small_copy(files, layouts, tmp_path, capsys, one_thread):
+    """The recipe, made small, trains and validates on a copy in the official layout."""
+    root = layouts("cityscapes" if files[0].startswith("cityscapes") else "sbd")
+    words = ["train", *with_configs(files), "--data.root", root, "--output", tmp_path, "--accelerator", "cpu", *TINY]
+    code, out, err = run(words, capsys)
     assert code == 0, err
     config = json.loads((tmp_path / "last" / "config.json").read_text())
-    assert config["depth"] == (33 if "33" in path.stem else 16)
-    if route is not None:
-        edges = ARCHITECTURES[route](RoutingSpace(16, 4)).named_edges
-        assert config["route"] == [list(edge) for edge in edges]
-    assert len(config["class_names"]) == (19 if path.parent.name == "cityscapes" else 21)
+    assert config["small_gate"] == ("dynamic_a" in files or "dynamic_b" in files or "dynamic_c" in files)
+    assert len(config["class_names"]) == (19 if files[0].startswith("cityscapes") else 21)
+
+
+def test_a_static_network_on_top_of_a_base(layouts, tmp_path, capsys, one_thread):
+    """The keys that docs/training.md and docs/architectures.md name: no gates, and the architecture's route."""
+    words = ["train", *with_configs(["cityscapes/base"]), "--data.root", layouts("cityscapes"), "--output", tmp_path]
+    words += ["--accelerator", "cpu", *TINY, "--model.depth=16", "--model.gate=fixed", "--model.route=u-net"]
+    code, out, err = run(words, capsys)
+    assert code == 0, err
+    config = json.loads((tmp_path / "last" / "config.json").read_text())
+    assert config["route"] == [list(edge) for edge in ARCHITECTURES["u-net"](RoutingSpace(16, 4)).named_edges]
 
 
 @pytest.mark.parametrize("data", ["camvid", "cityscapes", "scenes"])
-@pytest.mark.parametrize(
-    ("name", "weight", "target", "small"),
-    [("a", 0.8, 0.1, True), ("b", 0.5, 0.1, True), ("c", 0.5, 0.2, True), ("raw", 0.0, None, False)],
-)
-def test_budgets_are_the_papers(data, name, weight, target, small):
-    args = config_parser("train").parse_args(["--config", str(ROOT / "configs" / data / f"dynamic_{name}.yaml")])
-    assert args.budget.weight == weight and args.model.small_gate == small
-    assert target is None or args.budget.target == target
-    assert weight == 0 or (args.budget.start, args.budget.ramp) == (0.4, 0.02)
+@pytest.mark.parametrize("name", [None, *BUDGETS])
+def test_budgets_are_the_papers(data, name, parser):
+    args = parser.parse_args(with_configs([f"{data}/base", *([name] if name else [])]))
+    assert (args.budget.start, args.budget.ramp) == (0.4, 0.02)
+    if name is None:
+        assert args.budget.weight == 0 and not args.model.small_gate
+    else:
+        assert (args.budget.weight, args.budget.target) == BUDGETS[name] and args.model.small_gate
 
 
-@pytest.mark.parametrize("path", REAL_DATA, ids=lambda p: f"{p.parent.name}-{p.stem}")
-def test_learning_rate_belongs_to_the_images_of_a_step(path):
+@pytest.mark.parametrize("files", REAL_DATA, ids="+".join)
+def test_learning_rate_belongs_to_the_images_of_a_step(files, parser):
     """docs/training.md: 0.05 for 8 images from scratch, 0.02 from ImageNet weights."""
-    config = yaml.safe_load(path.read_text())
-    images = config["data"]["batch_size"] * config["recipe"].get("accumulate", 1)
-    at_8 = 0.02 if "gate_lr_factor" in config["recipe"] else 0.05
-    assert config["recipe"]["lr"] == pytest.approx(at_8 * images / 8)
+    args = parser.parse_args(with_configs(files))
+    images = args.data.batch_size * args.recipe.accumulate
+    at_8 = 0.02 if args.recipe.gate_lr_factor > 1 else 0.05
+    assert args.recipe.lr == pytest.approx(at_8 * images / 8)
 
 
 def test_readme_names_what_exists():
