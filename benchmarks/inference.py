@@ -2,7 +2,7 @@
 
     python benchmarks/inference.py --camvid path/to/camvid   # to results/inference_cpu.json
     python benchmarks/inference.py --device cuda [--batches 1 8]
-    python benchmarks/inference.py --fill README.md docs/inference.md docs/export.md  # measures nothing: writes tables
+    python benchmarks/tables.py                              # then writes its tables into the documents
 
 Sections, each a run in which its methods take turns (inference_methods.py):
     latency   a network with random weights: plain (every path computed, as the authors' code); SkipEngine without its
@@ -55,13 +55,13 @@ from inference_methods import (
     spread_gates,
 )
 from inference_processes import MEMORY_SIZE, memory, memory_of, startup
-from inference_tables import all_tables, fill, tables
+from inference_tables import tables
 from routeseg import DynamicRoutingNetwork, Route, SkipEngine
 from routeseg.cost.macs import model_cost
 from routeseg.data.datamodule import DataConfig, evaluation_loader, open_data
 from routeseg.evaluation import evaluate, machine_facts
 from routeseg.export import export
-from routeseg.files import write_atomically, write_json
+from routeseg.files import write_json
 from routeseg.model import Segmentation
 
 RESULTS = Path("results")
@@ -307,7 +307,6 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--camvid", type=Path, help="folder of CamVid, for real images")
     parser.add_argument("--images", type=int, default=16, help="of CamVid, that section real times")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--fill", nargs="+", type=Path, help="documents to write the tables of all results into")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     torch.set_num_threads(args.threads)
@@ -315,16 +314,6 @@ def main(words: list[str] | None = None) -> None:
         print(json.dumps(memory_of(args.one, args)))
         return
     output = args.output or RESULTS / f"inference_{args.device}.json"
-    if args.fill:
-        sources = [args.output] if args.output else sorted(RESULTS.glob(f"inference*_{args.device}.json"))
-        try:
-            made = all_tables(sources)
-            filled = {document: fill(document.read_text(), made) for document in args.fill}
-        except (ValueError, OSError) as error:
-            parser.error(str(error))
-        for document, text in filled.items():
-            write_atomically(document, text.encode())
-        return
     if args.output is None and set(args.sections) < set(SECTIONS) and output.exists():
         parser.error(f"{output} holds all sections: name another file with --output")
     if args.camvid is not None:

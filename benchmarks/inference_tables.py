@@ -1,17 +1,15 @@
-"""The tables of benchmarks/inference.py: printed when it is done, and what the documents quote.
-
-In a document a table stands between `<!-- inference: NAME -->` and `<!-- end -->`; NAME is one of `tables`.
-"""
+"""The tables of benchmarks/inference.py: printed when it is done, and what the documents quote (tables.py)."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-MARKS = re.compile(r"(<!-- inference: ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+from result_tables import Facts
+from result_tables import table as _table
+
 DRAW = re.compile(r" \(\d+\)$")  # behind the name of a drawn route
 EXPORTED = ("all open", "half open", "closed")
 
@@ -39,33 +37,6 @@ def tables(facts: Mapping[str, Any]) -> dict[str, str]:
         rows = [[name, f"{row['median_s']:.2f}", f"{row['min_s']:.2f}"] for name, row in facts["startup"].items()]
         found["startup"] = _table(["", "s, median", "s, fastest"], rows)
     return found
-
-
-def all_tables(sources: Iterable[Path]) -> dict[str, str]:
-    """The tables of several result files. Raises ValueError, naming it, where one is none."""
-    made: dict[str, str] = {}
-    for source in sources:
-        try:
-            made |= tables(json.loads(source.read_text()))
-        except (ValueError, KeyError, OSError) as error:
-            raise ValueError(f"{source} is no result of this benchmark ({error}): measure first") from error
-    return made
-
-
-def fill(document: str, made: Mapping[str, str]) -> str:
-    """The document with these tables. Raises ValueError for one that was not measured."""
-
-    def table(match: re.Match[str]) -> str:
-        if match[2] not in made:
-            raise ValueError(f"no table {match[2]!r} in the results: there are {', '.join(made)}. Measure it")
-        return f"{match[1]}\n{made[match[2]]}\n\n{match[3]}"
-
-    return MARKS.sub(table, document)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|" for line in lines)
 
 
 def _grouped(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -196,3 +167,36 @@ def _real(facts: Mapping[str, Any]) -> str:
         rows.append([*cells, _cell(row["correlation"], 3)])
     head = ["", f"GMACs, of {facts['full_gmacs']:.2f}", "ms, median", "ms, fastest", "times as fast as plain"]
     return _table([*head, "of the fastest", "correlation of time with cost"], rows)
+
+
+def saved(facts: Sequence[Facts], words: str) -> str:
+    """How far the time of drawn routes lies above what their MACs would take, for each size and precision."""
+    rows = []
+    for found in facts:
+        for size, by_precision in found["skipping"].items():
+            for precision, row in by_precision.items():
+                drawn = [r["ratio"] for name, r in row["routes"].items() if name not in ("all open", "0 %")]
+                cells = [size, precision, str(len(drawn)), f"{statistics.median(drawn):.3f}"]
+                cells += [f"{row[f'worst_{key}']:.3f}" for key in ("ratio", "min_ratio")]
+                rows.append([*cells, f"{row['correlation']:.3f}"])
+    head = ["image", "", "routes", "measured / line, median", "worst", "worst, of the fastest rounds"]
+    return _table([*head, "correlation of time with MACs"], rows)
+
+
+def same(facts: Sequence[Facts], words: str) -> str:
+    """Whether it is the same network: random weights, worst of all routes; the shipped one over CamVid."""
+    (found,) = facts
+    worst, trained = found["equality"]["worst"], found["equality"]["trained"]
+    head = ["", "largest difference of a logit / largest logit", "CamVid: mIoU", "labels as dense", "same route"]
+    rows = [["dense forward", "", f"{100 * trained['dense']['miou']:.2f} %", "", ""]]
+    for name, value in worst.items():
+        row = trained.get(name)
+        cells = ["", "", ""]
+        if row:
+            cells = [f"{100 * row[key]:.{digits}f} %" for key, digits in (("miou", 2), ("same_labels", 3))]
+            cells.append(f"{100 * row['same_route']:.1f} %")
+        rows.append([name, f"{value:.1e}", *cells])
+    return _table(head, rows)
+
+
+ACROSS_FILES = {"saved": saved, "same": same}  # short tables, of one file or several

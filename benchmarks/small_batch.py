@@ -12,7 +12,7 @@ smaller they are:
     unscaled      learning rate 0.05 whatever the batch, clipping and warm-up as in the paper
     zeros         the same, and closed paths send zeros that arrive, as in the authors' code
     scaled        the shipped recipe: learning rate 0.05 * pictures / 8, clipping, warm-up
-    accumulated   the shipped recipe of configs/cityscapes/one_gpu.yaml: batches of 2, four of which make a step
+    accumulated   the recipe of configs/cityscapes/one_gpu.yaml: batches of 2, four of which make a step
     xN            bare, unscaled and scaled at N times their learning rate: where the edge of stability is
 
 A run diverged where its loss became nan or infinite, or where its cross-entropy is at the end above that of a guess

@@ -41,6 +41,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 
+from result_tables import comparison
 from routeseg import figures
 from routeseg.architectures import ARCHITECTURES, common_route
 from routeseg.cli.common import config_parser, new_network, read_parts
@@ -423,42 +424,6 @@ def _row(network: Network, results: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def markdown(facts: Mapping[str, Any]) -> str:
-    """The table of a summary, and below it a note on how it was made."""
-    lines = [
-        "| network | seeds | mIoU, % | dynamic at equal cost | real cost, GMACs: mean / max / min | parameters, M "
-        "| paper: mIoU | GMACs | M |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in facts["rows"]:
-        std, cost, paper = row["miou_std"], row["gmacs"], row["paper"]
-        miou = f"{100 * row['miou_mean']:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
-        constant = cost["max"] - cost["min"] < 1e-9 * cost["max"]
-        gmacs = " / ".join(f"{cost[key]:.3f}" for key in (("mean",) if constant else ("mean", "max", "min")))
-        theirs = ["", "", ""]
-        if paper:
-            paper_gmacs = " / ".join(f"{value:.1f}" for value in paper["gmacs"].values())
-            theirs = [f"{100 * paper['miou']:.1f}", paper_gmacs, f"{paper['params_m']:.1f}"]
-        other = row["dynamic_at_equal_cost"]
-        difference = "" if other is None else f"{100 * other:.1f} ({100 * (other - row['miou_mean']):+.1f})"
-        cells = [row["label"], str(len(row["seeds"])), miou, difference, gmacs, f"{row['params_m']:.2f}", *theirs]
-        lines.append("| " + " | ".join(cells) + " |")
-    data, recipe, machine = facts["settings"]["data"], facts["settings"]["recipe"], facts["machine"]
-    images = facts["rows"][0]["runs"][0]["images"] if facts["rows"] else 0
-    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    crop, seeds = "x".join(map(str, data["crop"])), ", ".join(map(str, facts["seeds"]))
-    lines += [
-        "",
-        f"{data['name']}, {images} validation pictures; {recipe['iterations']} iterations of {data['batch_size']} "
-        f"crops of {crop}, the same recipe for all; seeds {seeds}, mean ± standard deviation over them. "
-        "The paper's columns: Cityscapes at 1024x2048, its Table 1. "
-        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads a run; {facts['date']}; {versions}.",
-    ]
-    if facts["missing"]:
-        lines += ["", f"Missing: {', '.join(facts['missing'])}."]
-    return "\n".join(lines) + "\n"
-
-
 def finished_and(asked: Sequence[Run], networks: Mapping[str, Network], folder: Path) -> list[Run]:
     """The runs asked for, and those of the experiment that are finished already, with the settings of today."""
     seeds = {int(path.name.removeprefix("seed")) for path in folder.glob("*/seed*") if path.name[4:].isdigit()}
@@ -471,7 +436,7 @@ def write_summary(runs: Sequence[Run], asked: Sequence[Run], command: Sequence[s
     """Writes OUTPUT and the Markdown table beside it."""
     facts = summary(runs, asked, command)
     write_json(output, facts)
-    write_atomically(output.with_suffix(".md"), markdown(facts).encode())
+    write_atomically(output.with_suffix(".md"), (comparison([facts], "") + "\n").encode())
     return facts
 
 
@@ -536,7 +501,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
-    print(markdown(facts))
+    print(comparison([facts], ""))
     for name, reason in failed.items():
         print(f"missing: {name}: {reason}", file=sys.stderr)
     return 1 if facts["missing"] else 0

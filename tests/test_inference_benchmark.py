@@ -1,14 +1,16 @@
-"""The benchmark of inference: its routes, its plain forward, what it writes, and the documents that quote it."""
+"""The benchmark of inference: its routes, its plain forward, and what it writes."""
 
-import importlib
 import json
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import inference
+import inference_methods as methods
+import inference_processes as processes
+import inference_tables as tables
 from conftest import spread_gates
 from pictures import noise, save
 from routeseg import DynamicRoutingNetwork, Route, SkipEngine
@@ -17,17 +19,6 @@ from routeseg.space import RoutingSpace
 
 pytest.importorskip("onnx", reason="the extra routeseg[onnx]")
 pytest.importorskip("onnxruntime", reason="the extra routeseg[onnx]")
-
-ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / name for name in ("README.md", "docs/inference.md", "docs/export.md")]
-
-sys.path.insert(0, str(ROOT / "benchmarks"))  # its files import each other
-try:
-    inference, methods, processes, tables = (
-        importlib.import_module(f"inference{part}") for part in ("", "_methods", "_processes", "_tables")
-    )
-finally:
-    sys.path.remove(str(ROOT / "benchmarks"))
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -161,7 +152,7 @@ def test_a_whole_run(facts):
 
 
 @pytest.mark.slow
-def test_tables_into_documents(facts):
+def test_tables(facts):
     made = tables.tables(facts)
     sized = {
         "latency 32x64, batch 1",
@@ -174,19 +165,12 @@ def test_tables_into_documents(facts):
     assert set(made) == sized | {"equality, random", "equality, trained", "real", "memory", "startup"}
     for table in made.values():
         assert len({line.count("|") for line in table.splitlines()}) == 1, table
-    document = "before\n<!-- inference: memory -->\nold\n<!-- end -->\nafter\n"
-    filled = tables.fill(document, made)
-    assert filled == f"before\n<!-- inference: memory -->\n\n{made['memory']}\n\n<!-- end -->\nafter\n"
-    assert tables.fill(filled, made) == filled
-    with pytest.raises(ValueError, match="no table 'speed'"):
-        tables.fill(document.replace("memory", "speed"), made)
 
 
 def test_mistakes(capsys, tmp_path):
     """Told before anything is measured."""
     for words, expected in (
         (["--camvid", str(tmp_path / "nowhere")], "nowhere"),
-        (["--fill", str(DOCUMENTS[1]), "--output", str(tmp_path / "a.json")], "measure first"),
         (["--size", "big"], "invalid read_size value"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -199,12 +183,3 @@ def test_without_camvid():
     for found in (inference.real(args), inference.trained_equality(args)):
         assert "--camvid" in found["note"]
     assert "real" not in tables.tables({"real": {"note": inference.NO_CAMVID}})
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
-def test_documents_quote_the_measurement(path):
-    """Their tables are what `benchmarks/inference.py --fill` makes of the result file."""
-    text = path.read_text()
-    assert tables.MARKS.search(text)
-    made = tables.all_tables((ROOT / "results").glob("inference*_cpu.json"))
-    assert tables.fill(text, made) == text

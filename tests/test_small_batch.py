@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
+
+from routeseg.cli.common import config_parser
 
 ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("small_batch", ROOT / "benchmarks" / "small_batch.py")
@@ -71,7 +72,8 @@ def test_the_variants_are_what_they_say(capsys, tmp_path):
 
 def test_the_shipped_recipe_for_one_gpu():
     """The rule of docs/training.md: 0.05 for 8 images in a step."""
-    config = yaml.safe_load((ROOT / "configs" / "cityscapes" / "one_gpu.yaml").read_text())
-    recipe, images = config["recipe"], config["data"]["batch_size"] * config["recipe"]["accumulate"]
-    assert recipe["lr"] == pytest.approx(0.05 * images / 8) and config["data"]["batch_size"] <= 3
-    assert recipe["iterations"] * images == 190_000 * 8 and recipe["warmup_steps"] > 1000
+    files = [ROOT / "configs" / name for name in ("cityscapes/base.yaml", "dynamic_a.yaml", "cityscapes/one_gpu.yaml")]
+    args = config_parser("train").parse_args([word for file in files for word in ("--config", str(file))])
+    recipe, images = args.recipe, args.data.batch_size * args.recipe.accumulate
+    assert recipe.lr == pytest.approx(0.05 * images / 8) and args.data.batch_size <= 3
+    assert recipe.iterations * images == 190_000 * 8 and recipe.warmup_steps > 1000

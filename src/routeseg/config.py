@@ -104,7 +104,7 @@ class NetworkConfig:
         Raises ValueError, naming the field, if there is an unknown one or they make no network.
         """
         if not isinstance(data, Mapping):
-            raise ValueError(f"it holds {brief(data)}, not an object with fields")
+            raise ValueError(f"it holds no object, but {brief(data)}")
         known = [one.name for one in fields(cls)]
         for name in data:
             if name not in known:

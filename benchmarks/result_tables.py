@@ -1,0 +1,172 @@
+"""Tables in Markdown from results files: what each benchmark found, as the documents quote it.
+
+A maker takes the facts of one file or of several, in the order of the marker, and the words behind the table's name;
+it returns Markdown. benchmarks/tables.py puts what they make into the documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Facts = Mapping[str, Any]  # a results file
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|" for line in lines)
+
+
+def how(facts: Sequence[Facts], words: str) -> str:
+    """Where and when the first of the files was measured, with which versions."""
+    machine, first = facts[0]["machine"], facts[0]
+    versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+    threads = first.get("threads", machine["threads"])
+    return f"{machine['gpu'] or machine['cpu']}, {threads} {_plural('thread', threads)}; {first['date']}; {versions}."
+
+
+def _plural(word: str, number: int) -> str:
+    return word if number == 1 else f"{word}s"
+
+
+def comparison(facts: Sequence[Facts], words: str) -> str:
+    """The paper's Table 1 as benchmarks/table1.py found it, and below it a note on how it was made."""
+    (found,) = facts
+    head = ["network", "seeds", "mIoU, %", "dynamic at equal cost", "real cost, GMACs: mean / max / min"]
+    head += ["parameters, M", "paper: mIoU", "GMACs", "M"]
+    rows = []
+    for row in found["rows"]:
+        std, cost, paper = row["miou_std"], row["gmacs"], row["paper"]
+        miou = f"{100 * row['miou_mean']:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
+        constant = cost["max"] - cost["min"] < 1e-9 * cost["max"]
+        gmacs = " / ".join(f"{cost[key]:.3f}" for key in (("mean",) if constant else ("mean", "max", "min")))
+        theirs = ["", "", ""]
+        if paper:
+            paper_gmacs = " / ".join(f"{value:.1f}" for value in paper["gmacs"].values())
+            theirs = [f"{100 * paper['miou']:.1f}", paper_gmacs, f"{paper['params_m']:.1f}"]
+        other = row["dynamic_at_equal_cost"]
+        difference = "" if other is None else f"{100 * other:.1f} ({100 * (other - row['miou_mean']):+.1f})"
+        rows.append([row["label"], str(len(row["seeds"])), miou, difference, gmacs, f"{row['params_m']:.2f}", *theirs])
+    data, recipe = found["settings"]["data"], found["settings"]["recipe"]
+    images = found["rows"][0]["runs"][0]["images"] if found["rows"] else 0
+    crop, seeds = "x".join(map(str, data["crop"])), ", ".join(map(str, found["seeds"]))
+    parts = [
+        table(head, rows),
+        f"{data['name']}, {images} validation pictures; {recipe['iterations']} iterations of {data['batch_size']} "
+        f"crops of {crop}, the same recipe for all; seeds {seeds}, mean ± standard deviation over them. "
+        f"The paper's columns: Cityscapes at 1024x2048, its Table 1. {how(facts, '')}",
+    ]
+    if found["missing"]:
+        parts.append(f"Missing: {', '.join(found['missing'])}.")
+    return "\n\n".join(parts)
+
+
+def scores(facts: Sequence[Facts], words: str) -> str:
+    """A row for each evaluation; `words` are their names, separated by semicolons."""
+    rows = []
+    for name, found in zip(words.split(";"), facts, strict=True):
+        cost = found["cost_gmacs"]
+        cells = [f"{100 * found['miou']:.1f}", f"{100 * found['majority_class_miou']:.1f}"]
+        cells.append(" / ".join(f"{cost[key]:.3f}" for key in ("mean", "min", "max")))
+        rows.append([name.strip(), *cells, f"{cost['full']:.3f}", f"{100 * cost['mean_share']:.0f}"])
+    head = ["", "mIoU, %", "mIoU of the most frequent class alone, %", "real cost, GMACs: mean / min / max"]
+    return table([*head, "all open", "real cost, % of that"], rows)
+
+
+def architectures(facts: Sequence[Facts], words: str) -> str:
+    """The fit of benchmarks/fit_architectures.py."""
+    names = {"fcn-32s": "FCN-32s", "deeplabv3": "DeepLabV3", "u-net": "U-Net", "hrnetv2": "HRNetV2"}
+    names["auto-deeplab"] = "Auto-DeepLab"
+    rows = []
+    for name, found in facts[0]["architectures"].items():
+        gated, static = found["with_gates"], found["static"]
+        ours, bare = gated["ours"], static["ours"]
+        cells = [f"{found['paper_gmacs']:.1f}", f"{ours['gmacs']:.2f}", f"{100 * ours['gmacs_off']:+.1f} %"]
+        cells += [f"{found['paper_params_m']:.1f}", f"{ours['params_m']:.2f}", f"{100 * ours['params_off']:+.1f} %"]
+        cells += [f"{found[key]['within_5_percent']} of {found['patterns']}" for key in ("with_gates", "static")]
+        rows.append([names[name], *cells, f"{bare['gmacs']:.2f}", f"{bare['params_m']:.2f}"])
+    head = ["", "GMACs, Table 1", "with gates", "", "parameters, M, Table 1", "with gates", ""]
+    head += ["patterns within 5 %, with gates", "without", "ours, static: GMACs", "parameters, M"]
+    return table(head, rows)
+
+
+def predictions(facts: Sequence[Facts], words: str) -> str:
+    """What `routeseg profile` found: predicted and measured milliseconds, and what a MAC takes in some parts."""
+    rows = []
+    for found in facts:
+        whole, test = found["all_open"][0], found["test"]
+        rates = {(r["part"], r["scale"]): r["ms"] / r["gmacs"] for r in found["all_open_by_part"] if r["gmacs"]}
+        some = [rates[part] for part in (("stem", None), ("cells", 0), ("cells", 3), ("decoder", None))]
+        cells = [f"{whole['predicted_ms']:.0f}", f"{whole['measured_ms']:.0f}", str(len(test["routes"]))]
+        cells += [f"{100 * test[key]:.1f} %" for key in ("median_error", "worst_error")]
+        rows.append([found["precision"], *cells, " / ".join(f"{rate:.1f}" for rate in some)])
+    head = ["", "all open, predicted, ms", "measured", "random routes", "median error", "worst"]
+    return table([*head, "ms per GMAC: stem / cells at 1/4 / at 1/32 / decoder"], rows)
+
+
+def int8(facts: Sequence[Facts], words: str) -> str:
+    """Files of benchmarks/int8.py: the shipped network's on CamVid, then those of full size."""
+    (found,) = facts
+    rows = [
+        [row["file"], f"{row['mb']:.1f}", f"{100 * row['miou']:.2f} %", f"{100 * row['same_labels']:.1f} %"]
+        + [f"{row['median_ms']:.1f}"]
+        for row in found["camvid"]
+    ]
+    for row in found["full_size"]["results"]:
+        name = f"full size (depth 16, 64 channels, static, 512x1024), {row['file']}"
+        rows.append([name, f"{row['mb']:.1f}", "", "", f"{row['median_ms']:.0f}"])
+    return table(["file", "MB", "mIoU", "labels as float32", "ms an image"], rows)
+
+
+def workers(facts: Sequence[Facts], words: str) -> str:
+    """Images a second of benchmarks/prediction.py: a row with pictures and one without."""
+    (found,) = facts
+    rates = {(row["workers"], row["pictures"]): row["images_per_s"] for row in found["results"]}
+    settings = list(dict.fromkeys(row["workers"] for row in found["results"]))
+    names = {True: "with overlays and route pictures", False: "labels and JSON only (`--pictures false`)"}
+    rows = [[name, *(f"{rates[number, kind]:.1f}" for number in settings)] for kind, name in names.items()]
+    in_words = ["one process" if n is None else f"{n} {_plural('worker', n)}" for n in settings]
+    return table(["images a second", *in_words], rows)
+
+
+def loaders(facts: Sequence[Facts], words: str) -> str:
+    """Images a second of the loader in benchmarks/data.py."""
+    rates = {(row["workers"], row["cache"]): row["images_per_s"] for row in facts[0]["loaders"]}
+    rows = [[str(n), f"{rates[n, False]:.1f}", f"{rates[n, True]:.1f}"] for n in sorted({n for n, _ in rates})]
+    return table(["loader workers", "images a second", "with the cache"], rows)
+
+
+def stages(facts: Sequence[Facts], words: str) -> str:
+    """Milliseconds of an item's parts in benchmarks/data.py."""
+    rows = [[row["stage"], f"{row['ms']:.1f}"] for row in facts[0]["stages"]]
+    return table(["stage", "ms, median"], rows)
+
+
+def needed(facts: Sequence[Facts], words: str) -> str:
+    """Images a second that a training step takes, by what the machine sustains."""
+    found = facts[0]["needed"]["images_per_s_at_sustained_tflops"]
+    return table(["sustained TFLOP/s", "images a second"], [[tflops, f"{rate:.0f}"] for tflops, rate in found.items()])
+
+
+SMALL_BATCH_KINDS = {
+    "scaled": "rule, clipped, warm-up",
+    "unscaled": "not scaled, clipped, warm-up",
+    "bare": "not scaled, no clipping, no warm-up",
+}
+
+
+def small_batch(facts: Sequence[Facts], words: str) -> str:
+    """Final loss and learning rate of benchmarks/small_batch.py: batches of 2, the rate of the recipe and beyond."""
+    found = {row["name"]: row for row in facts[0]["rows"]}
+    rows = [
+        [name, *(_loss(found[f"{kind}-2{suffix}"]) for kind in SMALL_BATCH_KINDS)]
+        for suffix, name in (("", "that of the recipe"), (" x16", "16 times"), (" x64", "64 times"))
+    ]
+    rows.append(["four batches of 2 make a step", _loss(found["accumulated-2"]), "", ""])
+    rows.append(["batches of 8", _loss(found["reference"]), "", ""])
+    return table(["final loss (learning rate) of batches of 2", *SMALL_BATCH_KINDS.values()], rows)
+
+
+def _loss(row: Facts) -> str:
+    (run,) = row["runs"]
+    return f"{run['final_loss']:.2f} ({row['lr']:g})"

@@ -1,0 +1,128 @@
+"""README.md, CONTRIBUTING.md and docs/: tables are those of the results files, links lead somewhere, commands parse."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import inference_figure
+import tables
+from routeseg.cli import main
+from routeseg.cli.common import Parser
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CODE = [path.as_posix() for part in ("src", "benchmarks", "tests") for path in (ROOT / part).glob("**/*.py")]
+# Named in a document, and no files of ours: what a command writes or the benchmark of VOC expects.
+NOT_HERE = ("results/VOC2012/Segmentation/comp6_test_cls/NAME.png", "results/inference_cuda.json")
+# Written at this moment in other branches: to be removed with them.
+COMING = ("extending.md", "config.py", "errors.py", "labels.py", "operations.py", "run.py", "task.py")
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+SHELL_BLOCK = re.compile(r"^```(?:sh|bash)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"(?:^|\s)(?:\S*/)?routeseg(?:\.cli)? ([a-z][\w-]+ .*)")
+
+
+def test_tables_are_those_of_the_results_files(capsys):
+    """`python benchmarks/tables.py` would change nothing."""
+    assert tables.main(["--check"]) == 0, (
+        f"run `python benchmarks/tables.py`, it would change {capsys.readouterr().out}"
+    )
+
+
+def test_quoted_files_say_where_they_come_from():
+    quoted = {
+        name for path in DOCUMENTS for match in tables.MARKS.finditer(path.read_text()) for name in match[2].split()
+    }
+    assert len(quoted) >= 8
+    for name in quoted:
+        facts = json.loads((ROOT / name).read_text())
+        assert {"machine", "date", "versions"} <= set(facts) and not facts.get("missing"), name
+    small_batch = json.loads((ROOT / "results" / "small_batch_cpu.json").read_text())
+    assert not any(run["diverged"] for row in small_batch["rows"] for run in row["runs"])
+
+
+def test_a_block_is_rewritten_and_a_table_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "results").mkdir()
+    facts = {"memory": {"size": "32x64", "methods": {"plain": {"peak_mib": 7.4}}}}
+    (tmp_path / "results" / "inference_x.json").write_text(json.dumps(facts))
+    document = "before\n<!-- results/inference_x.json: memory -->\nold\n<!-- end -->\nafter\n"
+    filled = tables.fill(document, tmp_path)
+    assert "old" not in filled and "| plain | 7 |" in filled
+    assert filled.startswith("before\n<!--") and filled.endswith("<!-- end -->\nafter\n")
+    assert tables.fill(filled, tmp_path) == filled
+    for wrong, message in (
+        (document.replace("memory", "speed"), "no table 'speed' of results/inference_x.json: there are memory"),
+        (document.replace("inference_x", "other"), "results/other.json is no results file"),
+        (document.replace("memory", "loaders"), "has no table 'loaders'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tables.fill(wrong, tmp_path)
+
+
+def test_the_figure_of_speed(tmp_path):
+    facts = json.loads((ROOT / tables.FIGURE_FACTS).read_text())
+    inference_figure.time_against_macs(tmp_path / "a.svg", facts)
+    text = (tmp_path / "a.svg").read_text()
+    plain = facts["latency"]["512x1024"]["1"].pop("plain")
+    assert f"<!-- {plain['median_ms']:.0f} -->" in text and "<!-- OpenVINO, bfloat16 -->" in text
+    with pytest.raises(ValueError, match="plain was not measured"):
+        inference_figure.time_against_macs(tmp_path / "b.svg", facts)
+
+
+@each_document
+def test_links_and_names_lead_somewhere(path):
+    text = path.read_text()
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        assert link.startswith("https://") or link.endswith(COMING) or (path.parent / link).exists(), link
+    for name in re.findall(r"\b((?:configs|results|docs)/[\w/.]+\.\w+)", text):
+        assert (ROOT / name).exists() or name in NOT_HERE or name.endswith(COMING), name
+    for name in re.findall(r"`([\w/]+\.py)`", text):
+        assert name.endswith(COMING) or any(path.endswith(f"/{name}") for path in CODE), name
+
+
+def commands(path):
+    """The words of every `routeseg ...` in the shell blocks of a document."""
+    for block in SHELL_BLOCK.findall(path.read_text()):
+        for line in block.replace("\\\n", " ").splitlines():
+            if match := COMMAND.search(line):
+                yield shlex.split(match[1], comments=True)
+
+
+class ParsedError(Exception):
+    """The words are a command's."""
+
+
+@each_document
+def test_commands_parse(path, monkeypatch, capsys):
+    """By the parser of the command itself; nothing of it is run."""
+    parse = Parser.parse_args
+
+    def parse_alone(self, *args, **options):
+        parse(self, *args, **options)
+        raise ParsedError
+
+    monkeypatch.setattr(Parser, "parse_args", parse_alone)
+    monkeypatch.chdir(ROOT)
+    for words in commands(path):
+        try:
+            main(words)
+        except ParsedError:
+            continue
+        except SystemExit:
+            pass
+        pytest.fail(f"{' '.join(words)}: {capsys.readouterr().err}")
+
+
+def test_commands_are_found():
+    found = {words[0] for path in DOCUMENTS for words in commands(path)}
+    assert {"train", "evaluate", "predict", "export", "profile", "check-data", "pretrain"} <= found
+
+
+def test_the_python_of_the_readme(capsys, one_thread):
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) <= 5
+    exec(compile(code, "README.md", "exec"), {})
+    labels, macs = capsys.readouterr().out.splitlines()
+    assert labels == "torch.Size([2, 360, 480])" and len(macs.strip("[]").split()) == 2
