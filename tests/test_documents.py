@@ -126,3 +126,12 @@ def test_the_python_of_the_readme(capsys, one_thread):
     exec(compile(code, "README.md", "exec"), {})
     labels, macs = capsys.readouterr().out.splitlines()
     assert labels == "torch.Size([2, 360, 480])" and len(macs.strip("[]").split()) == 2
+
+
+def test_the_prediction_document_quotes_its_measurements():
+    """Until its tables stand in blocks of their own, as in the other documents."""
+    text = (ROOT / "docs" / "prediction.md").read_text().replace("|  |", "| |").replace("|  |", "| |")
+    for row in tables.make(ROOT, ["results/int8_camvid_cpu.json"], "int8").splitlines()[2:]:
+        assert row in text
+    for row in tables.make(ROOT, ["results/prediction_cpu.json"], "workers").splitlines()[2:]:
+        assert row in text
