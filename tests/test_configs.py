@@ -49,7 +49,7 @@ def test_configuration(files, parser):
     """Short, typed, and what its names say."""
     args = parser.parse_args(with_configs(files))
     assert args.data.name == files[0].split("/")[0]
-    assert network_of(json.dumps(vars(args.model))).gated
+    assert network_of(json.dumps(vars(args.model))).config.gated
     for name, section in (("model", args.model), ("data", args.data), ("recipe", args.recipe), ("budget", args.budget)):
         given = [yaml.safe_load((CONFIGS / f"{file}.yaml").read_text()).get(name, {}) for file in files]
         for key, value in {key: value for part in given for key, value in part.items()}.items():

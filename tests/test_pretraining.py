@@ -131,7 +131,7 @@ class TestClassifier:
         model = classifier(class_names=("apple", "leaf", "sea")).eval()
         model.save(tmp_path)
         again = DynamicRoutingClassifier.from_pretrained(str(tmp_path)).eval()
-        assert again.class_names == model.config.class_names
+        assert again.config.class_names == model.config.class_names
         images = torch.rand(1, 3, 32, 32)
         assert torch.equal(again(images).logits, model(images).logits)
 
