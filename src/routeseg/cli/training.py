@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from jsonargparse import Namespace
 
 from routeseg.cli.common import (
     NETWORK_SKIP,
@@ -36,16 +38,7 @@ def train_command(words: Sequence[str]) -> int:
     model = new_network(args, data, recipe)
     start_from(model, args.init, Path(args.output), args.resume)
     with enough_memory(SMALLER_STEPS):
-        result = train(
-            model,
-            data,
-            recipe,
-            budget,
-            Path(args.output),
-            resume=args.resume,
-            devices=args.devices,
-            accelerator=args.accelerator,
-        )
+        result = train(model, data, recipe, budget, Path(args.output), **_run_options(args))
     if not result.trainer.is_global_zero:
         return 0
     if result.evaluation is not None:
@@ -74,15 +67,7 @@ def pretrain_command(words: Sequence[str]) -> int:
     torch.manual_seed(recipe.seed)
     model = DynamicRoutingClassifier(num_classes=len(classes), class_names=classes, **network_options(args))
     with enough_memory(SMALLER_STEPS):
-        result = pretrain(
-            model,
-            data,
-            recipe,
-            Path(args.output),
-            resume=args.resume,
-            devices=args.devices,
-            accelerator=args.accelerator,
-        )
+        result = pretrain(model, data, recipe, Path(args.output), **_run_options(args))
     if not result.trainer.is_global_zero:
         return 0
     if result.accuracy is not None:
@@ -102,6 +87,11 @@ def _add_run_arguments(parser: Parser, output: str) -> None:
         help="processes on this machine, each with a GPU of its own; auto: all GPUs, or those that torchrun started",
     )
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
+
+
+def _run_options(args: Namespace) -> dict[str, Any]:
+    """How a training runs, as `_add_run_arguments` asks."""
+    return {key: args[key] for key in ("resume", "devices", "accelerator")}
 
 
 def demo_command(words: Sequence[str]) -> int:
