@@ -1,8 +1,8 @@
-"""Images per second of `routeseg predict`: the plain command against Ray with one and two workers, same images.
+"""Images per second of `routeseg predict`: the plain command against one and two workers of Ray, same images.
 
     python benchmarks/prediction.py [--output results/prediction_cpu.json]
 
-Procedural scenes and the network that is shipped. Rounds of the two engines alternate, each in a process of its own, so
+Procedural scenes and the network that is shipped. Rounds of the two ways alternate, each in a process of its own, so
 that a slow minute of the machine hits both. Medians are reported. The rate is that of the images behind the first
 eighth, which each worker takes to get going; start-up is what comes before: the workers and the first forwards.
 Importing and starting Ray itself, once for a command, is reported apart.
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -27,33 +28,34 @@ from routeseg.data.scenes import draw_scene
 from routeseg.evaluation import machine_facts
 from routeseg.files import write_json
 from routeseg.prediction.files import predict_files
-from routeseg.prediction.ray import BLOCKS_PER_WORKER, predict_with_ray, ray_session, require_ray
-from routeseg.prediction.torch_runner import TorchNetwork
+from routeseg.prediction.ray import BLOCKS_PER_WORKER, predict_with_ray, ray_session
+from routeseg.prediction.torch_runner import open_network
 
 SIZE = (256, 512)
 IMAGES = {True: 24, False: 48}  # with pictures of overlay and route, which take most of the time, and without
-WORKERS: dict[str, tuple[int | None, ...]] = {"skip": (None,), "ray": (1, 2)}
+WORKERS: dict[str, tuple[int | None, ...]] = {"plain": (None,), "ray": (1, 2)}
 ROUNDS = 2
 
 
-def measure(engine: str, folder: str) -> list[dict]:
-    """One row for each setting of the engine: images per second, seconds of start-up, and seconds of all."""
+def measure(way: str, folder: str) -> list[dict]:
+    """One row for each setting of plain or ray: images per second, seconds of start-up, and seconds of all."""
     start = time.perf_counter()
     with ExitStack() as stack:
-        if engine == "ray":
-            require_ray()
+        if way == "ray":
+            import ray.data  # noqa: F401
+
             stack.enter_context(ray_session(workers=max(WORKERS["ray"])))
         begin_s = time.perf_counter() - start
         return [
-            {"engine": engine, "workers": workers, "pictures": pictures, "images": IMAGES[pictures]}
-            | measure_run(engine, workers, pictures, folder)
+            {"workers": workers, "pictures": pictures, "images": IMAGES[pictures]}
+            | measure_run(workers, pictures, folder)
             | {"begin_s": begin_s}
             for pictures in IMAGES
-            for workers in WORKERS[engine]
+            for workers in WORKERS[way]
         ]
 
 
-def measure_run(engine: str, workers: int | None, pictures: bool, folder: str) -> dict[str, float]:
+def measure_run(workers: int | None, pictures: bool, folder: str) -> dict[str, float]:
     images = sorted(Path(folder).glob("*.png"))[: IMAGES[pictures]]
     model = routeseg.load()
     arrivals = []
@@ -63,11 +65,11 @@ def measure_run(engine: str, workers: int | None, pictures: bool, folder: str) -
         def arrive() -> None:
             arrivals.append(time.perf_counter() - start)
 
-        if engine == "ray":
-            predict_with_ray(model, images, output, workers, on_image=arrive, pictures=pictures)
+        if workers is not None:
+            opener, network = partial(open_network, model), open_network(model).network
+            predict_with_ray(opener, network, images, output, workers, on_image=arrive, pictures=pictures)
         else:
-            runner = TorchNetwork(routeseg.SkipEngine(model), model)
-            predict_files(runner, images, output, on_image=arrive, pictures=pictures)
+            predict_files(open_network(model), images, output, on_image=arrive, pictures=pictures)
     first = len(images) // BLOCKS_PER_WORKER
     rate = (len(images) - first) / (arrivals[-1] - arrivals[first - 1])
     return {"images_per_s": rate, "startup_s": arrivals[first - 1] - first / rate, "whole_s": arrivals[-1]}
@@ -86,11 +88,11 @@ def main() -> None:
         for number in range(max(IMAGES.values())):
             Image.fromarray(draw_scene(0, number, SIZE)[0]).save(Path(folder) / f"{number:02d}.png")
         for _ in range(ROUNDS):
-            for engine in WORKERS:
-                command = [sys.executable, __file__, "--one", json.dumps({"engine": engine, "folder": folder})]
+            for way in WORKERS:
+                command = [sys.executable, __file__, "--one", json.dumps({"way": way, "folder": folder})]
                 out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
                 for row in json.loads(out.splitlines()[-1]):
-                    setting = tuple((key, row.pop(key)) for key in ("engine", "workers", "pictures", "images"))
+                    setting = tuple((key, row.pop(key)) for key in ("workers", "pictures", "images"))
                     runs.setdefault(setting, []).append(row)
     results = [
         dict(setting) | {key: statistics.median(run[key] for run in some) for key in some[0]}
@@ -98,10 +100,10 @@ def main() -> None:
     ]
     network = {"network": routeseg.model.checkpoints.PRETRAINED.name, "size": list(SIZE), "rounds": ROUNDS}
     write_json(args.output, {**network, "results": results, **machine_facts()})
-    print("| engine | workers | pictures | images | images/s | start-up, s | all, s | Ray, s |\n" + "|---" * 8 + "|")
+    print("| workers | pictures | images | images/s | start-up, s | all, s | Ray, s |\n" + "|---" * 7 + "|")
     for r in results:
         print(
-            f"| {r['engine']} | {r['workers'] or ''} | {r['pictures']} | {r['images']} "
+            f"| {r['workers'] or 'plain'} | {r['pictures']} | {r['images']} "
             f"| {r['images_per_s']:.2f} | {r['startup_s']:.1f} | {r['whole_s']:.1f} | {r['begin_s']:.1f} |"
         )
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 import routeseg
 from conftest import run, scenes_checkpoint
+from pictures import noise, save
 from routeseg import DynamicRoutingNetwork, Route
 from routeseg.data.scenes import CLASSES
 from routeseg.model.checkpoints import PRETRAINED
@@ -173,6 +174,37 @@ def test_predict_mistakes(tmp_path, checkpoint, capsys):
     ):
         code, _, err = run(words, capsys)
         assert code == 2 and expected in err, (words, err)
+
+
+class TestPredictOptions:
+    def test_resume_and_lists(self, checkpoint, tmp_path, capsys):
+        for seed, name in enumerate("ab"):
+            save(tmp_path / "in" / f"{name}.png", noise(32, 64, seed))
+        (tmp_path / "list.txt").write_text(f"{tmp_path}/in/*.png\n")
+        words = ["predict", checkpoint, f"@{tmp_path}/list.txt", "--output", tmp_path / "out", "--pictures", "false"]
+        code, out, err = run(words, capsys)
+        assert code == 0 and not err and len(list((tmp_path / "out").iterdir())) == 4
+        (tmp_path / "out" / "a_route.json").unlink()
+        code, out, err = run([*words, "--resume"], capsys)
+        assert code == 0 and "2 (1 of them from an earlier run)" in out
+        other = scenes_checkpoint(tmp_path / "other", small_gate=True)
+        code, out, err = run(["predict", other, *words[2:], "--resume"], capsys)
+        assert code == 2 and "another network" in err
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--engine", "fast"], "engine 'fast': choose"),
+            (["--engine", "ray"], "engine 'ray': choose"),
+            (["--output", "nonsense://x"], "cannot open nonsense://x"),
+            (["--device", "cuda:99"], "--device cuda:99"),
+        ],
+    )
+    def test_wrong_options(self, checkpoint, tmp_path, capsys, words, message):
+        path = save(tmp_path / "a.png", noise(32, 64))
+        code, _, err = run(["predict", checkpoint, path, "--output", tmp_path / "out", *words], capsys)
+        assert code == 2 and message in err
+        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.skipif(not PRETRAINED.is_dir(), reason="this copy comes without the small network")

@@ -165,7 +165,7 @@ class TestCoco:
         (root / "text.json").write_text("no json")
         for wrong, message in (
             (words[:4], "--images DIR"),
-            ([*words, "--val_images", root], "--val_images is of --val"),
+            ([*words, "--val_images", root], "--val_images only applies to --val"),
             ([*words[:2], root / "no.json", *words[3:]], "cannot read"),
             ([*words[:2], root / "text.json", *words[3:]], "is no JSON"),
             ([*words[:-1], root / "nowhere"], "no folder"),

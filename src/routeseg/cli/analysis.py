@@ -42,13 +42,15 @@ def evaluate_command(words: Sequence[str]) -> int:
     parser.add_argument(
         "--window", type=str | None, default=None, help="HEIGHTxWIDTH of windows that slide over large images"
     )
-    parser.add_argument("--overlap", type=float, default=OVERLAP, help="of neighbouring windows, a share of their side")
+    parser.add_argument(
+        "--overlap", type=float, default=OVERLAP, help="what neighbouring windows share, a part of their side"
+    )
     parser.add_argument("--window_batch", type=int, default=1, help="how many windows run at once")
     parser.add_argument(
         "--boundary_width",
         type=float,
         default=BOUNDARY_WIDTH,
-        help="of the bands of boundary IoU, a share of the diagonal; 0: no boundary IoU",
+        help="how wide the bands of boundary IoU are, a share of the diagonal; 0: no boundary IoU",
     )
     parser.add_argument(
         "--submission", type=str | None, default=None, help="write predictions in the official form into this folder"

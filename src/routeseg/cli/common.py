@@ -197,7 +197,7 @@ def start_from(model: DynamicRoutingNetwork, folder: str | None, output: Path, r
     """Takes over the weights of a checkpoint folder by name, says which, and writes it to OUTPUT/init.json.
 
     A run that is resumed has its own weights, and the input normalisation that it began with.
-    Raises ValueError where the weights do not fit.
+    Raises ValueError if the weights do not fit.
     """
     from lightning.pytorch.utilities import rank_zero_only
 
@@ -225,7 +225,8 @@ def read_route(name: str, whole: Route) -> Route:
     """An architecture's route, or that of a file, as `Route.to_json` and `routeseg predict` write it; `whole` has the
     edges of the network.
 
-    Raises ValueError, naming it, where it is neither, of another space, has dead ends, or edges that the network lacks.
+    Raises ValueError, naming it, if it is neither, if its space is another one, and if it has dead ends or edges that
+    the network lacks.
     """
     from routeseg.architectures import ARCHITECTURES
     from routeseg.model.request import check_route
@@ -254,7 +255,7 @@ def read_route(name: str, whole: Route) -> Route:
 
 
 def check_classes(checkpoint: str, model: DynamicRoutingNetwork, data: DataConfig, classes: int) -> None:
-    """Raises ValueError where the data set has not as many classes as the network."""
+    """Raises ValueError if the data set has more classes than the network, or fewer."""
     if classes != model.config.num_classes:
         raise ValueError(
             f"{checkpoint} has {model.config.num_classes} classes, the data set {data.name} has {classes}: "
@@ -271,7 +272,7 @@ def parse_size(option: str, text: str) -> tuple[int, int]:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of this name, such as cpu, cuda or cuda:1. Raises ValueError where there is none."""
+    """The device of this name, such as cpu, cuda or cuda:1. Raises ValueError if there is none."""
     import torch
 
     try:
@@ -279,7 +280,7 @@ def find_device(name: str) -> torch.device:
         torch.zeros(1, device=device).tolist()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} is of no use here ({reason}): take cpu, or cuda with a GPU") from error
+        raise ValueError(f"--device {name} cannot be used here ({reason}): take cpu, or cuda with a GPU") from error
     return device
 
 

@@ -109,9 +109,11 @@ def convert_data_command(words: Sequence[str]) -> int:
         written = convert_voc(Path(args.source), args.images, keep)
     elif args.format == "coco":
         if args.output is None or args.images is None:
-            raise ValueError("coco needs the JSON, the folder to write, and --images DIR")
+            raise ValueError("coco needs three things: give the JSON, the folder to write, and --images DIR")
         if args.val_images is not None and args.val is None:
-            raise ValueError("--val_images is of --val, the JSON of the validation pictures: add that, or leave it out")
+            raise ValueError(
+                "--val_images only applies to --val, the JSON of the validation pictures: add that, or leave it out"
+            )
         parts = {"train": Annotations(Path(args.source), Path(args.images))}
         if args.val is not None:
             parts["val"] = Annotations(Path(args.val), Path(args.val_images or args.images))
@@ -182,7 +184,7 @@ def check_data_command(words: Sequence[str]) -> int:
 def _draw_contact_sheet(
     output: Path, data: DataConfig, checks: Sequence[SplitCheck], opened: Mapping[str, SegmentationData]
 ) -> Path | None:
-    """Pictures of each split; nothing where no picture could be read."""
+    """Pictures of each split; None if no picture could be read."""
     import numpy as np
 
     from routeseg.data.tools.check import pictures_to_show, read_to_show

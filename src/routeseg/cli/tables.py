@@ -40,7 +40,7 @@ def print_evaluation(result: Evaluation) -> None:
 
 
 def _class_table(result: Evaluation) -> Table:
-    """IoU of each class, and boundary IoU where it was asked for."""
+    """IoU of each class, and boundary IoU if it was asked for."""
     table = Table(title="IoU per class, %", title_justify="left")
     table.add_column("class")
     columns = [result.iou] if result.boundary_iou is None else [result.iou, result.boundary_iou]

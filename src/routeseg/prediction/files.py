@@ -6,7 +6,7 @@ For every image, named NAME below, the output folder gets
     NAME_route.png     the route as a picture
     NAME_route.json    the route, its activations and its cost; `Route.from_json` reads it
 
-The JSON is written last, so where it is, the other files are there too. NAME is made by `output_names`. Images may be
+The JSON is written last: if it is there, the other files are, too. `output_names` makes NAME. Images may be
 files or URLs, and so may the folder (see sources.py); `predict_files` runs here, one image after another, and
 ray.py in several processes or machines, with the same results. What segments an image is a `Runner`:
 torch_runner.py has that of a checkpoint, onnx_runner.py that of an exported file. No torch here.
@@ -63,7 +63,7 @@ class Runner(Protocol):
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Image uint8 [H,W,3] RGB, H and W at least 32 -> labels uint8 [H,W], gates float32 [L+1,S,3].
 
-        Raises ValueError (DIVERGED) where an output is not finite, MemoryError or RuntimeError where memory is short.
+        Raises ValueError (DIVERGED) if an output is not finite, MemoryError or RuntimeError if memory is short.
         """
         ...
 
@@ -178,8 +178,8 @@ def predict_files(
 
     Each file is written whole or not at all. An image that cannot be read is skipped, and listed in the
     summary. Images with a side under 32 pixels are padded for the network, and their results cropped.
-    Raises ValueError, before any work, where the folder cannot be written, a result would overwrite an image, or
-    `resume` finds results of another network; and later where a file cannot be written.
+    Raises ValueError, before any work, if the folder cannot be written, a result would overwrite an image, or
+    `resume` finds results of another network; and later if a file cannot be written.
     """
     plan = plan_work(runner.network, images, output, resume, pictures)
     return collect(plan, map(Segmenter(runner, plan.target), plan.jobs), on_image)
@@ -229,7 +229,7 @@ class Segmenter:
         self.runner, self.network, self.target = runner, runner.network, target
 
     def __call__(self, job: Job) -> Prediction | Skip:
-        """Raises ValueError where a file cannot be written, and for a network whose outputs are NaN."""
+        """Raises ValueError if a file cannot be written, and if the outputs of the network are NaN."""
         try:
             return self._segment(job, read_source(job.image, job.location))
         except UnreadableImage as error:
@@ -287,7 +287,7 @@ class Segmenter:
 def _earlier_results(target: Target, jobs: Sequence[Job]) -> dict[str, Prediction]:
     """NAME -> what an earlier run made of the image: those whose JSON is there, and complete.
 
-    Raises ValueError where one of them is of another network.
+    Raises ValueError if another network made one of them.
     """
     of_name = {job.name + ROUTE: job for job in jobs}
     done: dict[str, Prediction] = {}
@@ -312,7 +312,7 @@ def _earlier_results(target: Target, jobs: Sequence[Job]) -> dict[str, Predictio
 
 
 def read_source(image: Source, location: Source) -> np.ndarray:
-    """The image at this location, uint8 [H,W,3]. Raises UnreadableImage, naming `image`, where there is none."""
+    """The image at this location, uint8 [H,W,3]. Raises UnreadableImage, naming `image`, if there is none."""
     try:
         data = read_bytes(location)
     except OSError as error:
@@ -326,7 +326,7 @@ def read_source(image: Source, location: Source) -> np.ndarray:
 
 
 def pad_small(image: np.ndarray) -> np.ndarray:
-    """The image [H,W,3], with grey to the right and below where a side is shorter than the network takes."""
+    """The image [H,W,3], with grey to the right and below if a side is shorter than the network takes."""
     height, width = (max(side, MIN_IMAGE_SIZE) for side in image.shape[:2])
     padded = np.full((height, width, 3), PADDING_RGB, dtype=np.uint8)
     padded[: image.shape[0], : image.shape[1]] = image
@@ -344,7 +344,7 @@ def _percent(share: float) -> str:
 
 
 def _keep_inputs(folder: ResultFolder, jobs: Sequence[Job]) -> None:
-    """Raises ValueError where a result would overwrite an image."""
+    """Raises ValueError if a result would overwrite an image."""
     inputs = {str(job.location) for job in jobs}
     for path in (job.location for job in jobs if isinstance(job.location, Path)):
         inputs |= {os.path.realpath(path), os.path.join(os.path.realpath(path.parent), path.name)}

@@ -72,7 +72,7 @@ def predict_with_ray(
         raise ValueError(f"--workers is {workers}: it must be at least 1")
     if device not in DEVICES:
         raise ValueError(
-            f"--device is {device}: with --workers or --ray_address, choose cpu, or cuda, where each worker gets a GPU"
+            f"--device is {device}: with --workers or --ray_address, choose cpu, or cuda, which gives each worker a GPU"
         )
     plan = plan_work(network, images, output, resume, pictures)
     _refuse_memory(plan)
@@ -189,7 +189,7 @@ def _share_out(workers: int | None, jobs: int, device: str) -> tuple[int, int, i
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cores = [int(resources["CPU"]) for resources in machines if resources.get("CPU", 0) >= 1]
     if not cores:
-        raise ValueError("the Ray cluster has no machine with a CPU: look what it has with `ray status`")
+        raise ValueError("the Ray cluster has no machine with a CPU: see what it has with `ray status`")
     most, gpus = sum(cores), 0
     if device == "cuda":
         most, gpus = int(sum(resources.get("GPU", 0) for resources in machines)), 1

@@ -37,11 +37,11 @@ def find_inputs(inputs: Sequence[str]) -> list[Source]:
 
     A file is taken as it is, whatever its suffix. A folder gives the images in it (INPUT_SUFFIXES), sorted, without
     hidden ones and those in its subfolders. Anything else is a glob (`**` goes through folders), sorted too; it gives
-    images, or any file where it names a suffix itself (`*.jp2`). URLs mean the same in their store; one that ends
+    images, or any file if it names a suffix itself (`*.jp2`). URLs mean the same in their store; one that ends
     like an image is taken without a look at the store. `@LIST` is a text file, or a URL of one, with such a word on
     each line; lines that are empty or start with # are passed over.
 
-    Raises ValueError, naming the input, where it gives nothing.
+    Raises ValueError, naming the input, if it gives nothing.
     """
     if not inputs:
         raise ValueError("no images given: name image files, folders, globs or URLs")
@@ -55,9 +55,9 @@ def find_inputs(inputs: Sequence[str]) -> list[Source]:
 def output_names(sources: Iterable[Source]) -> list[str]:
     """NAME of each image, as its results are called: its file name without the suffix.
 
-    Images that share it keep their suffix (`x.png`, `x.jpg`), and where even that is the same (`a/x.png`, `b/x.png`)
-    the later ones get a number (`x.png-2`). No two names are the same, also where case does not count, and the same
-    sources always give the same names. Bytes of a file name that are not UTF-8 become U+FFFD.
+    Images that share it keep their suffix (`x.png`, `x.jpg`), and if even that is the same (`a/x.png`, `b/x.png`), the
+    later ones get a number (`x.png-2`). No two names are the same, even if case does not count, and the same sources
+    always give the same names. Bytes of a file name that are not UTF-8 become U+FFFD.
     """
     files = [PurePosixPath(_utf8(file_name(source))) for source in sources]
     stems = Counter(file.stem.casefold() for file in files)
@@ -96,7 +96,7 @@ def locate(source: Source) -> Source:
 
 
 def read_bytes(source: Source) -> bytes:
-    """What the file or object holds. Raises OSError, of whatever kind, where it cannot be read."""
+    """What the file or object holds. Raises OSError, of whatever kind, if it cannot be read."""
     if isinstance(source, Path):
         return source.read_bytes()
     store, path = _open_store(source)
@@ -110,7 +110,7 @@ class ResultFolder(Protocol):
     """A place for files of results: a folder on a disk, or in a remote store."""
 
     def prepare(self) -> None:
-        """Makes the folder. Raises ValueError where that fails."""
+        """Makes the folder. Raises ValueError if that fails."""
         ...
 
     def locate(self, name: str) -> str:
@@ -118,11 +118,11 @@ class ResultFolder(Protocol):
         ...
 
     def write(self, name: str, data: bytes) -> None:
-        """Writes a file whole or not at all. Raises ValueError where that fails."""
+        """Writes a file whole or not at all. Raises ValueError if that fails."""
         ...
 
     def remove(self, name: str) -> None:
-        """Removes a file where it exists."""
+        """Removes a file if it exists."""
         ...
 
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
@@ -315,9 +315,9 @@ def _expand_url(url: str, store: Any, path: str) -> list[str]:
 
 
 def _matching(pattern: str, last: str, files: Sequence[str]) -> list[str]:
-    """Those of the files that a glob gave, which it means: images, or all where its last part names a suffix.
+    """Those files that a glob means, of all that it gave: images, or every file if its last part names a suffix.
 
-    Raises ValueError where it means none.
+    Raises ValueError if it means none.
     """
     suffix = PurePosixPath(last).suffix
     named = suffix and not glob.has_magic(suffix)
@@ -333,7 +333,7 @@ def _is_image(name: str) -> bool:
 
 
 def _open_store(url: str) -> tuple[Any, str]:
-    """The store of a URL, and what it calls the object. Raises ValueError where it is not known or not installed."""
+    """The store of a URL, and what it calls the object. Raises ValueError if it is not known or not installed."""
     try:
         return fsspec.core.url_to_fs(url)
     except Exception as error:  # an unknown protocol, a missing package, no credentials
@@ -341,7 +341,7 @@ def _open_store(url: str) -> tuple[Any, str]:
 
 
 def _url_of(url: str, store: Any, path: str, other: str) -> str:
-    """The URL of `other`, where `url` is that of `path`: with its host, and with the stores behind `::`."""
+    """The URL of `other`, given the `url` of `path`: with its host, and with the stores behind `::`."""
     first, chain, rest = url.partition("::")
     first = first.rstrip("/")
     path = path.rstrip("/")
