@@ -17,8 +17,6 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 CODE = [path.as_posix() for part in ("src", "benchmarks", "tests") for path in (ROOT / part).glob("**/*.py")]
 # Named in a document, and no files of ours: what a command writes or the benchmark of VOC expects.
 NOT_HERE = ("results/VOC2012/Segmentation/comp6_test_cls/NAME.png", "results/inference_cuda.json")
-# Written at this moment in other branches: to be removed with them.
-COMING = ("extending.md", "config.py", "errors.py", "labels.py", "operations.py", "run.py", "task.py")
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
 SHELL_BLOCK = re.compile(r"^```(?:sh|bash)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"(?:^|\s)(?:\S*/)?routeseg(?:\.cli)? ([a-z][\w-]+ .*)")
@@ -75,11 +73,11 @@ def test_the_figure_of_speed(tmp_path):
 def test_links_and_names_lead_somewhere(path):
     text = path.read_text()
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
-        assert link.startswith("https://") or link.endswith(COMING) or (path.parent / link).exists(), link
+        assert link.startswith("https://") or (path.parent / link).exists(), link
     for name in re.findall(r"\b((?:configs|results|docs)/[\w/.]+\.\w+)", text):
-        assert (ROOT / name).exists() or name in NOT_HERE or name.endswith(COMING), name
+        assert (ROOT / name).exists() or name in NOT_HERE, name
     for name in re.findall(r"`([\w/]+\.py)`", text):
-        assert name.endswith(COMING) or any(path.endswith(f"/{name}") for path in CODE), name
+        assert any(path.endswith(f"/{name}") for path in CODE), name
 
 
 def commands(path):
@@ -126,12 +124,3 @@ def test_the_python_of_the_readme(capsys, one_thread):
     exec(compile(code, "README.md", "exec"), {})
     labels, macs = capsys.readouterr().out.splitlines()
     assert labels == "torch.Size([2, 360, 480])" and len(macs.strip("[]").split()) == 2
-
-
-def test_the_prediction_document_quotes_its_measurements():
-    """Until its tables stand in blocks of their own, as in the other documents."""
-    text = (ROOT / "docs" / "prediction.md").read_text().replace("|  |", "| |").replace("|  |", "| |")
-    for row in tables.make(ROOT, ["results/int8_camvid_cpu.json"], "int8").splitlines()[2:]:
-        assert row in text
-    for row in tables.make(ROOT, ["results/prediction_cpu.json"], "workers").splitlines()[2:]:
-        assert row in text
