@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from routeseg import counting
 from routeseg.config import NetworkConfig
 from routeseg.counting import DECODER, Macs, each
+from routeseg.model.graph import Graph
 from routeseg.model.head import Head
 from routeseg.model.layers import conv_norm, upsample
 from routeseg.space import STEM_STRIDE
 
-if TYPE_CHECKING:
-    Graph = Any  # export/graph.py, which stands above the model
 Vector = np.ndarray  # one value per channel, float64 [C]: a map that is the same everywhere
 
 

@@ -8,8 +8,6 @@ Legend: B images, C channels, h, w the size of a feature map, D legal directions
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,11 +15,9 @@ from torch.nn import functional as F
 from routeseg import counting
 from routeseg.counting import MAP, ONCE, SMALL, Macs, each
 from routeseg.errors import NotExportable
+from routeseg.model.graph import Graph
 from routeseg.model.layers import conv_norm
 from routeseg.space import SMALL_GATE_FACTOR
-
-if TYPE_CHECKING:
-    Graph = Any  # export/graph.py, which stands above the model
 
 GATE_BIAS = 1.5  # tanh(1.5) = 0.905: every path starts open
 BELOW_ONE = 1.0 - torch.finfo(torch.float32).eps  # the largest activation of a gate that is soft

@@ -9,16 +9,14 @@ Legend: B images, H, W (padded) image size, C base channels, L depth, S scales.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from routeseg.config import NetworkConfig
 from routeseg.counting import Macs
 from routeseg.errors import NotExportable
-
-if TYPE_CHECKING:
-    Graph = Any  # export/graph.py, which stands above the model
+from routeseg.model.graph import Graph
 
 
 class Head(nn.Module):

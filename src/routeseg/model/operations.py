@@ -7,17 +7,15 @@ Legend: B images, C channels, h, w the size of a feature map.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from routeseg import counting
 from routeseg.counting import NOTHING, Macs
 from routeseg.errors import NotExportable
+from routeseg.model.graph import Graph
 from routeseg.model.layers import separable_conv
-
-if TYPE_CHECKING:
-    Graph = Any  # export/graph.py, which stands above the model
 
 
 class Operation(nn.Module):
