@@ -218,10 +218,9 @@ class TestPretraining:
         losses = {}
         for size, count in ((6, 1), (3, 2)):
             data = ClassificationConfig(root=str(tree), **{**SMALL, "batch_size": size})
-            _, last, rows = fit(
-                tmp_path / str(size), data, spread_gates(classifier(**FEWER_NODES)), accumulate=count, batch_norm="frozen", lr=0.02,
-                iterations=6, save_every=100,
-            )  # fmt: skip
+            model = spread_gates(classifier(**FEWER_NODES))
+            changes = dict(accumulate=count, batch_norm="frozen", lr=0.02, iterations=6, save_every=100)
+            _, _, rows = fit(tmp_path / str(size), data, model, **changes)
             losses[size] = [float(row["loss"]) for row in rows if row["loss"]]
         assert losses[3] == pytest.approx(losses[6], rel=1e-4)
 

@@ -1,4 +1,4 @@
-"""Starting a network from the weights of another one, by name: from a classifier, or a segmenter of other classes."""
+"""Starts a network from the weights of another one, by name: a classifier, or a segmenter of other classes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from routeseg.model.checkpoints import read_config, read_weights
 from routeseg.model.grid import RoutingGrid
 
 SIZE_ARGUMENTS = ("depth", "num_scales", "base_channels", "stem_channels", "cell_operations")
-OWN_ARGUMENTS = ("num_classes", "class_names", "palette", "pixel_mean", "pixel_std")  # each network has its own
+FREE_ARGUMENTS = ("num_classes", "class_names", "palette", "pixel_mean", "pixel_std")  # may differ without a word
 LISTED = 4  # names in a line of a report
 
 
 @dataclass(frozen=True)
 class InitReport:
-    """What `initialize` took over from a checkpoint, and what not, by the names of the tensors.
+    """What `initialize` took from a checkpoint and what it left, by the names of the tensors.
 
-    used         in both, of the same shape; `values` are the numbers in them
-    not_in_network   only in the checkpoint: not used
-    other_shape  in both, of another shape: not used; (name, shape in the checkpoint, shape in the network)
-    missing      only in the network: keep the values that they had
-    differences  arguments that differ: (name, in the checkpoint, in the network)
+    used            in both, in the same shape; `values` is how many numbers they hold
+    not_in_network  only in the checkpoint: not used
+    other_shape     in both, in different shapes: not used; (name, shape in the checkpoint, shape in the network)
+    missing         only in the network: they keep the values that they had
+    differences     arguments that differ: (name, in the checkpoint, in the network)
     """
 
     source: str
@@ -57,20 +57,20 @@ class InitReport:
 def initialize(model: RoutingGrid, folder: str | Path) -> InitReport:
     """Copies into the network what a checkpoint folder holds under the same name, in the same shape.
 
-    The folder may be a classifier of `routeseg pretrain`, or a segmenter of any classes. Its input normalisation is
-    taken over with its weights. Raises ValueError, and changes nothing, where the folder is no checkpoint, or has less
-    than half of the tensors of the network's stem and nodes.
+    The folder may hold a classifier of `routeseg pretrain`, or a segmenter of any classes. The network also takes its
+    input normalisation. Raises ValueError, and changes nothing, if the folder is no checkpoint, or if fewer than half
+    of the tensors of the network's stem and nodes fit.
     """
     folder = Path(folder)
-    config, state, own = read_config(folder), read_weights(folder), model.state_dict()
-    used = [key for key in own if key in state and state[key].shape == own[key].shape]
-    other = [key for key in own if key in state and state[key].shape != own[key].shape]
+    config, state, here = read_config(folder), read_weights(folder), model.state_dict()
+    used = [key for key in here if key in state and state[key].shape == here[key].shape]
+    other = [key for key in here if key in state and state[key].shape != here[key].shape]
     differences = [
-        (name, config[name], here)
-        for name, here in model.arguments.items()
-        if name in config and name not in OWN_ARGUMENTS and not _same(config[name], here)
+        (name, config[name], value)
+        for name, value in model.arguments.items()
+        if name in config and name not in FREE_ARGUMENTS and not _same(config[name], value)
     ]
-    body = [key for key in own if key.startswith(("stem.", "nodes."))]
+    body = [key for key in here if key.startswith(("stem.", "nodes."))]
     fitting = len(set(used) & set(body))
     if 2 * fitting < len(body):
         raise ValueError(
@@ -80,10 +80,10 @@ def initialize(model: RoutingGrid, folder: str | Path) -> InitReport:
     report = InitReport(
         source=str(folder),
         used=used,
-        values=sum(own[key].numel() for key in used),
-        not_in_network=sorted(set(state) - set(own)),
-        other_shape=[(key, list(state[key].shape), list(own[key].shape)) for key in other],
-        missing=[key for key in own if key not in state],
+        values=sum(here[key].numel() for key in used),
+        not_in_network=sorted(set(state) - set(here)),
+        other_shape=[(key, list(state[key].shape), list(here[key].shape)) for key in other],
+        missing=[key for key in here if key not in state],
         differences=differences,
     )
     model.load_state_dict({key: state[key] for key in used}, strict=False)
@@ -92,22 +92,22 @@ def initialize(model: RoutingGrid, folder: str | Path) -> InitReport:
 
 
 def adopt_normalization(model: RoutingGrid, config: Mapping[str, Any]) -> None:
-    """Gives the network the input normalisation of a checkpoint's config: its weights know no other."""
+    """Gives the network the input normalisation of a checkpoint's config: its weights were trained with that one."""
     mean, std = (config.get(key, model.arguments[key]) for key in ("pixel_mean", "pixel_std"))
     model.set_normalization(mean, std)
 
 
 def _reason(differences: list[tuple[str, Any, Any]]) -> str:
-    """The likely reason, and the remedy, in words."""
+    """The likely reason and the remedy, as a sentence."""
     sizes = [d for d in differences if d[0] in SIZE_ARGUMENTS]
     if not sizes:
-        return "Its config does not tell why: is the file of another program?"
+        return "Its config does not tell why: did another program write the file?"
     said = ", ".join(f"{name} is {there} there and {here} here" for name, there, here in sizes)
     return f"The likely reason: {said}. Set {', '.join(f'--model.{name} {there}' for name, there, _ in sizes)}"
 
 
 def _listed(what: str, names: list[str]) -> list[str]:
-    """One line: how many, and which; where there are many, by the kind of part that they are of."""
+    """One line: how many tensors, and their names; if there are many, how many of each part of the network."""
     if not names:
         return []
     if len(names) <= LISTED:
@@ -123,10 +123,5 @@ def _part(name: str) -> str:
 
 
 def _same(some: Any, other: Any) -> bool:
-    """Whether two arguments are equal, a list being a tuple."""
+    """Whether two arguments are equal; a list equals a tuple with the same items."""
     return json.dumps(some) == json.dumps(other)
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
