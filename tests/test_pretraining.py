@@ -27,6 +27,7 @@ from test_classification_data import png, shard_config, write_shard, write_shard
 
 ROOT = Path(__file__).parents[1]
 NETWORK = dict(depth=3, base_channels=8, stem_channels=8)
+FEWER_NODES = dict(depth=2, num_scales=3)
 SMALL = dict(crop=32, resize=36, batch_size=6, workers=0)
 SEGMENTER_DATA = dict(image_size=(32, 64), crop=(32, 64), train_images=4, val_images=2, batch_size=2, workers=0)
 
@@ -45,7 +46,7 @@ def recipe(**changes) -> PretrainingRecipe:
 
 def fit(output, data, model=None, resume=False, **changes):
     """The network after `pretrain`, and its rows in the log."""
-    model = model or classifier()
+    model = model or classifier(**FEWER_NODES)
     options = RunOptions(output, resume, accelerator="cpu", progress=False)
     result = pretrain(model, data, recipe(**changes), options)
     with open(sorted((output / "logs").glob("*/metrics.csv"))[-1]) as file:
@@ -205,7 +206,7 @@ class TestPretraining:
         data = ClassificationConfig(root=str(tree), **SMALL)
         _, _, rows = fit(tmp_path, data, iterations=1, label_smoothing=0.1)
         (batch,) = ClassificationDataModule(data, 1, seed=3).train_dataloader()
-        model = classifier().train()
+        model = classifier(**FEWER_NODES).train()
         logits = model(batch["image"]).logits
         target = F.one_hot(batch["label"], 3) * 0.9 + 0.1 / 3
         expected = -(target * logits.log_softmax(1)).sum(1).mean()
@@ -218,10 +219,9 @@ class TestPretraining:
         losses = {}
         for size, count in ((6, 1), (3, 2)):
             data = ClassificationConfig(root=str(tree), **{**SMALL, "batch_size": size})
-            _, last, rows = fit(
-                tmp_path / str(size), data, spread_gates(classifier()), accumulate=count, batch_norm="frozen", lr=0.02,
-                iterations=6, save_every=100,
-            )  # fmt: skip
+            model = spread_gates(classifier(**FEWER_NODES))
+            changes = dict(accumulate=count, batch_norm="frozen", lr=0.02, iterations=6, save_every=100)
+            _, _, rows = fit(tmp_path / str(size), data, model, **changes)
             losses[size] = [float(row["loss"]) for row in rows if row["loss"]]
         assert losses[3] == pytest.approx(losses[6], rel=1e-4)
 

@@ -1,4 +1,4 @@
-"""What the processes of a job tell each other: sums, flags, objects. In a job of one, what that one knows."""
+"""The processes of a job exchange sums, flags and objects. One process alone gets back what it gives."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def total(values: Tensor) -> Tensor:
 
 
 def anywhere(flags: Tensor) -> Tensor:
-    """Which of these boolean flags are set in any process."""
+    """The flags that are set in at least one process; the same in each."""
     if rank_and_world()[1] == 1:
         return flags
     counts = flags.to(torch.uint8)
@@ -35,7 +35,7 @@ def anywhere(flags: Tensor) -> Tensor:
 
 
 def gather(share: T) -> list[T]:
-    """What every process gives, in the order of the processes; in each."""
+    """What every process gives, in the order of the processes; the same list in each."""
     _, world = rank_and_world()
     if world == 1:
         return [share]

@@ -1,7 +1,7 @@
 """The demo: train for a bounded time, evaluate, and write a report that shows what the network does.
 
 OUTPUT/run/        the run: last.ckpt, best/, last/, logs/
-OUTPUT/result.json figures of the report, with machine, date and versions
+OUTPUT/result.json the numbers of the report, with machine, date and versions
 OUTPUT/*.png, report.html
 """
 
@@ -54,7 +54,7 @@ def run_demo(
 ) -> Path:
     """Trains `model` for about `minutes` (None: the recipe's iterations), evaluates it, and writes the report.
 
-    Returns the report's path. What an earlier demo wrote into `output` is replaced.
+    Returns the report's path. Replaces what an earlier demo wrote into `output`.
     """
     start = time.monotonic()
     if minutes is not None:
@@ -94,8 +94,10 @@ def run_demo(
 def fit_to_time(
     model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe, budget: Budget, minutes: float
 ) -> Recipe:
-    """The recipe with as many iterations as fit into `minutes` here, by a few timed batches on a copy of the network:
-    forward, loss and backward as the training computes them."""
+    """The recipe with as many iterations as fit into `minutes` on this machine.
+
+    Times forward, loss and backward of a few batches, as the training computes them, on a copy of the network.
+    """
     module = SegmentationDataModule(replace(data, workers=0), CALIBRATION_STEPS, recipe.seed)
     trial = copy.deepcopy(model).train()
     trial.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack memory_format
@@ -127,7 +129,7 @@ def preset_costs(
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's CSV logs, in the order of the steps; a resumed part replaces what it did again."""
+    """The rows of a run's CSV logs, in the order of the steps; a resumed run replaces the steps that it repeats."""
     rows: dict[tuple[int, bool], dict[str, Any]] = {}
     for path in sorted((run / "logs").glob("version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1])):
         with open(path, newline="") as file:
@@ -232,7 +234,7 @@ def _panels(
     evaluation: Evaluation,
     facts: dict[str, Any],
 ) -> Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, str]]:
-    """A large-, a small- and a mixed-scale picture; elsewhere the cheapest, the median and the dearest one."""
+    """Of scenes a large-, a small- and a mixed-scale picture; of other data the cheapest, the median, the dearest."""
     chosen: list[tuple[SegmentationData, int, str]]
     if facts["data"]["name"] == "scenes":
         data = DataConfig(**facts["data"])

@@ -81,14 +81,14 @@ def pretrain_command(words: Sequence[str]) -> int:
 
 
 def _add_run_arguments(parser: Parser, output: str) -> None:
-    """Where a training writes, and what it runs on."""
+    """The keys of `run_options`."""
     parser.add_argument("--output", type=str, default=output, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT/last.ckpt")
     parser.add_argument(
         "--devices",
         type=int | Literal["auto"],
         default="auto",
-        help="processes on this machine, each with another GPU; auto: all GPUs, or those that torchrun started",
+        help="processes on this machine, each with one GPU; auto: all GPUs, or those that torchrun started",
     )
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
 

@@ -1,4 +1,4 @@
-"""BatchNorm in training: whose statistics a process uses, and precise statistics before an evaluation."""
+"""BatchNorm in training: which images its statistics are of, and precise statistics before an evaluation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Mode = Literal["synced", "own", "frozen"]
 
 
 def choose_mode(asked: str, on_gpu: bool, processes: int) -> Mode:
-    """What `recipe.batch_norm` comes to: "auto" is synced on several GPUs, else own.
+    """The mode that `recipe.batch_norm` asks for: "auto" is synced on several GPUs, and own otherwise.
 
     Raises ValueError for synced on CPUs.
     """
@@ -26,16 +26,16 @@ def choose_mode(asked: str, on_gpu: bool, processes: int) -> Mode:
     if asked == "synced" and not on_gpu:
         raise ValueError(
             "recipe.batch_norm is synced, but torch's SyncBatchNorm refuses modules on CPUs. Set --recipe.batch_norm "
-            "own (each process its own statistics, averaged over the processes before an evaluation) or frozen (those "
-            "of the weights that you start from), or train on GPUs"
+            "own (statistics of each process's batches, averaged over the processes before an evaluation) or frozen "
+            "(those of the weights that you start from), or train on GPUs"
         )
     return cast(Mode, asked)
 
 
 def check_enough_values(model: RoutedNetwork, crop: tuple[int, int], batch_size: int) -> None:
-    """Raises ValueError where a BatchNorm would see a single value per channel, which has no variance.
+    """Raises ValueError if a BatchNorm would see a single value per channel, which has no variance.
 
-    The fewest are at the coarsest scale, in a small gate one for 16 pixels.
+    The coarsest scale has the fewest values, and a small gate there one for 16 pixels.
     """
     scale = max(s for _, s in model.route.nodes)
     height, width = (side // (STEM_STRIDE * 2**scale) for side in padded_size(model.space, *crop))
@@ -58,7 +58,7 @@ def norms_of(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 def precise_batch_norm(model: RoutedNetwork, batches: Iterable[dict[str, Tensor]]) -> None:
     """Sets BatchNorm's statistics to their mean over these batches, instead of a running mean over training.
 
-    In a job of several processes each brings its own batches, and all get the mean over all of them.
+    In a job of several processes each brings its share of the batches, and all get the mean over all of them.
     """
     norms = norms_of(model)
     device, was_training = next(model.parameters()).device, model.training
@@ -82,7 +82,7 @@ def precise_batch_norm(model: RoutedNetwork, batches: Iterable[dict[str, Tensor]
 
 @torch.no_grad()
 def average_statistics(model: nn.Module, weights: Tensor | None = None) -> None:
-    """Sets BatchNorm's statistics to their mean over the processes; `weights` of this process's ones, [norms]."""
+    """Sets BatchNorm's statistics to their mean over the processes, weighted by `weights` of each process [norms]."""
     if rank_and_world()[1] == 1:
         return
     norms = norms_of(model)

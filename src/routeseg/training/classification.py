@@ -1,4 +1,4 @@
-"""Pre-training of stem and grid as a classifier (the paper's: ImageNet), whose weights a segmenter starts from by name.
+"""Pre-training of stem and grid as a classifier (on ImageNet in the paper). A segmenter starts from its weights.
 
 Legend: B images, K classes.
 """
@@ -22,13 +22,13 @@ from routeseg.training.recipe import Recipe
 from routeseg.training.run import Run, RunOptions, RunResult
 from routeseg.training.task import RecipeTask, Validation
 
-TOP = 5  # a label among so many of the highest scores is a hit of top-5
+TOP = 5  # a hit of top-5: the label is among the five highest scores
 
 
 @dataclass
 class PretrainingRecipe(Recipe):
-    """The `recipe` section of a configuration of `routeseg pretrain`: that of training, with other defaults (lr 0.2 for
-    256 images, 120 epochs of ImageNet, BatchNorm's running statistics), and
+    """The `recipe` section of a configuration of `routeseg pretrain`: that of `routeseg train` with other defaults (lr
+    0.2 for 256 images, 120 epochs of ImageNet, BatchNorm's running statistics), and
 
     label_smoothing   this share of a label is spread over all classes
     """
@@ -46,7 +46,7 @@ class PretrainingRecipe(Recipe):
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of the images whose label has the highest score, and one of the TOP highest."""
+    """Shares of the images whose label has the highest score, and one of the TOP highest scores."""
 
     top1: float
     top5: float
@@ -96,7 +96,10 @@ class ClassificationTask(RecipeTask[Accuracy]):
 
 @torch.no_grad()
 def evaluate_classifier(model: DynamicRoutingClassifier, batches: Iterable[Batch]) -> Accuracy:
-    """Top-1 and top-5 over batches, summed over the processes of a job; the model is left in the mode that it had."""
+    """Top-1 and top-5 over batches, summed over the processes of a job; the model keeps its mode (train or eval).
+
+    Raises ValueError if no image can be read.
+    """
     device, was_training = next(model.parameters()).device, model.training
     counts = torch.zeros(4, dtype=torch.int64, device=device)  # top-1 hits, top-5 hits, images, skipped
     model.eval()

@@ -1,4 +1,4 @@
-"""Starting a network from the weights of another one, by name: from a classifier, or a segmenter of other classes."""
+"""Starts a network from the weights of another one, by name: a classifier, or a segmenter of other classes."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from routeseg.model.checkpoints import read_config, read_header, read_weights
 from routeseg.model.grid import RoutedNetwork
 
 SIZE_FIELDS = ("depth", "num_scales", "base_channels", "stem_channels", "cell_operations")
-OWN_FIELDS = ("num_classes", "class_names", "palette", "pixel_mean", "pixel_std")  # each network has its own
+FREE_FIELDS = ("num_classes", "class_names", "palette", "pixel_mean", "pixel_std")  # may differ without a word
 LISTED = 4  # names in a line of a report
 
 
 @dataclass(frozen=True)
 class InitReport:
-    """What `initialize` took over from a checkpoint, and what not, by the names of the tensors.
+    """What `initialize` took from a checkpoint and what it left, by the names of the tensors.
 
-    used         in both, of the same shape; `values` are the numbers in them
-    not_in_network   only in the checkpoint: not used
-    other_shape  in both, of another shape: not used; (name, shape in the checkpoint, shape in the network)
-    missing      only in the network: keep the values that they had
-    differences  arguments that differ: (name, in the checkpoint, in the network)
+    used            in both, in the same shape; `values` is how many numbers they hold
+    not_in_network  only in the checkpoint: not used
+    other_shape     in both, in different shapes: not used; (name, shape in the checkpoint, shape in the network)
+    missing         only in the network: they keep the values that they had
+    differences     arguments that differ: (name, in the checkpoint, in the network)
     """
 
     source: str
@@ -56,21 +56,21 @@ class InitReport:
 def initialize(model: RoutedNetwork, folder: str | Path) -> InitReport:
     """Copies into the network what a checkpoint folder holds under the same name, in the same shape.
 
-    The folder may be a classifier of `routeseg pretrain`, or a segmenter of any classes. Its input normalisation is
-    taken over with its weights. Raises ValueError, and changes nothing, where the folder is no checkpoint, or has less
-    than half of the tensors of the network's stem and nodes.
+    The folder may hold a classifier of `routeseg pretrain`, or a segmenter of any classes. The network also takes its
+    input normalisation. Raises ValueError, and changes nothing, if the folder is no checkpoint, or if fewer than half
+    of the tensors of the network's stem and nodes fit.
     """
     folder = Path(folder)
-    config, stored, own = read_config(folder), read_header(folder), model.state_dict()
-    there = {key: value for key, value in stored.items() if key in own}
-    used = [key for key in own if key in there and there[key].shape == tuple(own[key].shape)]
-    other = [key for key in own if key in there and there[key].shape != tuple(own[key].shape)]
+    config, stored, here = read_config(folder), read_header(folder), model.state_dict()
+    there = {key: value for key, value in stored.items() if key in here}
+    used = [key for key in here if key in there and there[key].shape == tuple(here[key].shape)]
+    other = [key for key in here if key in there and there[key].shape != tuple(here[key].shape)]
     differences = [
         (name, value, getattr(model.config, name))
         for name, value in config.as_dict().items()
-        if name not in OWN_FIELDS and value != getattr(model.config, name)
+        if name not in FREE_FIELDS and value != getattr(model.config, name)
     ]
-    body = [key for key in own if key.startswith(("stem.", "nodes."))]
+    body = [key for key in here if key.startswith(("stem.", "nodes."))]
     fitting = len(set(used) & set(body))
     if 2 * fitting < len(body):
         raise ValueError(
@@ -80,10 +80,10 @@ def initialize(model: RoutedNetwork, folder: str | Path) -> InitReport:
     report = InitReport(
         source=str(folder),
         used=used,
-        values=sum(own[key].numel() for key in used),
-        not_in_network=sorted(set(stored) - set(own)),
-        other_shape=[(key, list(there[key].shape), list(own[key].shape)) for key in other],
-        missing=[key for key in own if key not in stored],
+        values=sum(here[key].numel() for key in used),
+        not_in_network=sorted(set(stored) - set(here)),
+        other_shape=[(key, list(there[key].shape), list(here[key].shape)) for key in other],
+        missing=[key for key in here if key not in stored],
         differences=differences,
     )
     model.load_state_dict(read_weights(folder, used), strict=False)
@@ -100,13 +100,13 @@ def _reason(differences: list[tuple[str, Any, Any]]) -> str:
     """The likely reason, and the remedy, in words."""
     sizes = [d for d in differences if d[0] in SIZE_FIELDS]
     if not sizes:
-        return "Its config does not tell why: is the file of another program?"
+        return "Its config does not tell why: did another program write the file?"
     said = ", ".join(f"{name} is {there} there and {here} here" for name, there, here in sizes)
     return f"The likely reason: {said}. Set {', '.join(f'--model.{name} {there}' for name, there, _ in sizes)}"
 
 
 def _listed(what: str, names: list[str]) -> list[str]:
-    """One line: how many, and which; where there are many, by the kind of part that they are of."""
+    """One line: how many tensors, and their names; if there are many, how many of each part of the network."""
     if not names:
         return []
     if len(names) <= LISTED:
@@ -119,8 +119,3 @@ def _part(name: str) -> str:
     """nodes.3-1.gate.score.bias -> nodes.*.gate, decoder.merge.0.0.weight -> decoder.merge."""
     first, *rest = name.split(" ")[0].split(".")
     return ".".join([first, "*", *rest[1:2]] if first == "nodes" else [first, *rest[:1]])
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,6 +1,6 @@
 """Several processes that train one network: how many there are, and how they end together.
 
-What they tell each other: collectives.py.
+How they exchange values: collectives.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-TIMEOUT = timedelta(minutes=10)  # of a process that waits for the others: a dead machine is noticed after so long
+TIMEOUT = timedelta(minutes=10)  # a process waits so long for the others: then a dead machine is noticed
 POLL_SECONDS = 0.5
 LOST = (
     "another process of this job died, or can no longer be reached. The last checkpoint, if one was written, is kept: "
@@ -27,7 +27,7 @@ LOST = (
 
 
 class TrainingStopped(RuntimeError):
-    """A training ended before its time, for a reason that its message tells."""
+    """A training ended early; the message tells why."""
 
 
 class ProcessLost(TrainingStopped):
@@ -35,10 +35,11 @@ class ProcessLost(TrainingStopped):
 
 
 def count_processes(devices: int | Literal["auto"], on_gpu: bool) -> tuple[int, int]:
-    """(processes on this machine, machines): from torchrun's environment where it started us, else from `devices`.
+    """(processes on this machine, machines): from torchrun's environment if it started this process, else from
+    `devices`.
 
-    Without torchrun, "auto" is every GPU, or one process on a CPU. Raises ValueError where the two do not agree, and
-    for more processes than there are GPUs.
+    Without torchrun, "auto" is every GPU, or one process on a CPU. Raises ValueError if torchrun and `devices`
+    disagree, and for more processes than there are GPUs.
     """
     if devices != "auto" and devices < 1:
         raise ValueError(f"--devices is {devices}: it must be at least 1, or auto")
@@ -58,7 +59,7 @@ def count_processes(devices: int | Literal["auto"], on_gpu: bool) -> tuple[int, 
             )
     if on_gpu and local > gpus:
         raise ValueError(
-            f"{local} processes were asked for, and this machine shows {gpus} GPUs: each process needs one of its own. "
+            f"{local} processes were asked for, and this machine shows {gpus} GPUs: a GPU serves one process. "
             f"Ask for {gpus}, or set --accelerator cpu"
         )
     return local, machines
@@ -74,17 +75,19 @@ def connection_lost(error: BaseException) -> bool:
 
 @contextmanager
 def ending_together(children: Callable[[], Sequence[subprocess.Popen]]) -> Iterator[None]:
-    """Ends this process, with a word why and exit code 1, once another one of its job has ended before its time.
+    """Ends this process, with a message and exit code 1, once another process of its job has ended early.
 
     A process that waits for a dead one inside the communication library, or on its GPU, hears no signal and no
-    exception. So a thread looks after it: at SIGTERM (torchrun sends it to the others when one dies), when a child
-    fails, and when the launcher that started it is gone. Files are written whole or not at all, so that a process
-    may end at any moment.
+    exception. So a thread ends it: at SIGTERM (torchrun sends it to the others when one dies), when a child fails, and
+    when the launcher that started it is gone. Files are written whole or not at all, so that a process may end at any
+    moment.
     """
     done = threading.Event()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    handler = signal.signal(signal.SIGTERM, lambda *_: None)  # without one the process would end without a word
+    handler = signal.signal(
+        signal.SIGTERM, lambda *_: None
+    )  # without a handler the process would end without a message
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     launcher = os.getppid() if started_by_a_launcher() else None
     watch = threading.Thread(target=_watch, args=(reader, done, children, launcher), daemon=True, name="job-watch")
@@ -101,7 +104,7 @@ def ending_together(children: Callable[[], Sequence[subprocess.Popen]]) -> Itera
 
 
 def started_by_a_launcher() -> bool:
-    """Whether torchrun, or the first process of `--devices`, started this one; it then ends when that one does."""
+    """Whether torchrun, or the first process of `--devices`, started this process: it ends when its launcher does."""
     elastic = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
     return elastic or int(os.environ.get("LOCAL_RANK", 0)) > 0
 
@@ -114,7 +117,7 @@ def _watch(
             break
         if any(child.poll() for child in children()) or launcher not in (None, os.getppid()):
             break
-    if done.wait(POLL_SECONDS):  # the exception came first, and tells as much
+    if done.wait(POLL_SECONDS):  # an exception came first, and tells the reason
         return
     print(f"routeseg: stopped: {LOST}", file=sys.stderr, flush=True)
     for child in children():

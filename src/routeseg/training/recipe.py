@@ -11,20 +11,20 @@ from typing import Literal
 class Recipe:
     """The `recipe` section of a configuration; the defaults are the authors' for Cityscapes from scratch.
 
-    iterations, lr               steps of the optimiser, and their learning rate. It belongs to the images of a step:
-                                 data.batch_size * processes * accumulate. 0.05 is for 8; scale it with them
-    accumulate                   batches of each process whose gradients make one step
+    iterations, lr               steps of the optimiser, and their learning rate. It belongs to the images of a step,
+                                 data.batch_size * processes * accumulate: 0.05 is for 8; scale it with their number
+    accumulate                   each process adds up the gradients of so many batches for one step
     momentum, weight_decay       SGD; norm weights do not decay
-    gate_lr_factor               the gates' learning rate, as a multiple (2.5 from ImageNet weights)
+    gate_lr_factor               the gates' learning rate, as a multiple of lr (2.5 from ImageNet weights)
     poly_power, warmup_steps, warmup_factor   lr * (1 - step / iterations)^power after a linear warm-up
-    clip_norm                    of all gradients together; inf clips nothing
+    clip_norm                    a longer gradient is shortened to this norm; inf clips nothing
     drop_path                    p of the scheduled drop path at the last layer and the last step
-    batch_norm                   statistics of the batches of all processes (synced), of each process's own batch (own),
-                                 or those that the weights came with (frozen); auto: synced on several GPUs, else own
-    precise_bn_batches           BatchNorm statistics are estimated anew from so many batches before an evaluation
+    batch_norm                   statistics of the batches of all processes (synced), of each process's batch (own), or
+                                 those that the weights came with (frozen); auto: synced on several GPUs, else own
+    precise_bn_batches           BatchNorm statistics are estimated from so many batches before each validation
     ema_decay                    validate and save an average of the weights, which keeps this share of itself at each
                                  step (0.9998 averages over some 5000 steps); 0: the weights themselves
-    validate_every, save_every   in iterations
+    validate_every, save_every, log_every   in iterations
     precision                    "32-true" or "bf16-mixed"
     compile                      torch.compile the parts of the network
     """

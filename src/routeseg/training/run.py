@@ -45,7 +45,7 @@ class RunOptions:
 
     output       folder of the run
     resume       go on from OUTPUT/last.ckpt
-    devices      processes on this machine, each with another GPU; auto: all GPUs, or those that torchrun started
+    devices      processes on this machine, each with one GPU; auto: all GPUs, or those that torchrun started
     accelerator  cpu, gpu or auto
     progress     show a progress bar
     """
