@@ -1,6 +1,7 @@
 """Networks and pictures that several tests need."""
 
 import os
+import shutil
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -87,6 +88,12 @@ def layouts(tmp_path_factory):
         return made[name]
 
     return root_of
+
+
+@pytest.fixture
+def copied(layouts, tmp_path):
+    """copied(name) -> a copy of a layout that a test may damage."""
+    return lambda name: Path(shutil.copytree(layouts(name), tmp_path / name))
 
 
 @pytest.fixture(scope="session")
