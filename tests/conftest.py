@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from downloads import serve
 from routeseg import DynamicRoutingNetwork
 from routeseg.cli import main
 from routeseg.data.datamodule import DataConfig
@@ -101,6 +102,13 @@ def camvid_root() -> Path:
     if not CAMVID.is_dir():
         pytest.skip(f"no CamVid in {CAMVID}: set ROUTESEG_CAMVID to its folder")
     return CAMVID
+
+
+@pytest.fixture
+def server():
+    """A server of one archive, which breaks and lies as a test tells it to."""
+    with serve() as serving:
+        yield serving
 
 
 @pytest.fixture
