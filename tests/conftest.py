@@ -1,6 +1,7 @@
 """Networks and pictures that several tests need."""
 
 import os
+import shutil
 import threading
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from downloads import serve
 from routeseg import DynamicRoutingNetwork
 from routeseg.cli import main
 from routeseg.cost.macs import CostTable
@@ -104,11 +106,24 @@ def layouts(tmp_path_factory):
     return root_of
 
 
+@pytest.fixture
+def copied(layouts, tmp_path):
+    """copied(name) -> a copy of a layout that a test may damage."""
+    return lambda name: Path(shutil.copytree(layouts(name), tmp_path / name))
+
+
 @pytest.fixture(scope="session")
 def camvid_root() -> Path:
     if not CAMVID.is_dir():
         pytest.skip(f"no CamVid in {CAMVID}: set ROUTESEG_CAMVID to its folder")
     return CAMVID
+
+
+@pytest.fixture
+def server():
+    """A server of one archive, which breaks and lies as a test tells it to."""
+    with serve() as serving:
+        yield serving
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import pytest
 import torch
@@ -25,18 +26,30 @@ from routeseg.training import run as training_run
 from routeseg.training.batch_norm import choose_mode
 from routeseg.training.processes import count_processes
 from routeseg.training.recipe import Recipe
-from two_processes import CUT, DATA, GLOBAL_BATCH, STEPS, fit, network, statistics, synced_gradients
+from two_processes import (
+    CUT,
+    DATA,
+    GLOBAL_BATCH,
+    PICTURES,
+    STEPS,
+    evaluation,
+    fit,
+    network,
+    statistics,
+    synced_gradients,
+)
 
 HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-PYTHONPATH = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
+SOURCES = Path(routeseg.__file__).parents[1]  # the package that is tested here, whichever is installed
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{SOURCES}"}
 WORDS = [
     "--accelerator=cpu", "--model.depth=3", "--model.base_channels=4", "--model.stem_channels=4", "--data.workers=0",
     "--data.crop=[32,64]", "--data.image_size=[48,64]", "--data.train_images=12", "--data.val_images=3",
     "--data.batch_size=2", "--recipe.lr=0.02", "--recipe.save_every=2", "--recipe.validate_every=1000",
     "--recipe.precise_bn_batches=2", "--recipe.log_every=1",
 ]  # fmt: skip
+KILLED_STEPS = 120
 ENDS_WITHIN = 45  # seconds after a process died; torchrun itself gives the others 30
 STOPPED = r"routeseg: stopped: another process .* died.*--resume"
 
@@ -57,16 +70,70 @@ def weights(folder):
     return load_file(folder / "last" / "model.safetensors")
 
 
+class Job:
+    """A training in two processes, one of which is killed in the middle of it."""
+
+    def __init__(self, command, output, script):
+        """`output` is the folder of the training, `script` a word of the command line of those processes alone."""
+        with TemporaryFile("w+") as err:
+            job = subprocess.Popen(command, stderr=err, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
+            try:
+                deadline = time.monotonic() + 180
+                while not (output / "last.ckpt").exists() and job.poll() is None and time.monotonic() < deadline:
+                    time.sleep(0.02)
+                self.ended_early = job.poll() is not None
+                if not self.ended_early:
+                    os.kill(children(job.pid, script)[-1], signal.SIGKILL)
+                started = time.monotonic()
+                self.code = job.wait(timeout=ENDS_WITHIN)
+                self.seconds = time.monotonic() - started
+            finally:
+                job.kill()
+                job.wait()
+            err.seek(0)
+            self.err = err.read()
+
+
+def children(pid, script):
+    """Processes that this one started and that have this word in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(path.read_text().rsplit(")", 1)[1].split()[1]) == pid:
+                if script.encode() in path.with_name("cmdline").read_bytes():
+                    found.append(int(path.parent.name))
+        except OSError:
+            pass
+    return sorted(found)
+
+
+def training(output):
+    return ["train", "--output", str(output), *WORDS, f"--recipe.iterations={KILLED_STEPS}"]
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, one_thread):
-    """The runs of one process, then, in one call of torchrun, those of two; each process's findings in RANK.json."""
+def runs(tmp_path_factory, one_thread):
+    """The folder of the runs of one process."""
     folder = tmp_path_factory.mktemp("runs")
     fit(folder / "one", GLOBAL_BATCH)
     fit(folder / "one_no_budget", GLOBAL_BATCH, budget=0.0)
-    done = subprocess.run(
-        [*TORCHRUN, HERE / "two_processes.py", folder], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def job(runs):
+    """One call of torchrun: the runs of two processes, each one's findings in RANK.json, then one that is killed."""
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("finds the processes in /proc")
+    script = HERE / "two_processes.py"
+    return Job([*TORCHRUN, script, runs, *training(runs / "killed")], runs / "killed", f"/{script.name}")
+
+
+@pytest.fixture(scope="module")
+def folder(runs, job):
+    """The folder of the runs of one process, of two, and of one after the other."""
+    folder = runs
+    assert not job.ended_early, job.err[-4000:]
     (folder / "resumed_two_one").mkdir()
     shutil.copy(folder / "two" / "cut.ckpt", folder / "resumed_two_one" / "last.ckpt")
     fit(folder / "resumed_two_one", GLOBAL_BATCH, resume=True)
@@ -117,11 +184,9 @@ def test_the_final_score_is_that_of_one_process(folder, found):
 
 def test_evaluation_over_two_processes_to_the_last_digit(folder, found):
     """The same checkpoint: five pictures, three for one process and two for the other; also their order."""
-    model = routeseg.load(folder / "one" / "last")
-    alone = evaluate(model, evaluation_loader(open_data(DataConfig(**DATA), "val", 3)), SkipEngine(model))
-    expected = alone.as_dict() | {"costs": alone.cost_macs.tolist(), "gates": alone.gates.tolist()}
-    assert len(set(expected["costs"])) > 1
-    assert json.loads(json.dumps(expected)) == found[0]["evaluation"] == found[1]["evaluation"]
+    expected = evaluation(routeseg.load(folder / "one" / "last"))
+    assert len(set(expected["cost_macs"])) > 2 and expected["passes"] == [2] * PICTURES
+    assert expected == found[0]["evaluation"] == found[1]["evaluation"]
 
 
 def test_every_image_once_in_an_epoch(found):
@@ -177,53 +242,32 @@ def test_precise_batch_norm_is_the_mean_over_all_processes(folder, one_thread):
     assert any(not torch.allclose(half[name], expected[name], rtol=1e-2) for half in halves for name in expected)
 
 
-def command(launcher, output):
-    start = {"torchrun": [*TORCHRUN, "-m", "routeseg.cli", "train"]}
-    words = start.get(launcher, [sys.executable, "-m", "routeseg.cli", "train", "--devices", "2"])
-    return [*words, "--output", str(output), *WORDS, "--recipe.iterations=120"]
-
-
-def children(pid):
-    """Processes that this one started and that use Python on routeseg."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            if int(path.read_text().rsplit(")", 1)[1].split()[1]) == pid:
-                if b"routeseg" in path.with_name("cmdline").read_bytes():
-                    found.append(int(path.parent.name))
-        except OSError:
-            pass
-    return sorted(found)
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes in /proc")
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("devices", marks=pytest.mark.slow)])
-def test_a_process_that_dies_ends_the_job(tmp_path, capsys, launcher):
-    """SIGKILL in the middle: the job ends soon, says so, and one process goes on from what is there."""
-    output = tmp_path / "run"
-    with open(tmp_path / "err", "w") as err:
-        job = subprocess.Popen(command(launcher, output), stderr=err, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
-        try:
-            deadline = time.monotonic() + 120
-            while not (output / "last.ckpt").exists() and job.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.02)
-            assert job.poll() is None, (tmp_path / "err").read_text()
-            os.kill(children(job.pid)[-1], signal.SIGKILL)
-            started = time.monotonic()
-            code = job.wait(timeout=ENDS_WITHIN)
-        finally:
-            job.kill()
-    text = (tmp_path / "err").read_text()
-    assert code not in (0, 2) and re.search(STOPPED, text), text
-    assert time.monotonic() - started < ENDS_WITHIN
+def check_killed(job, output):
+    """The job ended soon and says why; what it wrote is whole."""
+    assert not job.ended_early, job.err
+    assert job.code not in (0, 2) and re.search(STOPPED, job.err), job.err
+    assert job.seconds < ENDS_WITHIN
     ours = f'File "{Path(routeseg.__file__).parent}'  # also where the clone's folder, and so .venv's, has our name
-    assert not [line for line in text.splitlines() if line.strip().startswith(ours)]
+    assert not [line for line in job.err.splitlines() if line.strip().startswith(ours)]
     step = torch.load(output / "last.ckpt", weights_only=True)["global_step"]
-    assert 0 < step < 120, "the run was not cut in the middle"
-    if launcher == "devices":
-        code, out, err = run(["train", "--output", output, *WORDS, "--recipe.iterations=120", "--resume"], capsys)
-        assert code == 0 and "note: this run took 4 images a step so far, and takes 2 from here" in out, err
-        assert max(losses(output)) == 119
+    assert 0 < step < KILLED_STEPS, "the run was not cut in the middle"
+    assert not list(output.glob(".last*"))
+
+
+def test_a_process_that_dies_ends_the_job_of_torchrun(runs, job):
+    check_killed(job, runs / "killed")
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_job_of_devices(tmp_path, capsys):
+    """And one process goes on from what is there."""
+    output = tmp_path / "run"
+    words = training(output)
+    job = Job([sys.executable, "-m", "routeseg.cli", *words, "--devices", "2"], output, "routeseg.cli")
+    check_killed(job, output)
+    code, out, err = run([*words, "--resume"], capsys)
+    assert code == 0 and "note: this run took 4 images a step so far, and takes 2 from here" in out, err
+    assert max(losses(output)) == KILLED_STEPS - 1
     assert not list(output.glob(".last*"))
 
 

@@ -1,9 +1,7 @@
 """Evaluation: several passes over a picture, boundary IoU, official outputs and the official Cityscapes script."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from itertools import product
 
@@ -13,7 +11,6 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-import evaluation_share
 from conftest import run, spread_gates
 from routeseg import DynamicRoutingNetwork, SkipEngine
 from routeseg.cost.macs import model_cost
@@ -281,21 +278,6 @@ def test_evaluation_sums_boundaries_over_the_set(tiny_network):
     words = result.as_dict()
     assert words["boundary_miou"] == result.boundary_miou and len(words["boundary_iou"]) == 5
     assert "boundary_miou" not in evaluate(tiny_network, examples).as_dict()
-
-
-# --- several processes ---
-
-
-def test_two_processes_together_say_what_one_says(tmp_path):
-    words = [sys.executable, evaluation_share.__file__, str(tmp_path / "store")]
-    with subprocess.Popen(words, env=os.environ | {"OMP_NUM_THREADS": "1"}) as other:
-        result = evaluation_share.evaluate_in_job(0, str(tmp_path / "store"))
-        assert other.wait(60) == 0
-    alone = evaluation_share.evaluate_share()
-    assert len(result.cost_macs) == 5 and len(set(alone.cost_macs)) > 2
-    assert (result.confusion == alone.confusion).all() and (result.boundary == alone.boundary).all()
-    assert result.miou == alone.miou and result.boundary_miou == alone.boundary_miou
-    assert result.cost_macs.tolist() == alone.cost_macs.tolist() and result.passes.tolist() == [2] * 5
 
 
 # --- the command, and official outputs ---

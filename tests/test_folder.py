@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from conftest import run
+from data_sets import DataSetContract
 from pictures import ORIENTATION_TAG, ROTATED_RIGHT, noise, save, truncate
 from routeseg import files
 from routeseg.data.pairs import LabelMap, UnreadableImage
@@ -63,6 +64,21 @@ def folder_root(tmp_path) -> Path:
     return describe(
         root, yaml.safe_dump({"names": ["road", "car"], "palette": [[1, 2, 3], [4, 5, 6]], "mapping": mapping})
     )
+
+
+class TestFolder(DataSetContract):
+    NAME = "folder"
+    SPLITS = "no folder .*images/training: .*images has train, val"
+    TREE = "ROOT/images/train"
+    TABLE = tuple(range(10))
+    LABELLED = 1.0
+    FOLDERS = EMPTY = ("images/train", "masks/train")
+    PICTURE = "images/train/000000.png"
+    LABEL = "masks/train/000000.png"
+    NO_PICTURE = "masks/train/000000.png is a label without an image"
+    NO_LABEL = "images/train/000000.png is an image without a label"
+    STRANGE = (10, "map it in .*classes.yaml")
+    WIDE = "has the label value 300"
 
 
 class TestMapping:

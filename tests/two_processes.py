@@ -1,4 +1,7 @@
-"""What two processes do for test_distributed.py: `torchrun --nproc_per_node 2 tests/two_processes.py FOLDER`."""
+"""What two processes do for test_distributed.py: `torchrun --nproc_per_node 2 tests/two_processes.py FOLDER [WORDS]`.
+
+At last they run `routeseg WORDS`, so that one of them can be killed in it.
+"""
 
 import json
 import shutil
@@ -11,14 +14,16 @@ import torch.distributed.nn.functional as collectives
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import routeseg
+import routeseg.cli
 from conftest import spread_gates
 from routeseg.collectives import rank_and_world
 from routeseg.cost.budget import Budget, budget_loss
 from routeseg.cost.macs import model_cost
-from routeseg.data.datamodule import TRAIN_STREAM, DataConfig, TrainingPictures, evaluation_loader, open_data
+from routeseg.data.datamodule import TRAIN_STREAM, DataConfig, TrainingPictures, image_tensor
+from routeseg.data.scenes import draw_scene
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import evaluate
+from routeseg.evaluation.test_time import MultiPass
 from routeseg.model.grid import RoutedNetwork
 from routeseg.training.batch_norm import precise_batch_norm
 from routeseg.training.callbacks import ValidateAndSave
@@ -26,7 +31,7 @@ from routeseg.training.recipe import Recipe
 from routeseg.training.run import RunOptions
 from routeseg.training.segmentation import cross_entropy_sum, train
 
-GLOBAL_BATCH, STEPS, CUT = 4, 8, 4
+GLOBAL_BATCH, STEPS, CUT, PICTURES = 4, 8, 4, 5
 DATA = dict(crop=(32, 64), image_size=(48, 64), train_images=10, val_images=5, workers=0)
 SIZE = (48, 64)
 
@@ -153,7 +158,19 @@ def statistics(batches):
     return {name: value for name, value in model.state_dict().items() if "running" in name}
 
 
-def main(folder):
+def evaluation(model, rank=0, world=1):
+    """What an evaluation finds out, in two passes over pictures of different sizes, and so of different costs."""
+    examples = []
+    for index in range(rank, PICTURES, world):
+        image, labels = draw_scene(0, index, (48 + 16 * index, 64), "mixed")
+        image, labels = image_tensor(image)[None], torch.from_numpy(labels.astype("int64"))[None]
+        examples.append({"image": image, "labels": labels, "name": str(index), "skipped": 0})
+    found = evaluate(model, examples, MultiPass(SkipEngine(model), [0.75, 1.0]), boundary_width=0.02)
+    names = ("confusion", "boundary", "cost_macs", "gates", "passes")
+    return json.loads(json.dumps(found.as_dict() | {name: getattr(found, name).tolist() for name in names}))
+
+
+def main(folder, words):
     (folder / "resumed_one_two").mkdir(exist_ok=True)
     shutil.copy(folder / "one" / "cut.ckpt", folder / "resumed_one_two" / "last.ckpt")
     whole, read, _ = fit(folder / "two", GLOBAL_BATCH // 2)
@@ -168,19 +185,18 @@ def main(folder):
     )
     own_state = own.state_dict()
     model = routeseg.load(folder / "one" / "last")
-    pictures = open_data(DataConfig(**DATA), "val", 3)
-    scores = evaluate(model, evaluation_loader(pictures, 0, rank, world), SkipEngine(model))
     ran, gradients = synced_gradients(slice(rank * 2, rank * 2 + 2))
     tensors = {"ran": ran, "gradients": gradients, "statistics": statistics([rank, rank + 2]), "own": own_state}
     torch.save(tensors, folder / f"{rank}.pt")
     facts = {
         "read": read,
         "miou": {"whole": whole.found.miou, "resumed": resumed.found.miou},
-        "evaluation": scores.as_dict() | {"costs": scores.cost_macs.tolist(), "gates": scores.gates.tolist()},
+        "evaluation": evaluation(model, rank, world),
         "only_first": only_first,
     }
     (folder / f"{rank}.json").write_text(json.dumps(facts))
+    return routeseg.cli.main(words)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

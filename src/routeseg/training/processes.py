@@ -94,6 +94,9 @@ def ending_together(children: Callable[[], Sequence[subprocess.Popen]]) -> Itera
     watch.start()
     try:
         yield
+    except ProcessLost:
+        handler = signal.SIG_IGN  # SIGTERM, which follows, must not end this process before it has said why
+        raise
     finally:
         done.set()
         signal.set_wakeup_fd(wakeup)
