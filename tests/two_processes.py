@@ -8,6 +8,7 @@ import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed.nn.functional as collectives
@@ -76,23 +77,24 @@ def fit(output, batch_size, budget=0.5, resume=False, **changes):
 @contextmanager
 def nodes_that_run():
     """A list with the set of nodes that run, for each forward in training."""
-    ran, route, leave = [], RoutedNetwork._route, RoutedNetwork._leave
+    ran, walk = [], RoutedNetwork.walk
 
-    def note_route(self, *args, **options):
-        if self.training:
-            ran.append(set())
-        return route(self, *args, **options)
+    def note_walk(self, *args, **options):
+        if not self.training:
+            return walk(self, *args, **options)
+        ran.append(set())
+        hooks = [
+            node.cell.register_forward_pre_hook(lambda *_, name=name: ran[-1].add(name))
+            for name, node in self.nodes.items()
+        ]
+        try:
+            return walk(self, *args, **options)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
-    def note_leave(self, node, layer, scale, *args, **options):
-        if self.training:
-            node.cell.register_forward_pre_hook(lambda *_: ran[-1].add((layer, scale)))
-        return leave(self, node, layer, scale, *args, **options)
-
-    RoutedNetwork._route, RoutedNetwork._leave = note_route, note_leave
-    try:
+    with mock.patch.object(RoutedNetwork, "walk", note_walk):
         yield ran
-    finally:
-        RoutedNetwork._route, RoutedNetwork._leave = route, leave
 
 
 def images_and_labels(count=4):
@@ -129,7 +131,6 @@ def synced_gradients(part):
                 norm = NormOverProcesses(child.num_features).double()
                 norm.load_state_dict(child.state_dict())
                 setattr(module, name, norm)
-    type(model).synced = property(lambda self: True)  # as with SyncBatchNorm, which needs GPUs
     ran = []
     for name, node in model.nodes.items():
         node.cell.register_forward_hook(lambda *_, name=name: ran.append(name))
@@ -139,7 +140,8 @@ def synced_gradients(part):
     several = (
         DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False) if world > 1 else model
     )
-    result = several(images[part].double())
+    with mock.patch.object(RoutedNetwork, "synced", True):  # as with SyncBatchNorm, which needs GPUs
+        result = several(images[part].double())
     loss = world * cross_entropy_sum(result.logits, labels[part]) / labelled
     own = table.expected(result.gates).mean()
     mean = own.detach().clone()
