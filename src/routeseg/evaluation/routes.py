@@ -258,21 +258,28 @@ def survey_routes(
     def seen(config: DataConfig) -> Observation:
         return observe(model, evenly_spread(open_data(config, split, seed), images), forward, data.workers, on_picture)
 
-    whole = seen(data)
+    observation = seen(data)
     if data.name == "scenes":
-        by_preset = {p: whole if p == data.preset else seen(replace(data, preset=p)) for p in PRESETS}
+        by_preset = {p: observation if p == data.preset else seen(replace(data, preset=p)) for p in PRESETS}
         groups = [Group(p, o.gates, o.cost_share, o.object_sizes) for p, o in by_preset.items()]
-        return RouteSurvey(whole, "preset", tuple(groups), _tests(model.space, groups, permutations, seed))
-    numbers = size_groups(whole.object_sizes)
+        return RouteSurvey(observation, "preset", tuple(groups), _tests(model.space, groups, permutations, seed))
+    numbers = size_groups(observation.object_sizes)
     count = int(numbers.max()) + 1
     groups = []
     for number in range(count):
         rows = numbers == number
         groups.append(
-            Group(size_group_name(number, count), whole.gates[rows], whole.cost_share[rows], whole.object_sizes[rows])
+            Group(
+                size_group_name(number, count),
+                observation.gates[rows],
+                observation.cost_share[rows],
+                observation.object_sizes[rows],
+            )
         )
-    in_order = numbers[numbers >= 0], whole.gates[numbers >= 0]
-    return RouteSurvey(whole, "object size", tuple(groups), _tests(model.space, groups, permutations, seed, in_order))
+    in_order = numbers[numbers >= 0], observation.gates[numbers >= 0]
+    return RouteSurvey(
+        observation, "object size", tuple(groups), _tests(model.space, groups, permutations, seed, in_order)
+    )
 
 
 def _tests(
