@@ -3,10 +3,10 @@
     python benchmarks/data.py [--pictures 12] [--output results/data_cpu.json]
 
 Pictures of 2048x1024 in Cityscapes' layout are made in a temporary folder: procedural scenes, drawn at half of the
-size, enlarged, with the noise of a sensor, so that a PNG is nearly as large as a photo of Cityscapes (2.3 MB). One
-training picture is then taken apart: decoding, scale 0.5-2 with crop 768 and flip, colour, tensors; one core, rounds
-over the stages alternate, so that a slow minute of the machine hits all of them. Then come whole loaders with 0, 1 and
-2 processes, with and without a cache of decoded images. Medians are reported.
+size, enlarged, with the noise of a sensor. So a PNG is nearly as large as a photo of Cityscapes (2.3 MB). One training
+picture is then taken apart: decoding, scale 0.5-2 with crop 768 and flip, colour, tensors. That runs on one core, and
+rounds over the stages alternate, so that a slow minute of the machine hits all of them. Then come whole loaders with
+0, 1 and 2 processes, with and without a cache of decoded images. Medians are reported.
 """
 
 from __future__ import annotations

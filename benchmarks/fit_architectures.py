@@ -37,7 +37,7 @@ def fcn_32s() -> Candidates:
 
 
 def deeplab_v3() -> Candidates:
-    """Free: the layers of the steps down to 1/16, where the pyramid begins, and its branches beside that at 1/16."""
+    """Free: the layers of the steps down to 1/16, the layer of the pyramid, its branches beside that at 1/16."""
     for first, second, fan in itertools.combinations(range(1, LAST + 1), 3):
         trunk = {first: 1, second: 2}
         branches = {"1/32": {fan: 3}, "1/8": {fan: 1}, "1/4": {fan: 1, fan + 1: 0}}

@@ -8,8 +8,8 @@ Sections, each a run in which its methods take turns (inference_methods.py):
     latency   a network with random weights: plain (every path computed, as the authors' code); SkipEngine without its
               kernels, and with them on routes of 100, 75, 50, 25, 0 % of the nodes; static and routed files in ONNX
               Runtime and OpenVINO; and the rate of matrix products, which bounds them all
-    skipping  is what a route leaves out saved in full: its time against t(0) + f * (t(1) - t(0)), f the share of MACs
-              that it leaves
+    skipping  does a route save in full what it leaves out: its time against t(0) + f * (t(1) - t(0)); f is the share
+              of MACs that it keeps
     batches   images of different routes in one call, against the sum of their own times
     equality  logits against the dense forward; the shipped network over CamVid in float32 and bfloat16
     real      time against cost over real images, each with the route that the shipped network chooses
@@ -92,13 +92,13 @@ def latency_of(model: DynamicRoutingNetwork, size: tuple[int, int], batch: int, 
     methods.append(Method("eager, gates all open", partial(eager, images), facts(whole, gated=True) | float32))
     methods.append(Method("eager, all open", partial(eager, images, whole), facts(whole) | float32))
     for precision, engine in engines(model, args).items():
-        name, own = f"engine {precision}", {"precision": engine.precision}
+        name, used = f"engine {precision}", {"precision": engine.precision}
         for words, route in gate_routes.items():
             closing = SkipEngine(gated_to(model, route), precision)
-            methods.append(Method(f"{name}, gates {words}", partial(closing, images), facts(route, gated=True) | own))
+            methods.append(Method(f"{name}, gates {words}", partial(closing, images), facts(route, gated=True) | used))
         for words, route in routes.items():
-            methods.append(Method(f"{name}, {words}", partial(engine, images, route), facts(route) | own))
-        methods.append(Method(f"{name}, static", partial(SkipEngine(static, precision), images), facts(whole) | own))
+            methods.append(Method(f"{name}, {words}", partial(engine, images, route), facts(route) | used))
+        methods.append(Method(f"{name}, static", partial(SkipEngine(static, precision), images), facts(whole) | used))
     with tempfile.TemporaryDirectory() as folder:
         if args.device == "cpu":
             pixels = images.numpy()

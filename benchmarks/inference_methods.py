@@ -104,7 +104,7 @@ def engines(model: DynamicRoutingNetwork, args: Namespace) -> dict[str, SkipEngi
 
 
 def precisions(device: str) -> list[str]:
-    """Those that this machine computes in, and does not replace by another: asked of a small network."""
+    """The precisions that this machine computes in without replacing them; a small network tells."""
     tiny = DynamicRoutingNetwork(num_classes=2, depth=3, base_channels=2, stem_channels=1).to(device)
     return [precision for precision in PRECISIONS[device] if SkipEngine(tiny, precision).precision == precision]
 
@@ -139,7 +139,7 @@ def cost_facts(
 
     gmacs          as the authors count
     product_gmacs  convolutions alone: what is computed as matrix products, or could be
-    open_share     f: of the MACs that a route can leave out (cells and transforms), the share that this one does not
+    open_share     f: the share of cells' and transforms' MACs (those that a route can leave out) that this route keeps
     """
     table, multiplied = model_cost(model, size), model_cost(model, size, convention="conv")
     fixed = table.of_route(Route(table.space))
@@ -149,7 +149,7 @@ def cost_facts(
 
 
 def gated_to(model: DynamicRoutingNetwork, route: Route) -> DynamicRoutingNetwork:
-    """A copy whose gates are computed as ever, and open exactly this route whatever they see."""
+    """A copy whose gates are computed as ever, but always open exactly this route."""
     copied = copy.deepcopy(model)
     with torch.no_grad():
         for layer, scale in copied.route.nodes:
@@ -175,8 +175,8 @@ def spread_gates(model: DynamicRoutingNetwork, seed: int) -> DynamicRoutingNetwo
 
 
 def plain_forward(model: DynamicRoutingNetwork, images: Tensor) -> Segmentation:
-    """A straightforward implementation of Eq. 1-5, as the authors' code was: maps [B,C,h,w] in this order in memory,
-    BatchNorm by itself, every cell and path computed, and multiplied by its activation, be it 0."""
+    """A straightforward implementation of Eq. 1-5, as the authors' code was. Maps [B,C,h,w] lie in this order in
+    memory, BatchNorm runs by itself, every cell and path is computed and multiplied by its activation, also by 0."""
     space, (height, width) = model.space, images.shape[-2:]
     padded_height, padded_width = padded_size(space, height, width)
     x = F.pad(model.normalize(images), (0, padded_width - width, 0, padded_height - height)).contiguous()
@@ -209,7 +209,7 @@ def in_words(size: tuple[int, int]) -> str:
 
 
 def products(device: str, precisions: Sequence[str], size: int | None = None) -> list[Method]:
-    """Matrix products, whose rate no forward can be faster than."""
+    """Matrix products: no forward can be faster than their rate."""
     n = size or PRODUCT_SIZE
     made = []
     for precision in precisions:
@@ -260,6 +260,6 @@ def openvino_method(
 
 
 def correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Pearson's; None where one of them does not vary."""
+    """Pearson's; None if one of them does not vary."""
     found = float(np.corrcoef(one, other)[0, 1]) if min(np.std(one), np.std(other)) > 0 else math.nan
     return None if math.isnan(found) else found

@@ -58,7 +58,7 @@ def _cell(value: float | None, digits: int = 0) -> str:
 
 
 def _latency(methods: Mapping[str, Mapping[str, Any]]) -> str:
-    """One row for each method; products have no route, and so none of what follows from one."""
+    """One row for each method. Products have no route, and so no numbers that follow from one."""
     plain, rows = methods["plain"], []
     on_gpu = "peak_mib" in plain
     for name, row in _grouped(methods).items():
@@ -84,11 +84,11 @@ def _export(methods: Mapping[str, Mapping[str, Any]]) -> str:
     for runtime, static_name in (("ONNX Runtime", "ONNX Runtime"), ("OpenVINO", "OpenVINO float32")):
         if f"static, {static_name}" not in methods:
             continue
-        own = [methods[f"static, {static_name}"], *(methods[f"routed, {words}, {runtime}"] for words in EXPORTED)]
+        files = [methods[f"static, {static_name}"], *(methods[f"routed, {words}, {runtime}"] for words in EXPORTED)]
         for words, key in (("median", "median_ms"), ("fastest", "min_ms")):
-            cells = [f"{row[key]:.0f} ({row[key] / own[0][key]:.2f})" for row in own]
+            cells = [f"{row[key]:.0f} ({row[key] / files[0][key]:.2f})" for row in files]
             rows.append([f"{runtime}, ms, {words}", *cells])
-        rows.append([f"{runtime}, s to load", *(f"{row['load_s']:.1f}" for row in own)])
+        rows.append([f"{runtime}, s to load", *(f"{row['load_s']:.1f}" for row in files)])
     return _table(["", *columns], rows)
 
 

@@ -5,7 +5,7 @@
 
 Kernels that multiply are held against the rate of torch.mm of large matrices in the same precision, the others against
 the rate of copying memory. The maps are those of a network at the size of an image: scale s has 1 / (4 * 2**s) of its
-height and width, and `channels * 2**s` channels. Methods take turns, and calls follow each other within a turn: what
+height and width, and `channels * 2**s` channels. Methods take turns. Within a turn calls follow each other, so what
 fits into the cache is found there.
 """
 
@@ -44,7 +44,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Case:
-    """A call of a kernel. `gmacs` or `gbytes` is what it does; `expected` computes with PyTorch what `found` holds."""
+    """A call of a kernel. `gmacs` or `gbytes` is its work; `expected` computes with PyTorch what `found` holds."""
 
     name: str
     precision: str
@@ -119,7 +119,7 @@ class Kernels:
         return Case(f"{name}, {epilogue}", self.precision, call, found, expected, gmacs=macs / 1e9)
 
     def sum(self, name: str, size: tuple[int, int], channels: int, whole: int, halved: int) -> Case:
-        """Eq. 5: weighted maps, `halved` of them (0 or 1) of half the size."""
+        """Eq. 5: weighted maps; `halved` of them (0 or 1) have half the size."""
         h, w = size
         maps = [self.random(h, w, channels) for _ in range(whole)]
         maps += [self.random(h // 2, w // 2, channels) for _ in range(halved)]
@@ -284,7 +284,7 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     builds = runnable_builds()
     if not builds:
-        parser.error("there are no kernels: install routeseg again where a C++ compiler is")
+        parser.error("there are no kernels: install a C++ compiler, then routeseg again")
     parser.add_argument("--build", choices=builds, default=builds[-1])
     parser.add_argument("--size", type=read_size, default=(512, 1024), help="of the image, such as 512x1024")
     parser.add_argument("--channels", type=int, default=64, help="at scale 0, whole vectors")
@@ -299,7 +299,7 @@ def main(words: list[str] | None = None) -> None:
     args = parser.parse_args(words)
     library = compiled._load(args.build)
     if library is None:
-        parser.error(f"the build {args.build} is not there: install routeseg again where a C++ compiler is")
+        parser.error(f"the build {args.build} is not there: install a C++ compiler, then routeseg again")
     if args.channels % (2 * library.routeseg_vector()):
         parser.error(f"--channels {args.channels}: it must be a multiple of {2 * library.routeseg_vector()}")
     torch.manual_seed(args.seed)

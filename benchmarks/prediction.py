@@ -4,7 +4,7 @@
 
 Procedural scenes and the network that is shipped. Rounds of the two ways alternate, each in a process of its own, so
 that a slow minute of the machine hits both. Medians are reported. The rate is that of the images behind the first
-eighth, which each worker takes to get going; start-up is what comes before: the workers and the first forwards.
+eighth, for each worker takes some to get going. Start-up is what comes before: the workers and the first forwards.
 Importing and starting Ray itself, once for a command, is reported apart.
 """
 

@@ -3,9 +3,9 @@
     python benchmarks/small_batch.py --jobs 2 [--output results/small_batch_cpu.json]
 
 The authors' users saw their training diverge with 1 to 3 pictures in a step at the paper's learning rate, 0.05, which
-belongs to 8. Here a network of depth 16 (16 channels, full gates, which a batch of 1 can train at this size; weight and
-target of budget A) trains on procedural scenes, always on the same number of pictures, and so with more steps the
-smaller they are:
+belongs to 8. Here a network of depth 16 trains on procedural scenes (16 channels, full gates, which a batch of 1 can
+train at this size; weight and target of budget A). It always sees the same number of pictures, so smaller batches make
+more steps:
 
     reference     8 pictures in a step, learning rate 0.05, gradient clipped at 5, warm-up
     bare          learning rate 0.05 whatever the batch, no clipping, no warm-up
@@ -13,11 +13,11 @@ smaller they are:
     zeros         the same, and closed paths send zeros that arrive, as in the authors' code
     scaled        the shipped recipe: learning rate 0.05 * pictures / 8, clipping, warm-up
     accumulated   the recipe of configs/cityscapes/one_gpu.yaml: batches of 2, four of which make a step
-    xN            bare, unscaled and scaled at N times their learning rate: where the edge of stability is
+    xN            bare, unscaled and scaled at N times their learning rate: shows the edge of stability
 
-A run diverged where its loss became nan or infinite, or where its cross-entropy is at the end above that of a guess
-(ln K). Every run is a process of its own with one thread, in FOLDER/NAME/seedN. The same command again goes on where
-it was interrupted; OUTPUT is written anew after every finished run. Exit code 1 where a run failed.
+A run diverged if its loss became nan or infinite, or if its cross-entropy at the end is above that of a guess (ln K).
+Every run is a process of its own with one thread, in FOLDER/NAME/seedN. The same command again goes on after an
+interruption; OUTPUT is written anew after every finished run. Exit code 1 if a run failed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Variant:
     safe: bool = True  # gradient clipped, warm-up
     accumulate: int = 1
     zeros_arrive: bool = False
-    seeds: int = 3  # of how many at most
+    seeds: int = 3  # how many at most
 
     @property
     def pictures(self) -> int:
@@ -153,7 +153,7 @@ def perform(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The result in a folder, if there is one. Raises ValueError where it is of other settings."""
+    """The result in a folder, if there is one. Raises ValueError if it belongs to other settings."""
     for name in (RESULT_FILE, "settings.json"):
         path = folder / name
         if path.exists():
@@ -168,7 +168,7 @@ def summary(runs: dict[tuple[str, int], tuple[Path, dict[str, Any]]], command: S
     """The JSON: one row for each variant with its finished runs."""
     rows = []
     for name, variant in variants().items():
-        results = [found for (own, _), (path, s) in runs.items() if own == name and (found := finished(path, s))]
+        results = [found for (which, _), (path, s) in runs.items() if which == name and (found := finished(path, s))]
         if results:
             recipe = results[0]["settings"]["recipe"]
             rows.append(
@@ -217,7 +217,7 @@ COLUMNS = (("final_loss", 1, 2), ("highest_loss", 1, 2), ("miou", 100, 1), ("rea
 
 
 def _spread(values: list[float | None], factor: float, digits: int) -> str:
-    """Mean, and the range where there are several, of those that are there."""
+    """Mean, and the range if there are several, of those that are there."""
     there = [factor * value for value in values if value is not None]
     if not there:
         return "-"

@@ -4,20 +4,20 @@
     python benchmarks/table1.py --config configs/table1/camvid_cpu.yaml --data.root FOLDER --networks u-net,dynamic-a
 
 The experiment file has the sections of `routeseg train` (data, recipe, model, budget), which all networks share, and
-`networks`, name -> what is different for it: `model`, `budget`, or `common: {of: NAME, threshold: SHARE}`, the static
-network of the edges that the trained network NAME of the same seed keeps open in at least this share of the training
-pictures, without gates and retrained from scratch. Any key of the shared sections can be given on the command line.
+`networks`, name -> what is different for it: `model`, `budget`, or `common: {of: NAME, threshold: SHARE}`. That is the
+static network of the edges that NAME, trained with the same seed, keeps open in at least this share of the training
+pictures; it has no gates and is retrained from scratch. Any key of the shared sections can be given on the command
+line.
 
 A seed sets the weights, the order of the data and the augmentation. Which scenes are drawn is the same for all of them
 (data.seed, 0 unless given).
 
-OUTPUT has every finished run of FOLDER, also of networks and seeds that this call does not name. What a known network
-or a common route gains or loses against the dynamic networks at equal cost is read off the straight lines between
-these.
+OUTPUT has every finished run of FOLDER, also of networks and seeds that this call does not name. The straight lines
+between the dynamic networks show what a known network or a common route gains or loses against them at equal cost.
 
 Every (network, seed) trains in a process of its own, in FOLDER/NAME/seedN (settings.json, log.txt, last.ckpt, logs/,
-and at the very end result.json). The same command again goes on where it was interrupted. OUTPUT and a Markdown table
-beside it are written anew after each finished run, the figure at the end. Exit code 1 where a run failed.
+and at the very end result.json). The same command again goes on after an interruption. OUTPUT and a Markdown table
+beside it are written anew after each finished run, the figure at the end. Exit code 1 if a run failed.
 """
 
 from __future__ import annotations
@@ -118,16 +118,16 @@ def read_experiment(path: Path, words: Sequence[str] = ()) -> dict[str, Network]
         raise ValueError(f"{path} has no `networks`: give a mapping from names to what is different for each")
     parser = config_parser("table1")
     networks: dict[str, Network] = {}
-    for name, own in listed.items():
-        if not isinstance(own, dict | None) or not all(isinstance(part, dict) for part in (own or {}).values()):
-            raise ValueError(f"networks.{name} of {path} is {own!r}: give a mapping, with model, budget or common")
-        own = dict(own or {})
-        if unknown := set(own) - OVERRIDES:
+    for name, changes in listed.items():
+        if not isinstance(changes, dict | None) or not all(isinstance(part, dict) for part in (changes or {}).values()):
+            raise ValueError(f"networks.{name} of {path} is {changes!r}: give a mapping, with model, budget or common")
+        changes = dict(changes or {})
+        if unknown := set(changes) - OVERRIDES:
             raise ValueError(
                 f"networks.{name} of {path} has {', '.join(sorted(unknown))}: only {', '.join(sorted(OVERRIDES))} may "
                 "differ between networks, all else is shared"
             )
-        common = own.pop("common", None)
+        common = changes.pop("common", None)
         if common is not None:
             source = networks.get(common.get("of")) if isinstance(common, dict) else None
             if source is None or source.kind not in ("dynamic", "softmax") or set(common) != {"of", "threshold"}:
@@ -135,8 +135,8 @@ def read_experiment(path: Path, words: Sequence[str] = ()) -> dict[str, Network]
                     f"networks.{name}.common of {path} must be {{of: NAME, threshold: SHARE}}, NAME being a network "
                     "with gates listed before it"
                 )
-            own["model"] = own.get("model", {}) | {"gate": "fixed", "small_gate": False}
-        config = ["--config", yaml.safe_dump(shared), *words, "--config", yaml.safe_dump(own)]
+            changes["model"] = changes.get("model", {}) | {"gate": "fixed", "small_gate": False}
+        config = ["--config", yaml.safe_dump(shared), *words, "--config", yaml.safe_dump(changes)]
         args, data, recipe, budget = read_parts(parser, config)
         data.seed = 0 if data.seed is None else data.seed
         if common is not None and not (
@@ -206,7 +206,7 @@ class Run:
         return True
 
     def check(self) -> None:
-        """Raises ValueError where the folder holds a run with other settings."""
+        """Raises ValueError if the folder holds a run with other settings."""
         path = self.folder / "settings.json"
         if not path.exists():
             return
@@ -363,7 +363,7 @@ def _die_with_parent() -> None:
 
 def at_equal_cost(rows: Sequence[dict[str, Any]]) -> None:
     """Gives each row that is not dynamic `dynamic_at_equal_cost`: the mIoU of the dynamic networks at its mean cost, on
-    the straight lines between them; None where it is cheaper or dearer than all of them."""
+    the straight lines between them; None if it is cheaper or dearer than all of them."""
     curve = sorted((row["gmacs"]["mean"], row["miou_mean"]) for row in rows if row["kind"] == "dynamic")
     for row in rows:
         cost = row["gmacs"]["mean"]
@@ -372,8 +372,8 @@ def at_equal_cost(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def summary(runs: Sequence[Run], asked: Sequence[Run], command: Sequence[str]) -> dict[str, Any]:
-    """The JSON of the table, from the runs that are finished; shares and mIoU are 0..1, costs GMACs. `missing` are
-    those asked for that are not."""
+    """The JSON of the table, from the runs that are finished; shares and mIoU are 0..1, costs GMACs. `missing` names
+    the runs that were asked for and are not finished."""
     groups: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: run.seed):
         groups.setdefault(run.network.name, []).append(run)

@@ -524,7 +524,7 @@ assert ends == [0] * 800
 
     def test_a_folder_of_kernels_that_has_none(self, tmp_path, monkeypatch):
         monkeypatch.setenv(compiled.FOLDER, str(tmp_path))
-        with pytest.raises(ValueError, match=f"ROUTESEG_KERNELS is {tmp_path}, where no kernels are"):
+        with pytest.raises(ValueError, match=f"ROUTESEG_KERNELS is {tmp_path}, but that has no kernels"):
             compiled._load.__wrapped__("generic")
 
     @pytest.mark.parametrize("damage", ["not a library", "of other sources"])

@@ -272,7 +272,7 @@ def test_build_engine_takes_a_precision(tiny_network, caplog):
     assert [record.message for record in caplog.records] == ["no fast float16 on this CPU: running in float32"]
     with pytest.raises(ValueError, match="choose one of float32, bfloat16, float16"):
         build_engine(tiny_network, "skip", "int8")
-    with pytest.raises(ValueError, match="precision float16 is of engine skip"):
+    with pytest.raises(ValueError, match="precision float16 only applies to engine skip"):
         build_engine(tiny_network, "dense", "float16")
 
 

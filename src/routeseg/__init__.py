@@ -6,7 +6,7 @@ result = routeseg.SkipEngine(model)(images)    # images [B,3,H,W], RGB, uint8 or
 result.labels, routeseg.model_cost(model, (H, W)).of_gates(result.gates)
 
 The public names and their homes: `__init__.pyi`. A name is imported when it is first used, so that what needs no torch
-runs where there is none.
+runs without it.
 """
 
 import lazy_loader

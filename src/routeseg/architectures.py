@@ -27,7 +27,7 @@ def walk(space: RoutingSpace, turns: Mapping[int, int], coarsest: int = DRAWN_SC
     """The edges of a path from the stem to the decoder that is at scale `turns[layer]` from that layer (of depth 16)
     on, but never coarser than `coarsest`.
 
-    Raises ValueError where a turn changes by more than one scale, or lies outside of the space.
+    Raises ValueError if a turn changes by more than one scale, or lies outside of the space.
     """
     before = 0
     for layer, scale in sorted(turns.items()):
@@ -103,7 +103,7 @@ class Architecture:
     paper_params_m: float
 
     def __call__(self, space: RoutingSpace) -> Route:
-        """The route in this space. Raises ValueError where the space has too few layers or other scales."""
+        """The route in this space. Raises ValueError if the space has too few layers or other scales."""
         if space.num_scales != DRAWN_SCALES:
             raise ValueError(f"{self.name} is drawn on {DRAWN_SCALES} scales, this space has {space.num_scales}")
         try:
@@ -122,7 +122,7 @@ ARCHITECTURES = {
 
 
 def architecture(name: str, space: RoutingSpace) -> Route:
-    """The route of a known network. Raises ValueError for another name, and where the space cannot hold it."""
+    """The route of a known network. Raises ValueError for another name, and if the space cannot hold it."""
     if name not in ARCHITECTURES:
         raise ValueError(f"no architecture {name!r}: choose one of {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name](space)
@@ -132,10 +132,10 @@ def common_route(gates: np.ndarray, threshold: float = 0.5) -> Route:
     """The paths that a dynamic network keeps open often: Common-A, B, C of Table 1, when drawn from Dynamic-A, B, C.
 
     gates      activations over a data set [images, L+1, S, 3]
-    threshold  an edge is kept that is open (activation above 0) in at least this share of the images, 0..1
+    threshold  an edge is kept if it is open (activation above 0) in at least this share of the images, 0..1
 
     Edges that no open path leads to any more are pruned; a free skip of a node that is open in other images does not
-    count as a path. Raises ValueError where that leaves no edge, or for other shapes.
+    count as a path. Raises ValueError if that leaves no edge, or for other shapes.
     """
     values = np.asarray(gates)
     if values.ndim != 4 or values.shape[-1] != 3 or len(values) == 0:
@@ -154,8 +154,8 @@ def common_route(gates: np.ndarray, threshold: float = 0.5) -> Route:
 
 
 def _layer(space: RoutingSpace, turns: Iterable[int], layer: int) -> int:
-    """Where this one of the turns, drawn at depth 16, goes at the depth of the space: in proportion, and each turn at
-    least a layer behind the one before. Raises ValueError where they find no room."""
+    """The layer of the space at which a turn lies that is drawn at `layer` of depth 16. Turns move in proportion, and
+    each lies at least a layer behind the one before. Raises ValueError if they find no room."""
     drawn = sorted(turns)
     if len(drawn) > space.depth:
         raise ValueError(f"depth {space.depth} is too small: its {len(drawn)} turns need as many layers")

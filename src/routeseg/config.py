@@ -101,7 +101,7 @@ class NetworkConfig:
     def from_dict(cls, data: Any) -> NetworkConfig:
         """The inverse of `as_dict`; fields that are missing have their defaults.
 
-        Raises ValueError, naming the field, if there is an unknown one or they make no network.
+        Raises ValueError, naming the field, if one is unknown or they make no network.
         """
         if not isinstance(data, Mapping):
             raise ValueError(f"it holds no object, but {brief(data)}")

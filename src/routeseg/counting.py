@@ -19,8 +19,8 @@ from routeseg.space import SMALL_GATE_FACTOR
 class Convention:
     """What is counted, in MACs per element of a map (or per MAC of a convolution).
 
-    `authors_sizes`: the sizes that the authors' counter believes in. It takes the stem's first convolution for padded
-    (it has H/2 - 1 rows, not H/2), and in the decoder the image's height for its width.
+    `authors_sizes`: the sizes that the authors' counter believes in. It takes the stem's first convolution for padded,
+    though that has H/2 - 1 rows, not H/2. In the decoder it takes the image's height for its width.
     """
 
     conv: float = 1.0
@@ -33,7 +33,7 @@ class Convention:
 
 
 CONVENTIONS = {
-    # As the authors count, who leave out bilinear resizing and the products with the gates.
+    # As the authors count: without bilinear resizing and without the products with the gates.
     "authors": Convention(authors_sizes=True),
     # Everything a forward computes: a bilinear output element takes 4 MACs, a product with an activation 1.
     "full": Convention(resize=4.0, product=1.0),
@@ -42,10 +42,10 @@ CONVENTIONS = {
 }
 UNITS = tuple(one.name for one in fields(Convention) if one.type == "float")
 
-# The map that a term is counted over: of the image's size by `stride`, but for
+# A term is counted over a map that has the image's size divided by `stride`, except for
 SMALL = "small"  # a quarter of that, as the small gate sees it, at least one pixel
 UNPADDED = "unpadded"  # one row and column less
-DECODER = "decoder"  # what the authors' counter takes for square
+DECODER = "decoder"  # a map that the authors' counter takes for square
 ONCE = "once"  # a single element
 MAP = "map"
 PLACES = (MAP, SMALL, UNPADDED, DECODER, ONCE)
@@ -53,7 +53,7 @@ PLACES = (MAP, SMALL, UNPADDED, DECODER, ONCE)
 
 @dataclass(frozen=True)
 class Term:
-    """`amount` of a unit of `Convention` for each element of a map, which has the size of the image by `stride`."""
+    """`amount` of a unit of `Convention` for each element of a map. It has the image's size divided by `stride`."""
 
     unit: str
     amount: float
@@ -118,7 +118,7 @@ def each(unit: str, amount: float, stride: int, place: str = MAP) -> Macs:
 
 
 def conv_norm(fan_in: int, channels: int, stride: int, relu: bool = True, place: str = MAP) -> Macs:
-    """A convolution with `fan_in` weights for each output element, its norm and ReLU; `stride` of the output."""
+    """A convolution with `fan_in` weights for each output element, its norm and ReLU; `stride` is the output's."""
     terms = [Term("conv", fan_in * channels, stride, place), Term("norm", channels, stride, place)]
     return Macs(tuple(terms + [Term("relu", channels, stride, place)] * relu))
 
@@ -126,7 +126,7 @@ def conv_norm(fan_in: int, channels: int, stride: int, relu: bool = True, place:
 def separable(
     in_channels: int, out_channels: int, kernel: int, stride: int, relu: bool = True, place: str = MAP
 ) -> Macs:
-    """A depthwise convolution, then a 1x1 convolution with norm and ReLU; `stride` of the output."""
+    """A depthwise convolution, then a 1x1 convolution with norm and ReLU; `stride` is the output's."""
     return each("conv", in_channels * kernel**2, stride, place) + conv_norm(
         in_channels, out_channels, stride, relu, place
     )
@@ -137,9 +137,9 @@ class PartMacs:
     """MACs of the parts of a network.
 
     stem, head   always paid
-    cell         by scale, of a node that runs
-    gate         by scale, then by the number of directions (less one), of a node that something arrives at
-    transform    by scale, then direction, of an open path
+    cell         by scale, for a node that runs
+    gate         by scale, then by the number of directions (less one), for a node that something arrives at
+    transform    by scale, then direction, for an open path
     """
 
     stem: Macs

@@ -1,7 +1,7 @@
 """What is known of a network without its weights: enough to predict with it and to count its cost. No torch here.
 
-A network gives it (`describe`), and so does what an exported file says about itself (`from_metadata`; the file's format
-is in docs/export.md).
+A network gives it (`describe`), and so does the metadata of an exported file (`from_metadata`; the file's format is in
+docs/export.md).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from routeseg.counting import PartMacs
 if TYPE_CHECKING:
     from routeseg.model.grid import RoutedNetwork
 
-METADATA_KEY, FORMAT = "routeseg", 2  # in an exported file: the key of what it says of itself, and the form of that
+METADATA_KEY, FORMAT = "routeseg", 2  # in an exported file: the key of its description, and the format of that
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Write `data` to a temporary name beside `path`, then rename: the file is there whole or not at all.
 
-    Its folder is made where missing. Raises OSError with the name of the file, also where the disk is full.
+    Its folder is made if missing. Raises OSError with the name of the file, also if the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,12 +32,12 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
 
 def _temporary_name() -> str:
-    """Hidden, short, and of nobody else: processes on several machines may share a folder, and their numbers."""
+    """Hidden, short and unique: processes on several machines may share a folder, and have the same number."""
     return f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 
 def not_written(path: str | Path, error: OSError) -> OSError:
-    """The error of the same kind that names the file that was to be written, and what to do where the disk is full."""
+    """An error of the same kind that names the file and, if the disk is full, the remedy."""
     remedy = ": free some space there, or write to another folder" if error.errno in DISK_FULL else ""
     return OSError(error.errno, f"cannot write it, {error.strerror or error}{remedy}", str(path))
 
@@ -58,7 +58,7 @@ def write_json(path: str | Path, data: Any) -> None:
 
 
 def check_writable(folder: str | Path, option: str = "--output") -> None:
-    """Makes the folder. Raises ValueError, naming the option to change, where no file can be written into it."""
+    """Makes the folder. Raises ValueError, naming the option to change, if no file can be written into it."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

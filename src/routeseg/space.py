@@ -99,9 +99,9 @@ class RoutingSpace:
     def reached(self, gates: np.ndarray, zeros_arrive: bool = False) -> np.ndarray:
         """Which nodes something arrives at, given the gates [..., L+1, S, 3]: bool [..., L+1, S].
 
-        zeros_arrive  closed paths of nodes that run send zeros (see `step`); otherwise the nodes are those that the
-                      stem's features arrive at, and from each of them features go on to the decoder: a node that is
-                      not reached is the only kind of dead end there is
+        zeros_arrive  closed paths of nodes that run send zeros (see `step`). Otherwise these are the nodes that the
+                      stem's features arrive at. From each of them features go on to the decoder: the only dead ends
+                      are nodes that are not reached
         """
         layers = [one.arrived for one in walk(self, gates, zeros_arrive)]
         absent = np.zeros_like(layers[0][0])
@@ -114,7 +114,7 @@ Flag = TypeVar("Flag")  # of one image or of several: anything that has &, | and
 
 @dataclass(frozen=True)
 class Step(Generic[Flag]):
-    """What the nodes of a layer do, and whom they reach. Flags are by scale, those of the layer's nodes alone.
+    """What the nodes of a layer do, and which nodes they reach. Flags are by scale, for the layer's nodes alone.
 
     arrived  something arrived at the node
     runs     a path is open: the cell runs
@@ -137,8 +137,8 @@ def step(
 
     arrived       by scale: has something arrived at the layer's node?
     is_open       by scale, then direction up, keep, down: would its gate open this path?
-    zeros_arrive  what a closed path out of a node that runs is: nothing (False), or zeros that arrive, so that the
-                  node behind it runs on them (True: the authors' networks)
+    zeros_arrive  what a closed path of a running node sends: nothing (False), or zeros that arrive, so that the next
+                  node runs on them (True: the authors' networks)
     """
     scales = space.scales(layer)
     runs, passes, sends = [], [], {}
@@ -180,7 +180,7 @@ class Route:
     A node that the route reaches and that has no open edge drops its cell and passes its input along keep, for free
     (Eq. 5): `skips` lists these. The number of open edges is `len(route)`.
 
-    Raises ValueError, naming the edge, where the space does not have it, and TypeError for parts that are no integers.
+    Raises ValueError, naming the edge, if the space does not have it, and TypeError for parts that are no integers.
     """
 
     space: RoutingSpace
@@ -215,7 +215,7 @@ class Route:
 
     @cached_property
     def nodes(self) -> frozenset[Node]:
-        """The nodes that have an open edge, so that their cell runs where something arrives at them."""
+        """The nodes that have an open edge, so that their cell runs if something arrives at them."""
         return frozenset(edge[:2] for edge in self.edges)
 
     @cached_property
@@ -230,8 +230,8 @@ class Route:
 
     @cached_property
     def dead_ends(self) -> frozenset[Edge]:
-        """The open edges that lie on no path from the stem to the decoder, free skips included: those out of nodes
-        that no features arrive at."""
+        """The open edges on no path from the stem to the decoder; a free skip counts as part of a path. They are the
+        edges out of nodes that no features arrive at."""
         return frozenset(edge for edge in self.edges if edge[:2] not in self.reached)
 
     def pruned(self) -> Route:
@@ -239,7 +239,7 @@ class Route:
         return Route(self.space, self.edges - self.dead_ends)
 
     def check(self) -> Route:
-        """The route itself. Raises ValueError, naming an edge, where it has dead ends."""
+        """The route itself. Raises ValueError, naming an edge, if it has dead ends."""
         for edge in sorted(self.dead_ends):
             raise ValueError(
                 f"{edge_name(edge)} is open, but no open path leads from the stem to node {edge[:2]} "
@@ -254,7 +254,7 @@ class Route:
 
     @classmethod
     def from_named_edges(cls, space: RoutingSpace, edges: Iterable[Iterable[Any]]) -> Route:
-        """The inverse of `named_edges`. Raises ValueError for an edge that is none, or is not in the space."""
+        """The inverse of `named_edges`. Raises ValueError for an entry that is no edge, or not in the space."""
         listed: list[Edge] = []
         for edge in edges:
             try:

@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 # gate, cell      of a node, at its scale
 # up, down        the transforms of its paths; keep has none
-# sum             a sum of what arrives at a node is written (Eq. 5): not where a single map arrives with weight 1
+# sum             a sum of what arrives at a node is written (Eq. 5): not if a single map arrives with weight 1
 # arrival         one map that enters such a sum, along keep or down
 # halved          one that enters it along up, at half the size
 PARTS = ("gate", "cell", "up", "down", "sum", "arrival", "halved")
 GATE, CELL, SEND_UP, SEND_DOWN, SUM, ARRIVAL, HALVED = range(len(PARTS))
 STEM, DECODER, CALL = "stem", "decoder", "call"  # what runs in any case; call: checks, copies, results
-STEM_AND_DECODER = "stem and decoder"  # where they cannot be told apart
+STEM_AND_DECODER = "stem and decoder"  # if they cannot be told apart
 FORMAT = 1  # of the file
 UNTIMED = ("gate", "class_names", "palette", "pixel_mean", "pixel_std")  # fields that the time does not depend on
 
@@ -50,7 +50,7 @@ class LatencyTable:
     device     cpu, cuda, ...
     precision  of the weights and maps, as the engine ran
     network    what the times depend on (`network_shape`); `fingerprint` is made of it
-    fixed_ms   name -> time of what runs in any case: stem, decoder and call; or all of it, where it was not told apart
+    fixed_ms   name -> time of what runs in any case: stem, decoder and call; or all of it, if it was not told apart
     part_ms    [S,P], the columns of `PARTS`
     facts      how it was measured, how well it predicts, machine, date, versions: kept in the file
     """
@@ -78,8 +78,8 @@ class LatencyTable:
         return f"latency_{self.device}_{self.size[0]}x{self.size[1]}_{self.precision}".replace(":", "")
 
     def of_gates(self, gates: Tensor | np.ndarray) -> np.ndarray:
-        """Milliseconds of each image, whose gates [B,L+1,S,3] (or [L+1,S,3]) a forward returned: float64 [B] (or a
-        scalar array). The gates' own time is in it. Raises ValueError for gates of another space."""
+        """Milliseconds of each image, given the gates [B,L+1,S,3] (or [L+1,S,3]) that a forward returned: float64 [B]
+        (or a scalar array). The gates' time is included. Raises ValueError for gates of another space."""
         values = gates.detach().cpu().numpy() if hasattr(gates, "detach") else np.asarray(gates)
         if values.shape[-3:] != self.space.legal.shape:
             raise ValueError(f"gates have shape {list(values.shape)}: the table is for {self.space}")
@@ -88,8 +88,8 @@ class LatencyTable:
         return np.array([self.of_gates(one) for one in values])
 
     def of_route(self, route: Route, gates: bool = False) -> float:
-        """Milliseconds of a route that is forced (`engine(images, route)`); with `gates`, of an image whose gates run
-        and open it. Raises ValueError for a route of another space."""
+        """Milliseconds of a route that is forced (`engine(images, route)`), or, with `gates`, that an image's gates
+        open. Raises ValueError for a route of another space."""
         if route.space != self.space:
             raise ValueError(f"the route is drawn in {route.space}, the latency table is for {self.space}")
         return self._of_counts(route_counts(self.network, route, gates and self.network["gated"]))
@@ -98,12 +98,12 @@ class LatencyTable:
         return sum(self.fixed_ms.values()) + float((counts.sum(0) * self.part_ms).sum())
 
     def check(self, config: NetworkConfig, size: tuple[int, int], name: str | Path) -> None:
-        """Raises ValueError, naming the file, where the table is of a network of another shape, or of another size."""
-        own = network_shape(config)
-        for key in own:
-            if own[key] != self.network.get(key):
+        """Raises ValueError, naming the file, if the table belongs to another shape of network or size of image."""
+        shape = network_shape(config)
+        for key in shape:
+            if shape[key] != self.network.get(key):
                 raise ValueError(
-                    f"{name} is the latency of another network: {key} is {self.network.get(key)} there, {own[key]} "
+                    f"{name} is the latency of another network: {key} is {self.network.get(key)} there, {shape[key]} "
                     "here. Measure this one: `routeseg profile`"
                 )
         if self.size != tuple(size):
@@ -129,7 +129,7 @@ class LatencyTable:
 
     @classmethod
     def read(cls, path: str | Path) -> LatencyTable:
-        """The inverse of `write`. Raises ValueError, naming the file, where it is damaged or no latency table."""
+        """The inverse of `write`. Raises ValueError, naming the file, if it is damaged or no latency table."""
         remedy = "write it anew with `routeseg profile`"
         try:
             return cls.from_dict(parse_json(Path(path).read_bytes()))
@@ -141,7 +141,7 @@ class LatencyTable:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LatencyTable:
-        """The inverse of `as_dict`. Raises ValueError, KeyError or TypeError where it is none."""
+        """The inverse of `as_dict`. Raises ValueError, KeyError or TypeError if it is none."""
         rest = dict(data)
         form, scales, fingerprint = (rest.pop(key) for key in ("format", "scales_ms", "fingerprint"))
         size, device, precision, network, fixed_ms = (
@@ -186,7 +186,7 @@ def network_shape(config: NetworkConfig) -> dict[str, Any]:
 
 def node_counts(network: Mapping[str, Any], gates: np.ndarray, gated: bool) -> np.ndarray:
     """How often each part of each node runs, given the gates [L+1,S,3] of an image: float64 [L+1,S,P], columns as in
-    `PARTS`. As the skip engine goes; the sums that the decoder begins with belong to the decoder.
+    `PARTS`. Parts run as in the skip engine; the sums that the decoder begins with belong to the decoder.
 
     network  its shape (`network_shape`)
     gated    the gates run
@@ -216,14 +216,14 @@ def node_counts(network: Mapping[str, Any], gates: np.ndarray, gated: bool) -> n
 
 
 def route_counts(network: Mapping[str, Any], route: Route, gated: bool) -> np.ndarray:
-    """The same of a route: forced, its paths have weight 1; of gates, less."""
+    """The same for a route. Its paths have weight 1 if it is forced, less if gates open it."""
     weight = 0.5 if gated else 1.0  # which weight below 1 does not matter
     return node_counts(network, weight * route.to_gates(), gated)
 
 
 def by_part(table: LatencyTable, cost: CostTable) -> list[dict[str, Any]]:
-    """Everything open, with its gates: a row for each part and scale with `part`, `scale` (None: of the whole network),
-    `gmacs` and `ms`, the last row the total.
+    """Everything open, with its gates: a row for each part and scale with `part`, `scale` (None: the whole network),
+    `gmacs` and `ms`. The last row is the total.
 
     keep  computes nothing but a ReLU; its milliseconds are those of all sums of what arrives at the scale
     """

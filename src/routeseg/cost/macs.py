@@ -1,7 +1,7 @@
 """What a route costs: multiply-accumulates (MACs) of every node and edge.
 
-All of it is a pure function of what a network is made of, the image size, and gates or a route; nothing is measured
-here, and torch is not imported. What each part costs, it says itself (`macs`); how that is counted: counting.py.
+All of it is a pure function of what a network is made of, the image size, and gates or a route. Nothing is measured
+here, and torch is not imported. Each part says itself what it costs (`macs`); counting.py says how that is counted.
 
 Legend: L depth, S scales, B images.
     gates [B, L+1, S, 3]   activation of every edge, direction 0 up, 1 keep, 2 down
@@ -51,7 +51,7 @@ class CostTable:
 
     @property
     def budgeted(self) -> float:
-        """The part that the budget speaks of: all cells and transforms (the denominator of Eq. 9)."""
+        """The cost that the budget is about: all cells and transforms (the denominator of Eq. 9)."""
         return float(self.cell.sum() + self.edge.sum())
 
     def of_gates(self, gates: Tensor | np.ndarray) -> np.ndarray:
@@ -68,8 +68,8 @@ class CostTable:
         )
 
     def of_route(self, route: Route, count_gates: bool = False) -> float:
-        """Cost of a fixed route in MACs. Its gates need not run, so they are counted only if asked: those of every node
-        that it reaches, as a network forced to it pays them."""
+        """Cost of a fixed route in MACs. Its gates need not run, so they are counted only if asked: then those of every
+        node that it reaches."""
         table = self if count_gates else replace(self, gate=np.zeros_like(self.gate))
         return float(table.of_gates(route.to_gates()))
 
@@ -84,9 +84,10 @@ def model_cost(
     image_size: tuple[int, int],
     convention: str = "authors",
 ) -> CostTable:
-    """The cost table of a network, of its description, or of a segmenter with this configuration, at an image size
-    (height, width), padded to the space's stride; of a static network, with the parts that it has.
+    """The cost table at an image size (height, width), padded to the space's stride.
 
+    `network` is a network, its description, or the configuration of a segmenter. A static network pays for the parts
+    that it has.
     `convention` is "authors" (checked against their network), "full" or "conv": see `CONVENTIONS` and docs/cost.md.
     Raises ValueError for another one.
     """
@@ -123,7 +124,7 @@ def model_cost(
 
 
 def _segmenter_macs(config: NetworkConfig) -> PartMacs:
-    from routeseg.model.decoder import Decoder  # here, for the parts need torch, and a description brings their MACs
+    from routeseg.model.decoder import Decoder  # parts need torch; descriptions bring their MACs
     from routeseg.model.grid import part_macs
 
     return part_macs(config, Decoder)

@@ -14,17 +14,17 @@ import numpy as np
 from routeseg.data.pairs import UnreadableImage, read_image
 from routeseg.files import check_writable, write_atomically
 
-SPARE_BYTES = 2 << 30  # of the disk are left to others, such as checkpoints
+SPARE_BYTES = 2 << 30  # of the disk stay free for others, such as checkpoints
 FORMAT = "1"  # counts up when the same file is decoded to other pixels
 
 
 class ImageCache:
-    """Reads images as `read_image` does, and keeps their pixels in a folder, where they are found the next time.
+    """Reads images as `read_image` does, and keeps their pixels in a folder for the next time.
 
-    Pixels are mapped into memory, so that of a large image only the rows of the crop are read, and all loader processes
-    share what the system keeps in memory. An image that changes (its path, size or time) is decoded anew. Processes and
-    runs may share a folder; nothing is ever removed from it. Where the disk gets full, images are decoded each time.
-    Raises ValueError where the folder cannot be written.
+    Pixels are mapped into memory: only the rows of a crop are read, and all loader processes share what the system
+    keeps in memory. An image that changes (its path, size or time) is decoded anew. Processes and runs may share a
+    folder; nothing is ever removed from it. If the disk gets full, images are decoded each time.
+    Raises ValueError if the folder cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Images with one label each, to pre-train on: a tree of class folders (as ImageNet's), or tar shards (see shards.py).
 
-Batch number n of a tree is a pure function of (seed, n); that of shards of (seed, n, number of readers). Unreadable
+Batch number n is a pure function of (seed, n) for a tree, of (seed, n, number of readers) for shards. Unreadable
 images are counted; in training one of the others takes their place, so that batches keep their size.
 
 Legend: B images, h, w size of a crop.
@@ -49,7 +49,7 @@ class ClassificationConfig:
     flip, colour  mirroring, and strength of the colour augmentation
     batch_size    per process
     workers       loader processes; 0 loads in the training process
-    buffer        shards only: training images are mixed within so many
+    buffer        shards only: training images are mixed within a buffer of so many
     """
 
     root: str | None = None
@@ -92,7 +92,7 @@ class ImageTree:
     """The images of FOLDER/CLASS/: `classes` are the sorted names of the sub-folders.
 
     Names are kept in arrays, not as objects: a million of them, in every loader process.
-    Raises ValueError where there are no classes, only one, or one without images.
+    Raises ValueError if there are no classes, only one, or one without images.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -136,7 +136,7 @@ def collate(items: Sequence[Item]) -> Batch:
 def collate_training(items: Sequence[Item]) -> Batch:
     """A batch for training, always of the same size: for each unreadable image, one of the others comes again.
 
-    Raises ValueError where no image of the batch can be read.
+    Raises ValueError if no image of the batch can be read.
     """
     found = [item for item in items if item is not None]
     if not found:
@@ -279,8 +279,8 @@ class ClassificationDataModule(LightningDataModule):
         size, workers = self.config.batch_size, self.config.workers
         if isinstance(self.val_source, ImageTree):
             images = TreeImages(self.val_source, self.centre)
-            own = range(rank, len(images), world)
-            return _loader(images, workers, [own[i : i + size] for i in range(0, len(own), size)], collate)
+            here = range(rank, len(images), world)
+            return _loader(images, workers, [here[i : i + size] for i in range(0, len(here), size)], collate)
         shards = ShardBatches(self.val_source, self.centre, len(self.classes), size, rank=rank, world=world)
         return _loader(shards, min(workers, len(self.val_source)))
 

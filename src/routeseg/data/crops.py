@@ -31,7 +31,7 @@ class RandomResizedCrop:
         return jitter(crop, self.colour, rng) if self.colour > 0 else crop
 
     def box(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-        """(top, left, height, width): area and log aspect are uniform; where none fits, the largest in the middle."""
+        """(top, left, height, width): area and log aspect are uniform; if none fits, the largest in the middle."""
         low, high = self.aspect
         for _ in range(CROP_ATTEMPTS):
             area = height * width * rng.uniform(*self.area)

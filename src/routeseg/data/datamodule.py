@@ -82,7 +82,7 @@ class DataConfig:
 
 
 def pair(size: Sequence[int]) -> tuple[int, int]:
-    """A size as the tuple (height, width), also where it was given as a list."""
+    """A size as the tuple (height, width), also if it was given as a list."""
     height, width = size
     return height, width
 
@@ -165,7 +165,7 @@ class TrainingPictures(Dataset[dict[str, Any]]):
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """Batches first, first + 1, ..., total - 1 of an endless, seeded, epoch-wise shuffle, for one of `world` processes.
 
-    A batch is a list of (position in the run, index). `len` is the total, also where the sampler starts later.
+    A batch is a list of (position in the run, index). `len` is the total, also if the sampler starts later.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
 
 class EvaluationPictures(Dataset[dict[str, Any]]):
-    """Pictures as they are, for evaluation; of an unreadable one only `skipped` = 1 comes."""
+    """Pictures as they are, for evaluation; for an unreadable one only `skipped` = 1 comes."""
 
     def __init__(self, data: SegmentationData, indices: range) -> None:
         self.data, self.indices = data, indices

@@ -37,13 +37,13 @@ BAD_IMAGE = (
 GREY_MODES = ("1", "L", "LA")
 ORIENTATION_TAG = 0x0112  # of EXIF
 PLAIN_ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}  # the last bytes of a file that is whole
-# Of a PNG: what may turn it or make some of it transparent, and animations; where Pillow finds it in the file's head,
-# and the marks of what turns a picture where they come behind the pixels.
+# What may turn a PNG, make parts of it transparent or animate it: PNG_SPECIAL are the names that Pillow finds for it in
+# the file's head, PNG_TURNED the marks of what turns a picture and comes behind the pixels.
 PNG_SPECIAL = {"exif", "XML:com.adobe.xmp", "Raw profile type exif", "transparency", "default_image", "interlace"}
 PNG_TURNED = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
 PNG_TAIL_BYTES = 1 << 16
 MOST_VALUES = 1 << 17  # from the lowest to the highest label value that a table is made for
-SKIPS_NAMED = 10  # unreadable pictures of a data set that the log names; of the others it only says that they are there
+SKIPS_NAMED = 10  # unreadable pictures of a data set that the log names; of the others it only says that there are some
 
 
 class SkipLog:
@@ -70,7 +70,7 @@ class SkipLog:
 class SegmentationData(Protocol):
     """What a data set is: classes, a length, and pairs of image and labels.
 
-    skips  where those who skip an unreadable picture say so
+    skips  is told of every unreadable picture that is skipped
     """
 
     classes: Classes
@@ -94,7 +94,7 @@ class UnreadableImage(ValueError):
 def read_image(path: Path) -> np.ndarray:
     """An image file as uint8 [H,W,3] RGB: greyscale, palette, RGBA and 16-bit are converted, EXIF rotation is applied.
 
-    Raises UnreadableImage, naming the file, where it is missing, damaged or no image.
+    Raises UnreadableImage, naming the file, if it is missing, damaged or no image.
     """
     return decode_image(path, path)
 
@@ -126,7 +126,7 @@ def _reason(error: Exception) -> str:
 def _decode_plain(file: ImageFile.ImageFile) -> np.ndarray | None:
     """The usual case in about half of the time, by OpenCV: an upright and whole PNG or JPEG of 8-bit RGB.
 
-    None for all others, and where OpenCV finds it damaged: Pillow reads those, or says what is wrong.
+    None for all others, and for a file that OpenCV finds damaged: Pillow reads those, or says what is wrong.
     """
     if file.mode != "RGB" or file.format not in PLAIN_ENDS or file.fp is None:
         return None
@@ -151,9 +151,9 @@ def _decode_plain(file: ImageFile.ImageFile) -> np.ndarray | None:
 def read_label_file(path: Path, palette: bool = False, grey: bool = False) -> np.ndarray:
     """The stored values of a label file: integers [H,W], or colours uint8 [H,W,3].
 
-    palette  of a palette file, the colours of its pixels and not their numbers
-    grey     the same of a greyscale file of at most 8 bits
-    Raises UnreadableImage where it is missing, damaged or no image, or ValueError where it is neither of the two.
+    palette  a palette file gives the colours of its pixels, not their numbers
+    grey     so does a greyscale file of at most 8 bits
+    Raises UnreadableImage if it is missing, damaged or no image, or ValueError if it holds neither of the two.
     """
     try:
         with Image.open(path) as file:
@@ -210,7 +210,7 @@ class LabelMap:
         return labels.astype(np.uint8)
 
     def lookup(self, values: np.ndarray, path: Path) -> np.ndarray:
-        """Stored values -> class, IGNORE, or -1 where a value means nothing; int16 [H,W]."""
+        """Stored values -> class, IGNORE, or -1 for a value that means nothing; int16 [H,W]."""
         if values.ndim == 3:
             return self._of_colours(values)
         low, high = min(int(values.min(initial=0)), 0), max(int(values.max(initial=0)), IGNORE)
@@ -222,7 +222,7 @@ class LabelMap:
         return labels
 
     def _table(self, low: int, high: int) -> np.ndarray:
-        """Label values low..high -> class, IGNORE, or -1 where they mean nothing; int16 [high - low + 1]."""
+        """Label values low..high -> class, IGNORE, or -1 for those that mean nothing; int16 [high - low + 1]."""
         table = np.full(high - low + 1, -1, dtype=np.int16)
         if not self.strict:
             table[-low : self.classes - low] = np.arange(self.classes)
@@ -268,7 +268,7 @@ class PairedFiles:
     """Pictures and labels of a list of files.
 
     label_map   what label values mean
-    read_values  how a label file is read, where it is no image: Path -> integers [H,W]
+    read_values  how a label file is read, if it is no image: Path -> integers [H,W]
 
     `read_pixels`, Path -> uint8 [H,W,3], is how an image is read; a cache may take its place (data/cache.py).
     """
@@ -291,7 +291,7 @@ class PairedFiles:
         return self.pairs[index].name
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """-> image uint8 [H,W,3], labels uint8 [H,W], all IGNORE where there is no label file."""
+        """-> image uint8 [H,W,3], labels uint8 [H,W], all IGNORE if there is no label file."""
         pair = self.pairs[index]
         image = self.read_pixels(pair.image)
         if pair.labels is None:
@@ -308,7 +308,7 @@ class PairedFiles:
 def pair_folders(images: Path, labels: Path) -> list[Pair]:
     """The files of two folders that have the same stem, sorted.
 
-    Raises ValueError, naming folder or file, where a folder is missing or empty, or a file has no partner.
+    Raises ValueError, naming folder or file, if a folder is missing or empty, or a file has no partner.
     """
     return pair_files(list_images(images), list_images(labels), images, labels)
 
@@ -318,8 +318,8 @@ def pair_files(
 ) -> list[Pair]:
     """Name -> image file and name -> label file as pairs, sorted by name.
 
-    suffix  what the names of label files end in, beyond that of their image
-    Raises ValueError, naming the file, where one has no partner.
+    suffix  what a label file's name has after the name of its image
+    Raises ValueError, naming the file, if one has no partner.
     """
     for some, others, kind, other_folder, ending in (
         (images, labels, "an image without a label", label_folder, suffix),

@@ -1,8 +1,8 @@
 """Labelled images in tar shards, in the naming of `webdataset`: KEY.jpg beside KEY.cls (or KEY.json).
 
 A reader (one loader process of one training process) streams through its share of the shards. What it gives is a
-function of (seed, reader, number of readers), so that a resumed run can pass over what it has seen: shards are counted
-by their headers, and only the epoch that is due is read again.
+function of (seed, reader, number of readers), so that a resumed run can pass over what it has seen. Samples of shards
+are counted by their headers, and only the epoch that is due is read again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Sample:
         return f"{self.files['__key__']} in {self.shard}"
 
     def image(self) -> np.ndarray:
-        """uint8 [H,W,3]. Raises UnreadableImage for a damaged one, ValueError where there is none."""
+        """uint8 [H,W,3]. Raises UnreadableImage for a damaged one, ValueError if there is none."""
         for key in IMAGE_KEYS:
             if key in self.files:
                 return decode_image(io.BytesIO(self.files[key]), self.name)
@@ -79,9 +79,9 @@ class Sample:
 
 
 def find_shards(pattern: str, root: str | None) -> list[str]:
-    """The shards of a pattern, such as train-{000000..000146}.tar or val-*.tar, below `root` where it is relative.
+    """The shards of a pattern, such as train-{000000..000146}.tar or val-*.tar, below `root` if it is relative.
 
-    Raises ValueError where it matches nothing, or where a file that it names does not exist.
+    Raises ValueError if it matches nothing, or if a file that it names does not exist.
     """
     _, shardlists = import_webdataset()
     if "://" in pattern:
@@ -103,7 +103,7 @@ def find_shards(pattern: str, root: str | None) -> list[str]:
 def read_shard(shard: str, number: int = 0) -> Iterator[Sample]:
     """The samples of one shard, in their order.
 
-    Raises ValueError, naming it, where it cannot be read, is damaged, ends before its end, or is empty.
+    Raises ValueError, naming it, if it cannot be read, is damaged, ends before its end, or is empty.
     """
     tariterators, _ = import_webdataset()
     place = 0
@@ -130,7 +130,7 @@ def count_samples(shard: str) -> int:
 
 
 def _stream(file: _Watched, shard: str) -> Iterator[dict[str, Any]]:
-    """The files in a tar file, as webdataset hands them on. Raises tarfile.ReadError where it is damaged."""
+    """The files in a tar file, as webdataset hands them on. Raises tarfile.ReadError if it is damaged."""
     plain = shard.endswith(".tar")
     with tarfile.open(fileobj=file, mode="r|" if plain else "r|*") as tar:  # type: ignore[call-overload]
         for member in tar:
@@ -213,13 +213,13 @@ class _Watched:
         return data
 
     def block(self, offset: int) -> bytes:
-        """The block at this offset; shorter where the file ends."""
+        """The block at this offset; shorter at the file's end."""
         start = offset - (self.position - len(self.tail))
         return self.tail[start : start + BLOCK] if start >= 0 else b""
 
 
 def import_webdataset() -> tuple[Any, Any]:
-    """webdataset's `tariterators` and `shardlists`. Raises ValueError, naming the extra, where it is missing."""
+    """webdataset's `tariterators` and `shardlists`. Raises ValueError, naming the extra, if it is missing."""
     tariterators, shardlists = (
         require(f"webdataset.{name}", "tars", "a set of tar shards") for name in ("tariterators", "shardlists")
     )

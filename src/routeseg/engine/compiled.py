@@ -37,16 +37,16 @@ from routeseg.space import DIRECTIONS, padded_size
 
 BUILDS = ("generic", "avx2", "avx512", "avx512bf16")  # in the order of `routeseg_level`; see setup.py
 FOLDER = "ROUTESEG_KERNELS"  # environment variable: a folder whose builds are used in place of the installed ones
-DONE, NOT_FINITE_STATUS, NO_MEMORY = range(3)  # `Status` of kernels/forward.cpp; all else failed with a text
-STEPS = ("gather", "gate", "cell", "up", "down")  # of a node, whose times can be taken
-# The only layers that the kernels compute, by their exact type: what is derived from them may do something else.
+DONE, NOT_FINITE_STATUS, NO_MEMORY = range(3)  # `Status` of kernels/forward.cpp; any other value comes with a text
+STEPS = ("gather", "gate", "cell", "up", "down")  # of a node: each can be timed
+# The only layers that the kernels compute, by their exact type: a subclass may do something else.
 LAYERS = (
     *(InputNorm, Stem, RoutingNode, Cell, SepConv3x3, SepConv5x5, Identity, SoftGate, SoftmaxGate),
     *(Transform, Upsample, Subsample, Decoder),
     *(nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.Identity, nn.Linear),
     *(nn.Sequential, nn.ModuleDict, nn.ModuleList),
 )
-FLOAT32: Any = {"dtype": torch.float32, "device": "cpu"}  # of memory that the kernels see, whatever PyTorch defaults to
+FLOAT32: Any = {"dtype": torch.float32, "device": "cpu"}  # of memory that the kernels see
 
 
 class _Conv(Structure):
@@ -162,12 +162,12 @@ class CompiledForward:
         if self._workspace is None:
             raise MemoryError("not enough memory for an engine")
         close = weakref.finalize(self, library.routeseg_close, self._workspace)
-        close.atexit = False  # a thread may still be inside a forward then
+        close.atexit = False  # at exit a thread may still be inside a forward
 
     def __call__(self, images: Tensor, request: Request, seconds: np.ndarray | None = None) -> Segmentation:
         """Segments images [B,3,H,W].
 
-        seconds  float64, zeros: the time of each step of each node is added, [L+1,S,5], then of stem and decoder [2]
+        seconds  float64, zeros: adds the time of each step of each node, [L+1,S,5], then those of stem and decoder [2]
 
         Raises ValueError for images with values that are not finite, MemoryError, and RuntimeError with its text for
         any other failure of the kernels.
@@ -194,7 +194,7 @@ class CompiledForward:
 
 
 def raise_failure(library: ctypes.CDLL, status: int, what: str) -> None:
-    """Raises what a status of the kernels means, if they have failed; `what` they were asked for."""
+    """Raises the error that a status of the kernels means, if they have failed; `what` names what they were to do."""
     if status == NOT_FINITE_STATUS:
         raise ValueError(NOT_FINITE)
     if status == NO_MEMORY:
@@ -204,7 +204,7 @@ def raise_failure(library: ctypes.CDLL, status: int, what: str) -> None:
 
 
 def _unknown_parts(model: RoutedNetwork, library: ctypes.CDLL) -> Iterator[str]:
-    """What of a network the kernels do not know, or cannot hold."""
+    """The parts of a network that the kernels do not know, or cannot hold."""
     gates: set[str] = set()
     for name, layer in model.named_modules():
         kind = type(layer).__name__
@@ -228,7 +228,7 @@ def is_compiled(dtype: torch.dtype) -> bool:
 
 @cache
 def find_library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The best build that this machine runs; None where nothing was built, or not for this dtype."""
+    """The best build that this machine runs; None if nothing was built, or not for this dtype."""
     generic = _load(BUILDS[0])
     if generic is None:
         return None
@@ -238,14 +238,14 @@ def find_library(dtype: torch.dtype) -> ctypes.CDLL | None:
 
 @cache
 def _load(build: str) -> ctypes.CDLL | None:
-    """A build's library; None where there is none, or, with a warning, where it cannot be used."""
+    """A build's library; None if there is none. If it cannot be used, None with a warning."""
     named = os.environ.get(FOLDER)
     folder = Path(named) if named else Path(__file__).parent
     paths = [folder / f"_forward_{build}{suffix}" for suffix in EXTENSION_SUFFIXES]
     path = next((path for path in paths if path.exists()), None)
     if path is None:
         if named and build == BUILDS[0]:
-            raise ValueError(f"{FOLDER} is {named}, where no kernels are: build them there, or unset it")
+            raise ValueError(f"{FOLDER} is {named}, but that has no kernels: build them there, or unset it")
         return None
     try:
         library = ctypes.CDLL(str(path))
@@ -295,7 +295,7 @@ class Weights:
     def conv(self, layers: Sequence[nn.Module], image: bool = False, wide: bool = False) -> _Conv:
         """Layers with one convolution, or a depthwise one and a 1x1 behind it; Subsample before it is a stride.
 
-        image  it is what the convolution reads: three channels, and no zeros behind them
+        image  the convolution reads the image: three channels, and no zeros behind them
         """
         convs = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
         first, last = convs[0], convs[-1]

@@ -1,9 +1,9 @@
-"""A forward by PyTorch's own operations: on GPUs, and on CPUs where no kernels could be built.
+"""A forward by PyTorch's own operations: on GPUs, and on CPUs if no kernels could be built.
 
-The host decides what runs. It learns the gates' scores of a layer in one transfer, and sends what the device needs for
-images that differ in their routes in another one; a batch of one needs none of the latter, and a known route neither.
+The host decides what runs. One transfer for each layer brings it the gates' scores. If routes differ between images,
+another transfer sends what the device needs for that. A batch of one needs only the first, a known route neither.
 
-Legend: B images, b those of them that are meant, S scales, L depth, C channels, h, w the size of a feature map.
+Legend: B images, b some of them, S scales, L depth, C channels, h, w the size of a feature map.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Departure:
-    """What leaves a node, decided: places in the batch but for `rows`, weights are activations, float32.
+    """What leaves a node, as decided. Images are places in the batch; weights are activations, float32.
 
     running   the images whose cell runs
     sent      for each direction that some of them take: (direction, rows of `running`, weights)
@@ -65,7 +65,7 @@ class Departure:
 class EagerForward:
     """A network's forward, with its BatchNorm folded, in channels_last. The gates' last layer is in float32.
 
-    together    run the images of a batch layer by layer together, choosing rows where routes differ
+    together    run the images of a batch layer by layer together, choosing rows if routes differ
     recordings  of known routes, on CUDA; None elsewhere
     """
 
@@ -109,8 +109,8 @@ class EagerForward:
     def _run(self, x: Tensor, request: Request) -> tuple[Tensor, np.ndarray]:
         """Prepared images [B,3,H,W] to the head's output and gates.
 
-        Kernels that read the activations on the device, and return where a path is closed, would need no decision of
-        the host: they would take the place of this loop.
+        Kernels that read the activations on the device, and return if a path is closed, would need no decision of the
+        host: they could replace this loop.
         """
         space, batch = self.space, len(x)
         stem = self.model.stem(x)
@@ -134,7 +134,7 @@ class EagerForward:
         return self._read_out(arrivals, stem, arrays), gates
 
     def _gather(self, arrivals: Sequence[Arrival], scale: int, stem: Tensor, arrays: DeviceArrays) -> Tensor:
-        """Eq. 5: the sum of what arrives at a scale, for the whole batch; zeros where nothing does."""
+        """Eq. 5: the sum of what arrives at a scale, for the whole batch; zeros if nothing does."""
         batch, channels, h, w = stem.shape
         shape = (batch, channels << scale, h >> scale, w >> scale)
         total: Tensor | None = None
@@ -234,8 +234,8 @@ class EagerForward:
 
 
 def _needed(departures: Sequence[Departure], reached: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-    """The places and weights that a device needs to know until the next layer is decided: not those of all images,
-    and no weight that all share. `reached`, by scale [B], is that of the next layer."""
+    """The places and weights that a device needs to know until the next layer is decided. Places of all images are left
+    out, and so is a weight that all images share. `reached`, by scale [B], belongs to the next layer."""
     batch = len(reached[0])
     places = [np.flatnonzero(of_scale) for of_scale in reached]
     for departure in departures:
@@ -257,7 +257,7 @@ def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def _transform(node: RoutingNode, direction: int, hidden: Tensor) -> Tensor:
-    """T_j(H) of Eq. 5, but for the resizing of a path up: that is done where the sum is made."""
+    """T_j(H) of Eq. 5, without the resizing of a path up: the sum does that."""
     for layer in cast(nn.Sequential, node.transforms[DIRECTIONS[direction]]):
         if not isinstance(layer, Upsample):
             hidden = layer(hidden)
@@ -265,5 +265,5 @@ def _transform(node: RoutingNode, direction: int, hidden: Tensor) -> Tensor:
 
 
 def _choose(features: Tensor, images: np.ndarray, arrays: DeviceArrays) -> Tensor:
-    """The rows of these images; no copy where these are all."""
+    """The rows of these images; no copy if these are all."""
     return features if len(images) == len(features) else features[arrays[images]]

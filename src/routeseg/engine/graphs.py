@@ -1,8 +1,8 @@
 """Forwards of known routes, recorded and replayed: a CUDA graph launches all kernels of a forward at once.
 
-One image does not fill a GPU: the forward is bound by the host, which launches some hundred kernels one by one. Where
-the route is known before (a given route, a static network) nothing is left for the host to decide, and the launches can
-be recorded. A route that gates choose is decided on the host, layer by layer, and cannot.
+One image does not fill a GPU: the forward is bound by the host, which launches some hundred kernels one by one. If the
+route is known beforehand (a given route, a static network), the host has nothing to decide, and the launches can be
+recorded. A route that gates choose is decided on the host, layer by layer, and cannot be recorded.
 
 Legend: B images, H, W image size, K classes, L depth, S scales.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 # Images [B,3,H,W] to logits [B,K,H,W] on their device and gates [B,L+1,S,3] on the host.
 Forward = Callable[[Tensor], tuple[Tensor, np.ndarray]]
 
-SEEN = 1000  # keys whose misses are counted
+SEEN = 1000  # keys: their misses are counted
 KEPT = 4  # recordings: each holds the memory of a whole forward, some 0.5 GB for an image of 1024x2048
 WARM_UP = 3  # forwards before a capture, as PyTorch's notes on CUDA graphs advise: libraries set themselves up in them
 
@@ -31,7 +31,7 @@ class Recorder(Protocol):
     """Records what a forward launches."""
 
     def record(self, forward: Forward, images: Tensor) -> Forward:
-        """The same forward for images of this shape and dtype. Raises RuntimeError where it cannot be recorded."""
+        """The same forward for images of this shape and dtype. Raises RuntimeError if it cannot be recorded."""
         ...
 
 
@@ -68,12 +68,11 @@ class CudaRecorder:
 
 
 class Recordings:
-    """The recordings of an engine, those last used: `recordings(key, forward, images)` is `forward(images)`.
+    """The recordings of an engine that were last used: `recordings(key, forward, images)` is `forward(images)`.
 
-    A key is recorded when it comes for the second time: images that each have a size of their own are not worth it.
-    With more keys in turn than are kept, a key that was given up is recorded again at its 4th, 8th, 16th miss, so that
-    recording never takes most of the time. Where recording fails, all forwards run without from then on, and a warning
-    is logged.
+    A key is recorded when it comes for the second time: images whose size comes only once are not worth it. If more
+    keys take turns than are kept, a key that was given up is recorded again at its 4th, 8th, 16th miss: so recording
+    never takes most of the time. If recording fails, all forwards run without it from then on, and a warning is logged.
     """
 
     def __init__(self, recorder: Recorder) -> None:
@@ -106,7 +105,7 @@ class Recordings:
                 self.kept[key] = self.recorder.record(forward, images)
             except RuntimeError as error:
                 self.recorder = None
-                self.kept.clear()  # the memory may be what lacks
+                self.kept.clear()  # perhaps memory is short
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 logging.getLogger("routeseg").warning("running without CUDA graphs, recording one failed: %s", reason)
         return self.kept.get(key)

@@ -1,16 +1,16 @@
 """Measuring a LatencyTable (latency.py) on this machine, and how well it predicts.
 
-Two sets of random routes run in turns, in another order every round: one to take the table from, another, `--routes`,
-to test it on. Half of either run their gates.
+Two sets of random routes run in turns, in another order every round. The table is taken from one set and tested on the
+other (`--routes`). In each set half of the routes run their gates.
 
-clocked  where the engine has compiled kernels (engine/compiled.py), they take the time of each step of each node. A
-         part's time is the median over all nodes of a scale, routes and rounds, times a factor near 1, the same for all
-         parts: what disturbs a machine only lengthens times, so a sum's median is more than the sum of medians.
-fitted   elsewhere (GPUs, CPUs without a compiler) the parts' times are the non-negative ones that explain best,
-         relative to each, what whole forwards took. Stem and decoder always run together and cannot be told apart, nor
-         can a path up and what its arrival costs. The sum holds better than its parts, which trade time among each
-         other: read them as rough. On a GPU they are of routes that it sees for the first time, so that no forward is
-         replayed (engine/graphs.py).
+clocked  if the engine has compiled kernels (engine/compiled.py), they take the time of each step of each node. A part's
+         time is the median over all nodes of a scale, routes and rounds, times a factor near 1. The factor is the same
+         for all parts: disturbances only lengthen times, so the median of a sum is more than the sum of the medians.
+fitted   otherwise (GPUs, CPUs without a compiler) the parts' times are the non-negative ones that explain best, in
+         relative error, what whole forwards took. Stem and decoder always run together and cannot be told apart, nor
+         can a path up and what its arrival costs. The sum is more reliable than its parts, which trade time among each
+         other: read those as rough. On a GPU the times belong to routes that it sees for the first time, so that no
+         forward is replayed (engine/graphs.py).
 
 Legend: L depth, S scales, P parts of a node, N routes.
 """
@@ -57,7 +57,7 @@ from routeseg.space import Route
 ROUTES = 50
 REPEATS = 11  # with 5, the median of a route was off by 6 % on a restless machine
 CALIBRATION_ROUTES = 40  # the fit has up to 20 unknowns
-STEP_PARTS = (None, GATE, CELL, SEND_UP, SEND_DOWN)  # what each of STEPS is the time of; gather: of three parts
+STEP_PARTS = (None, GATE, CELL, SEND_UP, SEND_DOWN)  # the part that each of STEPS times; gather times three
 FITTED = (GATE, CELL, SEND_UP, SEND_DOWN, ARRIVAL)
 MS = 1000.0
 
@@ -65,7 +65,7 @@ MS = 1000.0
 @dataclass
 class _Job:
     """A route to be timed, with its gates or without, and what the rounds gave: `ms` of each, `steps` [L+1,S,5] and
-    `fixed` stem, decoder, call, in seconds, where there are clocks."""
+    `fixed` stem, decoder, call, in seconds, if there are clocks."""
 
     route: Route
     gates: bool
@@ -87,8 +87,8 @@ def profile(
     """The latency table of a network for images of this size, on the device where it is, with as many threads as
     PyTorch uses. `step` is called after each of the `forwards(routes) * repeats` forwards.
 
-    routes    that the table is tested on
-    repeats   rounds, whose median counts
+    routes    how many routes the table is tested on
+    repeats   how many rounds; their median counts
     backend   as SkipEngine takes it
 
     Raises ValueError for fewer than one route or repeat, and what SkipEngine raises.
@@ -132,7 +132,7 @@ def measure_route(
     repeats: int = REPEATS,
     backend: Backend = "auto",
 ) -> list[dict[str, Any]]:
-    """A route's predicted and measured milliseconds, without its gates and, where the network has gates, with them."""
+    """A route's predicted and measured milliseconds, without its gates and, if the network has gates, with them."""
     engine = SkipEngine(_opened(model), table.precision, backend)  # type: ignore[arg-type]
     images = torch.rand(1, 3, *table.size).to(next(model.parameters()).device)
     rows = []
@@ -146,8 +146,7 @@ def measure_route(
 
 
 def _opened(model: DynamicRoutingNetwork) -> DynamicRoutingNetwork:
-    """A copy whose gates are computed as ever, and open every path whatever they see: a given route is then exactly
-    what runs."""
+    """A copy whose gates are computed as ever, but always open every path, so that exactly a given route runs."""
     config = replace(model.config, gate="soft") if model.config.gated else model.config
     opened = DynamicRoutingNetwork(config).to(next(model.parameters()))
     opened.load_state_dict(model.state_dict(), strict=False)  # a gate of another kind may have more
@@ -196,7 +195,7 @@ def _forward(engine: SkipEngine, images: Tensor, job: _Job) -> None:
 
 @torch.inference_mode()
 def _clocked_forward(engine: SkipEngine, images: Tensor, job: _Job) -> None:
-    """A forward with the kernels' clocks; what they do not see is the call's."""
+    """A forward with the kernels' clocks; time that they do not see belongs to the call."""
     assert isinstance(engine.forward, CompiledForward)
     nodes = engine.model.space.legal.shape[:2]
     seconds = np.zeros(nodes[0] * nodes[1] * len(STEPS) + 2)

@@ -39,8 +39,8 @@ class SkipEngine:
         """The engine on the device where the model is.
 
         precision  of weights and feature maps; gates and logits are float32 in any case. bfloat16 is for CPUs with
-                   AVX512_BF16 and for GPUs, float16 for GPUs; elsewhere the network's own takes their place, and a
-                   warning is logged, once
+                   AVX512_BF16 and for GPUs, float16 for GPUs; elsewhere the dtype of the network takes their place, and
+                   a warning is logged, once
         backend    kernels: those built at installation, for CPUs, one image after the other. eager: PyTorch's
                    operations, one image after the other, which spares copies. batched: PyTorch's operations, the images
                    layer by layer together, choosing rows if routes differ. auto: kernels on CPUs if they can run the
@@ -76,13 +76,13 @@ class SkipEngine:
 
 
 def _supported(precision: str, model: RoutedNetwork) -> torch.dtype:
-    """The dtype of this name, or the network's own one if its device lacks it; says so once."""
+    """The dtype of this name, or that of the network's weights if its device lacks it; says so once."""
     if precision not in DTYPES:
         raise ValueError(f"precision {precision!r}: choose one of {', '.join(DTYPES)}")
     parameter = next(model.parameters())
-    dtype, own, device = DTYPES[precision], parameter.dtype, parameter.device
+    dtype, stored, device = DTYPES[precision], parameter.dtype, parameter.device
     if dtype == torch.float32:
-        return own
+        return stored
     if device.type == "cpu":
         supported, name = CompiledForward.supports(model, dtype) is None, "CPU"
         if not supported and is_compiled(dtype):
@@ -90,8 +90,8 @@ def _supported(precision: str, model: RoutedNetwork) -> torch.dtype:
     else:
         supported, name = dtype == torch.float16 or _has_bfloat16(device), "GPU"
     if not supported:
-        _say_once(f"no fast {precision} on this {name}: running in {str(own).removeprefix('torch.')}")
-    return dtype if supported else own
+        _say_once(f"no fast {precision} on this {name}: running in {str(stored).removeprefix('torch.')}")
+    return dtype if supported else stored
 
 
 def _has_bfloat16(device: torch.device) -> bool:

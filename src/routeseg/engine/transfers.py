@@ -19,7 +19,7 @@ def to_host(values: Tensor) -> np.ndarray:
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """An array on a device, which does not wait for it; the array may be kept, so leave it as it is."""
+    """An array on a device, which does not wait for it. The array may be kept, so do not change it."""
     host = torch.from_numpy(array)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
@@ -29,12 +29,12 @@ class DeviceArrays:
 
     def __init__(self, arrays: Sequence[np.ndarray], device: torch.device) -> None:
         self._found: dict[tuple[str, bytes], Tensor] = {}
-        own = {_key(array): array for array in arrays}
-        if not own:
+        unique = {_key(array): array for array in arrays}
+        if not unique:
             return
-        bits = [array if array.dtype == np.float32 else array.astype(np.int32) for array in own.values()]
+        bits = [array if array.dtype == np.float32 else array.astype(np.int32) for array in unique.values()]
         moved = to_device(np.concatenate([part.view(np.int32) for part in bits]), device)
-        for (key, array), part in zip(own.items(), moved.split([len(array) for array in bits]), strict=True):
+        for (key, array), part in zip(unique.items(), moved.split([len(array) for array in bits]), strict=True):
             self._found[key] = part.view(torch.float32) if array.dtype == np.float32 else part
 
     def __getitem__(self, array: np.ndarray) -> Tensor:

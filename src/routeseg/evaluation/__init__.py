@@ -1,7 +1,7 @@
 """Scores and real cost over a data set.
 
-scores.py counts; test_time.py looks at a picture several times; boundary.py has boundary IoU; submission.py writes what
-the benchmarks take.
+scores.py counts; test_time.py looks at a picture several times; boundary.py has boundary IoU; submission.py writes the
+files that the benchmarks take.
 """
 
 from routeseg.evaluation.scores import Evaluation, evaluate, machine_facts

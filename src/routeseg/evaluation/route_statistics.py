@@ -2,7 +2,7 @@
 the images, such as by the size of what is in them. Arrays only; routes.py takes them over a data set.
 
 Legend: B images, L depth, S scales, E legal edges, G groups, P permutations, H, W image size.
-    gates [B, L+1, S, 3]   activation of every edge; open where above 0
+    gates [B, L+1, S, 3]   activation of every edge; open if above 0
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class EdgeStatistics:
     """How each edge is used over the images; float64 [L+1,S,3], 0 on edges that the space does not have.
 
     frequency        share of the images in which it is open, 0..1
-    mean_activation  over all images, 0 where closed
-    mean_when_open   over the images in which it is open; 0 where it never is
+    mean_activation  over all images; a closed edge counts as 0
+    mean_when_open   over the images in which it is open; 0 if it never is
     """
 
     space: RoutingSpace
@@ -42,7 +42,7 @@ class EdgeStatistics:
     mean_when_open: np.ndarray
 
     def as_list(self) -> list[dict[str, Any]]:
-        """The JSON: one object per legal edge, layer by layer; `mean_when_open` is null where it never is."""
+        """The JSON: one object per legal edge, layer by layer; `mean_when_open` is null if it never is."""
         return [
             {
                 "layer": edge[0],
@@ -66,7 +66,7 @@ class EdgeStatistics:
 def edge_statistics(space: RoutingSpace, gates: np.ndarray) -> EdgeStatistics:
     """How often and how strongly each edge is open in `gates` [B,L+1,S,3].
 
-    Raises ValueError where the gates do not fit the space, or are of no image.
+    Raises ValueError if the gates do not fit the space, or there is no image.
     """
     gates = np.asarray(gates, dtype=np.float64)
     if gates.ndim != 4 or gates.shape[1:] != space.legal.shape or not len(gates):
@@ -105,8 +105,8 @@ class PermutationTest:
     """Mean distance of two images of different groups against that of two images of one group.
 
     between, within  means over all pairs of either kind
-    p_value          share of the relabellings whose `between - within` is at least the one observed; one-sided, the
-                     observed labelling counted among them (the +1 rule), so it is never 0
+    p_value          share of the relabellings whose `between - within` is at least the one observed; one-sided. The
+                     observed labelling counts among them (the +1 rule), so it is never 0
     relabellings     how many were tried
     """
 
@@ -139,7 +139,7 @@ def permutation_test(
     groups     the group of each image [B], whole numbers
     Labels are permuted over the images at random, which supposes that images are independent of each other.
 
-    Raises ValueError where there are fewer than two groups, or none has two images.
+    Raises ValueError if there are fewer than two groups, or none has two images.
     """
     rng = np.random.default_rng(seed)
     labels = np.asarray(groups)
@@ -196,7 +196,7 @@ def _chunks(rows: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
 
 
 def in_plain_words(what: str, grouped_by: str, tests: Mapping[str, PermutationTest]) -> str:
-    """What the tests "permuted" and (if there) "shifted" say, a sentence that says so whichever way they come out."""
+    """What the tests "permuted" and (if there) "shifted" say: one sentence, whichever way they come out."""
     test, shifted = tests["permuted"], tests.get("shifted")
     means = f"mean distance {test.between:.4f} between groups, {test.within:.4f} within"
     p = f"p = {test.p_value:.2g} of {test.relabellings} permutations"
@@ -204,7 +204,7 @@ def in_plain_words(what: str, grouped_by: str, tests: Mapping[str, PermutationTe
         p += f", {shifted.p_value:.2g} of {shifted.relabellings} shifts that keep neighbours together"
     if test.p_value >= SIGNIFICANT:
         return f"{what} do not visibly follow the {grouped_by}: {means} ({p})."
-    more = f"{100 * test.difference / test.within:.1f} % more" if test.within > 0 else "where they do not differ within"
+    more = f"{100 * test.difference / test.within:.1f} % more" if test.within > 0 else "none within a group"
     if shifted is not None and shifted.p_value >= SIGNIFICANT:
         doubt = "but that may come from the likeness of neighbouring pictures alone"
         return f"{what} differ between groups by {grouped_by}, {doubt}: {means}, {more} ({p})."
@@ -215,12 +215,12 @@ def in_plain_words(what: str, grouped_by: str, tests: Mapping[str, PermutationTe
 
 
 def object_size(labels: np.ndarray) -> float:
-    """Mean size of what is in a label map [H,W], as a share of the picture's: in (0, 1], nan where all is ignored.
+    """Mean size of what is in a label map [H,W], as a share of the picture's: in (0, 1], nan if all is ignored.
 
     An object is an 8-connected component of one class (IGNORE has none), its size the side of a square of its area,
     s = sqrt(pixels). The mean weights every object by its own size, sum(s * s) / sum(s), and is divided by
-    sqrt(H * W). So it does not depend on the resolution; one class everywhere gives 1, a chequerboard of n fields
-    1 / sqrt(n); and stray pixels, of which label maps have many, hardly count, nor do sky and road alone decide it.
+    sqrt(H * W). So it does not depend on the resolution. One class everywhere gives 1, a chequerboard of n fields
+    1 / sqrt(n). The many stray pixels of label maps hardly count, and sky and road alone do not decide it.
     """
     labels = np.asarray(labels)
     areas = [np.empty(0)]
@@ -232,7 +232,7 @@ def object_size(labels: np.ndarray) -> float:
 
 
 def size_groups(sizes: Sequence[float] | np.ndarray) -> np.ndarray:
-    """The quartile (0 the smallest) of each object size [B], by rank: int64 [B]; -1 where the size is nan.
+    """The quartile (0 the smallest) of each object size [B], by rank: int64 [B]; -1 if the size is nan.
 
     Groups differ by at most one image; with too few images for SIZE_GROUPS groups of MIN_GROUP there are fewer.
     """

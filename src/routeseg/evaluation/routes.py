@@ -1,10 +1,10 @@
-"""Which routes a network takes over a data set, and whether they follow the scale of what is in the pictures, which is
-the paper's claim (Sec. 1, Fig. 1): `routeseg routes`.
+"""Which routes a network takes over a data set, and whether they follow the scale of what is in the pictures: so the
+paper claims (Sec. 1, Fig. 1). `routeseg routes`.
 
 OUTPUT/routes.json, and as .png and .svg: frequency, strength, cost_histogram, extremes, groups
 
 Legend: B images, L depth, S scales.
-    gates [B, L+1, S, 3]   activation of every edge; open where above 0
+    gates [B, L+1, S, 3]   activation of every edge; open if above 0
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Pictures:
 def evenly_spread(data: SegmentationData, count: int | None) -> SegmentationData:
     """`count` pictures of a data set, from its beginning to its end at even steps; all with None.
 
-    Raises ValueError where the count is not positive.
+    Raises ValueError if the count is not positive.
     """
     if count is None or count >= len(data):
         return data
@@ -76,14 +76,14 @@ def evenly_spread(data: SegmentationData, count: int | None) -> SegmentationData
     return Pictures(data, np.linspace(0, len(data) - 1, count).round().astype(int).tolist())
 
 
-def pictures_to_see(data: DataConfig, own: int) -> int:
-    """How many pictures `survey_routes` runs the network over, where the data set itself has `own`."""
-    return own * len(PRESETS) if data.name == "scenes" else own
+def pictures_to_see(data: DataConfig, count: int) -> int:
+    """How many pictures `survey_routes` runs the network over, if the data set itself has `count`."""
+    return count * len(PRESETS) if data.name == "scenes" else count
 
 
 @dataclass(frozen=True)
 class Observation:
-    """The routes of a network over a data set; what has [B] is per readable picture, in the order of the set.
+    """The routes of a network over a data set. [B] stands for its readable pictures, in the order of the set.
 
     pictures      the data set, and `indices` int64 [B], the place of each picture in it
     evaluation    gates, costs and scores (see Evaluation)
@@ -117,7 +117,7 @@ def observe(
 ) -> Observation:
     """Runs the network over a data set, one picture at a time at its own size, by `forward` (an engine).
 
-    Raises ValueError where no picture can be read, or a label is outside the network's classes.
+    Raises ValueError if no picture can be read, or a label is outside the network's classes.
     """
     notes: list[tuple[int, str, float]] = []
 
@@ -158,8 +158,8 @@ class RouteSurvey:
     grouped_by    "preset" or "object size"
     groups        pictures by scale: of each preset of scenes, or quartiles of the mean object size of the data set
     tests         by distance ("activation", "open") and kind ("permuted", "shifted"): do routes differ between groups?
-                  Empty where there are too few pictures. Shifted only where pictures may come in an order (not for
-                  scenes), and are enough.
+                  Empty if there are too few pictures. Shifted only if pictures may come in an order (not for scenes),
+                  and are enough.
     """
 
     observation: Observation
@@ -243,9 +243,9 @@ def survey_routes(
 
     forward     an engine of the model; on_picture is called after each picture
     images      only so many pictures, evenly spread over the set; None is all
-    name        of the network, for error messages
+    name        the network's, for error messages
 
-    Raises ValueError where the network has no gates, or there is nothing to look at.
+    Raises ValueError if the network has no gates, or there is nothing to look at.
     """
     if not model.config.gated:
         raise ValueError(
@@ -258,21 +258,28 @@ def survey_routes(
     def seen(config: DataConfig) -> Observation:
         return observe(model, evenly_spread(open_data(config, split, seed), images), forward, data.workers, on_picture)
 
-    own = seen(data)
+    observation = seen(data)
     if data.name == "scenes":
-        by_preset = {p: own if p == data.preset else seen(replace(data, preset=p)) for p in PRESETS}
+        by_preset = {p: observation if p == data.preset else seen(replace(data, preset=p)) for p in PRESETS}
         groups = [Group(p, o.gates, o.cost_share, o.object_sizes) for p, o in by_preset.items()]
-        return RouteSurvey(own, "preset", tuple(groups), _tests(model.space, groups, permutations, seed))
-    numbers = size_groups(own.object_sizes)
+        return RouteSurvey(observation, "preset", tuple(groups), _tests(model.space, groups, permutations, seed))
+    numbers = size_groups(observation.object_sizes)
     count = int(numbers.max()) + 1
     groups = []
     for number in range(count):
         rows = numbers == number
         groups.append(
-            Group(size_group_name(number, count), own.gates[rows], own.cost_share[rows], own.object_sizes[rows])
+            Group(
+                size_group_name(number, count),
+                observation.gates[rows],
+                observation.cost_share[rows],
+                observation.object_sizes[rows],
+            )
         )
-    in_order = numbers[numbers >= 0], own.gates[numbers >= 0]
-    return RouteSurvey(own, "object size", tuple(groups), _tests(model.space, groups, permutations, seed, in_order))
+    in_order = numbers[numbers >= 0], observation.gates[numbers >= 0]
+    return RouteSurvey(
+        observation, "object size", tuple(groups), _tests(model.space, groups, permutations, seed, in_order)
+    )
 
 
 def _tests(
@@ -324,7 +331,7 @@ def draw_survey(survey: RouteSurvey, model: DynamicRoutingNetwork, forward: Forw
         figures.edge_strength(paths["strength"], space, edges.mean_activation, edges.mean_when_open, count)
         figures.cost_histogram(paths["cost_histogram"], cost, float(seen.evaluation.full_macs.mean() / 1e9))
         figures.extreme_routes(paths["extremes"], space, extremes)
-        if groups:  # there is none where every label is ignored
+        if groups:  # there is none if every label is ignored
             figures.group_frequencies(paths["groups"], space, groups)
         written += paths.values()
     return written

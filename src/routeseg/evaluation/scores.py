@@ -37,9 +37,9 @@ PACKAGES = ("routeseg", "torch", "lightning")  # whose versions a result file na
 class Evaluation:
     """What came out over a data set.
 
-    confusion   int64 [K,K], rows the truth, columns the prediction, pixels; all 0 where no picture has labels
+    confusion   int64 [K,K], rows the truth, columns the prediction, pixels; all 0 if no picture has labels
     cost_macs   float64 [images], real cost of each image; full_macs [images] the full network's at that image's size.
-                Of several passes over an image (scales, flip, windows), the sum over all, each at its own size
+                For several passes over an image (scales, flip, windows) the sum over all, each at its own size
     gates       float32 [images,L+1,S,3], the mean over the passes of an image
     skipped     unreadable pictures that were passed over
     passes      int64 [images], how often the network ran on each image
@@ -57,13 +57,13 @@ class Evaluation:
 
     @property
     def iou(self) -> np.ndarray:
-        """Intersection over union of each class, pixels summed over the set; nan where a class never occurs."""
+        """Intersection over union of each class, pixels summed over the set; nan if a class never occurs."""
         hits = np.diag(self.confusion)
         return _share(hits, self.confusion.sum(0) + self.confusion.sum(1) - hits)
 
     @property
     def boundary_iou(self) -> np.ndarray | None:
-        """Boundary IoU of each class, pixels summed over the set as in `iou`; None where it was not asked for."""
+        """Boundary IoU of each class, pixels summed over the set as in `iou`; None if it was not asked for."""
         return None if self.boundary is None else _share(*self.boundary)
 
     @property
@@ -125,12 +125,12 @@ class Evaluation:
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """part / whole, nan where the whole is 0."""
+    """part / whole, nan if the whole is 0."""
     return np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
 
 
 def _mean(values: np.ndarray) -> float:
-    """The mean of those that are defined; nan where none is."""
+    """The mean of those that are defined; nan if none is."""
     return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
 
 
@@ -139,7 +139,7 @@ def _finite(value: float) -> float | None:
 
 
 def check_class_count(classes: int) -> None:
-    """Raises ValueError where there is nothing to tell apart."""
+    """Raises ValueError if there is nothing to tell apart."""
     if classes < 2:
         raise ValueError("one class only: name the rest of the picture as a class, too")
 
@@ -161,9 +161,9 @@ def evaluate(
     boundary_width  of boundary IoU, as a share of a picture's diagonal; 0 leaves it out
     on_prediction   called with each picture's name and its predicted classes, uint8 [H,W]
 
-    In a distributed job every process gives its share (`evaluation_loader` with its rank), and all return the result
-    over all shares, the very one of a single process.
-    Raises ValueError where there is no picture, a single class, a label outside the network's classes, or an output
+    In a distributed job every process gives its share (`evaluation_loader` with its rank). All return the result over
+    all shares, the same as that of a single process.
+    Raises ValueError if there is no picture, a single class, a label outside the network's classes, or an output
     that is not finite.
     """
     check_class_count(model.config.num_classes)
@@ -172,7 +172,7 @@ def evaluate(
     counter = MulticlassConfusionMatrix(model.config.num_classes, ignore_index=IGNORE).to(device)
     table = cache(lambda size: model_cost(model, size, convention))
     boundary = np.zeros((2, model.config.num_classes), dtype=np.int64)
-    # Of each image: real cost, full cost, passes, gates; None where it was skipped.
+    # For each image: real cost, full cost, passes, gates; None if it was skipped.
     per_image: list[tuple[float, float, int, np.ndarray] | None] = []
     skipped = 0
     was_training = model.training

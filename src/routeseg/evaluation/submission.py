@@ -46,7 +46,7 @@ class Submission:
     """Writes the predictions of a split in the official form, each file whole or not at all.
 
     A file of the same name is replaced, other files in the folder stay.
-    Raises ValueError, before any work, for a data set without an official form, and where the folder cannot be written.
+    Raises ValueError, before any work, for a data set without an official form, and if the folder cannot be written.
     """
 
     def __init__(self, folder: str | Path, data_set: str, split: str) -> None:

@@ -60,10 +60,10 @@ class MultiPass:
     forward  the network in eval mode, or an engine built from it
     scales   factors by which the picture is resized, bilinearly; the probabilities are resized back
     flip     each view mirrored too
-    window   (height, width) of the windows that slide over the scaled picture, for pictures too large for the memory;
-             they cover it all, the last ones are moved back to its edge. A side of the picture that is shorter is
+    window   (height, width) of the windows that slide over the scaled picture, for pictures too large for the memory.
+             They cover it all; the last ones are moved back to its edge. A side of the picture that is shorter is
              taken whole. None: no windows
-    overlap  of neighbouring windows, at least, as a share of the window
+    overlap  least overlap of neighbouring windows, as a share of the window
     batch    how many views of one scale run at once
 
     Raises ValueError for settings that make no sense. Without scales, flip and window it is the forward itself.
@@ -96,7 +96,7 @@ class MultiPass:
     def __call__(self, image: Tensor) -> Averaged:
         """Segments one picture [1,3,H,W], RGB, uint8 or float in 0..1.
 
-        Raises ValueError for several pictures, and where a scale makes it smaller than the network takes.
+        Raises ValueError for several pictures, and if a scale makes it smaller than the network takes.
         """
         if image.ndim != 4 or len(image) != 1:
             raise ValueError(f"the picture has shape {list(image.shape)}: give one picture [1,3,H,W]")

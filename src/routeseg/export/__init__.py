@@ -25,7 +25,7 @@ __all__ = ["build_onnx", "export", "metadata", "require_onnx"]
 def export(model: RoutedNetwork, path: str | Path, routed: bool = False) -> Path:
     """Writes a network as an ONNX file, whole or not at all; `routed`: with its gates, closed paths skipped.
 
-    Raises ValueError where the name does not end in .onnx, the network is not of that kind, or onnx is not installed.
+    Raises ValueError if the name does not end in .onnx, the network is not of that kind, or onnx is not installed.
     """
     path = check_name(path)
     write_atomically(path, build_onnx(model, routed).SerializeToString())
@@ -33,7 +33,7 @@ def export(model: RoutedNetwork, path: str | Path, routed: bool = False) -> Path
 
 
 def check_name(path: str | Path) -> Path:
-    """The path. Raises ValueError where it does not end in .onnx, or is a folder or URL."""
+    """The path. Raises ValueError if it does not end in .onnx, or is a folder or URL."""
     if is_url(path):
         raise ValueError(f"{path}: files are written to a disk: give a path, and copy it there")
     path = Path(path)
@@ -49,7 +49,7 @@ def build_onnx(model: RoutedNetwork, routed: bool = False, dense: bool = False) 
 
     dense  with its gates, too, but without `If`: closed paths are computed, and multiplied by 0
 
-    Raises ValueError where the network is not of that kind, or onnx is not installed.
+    Raises ValueError if the network is not of that kind, or onnx is not installed.
     """
     require_onnx()
     from onnx import TensorProto, helper
@@ -78,7 +78,7 @@ def build_onnx(model: RoutedNetwork, routed: bool = False, dense: bool = False) 
 
 
 def check_kind(model: RoutedNetwork, routed: bool) -> None:
-    """Raises ValueError, naming the option, where a network with gates is not to keep them, or one without is to."""
+    """Raises ValueError, naming the option, unless `routed` says whether the network has gates."""
     if model.config.gated and not routed:
         raise ValueError(
             "the network chooses its route for each image: export it with --routed, gates and all, or name one route "
@@ -89,5 +89,5 @@ def check_kind(model: RoutedNetwork, routed: bool) -> None:
 
 
 def require_onnx() -> None:
-    """Raises ValueError where the package onnx is not installed."""
+    """Raises ValueError if the package onnx is not installed."""
     require("onnx", "onnx", "`routeseg export`")

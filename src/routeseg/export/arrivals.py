@@ -18,9 +18,9 @@ from routeseg.export.graph import Graph
 class Sent:
     """What may arrive at a node.
 
-    map      [1,C,h,w]; of half that size where it comes from the coarser scale (`coarser`)
+    map      [1,C,h,w]; half that size if it comes from the coarser scale (`coarser`)
     arrives  whether it does, bool [1]
-    share    its activation [1,1,1,1], where it is not yet multiplied by it
+    share    its activation [1,1,1,1], if the map is not yet multiplied by it
     """
 
     map: str
@@ -29,7 +29,7 @@ class Sent:
     coarser: bool = False
 
 
-Group = Sequence[Sent]  # of which one at most arrives
+Group = Sequence[Sent]  # at most one of them arrives
 
 
 def nothing(graph: Graph) -> list[str]:
@@ -43,7 +43,7 @@ def select_or_nothing(graph: Graph, groups: Sequence[Group], arrives: str) -> st
 
 
 def select(graph: Graph, groups: Sequence[Group]) -> str:
-    """The sum of what arrives, where something does. All paths open is asked first: it is one `If` deep."""
+    """The sum of what arrives, if something does. Asks first whether all paths are open: that is one `If` deep."""
     if len(groups) == 1:
         return _select(graph, [], groups)
     everything = [group[0] for group in groups]

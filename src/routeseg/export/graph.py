@@ -87,11 +87,11 @@ class Graph:
             elif isinstance(layer, nn.Sequential):
                 x = self.sequence(layer, f"{name}.{key}", x)
             else:
-                assert isinstance(layer, nn.Identity)  # where a BatchNorm was
+                assert isinstance(layer, nn.Identity)  # in place of a BatchNorm
         return x
 
     def conv(self, conv: nn.Conv2d, name: str, x: str, stride: int | None = None) -> str:
-        """The convolution of this name, with its bias where it has one; `stride` in place of its own."""
+        """The convolution of this name, with its bias if it has one; `stride` in place of its own."""
         inputs = [x, self.tensor(f"{name}.weight", conv.weight.detach().numpy())]
         if conv.bias is not None:
             inputs.append(self.tensor(f"{name}.bias", conv.bias.detach().numpy()))

@@ -55,7 +55,7 @@ def convolve(graph: Graph, node: RoutingNode, name: str, direction: int, x: str)
 
 
 def gate(graph: Graph, model: RoutedNetwork, layer: int, scale: int, x: str) -> str:
-    """Eq. 2-4: the activations [1,3] of a node, 0 where it lacks the direction; x [1,C,h,w]."""
+    """Eq. 2-4: the activations [1,3] of a node, 0 if it lacks the direction; x [1,C,h,w]."""
     node, name = model.node(layer, scale), f"nodes.{layer}-{scale}.gate"
     gate = node.gate
     assert gate is not None

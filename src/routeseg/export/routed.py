@@ -1,9 +1,9 @@
 """A network with its gates as an ONNX graph for one image: closed paths are branches of `If` that are not taken.
 
-A layer is one `If`. Where all of its paths are open, one branch computes it as a whole (`_layer_together`), so that
-the maps pass the border of a branch, where they are laid out anew, only once for each layer. Otherwise its parts are
-branches of their own (`_layer_apart`): what arrives at a node is summed and its gate asked (`_arrive`), its cell runs
-(`_run`), and each path up or down is computed (`_send`). docs/export.md has what this costs.
+A layer is one `If`. If all of its paths are open, one branch computes it as a whole (`_layer_together`): maps are laid
+out anew at the border of a branch, and so only once for each layer. Otherwise its parts are separate branches
+(`_layer_apart`): what arrives at a node is summed and its gate asked (`_arrive`), its cell runs (`_run`), and each path
+up or down is computed (`_send`). docs/export.md has what this costs.
 
 Legend: L depth, S scales, n nodes of a layer, n' of the next one, C channels of a scale, h, w the size of its map.
 """
@@ -51,7 +51,7 @@ def routed_outputs(graph: Graph, model: RoutedNetwork, images: str) -> tuple[str
         has_map = flags.has_map
         if layer < space.depth and model.config.zeros_arrive:
             runs = np.array([[float(zeros.gate(layer + 1, s).any())] for s in space.scales(layer + 1)])
-            if runs.any():  # zeros become a map where the node runs on them
+            if runs.any():  # zeros become a map if the node runs on them
                 has_map = graph.op("Max", has_map, graph.op("Mul", flags.reached, graph.constant(runs)))
         state = LayerState(maps, has_map, flags.reached)
     logits = alpha  # what comes behind the last layer
@@ -138,9 +138,9 @@ class Flags:
     """What a layer's activations decide.
 
     all_open         bool [1]: is every path of the layer
-    opens, share     of each node and direction: is the path open (bool [1]), its activation [1,1,1,1]
-    runs, drops      of each node, bool [1]; a node drops its cell where it has a map and does not run
-    arrives, reaches of each scale of the next layer, bool [1]: does a map arrive, or perhaps zeros alone
+    opens, share     for each node and direction: is the path open (bool [1]), its activation [1,1,1,1]
+    runs, drops      for each node, bool [1]; a node drops its cell if it has a map and does not run
+    arrives, reaches for each scale of the next layer, bool [1]: does a map arrive, or perhaps zeros alone
     has_map, reached the same as 0 or 1 [n',1]
     """
 
@@ -193,7 +193,7 @@ def _flags(graph: Graph, model: RoutedNetwork, layer: int, state: LayerState, al
 
 
 def _leave(graph: Graph, model: RoutedNetwork, layer: int, maps: list[str], flags: Flags) -> list[list[list[Sent]]]:
-    """For each scale of the next layer, what may arrive there, as groups of which one at most does."""
+    """For each scale of the next layer, what may arrive there, in groups: at most one of each group does."""
     space = model.space
     sent: list[list[list[Sent]]] = [[[], [], []] for _ in range(space.num_scales)]  # of up, keep, down
     for k, scale in enumerate(space.scales(layer)):
@@ -226,7 +226,7 @@ def _split(graph: Graph, values: str, count: int, shape: Sequence[int]) -> list[
 
 
 def _run(graph: Graph, model: RoutedNetwork, layer: int, scale: int, features: str, runs: str) -> str:
-    """relu(H) of a node, where it runs."""
+    """relu(H) of a node, if it runs."""
     node, name = model.node(layer, scale), f"nodes.{layer}-{scale}"
     return graph.choose(runs, lambda g: [parts.cell(g, node, name, features)], nothing)[0]
 
@@ -241,7 +241,7 @@ def _send(
     opens: str,
     share: str,
 ) -> str:
-    """alpha_j T_j(H) of a path up or down, where it is open; up is not yet enlarged."""
+    """alpha_j T_j(H) of a path up or down, if it is open; up is not yet enlarged."""
     node, name = model.node(layer, scale), f"nodes.{layer}-{scale}"
 
     def build(g: Graph) -> list[str]:

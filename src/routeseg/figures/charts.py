@@ -48,10 +48,10 @@ def learning_curves(
 
     A row has `step` and some of `loss`, `cross_entropy`, `budget_loss`, `expected_cost` and `real_cost`
     (shares of the full network, 0..1), `val_miou` (0..1), `lr`. Keys that are missing, empty or NaN are
-    skipped; other keys are left alone. `budget_start_step` marks where the budget sets in, `budget_target`
-    the share it aims at (mu, 0..1).
+    skipped; other keys are left alone. `budget_start_step` is the step at which the budget sets in,
+    `budget_target` the share it aims at (mu, 0..1).
 
-    Raises ValueError where a row has no step, or no row has anything to draw.
+    Raises ValueError if a row has no step, or no row has anything to draw.
     """
     kind = picture_kind(path)
     lines = {key: _column(rows, key) for key in (*LOSS_LINES, *COST_LINES, "val_miou", "lr")}
@@ -151,7 +151,7 @@ def _smoothed_line(ax: Axes, steps: np.ndarray, values: np.ndarray, label: str, 
 
 
 def _fit_losses(ax: Axes, values: Sequence[np.ndarray]) -> None:
-    """Show all but the rare spikes, from zero where no loss is negative."""
+    """Show all but the rare spikes, from zero if no loss is negative."""
     joined = np.concatenate(list(values))
     low, high = min(0.0, joined.min()), np.quantile(joined, 0.995)
     ax.set_ylim(low, high + 0.12 * max(high - low, 1e-9))
@@ -177,7 +177,7 @@ def class_iou_bars(path: str | Path, names: Sequence[str], iou: Sequence[float] 
     `iou` [K] lies in 0..1; NaN is a class that the images do not have: written as absent, and left out of the
     mean.
 
-    Raises ValueError where names, IoU and palette differ in number.
+    Raises ValueError if names, IoU and palette differ in number.
     """
     kind = picture_kind(path)
     iou = np.asarray(iou, dtype=np.float64)
@@ -218,12 +218,12 @@ def class_iou_bars(path: str | Path, names: Sequence[str], iou: Sequence[float] 
 
 
 def cost_histogram(path: str | Path, cost_gmacs: Sequence[float] | np.ndarray, full_gmacs: float) -> None:
-    """How the real cost spreads over images: a histogram, and where that lies between 0 and full.
+    """How the real cost spreads over images: a histogram, and its place between 0 and full.
 
     `cost_gmacs` [B] is the real cost of each image, `full_gmacs` the cost of the network with everything
     open.
 
-    Raises ValueError where there is no image, a cost is not a finite number, or the full cost is not
+    Raises ValueError if there is no image, a cost is not a finite number, or the full cost is not
     positive.
     """
     kind = picture_kind(path)

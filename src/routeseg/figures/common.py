@@ -1,7 +1,7 @@
 """What all pictures share: colours, and a figure that no global state knows of.
 
 Every `path` of this package ends in .png or .svg. The file is written whole or not at all, and its folder is
-made where missing.
+made if missing.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ KINDS = {  # kind of network: name in the legend, marker, colour
     "dynamic": ("dynamic routing", "o", BLUE),
 }
 MARKER_SIZE = 6.5  # points
-# Where a label may stand, in turn: (dx, dy) from the point in steps of LABEL_STEP, -1, 0 or 1 the side it is on.
+# Where a label may stand, tried in turn: (dx, dy) from the point in steps of LABEL_STEP; -1, 0 or 1 is the side.
 SIDES = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)]
 LABEL_STEP, LABEL_RINGS = 8.0, 4  # points; how many steps away at most
 
@@ -46,14 +46,14 @@ def accuracy_cost(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     A row has `label`, `kind` (a key of KINDS), `miou_mean` and `miou_std` (0..1; None for one seed) over seeds, drawn
     as an error bar, and `gmacs` with mean, min and max over images, drawn as a horizontal bar.
 
-    Raises ValueError where there is no row, or a kind is unknown.
+    Raises ValueError if there is no row, or a kind is unknown.
     """
     kind = picture_kind(path)
     if not rows:
         raise ValueError("nothing to draw: no network is given")
     for row in rows:
         if row["kind"] not in KINDS:
-            raise ValueError(f"{row['label']} is of kind {row['kind']!r}: choose one of {', '.join(KINDS)}")
+            raise ValueError(f"{row['label']} has kind {row['kind']!r}: choose one of {', '.join(KINDS)}")
     figure = new_figure(7.6, 4.6, layout="constrained")
     ax = figure.subplots()
     plain_axes(ax)
@@ -81,7 +81,7 @@ def accuracy_cost(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _label_points(figure: Figure, ax: Axes, rows: Sequence[Mapping[str, Any]]) -> list[Bbox]:
-    """Writes each label at the first place near its point that is free; the least crowded where none is.
+    """Writes each label at the first place near its point that is free, or at the least crowded if none is.
 
     Returns the boxes of the labels, in pixels.
     """

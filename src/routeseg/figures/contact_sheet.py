@@ -28,7 +28,7 @@ LEGEND_LINE = 30
 
 @dataclass(frozen=True)
 class Section:
-    """Pictures that stand together: (name, image uint8 [H,W,3], labels uint8 [H,W], K where a value has no class)."""
+    """Pictures that stand together: (name, image uint8 [H,W,3], labels uint8 [H,W], K for a value without a class)."""
 
     heading: str
     pictures: Sequence[tuple[str, np.ndarray, np.ndarray]]

@@ -29,7 +29,7 @@ SIDE_LEGEND_RATIO = 1.8  # taller than this: the legend stands beside the pictur
 def colorize(labels: np.ndarray, palette: Any) -> np.ndarray:
     """The label map in the colours of its classes: uint8 [H, W, 3], RGB. IGNORE is black.
 
-    Raises ValueError where `labels` is not a map of whole numbers or has a class that `palette` has no colour
+    Raises ValueError if `labels` is not a map of whole numbers or has a class that `palette` has no colour
     for.
     """
     labels, palette = np.asarray(labels), np.asarray(palette)
@@ -60,11 +60,11 @@ def overlay(
     """The image tinted with its segmentation, class borders drawn in, and a legend: uint8 [H', W', 3], RGB.
 
     The legend names the classes present, largest first, with their share of the picture; it stands below the
-    picture, or beside it where the picture is tall. Pictures smaller than MIN_PICTURE are enlarged by a whole
+    picture, or beside it if the picture is tall. Pictures smaller than MIN_PICTURE are enlarged by a whole
     factor so that the legend can be read. `alpha` is the strength of the tint, 0 to 1; with `legend` False
     the picture comes alone, at the size of the image.
 
-    Raises ValueError where image and labels differ in size, or names, palette and labels do not fit together.
+    Raises ValueError if image and labels differ in size, or names, palette and labels do not fit together.
     """
     image, labels = np.asarray(image), np.asarray(labels)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:

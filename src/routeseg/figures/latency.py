@@ -12,10 +12,10 @@ NEAR = 0.05  # of the band that is drawn around equality
 
 
 def latency_scatter(path: str | Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """A point for each route: `measured_ms` over `predicted_ms`, in another colour where its `gates` ran; the line
-    where they are equal, and a band of 5 % around it.
+    """A point for each route: `measured_ms` over `predicted_ms`, in another colour if its `gates` ran; the line on
+    which they are equal, and a band of 5 % around it.
 
-    Raises ValueError where there is no row.
+    Raises ValueError if there is no row.
     """
     kind = picture_kind(path)
     if not rows:

@@ -53,7 +53,7 @@ class Report:
         """A table; columns of numbers stand on the right.
 
         Whole numbers get thousands separators and other numbers four digits; give text to write them
-        otherwise. Raises ValueError where a row is not as long as the header.
+        otherwise. Raises ValueError if a row is not as long as the header.
         """
         for number, row in enumerate(rows):
             if len(row) != len(header):
@@ -75,7 +75,7 @@ class Report:
     def figure(self, picture: Picture, caption: str) -> None:
         """A picture over the full width, with a caption: a PNG, JPEG or SVG file, or its bytes.
 
-        Raises ValueError where the file is missing or is no such picture.
+        Raises ValueError if the file is missing or is no such picture.
         """
         self._body.append(_figure(picture, caption))
 

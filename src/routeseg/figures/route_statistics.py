@@ -40,7 +40,7 @@ FREQUENCY = RouteWords("path open in 0 to 100 % of the images", **OVER_IMAGES)
 STRENGTH = RouteWords("mean activation of a path, 0 to 1", **OVER_IMAGES)
 Line = tuple[float, tuple[tuple[float, float], tuple[float, float]]]  # size of a difference, its edge
 DASHED = (0, (2.4, 1.3))
-NUMBER_PITCH = 34  # points between layers; where there are fewer, numbers would run into each other
+NUMBER_PITCH = 34  # points between layers; with fewer, numbers would run into each other
 MIN_DIFFERENCE = 0.005  # share of the images; a path that differs less is drawn as not different
 DIFFERENCE_RANGES = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)  # shares at which lines may have their full width
 THIN_SPACE = "\u2009"
@@ -49,10 +49,10 @@ AXIS, LEGEND_GAP = 0.34, 0.1  # inches for the layer axis under a panel, and fro
 
 
 def edge_frequency(path: str | Path, space: RoutingSpace, frequency: np.ndarray, images: int) -> None:
-    """How often each edge is open: the grid, each edge with its share of the `images`, and in percent beside it where
-    it is open in some only (up to about depth 16; deeper grids have no room for numbers).
+    """How often each edge is open: the grid, each edge with its share of the `images`. An edge that is open in only
+    some has the percentage beside it (up to about depth 16; deeper grids have no room for numbers).
 
-    Raises ValueError where the shares do not fit the space.
+    Raises ValueError if the shares do not fit the space.
     """
     kind = picture_kind(path)
     title = f"How often each path is open, over {images} images"
@@ -74,12 +74,12 @@ def edge_frequency(path: str | Path, space: RoutingSpace, frequency: np.ndarray,
 def edge_strength(
     path: str | Path, space: RoutingSpace, mean_activation: np.ndarray, mean_when_open: np.ndarray, images: int
 ) -> None:
-    """How strongly each edge is open: its mean activation over all images, and below over those where it is open.
+    """How strongly each edge is open: its mean activation over all images, and below over those in which it is open.
 
-    Raises ValueError where the activations do not fit the space.
+    Raises ValueError if the activations do not fit the space.
     """
     panels = [
-        (f"Mean activation over all {images} images (0 where closed)", mean_activation),
+        (f"Mean activation over all {images} images (0 if closed)", mean_activation),
         ("Mean activation over the images in which the path is open", mean_when_open),
     ]
     kind = picture_kind(path)
@@ -96,7 +96,7 @@ def extreme_routes(
     A panel is (image uint8 [H, W, 3], segmentation uint8 [H, W, 3], gates [L+1, S, 3], title): image and
     segmentation side by side, the route below.
 
-    Raises ValueError where there is no panel, or gates do not fit the space.
+    Raises ValueError if there is no panel, or gates do not fit the space.
     """
     kind = picture_kind(path)
     if not rows or not all(rows.values()):
@@ -139,7 +139,7 @@ def group_frequencies(path: str | Path, space: RoutingSpace, groups: Sequence[tu
     With several groups a second row shows how far each lies from the mean of all groups: more often open is a
     solid blue line, less often a dashed orange one, wider the more the shares differ.
 
-    Raises ValueError where there is no group, or shares do not fit the space.
+    Raises ValueError if there is no group, or shares do not fit the space.
     """
     kind = picture_kind(path)
     if not groups:
@@ -182,7 +182,7 @@ def draw_difference(ax: Axes, space: RoutingSpace, difference: np.ndarray, full:
 
     `difference` [L+1, S, 3] in -1..1; lines have their full width at a difference of `full` and more.
 
-    Raises ValueError where it does not fit the space.
+    Raises ValueError if it does not fit the space.
     """
     difference = np.asarray(difference, dtype=np.float64)
     if difference.shape != space.legal.shape:

@@ -38,7 +38,7 @@ from routeseg.space import KEEP, SCALE_STEP, STEM_STRIDE, RoutingSpace
 # Activation 0 to 1, light to dark, so that it survives a greyscale print. The pale end of viridis is left
 # out: it would be mistaken for a closed path.
 ACTIVATION_COLORS = ListedColormap(matplotlib.colormaps["viridis_r"](np.linspace(0.36, 0.97, 256)), name="activation")
-OPEN_WIDTH = (1.1, 4.2)  # points, at activation 0 and 1, where a layer is 36 points wide
+OPEN_WIDTH = (1.1, 4.2)  # points, at activation 0 and 1, if a layer is 36 points wide
 CLOSED_WIDTH = 0.6
 SKIP_STYLE = (0, (0.1, 1.9))  # with round caps: a row of dots
 
@@ -69,13 +69,13 @@ def draw_route(
     """Draw one image's route on `ax`: layers from left to right, scales from fine (top) to coarse.
 
     An open path is a line whose colour and width say its activation. A node whose cell runs is a filled
-    circle, also where only the zeros of closed paths arrive. One that something arrives at and that has no
-    open path is hollow, and the dotted line along keep is its free skip (Eq. 5). The others are faint dots.
-    Sizes follow the size `ax` has now, so lay the figure out first. `legend` explains the signs below it, in
-    `words`; other numbers in 0..1 for each edge, over several images, can be drawn as `gates` if the words say what
-    they are: then every node of an edge above 0 runs in some image.
+    circle, also if only the zeros of closed paths arrive. A node that is reached and has no open path is
+    hollow, and the dotted line along keep is its free skip (Eq. 5). The others are faint dots. Sizes follow
+    the size `ax` has now, so lay the figure out first. `legend` explains the signs below it, in `words`. Other
+    numbers in 0..1 for each edge, over several images, can be drawn as `gates` if the words say what they are:
+    then every node of an edge above 0 runs in some image.
 
-    Raises ValueError where `gates` is not [L+1, S, 3] of this space, or holds NaN.
+    Raises ValueError if `gates` is not [L+1, S, 3] of this space, or holds NaN.
     """
     gates = _checked_gates(space, gates)
     gates = gates * space.reached(gates, zeros_arrive=True)[..., None]  # zeros may be all that arrives
@@ -124,7 +124,7 @@ def draw_route(
 def draw_frame(ax: Axes, space: RoutingSpace, title: str | None = None) -> float:
     """What every drawn route has around its paths: limits, stem, decoder, axis labels, title.
 
-    Returns the size of lines and nodes, 1 where a layer is 36 points wide.
+    Returns the size of lines and nodes, 1 if a layer is 36 points wide.
     """
     last, coarsest = space.depth, space.num_scales - 1
     left, right, bottom, top = -1.45, last + 1.45, coarsest + 0.5, -0.5
@@ -252,7 +252,7 @@ def route_grid(
 ) -> None:
     """Routes in `columns`, row by row, with one legend: (title, gates [L+1, S, 3]).
 
-    Raises ValueError where there is no panel, or the gates do not fit the space.
+    Raises ValueError if there is no panel, or the gates do not fit the space.
     """
     kind = picture_kind(path)
     if not panels:
@@ -282,7 +282,7 @@ def routes_side_by_side(
     segmentation is any RGB picture: `overlay` with or without its legend, or `colorize`. Sizes may differ
     between panels.
 
-    Raises ValueError where there is no panel, or the gates do not fit the space.
+    Raises ValueError if there is no panel, or the gates do not fit the space.
     """
     kind = picture_kind(path)
     if not panels:

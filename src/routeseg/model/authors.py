@@ -35,7 +35,7 @@ def import_checkpoint(
                 False: the images given are what enters their stem (BGR, already normalised)
 
     Depth, width, classes, scales, and whether there are gates, are read off the tensors.
-    Raises ValueError where the file is damaged, is no such checkpoint, or holds more than tensors; no code in it runs.
+    Raises ValueError if the file is damaged, is no such checkpoint, or holds more than tensors; no code in it runs.
     """
     name = "the state dict" if isinstance(source, Mapping) else str(source)
     theirs = dict(source) if isinstance(source, Mapping) else _read_authors_file(Path(source))

@@ -19,7 +19,7 @@ from routeseg.model import DynamicRoutingNetwork
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained" / "camvid_small"
 LENGTH_BYTES = 8  # at the start of a safetensors file: the length of its header
-FLOATS, COUNTS = ("F64", "F32", "F16", "BF16"), ("I64",)  # dtypes of safetensors that weights, and counts, may have
+FLOATS, COUNTS = ("F64", "F32", "F16", "BF16"), ("I64",)  # safetensors' dtypes for weights, and for counts
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def load(folder: str | Path | None = None) -> DynamicRoutingNetwork:
     config, stored = read_config(folder), read_header(folder)
     if any(key.startswith("head.") for key in stored):
         raise ValueError(
-            f"{folder} is a classifier, of `routeseg pretrain`: it segments nothing yet. Start from it with "
+            f"{folder} is a classifier, made by `routeseg pretrain`: it segments nothing yet. Start from it with "
             f"`routeseg train --init {folder}`"
         )
     with torch.device("meta"):
@@ -51,7 +51,7 @@ def load(folder: str | Path | None = None) -> DynamicRoutingNetwork:
 
 
 def read_config(folder: Path) -> NetworkConfig:
-    """What makes the network in a checkpoint folder. Raises ValueError, naming the file, if it is none."""
+    """What makes the network in a checkpoint folder. Raises ValueError, naming the file, if there is none."""
     if not folder.is_dir():
         raise ValueError(f"no checkpoint folder {folder}: give a folder with {WEIGHTS_FILE} and {CONFIG_FILE}")
     for name in (WEIGHTS_FILE, CONFIG_FILE):
@@ -66,8 +66,8 @@ def read_config(folder: Path) -> NetworkConfig:
 
 
 def read_header(folder: Path) -> dict[str, Stored]:
-    """What the weights of a checkpoint folder are, by name, without reading or mapping them: the head of the file (a
-    length, then JSON; see safetensors' format)."""
+    """Shape and dtype of the weights in a checkpoint folder, by name, without reading or mapping them. They stand at
+    the head of the file (a length, then JSON; see safetensors' format)."""
     path = folder / WEIGHTS_FILE
     try:
         with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""The classifier that the segmenter is pre-trained as (on ImageNet): the same stem and grid, a decoder turned around.
+"""The classifier that pre-trains a segmenter (on ImageNet): the same stem and grid, a decoder turned around.
 
 Legend: B images, H, W image size, K classes, L depth, S scales, C base channels.
 """
@@ -23,7 +23,7 @@ MODEL_CARD = """---
 ---
 
 An image classifier of `routeseg`, made to start a segmenter from: `routeseg train --init FOLDER`. Its stem and nodes
-have the names of those of a segmenter ("Learning Dynamic Routing for Semantic Segmentation", CVPR 2020).
+have the same names as a segmenter's ("Learning Dynamic Routing for Semantic Segmentation", CVPR 2020).
 """
 
 

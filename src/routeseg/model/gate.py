@@ -1,5 +1,5 @@
 """The gates (Sec. 3.2, Eq. 2-4): one activation per direction, per image. The paper's is the soft conditional gate;
-softmax, where one path wins, is the alternative that its ablation argues against.
+softmax, whose one largest path wins, is the alternative that its ablation argues against.
 
 Another gate is a subclass of `Gate`, with its name in registry.GATES (docs/extending.md).
 
@@ -29,7 +29,7 @@ class Gate(nn.Module):
     small  the features are first resized by 1/4 (bilinear), so that the gate costs a sixteenth
 
     A kind of gate says how scores become activations (`activate`) and, if it can be exported, the same in ONNX
-    (`onnx`). What scores are computed from may be changed as well (`scores`, `macs`).
+    (`onnx`). It may also compute its scores in another way (`scores`, `macs`).
     """
 
     def __init__(self, channels: int, num_directions: int, small: bool = False) -> None:
@@ -49,7 +49,7 @@ class Gate(nn.Module):
     def scores(self, features: Tensor, budget: Tensor | None = None) -> Tensor:
         """G of Eq. 2-3: [B,C,h,w] -> [B,D], float32.
 
-        budget  the cost that is requested of each image [B]; a gate that takes no request does not look at it
+        budget  the cost that is requested for each image [B]; a gate that takes no request ignores it
         """
         hidden = self.squeeze(shrink(features) if self.small else features)
         return self.score(hidden.mean(dim=(2, 3), dtype=self.score.weight.dtype))
@@ -62,7 +62,7 @@ class Gate(nn.Module):
 
     @classmethod
     def macs(cls, channels: int, num_directions: int, small: bool, stride: int) -> Macs:
-        """MACs for any image size; `stride` of the features' map, in pixels of the image."""
+        """MACs for any image size; `stride` is that of the features' map, in pixels of the image."""
         place, hidden = (SMALL if small else MAP), channels // 2
         resize = each("resize", channels, stride, SMALL) if small else Macs()
         return (
@@ -89,7 +89,7 @@ class SoftGate(Gate):
 
 
 class SoftmaxGate(Gate):
-    """Softmax over the directions, of which only the largest stays open: one path leaves the node, and no cell is ever
+    """Softmax over the directions. Only the largest stays open: one path leaves the node, and no cell is ever
     dropped."""
 
     @staticmethod

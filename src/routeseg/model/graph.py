@@ -1,4 +1,4 @@
-"""What a part needs of a graph of ONNX to export itself; `routeseg.export.graph.Graph` has it. Values are names."""
+"""What a part needs of an ONNX graph to export itself; `routeseg.export.graph.Graph` has it. Values are names."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
                 for (layer, s), out in directions.items()
             }
         )
-        self._modules[self.head_class.key] = self.head_class(config)  # which may be called as the property below
+        self._modules[self.head_class.key] = self.head_class(config)  # `head` may be both its key and the property
         self._reset_parameters()
 
     @property
@@ -96,7 +96,7 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
 
     @property
     def head(self) -> Head:
-        """What reads the features of all scales out."""
+        """The part that reads out the features of all scales."""
         return cast(Head, self._modules[self.head_class.key])
 
     @property
@@ -144,8 +144,8 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
                     something arrives at them (`Route.check` finds dead ends); or a sequence, one Route for each image.
         activation  of the open edges of a given route: "one", or "own", the network's own gates (an edge that they
                     close stays closed).
-        drop_path   in training, the probability that an operation of the last layer is dropped; of the others less, in
-                    proportion to their layer (scheduled drop path)
+        drop_path   in training, the probability that an operation of the last layer is dropped. It is lower in the
+                    other layers, in proportion to their number (scheduled drop path)
 
         The result for an image does not depend on the other images of the batch (in eval mode).
         Raises ValueError for images of another shape, and for a route of another space.
@@ -297,7 +297,7 @@ def _arrive(maps: list[Tensor | None], scale: int, out: Tensor) -> None:
 
 
 def _each(values: Tensor | np.ndarray, maps: Tensor) -> Tensor:
-    """A value for each image [N] as [N,1,1,1], where the maps are."""
+    """A value for each image [N] as [N,1,1,1], on the device of the maps."""
     values = torch.from_numpy(values).to(maps.device) if isinstance(values, np.ndarray) else values
     return values[:, None, None, None]
 

@@ -1,4 +1,4 @@
-"""What stands behind the grid: a head reads the features of all scales out.
+"""What stands behind the grid: a head reads out the features of all scales.
 
 The decoder (decoder.py) segments, the classifier's head (classifier.py) classifies; another one is a subclass of `Head`
 with the class of network that has it (docs/extending.md).
@@ -34,7 +34,7 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def result(self, output: Tensor, gates: Tensor, size: tuple[int, int]) -> Any:
-        """What the network returns: the head's output, gates [B,L+1,S,3]; `size` of the images before the padding."""
+        """What the network returns: the head's output, gates [B,L+1,S,3]; `size` is the images' before padding."""
         raise NotImplementedError
 
     @classmethod
@@ -43,11 +43,11 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
-        """Draws weights that are not to be drawn as those of every convolution; called once all parts are there."""
+        """Draws the weights that need other values than those of most convolutions; called once all parts are there."""
 
     def onnx(self, graph: Graph, maps: Sequence[str | None]) -> str:
         """Adds the head to a graph of ONNX: a map of each scale, None for zeros -> the output's name.
 
-        Raises NotExportable if it has none.
+        Raises NotExportable if the head has no export.
         """
         raise NotExportable(f"the head {type(self).__name__} has no export: give it a method `onnx`")

@@ -88,7 +88,7 @@ class Transform(nn.Sequential):
 
     @staticmethod
     def macs(channels: int, direction: int, stride: int) -> Macs:
-        """MACs for any image size, and the product of the output with alpha_j; `stride` of the input's map."""
+        """MACs for any image size, and the product of the output with alpha_j; `stride` is that of the input's map."""
         relu = each("relu", channels, stride)
         if direction == KEEP:
             return relu + each("product", channels, stride)

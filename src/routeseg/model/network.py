@@ -48,6 +48,6 @@ class DynamicRoutingNetwork(
         edges = route.check().named_edges
         with next(self.parameters()).device:
             static = DynamicRoutingNetwork(replace(self.config, gate=NO_GATE, small_gate=False, route=edges))
-        own = self.state_dict()
-        static.load_state_dict({key: own[key] for key in static.state_dict()})
+        weights = self.state_dict()
+        static.load_state_dict({key: weights[key] for key in static.state_dict()})
         return static.to(next(self.parameters()).dtype).train(self.training)

@@ -28,7 +28,7 @@ class Operation(nn.Module):
 
     @classmethod
     def macs(cls, channels: int, stride: int) -> Macs:
-        """MACs for any image size; `stride` of the map, in pixels of the image."""
+        """MACs for any image size; `stride` is that of the map, in pixels of the image."""
         raise NotImplementedError
 
     def onnx(self, graph: Graph, name: str, features: str) -> str:

@@ -20,11 +20,11 @@ Activation = Literal["one", "own"]
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Which edges may be used, and who decides whether they are.
+    """Which edges may be used, and who decides which of them are open.
 
     mask    bool [N,L+1,S,3]: the edges that may be used
     gated   gates decide which of them are open, and how far; otherwise all of them are, with activation 1
-    budget  the cost that is requested of gates that take a request, float32 [N]; None: they take what helps
+    budget  the cost that is requested, float32 [N], for gates that take a request; None: they spend what helps
     """
 
     mask: np.ndarray
@@ -33,14 +33,15 @@ class Request:
 
     @classmethod
     def of(cls, config: NetworkConfig, images: int, route: Routes = None, activation: Activation = "one") -> Request:
-        """The request of a forward of so many images; `route` and `activation` as `DynamicRoutingNetwork.forward` takes
-        them.
+        """The request for a forward of so many images; `route` and `activation` as `DynamicRoutingNetwork.forward`
+        takes them.
 
-        Raises ValueError for routes that the network does not have, of another number, or for another activation.
+        Raises ValueError for a route that the network does not have, for another number of routes than of images, and
+        for another activation.
         """
         if activation not in ("one", "own"):
             raise ValueError(
-                f"activation is {activation!r}: choose one (1 on open edges) or own (of the network's gates)"
+                f"activation is {activation!r}: choose one (1 on open edges) or own (that of the network's gates)"
             )
         routes = [config.whole_route] if route is None else [route] if isinstance(route, Route) else list(route)
         if not isinstance(route, Route | None) and len(routes) != images:

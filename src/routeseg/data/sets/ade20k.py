@@ -82,7 +82,7 @@ LABELS = LabelMap(
 
 
 def open_ade20k(root: Path, split: str) -> PairedFiles:
-    """A split of ADE20K, train or val. Raises ValueError, showing the expected tree, where something is missing."""
+    """A split of ADE20K, train or val. Raises ValueError, showing the expected tree, if something is missing."""
     if split not in SPLITS:
         raise no_split("ADE20K", split, SPLITS)
     inner = root / "ADEChallengeData2016"

@@ -49,7 +49,7 @@ LABELS = LabelMap(len(CLASSES), {UNLABELLED: IGNORE}, {}, remedy=REMEDY)
 
 
 def open_camvid(root: Path, split: str) -> PairedFiles:
-    """A split of CamVid. Raises ValueError, showing the expected tree, where something is missing."""
+    """A split of CamVid. Raises ValueError, showing the expected tree, if something is missing."""
     if split not in SPLITS:
         raise no_split("CamVid", split, SPLITS)
     need_folders(root, (split, f"{split}annot"), "CamVid", TREE)

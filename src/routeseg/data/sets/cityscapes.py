@@ -1,7 +1,7 @@
 """Cityscapes (Cordts et al., CVPR 2016) in its official layout, with the 19 classes that it is trained and scored on.
 
 Label files hold the official ids; they are mapped here, by the table of the benchmark's own scripts, so nothing has
-to be converted first. Where the scripts' `*_labelTrainIds.png` was written beside, it is used: it holds the classes.
+to be converted first. If the scripts' `*_labelTrainIds.png` lies beside, it is used: it holds the classes.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ LABEL_IDS = CityscapesLabels(
 def open_cityscapes(root: Path, split: str) -> PairedFiles:
     """A split of Cityscapes, or several joined with "+", such as train+train_extra; see SPLITS.
 
-    Pictures of `test` have no labels where no file is there. Raises ValueError, showing the expected tree, where
+    Pictures of `test` have no labels if the file is not there. Raises ValueError, showing the expected tree, if
     something is missing.
     """
     parts = split.split("+")

@@ -84,7 +84,7 @@ class Description:
 def open_folder(root: Path, split: str) -> PairedFiles:
     """A split of your own pictures. `root` is the folder of a classes.yaml, or such a file of any name.
 
-    Raises ValueError where the file does not describe a data set, or the split is not what it describes.
+    Raises ValueError if the file does not describe a data set, or the split is not what it describes.
     """
     about = read_description(describing_file(root))
     file = str(about.path).replace("{", "{{").replace("}", "}}")  # the remedy is a template
@@ -120,7 +120,7 @@ def _pairs(about: Description, split: str) -> list[Pair]:
 
 
 def _folders(about: Description, split: str) -> tuple[Path, Path]:
-    """Where the images and masks of a split lie. Raises ValueError, naming what is there, where that is nowhere."""
+    """Where the images and masks of a split lie. Raises ValueError, naming what is there, if they are missing."""
     found = []
     for key, folders in (("images", about.images), ("masks", about.masks)):
         if not isinstance(folders, Path):

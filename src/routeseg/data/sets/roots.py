@@ -36,7 +36,7 @@ def no_split(data_set: str, split: str, splits: Iterable[str], hint: str = "") -
 def read_names(path: Path) -> list[str]:
     """The lines of a list of names, in order. Bytes that are not UTF-8 are kept, as Python keeps them in paths.
 
-    Raises ValueError where the list is missing or empty, or has a name twice.
+    Raises ValueError if the list is missing or empty, or has a name twice.
     """
     if not path.is_file():
         raise ValueError(f"no file {path}: it lists the pictures of a split, one name a line")
@@ -51,7 +51,7 @@ def read_names(path: Path) -> list[str]:
 
 
 def files_of(folder: Path, suffix: str) -> dict[str, Path]:
-    """Name without `suffix` -> file, sorted, for the files of a folder that end so; none where it is missing.
+    """Name without `suffix` -> file, sorted, for the files of a folder that end so; none if it is missing.
 
     Hidden files, such as the ._* that macOS leaves behind, do not count.
     """
@@ -75,7 +75,7 @@ def look_up(
 
 
 def check_names(pairs: Sequence[Pair], what: str) -> list[Pair]:
-    """The pairs. Raises ValueError where there are none, or two have one name: their results would be mixed up."""
+    """The pairs. Raises ValueError if there are none, or two have one name: their results would be mixed up."""
     if not pairs:
         raise ValueError(f"{what} holds no pictures")
     first: dict[str, Pair] = {}

@@ -82,7 +82,7 @@ def open_voc(root: Path, split: str, sbd_root: Path | None = None) -> PairedFile
     """A split of VOC 2012: train, val, trainval, test (no labels), or train_aug, which needs SBD.
 
     sbd_root  where SBD lies; None: beside VOCdevkit
-    Raises ValueError, showing the expected tree, where something is missing.
+    Raises ValueError, showing the expected tree, if something is missing.
     """
     if split not in SPLITS:
         raise no_split("VOC 2012", split, SPLITS)
@@ -100,7 +100,7 @@ def open_voc(root: Path, split: str, sbd_root: Path | None = None) -> PairedFile
 def train_aug_names(train: Iterable[str], val: Iterable[str], sbd: Iterable[str]) -> list[str]:
     """The pictures of VOC's train and of all of SBD, without those of VOC's val; sorted.
 
-    On the real data that is 10,582: SBD has 8,498 + 2,857 = 11,355 pictures, of which 2,237 are in VOC's trainval
+    On the real data that is 10,582: SBD has 8,498 + 2,857 = 11,355 pictures. 2,237 of them are in VOC's trainval
     (1,464 + 1,449) and 9,118 are not; so 1,464 + 9,118.
     """
     return sorted((set(train) | set(sbd)) - set(val))
@@ -114,7 +114,7 @@ def read_labels(path: Path) -> np.ndarray:
 def read_sbd(path: Path) -> np.ndarray:
     """`GTcls.Segmentation` of a .mat file of SBD: integers [H,W].
 
-    Raises UnreadableImage where the file is missing or damaged, ValueError where it holds something else.
+    Raises UnreadableImage if the file is missing or damaged, ValueError if it holds something else.
     """
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError

@@ -1,7 +1,7 @@
 """Unpacking an archive that nobody vouches for: nothing lands outside the folder, and nothing grows without bound.
 
-Files are written here one by one, by name and content alone: no link, device, owner or permission of the archive is
-ever made, so that what a member's name says is all that has to be checked.
+Files are written here one by one, by name and content alone. No link, device, owner or permission of the archive is
+ever made, so only the members' names have to be checked.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def unpack(
 
     Links that stay inside the archive are left out. Raises BadArchive, naming the member, for a path or a link that
     leaves the folder, for a device, for a name that comes twice, for more bytes than the limit, and for an archive
-    that is damaged; OSError where the disk is full. The folder then holds what was written until then.
+    that is damaged; OSError if the disk is full. The folder then holds what was written until then.
     """
     declared = written = files = 0
     folder.mkdir(parents=True)

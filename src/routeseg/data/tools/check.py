@@ -49,7 +49,7 @@ class Picture:
     kind        how the label stores its values: "8 bit", "16 bit" or more, or "colour"
     values      label value as a mapping would call it -> pixels
     unknown     those of `values` that mean nothing
-    pixels      int64 [K+1], of each class, and ignored
+    pixels      int64 [K+1], pixels of each class, and ignored ones
     digest      a hash of the image file
     """
 
@@ -206,7 +206,7 @@ class SplitCheck:
         return sum((picture.pixels[:-1] > 0 for picture in self.counted if picture.pixels is not None), zero)
 
     def shares(self) -> np.ndarray:
-        """float [K], of the pixels that belong to a class; zeros where there are none."""
+        """float [K], of the pixels that belong to a class; zeros if there are none."""
         labelled = self.pixels[:-1]
         return labelled / max(labelled.sum(), 1)
 
@@ -250,7 +250,7 @@ def check_split(
 ) -> SplitCheck:
     """Looks at every picture of a split.
 
-    workers     processes that read files, 0 or 1: this one; None: one a core, where it takes more than some seconds
+    workers     processes that read files, 0 or 1: this one; None: one a core, if it takes more than some seconds
     on_picture  called after each picture (for a progress bar)
     """
     found: dict[int, Picture] = {}
@@ -313,7 +313,7 @@ def pictures_to_show(check: SplitCheck, count: int) -> list[int]:
 
 
 def read_to_show(data: SegmentationData, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """-> image uint8 [H,W,3], labels uint8 [H,W], where a value that means nothing is K."""
+    """-> image uint8 [H,W,3], labels uint8 [H,W]; a value that means nothing is K."""
     if not isinstance(data, PairedFiles) or data.pairs[index].labels is None:
         return data.read(index)
     pair = data.pairs[index]

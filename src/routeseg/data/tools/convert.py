@@ -29,7 +29,7 @@ from routeseg.files import check_writable, write_atomically
 from routeseg.labels import IGNORE
 
 FARTHEST = 1e6  # coordinate that is drawn: pycocotools walks along outlines step by step, and never ends at NaN
-VAL_FRACTION = 0.2  # where the export does not say what is for validation
+VAL_FRACTION = 0.2  # if the export does not say what is for validation
 BACKGROUNDS = ("background", "_background_", "__background__")
 BORDER = "#e0e0c0"  # VOC's border of objects
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -51,7 +51,7 @@ class Converted:
 
 
 class Annotations:
-    """A COCO-style JSON and the folder of its images. Raises ValueError where the one does not fit the other."""
+    """A COCO-style JSON and the folder of its images. Raises ValueError if the one does not fit the other."""
 
     def __init__(self, path: Path, images: Path) -> None:
         self.path, self.folder = path, images
@@ -135,10 +135,10 @@ def convert_coco(
 ) -> Converted:
     """Draws the masks of COCO-style annotations, larger objects first: OUTPUT/masks/, lists, and OUTPUT/classes.yaml.
 
-    parts       split -> its annotations; of a single one, a part is set aside for validation, by name
+    parts       split -> its annotations; if there is only one, a part of it is set aside for validation, by name
     background  pixels without an object are the first class, and not ignored
     on_picture  called after each picture (for a progress bar)
-    Raises ValueError, naming the extra, where pycocotools is missing, and where OUTPUT holds a data set.
+    Raises ValueError, naming the extra, if pycocotools is missing, and if OUTPUT holds a data set.
     """
     tool = require("pycocotools.mask", "coco", "a file of COCO annotations")
     if (output / FILE).exists():
@@ -180,7 +180,7 @@ def convert_coco(
 
 
 def _categories(parts: Mapping[str, Annotations]) -> tuple[dict[int, dict], list[str]]:
-    """Category id -> entry, by id, and notes. Raises ValueError where two files do not agree.
+    """Category id -> entry, by id, and notes. Raises ValueError if two files do not agree.
 
     Some tools write the project's name as a category above all others, without a single object: that is left out.
     """
@@ -245,7 +245,7 @@ def _naming(path: Path, entry: dict) -> Iterator[None]:
 
 
 def _runs(tool: Any, outline: Any, size: tuple[int, int]) -> Any:
-    """An outline as pycocotools' run lengths, or None where there is none."""
+    """An outline as pycocotools' run lengths, or None if there is none."""
     if not outline:
         return None
     if isinstance(outline, dict):
@@ -265,7 +265,7 @@ def _runs(tool: Any, outline: Any, size: tuple[int, int]) -> Any:
 
 
 def _seen_from(folder: Path, base: Path) -> str:
-    """A relative path where it is short, so that both may be moved together; else the absolute one."""
+    """A relative path if it is short, so that both may be moved together; else the absolute one."""
     relative = os.path.relpath(os.path.realpath(folder), os.path.realpath(base))
     return str(folder.absolute()) if relative.count("..") > 2 else Path(relative).as_posix()
 
@@ -273,9 +273,9 @@ def _seen_from(folder: Path, base: Path) -> str:
 def convert_voc(export: Path, images: str | None = None, background: bool = True) -> Converted:
     """Writes EXPORT/classes.yaml for a VOC-style export; the images and masks are not touched.
 
-    images      the folder of the images, where it is not EXPORT/JPEGImages
+    images      the folder of the images, if it is not EXPORT/JPEGImages
     background  the class background is kept; else it is ignored
-    Raises ValueError, showing the expected tree, where something is missing.
+    Raises ValueError, showing the expected tree, if something is missing.
     """
     pictures = Path(images) if images is not None else export / "JPEGImages"
     if (export / FILE).exists():
@@ -338,7 +338,7 @@ def _voc_classes(export: Path) -> tuple[list[str], dict[Any, int], list[list[int
 
 
 def _voc_split(export: Path) -> dict[str, Any]:
-    """The lists of the export, where there is one to train and one to validate on; else a fraction of its list."""
+    """The lists of the export, if there is one to train and one to validate on; else a fraction of its list."""
     lists = sorted((export / "ImageSets" / "Segmentation").glob("*.txt"))
     known = {SPLIT_NAMES[path.stem.lower()]: path for path in lists if path.stem.lower() in SPLIT_NAMES}
     if {"train", "val"} <= set(known):

@@ -1,8 +1,8 @@
 """Fetching the data sets that anyone may fetch: download with resume, checksum, unpacking, a look at the result.
 
-An archive is downloaded to NAME.part, is called NAME once its checksum is right, is unpacked beside the place where the
-data set belongs, and moved there when it is whole. Whatever breaks on the way, a second run goes on from there, and the
-data set is either whole or not there.
+An archive is downloaded to NAME.part, and called NAME once its checksum is right. It is unpacked beside the place where
+the data set belongs, and moved there when it is whole. Whatever breaks on the way, a second run goes on from there, and
+the data set is either whole or not there.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Source:
     train_with: str
 
     def missing(self, folder: Path) -> str | None:
-        """In words, the first pattern with a wrong number of files in the unpacked folder; None where all is there."""
+        """In words, the first pattern with a wrong number of files in the unpacked folder; None if all is there."""
         for pattern, expected in self.files.items():
             found = sum(1 for _ in folder.glob(pattern))
             if found != expected:
@@ -149,7 +149,7 @@ def download(
     wait_s                  before a broken download is tried again; doubles each time
 
     An archive of the right name that lies in `root` is used, and stays; one that was downloaded is removed at the end.
-    Raises DownloadError, or BadArchive where the archive is damaged or hostile.
+    Raises DownloadError, or BadArchive if the archive is damaged or hostile.
     """
     from filelock import FileLock, Timeout
 
@@ -185,7 +185,7 @@ def _place(
     on_unpacked: Callable[[int], Any] | None,
     wait_s: float,
 ) -> None:
-    """`download`, where the data set is not there and nobody else is at it."""
+    """`download`, once it is known that the data set is not there and that nobody else downloads it."""
     found = archive.exists()
     if found:
         _check_found(source, archive, say)
@@ -251,7 +251,7 @@ def _fetch_archive(
             fetch(url, part, on_bytes, wait_s)
         os.unlink(temporary)
         try:
-            os.link(part, temporary)  # so that the part stays where the check is interrupted
+            os.link(part, temporary)  # so that the part stays if the check is interrupted
         except OSError:  # a file system without links
             os.replace(part, temporary)
 
@@ -271,7 +271,7 @@ def _fetch_archive(
 
 
 def fetch(url: str, part: Path, on_bytes: OnBytes | None = None, wait_s: float = 1.0) -> None:
-    """Downloads into the file `part`, after what it already holds where the server can do that.
+    """Downloads into the file `part`, after what it already holds if the server can do that.
 
     A connection that breaks is made again, TRIES in all, unless nothing at all arrived in this run. Raises
     DownloadError; `part` keeps what has arrived.
@@ -303,7 +303,7 @@ def fetch(url: str, part: Path, on_bytes: OnBytes | None = None, wait_s: float =
 
 
 def _fetch_rest(url: str, part: Path, on_bytes: OnBytes) -> None:
-    """One connection. Raises OSError or HTTPException where it breaks, DownloadError where the disk is full."""
+    """One connection. Raises OSError or HTTPException if it breaks, DownloadError if the disk is full."""
     start = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": f"routeseg/{__version__}"} | ({"Range": f"bytes={start}-"} if start else {})
     try:

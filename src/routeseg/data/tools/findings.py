@@ -148,7 +148,7 @@ def _mapping_remedy(check: SplitCheck, label_map: LabelMap, described_in: Path |
 
 
 def _number_mapping(values: Sequence[int], names: Sequence[str]) -> str:
-    """The mapping that is most likely meant, for label values of which some mean nothing."""
+    """The mapping that is most likely meant, for label values if some of them mean nothing."""
     plain = [value for value in values if value != IGNORE]
     count = len(names)
     if 1 <= min(plain) and max(plain) == count:
@@ -156,7 +156,7 @@ def _number_mapping(values: Sequence[int], names: Sequence[str]) -> str:
     if min(plain) == 0 and max(plain) == count:
         shifted = _mapping(range(count + 1), [IGNORE, *range(count)])
         return (
-            f"one more name in front, for value 0 (`names: [background, {names[0]}, ...]`), or, where 0 is no class, "
+            f"one more name in front, for value 0 (`names: [background, {names[0]}, ...]`), or, if 0 is no class, "
             f"{shifted}"
         )
     for some in (list(values), plain):

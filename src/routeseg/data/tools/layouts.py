@@ -1,7 +1,7 @@
 """Procedural street scenes, written in the layouts of the known data sets with their official label encodings.
 
-So every reader can be tried, and a configuration for the real data be rehearsed, before a download. What the real
-labels leave out is left out here too: the car's own bonnet, a rim, borders of objects, the labels of the test split.
+So every reader, and a configuration for the real data, can be tried before a download. What the real labels leave out
+is left out here too: the bonnet of the camera's car, a rim, borders of objects, the labels of the test split.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def write_layout(
 ) -> None:
     """Writes the scenes of a configuration in a layout. Nothing appears in `root` before all is written.
 
-    Raises ValueError where the folder already holds data, or cannot be written.
+    Raises ValueError if the folder already holds data, or cannot be written.
     """
     write = {
         "folder": _write_folder,
