@@ -35,6 +35,7 @@ from routeseg.evaluation import machine_facts
 from routeseg.files import write_json
 from routeseg.model.gate import shrink
 from routeseg.model.layers import InputNorm, Subsample, upsample
+from routeseg.model.operations import SepConv3x3, SepConv5x5
 from routeseg.space import STEM_STRIDE
 
 TURN_MS = 5.0  # of the calls that follow each other in a turn
@@ -203,7 +204,7 @@ def cases(kernels: Kernels, args: Namespace) -> Iterator[Case]:
         yield kernels.convolution(f"gate, {at}", [nn.Conv2d(c, c // 2, 1)], size, "sum")
         yield kernels.convolution(f"up, {at}", [nn.Conv2d(c, c // 2, 1)], size)
         yield kernels.convolution(f"down, {at}", [Subsample(), nn.Conv2d(c, c * 2, 1)], size)
-        for kernel in compiled.KERNEL_SIZES:
+        for kernel in (operation.kernel_size for operation in (SepConv3x3, SepConv5x5)):
             for epilogue in ("relu", "add"):
                 yield kernels.convolution(f"separable {kernel}x{kernel}, {at}", separable(c, c, kernel), size, epilogue)
         for whole, halved in ((1, 0), (2, 0), (3, 0), (1, 1), (2, 1)):

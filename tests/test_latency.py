@@ -189,7 +189,9 @@ def test_command(tmp_path, capsys):
 
 def test_latency_of_a_static_network(tmp_path, capsys):
     """Everything that it has open is its own route, and it has no gates."""
-    model = DynamicRoutingNetwork(5, depth=6, base_channels=8, stem_channels=8, gate="fixed", route="fcn-32s")
+    model = DynamicRoutingNetwork(
+        num_classes=5, depth=6, base_channels=8, stem_channels=8, gate="fixed", route="fcn-32s"
+    )
     table = invented(model)
     table.write(tmp_path / "table.json")
     code, out, _ = run(["latency", tmp_path / "table.json"], capsys)
@@ -246,7 +248,7 @@ def test_command_mistakes(tmp_path, tiny_network, capsys):
         ([own, f"--json={in_the_way / 'x.json'}"], "--json"),
         ([tmp_path / "threads.json", *measure], "measured with 64 threads"),
         ([tmp_path / "cuda.json", *measure], "measured on cuda:7"),
-        ([other, f"--measure={checkpoint}"], "another network: depth is 4 there, 3 here"),
+        ([other, f"--measure={checkpoint}"], "another network: num_classes is 5 there, 10 here"),
         ([damaged, f"--route={route}"], "damaged"),
         ([tmp_path / "nothing.json"], "no latency table"),
     ):
