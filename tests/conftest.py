@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import routeseg
 from downloads import serve
 from routeseg import DynamicRoutingNetwork
 from routeseg.cli import main
@@ -78,6 +79,12 @@ def scenes_checkpoint(folder: Path, **options) -> str:
         **options,
     )
     return str(spread_gates(model).save(folder))
+
+
+def environment_with(*folders: Path) -> dict[str, str]:
+    """For a process of Python's: one thread, these folders to import from, and the package that is tested here."""
+    places = [*folders, Path(routeseg.__file__).parents[1]]  # another clone may be the one that is installed
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, places))}
 
 
 def run(words, capsys):

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import routeseg
-from conftest import run
+from conftest import environment_with, run
 from routeseg.data.datamodule import DataConfig, evaluation_loader, open_data
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import evaluate
@@ -41,8 +41,6 @@ from two_processes import (
 
 HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-SOURCES = Path(routeseg.__file__).parents[1]  # the package that is tested here, whichever is installed
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{SOURCES}"}
 WORDS = [
     "--accelerator=cpu", "--model.depth=3", "--model.base_channels=4", "--model.stem_channels=4", "--data.workers=0",
     "--data.crop=[32,64]", "--data.image_size=[48,64]", "--data.train_images=12", "--data.val_images=3",
@@ -76,7 +74,7 @@ class Job:
     def __init__(self, command, output, script):
         """`output` is the folder of the training, `script` a word of the command line of those processes alone."""
         with TemporaryFile("w+") as err:
-            job = subprocess.Popen(command, stderr=err, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
+            job = subprocess.Popen(command, stderr=err, stdout=subprocess.DEVNULL, env=environment_with(HERE))
             try:
                 deadline = time.monotonic() + 180
                 while not (output / "last.ckpt").exists() and job.poll() is None and time.monotonic() < deadline:

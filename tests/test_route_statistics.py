@@ -223,11 +223,12 @@ def own_data(tmp_path, capsys):
     return folder, ["--data.name=folder", f"--data.root={folder}", "--data.workers=0"]
 
 
-def test_routes_over_scenes_by_preset(tmp_path, checkpoint, capsys):
+def test_routes_over_scenes_by_preset_and_their_common_route(tmp_path, checkpoint, capsys):
     out = tmp_path / "out"
-    code, text, _ = run(["routes", checkpoint, *SCENES, "--permutations=200", "--output", out], capsys)
+    code, text, _ = run(["routes", checkpoint, *SCENES, "--permutations=200", "--common=0.6", "--output", out], capsys)
     assert code == 0 and "follow the preset" in text and "large" in text
-    assert {path.name for path in out.iterdir()} == FILES
+    assert "edges open in 60 % of the images" in text
+    assert {path.name for path in out.iterdir()} == FILES | {"common_route.json"}
     result = json.loads((out / "routes.json").read_text())
     assert result["images"] == len(result["per_image"]) == 3
     assert result["command"][0] == "routes" and "machine" in result and "versions" in result
@@ -239,6 +240,9 @@ def test_routes_over_scenes_by_preset(tmp_path, checkpoint, capsys):
     assert set(result["group_tests"]) == {"activation", "open"}
     assert set(result["group_tests"]["open"]) == {"permuted"}, "scenes come in no order"
     assert all(Image.open(out / name).width > 300 for name in FILES if name.endswith(".png"))
+    route = Route.from_json((out / "common_route.json").read_text())
+    often = {(e["layer"], e["scale"], e["direction"]) for e in result["edges"] if e["frequency"] >= 0.6}
+    assert set(route.named_edges) <= often and not route.dead_ends
 
 
 def test_routes_over_your_own_data_by_object_size(tmp_path, checkpoint, own_data, capsys):
@@ -255,18 +259,6 @@ def test_routes_over_your_own_data_by_object_size(tmp_path, checkpoint, own_data
     code, text, _ = run([*command, tmp_path / "one", "--images=1"], capsys)
     assert code == 0 and "Too few pictures" in text
     assert {path.name for path in (tmp_path / "one").iterdir()} == FILES
-
-
-def test_routes_writes_the_common_route(tmp_path, checkpoint, capsys):
-    command = ["routes", checkpoint, *SCENES, "--permutations=20", "--output", tmp_path / "out"]
-    code, text, _ = run([*command, "--common=0.6"], capsys)
-    assert code == 0 and "edges open in 60 % of the images" in text
-    route = Route.from_json((tmp_path / "out" / "common_route.json").read_text())
-    edges = json.loads((tmp_path / "out" / "routes.json").read_text())["edges"]
-    often = {(e["layer"], e["scale"], e["direction"]) for e in edges if e["frequency"] >= 0.6}
-    assert set(route.named_edges) <= often and not route.dead_ends
-    code, _, err = run([*command, "--common=1.5"], capsys)
-    assert code == 2 and "--common is 1.5" in err and not (tmp_path / "x").exists()
 
 
 def test_a_threshold_that_closes_everything(tmp_path, capsys):
@@ -293,6 +285,7 @@ def test_routes_mistakes(tmp_path, checkpoint, own_data, capsys):
         ([tmp_path / "nothing", *SCENES], "no checkpoint folder"),
         ([checkpoint, *SCENES, "--images=0"], "one picture at least"),
         ([checkpoint, *SCENES, "--permutations=0"], "at least 1"),
+        ([checkpoint, *SCENES, "--common=1.5"], "--common is 1.5"),
         ([checkpoint, *words, "--split=test"], "no folder"),
         ([checkpoint, *SCENES, "--output", tmp_path / "file" / "x"], "cannot write"),
     ):

@@ -35,6 +35,7 @@ def test_runs_once_and_reports(tmp_path, capsys, monkeypatch):
 
     started = []
     monkeypatch.setattr(small_batch, "start", start)
+    monkeypatch.setattr(small_batch, "NORM_PICTURES", 8)
     monkeypatch.setattr(
         small_batch, "variants", lambda: {"scaled-2": small_batch.Variant(2, 0.0125), "bare-2 x64": BAD}
     )
