@@ -1,8 +1,8 @@
 """int8 files: post-training quantisation of an exported network, by ONNX Runtime (the extra `routeseg[onnx]`).
 
 Static: the ranges of activations are those of calibration images. Activations are uint8, with one scale a map, weights
-int8 of 7 bits (-64 to 64), with one scale a channel. The first convolution, which sees the pixels, the last one, and the
-resizing of the logits stay float32; so do the gates behind their convolution, for they decide the route.
+int8 of 7 bits (-64 to 64), with one scale a channel. The first convolution, which sees the pixels, the last one, and
+the resizing of the logits stay float32; so do the gates behind their convolution, for they decide the route.
 
 Why 7 bits: x86 processors without VNNI add two products of uint8 by int8 in 16 bits (`vpmaddubsw`). 8-bit weights
 saturate that sum, and the logits are far off; 2 * 255 * 64 fits.
