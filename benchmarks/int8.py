@@ -6,6 +6,9 @@ The network that is shipped, with its gates: routed in float32 (closed paths ski
 (every path computed). Calibrated with training images, scored on the validation set. Then a network of full size,
 static and with random weights, for time alone: what int8 gains depends on the width. Times are medians of files in
 turns, each made for the image's size, as benchmarks/inference.py takes them.
+
+Processors with VNNI and without differ in time: the results name the processor's instructions (`machine.isa`). Give
+--output on a machine of another kind than that of the results at hand, to keep both.
 """
 
 from __future__ import annotations

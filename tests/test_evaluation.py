@@ -15,7 +15,7 @@ from conftest import run, spread_gates
 from routeseg import DynamicRoutingNetwork, SkipEngine
 from routeseg.cost.macs import model_cost
 from routeseg.data.datamodule import DataConfig, evaluation_loader, open_data
-from routeseg.evaluation import evaluate
+from routeseg.evaluation import evaluate, machine_facts
 from routeseg.evaluation.boundary import boundary_counts
 from routeseg.evaluation.submission import Submission
 from routeseg.evaluation.test_time import MultiPass
@@ -470,3 +470,14 @@ def test_agreement_with_the_official_script_for_good_predictions(tmp_path, layou
     ours = evaluate(model, evaluation_loader(pictures), nearly_right, on_prediction=submission.write).as_dict()
     assert 0.2 < ours["miou"] < 0.9
     check_agreement(official_scores(root, tmp_path / "sub", monkeypatch), ours)
+
+
+def test_results_name_the_instructions_of_the_machine(tmp_path, monkeypatch):
+    cpuinfo = tmp_path / "cpuinfo"
+    monkeypatch.setattr("routeseg.evaluation.scores.CPUINFO", cpuinfo)
+    assert machine_facts()["machine"]["isa"] == [], "not Linux"
+    cpuinfo.write_text("processor\t: 0\nmodel name\t: A: B\nflags\t\t: fpu avx512_vnni avx2\n\nprocessor\t: 1\n")
+    assert machine_facts()["machine"] | {"cpu": "A: B", "isa": ["avx2", "avx512_vnni"]} == machine_facts()["machine"]
+    cpuinfo.write_text("processor\t: 0\nFeatures\t: asimd\n")
+    found = machine_facts()["machine"]
+    assert found["isa"] == [] and found["cpu"]

@@ -90,6 +90,21 @@ def test_what_is_quantised(images, tmp_path):
     assert all(quantised[:-1]) and not quantised[-1], "the last one makes the logits"
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_no_sum_of_two_products_saturates(name, images, tmp_path):
+    """Processors without VNNI add two products, of uint8 features by int8 weights, in 16 bits (`vpmaddubsw`)."""
+    graph = onnx.load(export_int8(MODELS[name](), tmp_path / "net.onnx", images[:2])).graph
+    makers = {output: node for node in graph.node for output in node.output}
+    values = {value.name: onnx.numpy_helper.to_array(value) for value in graph.initializer}
+    sources = [makers.get(node.input[1]) for node in graph.node if node.op_type == "Conv"]
+    weights = [values[source.input[0]].astype(int) for source in sources if source is not None]
+    assert weights
+    for weight in weights:
+        largest = np.abs(weight).reshape(len(weight), -1).max(1)  # of each channel
+        assert 2 * 255 * largest.max() <= np.iinfo(np.int16).max
+        assert largest.min() >= 63, "each channel uses the whole range"
+
+
 def test_it_is_smaller_and_another_network(images, tmp_path):
     model = gated()
     float_model = build_onnx(model, dense=True)

@@ -31,6 +31,9 @@ from routeseg.labels import IGNORE
 from routeseg.model import DynamicRoutingNetwork
 
 PACKAGES = ("routeseg", "torch", "lightning")  # whose versions a result file names
+CPUINFO = Path("/proc/cpuinfo")  # Linux has it
+# Instructions that decide how fast a network is, in Linux's words: a result file names those that the machine has.
+ISA = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
 
 @dataclass(frozen=True)
@@ -235,16 +238,12 @@ def _check_labels(labels: Tensor, num_classes: int, name: str) -> None:
 
 def machine_facts() -> dict[str, Any]:
     """Machine, date and versions, for a result file."""
-    model_name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        model_name = names[0] if names else model_name
+    cpu = _cpu_facts()
+    flags = cpu.get("flags", "").split()
     return {
         "machine": {
-            "cpu": model_name,
+            "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
+            "isa": [name for name in ISA if name in flags],
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -252,3 +251,11 @@ def machine_facts() -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
     }
+
+
+def _cpu_facts() -> dict[str, str]:
+    """What Linux says of the first processor; nothing on other systems."""
+    if not CPUINFO.exists():
+        return {}
+    pairs = (line.partition(":") for line in CPUINFO.read_text().split("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
