@@ -61,8 +61,8 @@ def serve() -> Iterator[Serving]:
             self.end_headers()
             if serving.breaks:
                 body = body[: serving.breaks.pop(0)]
+            serving.sent += len(body)  # before the client has them, and looks at it
             self.wfile.write(body)
-            serving.sent += len(body)
 
         def log_message(self, *words):
             pass
