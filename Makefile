@@ -6,8 +6,7 @@ OUTPUT ?= runs/demo
 MINUTES ?= 5
 KERNELS := $(wildcard src/routeseg/engine/kernels/*)
 NATIVE_TESTS ?= tests/test_compiled.py tests/test_kernels_benchmark.py
-# Two processes of one thread each; one that dies ends the run, for which xdist would otherwise wait for ever.
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n 2 --dist loadfile --max-worker-restart 0
+PYTEST := $(VENV)/bin/pytest -q
 DEMO := $(VENV)/bin/routeseg demo --config configs/$(DATA)/small_cpu.yaml --output $(OUTPUT)
 
 .PHONY: demo test test-all check check-native bench clean
@@ -15,7 +14,7 @@ DEMO := $(VENV)/bin/routeseg demo --config configs/$(DATA)/small_cpu.yaml --outp
 demo: $(READY)  ## train, evaluate, report: make demo [DATA=camvid ROOT=folder] [MINUTES=5]
 	$(DEMO) $(if $(ROOT),--data.root "$(ROOT)") --minutes $(MINUTES)
 
-test: $(READY)  ## the tests, about 4 minutes on 2 cores
+test: $(READY)  ## the tests, some minutes on 2 cores
 	$(PYTEST)
 
 test-all: $(READY)  ## also the slow ones
