@@ -148,7 +148,7 @@ class TestCheckpoint:
     def test_a_network_too_large_for_its_weights_is_not_built(self, checkpoint, tmp_path):
         """It would take hundreds of gigabytes."""
         large = SMALL | {"depth": MAX_DEPTH, "base_channels": MAX_CHANNELS}
-        with pytest.raises(ValueError, match="does not fit the network that its config describes: it lacks nodes"):
+        with pytest.raises(ValueError, match="does not fit the network that its config describes: it lacks the node"):
             load(copy_with(checkpoint, tmp_path / "net", json.dumps(large)))
 
     @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ class TestCheckpoint:
         with open(folder / "model.safetensors", "wb") as file:
             file.write(struct.pack("<Q", len(header)) + header.encode())
             os.ftruncate(file.fileno(), 8 + len(header) + size)
-        with pytest.raises(ValueError, match="it lacks"):
+        with pytest.raises(ValueError, match="it lacks the node"):
             load(folder)
 
 

@@ -42,6 +42,7 @@ def load(folder: str | Path | None = None) -> DynamicRoutingNetwork:
             f"{folder} is a classifier, made by `routeseg pretrain`: it segments nothing yet. Start from it with "
             f"`routeseg train --init {folder}`"
         )
+    check_nodes(config, stored, folder / WEIGHTS_FILE)  # at once, also for a depth whose network takes seconds to build
     with torch.device("meta"):
         expected = DynamicRoutingNetwork(config).state_dict()
     check_fit(expected, stored, folder / WEIGHTS_FILE)
@@ -95,6 +96,18 @@ def read_weights(folder: Path, names: Collection[str] | None = None) -> dict[str
     except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: it cannot be mapped
         raise ValueError(f"cannot read {path}: {error}. Is the file complete?") from error
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+
+def check_nodes(config: NetworkConfig, stored: Collection[str], name: str | Path) -> None:
+    """Raises ValueError, naming one, if the nodes of a file are not those of the network."""
+    there = {key.split(".")[1] for key in stored if key.startswith("nodes.")}
+    expected = {f"{layer}-{scale}" for layer, scale in config.whole_route.nodes}
+    for what, nodes in (("it lacks the node", expected - there), ("the network has no node", there - expected)):
+        if nodes:
+            raise ValueError(
+                f"{name} does not fit the network that its config describes: {what} {min(nodes)} (and {len(nodes) - 1} "
+                "more)"
+            )
 
 
 def check_fit(expected: Mapping[str, Tensor], stored: Mapping[str, Stored], name: str | Path) -> None:
