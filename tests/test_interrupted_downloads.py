@@ -6,6 +6,8 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,19 +16,25 @@ from downloads import ARCHIVE, INSIDE, LIMIT, WHOLE, everything, fetch, source_o
 from routeseg.data.tools.download import DownloadError
 
 
-class TestDisk:
-    @pytest.fixture
-    def small_files(self):
-        """A file cannot grow beyond 100,000 bytes, as on a full disk."""
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+@contextmanager
+def small_files() -> Iterator[None]:
+    """A file cannot grow beyond 100,000 bytes, as on a full disk; not around a whole test, whose report may be one."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
         yield
+    finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
 
-    def test_full_while_downloading(self, server, tmp_path, small_files):
-        with pytest.raises(DownloadError, match=r"the disk is full.*archive.tgz.part is kept: make room, and run this"):
+
+class TestDisk:
+    def test_full_while_downloading(self, server, tmp_path):
+        with (
+            small_files(),
+            pytest.raises(DownloadError, match=r"the disk is full.*archive.tgz.part is kept: make room, and run this"),
+        ):
             fetch(source_of(server), tmp_path)
         assert everything(tmp_path) == {"archive.tgz.part"}
         assert (tmp_path / "archive.tgz.part").read_bytes() == ARCHIVE[:100_000]
@@ -36,9 +44,9 @@ class TestDisk:
         fetch(source_of(server), tmp_path)
         assert everything(tmp_path) == WHOLE and server.asked == ["bytes=100000-"]
 
-    def test_full_while_unpacking(self, server, tmp_path, small_files):
+    def test_full_while_unpacking(self, server, tmp_path):
         content = tar_of((f"{INSIDE}/img/a.bin", bytes(200_000)))
-        with pytest.raises(DownloadError, match=r"the disk is full.*archive.tgz is kept"):
+        with small_files(), pytest.raises(DownloadError, match=r"the disk is full.*archive.tgz is kept"):
             fetch(source_of(server, content), tmp_path)
         assert everything(tmp_path) == {"archive.tgz"}, "no download is lost, and nothing is half unpacked"
 
