@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from routeseg.architectures import architecture
 from routeseg.labels import Colour, default_palette
 from routeseg.registry import GATES, OPERATIONS
@@ -130,6 +132,11 @@ class NetworkConfig:
             return Route.all_open(self.space)
         assert not isinstance(self.route, str)
         return Route.from_named_edges(self.space, self.route)
+
+    @cached_property
+    def mask(self) -> np.ndarray:
+        """The edges that the network has, bool [1,L+1,S,3]: not to be written to."""
+        return self.whole_route.to_gates()[None] > 0
 
     @property
     def gated(self) -> bool:

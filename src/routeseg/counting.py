@@ -8,7 +8,7 @@ Legend: H, W (padded) image size; C channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -160,23 +160,21 @@ class PartMacs:
     def from_json(cls, data: Any, num_scales: int) -> PartMacs:
         """The inverse of `as_json`. Raises ValueError if it is none, or lacks a scale."""
 
-        def parts(rows: Any, count: int) -> tuple[Macs, ...]:
+        def listed(rows: Any, count: int) -> Sequence[Any]:
             if not isinstance(rows, Sequence) or len(rows) != count:
                 raise ValueError("costs of its parts are damaged")
-            return tuple(Macs.from_json(row) for row in rows)
-
-        def by_scale(rows: Any) -> Iterable[Any]:
-            if not isinstance(rows, Sequence) or len(rows) != num_scales:
-                raise ValueError("costs of its parts are damaged")
             return rows
+
+        def parts(rows: Any, count: int) -> tuple[Macs, ...]:
+            return tuple(Macs.from_json(row) for row in listed(rows, count))
 
         try:
             return cls(
                 Macs.from_json(data["stem"]),
                 Macs.from_json(data["head"]),
                 parts(data["cell"], num_scales),
-                tuple(parts(row, 3) for row in by_scale(data["gate"])),
-                tuple(parts(row, 3) for row in by_scale(data["transform"])),
+                tuple(parts(row, 3) for row in listed(data["gate"], num_scales)),
+                tuple(parts(row, 3) for row in listed(data["transform"], num_scales)),
             )
         except (KeyError, TypeError) as error:
             raise ValueError("costs of its parts are missing") from error

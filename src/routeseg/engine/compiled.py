@@ -206,6 +206,7 @@ def raise_failure(library: ctypes.CDLL, status: int, what: str) -> None:
 def _unknown_parts(model: RoutedNetwork, library: ctypes.CDLL) -> Iterator[str]:
     """The parts of a network that the kernels do not know, or cannot hold."""
     gates: set[str] = set()
+    most = library.routeseg_most_channels()
     for name, layer in model.named_modules():
         kind = type(layer).__name__
         if isinstance(layer, Gate):
@@ -213,7 +214,7 @@ def _unknown_parts(model: RoutedNetwork, library: ctypes.CDLL) -> Iterator[str]:
         if layer is not model and type(layer) not in LAYERS:
             what = "gate" if isinstance(layer, Gate) else "cell operation" if isinstance(layer, Operation) else "layer"
             yield f"there is no kernel for the {what} {kind} ({name})"
-        if isinstance(layer, nn.Conv2d) and (most := library.routeseg_most_channels()) < max(layer.weight.shape[:2]):
+        if isinstance(layer, nn.Conv2d) and most < max(layer.weight.shape[:2]):
             yield f"the kernels hold {most} channels, {name} has {max(layer.weight.shape[:2])}"
     if len(gates) > 1:
         yield f"the kernels know one kind of gate in a network, this one has {' and '.join(sorted(gates))}"

@@ -54,10 +54,12 @@ class SkipEngine:
         dtype = _supported(precision, model)
         if backend not in ("auto", "kernels", "eager", "batched"):
             raise ValueError(f"backend {backend!r}: choose one of auto, kernels, eager, batched")
-        reason = CompiledForward.supports(model, dtype)
-        if backend == "auto":
-            backend = "batched" if self.device.type != "cpu" else "eager" if reason else "kernels"
-            if backend == "eager" and parameter.dtype == torch.float32:
+        if backend == "auto" and self.device.type != "cpu":
+            backend = "batched"
+        elif backend == "auto":
+            reason = CompiledForward.supports(model, dtype)
+            backend = "eager" if reason else "kernels"
+            if reason and parameter.dtype == torch.float32:
                 _say_once(f"running on PyTorch's operations, which is slower: {reason}")
         if backend == "kernels":
             self.forward = CompiledForward(model, dtype)
@@ -84,9 +86,10 @@ def _supported(precision: str, model: RoutedNetwork) -> torch.dtype:
     if dtype == torch.float32:
         return stored
     if device.type == "cpu":
-        supported, name = CompiledForward.supports(model, dtype) is None, "CPU"
+        reason, name = CompiledForward.supports(model, dtype), "CPU"
+        supported = reason is None
         if not supported and is_compiled(dtype):
-            name += f" for this network ({CompiledForward.supports(model, dtype)})"
+            name += f" for this network ({reason})"
     else:
         supported, name = dtype == torch.float16 or _has_bfloat16(device), "GPU"
     if not supported:

@@ -104,27 +104,24 @@ def check_nodes(config: NetworkConfig, stored: Collection[str], name: str | Path
     expected = {f"{layer}-{scale}" for layer, scale in config.whole_route.nodes}
     for what, nodes in (("it lacks the node", expected - there), ("the network has no node", there - expected)):
         if nodes:
-            raise ValueError(
-                f"{name} does not fit the network that its config describes: {what} {min(nodes)} (and {len(nodes) - 1} "
-                "more)"
-            )
+            raise _misfit(name, f"{what} {min(nodes)} (and {len(nodes) - 1} more)")
 
 
 def check_fit(expected: Mapping[str, Tensor], stored: Mapping[str, Stored], name: str | Path) -> None:
     """Raises ValueError, naming a tensor, if the weights of a file are not those of the network."""
-
-    def wrong(what: str) -> ValueError:
-        return ValueError(f"{name} does not fit the network that its config describes: {what}")
-
     lacking, left = [[k for k in some if k not in other] for some, other in ((expected, stored), (stored, expected))]
     if lacking:
-        raise wrong(f"it lacks {lacking[0]} (and {len(lacking) - 1} more tensors)")
+        raise _misfit(name, f"it lacks {lacking[0]} (and {len(lacking) - 1} more tensors)")
     if left:
-        raise wrong(f"the network has no {left[0]} (nor {len(left) - 1} more tensors)")
+        raise _misfit(name, f"the network has no {left[0]} (nor {len(left) - 1} more tensors)")
     for key, value in expected.items():
         one = stored[key]
         if one.shape != tuple(value.shape):
-            raise wrong(f"{key} has shape {list(one.shape)} there, {list(value.shape)} in the network")
+            raise _misfit(name, f"{key} has shape {list(one.shape)} there, {list(value.shape)} in the network")
         allowed = FLOATS if value.is_floating_point() else COUNTS
         if one.dtype not in allowed:
-            raise wrong(f"{key} is stored as {one.dtype}: it must be {' or '.join(allowed)}")
+            raise _misfit(name, f"{key} is stored as {one.dtype}: it must be {' or '.join(allowed)}")
+
+
+def _misfit(name: str | Path, what: str) -> ValueError:
+    return ValueError(f"{name} does not fit the network that its config describes: {what}")

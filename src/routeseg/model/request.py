@@ -43,13 +43,15 @@ class Request:
             raise ValueError(
                 f"activation is {activation!r}: choose one (1 on open edges) or own (that of the network's gates)"
             )
-        routes = [config.whole_route] if route is None else [route] if isinstance(route, Route) else list(route)
-        if not isinstance(route, Route | None) and len(routes) != images:
+        if route is None:
+            return cls(config.mask, config.gated)
+        routes = [route] if isinstance(route, Route) else list(route)
+        if not isinstance(route, Route) and len(routes) != images:
             raise ValueError(f"{len(routes)} routes for {images} images: give one route, or one for each image")
         for one in routes:
             check_route(config.whole_route, one)
         mask = np.stack([one.to_gates() > 0 for one in routes])
-        return cls(mask, config.gated and (route is None or activation == "own"))
+        return cls(mask, config.gated and activation == "own")
 
     def of_image(self, number: int) -> Request:
         """The request for one of the images."""
