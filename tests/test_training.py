@@ -22,9 +22,10 @@ from routeseg.cli import main
 from routeseg.cost.budget import Budget
 from routeseg.data.datamodule import DataConfig, SegmentationDataModule
 from routeseg.evaluation import evaluate
-from routeseg.model.cell import Cell
+from routeseg.model.compute import Compute
 from routeseg.training import callbacks, segmentation
 from routeseg.training.batch_norm import precise_batch_norm
+from routeseg.training.fused import Fused
 from routeseg.training.recipe import Recipe, lr_factor
 from routeseg.training.run import RunOptions
 from routeseg.training.segmentation import train
@@ -467,17 +468,19 @@ def test_the_budget_of_accumulated_batches(tmp_path):
 
 def test_every_batch_draws_another_drop_path(tmp_path, monkeypatch):
     """The seed differs for every batch of every step; p grows from 0 with the steps, and BatchNorm's estimate has 0."""
-    model, seeds, dropped, forward = tiny_model(), [], [], Cell.forward
+    model, seeds, dropped = tiny_model(), [], []
 
     def note_forward(*_):
         seeds.append(torch.initial_seed())
         dropped.append([])
 
-    def note_cell(self, features, drop_path=0.0):
-        dropped[-1].append(drop_path)
-        return forward(self, features, drop_path)
+    for way in (Compute, Fused):
 
-    monkeypatch.setattr(Cell, "forward", note_cell)
+        def note_cell(self, node, features, drop_path, cell=way.cell):
+            dropped[-1].append(drop_path)
+            return cell(self, node, features, drop_path)
+
+        monkeypatch.setattr(way, "cell", note_cell)
     model.register_forward_pre_hook(note_forward)
     fit(tmp_path, recipe(iterations=4, accumulate=3, drop_path=0.3, **QUICK | {"precise_bn_batches": 1}), model)
     assert len(set(seeds[:12])) == 12

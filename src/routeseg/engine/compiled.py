@@ -126,6 +126,9 @@ class _Field(Structure):
     _fields_ = [("name", c_char_p), ("offset", c_int32), ("size", c_int32)]
 
 
+STRUCTURES = (_Conv, _Image, _Map, _Summand, _Node, _Network, _Request)
+
+
 class CompiledForward:
     """A network's forward on a CPU, for one image after another, with as many threads as PyTorch uses.
 
@@ -251,7 +254,7 @@ def _load(build: str) -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(path))
         library.routeseg_layout.restype = POINTER(_Field)
-        if (field := _first_difference(library)) is not None:
+        if (field := first_difference(library.routeseg_layout(), STRUCTURES)) is not None:
             raise OSError(f"{path} was built from other sources: they have another {field}")
         library.routeseg_open.restype = c_void_p
         library.routeseg_close.argtypes = [c_void_p]
@@ -266,19 +269,20 @@ def _load(build: str) -> ctypes.CDLL | None:
     return library
 
 
-def _first_difference(library: ctypes.CDLL) -> str | None:
-    """The first structure or field that lies elsewhere in the library than here; None if all are the same."""
+def first_difference(fields: Any, structures: Sequence[type[Structure]]) -> str | None:
+    """The first structure or field that lies elsewhere in the library, which tells its `fields`, than here; None if all
+    are the same."""
     theirs: dict[str, tuple[int, int]] = {}
-    for field in library.routeseg_layout():
+    for field in fields:
         if field.name is None:
             break
         theirs[field.name.decode()] = (field.offset, field.size)
     ours: dict[str, tuple[int, int]] = {}
-    for structure in (_Conv, _Image, _Map, _Summand, _Node, _Network, _Request):
+    for structure in structures:
         name = structure.__name__.removeprefix("_")
         ours[name] = (0, ctypes.sizeof(structure))
-        fields = [(field[0], getattr(structure, field[0])) for field in structure._fields_]
-        ours |= {f"{name}.{field}": (place.offset, place.size) for field, place in fields}
+        places = [(field[0], getattr(structure, field[0])) for field in structure._fields_]
+        ours |= {f"{name}.{field}": (place.offset, place.size) for field, place in places}
     return next((name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)), None)
 
 

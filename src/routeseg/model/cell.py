@@ -56,9 +56,17 @@ class RoutingNode(nn.Module):
 
     def activations(self, features: Tensor, budget: Tensor | None = None) -> Tensor:
         """alpha [B,3], float32: 0 if the node lacks the direction, 1 on the others if it has no gate."""
-        alpha = torch.zeros(len(features), len(DIRECTIONS), device=features.device)
-        alpha[:, self.directions] = 1.0 if self.gate is None else self.gate(features, budget)
-        return alpha
+        if self.gate is None:
+            return self.by_direction(features.new_ones(len(features), len(self.directions), dtype=torch.float32))
+        return self.by_direction(self.gate(features, budget))
+
+    def by_direction(self, alpha: Tensor) -> Tensor:
+        """Activations of the node's directions [B,D] as [B,3], 0 for those that it lacks."""
+        if len(self.directions) == len(DIRECTIONS):
+            return alpha
+        all_of_them = alpha.new_zeros(len(alpha), len(DIRECTIONS))
+        all_of_them[:, self.directions] = alpha
+        return all_of_them
 
     def transform(self, direction: int, features: Tensor) -> Tensor:
         """T_j(H) of Eq. 5."""

@@ -51,8 +51,12 @@ class Gate(nn.Module):
 
         budget  the cost that is requested for each image [B]; a gate that takes no request ignores it
         """
+        return self.score(self.pool(features))
+
+    def pool(self, features: Tensor) -> Tensor:
+        """What scores are made of: [B,C,h,w] -> [B,C/2], float32."""
         hidden = self.squeeze(shrink(features) if self.small else features)
-        return self.score(hidden.mean(dim=(2, 3), dtype=self.score.weight.dtype))
+        return hidden.mean(dim=(2, 3), dtype=self.score.weight.dtype)
 
     @staticmethod
     def activate(scores: Tensor) -> Tensor:

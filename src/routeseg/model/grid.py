@@ -24,6 +24,7 @@ from routeseg.collectives import anywhere
 from routeseg.config import NetworkConfig
 from routeseg.counting import Macs, PartMacs
 from routeseg.model.cell import RoutingNode
+from routeseg.model.compute import PLAIN, Compute
 from routeseg.model.gate import Gate
 from routeseg.model.head import Head
 from routeseg.model.layers import InputNorm, Stem, Transform
@@ -49,6 +50,8 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
     A kind of network is a subclass with a `Head`. The tensors of stem and nodes have the same names in all of them
     (`stem.*`, `nodes.*`); those of the head are named by its `key`.
 
+    compute  how the parts are computed in training
+
     Raises ValueError, naming the field, if the fields make no network.
     """
 
@@ -59,6 +62,7 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         if network is not None and fields:
             raise ValueError(f"give a NetworkConfig or its fields, not both ({', '.join(fields)})")
         self.config = NetworkConfig.from_dict(fields) if network is None else network
+        self.compute: Compute = PLAIN
         config = self.config
         self.normalize = InputNorm(config.pixel_mean, config.pixel_std)
         self.stem = Stem(config.stem_channels, config.base_channels)
@@ -152,10 +156,13 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         """
         x, size = prepare(self, images)
         request = Request.of(self.config, len(images), route, activation)
-        features, gates = self.walk(self.stem(x), request, drop_path if self.training else 0.0)
-        return self.head.result(self.head(features), gates, size)
+        compute = self.compute if self.training and self.compute.usable(self.config, x) else PLAIN
+        features, gates = self.walk(compute.stem(self.stem, x), request, drop_path if self.training else 0.0, compute)
+        return self.head.result(compute.head(self.head, features), gates, size)
 
-    def walk(self, x: Tensor, request: Request, drop_path: float = 0.0) -> tuple[list[Tensor], Tensor]:
+    def walk(
+        self, x: Tensor, request: Request, drop_path: float = 0.0, compute: Compute = PLAIN
+    ) -> tuple[list[Any], Tensor]:
         """From the stem's output [B,C,H/4,W/4] to what leaves each scale [B,C*2**s,h/2**s,w/2**s], and the gates.
 
         A node runs for the whole batch as soon as one image runs it.
@@ -163,40 +170,48 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         space, mask = self.space, torch.from_numpy(request.mask).to(x.device)
         asked = np.ones(len(request.mask), dtype=bool)
         arrived: Sequence[Any] = [x.new_ones(len(x), dtype=torch.bool) if request.gated else asked]
-        maps: list[Tensor | None] = [x] + [None] * (space.num_scales - 1)
+        arrivals: list[list[Any]] = [[x]] + [[] for _ in range(space.num_scales - 1)]
         gates = []
         for layer in range(space.depth + 1):
+            maps = [compute.gather(some) if some else None for some in arrivals]
             if request.gated:
-                alphas = self._activations(layer, maps, arrived, request, mask)
+                alphas = self._activations(layer, maps, arrived, request, mask, compute)
             else:
                 alphas = [request.mask[:, layer, s] & arrived[s][:, None] for s in space.scales(layer)]
             is_open = [[alpha[:, direction] > 0 for direction in range(len(DIRECTIONS))] for alpha in alphas]
             now = step(space, layer, arrived, is_open, self.config.zeros_arrive)
             some = self._for_some_image(now)
-            after: list[Tensor | None] = [None] * space.num_scales
+            arrivals = [[] for _ in range(space.num_scales)]
             for scale in space.scales(layer):
                 features = maps[scale]
                 if features is None:
                     continue
                 if not some.runs[scale]:  # a free skip, for all images
-                    _arrive(after, scale, features)
+                    arrivals[scale].append(compute.skip(features, None))
                     continue
                 node = self.node(layer, scale)
-                hidden = node.cell(features, drop_path * layer / space.depth)  # Eq. 1
+                hidden = compute.cell(node, features, drop_path * layer / space.depth)
                 for direction in node.directions:
                     if some.sends[scale, direction]:
-                        out, alpha = node.transform(direction, hidden), alphas[scale][:, direction]
-                        if request.gated or len(alpha) > 1:  # otherwise the path is open for all images, and alpha is 1
-                            out = _each(alpha, out).to(hidden.dtype) * out  # Eq. 5
-                        _arrive(after, scale + SCALE_STEP[direction], out)
+                        alpha = alphas[scale][:, direction]
+                        own = request.gated or len(alpha) > 1  # else the path is open for all images, and alpha is 1
+                        sent = compute.send(node, direction, hidden, _on(x, alpha) if own else None)
+                        arrivals[scale + SCALE_STEP[direction]].append(sent)
                 if some.passes[scale]:  # an image that drops the cell keeps the input itself, for free
-                    _arrive(after, scale, torch.where(_each(now.passes[scale], features), features, 0.0))
+                    arrivals[scale].append(compute.skip(features, _on(x, now.passes[scale])))
             gates.append(alphas)
-            maps, arrived = after, now.reached
+            arrived = now.reached
+        maps = [compute.gather(some) if some else None for some in arrivals]
         return fill_missing(maps, x), _stack_gates(space, gates, x)
 
     def _activations(
-        self, layer: int, maps: Sequence[Tensor | None], arrived: Sequence[Tensor], request: Request, mask: Tensor
+        self,
+        layer: int,
+        maps: Sequence[Any],
+        arrived: Sequence[Tensor],
+        request: Request,
+        mask: Tensor,
+        compute: Compute,
     ) -> list[Tensor]:
         """alpha [B,3] of each node of the layer: 0 for an image that does not reach the node."""
         budget = None if request.budget is None else torch.from_numpy(request.budget).to(mask.device)
@@ -206,7 +221,7 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
             if features is None:
                 alphas.append(torch.zeros(len(arrived[scale]), len(DIRECTIONS), device=mask.device))
             else:
-                alpha = self.node(layer, scale).activations(features, budget)
+                alpha = compute.activations(self.node(layer, scale), features, budget)
                 alphas.append(alpha * arrived[scale][:, None] * mask[:, layer, scale])
         return alphas
 
@@ -282,7 +297,7 @@ def check_images(images: Tensor) -> tuple[int, int]:
     return height, width
 
 
-def fill_missing(maps: Sequence[Tensor | None], stem: Tensor) -> list[Tensor]:
+def fill_missing(maps: Sequence[Any], stem: Tensor) -> list[Any]:
     """What leaves the grid: zeros for a scale that no image reached."""
     batch, channels, h, w = stem.shape
     return [
@@ -290,16 +305,9 @@ def fill_missing(maps: Sequence[Tensor | None], stem: Tensor) -> list[Tensor]:
     ]
 
 
-def _arrive(maps: list[Tensor | None], scale: int, out: Tensor) -> None:
-    """Adds to what arrives at a scale of the next layer."""
-    before = maps[scale]
-    maps[scale] = out if before is None else before + out
-
-
-def _each(values: Tensor | np.ndarray, maps: Tensor) -> Tensor:
-    """A value for each image [N] as [N,1,1,1], on the device of the maps."""
-    values = torch.from_numpy(values).to(maps.device) if isinstance(values, np.ndarray) else values
-    return values[:, None, None, None]
+def _on(x: Tensor, values: Tensor | np.ndarray) -> Tensor:
+    """A value for each image [N], on the device of x."""
+    return torch.from_numpy(values).to(x.device) if isinstance(values, np.ndarray) else values
 
 
 def _stack_gates(space: RoutingSpace, gates: Sequence[Sequence[Tensor | np.ndarray]], x: Tensor) -> Tensor:

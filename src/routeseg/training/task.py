@@ -27,6 +27,7 @@ from routeseg.collectives import rank_and_world, total
 from routeseg.cost.macs import CostTable
 from routeseg.model.grid import RoutedNetwork
 from routeseg.training.batch_norm import Mode, norms_of
+from routeseg.training.fused import Fused
 from routeseg.training.processes import TrainingStopped
 from routeseg.training.recipe import Recipe, lr_factor
 
@@ -83,6 +84,7 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
     def __init__(self, model: RoutedNetwork, recipe: Recipe, cost: CostTable, batch_norm: Mode = "own") -> None:
         super().__init__()
         self.automatic_optimization = False  # a step has several batches
+        model.compute = Fused()
         self.model, self.recipe, self.cost, self.batch_norm = model, recipe, cost, batch_norm
         self.skipped = torch.zeros((), dtype=torch.int64)  # unreadable images of all processes, since they started
         self.numbers: dict[str, float] = {}

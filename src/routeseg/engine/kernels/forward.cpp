@@ -7,6 +7,7 @@
 // Legend: L depth, S scales; gates [L+1][S][3], directions up, keep, down.
 
 #include "maps.h"
+#include "training.h"
 
 #include <chrono>
 #include <cstddef>
@@ -490,6 +491,26 @@ constexpr Field LAYOUT[] = {
     FIELD(Request, seconds), FIELD(Request, threads),
     {nullptr, 0, 0},
 };
+constexpr Field TRAINING_LAYOUT[] = {
+    STRUCTURE(Unit), FIELD(Unit, images), FIELD(Unit, h), FIELD(Unit, w), FIELD(Unit, inputs), FIELD(Unit, outputs),
+    FIELD(Unit, kernel), FIELD(Unit, stride), FIELD(Unit, dense), FIELD(Unit, relu), FIELD(Unit, frozen), FIELD(Unit, x), FIELD(Unit, center), FIELD(Unit, a),
+    FIELD(Unit, b), FIELD(Unit, taps), FIELD(Unit, weight), FIELD(Unit, gamma), FIELD(Unit, beta),
+    FIELD(Unit, running_mean), FIELD(Unit, running_variance), FIELD(Unit, batches), FIELD(Unit, momentum),
+    FIELD(Unit, epsilon), FIELD(Unit, z), FIELD(Unit, mean), FIELD(Unit, scale), FIELD(Unit, shift),
+    FIELD(Unit, inverse), FIELD(Unit, dz), FIELD(Unit, dscale), FIELD(Unit, dshift), FIELD(Unit, plus),
+    FIELD(Unit, dx), FIELD(Unit, da), FIELD(Unit, db), FIELD(Unit, dtaps), FIELD(Unit, dweight), FIELD(Unit, dgamma),
+    FIELD(Unit, dbeta),
+    STRUCTURE(Term), FIELD(Term, map), FIELD(Term, mean), FIELD(Term, scale), FIELD(Term, shift), FIELD(Term, weight), FIELD(Term, relu),
+    FIELD(Term, halved), FIELD(Term, dmap), FIELD(Term, dscale), FIELD(Term, dshift), FIELD(Term, dweight),
+    STRUCTURE(Sum), FIELD(Sum, images), FIELD(Sum, h), FIELD(Sum, w), FIELD(Sum, c), FIELD(Sum, terms),
+    FIELD(Sum, term), FIELD(Sum, out), FIELD(Sum, dout),
+    STRUCTURE(Mean), FIELD(Mean, images), FIELD(Mean, pixels), FIELD(Mean, c), FIELD(Mean, z), FIELD(Mean, mean), FIELD(Mean, scale),
+    FIELD(Mean, shift), FIELD(Mean, out), FIELD(Mean, dout), FIELD(Mean, dz), FIELD(Mean, dscale),
+    FIELD(Mean, dshift),
+    STRUCTURE(Enlarged), FIELD(Enlarged, planes), FIELD(Enlarged, h), FIELD(Enlarged, w), FIELD(Enlarged, scores),
+    FIELD(Enlarged, logits), FIELD(Enlarged, dlogits), FIELD(Enlarged, dscores),
+    {nullptr, 0, 0},
+};
 // clang-format on
 #undef STRUCTURE
 #undef FIELD
@@ -510,8 +531,12 @@ int routeseg_level() {
 #endif
 }
 
-// The fields of all structures, as far as the one without a name.
+// The fields of all structures, as far as the one without a name; those of training.h.
 const Field* routeseg_layout() { return LAYOUT; }
+const Field* routeseg_training_layout() { return TRAINING_LAYOUT; }
+
+// Runs all pieces of work on the threads of another pool from now on: `parallel` is libgomp's GOMP_parallel.
+void routeseg_share_threads(Parallel parallel) { shared_threads = parallel; }
 
 int routeseg_vector() { return V; }
 int routeseg_panel() { return PANEL * V; }
@@ -555,6 +580,42 @@ ENTRY_POINTS(bfloat16, bfloat16)
 
 int routeseg_enlarge(const Map* in, int classes, float* out, int height, int width, int threads) {
     return guarded([&] { return enlarge(*in, classes, out, height, width, threads), true; });
+}
+
+// The training step (training.h), forward and backward.
+int routeseg_unit(const Unit* unit, int backward, int threads) {
+    return guarded([&] {
+        check(*unit);
+        with_width(unit->dense ? unit->outputs : unit->inputs, unit->outputs, [&](auto width) {
+            backward ? unit_backward<width>(*unit, threads) : unit_forward<width>(*unit, threads);
+        });
+        return true;
+    });
+}
+int routeseg_sum(const Sum* sum, int backward, int threads) {
+    return guarded([&] {
+        check(*sum);
+        with_width(sum->c, sum->c, [&](auto width) {
+            backward ? sum_backward<width>(*sum, threads) : sum_forward<width>(*sum, threads);
+        });
+        return true;
+    });
+}
+int routeseg_mean(const Mean* mean, int backward, int threads) {
+    return guarded([&] {
+        check(*mean);
+        with_width(mean->c, mean->c, [&](auto width) {
+            backward ? mean_backward<width>(*mean, threads) : mean_forward<width>(*mean, threads);
+        });
+        return true;
+    });
+}
+int routeseg_enlarged(const Enlarged* enlarged, int backward, int threads) {
+    return guarded([&] {
+        check(*enlarged);
+        (backward ? enlarge_planes_backward : enlarge_planes)(*enlarged, threads);
+        return true;
+    });
 }
 
 // `threads` tasks that wait for each other, so that as many threads must take one each; 2 at most have their helpers

@@ -23,6 +23,11 @@ constexpr int LINE = 64;  // bytes that memory comes in
 constexpr size_t LARGE_PAGE = 2 << 20;
 constexpr int PARTS = 8;  // of the work of each thread, so that none waits long for another that was held up
 
+// Another pool whose threads work here too, or null: it calls function(data) in `threads` threads at once, the caller
+// among them. PyTorch's threads spin between its operations, and would take the cores from workers of our own.
+typedef void (*Parallel)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+Parallel shared_threads = nullptr;
+
 // Workers that help whoever has a piece of work, also several threads at once: they spin for a moment, since pieces
 // follow each other within microseconds, then sleep.
 //
@@ -41,6 +46,12 @@ class Pool {
         }
         Piece piece{[](const void* w, long task) { (*static_cast<const Work*>(w))(task); }, &work, tasks,
                     std::min(threads - 1, MOST)};
+        if (shared_threads) {
+            const long wanted = std::min<long>(threads, tasks);
+            shared_threads([](void* p) { static_cast<Piece*>(p)->take(); }, &piece, unsigned(wanted), 0);
+            if (piece.failure) std::rethrow_exception(piece.failure);
+            return;
+        }
         post(piece);
         piece.take();
         withdraw(piece);

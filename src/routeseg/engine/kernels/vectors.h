@@ -37,7 +37,7 @@ inline void in_register([[maybe_unused]] vec& x) {
 #endif
 }
 
-inline vec splat(float x) { return vec{} + x; }
+inline vec splat(float x) { return x - vec{}; }  // x + vec{} would not be x where that is -0: an addition, each time
 inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
 inline void store(float* p, vec x) { *reinterpret_cast<vec*>(p) = x; }
 #if defined(__AVX512F__)

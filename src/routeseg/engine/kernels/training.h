@@ -1,0 +1,874 @@
+// The training step's passes over maps, forward and backward. ../../training/fused.py says what calls what.
+//
+// BatchNorm does not write a map of its own: a unit gives what its convolution made, z, and mean, scale and shift with
+// which scale * (z - mean) + shift is the normalised map. Whoever reads z applies them, and ReLU, on the way. Backward,
+// the reader gives the gradients of z, scale and shift; the unit adds to that of z what it owes to its statistics.
+//
+// Every sum over pixels is made of parts that depend on the maps' sizes alone, added in a fixed order: no result
+// depends on the number of threads.
+//
+// Legend: B images, C channels; maps are float [B][h][w][C]. W floats in a vector, which divides C.
+
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "convolution.h"
+
+namespace {
+
+template <int W>
+struct Wide {
+    typedef float type __attribute__((vector_size(4 * W), aligned(4), may_alias));
+};
+template <int W>
+using lanes = typename Wide<W>::type;
+template <int W>
+inline lanes<W> get(const float* p) {
+    return *reinterpret_cast<const lanes<W>*>(p);
+}
+template <int W>
+inline void put(float* p, lanes<W> x) {
+    *reinterpret_cast<lanes<W>*>(p) = x;
+}
+template <int W>
+inline lanes<W> positive(lanes<W> x) {
+    return x <= 0.0f ? lanes<W>{} : x;  // NaN stays
+}
+// The gradient of `positive`.
+template <int W>
+inline lanes<W> where_positive(lanes<W> x, lanes<W> gradient) {
+    return x <= 0.0f ? lanes<W>{} : gradient;
+}
+
+// Memory of a task, not initialised. The next task of the thread gets the same, which is in the cache by then.
+class Floats {
+  public:
+    explicit Floats(size_t count) : place(taken++) {
+        if (blocks.size() <= place) blocks.resize(place + 1);
+        if (blocks[place].size() < count) blocks[place].resize(count);
+        data = blocks[place].data();
+    }
+    ~Floats() { --taken; }
+    Floats(const Floats&) = delete;
+    operator float*() const { return data; }
+
+  private:
+    static thread_local std::vector<std::vector<float>> blocks;
+    static thread_local size_t taken;
+    const size_t place;
+    float* data;
+};
+thread_local std::vector<std::vector<float>> Floats::blocks;
+thread_local size_t Floats::taken = 0;
+
+// c[r][n] (+)= sum over k of a[r * rs + k * ks] * b[k * ldb + n], for R rows and N vectors.
+template <int W, int R, int N, bool ADD>
+inline void block(const float* a, long rs, long ks, const float* b, long ldb, long depth, float* c, long ldc) {
+    constexpr int SHARED = 3, POINTERS = (R + SHARED - 1) / SHARED;  // an address is a pointer and 0, 1 or 2 times rs
+    const float* at[POINTERS];
+    for (int i = 0; i < POINTERS; ++i) at[i] = a + SHARED * i * rs;
+    lanes<W> sum[R][N];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) sum[r][n] = ADD ? get<W>(c + r * ldc + n * W) : lanes<W>{};
+    for (long k = 0; k < depth; ++k, b += ldb) {
+        lanes<W> right[N];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) right[n] = get<W>(b + n * W);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            const lanes<W> left = at[r / SHARED][r % SHARED * rs] - lanes<W>{};
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) sum[r][n] += left * right[n];
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < POINTERS; ++i) at[i] += ks;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) put<W>(c + r * ldc + n * W, sum[r][n]);
+}
+
+template <int W, int N, bool ADD>
+void columns(long rows, const float* a, long rs, long ks, const float* b, long ldb, long depth, float* c, long ldc) {
+    // As many sums as fit into the registers beside the N of b and one of a.
+    constexpr int REGISTERS = V == 16 ? 32 : 16, R = std::min(12, (REGISTERS - 1 - N) / N);
+    long r = 0;
+    for (; r + R <= rows; r += R) block<W, R, N, ADD>(a + r * rs, rs, ks, b, ldb, depth, c + r * ldc, ldc);
+    for (; r + 4 <= rows && R > 4; r += 4) block<W, 4, N, ADD>(a + r * rs, rs, ks, b, ldb, depth, c + r * ldc, ldc);
+    for (; r < rows; ++r) block<W, 1, N, ADD>(a + r * rs, rs, ks, b, ldb, depth, c + r * ldc, ldc);
+}
+
+// c [rows][n] (+)= a b, with a's element (r, k) at a[r * rs + k * ks], b [depth][n].
+template <int W, bool ADD>
+void multiply_add(long rows, const float* a, long rs, long ks, const float* b, long n, long depth, float* c) {
+    constexpr int MOST = V == 16 ? 4 : 2;
+    for (long first = 0; first < n;) {
+        const long vectors = std::min<long>(MOST, (n - first) / W);
+        constexpr decltype(&columns<W, 1, ADD>) BY[] = {columns<W, 1, ADD>, columns<W, 2, ADD>,
+                                                        columns<W, std::min(3, MOST), ADD>, columns<W, MOST, ADD>};
+        BY[vectors - 1](rows, a, rs, ks, b + first, n, depth, c + first, n);
+        first += vectors * W;
+    }
+}
+
+// A convolution and its BatchNorm: z = conv(v) with v = x, or a * (x - center) + b, and ReLU of it if asked.
+//
+// kernel 1: 1x1. kernel 3, 5: depthwise, padded by kernel / 2, then 1x1. `dense`: 3x3 of an image that needs no
+// gradient, without padding. Of stride 2 are 1x1 and 3x3.
+struct Unit {
+    int32_t images, h, w, inputs, outputs, kernel, stride, dense, relu;
+    int32_t frozen;                   // statistics are the running ones
+    const float *x, *center, *a, *b;  // of x; [inputs], or null
+    const float *taps, *weight;       // [inputs][k * k], [outputs][inputs]; dense: none, [outputs][inputs][k * k]
+    const float *gamma, *beta;        // [outputs]
+    float *running_mean, *running_variance;
+    int64_t* batches;                 // seen so far
+    float momentum, epsilon;          // momentum below 0: the mean over all batches
+    float *z, *mean, *scale, *shift;  // scale * (z - mean) + shift is normalised
+    float* inverse;                   // 1 / the standard deviation of z
+    // Backward, from here on; `plus` and the gradients of what needs none may be null.
+    const float *dz, *dscale, *dshift, *plus;  // plus: added to dx
+    float *dx, *da, *db, *dtaps, *dweight, *dgamma, *dbeta;
+
+    long edge() const { return dense ? 0 : kernel / 2; }
+    long out_h() const { return (h + 2 * edge() - kernel) / stride + 1; }
+    long out_w() const { return (w + 2 * edge() - kernel) / stride + 1; }
+    long depth() const { return dense ? inputs * kernel * kernel : inputs; }  // of the product
+};
+
+constexpr long BAND_FLOATS = 1 << 16;  // of a band's rows of inputs: some of them lie in an L2 cache together
+constexpr long MOST_GROUPS = 16;       // of bands, each with sums of its own
+constexpr long GROUP_PIXELS = 64;      // at least
+
+// How a map is cut: bands of rows of one image, in groups that one thread computes after another.
+struct Cut {
+    long rows, bands, groups;  // rows of a band; bands of an image; groups in all
+    Cut(long images, long h, long w, long channels) {
+        rows = std::clamp(BAND_FLOATS / (w * channels), 4L, std::max(4L, h));
+        bands = (h + rows - 1) / rows;
+        rows = (h + bands - 1) / bands;
+        bands = (h + rows - 1) / rows;
+        groups = std::clamp(images * h * w / GROUP_PIXELS, 1L, std::min(MOST_GROUPS, images * bands));
+    }
+    // Calls work(group, image, first row, end row) for all bands, in order within a group.
+    template <class Work>
+    void run(long images, long h, int threads, const Work& work) const {
+        const long total = images * bands;
+        pool->run(groups, threads, [&](long group) {
+            for (long band = group * total / groups; band < (group + 1) * total / groups; ++band) {
+                const long image = band / bands, first = band % bands * rows;
+                work(group, image, first, std::min(h, first + rows));
+            }
+        });
+    }
+};
+
+// v of a row of inputs, of every `step`-th pixel.
+template <int W>
+inline void activate(const Unit& unit, const float* x, long pixels, long step, float* out) {
+    const long c = unit.inputs;
+    const float low = unit.relu ? 0.0f : -INFINITY;
+    for (long i = 0; i < c; i += W) {
+        const lanes<W> a = unit.a ? get<W>(unit.a + i) : 1.0f - lanes<W>{},
+                       b = unit.a ? get<W>(unit.b + i) : lanes<W>{};
+        const lanes<W> center = unit.a ? get<W>(unit.center + i) : lanes<W>{};
+        for (long p = 0; p < pixels; ++p) {
+            const lanes<W> value = (get<W>(x + p * step * c + i) - center) * a + b;
+            put<W>(out + p * c + i, value < low ? lanes<W>{} : value);  // NaN stays
+        }
+    }
+}
+
+// Rows first..end of v, with `edge` columns more on each side; zeros outside the image.
+template <int W>
+void padded_rows(const Unit& unit, const float* image, long first, long end, long edge, float* out) {
+    const long c = unit.inputs, w = unit.w, line = (w + 2 * edge) * c;
+    for (long y = first; y < end; ++y, out += line) {
+        if (y < 0 || y >= unit.h) {
+            std::memset(out, 0, sizeof(float) * line);
+            continue;
+        }
+        std::memset(out, 0, sizeof(float) * edge * c);
+        activate<W>(unit, image + y * w * c, w, 1, out + edge * c);
+        std::memset(out + (edge + w) * c, 0, sizeof(float) * edge * c);
+    }
+}
+
+// BLOCK pixels of the output of `correlate`, from pixel x on.
+template <int W, int K, int S, bool FLIP, int BLOCK>
+inline void correlate_block(const float* rows, long line, long x, long c, const float* taps, float* out) {
+    for (long i = 0; i < c; i += W) {
+        lanes<W> sum[BLOCK] = {};
+#pragma GCC unroll 8
+        for (int ty = 0; ty < K; ++ty) {
+            const float* from = rows + ty * line + x * S * c + i;
+            lanes<W> tap[K];
+#pragma GCC unroll 8
+            for (int tx = 0; tx < K; ++tx) {
+                const int at = ty * K + tx;
+                tap[tx] = get<W>(taps + (FLIP ? K * K - 1 - at : at) * c + i);
+            }
+#pragma GCC unroll 32
+            for (int column = 0; column < (BLOCK - 1) * S + K; ++column) {
+                const lanes<W> value = get<W>(from + column * c);
+#pragma GCC unroll 8
+                for (int o = 0; o < BLOCK; ++o)
+                    if (column - o * S >= 0 && column - o * S < K) sum[o] += tap[column - o * S] * value;
+            }
+        }
+#pragma GCC unroll 8
+        for (int o = 0; o < BLOCK; ++o) put<W>(out + (x + o) * c + i, sum[o]);
+    }
+}
+
+// out [w][c] = sum over taps of rows, which are padded, at every S-th pixel; FLIP: taps are read from the last on.
+template <int W, int K, int S, bool FLIP>
+void correlate(const float* rows, long line, long w, long c, const float* taps, float* out) {
+    constexpr int BLOCK = K == 3 && S == 1 && V == 16 ? 8 : 4;  // that share the inputs they load, in registers
+    long x = 0;
+    for (; x + BLOCK <= w; x += BLOCK) correlate_block<W, K, S, FLIP, BLOCK>(rows, line, x, c, taps, out);
+    for (; x < w; ++x) correlate_block<W, K, S, FLIP, 1>(rows, line, x, c, taps, out);
+}
+
+// dtaps [k * k][c] += sum over pixels of the padded rows, shifted by each tap, times g [w][c].
+template <int W, int K, int S>
+void correlate_taps(const float* rows, long line, const float* g, long w, long c, float* dtaps) {
+    for (long i = 0; i < c; i += W)
+        for (int ty = 0; ty < K; ++ty) {
+            lanes<W> sum[K];
+#pragma GCC unroll 8
+            for (int tx = 0; tx < K; ++tx) sum[tx] = get<W>(dtaps + (ty * K + tx) * c + i);
+            const float* from = rows + ty * line + i;
+            for (long x = 0; x < w; ++x) {
+                const lanes<W> grad = get<W>(g + x * c + i);
+#pragma GCC unroll 8
+                for (int tx = 0; tx < K; ++tx) sum[tx] += grad * get<W>(from + (x * S + tx) * c);
+            }
+#pragma GCC unroll 8
+            for (int tx = 0; tx < K; ++tx) put<W>(dtaps + (ty * K + tx) * c + i, sum[tx]);
+        }
+}
+
+// What a 3 x 3 depthwise convolution of stride 2 sends back to a row of its input, [w][c], from the rows `g` at and
+// `below` half its height, padded by a column on each side. `odd`: its number is odd.
+template <int W>
+void spread(const float* g, const float* below, bool odd, long w, long c, const float* taps, float* out) {
+    for (long x = 0; x < w; ++x) {
+        const long at = (x / 2 + 1) * c;  // behind the padding
+        for (long i = 0; i < c; i += W) {
+            const auto term = [&](int ty, int tx, const float* row, long place) {
+                return get<W>(taps + (ty * 3 + tx) * c + i) * get<W>(row + place + i);
+            };
+            lanes<W> sum;
+            if (odd) {
+                sum = x % 2 ? term(0, 0, below, at + c) + term(0, 2, below, at) + term(2, 0, g, at + c) +
+                                  term(2, 2, g, at)
+                            : term(0, 1, below, at) + term(2, 1, g, at);
+            } else {
+                sum = x % 2 ? term(1, 0, g, at + c) + term(1, 2, g, at) : term(1, 1, g, at);
+            }
+            put<W>(out + x * c + i, sum);
+        }
+    }
+}
+
+// The k x k x inputs values that each pixel of a row of the output is made of, side by side: out [w][inputs * k * k].
+inline void patches(const Unit& unit, const float* image, long y, float* out) {
+    const long k = unit.kernel, c = unit.inputs;
+    for (long x = 0; x < unit.out_w(); ++x)
+        for (long i = 0; i < c; ++i)
+            for (long ty = 0; ty < k; ++ty)
+                for (long tx = 0; tx < k; ++tx)
+                    *out++ = image[((y * unit.stride + ty) * unit.w + x * unit.stride + tx) * c + i];
+}
+
+inline std::vector<float> transposed(const float* matrix, long rows, long columns) {
+    std::vector<float> out(rows * columns);
+    for (long r = 0; r < rows; ++r)
+        for (long c = 0; c < columns; ++c) out[c * rows + r] = matrix[r * columns + c];
+    return out;
+}
+
+// Number, mean, and sum of squares about it, of each channel.
+struct Moments {
+    double count = 0;
+    std::vector<double> mean, squares;
+    explicit Moments(long channels) : mean(channels), squares(channels) {}
+
+    void add(double more, const float* their_mean, const float* their_squares) {
+        const double all = count + more, share = more / all;
+        for (size_t i = 0; i < mean.size(); ++i) {
+            const double difference = their_mean[i] - mean[i];
+            mean[i] += difference * share;
+            squares[i] += their_squares[i] + difference * difference * count * share;
+        }
+        count = all;
+    }
+    void add(const Moments& other) {
+        if (other.count == 0) return;
+        const double all = count + other.count, share = other.count / all;
+        for (size_t i = 0; i < mean.size(); ++i) {
+            const double difference = other.mean[i] - mean[i];
+            mean[i] += difference * share;
+            squares[i] += other.squares[i] + difference * difference * count * share;
+        }
+        count = all;
+    }
+};
+
+// Adds the moments of z [pixels][c].
+template <int W>
+void add_moments(const float* z, long pixels, long c, Moments& moments) {
+    std::vector<float> mean(c), squares(c);
+    const lanes<W> each = 1.0f / pixels - lanes<W>{};
+    for (long i = 0; i < c; i += W) {
+        lanes<W> sum = {}, other = {};
+        for (long p = 0; p < pixels; ++p) sum += get<W>(z + p * c + i);
+        sum *= each;
+        put<W>(mean.data() + i, sum);
+        for (long p = 0; p < pixels; ++p) {
+            const lanes<W> away = get<W>(z + p * c + i) - sum;
+            other += away * away;
+        }
+        put<W>(squares.data() + i, other);
+    }
+    moments.add(double(pixels), mean.data(), squares.data());
+}
+
+inline void check(const Unit& unit) {
+    const int k = unit.kernel, s = unit.stride;
+    require((k == 1 && (s == 1 || s == 2)) || (k == 3 && (s == 1 || s == 2)) || (k == 5 && s == 1),
+            "a unit has another kernel");
+    require(!unit.dense || (k == 3 && !unit.relu && !unit.a), "a dense unit reads something else than an image");
+    require(unit.images > 0 && std::max(unit.h, unit.w) <= MOST_SIDE, "a unit has no map");
+    require(std::min(unit.h, unit.w) >= (unit.dense ? k : 1), "a unit has no map");
+    require(unit.inputs > 0 && unit.outputs > 0 && std::max(unit.inputs, unit.outputs) <= MOST_CHANNELS,
+            "a unit has another number of channels");
+    require(unit.x && unit.weight && unit.gamma && unit.beta && unit.z && unit.scale && unit.shift && unit.mean &&
+                unit.inverse && (unit.taps || unit.dense || k == 1) && !unit.a == !unit.b && !unit.a == !unit.center,
+            "a unit lacks memory");
+}
+
+// Rows and columns of the input that a band of the output reads, and memory for them and for the product's input.
+template <int W>
+struct Band {
+    const Unit& unit;
+    const long c, w, line;  // w: of the output; line: of a padded row of the input
+    Floats padded, made;
+
+    Band(const Unit& unit, long rows)
+        : unit(unit), c(unit.inputs), w(unit.out_w()), line((unit.w + 2 * unit.edge()) * c),
+          padded(unit.edge() ? ((rows - 1) * unit.stride + unit.kernel) * line : 0), made(rows * w * unit.depth()) {}
+
+    // What the convolution's product reads, for rows first..end of the output: [rows * w][depth].
+    const float* read(const float* image, const float* taps, long first, long end) {
+        const long s = unit.stride, k = unit.kernel;
+        if (unit.dense) {
+            for (long y = first; y < end; ++y) patches(unit, image, y, made + (y - first) * w * unit.depth());
+            return made;
+        }
+        if (unit.edge() == 0) {
+            if (s == 1 && !unit.a && !unit.relu) return image + first * w * c;
+            for (long y = first; y < end; ++y)
+                activate<W>(unit, image + y * s * unit.w * c, w, s, made + (y - first) * w * c);
+            return made;
+        }
+        const long top = first * s - unit.edge();
+        padded_rows<W>(unit, image, top, top + (end - first - 1) * s + k, unit.edge(), padded);
+        auto go = k == 5 ? correlate<W, 5, 1, false> : s == 2 ? correlate<W, 3, 2, false> : correlate<W, 3, 1, false>;
+        for (long y = 0; y < end - first; ++y) go(padded + y * s * line, line, w, c, taps, made + y * w * c);
+        return made;
+    }
+};
+
+template <int W>
+void unit_forward(const Unit& unit, int threads) {
+    require(unit.running_mean && unit.running_variance && unit.batches, "a unit lacks statistics");
+    const long c = unit.inputs, n = unit.outputs, depth = unit.depth(), h = unit.out_h(), w = unit.out_w();
+    const std::vector<float> weight = transposed(unit.weight, n, depth);
+    const std::vector<float> taps =
+        unit.taps ? transposed(unit.taps, c, unit.kernel * unit.kernel) : std::vector<float>();
+    const Cut cut(unit.images, h, w, std::max(depth, n));
+    std::vector<Moments> moments(cut.groups, Moments(unit.frozen ? 0 : n));
+    cut.run(unit.images, h, threads, [&](long group, long image, long first, long end) {
+        Band<W> band(unit, cut.rows);
+        const float* input = band.read(unit.x + image * unit.h * unit.w * c, taps.data(), first, end);
+        float* z = unit.z + (image * h + first) * w * n;
+        const long pixels = (end - first) * w;
+        multiply_add<W, false>(pixels, input, depth, 1, weight.data(), n, depth, z);
+        if (!unit.frozen) add_moments<W>(z, pixels, n, moments[group]);
+    });
+    if (!unit.frozen) {
+        Moments all(n);
+        for (const Moments& some : moments) all.add(some);
+        *unit.batches += 1;
+        const double share = unit.momentum < 0 ? 1.0 / double(*unit.batches) : unit.momentum;
+        for (long i = 0; i < n; ++i) {
+            const double variance = all.squares[i] / all.count;
+            unit.mean[i] = float(all.mean[i]);
+            unit.inverse[i] = float(1 / std::sqrt(variance + unit.epsilon));
+            const double unbiased = all.squares[i] / std::max(1.0, all.count - 1);
+            unit.running_mean[i] = float(unit.running_mean[i] + share * (all.mean[i] - unit.running_mean[i]));
+            unit.running_variance[i] = float(unit.running_variance[i] + share * (unbiased - unit.running_variance[i]));
+        }
+    } else {
+        for (long i = 0; i < n; ++i) {
+            unit.mean[i] = unit.running_mean[i];
+            unit.inverse[i] = float(1 / std::sqrt(double(unit.running_variance[i]) + unit.epsilon));
+        }
+    }
+    for (long i = 0; i < n; ++i) {
+        unit.scale[i] = unit.gamma[i] * unit.inverse[i];
+        unit.shift[i] = unit.beta[i];
+    }
+}
+
+// Adds up the sums of all groups: [groups][count] -> out [count].
+inline void total(const std::vector<float>& parts, long groups, long count, float* out, int threads) {
+    constexpr long CHUNK = 4096;
+    pool->run((count + CHUNK - 1) / CHUNK, threads, [&](long chunk) {
+        const long first = chunk * CHUNK, end = std::min(count, first + CHUNK);
+        std::memcpy(out + first, parts.data() + first, sizeof(float) * (end - first));
+        for (long group = 1; group < groups; ++group)
+            for (long i = first; i < end; ++i) out[i] += parts[group * count + i];
+    });
+}
+
+template <int W>
+void unit_backward(const Unit& unit, int threads) {
+    require(unit.mean && unit.dz && unit.dscale && unit.dshift && (unit.dx || unit.dense) && unit.dweight &&
+                unit.dgamma && unit.dbeta && (unit.dtaps || !unit.taps) && (!unit.a || (unit.da && unit.db)),
+            "a unit lacks memory for its gradients");
+    const long c = unit.inputs, n = unit.outputs, depth = unit.depth(), k2 = unit.kernel * unit.kernel, s = unit.stride;
+    const long h = unit.out_h(), w = unit.out_w(), edge = unit.edge();
+    const double count = double(unit.images) * h * w;
+    // dz in all = dz + constant + slope * (z - mean): through mean and variance.
+    std::vector<float> constant(n), slope(n);
+    for (long i = 0; i < n; ++i) {
+        const double inverse = unit.inverse[i], dscale = unit.dscale[i];
+        unit.dgamma[i] = float(dscale * inverse);
+        unit.dbeta[i] = unit.dshift[i];
+        if (unit.frozen) continue;
+        const double dvariance = -0.5 * dscale * unit.gamma[i] * inverse * inverse * inverse;
+        slope[i] = float(2 * dvariance / count);
+        constant[i] = float(-double(unit.dshift[i]) * unit.scale[i] / count);
+    }
+    const std::vector<float> taps = unit.taps ? transposed(unit.taps, c, k2) : std::vector<float>();
+    const Cut cut(unit.images, h, w, std::max(depth, n));
+    // Of a dense unit's weights the transpose, since its depth is no multiple of a vector.
+    std::vector<float> dweight(cut.groups * n * depth), dtaps(unit.taps ? cut.groups * k2 * c : 0);
+    std::vector<float> da(unit.a ? cut.groups * c : 0), db(da.size());
+    cut.run(unit.images, h, threads, [&](long group, long image, long first, long end) {
+        const long rows = end - first, above = std::max(0L, first - edge), below = std::min(h, end + edge);
+        const float* from = unit.x + image * unit.h * unit.w * c;
+        // The gradient of z, also of the rows beside the band.
+        const Floats gradient((cut.rows + 2 * edge) * w * n);
+        {
+            const long offset = (image * h + above) * w * n;
+            const float *dz = unit.dz + offset, *z = unit.z + offset;
+            for (long y = 0; y < below - above; ++y)
+                for (long i = 0; i < n; i += W) {
+                    const lanes<W> more = get<W>(&constant[i]), times = get<W>(&slope[i]), mean = get<W>(unit.mean + i);
+                    for (long at = y * w * n + i; at < (y + 1) * w * n; at += n)
+                        put<W>(gradient + at, get<W>(dz + at) + more + times * (get<W>(z + at) - mean));
+                }
+        }
+        const float* own = gradient + (first - above) * w * n;
+        Band<W> band(unit, cut.rows);
+        const float* input = band.read(from, taps.data(), first, end);
+        float* sums = dweight.data() + group * n * depth;
+        if (unit.dense) return multiply_add<W, true>(depth, input, 1, depth, own, n, rows * w, sums);
+        multiply_add<W, true>(n, own, 1, n, input, c, rows * w, sums);
+
+        // The gradient of v, for the rows of the input that are this band's: [..][unit.w][c], or [..][w][c] of 1x1.
+        const long mine = first * s, end_of_mine = end == h ? unit.h : end * s, wide = edge ? unit.w : w;
+        const Floats dv((edge ? cut.rows * s : cut.rows) * wide * c);
+        if (edge == 0) {
+            multiply_add<W, false>(rows * w, own, n, 1, unit.weight, c, n, dv);
+        } else {
+            const long line = (w + 2 * edge) * c;  // of the gradient of the product's input, padded
+            const Floats padded((cut.rows + 2 * edge) * line);
+            for (long y = first - edge; y < end + edge; ++y) {
+                float* to = padded + (y - first + edge) * line;
+                if (y < 0 || y >= h) {
+                    std::memset(to, 0, sizeof(float) * line);
+                    continue;
+                }
+                std::memset(to, 0, sizeof(float) * edge * c);
+                multiply_add<W, false>(w, gradient + (y - above) * w * n, n, 1, unit.weight, c, n, to + edge * c);
+                std::memset(to + (edge + w) * c, 0, sizeof(float) * edge * c);
+            }
+            auto taps_go = unit.kernel == 5 ? correlate_taps<W, 5, 1>
+                           : s == 2         ? correlate_taps<W, 3, 2>
+                                            : correlate_taps<W, 3, 1>;
+            for (long y = 0; y < rows; ++y)
+                taps_go(band.padded + y * s * band.line, band.line, padded + (y + edge) * line + edge * c, w, c,
+                        dtaps.data() + group * k2 * c);
+            auto go = unit.kernel == 5 ? correlate<W, 5, 1, true> : correlate<W, 3, 1, true>;
+            for (long y = mine; y < end_of_mine; ++y) {
+                float* to = dv + (y - mine) * wide * c;
+                if (s == 1) {
+                    go(padded + (y - first) * line, line, w, c, taps.data(), to);
+                } else {
+                    const float* g = padded + (y / 2 - first + edge) * line;
+                    spread<W>(g, g + line, y % 2, wide, c, taps.data(), to);
+                }
+            }
+        }
+        // From v to x.
+        const long step = edge ? 1 : s;  // rows and columns that 1x1 leaves out have no gradient of their own
+        for (long y = mine; y < end_of_mine; ++y) {
+            const long offset = (image * unit.h + y) * unit.w * c;
+            const float *x = unit.x + offset, *plus = unit.plus ? unit.plus + offset : nullptr;
+            float* dx = unit.dx + offset;
+            if (step > 1) {
+                if (plus) std::memcpy(dx, plus, sizeof(float) * unit.w * c);
+                else std::memset(dx, 0, sizeof(float) * unit.w * c);
+                if ((y - mine) % step) continue;
+            }
+            const float* gradients = dv + (y - mine) / step * wide * c;
+            for (long i = 0; i < c; i += W) {
+                const lanes<W> a = unit.a ? get<W>(unit.a + i) : 1.0f - lanes<W>{};
+                const lanes<W> b = unit.a ? get<W>(unit.b + i) : lanes<W>{};
+                const lanes<W> center = unit.a ? get<W>(unit.center + i) : lanes<W>{};
+                lanes<W> sum_a = {}, sum_b = {};
+                for (long p = 0; p < wide; ++p) {
+                    const long at = p * step * c + i;
+                    const lanes<W> value = get<W>(x + at) - center;
+                    lanes<W> grad = get<W>(gradients + p * c + i);
+                    if (unit.relu) grad = where_positive<W>(value * a + b, grad);
+                    sum_a += grad * value;
+                    sum_b += grad;
+                    grad *= a;
+                    put<W>(dx + at, plus ? grad + get<W>(plus + at) : grad);
+                }
+                if (!unit.a) continue;
+                put<W>(&da[group * c + i], get<W>(&da[group * c + i]) + sum_a);
+                put<W>(&db[group * c + i], get<W>(&db[group * c + i]) + sum_b);
+            }
+        }
+    });
+    if (unit.dense) {
+        std::vector<float> sums(depth * n);
+        total(dweight, cut.groups, depth * n, sums.data(), threads);
+        for (long r = 0; r < depth; ++r)
+            for (long i = 0; i < n; ++i) unit.dweight[i * depth + r] = sums[r * n + i];
+        return;
+    }
+    total(dweight, cut.groups, n * c, unit.dweight, threads);
+    if (unit.taps) {
+        std::vector<float> sums(k2 * c);
+        total(dtaps, cut.groups, k2 * c, sums.data(), threads);
+        for (long t = 0; t < k2; ++t)
+            for (long i = 0; i < c; ++i) unit.dtaps[i * k2 + t] = sums[t * c + i];
+    }
+    if (unit.a) total(da, cut.groups, c, unit.da, threads), total(db, cut.groups, c, unit.db, threads);
+}
+
+// One of the maps of a sum: weight * (scale * (map - mean) + shift, with ReLU if asked), of half the size if halved.
+struct Term {
+    const float *map, *mean, *scale, *shift;  // of the map; [C], or null
+    const float* weight;                      // [B], or null
+    int32_t relu, halved;
+    float *dmap, *dscale, *dshift, *dweight;  // null where nobody asks
+};
+
+struct Sum {
+    int32_t images, h, w, c, terms;
+    const Term* term;
+    float* out;
+    const float* dout;
+};
+
+constexpr int MOST_TERMS = 8;
+
+inline void check(const Sum& sum) {
+    require(sum.images > 0 && sum.h > 0 && sum.w > 0 && std::max(sum.h, sum.w) <= MOST_SIDE, "a sum has no map");
+    require(sum.c > 0 && sum.c <= MOST_CHANNELS && sum.terms > 0 && sum.terms <= MOST_TERMS, "a sum has no terms");
+    for (int i = 0; i < sum.terms; ++i) {
+        const Term& term = sum.term[i];
+        require(term.map && !term.scale == !term.shift && !term.scale == !term.mean, "a sum's term lacks memory");
+        require(!term.halved || (sum.h % 2 == 0 && sum.w % 2 == 0), "a sum's sides are odd");
+    }
+}
+
+// What a term makes of the values of one vector of channels, but for its weight.
+template <int W>
+struct Value {
+    lanes<W> mean, scale, shift;
+    float low;
+    Value(const Term& term, long i)
+        : mean(term.scale ? get<W>(term.mean + i) : lanes<W>{}),
+          scale(term.scale ? get<W>(term.scale + i) : 1.0f - lanes<W>{}),
+          shift(term.scale ? get<W>(term.shift + i) : lanes<W>{}), low(term.relu ? 0.0f : -INFINITY) {}
+    lanes<W> operator()(const float* p) const {
+        const lanes<W> value = (get<W>(p) - mean) * scale + shift;
+        return value < low ? lanes<W>{} : value;  // NaN stays
+    }
+};
+
+template <int W>
+void sum_forward(const Sum& sum, int threads) {
+    const long c = sum.c, h = sum.h, w = sum.w;
+    pool->rows(long(sum.images) * h, threads, [&](long row) {
+        const long image = row / h, y = row % h;
+        float* out = sum.out + row * w * c;
+        bool first = true;
+        for (int t = 0; t < sum.terms; ++t) {
+            const Term& term = sum.term[t];
+            const float weight = term.weight ? term.weight[image] : 1.0f;
+            if (weight == 0 && !first) continue;
+            const long half = w / 2;
+            if (!term.halved) {
+                const float* from = term.map + row * w * c;
+                for (long i = 0; i < c; i += W) {
+                    const Value<W> value(term, i);
+                    for (long at = i; at < w * c; at += c) {
+                        const lanes<W> own = weight * value(from + at);
+                        put<W>(out + at, first ? own : get<W>(out + at) + own);
+                    }
+                }
+            } else {
+                const long near = y / 2, far = std::clamp(near + (y % 2 ? 1L : -1L), 0L, h / 2 - 1);
+                const float* map = term.map + image * (h / 2) * half * c;
+                const float *upper = map + near * half * c, *lower = map + far * half * c;
+                float* line = reinterpret_cast<float*>(scratch(sizeof(float) * half * c));
+                for (long i = 0; i < c; i += W) {
+                    const Value<W> value(term, i);
+                    for (long at = i; at < half * c; at += c)
+                        put<W>(line + at, weight * (0.75f * value(upper + at) + 0.25f * value(lower + at)));
+                    for (long x = 0; x < w; ++x) {
+                        const float* a = line + x / 2 * c + i;
+                        const float* b = line + std::clamp(x / 2 + (x % 2 ? 1L : -1L), 0L, half - 1) * c + i;
+                        const lanes<W> own = 0.75f * get<W>(a) + 0.25f * get<W>(b);
+                        put<W>(out + x * c + i, first ? own : get<W>(out + x * c + i) + own);
+                    }
+                }
+            }
+            first = false;
+        }
+    });
+}
+
+// What the gradient of a resized row is for the row of half the size: rows of [w][c] -> out [w / 2][c].
+template <int W>
+void halve(const float* line, long w, long c, float* out) {
+    const long half = w / 2;
+    for (long x = 0; x < half; ++x)
+        for (long i = 0; i < c; i += W) {
+            const float* at = line + 2 * x * c + i;
+            const lanes<W> before = get<W>(x > 0 ? at - c : at), after = get<W>(x + 1 < half ? at + 2 * c : at + c);
+            put<W>(out + x * c + i, 0.75f * (get<W>(at) + get<W>(at + c)) + 0.25f * (before + after));
+        }
+}
+
+template <int W>
+void sum_backward(const Sum& sum, int threads) {
+    const long c = sum.c;
+    for (int t = 0; t < sum.terms; ++t) {
+        const Term& term = sum.term[t];
+        if (!term.dmap) continue;
+        const long s = term.halved ? 2 : 1, h = sum.h / s, w = sum.w / s;
+        const Cut cut(sum.images, h, w, c);
+        const long parts = sum.images * cut.bands;  // one for each band: an image's weight is not another's
+        std::vector<float> dscale(term.scale ? parts * c : 0), dshift(dscale.size());
+        std::vector<double> dweight(term.weight ? parts : 0);
+        pool->run(parts, threads, [&](long part) {
+            const long image = part / cut.bands, first = part % cut.bands * cut.rows;
+            const float weight = term.weight ? term.weight[image] : 1.0f;
+            const Floats line(s > 1 ? sum.w * c : 0), halved(s > 1 ? w * c : 0);
+            const Floats own_scale(c), own_shift(c), own_weight(c);
+            for (long i = 0; i < c; ++i) own_scale[i] = own_shift[i] = own_weight[i] = 0;
+            for (long y = first; y < std::min(h, first + cut.rows); ++y) {
+                const float* grad = sum.dout + (image * sum.h + y * s) * sum.w * c;
+                if (s > 1) {
+                    const long row = sum.w * c;
+                    const float *above = y > 0 ? grad - row : grad, *below = y + 1 < h ? grad + 2 * row : grad + row;
+                    for (long j = 0; j < row; j += W)
+                        put<W>(line + j, 0.75f * (get<W>(grad + j) + get<W>(grad + row + j)) +
+                                             0.25f * (get<W>(above + j) + get<W>(below + j)));
+                    halve<W>(line, sum.w, c, halved);
+                    grad = halved;
+                }
+                const long offset = (image * h + y) * w * c;
+                const float* from = term.map + offset;
+                float* to = term.dmap + offset;
+                for (long i = 0; i < c; i += W) {
+                    const lanes<W> scale = term.scale ? get<W>(term.scale + i) : 1.0f - lanes<W>{};
+                    const lanes<W> shift = term.scale ? get<W>(term.shift + i) : lanes<W>{};
+                    const lanes<W> mean = term.scale ? get<W>(term.mean + i) : lanes<W>{};
+                    lanes<W> to_scale = {}, to_shift = {}, to_weight = {};
+                    for (long at = i; at < w * c; at += c) {
+                        const lanes<W> z = get<W>(from + at) - mean, value = z * scale + shift;
+                        lanes<W> g = get<W>(grad + at);
+                        if (term.relu) g = where_positive<W>(value, g);
+                        to_weight += g * value;
+                        g *= weight;
+                        to_scale += g * z;
+                        to_shift += g;
+                        put<W>(to + at, g * scale);
+                    }
+                    put<W>(own_scale + i, get<W>(own_scale + i) + to_scale);
+                    put<W>(own_shift + i, get<W>(own_shift + i) + to_shift);
+                    put<W>(own_weight + i, get<W>(own_weight + i) + to_weight);
+                }
+            }
+            if (term.scale) {
+                std::copy_n(own_scale + 0, c, dscale.data() + part * c);
+                std::copy_n(own_shift + 0, c, dshift.data() + part * c);
+            }
+            if (term.weight)
+                for (long i = 0; i < c; ++i) dweight[part] += own_weight[i];
+        });
+        if (term.scale) total(dscale, parts, c, term.dscale, threads), total(dshift, parts, c, term.dshift, threads);
+        for (long image = 0; term.weight && image < sum.images; ++image) {
+            double all = 0;
+            for (long band = 0; band < cut.bands; ++band) all += dweight[image * cut.bands + band];
+            term.dweight[image] = float(all);
+        }
+    }
+}
+
+// The mean over the pixels of ReLU(scale * (z - mean) + shift): [B][pixels][C] -> [B][C].
+struct Mean {
+    int32_t images, pixels, c;
+    const float *z, *mean, *scale, *shift;
+    float* out;
+    const float* dout;
+    float *dz, *dscale, *dshift;
+};
+
+inline void check(const Mean& mean) {
+    require(mean.images > 0 && mean.pixels > 0 && mean.c > 0 && mean.c <= MOST_CHANNELS, "a mean has no map");
+    require(mean.z && mean.mean && mean.scale && mean.shift, "a mean lacks memory");
+}
+
+constexpr long MEAN_PIXELS = 256;  // of a part of a sum
+
+template <int W>
+void mean_forward(const Mean& mean, int threads) {
+    const long c = mean.c, pixels = mean.pixels;
+    pool->run(mean.images, threads, [&](long image) {
+        std::vector<double> all(c);
+        for (long i = 0; i < c; i += W)
+            for (long first = 0; first < pixels; first += MEAN_PIXELS) {
+                lanes<W> sum = {};
+                const lanes<W> a = get<W>(mean.scale + i), b = get<W>(mean.shift + i), center = get<W>(mean.mean + i);
+                for (long p = first; p < std::min(pixels, first + MEAN_PIXELS); ++p)
+                    sum += positive<W>((get<W>(mean.z + (image * pixels + p) * c + i) - center) * a + b);
+                for (int lane = 0; lane < W; ++lane) all[i + lane] += sum[lane];
+            }
+        for (long i = 0; i < c; ++i) mean.out[image * c + i] = float(all[i] / double(pixels));
+    });
+}
+
+template <int W>
+void mean_backward(const Mean& mean, int threads) {
+    require(mean.dout && mean.dz && mean.dscale && mean.dshift, "a mean lacks memory for its gradients");
+    const long c = mean.c, pixels = mean.pixels;
+    std::vector<float> dscale(mean.images * c), dshift(mean.images * c);
+    pool->run(mean.images, threads, [&](long image) {
+        for (long i = 0; i < c; i += W) {
+            lanes<W> sum_scale = {}, sum_shift = {};
+            const lanes<W> a = get<W>(mean.scale + i), b = get<W>(mean.shift + i), center = get<W>(mean.mean + i);
+            const lanes<W> g = get<W>(mean.dout + image * c + i) / float(pixels);
+            for (long p = 0; p < pixels; ++p) {
+                const long at = (image * pixels + p) * c + i;
+                const lanes<W> z = get<W>(mean.z + at) - center, own = where_positive<W>(z * a + b, g);
+                sum_scale += own * z;
+                sum_shift += own;
+                put<W>(mean.dz + at, own * a);
+            }
+            put<W>(dscale.data() + image * c + i, sum_scale);
+            put<W>(dshift.data() + image * c + i, sum_shift);
+        }
+    });
+    total(dscale, mean.images, c, mean.dscale, threads);
+    total(dshift, mean.images, c, mean.dshift, threads);
+}
+
+// Planes of scores [h][w] to logits of four times their height and width, bilinear; backward, their gradients.
+struct Enlarged {
+    int32_t planes, h, w;
+    const float* scores;
+    float* logits;
+    const float* dlogits;
+    float* dscores;
+};
+
+inline void check(const Enlarged& e) {
+    require(e.planes > 0 && e.h > 0 && e.w > 0 && std::max(e.h, e.w) <= MOST_SIDE, "scores have no size");
+}
+
+// Of the four outputs of a score: the share of the score before it, of itself, of the one behind it.
+constexpr float BEFORE[] = {0.375f, 0.125f, 0, 0}, ITSELF[] = {0.625f, 0.875f, 0.875f, 0.625f},
+                BEHIND[] = {0, 0, 0.125f, 0.375f};
+
+inline void enlarge_planes(const Enlarged& e, int threads) {
+    require(e.scores && e.logits, "scores lack memory");
+    const long h = e.h, w = e.w;
+    pool->rows(e.planes * h, threads, [&](long row) {
+        const long y = row % h;
+        const float* at = e.scores + row * w;
+        const float *above = y > 0 ? at - w : at, *below = y + 1 < h ? at + w : at;
+        float* line = reinterpret_cast<float*>(scratch(sizeof(float) * (w + 2))) + 1;  // a pixel more at each end
+        for (int j = 0; j < 4; ++j) {
+            for (long x = 0; x < w; ++x) line[x] = BEFORE[j] * above[x] + ITSELF[j] * at[x] + BEHIND[j] * below[x];
+            line[-1] = line[0];
+            line[w] = line[w - 1];
+            float* out = e.logits + (row * 4 + j) * 4 * w;
+            for (long x = 0; x < w; ++x)
+                for (int i = 0; i < 4; ++i)
+                    out[4 * x + i] = BEFORE[i] * line[x - 1] + ITSELF[i] * line[x] + BEHIND[i] * line[x + 1];
+        }
+    });
+}
+
+inline void enlarge_planes_backward(const Enlarged& e, int threads) {
+    require(e.dlogits && e.dscores, "scores lack memory for their gradients");
+    const long h = e.h, w = e.w, wide = 4 * w;
+    pool->rows(e.planes * h, threads, [&](long row) {
+        const long y = row % h;
+        float* sum = reinterpret_cast<float*>(scratch(sizeof(float) * wide));
+        std::memset(sum, 0, sizeof(float) * wide);
+        const float* g = e.dlogits + row * 4 * wide;
+        const auto add = [&](const float* from, float share) {
+            for (long x = 0; x < wide; ++x) sum[x] += share * from[x];
+        };
+        for (int j = 0; j < 4; ++j) {
+            // At the borders a score stands for the one that is missing, too.
+            add(g + j * wide, ITSELF[j] + (y == 0 ? BEFORE[j] : 0) + (y + 1 == h ? BEHIND[j] : 0));
+            if (y > 0 && BEHIND[j] > 0) add(g + (j - 4) * wide, BEHIND[j]);
+            if (y + 1 < h && BEFORE[j] > 0) add(g + (j + 4) * wide, BEFORE[j]);
+        }
+        float* out = e.dscores + row * w;
+        for (long x = 0; x < w; ++x) {
+            float total = 0;
+            for (int i = 0; i < 4; ++i) {
+                total += ITSELF[i] * sum[4 * x + i];
+                total += BEHIND[i] * (x > 0 ? sum[4 * x - 4 + i] : 0) + BEFORE[i] * (x > 0 ? 0 : sum[i]);
+                total +=
+                    BEFORE[i] * (x + 1 < w ? sum[4 * x + 4 + i] : 0) + BEHIND[i] * (x + 1 < w ? 0 : sum[4 * x + i]);
+            }
+            out[x] = total;
+        }
+    });
+}
+
+// Calls go<W>() with the widest vector that divides both numbers of channels.
+template <class Go>
+void with_width(long first, long second, const Go& go) {
+    const auto fits = [&](long width) { return first % width == 0 && second % width == 0; };
+    if (V >= 16 && fits(16)) return go(std::integral_constant<int, V >= 16 ? 16 : 4>());
+    if (V >= 8 && fits(8)) return go(std::integral_constant<int, V >= 8 ? 8 : 4>());
+    require(fits(4), "channels are no multiple of 4");
+    go(std::integral_constant<int, 4>());
+}
+
+}  // namespace

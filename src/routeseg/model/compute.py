@@ -1,0 +1,70 @@
+"""How a network computes its parts and adds up what they send: here with PyTorch's operations, on any device.
+
+Another way is a subclass of `Compute`, set as `model.compute`; it is asked in training alone (training/fused.py).
+
+Legend: B images, C channels, h, w the size of a feature map; alpha [B] the activations of an edge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from routeseg.config import NetworkConfig
+from routeseg.model.cell import RoutingNode
+from routeseg.model.head import Head
+
+
+class Compute:
+    """The parts of a network, one after another.
+
+    Features are what arrives at a node and what its cell makes of it, arrivals what is sent to a node. What they are is
+    a matter of the subclass alone; here both are maps [B,C,h,w].
+    """
+
+    def usable(self, config: NetworkConfig, images: Tensor) -> bool:
+        """Whether it can compute this network for these images; if not, PyTorch's operations do."""
+        return True
+
+    def stem(self, stem: nn.Module, images: Tensor) -> Any:
+        """Normalised images [B,3,H,W] -> the features of the first node."""
+        return stem(images)
+
+    def activations(self, node: RoutingNode, features: Any, budget: Tensor | None) -> Tensor:
+        """`RoutingNode.activations`: [B,3]."""
+        return node.activations(features, budget)
+
+    def cell(self, node: RoutingNode, features: Any, drop_path: float) -> Any:
+        """Eq. 1: the features that the node's cell makes."""
+        return node.cell(features, drop_path)
+
+    def send(self, node: RoutingNode, direction: int, hidden: Any, alpha: Tensor | None) -> Any:
+        """Eq. 5: what leaves a node in a direction, each image times its activation; None: 1 for all."""
+        out = node.transform(direction, hidden)
+        return out if alpha is None else each(alpha).to(out.dtype) * out
+
+    def skip(self, features: Any, images: Tensor | None) -> Any:
+        """What a node without its cell hands on: its input, of the images [B] that drop the cell; None: of all."""
+        return features if images is None else torch.where(each(images), features, 0.0)
+
+    def gather(self, arrivals: Sequence[Any]) -> Any:
+        """The features of a node: the sum of what arrives."""
+        total = arrivals[0]
+        for one in arrivals[1:]:
+            total = total + one
+        return total
+
+    def head(self, head: Head, features: Sequence[Any]) -> Any:
+        """The output of the head, from the features of every scale; None where nothing arrived at a scale."""
+        return head(features)
+
+
+PLAIN = Compute()
+
+
+def each(values: Tensor) -> Tensor:
+    """A value for each image [B] as [B,1,1,1]."""
+    return values[:, None, None, None]
