@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from conftest import run, spread_gates
 from routeseg import DynamicRoutingNetwork, SkipEngine
 from routeseg.cost.macs import model_cost
-from routeseg.data.datamodule import DataConfig, evaluation_loader, open_data
+from routeseg.data.config import DataConfig, open_data
+from routeseg.data.loaders import evaluation_loader
 from routeseg.evaluation import evaluate, machine_facts
 from routeseg.evaluation.boundary import boundary_counts
 from routeseg.evaluation.submission import Submission

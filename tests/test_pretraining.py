@@ -17,7 +17,8 @@ import routeseg
 from conftest import run, spread_gates
 from routeseg import DynamicRoutingNetwork
 from routeseg.cost.macs import model_cost
-from routeseg.data.classification import ClassificationConfig, ClassificationDataModule
+from routeseg.data.classification import ClassificationConfig
+from routeseg.data.classification_loaders import ClassificationDataModule
 from routeseg.model.classifier import DynamicRoutingClassifier
 from routeseg.model.request import Request
 from routeseg.training.classification import ClassificationTask, PretrainingRecipe, evaluate_classifier, pretrain

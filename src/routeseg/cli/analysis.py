@@ -58,7 +58,8 @@ def evaluate_command(words: Sequence[str]) -> int:
     args, data = read_data(parser, words)
 
     from routeseg.cli.tables import print_evaluation
-    from routeseg.data.datamodule import evaluation_loader, open_data
+    from routeseg.data.config import open_data
+    from routeseg.data.loaders import evaluation_loader
     from routeseg.engine import build_engine
     from routeseg.evaluation import evaluate, machine_facts
     from routeseg.evaluation.submission import Submission
@@ -131,7 +132,7 @@ def routes_command(words: Sequence[str]) -> int:
     from routeseg.architectures import common_route
     from routeseg.cli.tables import print_survey
     from routeseg.cost.macs import model_cost
-    from routeseg.data.datamodule import open_data
+    from routeseg.data.config import open_data
     from routeseg.engine import build_engine
     from routeseg.evaluation import machine_facts
     from routeseg.evaluation.routes import draw_survey, evenly_spread, pictures_to_see, survey_routes

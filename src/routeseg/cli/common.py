@@ -21,7 +21,7 @@ from routeseg.errors import lacks_memory
 if TYPE_CHECKING:
     import torch
 
-    from routeseg.data.datamodule import DataConfig
+    from routeseg.data.config import DataConfig
     from routeseg.model import DynamicRoutingNetwork
     from routeseg.space import Route
     from routeseg.training.recipe import Recipe
@@ -125,7 +125,7 @@ def config_parser(command: str, sections: Sequence[str] = SECTIONS) -> Parser:
     """
     from routeseg.config import NetworkConfig
     from routeseg.cost.budget import Budget
-    from routeseg.data.datamodule import DataConfig
+    from routeseg.data.config import DataConfig
     from routeseg.training.recipe import Recipe
 
     parser = Parser(prog=f"routeseg {command}", exit_on_error=True)
@@ -152,7 +152,7 @@ def add_config_argument(parser: Parser) -> None:
 
 def read_data(parser: Parser, words: Sequence[str]) -> tuple[Namespace, DataConfig]:
     """The parsed words, and the data section as an object."""
-    from routeseg.data.datamodule import DataConfig
+    from routeseg.data.config import DataConfig
 
     args = parser.parse_args(list(words))
     quiet_libraries()
@@ -172,7 +172,7 @@ def new_network(args: Namespace, data: DataConfig, recipe: Recipe) -> DynamicRou
     """The network of the model section, for the classes of the data, with weights drawn from the recipe's seed."""
     import torch
 
-    from routeseg.data.datamodule import open_data
+    from routeseg.data.config import open_data
     from routeseg.model import DynamicRoutingNetwork
 
     classes = open_data(data, data.train_split, recipe.seed).classes

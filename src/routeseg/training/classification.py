@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from routeseg.collectives import rank_and_world, total
 from routeseg.cost.macs import model_cost
-from routeseg.data.classification import Batch, ClassificationConfig, ClassificationDataModule
+from routeseg.data.classification import ClassificationConfig
+from routeseg.data.classification_loaders import Batch, ClassificationDataModule
 from routeseg.model.classifier import Classification, DynamicRoutingClassifier
 from routeseg.training.batch_norm import Mode
 from routeseg.training.recipe import Recipe
