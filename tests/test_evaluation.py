@@ -475,7 +475,7 @@ def test_agreement_with_the_official_script_for_good_predictions(tmp_path, layou
 
 def test_results_name_the_instructions_of_the_machine(tmp_path, monkeypatch):
     cpuinfo = tmp_path / "cpuinfo"
-    monkeypatch.setattr("routeseg.evaluation.scores.CPUINFO", cpuinfo)
+    monkeypatch.setattr("routeseg.evaluation.machine.CPUINFO", cpuinfo)
     assert machine_facts()["machine"]["isa"] == [], "not Linux"
     cpuinfo.write_text("processor\t: 0\nmodel name\t: A: B\nflags\t\t: fpu avx512_vnni avx2\n\nprocessor\t: 1\n")
     assert machine_facts()["machine"] | {"cpu": "A: B", "isa": ["avx2", "avx512_vnni"]} == machine_facts()["machine"]

@@ -21,8 +21,9 @@ from routeseg.data.classification import ClassificationConfig
 from routeseg.data.classification_loaders import ClassificationDataModule
 from routeseg.model.classifier import DynamicRoutingClassifier
 from routeseg.model.request import Request
-from routeseg.training.classification import ClassificationTask, PretrainingRecipe, evaluate_classifier, pretrain
+from routeseg.training.classification import ClassificationTask, evaluate_classifier, pretrain
 from routeseg.training.initialization import initialize
+from routeseg.training.recipe import PretrainingRecipe
 from routeseg.training.run import RunOptions
 from test_classification_data import png, shard_config, write_shard, write_shards, write_tree
 

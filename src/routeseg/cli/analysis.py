@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 def evaluate_command(words: Sequence[str]) -> int:
     from routeseg.evaluation.boundary import BOUNDARY_WIDTH
-    from routeseg.evaluation.test_time import OVERLAP, MultiPass
+    from routeseg.evaluation.test_time import MultiPass
+    from routeseg.evaluation.windows import OVERLAP
 
     parser = config_parser("evaluate", ["data"])
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder")

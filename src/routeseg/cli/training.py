@@ -56,7 +56,8 @@ def pretrain_command(words: Sequence[str]) -> int:
     from routeseg.config import NetworkConfig
     from routeseg.data.classification import ClassificationConfig, open_sources
     from routeseg.model.classifier import DynamicRoutingClassifier
-    from routeseg.training.classification import PretrainingRecipe, pretrain
+    from routeseg.training.classification import pretrain
+    from routeseg.training.recipe import PretrainingRecipe
 
     parser = Parser(prog="routeseg pretrain")
     add_config_argument(parser)
