@@ -155,7 +155,6 @@ def read_data(parser: Parser, words: Sequence[str]) -> tuple[Namespace, DataConf
     from routeseg.data.config import DataConfig
 
     args = parser.parse_args(list(words))
-    quiet_libraries()
     return args, DataConfig(**vars(args.data))
 
 
@@ -169,17 +168,24 @@ def read_parts(parser: Parser, words: Sequence[str]) -> tuple[Namespace, Any, An
 
 
 def new_network(args: Namespace, data: DataConfig, recipe: Recipe) -> DynamicRoutingNetwork:
-    """The network of the model section, for the classes of the data, with weights drawn from the recipe's seed."""
-    import torch
+    """The network of the model section, for the classes of the data, with weights drawn from the recipe's seed.
 
+    PyTorch is imported once the configuration, the data set and the route are known to be right.
+    """
+    from routeseg.config import NetworkConfig
     from routeseg.data.config import open_data
-    from routeseg.model import DynamicRoutingNetwork
 
     classes = open_data(data, data.train_split, recipe.seed).classes
-    torch.manual_seed(recipe.seed)
-    return DynamicRoutingNetwork(
-        num_classes=len(classes), class_names=classes.names, palette=classes.palette, **network_options(args)
+    config = NetworkConfig(
+        num_classes=len(classes), class_names=classes.names, palette=classes.palette or (), **network_options(args)
     )
+
+    import torch
+
+    from routeseg.model import DynamicRoutingNetwork
+
+    torch.manual_seed(recipe.seed)
+    return DynamicRoutingNetwork(config)
 
 
 def network_options(args: Namespace) -> dict[str, Any]:
