@@ -187,10 +187,10 @@ def architectures_command(words: Sequence[str]) -> int:
     args = parser.parse_args(list(words))
     size = parse_size("--size", args.size)
 
+    from routeseg import figures
     from routeseg.architectures import ARCHITECTURES
     from routeseg.cli.tables import print_architectures
     from routeseg.evaluation.architecture_table import architecture_table
-    from routeseg.figures import picture_kind, route_grid
     from routeseg.space import Route, RoutingSpace
 
     space = RoutingSpace(args.depth)
@@ -198,7 +198,7 @@ def architectures_command(words: Sequence[str]) -> int:
         if path is not None:
             check_writable(Path(path).parent, option)
     if args.figure is not None:
-        picture_kind(args.figure)
+        figures.picture_kind(args.figure)
     rows = architecture_table(
         space,
         size,
@@ -218,5 +218,5 @@ def architectures_command(words: Sequence[str]) -> int:
             )
             for row, route in zip(rows, routes, strict=True)
         ]
-        route_grid(args.figure, space, panels)
+        figures.route_grid(args.figure, space, panels)
     return 0
