@@ -27,7 +27,9 @@ from PIL import Image, ImageOps
 
 from routeseg import DynamicRoutingNetwork, model_cost
 from routeseg.data.cache import ImageCache
-from routeseg.data.datamodule import DataConfig, SegmentationDataModule, TrainingPictures, image_tensor
+from routeseg.data.config import DataConfig
+from routeseg.data.datamodule import SegmentationDataModule
+from routeseg.data.loaders import TrainingPictures, image_tensor
 from routeseg.data.pairs import PairedFiles, read_image, read_label_file
 from routeseg.data.scenes import draw_scene
 from routeseg.data.sets.cityscapes import OFFICIAL

@@ -58,7 +58,8 @@ from inference_processes import MEMORY_SIZE, memory, memory_of, startup
 from inference_tables import tables
 from routeseg import DynamicRoutingNetwork, Route, SkipEngine
 from routeseg.cost.macs import model_cost
-from routeseg.data.datamodule import DataConfig, evaluation_loader, open_data
+from routeseg.data.config import DataConfig, open_data
+from routeseg.data.loaders import evaluation_loader
 from routeseg.evaluation import evaluate, machine_facts
 from routeseg.export import export
 from routeseg.files import write_json

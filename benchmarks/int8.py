@@ -26,7 +26,8 @@ from PIL import Image
 
 import routeseg
 from inference_methods import alternate, onnxruntime_method, random_network
-from routeseg.data.datamodule import DataConfig, evaluation_loader, open_data
+from routeseg.data.config import DataConfig, open_data
+from routeseg.data.loaders import evaluation_loader
 from routeseg.evaluation import evaluate, machine_facts
 from routeseg.export import build_onnx, export
 from routeseg.export.int8 import chosen, export_int8

@@ -39,7 +39,7 @@ import numpy as np
 import torch
 
 from routeseg import Budget, DynamicRoutingNetwork
-from routeseg.data.datamodule import DataConfig
+from routeseg.data.config import DataConfig
 from routeseg.data.scenes import CLASSES
 from routeseg.demo import read_log
 from routeseg.evaluation import machine_facts

@@ -47,7 +47,8 @@ from routeseg.architectures import ARCHITECTURES, common_route
 from routeseg.cli.common import config_parser, new_network, read_parts
 from routeseg.cost.budget import Budget
 from routeseg.cost.macs import model_cost
-from routeseg.data.datamodule import DataConfig, evaluation_loader, open_data
+from routeseg.data.config import DataConfig, open_data
+from routeseg.data.loaders import evaluation_loader
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import evaluate, machine_facts
 from routeseg.files import check_writable, write_atomically, write_json

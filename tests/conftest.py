@@ -16,7 +16,7 @@ from downloads import serve
 from routeseg import DynamicRoutingNetwork
 from routeseg.cli import main
 from routeseg.cost.macs import CostTable
-from routeseg.data.datamodule import DataConfig
+from routeseg.data.config import DataConfig
 from routeseg.data.scenes import CLASSES, PALETTE
 from routeseg.data.tools.layouts import write_layout
 

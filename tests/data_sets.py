@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pictures import truncate
-from routeseg.data.datamodule import VALIDATION_SEED_OFFSET, DataConfig, open_data
+from routeseg.data.config import VALIDATION_SEED_OFFSET, DataConfig, open_data
 from routeseg.data.pairs import PairedFiles, SegmentationData, UnreadableImage
 from routeseg.data.scenes import draw_scene
 from routeseg.labels import IGNORE

@@ -13,7 +13,7 @@ from PIL import Image
 from conftest import run, scenes_checkpoint
 from pictures import noise, save, truncate
 from routeseg.cli import main
-from routeseg.data.datamodule import DataConfig, open_data
+from routeseg.data.config import DataConfig, open_data
 from routeseg.data.sets.folder import open_folder
 from routeseg.data.tools.check import check_split, look_at_pairs, pictures_to_show
 from routeseg.data.tools.findings import SMALLEST, find, verdict

@@ -10,13 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from routeseg.data.classification import (
-    CentreCrop,
-    ClassificationConfig,
-    ClassificationDataModule,
-    ImageTree,
-    RandomResizedCrop,
-)
+from routeseg.data.classification import ClassificationConfig, ImageTree
+from routeseg.data.classification_loaders import ClassificationDataModule
+from routeseg.data.crops import CentreCrop, RandomResizedCrop
 from routeseg.data.shards import ShuffledShards, count_samples, find_shards, read_shard
 
 SMALL = dict(crop=32, resize=36, batch_size=4, workers=0)

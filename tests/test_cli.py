@@ -51,7 +51,8 @@ def test_evaluate(tmp_path, checkpoint, capsys):
 
 def test_evaluate_counts_by_hand(tmp_path, checkpoint):
     """The confusion matrix of `evaluate` is the one that a loop over pixels gives."""
-    from routeseg.data.datamodule import DataConfig, evaluation_loader, open_data
+    from routeseg.data.config import DataConfig, open_data
+    from routeseg.data.loaders import evaluation_loader
     from routeseg.evaluation import evaluate
 
     model = routeseg.load(checkpoint)

@@ -18,7 +18,8 @@ from PIL import Image, ImageOps
 from conftest import run
 from routeseg.data import cache, pairs
 from routeseg.data.cache import ImageCache
-from routeseg.data.datamodule import DataConfig, SegmentationDataModule
+from routeseg.data.config import DataConfig
+from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.data.pairs import LabelMap, UnreadableImage, read_image
 from routeseg.data.transforms import LUMA_RGB, jitter
 from routeseg.labels import IGNORE

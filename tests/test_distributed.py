@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 import routeseg
 from conftest import environment_with, run
-from routeseg.data.datamodule import DataConfig, evaluation_loader, open_data
+from routeseg.data.config import DataConfig, open_data
+from routeseg.data.loaders import evaluation_loader
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import evaluate
 from routeseg.training import run as training_run

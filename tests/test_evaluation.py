@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from conftest import run, spread_gates
 from routeseg import DynamicRoutingNetwork, SkipEngine
 from routeseg.cost.macs import model_cost
-from routeseg.data.datamodule import DataConfig, evaluation_loader, open_data
+from routeseg.data.config import DataConfig, open_data
+from routeseg.data.loaders import evaluation_loader
 from routeseg.evaluation import evaluate, machine_facts
 from routeseg.evaluation.boundary import boundary_counts
 from routeseg.evaluation.submission import Submission
@@ -474,7 +475,7 @@ def test_agreement_with_the_official_script_for_good_predictions(tmp_path, layou
 
 def test_results_name_the_instructions_of_the_machine(tmp_path, monkeypatch):
     cpuinfo = tmp_path / "cpuinfo"
-    monkeypatch.setattr("routeseg.evaluation.scores.CPUINFO", cpuinfo)
+    monkeypatch.setattr("routeseg.evaluation.machine.CPUINFO", cpuinfo)
     assert machine_facts()["machine"]["isa"] == [], "not Linux"
     cpuinfo.write_text("processor\t: 0\nmodel name\t: A: B\nflags\t\t: fpu avx512_vnni avx2\n\nprocessor\t: 1\n")
     assert machine_facts()["machine"] | {"cpu": "A: B", "isa": ["avx2", "avx512_vnni"]} == machine_facts()["machine"]

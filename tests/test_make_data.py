@@ -8,7 +8,7 @@ from PIL import Image
 
 from conftest import run
 from data_sets import SIZE
-from routeseg.data.datamodule import DataConfig, open_data
+from routeseg.data.config import DataConfig, open_data
 from routeseg.data.scenes import CLASSES
 from routeseg.data.sets.cityscapes import open_cityscapes
 from routeseg.data.sets.voc import open_voc

@@ -17,11 +17,13 @@ import routeseg
 from conftest import run, spread_gates
 from routeseg import DynamicRoutingNetwork
 from routeseg.cost.macs import model_cost
-from routeseg.data.classification import ClassificationConfig, ClassificationDataModule
+from routeseg.data.classification import ClassificationConfig
+from routeseg.data.classification_loaders import ClassificationDataModule
 from routeseg.model.classifier import DynamicRoutingClassifier
 from routeseg.model.request import Request
-from routeseg.training.classification import ClassificationTask, PretrainingRecipe, evaluate_classifier, pretrain
+from routeseg.training.classification import ClassificationTask, evaluate_classifier, pretrain
 from routeseg.training.initialization import initialize
+from routeseg.training.recipe import PretrainingRecipe
 from routeseg.training.run import RunOptions
 from test_classification_data import png, shard_config, write_shard, write_shards, write_tree
 

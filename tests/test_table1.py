@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from routeseg import DynamicRoutingNetwork, figures
-from routeseg.data.datamodule import DataConfig, open_data
+from routeseg.data.config import DataConfig, open_data
 from routeseg.training.callbacks import ValidateAndSave
 
 ROOT = Path(__file__).parents[1]

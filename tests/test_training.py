@@ -20,7 +20,8 @@ import routeseg
 from conftest import spread_gates
 from routeseg.cli import main
 from routeseg.cost.budget import Budget
-from routeseg.data.datamodule import DataConfig, SegmentationDataModule
+from routeseg.data.config import DataConfig
+from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.evaluation import evaluate
 from routeseg.model.compute import Compute
 from routeseg.training import callbacks, segmentation

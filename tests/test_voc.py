@@ -12,7 +12,7 @@ from scipy.io import loadmat, savemat
 
 from conftest import run
 from data_sets import SIZE, TRAIN, DataSetContract, first, scene
-from routeseg.data.datamodule import DataConfig, open_data
+from routeseg.data.config import DataConfig, open_data
 from routeseg.data.pairs import UnreadableImage
 from routeseg.data.sets import voc
 from routeseg.data.sets.voc import open_voc, read_sbd, train_aug_names, voc_palette

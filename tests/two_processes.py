@@ -20,7 +20,8 @@ from conftest import spread_gates
 from routeseg.collectives import rank_and_world
 from routeseg.cost.budget import Budget, budget_loss
 from routeseg.cost.macs import model_cost
-from routeseg.data.datamodule import TRAIN_STREAM, DataConfig, TrainingPictures, image_tensor
+from routeseg.data.config import DataConfig
+from routeseg.data.loaders import TRAIN_STREAM, TrainingPictures, image_tensor
 from routeseg.data.scenes import draw_scene
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import evaluate

@@ -23,15 +23,10 @@ import torch
 from routeseg import figures
 from routeseg.cost.budget import Budget
 from routeseg.cost.macs import model_cost
-from routeseg.data.datamodule import (
-    DataConfig,
-    SegmentationData,
-    SegmentationDataModule,
-    evaluation_loader,
-    image_tensor,
-    open_data,
-    pair,
-)
+from routeseg.data.config import DataConfig, open_data, pair
+from routeseg.data.datamodule import SegmentationDataModule
+from routeseg.data.loaders import evaluation_loader, image_tensor
+from routeseg.data.pairs import SegmentationData
 from routeseg.data.scenes import PRESETS
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import Evaluation, evaluate, machine_facts

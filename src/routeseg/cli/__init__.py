@@ -5,7 +5,9 @@ Every user mistake ends in one message on stderr and exit code 2.
 
 from __future__ import annotations
 
+import atexit
 import difflib
+import gc
 import os
 import re
 import sys
@@ -30,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     for stream in (sys.stdout, sys.stderr):
         _print_any_name(stream)
+    if arguments is None:  # the process is the command's own: at its end nobody needs Python to look for garbage
+        atexit.register(gc.freeze)
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())

@@ -17,6 +17,7 @@ from routeseg.cli.common import (
     find_device,
     parse_size,
     progress_bar,
+    quiet_libraries,
     read_data,
 )
 from routeseg.files import check_writable, write_atomically, write_json
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 def evaluate_command(words: Sequence[str]) -> int:
     from routeseg.evaluation.boundary import BOUNDARY_WIDTH
-    from routeseg.evaluation.test_time import OVERLAP, MultiPass
+    from routeseg.evaluation.windows import OVERLAP
 
     parser = config_parser("evaluate", ["data"])
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder")
@@ -57,20 +58,25 @@ def evaluate_command(words: Sequence[str]) -> int:
     )
     args, data = read_data(parser, words)
 
-    from routeseg.cli.tables import print_evaluation
-    from routeseg.data.datamodule import evaluation_loader, open_data
-    from routeseg.engine import build_engine
-    from routeseg.evaluation import evaluate, machine_facts
-    from routeseg.evaluation.submission import Submission
+    from routeseg.data.config import open_data
     from routeseg.model import checkpoints
 
     if not 0 <= args.boundary_width <= 1:
         raise ValueError(f"--boundary_width is {args.boundary_width}: it is a share of the diagonal, 0 to 1")
     window = None if args.window is None else parse_size("--window", args.window)
-    model = checkpoints.load(args.checkpoint).to(find_device(args.device))
+    pictures = open_data(data, args.split, args.seed)
+    model = checkpoints.load(args.checkpoint)
+
+    from routeseg.cli.tables import print_evaluation
+    from routeseg.data.loaders import evaluation_loader
+    from routeseg.engine import build_engine
+    from routeseg.evaluation import MultiPass, evaluate, machine_facts
+    from routeseg.evaluation.submission import Submission
+
+    quiet_libraries()
+    model = model.to(find_device(args.device))
     engine = build_engine(model, args.engine, args.precision)
     forward = MultiPass(engine, args.scales, args.flip, window, args.overlap, args.window_batch)
-    pictures = open_data(data, args.split, args.seed)
     check_classes(args.checkpoint, model, data, len(pictures.classes))
     if args.json is not None:
         check_writable(Path(args.json).parent, "--json")
@@ -128,17 +134,21 @@ def routes_command(words: Sequence[str]) -> int:
     parser.add_argument("--permutations", type=int, default=PERMUTATIONS, help="relabellings of the permutation test")
     args, data = read_data(parser, words)
 
+    from routeseg.data.config import open_data
+    from routeseg.model import checkpoints
+
+    pictures = open_data(data, args.split, args.seed)
+    model = checkpoints.load(args.checkpoint)
+
     from routeseg.architectures import common_route
     from routeseg.cli.tables import print_survey
     from routeseg.cost.macs import model_cost
-    from routeseg.data.datamodule import open_data
     from routeseg.engine import build_engine
     from routeseg.evaluation import machine_facts
     from routeseg.evaluation.routes import draw_survey, evenly_spread, pictures_to_see, survey_routes
-    from routeseg.model import checkpoints
 
-    model, output = checkpoints.load(args.checkpoint).to(find_device(args.device)), Path(args.output)
-    pictures = open_data(data, args.split, args.seed)
+    quiet_libraries()
+    model, output = model.to(find_device(args.device)), Path(args.output)
     check_classes(args.checkpoint, model, data, len(pictures.classes))
     if args.common is not None and not 0 < args.common <= 1:
         raise ValueError(f"--common is {args.common}: it is a share of the images, above 0 and at most 1")
@@ -177,10 +187,10 @@ def architectures_command(words: Sequence[str]) -> int:
     args = parser.parse_args(list(words))
     size = parse_size("--size", args.size)
 
+    from routeseg import figures
     from routeseg.architectures import ARCHITECTURES
     from routeseg.cli.tables import print_architectures
     from routeseg.evaluation.architecture_table import architecture_table
-    from routeseg.figures import picture_kind, route_grid
     from routeseg.space import Route, RoutingSpace
 
     space = RoutingSpace(args.depth)
@@ -188,7 +198,7 @@ def architectures_command(words: Sequence[str]) -> int:
         if path is not None:
             check_writable(Path(path).parent, option)
     if args.figure is not None:
-        picture_kind(args.figure)
+        figures.picture_kind(args.figure)
     rows = architecture_table(
         space,
         size,
@@ -208,5 +218,5 @@ def architectures_command(words: Sequence[str]) -> int:
             )
             for row, route in zip(rows, routes, strict=True)
         ]
-        route_grid(args.figure, space, panels)
+        figures.route_grid(args.figure, space, panels)
     return 0

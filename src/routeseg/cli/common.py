@@ -21,7 +21,7 @@ from routeseg.errors import lacks_memory
 if TYPE_CHECKING:
     import torch
 
-    from routeseg.data.datamodule import DataConfig
+    from routeseg.data.config import DataConfig
     from routeseg.model import DynamicRoutingNetwork
     from routeseg.space import Route
     from routeseg.training.recipe import Recipe
@@ -125,7 +125,7 @@ def config_parser(command: str, sections: Sequence[str] = SECTIONS) -> Parser:
     """
     from routeseg.config import NetworkConfig
     from routeseg.cost.budget import Budget
-    from routeseg.data.datamodule import DataConfig
+    from routeseg.data.config import DataConfig
     from routeseg.training.recipe import Recipe
 
     parser = Parser(prog=f"routeseg {command}", exit_on_error=True)
@@ -152,10 +152,9 @@ def add_config_argument(parser: Parser) -> None:
 
 def read_data(parser: Parser, words: Sequence[str]) -> tuple[Namespace, DataConfig]:
     """The parsed words, and the data section as an object."""
-    from routeseg.data.datamodule import DataConfig
+    from routeseg.data.config import DataConfig
 
     args = parser.parse_args(list(words))
-    quiet_libraries()
     return args, DataConfig(**vars(args.data))
 
 
@@ -169,17 +168,24 @@ def read_parts(parser: Parser, words: Sequence[str]) -> tuple[Namespace, Any, An
 
 
 def new_network(args: Namespace, data: DataConfig, recipe: Recipe) -> DynamicRoutingNetwork:
-    """The network of the model section, for the classes of the data, with weights drawn from the recipe's seed."""
-    import torch
+    """The network of the model section, for the classes of the data, with weights drawn from the recipe's seed.
 
-    from routeseg.data.datamodule import open_data
-    from routeseg.model import DynamicRoutingNetwork
+    PyTorch is imported once the configuration, the data set and the route are known to be right.
+    """
+    from routeseg.config import NetworkConfig
+    from routeseg.data.config import open_data
 
     classes = open_data(data, data.train_split, recipe.seed).classes
-    torch.manual_seed(recipe.seed)
-    return DynamicRoutingNetwork(
-        num_classes=len(classes), class_names=classes.names, palette=classes.palette, **network_options(args)
+    config = NetworkConfig(
+        num_classes=len(classes), class_names=classes.names, palette=classes.palette or (), **network_options(args)
     )
+
+    import torch
+
+    from routeseg.model import DynamicRoutingNetwork
+
+    torch.manual_seed(recipe.seed)
+    return DynamicRoutingNetwork(config)
 
 
 def network_options(args: Namespace) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from routeseg.files import check_writable, expand_user, write_json
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from routeseg.data.datamodule import DataConfig
+    from routeseg.data.config import DataConfig
     from routeseg.data.pairs import SegmentationData
     from routeseg.data.tools.check import SplitCheck
 
@@ -35,7 +35,7 @@ def make_data_command(words: Sequence[str]) -> int:
     if args.name != "scenes":
         raise ValueError(f"cannot make {args.name!r}: choose scenes")
 
-    from routeseg.data.datamodule import DataConfig
+    from routeseg.data.config import DataConfig
     from routeseg.data.tools.layouts import LAYOUTS, pictures_of, write_layout
 
     if args.layout not in LAYOUTS:
@@ -137,7 +137,7 @@ def check_data_command(words: Sequence[str]) -> int:
     args, data = read_data(parser, words)
 
     from routeseg.cli.tables import print_check
-    from routeseg.data.datamodule import open_data, pair
+    from routeseg.data.config import open_data, pair
     from routeseg.data.pairs import PairedFiles
     from routeseg.data.sets.folder import describing_file
     from routeseg.data.tools.check import SplitCheck, check_split

@@ -28,11 +28,14 @@ def export_command(words: Sequence[str]) -> int:
     )
     args = parser.parse_args(list(words))
 
-    from routeseg.export import check_kind, check_name, export, require_onnx
     from routeseg.model import checkpoints
 
     if args.routed and args.route is not None:
         raise ValueError("--routed keeps every route, --route keeps one: give one of them")
+    checkpoints.read_config(Path(args.checkpoint))  # a wrong folder is told before PyTorch is imported
+
+    from routeseg.export import check_kind, check_name, export, require_onnx
+
     path = check_name(args.output)
     require_onnx()
     check_writable(path.parent, "OUT")

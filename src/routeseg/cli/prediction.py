@@ -88,9 +88,11 @@ def _open(network: str | None, args: Namespace) -> Runner:
     """What segments images in this process."""
     if _is_onnx(network):
         return _open_onnx(network, args)
+    model = _load(network)
+
     from routeseg.prediction.torch_runner import open_network
 
-    return open_network(_load(network), args.engine or "skip", args.precision, find_device(args.device))
+    return open_network(model, args.engine or "skip", args.precision, find_device(args.device))
 
 
 def _opener(network: str | None, args: Namespace) -> tuple[OpenRunner, NetworkDescription]:
@@ -100,9 +102,10 @@ def _opener(network: str | None, args: Namespace) -> tuple[OpenRunner, NetworkDe
     if _is_onnx(network):
         runner: Runner = _open_onnx(network, args)
         return partial(OnnxNetwork, network, content=Path(network).read_bytes()), runner.network
+    model = _load(network)
+
     from routeseg.prediction.torch_runner import open_network
 
-    model = _load(network)
     opener = partial(open_network, model, args.engine or "skip", args.precision, args.device)
     # Only a worker has the GPU.
     runner = opener() if args.device == "cpu" else open_network(model, "dense")

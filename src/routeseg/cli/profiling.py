@@ -33,7 +33,7 @@ EVERYTHING_OPEN = "everything open"
 
 
 def profile_command(words: Sequence[str]) -> int:
-    from routeseg.engine.profiling import REPEATS, ROUTES, forwards, profile
+    from routeseg.cost.latency import REPEATS, ROUTES, by_part
 
     parser = config_parser("profile", ["model"])
     parser.add_argument(
@@ -56,18 +56,19 @@ def profile_command(words: Sequence[str]) -> int:
     )
     parser.add_argument("--json", type=str | None, default=None, help="also write the table to this file")
     args = parser.parse_args(list(words))
-    quiet_libraries()
     size = parse_size("--size", args.size)
+    for option in ("routes", "repeats"):
+        _check_positive(option, args[option])
+    model = _network(args, words)
 
     from routeseg.cli.tables import print_latency
-    from routeseg.cost.latency import by_part
     from routeseg.cost.macs import model_cost
+    from routeseg.engine.profiling import forwards, profile
     from routeseg.evaluation import machine_facts
     from routeseg.figures import latency_scatter
 
-    for option in ("routes", "repeats"):
-        _check_positive(option, args[option])
-    model = _network(args, words).to(find_device(args.device))
+    quiet_libraries()
+    model = model.to(find_device(args.device))
     output = Path(args.output or args.checkpoint or OUTPUT)
     check_writable(output)
     if args.json is not None:
@@ -141,9 +142,7 @@ def _check_positive(option: str, value: int) -> None:
 
 def _network(args: Namespace, words: Sequence[str]) -> DynamicRoutingNetwork:
     """The checkpoint's network, or one with random weights as the model section says."""
-    import torch
-
-    from routeseg.model import DynamicRoutingNetwork, checkpoints
+    from routeseg.model import checkpoints
 
     if args.checkpoint is not None:
         for word in words:
@@ -153,8 +152,16 @@ def _network(args: Namespace, words: Sequence[str]) -> DynamicRoutingNetwork:
                     f"{args.checkpoint}"
                 )
         return checkpoints.load(args.checkpoint)
+    from routeseg.config import NetworkConfig
+
+    config = NetworkConfig(num_classes=args.num_classes or CLASSES, **network_options(args))
+
+    import torch
+
+    from routeseg.model import DynamicRoutingNetwork
+
     torch.manual_seed(args.seed)
-    return DynamicRoutingNetwork(num_classes=args.num_classes or CLASSES, **network_options(args)).eval()
+    return DynamicRoutingNetwork(config).eval()
 
 
 def _whole_route(table: LatencyTable) -> Route:
@@ -167,11 +174,14 @@ def _whole_route(table: LatencyTable) -> Route:
 
 def _measured(table: LatencyTable, route: Route, args: Namespace) -> list[dict[str, Any]]:
     """The route's predicted and measured milliseconds, in the network of --measure."""
-    from routeseg.engine.profiling import REPEATS, measure_route
+    from routeseg.cost.latency import REPEATS
     from routeseg.model import checkpoints
 
-    quiet_libraries()
     model = checkpoints.load(args.measure)
+
+    from routeseg.engine.profiling import measure_route
+
+    quiet_libraries()
     table.check(model.config, table.size, args.table)
     _check_machine(table, args.table)
     with enough_memory("measure a table of smaller images with `routeseg profile --size`"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -12,8 +12,10 @@ from rich.table import Table
 
 from routeseg.data.tools.check import SplitCheck
 from routeseg.data.tools.findings import VERDICTS, Finding, verdict
-from routeseg.evaluation import Evaluation
-from routeseg.evaluation.routes import RouteSurvey
+
+if TYPE_CHECKING:
+    from routeseg.evaluation import Evaluation
+    from routeseg.evaluation.routes import RouteSurvey
 
 FILES_SHOWN = 20  # of the files that a finding is about
 

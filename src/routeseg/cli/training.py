@@ -34,11 +34,16 @@ def train_command(words: Sequence[str]) -> int:
     _add_run_arguments(parser, "runs/train")
     parser.add_argument("--init", type=str | None, default=None, help="folder of a network to take weights from")
     args, data, recipe, budget = read_parts(parser, words)
+    if args.init is not None and not args.resume:
+        from routeseg.model import checkpoints
+
+        checkpoints.read_config(Path(args.init))  # a wrong folder is told before PyTorch is imported
+    model = new_network(args, data, recipe)
 
     from routeseg.cli.tables import print_evaluation
     from routeseg.training.segmentation import train
 
-    model = new_network(args, data, recipe)
+    quiet_libraries()
     start_from(model, args.init, Path(args.output), args.resume)
     with enough_memory(SMALLER_STEPS):
         result = train(model, data, recipe, budget, run_options(args))
@@ -51,12 +56,9 @@ def train_command(words: Sequence[str]) -> int:
 
 
 def pretrain_command(words: Sequence[str]) -> int:
-    import torch
-
     from routeseg.config import NetworkConfig
     from routeseg.data.classification import ClassificationConfig, open_sources
-    from routeseg.model.classifier import DynamicRoutingClassifier
-    from routeseg.training.classification import PretrainingRecipe, pretrain
+    from routeseg.training.recipe import PretrainingRecipe
 
     parser = Parser(prog="routeseg pretrain")
     add_config_argument(parser)
@@ -65,11 +67,18 @@ def pretrain_command(words: Sequence[str]) -> int:
     parser.add_class_arguments(PretrainingRecipe, "recipe")
     _add_run_arguments(parser, "runs/pretrain")
     args = parser.parse_args(list(words))
-    quiet_libraries()
     data, recipe = ClassificationConfig(**vars(args.data)), PretrainingRecipe(**vars(args.recipe))
     _, _, classes = open_sources(data)
+    config = NetworkConfig(num_classes=len(classes), class_names=classes, **network_options(args))
+
+    import torch
+
+    from routeseg.model.classifier import DynamicRoutingClassifier
+    from routeseg.training.classification import pretrain
+
+    quiet_libraries()
     torch.manual_seed(recipe.seed)
-    model = DynamicRoutingClassifier(num_classes=len(classes), class_names=classes, **network_options(args))
+    model = DynamicRoutingClassifier(config)
     with enough_memory(SMALLER_STEPS):
         result = pretrain(model, data, recipe, run_options(args))
     if not result.is_global_zero:
@@ -105,8 +114,10 @@ def demo_command(words: Sequence[str]) -> int:
     parser.add_argument("--output", type=str, default="runs/demo", help="folder of the run and its report")
     parser.add_argument("--minutes", type=float | None, default=None, help="time to train; else recipe.iterations")
     args, data, recipe, budget = read_parts(parser, words)
+    model = new_network(args, data, recipe)
 
     from routeseg.demo import run_demo
 
-    run_demo(new_network(args, data, recipe), data, recipe, budget, Path(args.output), args.minutes)
+    quiet_libraries()
+    run_demo(model, data, recipe, budget, Path(args.output), args.minutes)
     return 0

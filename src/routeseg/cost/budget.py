@@ -3,12 +3,11 @@
 Legend: B images.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    # No `annotations` from __future__ in this file: to read the types of `Budget`, jsonargparse would import torch.
     from torch import Tensor
 
 
@@ -41,6 +40,6 @@ class Budget:
         return self.weight * min(1.0, (progress - self.start) / self.ramp) if self.ramp > 0 else self.weight
 
 
-def budget_loss(expected_macs: Tensor, full_macs: float, target: float) -> Tensor:
+def budget_loss(expected_macs: "Tensor", full_macs: float, target: float) -> "Tensor":
     """Eq. 9: (mean expected cost of the images [B] / full cost - target)^2, a scalar."""
     return (expected_macs.mean() / full_macs - target) ** 2

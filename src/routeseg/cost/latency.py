@@ -39,6 +39,9 @@ GATE, CELL, SEND_UP, SEND_DOWN, SUM, ARRIVAL, HALVED = range(len(PARTS))
 STEM, DECODER, CALL = "stem", "decoder", "call"  # what runs in any case; call: checks, copies, results
 STEM_AND_DECODER = "stem and decoder"  # if they cannot be told apart
 FORMAT = 1  # of the file
+# How a table is measured, unless somebody asks for more: so many routes test it, each runs so often.
+ROUTES = 50
+REPEATS = 11  # with 5, the median of a route was off by 6 % on a restless machine
 UNTIMED = ("gate", "class_names", "palette", "pixel_mean", "pixel_std")  # fields that the time does not depend on
 
 

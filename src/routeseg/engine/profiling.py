@@ -36,6 +36,8 @@ from routeseg.cost.latency import (
     GATE,
     HALVED,
     PARTS,
+    REPEATS,
+    ROUTES,
     SEND_DOWN,
     SEND_UP,
     STEM,
@@ -54,8 +56,6 @@ from routeseg.model.grid import check_images
 from routeseg.model.request import Request
 from routeseg.space import Route
 
-ROUTES = 50
-REPEATS = 11  # with 5, the median of a route was off by 6 % on a restless machine
 CALIBRATION_ROUTES = 40  # the fit has up to 20 unknowns
 STEP_PARTS = (None, GATE, CELL, SEND_UP, SEND_DOWN)  # the part that each of STEPS times; gather times three
 FITTED = (GATE, CELL, SEND_UP, SEND_DOWN, ARRIVAL)

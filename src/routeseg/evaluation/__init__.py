@@ -1,10 +1,11 @@
 """Scores and real cost over a data set.
 
-scores.py counts; test_time.py looks at a picture several times; boundary.py has boundary IoU; submission.py writes the
-files that the benchmarks take.
+scores.py counts; test_time.py looks at a picture several times, windows.py says where; boundary.py has boundary IoU;
+submission.py writes the files that the benchmarks take; machine.py says what a result file was measured on.
+
+The public names and their homes: `__init__.pyi`.
 """
 
-from routeseg.evaluation.scores import Evaluation, evaluate, machine_facts
-from routeseg.evaluation.test_time import Forward, MultiPass
+import lazy_loader
 
-__all__ = ["Evaluation", "Forward", "MultiPass", "evaluate", "machine_facts"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from routeseg import figures
-from routeseg.data.datamodule import DataConfig, evaluation_loader, image_tensor, open_data
+from routeseg.data.config import DataConfig, open_data
+from routeseg.data.loaders import evaluation_loader, image_tensor
 from routeseg.data.pairs import SegmentationData, SkipLog
 from routeseg.data.scenes import PRESETS
 from routeseg.evaluation import Evaluation, Forward, evaluate

@@ -6,34 +6,23 @@ Legend: K classes, H, W image size.
 from __future__ import annotations
 
 import math
-import os
-import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import version
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.classification import MulticlassConfusionMatrix
 
-from routeseg.collectives import gather
+from routeseg.collectives import gather, total
 from routeseg.cost.macs import CostTable, model_cost
 from routeseg.errors import DIVERGED
 from routeseg.evaluation.boundary import boundary_counts
 from routeseg.evaluation.test_time import Averaged, Forward, MultiPass
 from routeseg.labels import IGNORE
 from routeseg.model import DynamicRoutingNetwork
-
-PACKAGES = ("routeseg", "torch", "lightning")  # whose versions a result file names
-CPUINFO = Path("/proc/cpuinfo")  # Linux has it
-# Instructions that decide how fast a network is, in Linux's words: a result file names those that the machine has.
-ISA = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
 
 @dataclass(frozen=True)
@@ -172,7 +161,7 @@ def evaluate(
     check_class_count(model.config.num_classes)
     device = next(model.parameters()).device
     segment = forward if isinstance(forward, MultiPass) else MultiPass(forward or model)
-    counter = MulticlassConfusionMatrix(model.config.num_classes, ignore_index=IGNORE).to(device)
+    confusion = torch.zeros(model.config.num_classes, model.config.num_classes, dtype=torch.int64, device=device)
     table = cache(lambda size: model_cost(model, size, convention))
     boundary = np.zeros((2, model.config.num_classes), dtype=np.int64)
     # For each image: real cost, full cost, passes, gates; None if it was skipped.
@@ -191,7 +180,7 @@ def evaluate(
             if not result.scores.isfinite().all():
                 raise ValueError(f"{picture['name']}: {DIVERGED}")
             found = result.labels
-            counter.update(found, labels)
+            confusion += count_pairs(labels, found, model.config.num_classes)
             per_image.append((*_costs(result, table), result.count, result.gates.float().cpu().numpy()))
             if boundary_width or on_prediction is not None:
                 prediction = found[0].cpu().numpy().astype(np.uint8)
@@ -211,7 +200,7 @@ def evaluate(
     costs, fulls, counts, gates = zip(*images, strict=True)
     return Evaluation(
         class_names=tuple(model.config.class_names),
-        confusion=counter.compute().cpu().numpy(),
+        confusion=total(confusion).cpu().numpy(),
         cost_macs=np.array(costs),
         full_macs=np.array(fulls),
         gates=np.stack(gates),
@@ -219,6 +208,13 @@ def evaluate(
         passes=np.array(counts),
         boundary=np.sum([counts for _, counts, _ in shares], axis=0) if boundary_width else None,
     )
+
+
+def count_pairs(truth: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
+    """The confusion matrix of labels and predicted classes, int64 of one shape: int64 [K,K], without ignored pixels."""
+    known = truth != IGNORE
+    pairs = truth[known] * num_classes + prediction[known]
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def _costs(result: Averaged, table: Callable[[tuple[int, int]], CostTable]) -> tuple[float, float]:
@@ -234,28 +230,3 @@ def _check_labels(labels: Tensor, num_classes: int, name: str) -> None:
             f"the label of {name} has class {int(known.max())}, the network has 0 to {num_classes - 1}. "
             "Was the checkpoint trained on another data set?"
         )
-
-
-def machine_facts() -> dict[str, Any]:
-    """Machine, date and versions, for a result file."""
-    cpu = _cpu_facts()
-    flags = cpu.get("flags", "").split()
-    return {
-        "machine": {
-            "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
-            "isa": [name for name in ISA if name in flags],
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
-    }
-
-
-def _cpu_facts() -> dict[str, str]:
-    """What Linux says of the first processor; nothing on other systems."""
-    if not CPUINFO.exists():
-        return {}
-    pairs = (line.partition(":") for line in CPUINFO.read_text().split("\n\n")[0].splitlines())
-    return {name.strip(): value.strip() for name, _, value in pairs}

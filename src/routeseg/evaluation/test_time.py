@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from routeseg.evaluation.windows import OVERLAP, starts
 from routeseg.model import Segmentation
 from routeseg.space import MIN_IMAGE_SIZE
 
 Forward = Callable[[Tensor], Segmentation]
 MAX_SCALE = 16
-OVERLAP = 0.33  # of two windows next to each other, as a share of the window's side
 View = tuple[int, int, bool]  # top and left of a window in the scaled picture, and whether it is mirrored
 
 
@@ -146,14 +146,8 @@ class MultiPass:
         return total.div_(cover), (h, w), torch.cat(gates)
 
     def _views(self, size: tuple[int, int], window: tuple[int, int]) -> list[View]:
-        tops, lefts = (_starts(side, part, self.overlap) for side, part in zip(size, window, strict=True))
+        tops, lefts = (starts(side, part, self.overlap) for side, part in zip(size, window, strict=True))
         return list(product(tops, lefts, (False, True) if self.flip else (False,)))
-
-
-def _starts(side: int, window: int, overlap: float) -> list[int]:
-    """Where the windows of a side begin: the first at 0, the last at its end, each overlapping the one before."""
-    step = max(1, int(window * (1 - overlap)))
-    return [*range(0, side - window, step), side - window]
 
 
 def _resize(image: Tensor, size: tuple[int, int], factor: float) -> Tensor:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -96,6 +95,8 @@ def _inner_border(labels: np.ndarray) -> np.ndarray:
 
 @cache
 def text_font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    import matplotlib  # its fonts are at hand everywhere
+
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
 

@@ -1,5 +1,5 @@
-"""The network and its parts."""
+"""The network and its parts. The public names and their homes: `__init__.pyi`."""
 
-from routeseg.model.network import DynamicRoutingNetwork, Segmentation
+import lazy_loader
 
-__all__ = ["DynamicRoutingNetwork", "Segmentation"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

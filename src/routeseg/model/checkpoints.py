@@ -1,4 +1,6 @@
-"""Reading networks from disk: folders, as `model.save` writes them. Nothing is allocated before a file is checked."""
+"""Reading networks from disk: folders, as `model.save` writes them. Nothing is allocated before a file is checked, and
+PyTorch is not imported before config and header are read: a wrong folder is told at once.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +9,17 @@ import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from routeseg.config import NetworkConfig
 from routeseg.files import CONFIG_FILE, MAX_JSON, WEIGHTS_FILE, parse_json
-from routeseg.model import DynamicRoutingNetwork
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from routeseg.model import DynamicRoutingNetwork
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained" / "camvid_small"
 LENGTH_BYTES = 8  # at the start of a safetensors file: the length of its header
@@ -43,6 +47,10 @@ def load(folder: str | Path | None = None) -> DynamicRoutingNetwork:
             f"`routeseg train --init {folder}`"
         )
     check_nodes(config, stored, folder / WEIGHTS_FILE)  # at once, also for a depth whose network takes seconds to build
+    import torch
+
+    from routeseg.model import DynamicRoutingNetwork
+
     with torch.device("meta"):
         expected = DynamicRoutingNetwork(config).state_dict()
     check_fit(expected, stored, folder / WEIGHTS_FILE)

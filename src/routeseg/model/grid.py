@@ -245,7 +245,9 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         return isinstance(cast(nn.Sequential, self.stem[0])[1], nn.SyncBatchNorm)
 
     def _reset_parameters(self) -> None:
-        """Draws the weights, once every part is there."""
+        """Draws the weights, once every part is there; none on the meta device, where drawing imports the compiler."""
+        if next(self.parameters()).is_meta:
+            return
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -30,12 +30,12 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from routeseg import figures
 from routeseg.cost.macs import model_cost
 from routeseg.data.pairs import UnreadableImage, decode_image
 from routeseg.data.transforms import PADDING_RGB
 from routeseg.description import NetworkDescription
 from routeseg.errors import lacks_memory
-from routeseg.figures import overlay, png_bytes, route_picture
 from routeseg.labels import IGNORE
 from routeseg.prediction.sources import (
     ResultFolder,
@@ -257,10 +257,10 @@ class Segmenter:
         if self.target.pictures:
             cost = f"{prediction.cost_macs / GIGA:.4g} GMACs, {_percent(prediction.share)} of the full network"
             shown = os.fsencode(file_name(job.image)).decode(errors="replace")
-            files[OVERLAY] = png_bytes(
-                overlay(image, labels, self.network.config.class_names, self.network.config.palette)
+            files[OVERLAY] = figures.png_bytes(
+                figures.overlay(image, labels, self.network.config.class_names, self.network.config.palette)
             )
-            files[ROUTE_PICTURE] = route_picture(self.network.config.space, gates, f"{shown}: {cost}")
+            files[ROUTE_PICTURE] = figures.route_picture(self.network.config.space, gates, f"{shown}: {cost}")
         self.target.folder.remove(job.name + ROUTE)  # while the others change, nothing says that they belong together
         for ending, data in files.items():
             self.target.folder.write(job.name + ending, data)
@@ -336,7 +336,7 @@ def pad_small(image: np.ndarray) -> np.ndarray:
 def _label_png(labels: np.ndarray, palette: Iterable[Iterable[int]]) -> bytes:
     picture = Image.fromarray(labels)
     picture.putpalette([part for colour in palette for part in colour])
-    return png_bytes(picture)
+    return figures.png_bytes(picture)
 
 
 def _percent(share: float) -> str:

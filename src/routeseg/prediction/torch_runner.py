@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -10,8 +10,10 @@ import torch
 from routeseg.description import describe
 from routeseg.engine import build_engine
 from routeseg.errors import DIVERGED
-from routeseg.evaluation import Forward
 from routeseg.model import DynamicRoutingNetwork
+
+if TYPE_CHECKING:
+    from routeseg.evaluation import Forward
 
 
 class TorchNetwork:

@@ -3,11 +3,10 @@
 recipe.py has the settings and the schedule; task.py what a training step is; segmentation.py and classification.py the
 loss and the validation of each task; run.py a run (start, resume, processes, the folder); callbacks.py when it
 validates and saves; batch_norm.py whose statistics count; initialization.py weights from another network.
+
+The public names and their homes: `__init__.pyi`.
 """
 
-from routeseg.training.classification import pretrain
-from routeseg.training.recipe import Recipe
-from routeseg.training.run import RunOptions
-from routeseg.training.segmentation import train
+import lazy_loader
 
-__all__ = ["Recipe", "RunOptions", "pretrain", "train"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -9,7 +9,7 @@ from typing import Any, cast
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 
-from routeseg.data.classification import ClassificationDataModule
+from routeseg.data.classification_loaders import ClassificationDataModule
 from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.files import not_written
 from routeseg.training.batch_norm import average_statistics, precise_batch_norm

@@ -15,33 +15,15 @@ from torch.nn import functional as F
 
 from routeseg.collectives import rank_and_world, total
 from routeseg.cost.macs import model_cost
-from routeseg.data.classification import Batch, ClassificationConfig, ClassificationDataModule
+from routeseg.data.classification import ClassificationConfig
+from routeseg.data.classification_loaders import Batch, ClassificationDataModule
 from routeseg.model.classifier import Classification, DynamicRoutingClassifier
 from routeseg.training.batch_norm import Mode
-from routeseg.training.recipe import Recipe
+from routeseg.training.recipe import PretrainingRecipe
 from routeseg.training.run import Run, RunOptions, RunResult
 from routeseg.training.task import RecipeTask, Validation
 
 TOP = 5  # a hit of top-5: the label is among the five highest scores
-
-
-@dataclass
-class PretrainingRecipe(Recipe):
-    """The `recipe` section of a configuration of `routeseg pretrain`: that of `routeseg train` with other defaults (lr
-    0.2 for 256 images, 120 epochs of ImageNet, BatchNorm's running statistics), and
-
-    label_smoothing   this share of a label is spread over all classes
-    """
-
-    iterations: int = 600_600
-    lr: float = 0.2
-    precise_bn_batches: int = 0
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"recipe.label_smoothing is {self.label_smoothing}: it must be at least 0 and below 1")
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,25 @@ class Recipe:
             raise ValueError(f"recipe.ema_decay is {self.ema_decay}: it must be at least 0 (off) and below 1")
 
 
+@dataclass
+class PretrainingRecipe(Recipe):
+    """The `recipe` section of a configuration of `routeseg pretrain`: that of `routeseg train` with other defaults (lr
+    0.2 for 256 images, 120 epochs of ImageNet, BatchNorm's running statistics), and
+
+    label_smoothing   this share of a label is spread over all classes
+    """
+
+    iterations: int = 600_600
+    lr: float = 0.2
+    precise_bn_batches: int = 0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"recipe.label_smoothing is {self.label_smoothing}: it must be at least 0 and below 1")
+
+
 def lr_factor(step: int, recipe: Recipe) -> float:
     """Poly decay with a linear warm-up from `warmup_factor`."""
     poly = (1.0 - min(step, recipe.iterations) / recipe.iterations) ** recipe.poly_power

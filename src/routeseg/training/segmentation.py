@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from routeseg.collectives import rank_and_world, total
 from routeseg.cost.budget import Budget, budget_loss
 from routeseg.cost.macs import model_cost
-from routeseg.data.datamodule import DataConfig, SegmentationDataModule, pair
+from routeseg.data.config import DataConfig, pair
+from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import Evaluation, evaluate
 from routeseg.evaluation.scores import check_class_count

@@ -34,7 +34,7 @@ from routeseg.data.pairs import (
 )
 from routeseg.labels import IGNORE, Classes
 
-ALONE_SECONDS = 3.0  # a small data set is looked at before other processes would have started
+ALONE_SECONDS = 1.0  # a small data set is looked at before other processes would have started
 CHUNK = 8  # pictures that a process is given at a time
 VALUES_KEPT = 1000  # different label values of a file, or of a split, that are told apart; the rarest are left out
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from routeseg.data import scenes
-from routeseg.data.datamodule import VALIDATION_SEED_OFFSET, DataConfig, pair
+from routeseg.data.config import VALIDATION_SEED_OFFSET, DataConfig, pair
 from routeseg.data.sets import ade20k, camvid, cityscapes, voc
 from routeseg.data.sets.folder import write_classes
 from routeseg.labels import IGNORE

@@ -1,0 +1,120 @@
+"""The `data` section of a configuration: which data set, and how its pictures are augmented. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from routeseg.data import scenes
+from routeseg.data.pairs import SegmentationData, SkipLog
+from routeseg.data.sets.ade20k import open_ade20k
+from routeseg.data.sets.camvid import open_camvid
+from routeseg.data.sets.cityscapes import open_cityscapes
+from routeseg.data.sets.folder import open_folder
+from routeseg.data.sets.roots import no_split
+from routeseg.data.sets.voc import open_voc
+from routeseg.files import expand_user
+from routeseg.labels import Classes
+
+VALIDATION_SEED_OFFSET = 1_000_003  # scenes: the validation pictures are drawn from another seed
+
+
+@dataclass
+class DataConfig:
+    """The `data` section of a configuration.
+
+    name          scenes (procedural, no download), camvid, cityscapes, voc, ade20k, or folder (your own pictures);
+                  what each expects is in docs/data.md
+    root          folder of the data set (not for scenes)
+    sbd_root      folder of SBD, for VOC's split train_aug; None: beside VOCdevkit
+    train_split, val_split   which parts to train on and to validate on, as the data set calls them
+    crop          (height, width) of a training crop; larger than a picture is fine, it is padded
+    scales        random scale factors; flip, colour: mirroring, and strength of the colour augmentation
+    batch_size    of each process; a step has batch_size * processes * recipe.accumulate images
+    workers       loader processes; 0 loads in the training process
+    cache         a folder that keeps the decoded training images, 3 bytes a pixel, on a local disk; pays for large PNGs
+    image_size, preset, train_images, val_images   scenes only: size (height, width), scale preset, how many
+    seed          scenes only: which pictures are drawn; None takes the run's seed
+    """
+
+    name: Literal["scenes", "camvid", "cityscapes", "voc", "ade20k", "folder"] = "scenes"
+    root: str | None = None
+    sbd_root: str | None = None
+    train_split: str = "train"
+    val_split: str = "val"
+    crop: tuple[int, int] = (128, 256)
+    scales: list[float] | None = None
+    flip: bool = True
+    colour: float = 0.3
+    batch_size: int = 8
+    workers: int = 1
+    cache: str | None = None
+    image_size: tuple[int, int] = (128, 256)
+    preset: scenes.Preset = "mixed"
+    train_images: int = 1000
+    val_images: int = 100
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "train_images", "val_images"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"data.{key} is {getattr(self, key)}: it must be at least 1")
+        if self.workers < 0:
+            raise ValueError(f"data.workers is {self.workers}: it must not be negative")
+        for key in ("crop", "image_size"):
+            if min(getattr(self, key)) < 32:
+                raise ValueError(f"data.{key} is {getattr(self, key)}: both sides must be at least 32")
+        if self.scales is not None and (not self.scales or min(self.scales) <= 0):
+            raise ValueError(f"data.scales is {self.scales}: give positive factors")
+
+
+def pair(size: Sequence[int]) -> tuple[int, int]:
+    """A size as the tuple (height, width), also if it was given as a list."""
+    height, width = size
+    return height, width
+
+
+class Scenes:
+    """Procedural street scenes; a picture is drawn once and kept."""
+
+    def __init__(self, seed: int, count: int, size: tuple[int, int], preset: str) -> None:
+        self.classes = Classes(scenes.CLASSES, scenes.PALETTE)
+        self.seed, self.count, self.size, self.preset = seed, count, size, preset
+        self.skips = SkipLog(count)
+        self._drawn: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, index: int) -> str:
+        return f"{self.preset}_{index:05d}"
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if index not in self._drawn:
+            self._drawn[index] = scenes.draw_scene(self.seed, index, self.size, self.preset)
+        return self._drawn[index]
+
+
+def open_data(config: DataConfig, split: str, seed: int = 0) -> SegmentationData:
+    """The split (train, val or test) of the data set that the configuration names."""
+    if config.name == "scenes":
+        if split not in ("train", "val", "test"):
+            raise no_split("scenes", split, ("train", "val", "test"))
+        train = split == "train"
+        seed = seed if config.seed is None else config.seed
+        return Scenes(
+            seed if train else seed + VALIDATION_SEED_OFFSET,
+            config.train_images if train else config.val_images,
+            pair(config.image_size),
+            config.preset,
+        )
+    if config.root is None:
+        raise ValueError(f"data.root is not set: give the folder of the {config.name} data with --data.root FOLDER")
+    root = expand_user(config.root)
+    if config.name == "voc":
+        return open_voc(root, split, None if config.sbd_root is None else expand_user(config.sbd_root))
+    readers = {"camvid": open_camvid, "cityscapes": open_cityscapes, "ade20k": open_ade20k, "folder": open_folder}
+    return readers[config.name](root, split)

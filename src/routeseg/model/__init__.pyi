@@ -1,0 +1,2 @@
+from .decoder import Segmentation as Segmentation
+from .network import DynamicRoutingNetwork as DynamicRoutingNetwork
