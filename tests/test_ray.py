@@ -87,7 +87,7 @@ class GreyNetwork:
     """A runner that finds the first class everywhere and opens nothing; `act(image)` comes first."""
 
     def __init__(self, network, act, threads):
-        self.network, self.act = network, act
+        self.network, self.act, self.precision = network, act, "float32"
 
     def __call__(self, image):
         self.act(image)
