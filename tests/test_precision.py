@@ -171,6 +171,8 @@ class TestRuns:
         assert result.precision == BFLOAT16 and result.steps == 6 and len(chosen) == 1
         assert capsys.readouterr().out.count("precision: bf16-mixed (as the run began)\n") == 1
         assert same_networks(tmp_path / "whole", tmp_path / "cut")
+        finished = fit(tmp_path / "cut", recipe(**AUTO), resume=True)
+        assert finished.found is None and finished.precision == BFLOAT16, "that of the steps, also if none is left"
 
     def test_the_steps_run_in_it(self, tmp_path, monkeypatch):
         seen = []

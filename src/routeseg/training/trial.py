@@ -91,6 +91,12 @@ class SettlePrecision(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.kept = state["precision"]
 
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Also for a run that has no step left to do."""
+        task = cast(RecipeTask, module)
+        if task.recipe.precision == "auto" and self.kept is not None:
+            task.precision = self.kept
+
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.settled is not None:
             return
