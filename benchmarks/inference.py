@@ -24,7 +24,7 @@ import json
 import statistics
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -88,7 +88,7 @@ def latency_of(model: DynamicRoutingNetwork, size: tuple[int, int], batch: int, 
     routes = {"all open": whole} | (drawn(space, "latency", args) if batch == 1 else {}) | {"0 %": nothing}
     gate_routes = {"all open": whole, "half open": draw_route(space, 0.5, args.seed), "closed": nothing}
     eager, float32 = SkipEngine(model, backend="eager"), {"precision": "float32"}
-    methods = products(args.device, PRECISIONS[args.device])
+    methods = products(args.device, precisions(args.device))
     methods.append(Method("plain", partial(plain_forward, model, images), facts(whole, gated=True) | float32))
     methods.append(Method("eager, gates all open", partial(eager, images), facts(whole, gated=True) | float32))
     methods.append(Method("eager, all open", partial(eager, images, whole), facts(whole) | float32))
@@ -104,11 +104,11 @@ def latency_of(model: DynamicRoutingNetwork, size: tuple[int, int], batch: int, 
         if args.device == "cpu":
             pixels = images.numpy()
             file, shape = export(static, Path(folder) / "static.onnx"), facts(whole)
-            methods += file_methods("static", file, pixels, args, shape, PRECISIONS["cpu"])
+            methods += file_methods("static", file, pixels, args, shape, precisions("cpu"))
             with_routed = batch == 1 and size[0] * size[1] <= ROUTED_PIXELS
             for words, route in gate_routes.items() if with_routed else ():
                 file = export(gated_to(model, route), Path(folder) / f"{words}.onnx", routed=True)
-                methods += file_methods(f"routed, {words}", file, pixels, args, facts(route, gated=True), ("float32",))
+                methods += file_methods(f"routed, {words}", file, pixels, args, facts(route, gated=True))
         found = alternate(methods, args.seconds, args.device, args.seed)
     for row in found.values():
         product = found.get(f"product {row['precision']}", {})
@@ -118,15 +118,15 @@ def latency_of(model: DynamicRoutingNetwork, size: tuple[int, int], batch: int, 
 
 
 def file_methods(
-    name: str, file: Path, images: np.ndarray, args: Namespace, facts: dict, precisions: tuple[str, ...]
+    name: str, file: Path, images: np.ndarray, args: Namespace, facts: dict, precisions: Sequence[str] = ()
 ) -> list[Method]:
-    """An exported file in the runtimes that are installed; only OpenVINO has other precisions than float32."""
+    """An exported file in the runtimes that are installed; OpenVINO runs it in each precision, else in float32."""
     made = []
     if find_spec("onnxruntime"):
         made.append(onnxruntime_method(f"{name}, ONNX Runtime", file, images, args.threads, facts))
     if find_spec("openvino"):
-        for precision in precisions:
-            words = f"{name}, OpenVINO" + (f" {precision}" if len(precisions) > 1 else "")
+        for precision in precisions or ("float32",):
+            words = f"{name}, OpenVINO" + (f" {precision}" if precisions else "")
             made.append(openvino_method(words, file, images, args.threads, precision, facts))
     return made
 

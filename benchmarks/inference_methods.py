@@ -104,7 +104,7 @@ def engines(model: DynamicRoutingNetwork, args: Namespace) -> dict[str, SkipEngi
 
 
 def precisions(device: str) -> list[str]:
-    """The precisions that this machine computes in without replacing them; a small network tells."""
+    """The precisions that this machine computes in and does not emulate, which takes minutes; a small network tells."""
     tiny = DynamicRoutingNetwork(num_classes=2, depth=3, base_channels=2, stem_channels=1).to(device)
     return [precision for precision in PRECISIONS[device] if SkipEngine(tiny, precision).precision == precision]
 

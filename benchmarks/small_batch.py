@@ -105,6 +105,7 @@ def settings_of(variant: Variant, seed: int, args: argparse.Namespace) -> dict[s
         iterations=steps, lr=variant.lr, accumulate=variant.accumulate, gate_lr_factor=5.0, seed=seed,
         warmup_steps=int(WARMUP_SHARE * steps) if variant.safe else 0, clip_norm=5.0 if variant.safe else math.inf,
         precise_bn_batches=NORM_PICTURES // variant.batch, validate_every=steps, save_every=100, log_every=1,
+        precision="32-true",
     )  # fmt: skip
     model = {"depth": args.depth, "base_channels": args.channels, "stem_channels": args.channels}
     return {

@@ -270,6 +270,7 @@ def perform(run: Run, accelerator: str = "auto") -> dict[str, Any]:
         "expected_share": share if model.config.gated else None,
         "seed": run.seed,
         "iterations": step,
+        "precision": result.precision,
         "seconds": result.seconds,
         "resumed": resume,  # seconds are then those since
         "settings": run.settings,

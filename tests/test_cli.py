@@ -37,7 +37,9 @@ def test_evaluate(tmp_path, checkpoint, capsys):
     file = tmp_path / "result.json"
     code, out, _ = run(["evaluate", checkpoint, *SCENES, "--json", file], capsys)
     assert code == 0 and "mIoU" in out and "pedestrian" in out
+    assert out.count("precision: float32 (") == 1
     result = json.loads(file.read_text())
+    assert result["precision"] == "float32"
     assert set(result) >= {"miou", "iou", "pixel_accuracy", "cost_gmacs", "images"}
     assert set(result["iou"]) == set(CLASSES) and result["images"] == 3
     cost = result["cost_gmacs"]
@@ -47,6 +49,7 @@ def test_evaluate(tmp_path, checkpoint, capsys):
     dense = tmp_path / "dense.json"
     assert run(["evaluate", checkpoint, *SCENES, "--json", dense, "--engine=dense"], capsys)[0] == 0
     assert json.loads(dense.read_text())["miou"] == pytest.approx(result["miou"], abs=1e-3)
+    assert json.loads(dense.read_text())["precision"] == "float32"
 
 
 def test_evaluate_counts_by_hand(tmp_path, checkpoint):
@@ -157,7 +160,8 @@ def test_predict(tmp_path, checkpoint, capsys):
     for name, size in (("a.png", (70, 50)), ("b.jpg", (64, 64))):
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / name)
     code, out, _ = run(["predict", checkpoint, folder, "--output", tmp_path / "out"], capsys)
-    assert code == 0 and "GMACs" in out
+    assert code == 0 and "GMACs" in out and out.count("precision: float32 (") == 1
+    assert json.loads((tmp_path / "out" / "a_route.json").read_text())["precision"] == "float32"
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {f"{n}_{kind}" for n in "ab" for kind in ("labels.png", "overlay.png", "route.png", "route.json")}
     route = Route.from_json((tmp_path / "out" / "a_route.json").read_text())

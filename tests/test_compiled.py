@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from conftest import spread_gates
-from routeseg import DynamicRoutingNetwork, Route, SkipEngine, load
+from routeseg import DynamicRoutingNetwork, Route, SkipEngine, bfloat16, load
 from routeseg.config import NetworkConfig
 from routeseg.data.pairs import read_image
 from routeseg.engine import compiled, skip
 from routeseg.engine.compiled import BUILDS, STEPS, CompiledForward, find_library, is_compiled
+from routeseg.engine.eager import EagerForward
+from routeseg.engine.skip import kernels_ms as measured_kernels  # conftest.py puts another in its place
 from routeseg.model.checkpoints import PRETRAINED
 from routeseg.model.classifier import DynamicRoutingClassifier
 from routeseg.model.decoder import Decoder
@@ -365,14 +367,64 @@ class TestBfloat16:
     def test_falls_back_and_says_so_once_where_the_cpu_has_none(self, monkeypatch, caplog):
         found = find_library(torch.float32)
         monkeypatch.setattr(compiled, "find_library", lambda dtype: found if dtype == torch.float32 else None)
+        monkeypatch.setattr(bfloat16, "product_ratio", lambda: 430.4)
         skip._say_once.cache_clear()
         model = network()
         engines = [SkipEngine(model, "bfloat16") for _ in range(2)]
         assert [engine.precision for engine in engines] == ["float32"] * 2
-        assert [record.message for record in caplog.records] == ["no fast bfloat16 on this CPU: running in float32"]
+        (record,) = caplog.records
+        assert re.fullmatch(
+            r"no fast bfloat16 here \(on this CPU a product .* 430 times .*\): running in float32", record.message
+        )
+
+    def test_pytorch_computes_it_where_the_cpu_is_fast_and_the_kernels_lack_it(self, monkeypatch):
+        found = find_library(torch.float32)
+        monkeypatch.setattr(compiled, "find_library", lambda dtype: found if dtype == torch.float32 else None)
+        monkeypatch.setattr(bfloat16, "product_ratio", lambda: 0.4)
+        model = network()
+        engine, batch = SkipEngine(model, "bfloat16"), images(1, 64, 96)
+        assert engine.precision == "bfloat16" and isinstance(engine.forward, EagerForward)
+        assert relative_error(engine(batch, model.route), SkipEngine(model)(batch, model.route)) < 0.05
+
+    def test_auto_takes_the_faster_one(self, monkeypatch):
+        model = network()
+        assert SkipEngine(model, "auto").precision == "float32", "conftest.py: both are as fast"
+        monkeypatch.setattr(CompiledForward, "supports", staticmethod(lambda model, dtype: None))
+        for times, expected, reason in (
+            ((3.0, 2.0), "bfloat16", "a small network takes 2 ms, in float32 3 ms"),
+            ((3.0, 2.9), "float32", "a small network takes 3 ms, in bfloat16 2.9 ms"),
+        ):
+            monkeypatch.setattr(skip, "kernels_ms", lambda times=times: times)
+            assert skip._faster(model, "auto") == (expected, reason)
+            assert skip._faster(model, "eager")[0] == "float32"
+
+    def test_auto_is_float32_without_kernels_and_keeps_other_weights(self, monkeypatch):
+        monkeypatch.setattr(compiled, "find_library", lambda dtype: None)
+        monkeypatch.setattr(skip, "kernels_ms", lambda: (3.0, 1.0))
+        engine = SkipEngine(network(), "auto")
+        assert (engine.precision, engine.precision_reason) == ("float32", "without kernels for bfloat16")
+        assert SkipEngine(network().double(), "auto").precision == "float64"
+        assert SkipEngine(network()).precision_reason is None
+
+    @needs_bfloat16
+    def test_what_auto_measures(self, monkeypatch):
+        """The kernels in both precisions, in turns; random numbers go on as if nothing had been drawn."""
+        ran, forward = [], CompiledForward.__call__
+        monkeypatch.setattr(bfloat16, "clock", lambda: 0.001 * len(ran) ** 2)
+
+        def note(self, *args):
+            ran.append(self._packed.dtype)
+            return forward(self, *args)
+
+        monkeypatch.setattr(CompiledForward, "__call__", note)
+        state = torch.get_rng_state()
+        # Call n takes 2 n + 1 ms, and each has two that do not count.
+        assert measured_kernels.__wrapped__() == pytest.approx((5.0, 7.0))
+        assert ran == [torch.float32, torch.bfloat16] * (1 + skip.PROBE_ROUNDS)
+        assert torch.equal(state, torch.get_rng_state())
 
     def test_an_unknown_precision_is_named(self):
-        with pytest.raises(ValueError, match="precision 'int4': choose one of float32, bfloat16, float16"):
+        with pytest.raises(ValueError, match="precision 'int4': choose one of auto, float32, bfloat16, float16"):
             SkipEngine(network(), "int4")
 
 

@@ -46,7 +46,7 @@ WORDS = [
     "--accelerator=cpu", "--model.depth=3", "--model.base_channels=4", "--model.stem_channels=4", "--data.workers=0",
     "--data.crop=[32,64]", "--data.image_size=[48,64]", "--data.train_images=12", "--data.val_images=3",
     "--data.batch_size=2", "--recipe.lr=0.02", "--recipe.save_every=2", "--recipe.validate_every=1000",
-    "--recipe.precise_bn_batches=2", "--recipe.log_every=1",
+    "--recipe.precise_bn_batches=2", "--recipe.log_every=1", "--recipe.precision=32-true",
 ]  # fmt: skip
 KILLED_STEPS = 120
 ENDS_WITHIN = 45  # seconds after a process died; torchrun itself gives the others 30
@@ -239,6 +239,10 @@ def test_precise_batch_norm_is_the_mean_over_all_processes(folder, one_thread):
         for name, value in expected.items():
             torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6)
     assert any(not torch.allclose(half[name], expected[name], rtol=1e-2) for half in halves for name in expected)
+
+
+def test_the_first_process_chooses_the_precision_of_all(found):
+    assert [facts["precision"] for facts in found] == ["bf16-mixed"] * 2
 
 
 def check_killed(job, output):

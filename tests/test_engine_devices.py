@@ -270,7 +270,7 @@ def test_build_engine_takes_a_precision(tiny_network, caplog):
     engine = build_engine(tiny_network, "skip", "float16")
     assert engine.precision == "float32"
     assert [record.message for record in caplog.records] == ["no fast float16 on this CPU: running in float32"]
-    with pytest.raises(ValueError, match="choose one of float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match="choose one of auto, float32, bfloat16, float16"):
         build_engine(tiny_network, "skip", "int8")
     with pytest.raises(ValueError, match="precision float16 only applies to engine skip"):
         build_engine(tiny_network, "dense", "float16")
@@ -303,7 +303,7 @@ def test_a_precision_that_lacks_is_said_once(command_words, capsys, command):
     code, _, err = run([command, *command_words[command], "--precision", "float16"], capsys)
     assert code == 0 and err == "routeseg: no fast float16 on this CPU: running in float32\n"
     code, _, err = run([command, *command_words[command], "--precision", "half"], capsys)
-    assert code == 2 and "precision 'half': choose one of float32, bfloat16, float16" in err
+    assert code == 2 and "precision 'half': choose one of auto, float32, bfloat16, float16" in err
 
 
 @pytest.mark.parametrize("words", [[], ["--workers", "2"]])

@@ -225,7 +225,7 @@ def test_command_mistakes(tmp_path, tiny_network, capsys):
     for words, expected in (
         (["--size=64"], "HEIGHTxWIDTH"),
         (["--size=16x64"], "at least 32"),
-        (["--precision=float8"], "choose one of float32"),
+        (["--precision=float8"], "choose one of auto, float32"),
         (["--device=abacus"], "--device abacus"),
         (["--routes=0"], "--routes is 0"),
         (["--repeats=0"], "--repeats is 0"),

@@ -43,7 +43,7 @@ def classifier(num_classes: int = 3, **changes) -> DynamicRoutingClassifier:
 
 def recipe(**changes) -> PretrainingRecipe:
     values = dict(iterations=12, lr=0.1, warmup_steps=2, validate_every=6, save_every=4, log_every=1, seed=3)
-    return PretrainingRecipe(**{**values, **changes})
+    return PretrainingRecipe(**{**values, "precision": "32-true", **changes})
 
 
 def fit(output, data, model=None, resume=False, **changes):
@@ -64,7 +64,7 @@ def section(name, values):
 
 
 def words(root, output, *extra):
-    quick = dict(iterations=4, warmup_steps=2, validate_every=4, log_every=1)
+    quick = dict(iterations=4, warmup_steps=2, validate_every=4, log_every=1, precision="32-true")
     return [
         "pretrain", f"--data.root={root}", f"--output={output}", "--accelerator=cpu",
         *section("model", NETWORK), *section("data", SMALL), *section("recipe", quick), *extra,
@@ -74,7 +74,8 @@ def words(root, output, *extra):
 def train_words(output, *extra):
     return [
         "train", f"--output={output}", "--accelerator=cpu", *section("model", NETWORK),
-        *section("data", SEGMENTER_DATA), "--recipe.iterations=2", "--recipe.precise_bn_batches=1", *extra,
+        *section("data", SEGMENTER_DATA), "--recipe.iterations=2", "--recipe.precise_bn_batches=1",
+        "--recipe.precision=32-true", *extra,
     ]  # fmt: skip
 
 

@@ -87,7 +87,7 @@ class GreyNetwork:
     """A runner that finds the first class everywhere and opens nothing; `act(image)` comes first."""
 
     def __init__(self, network, act, threads):
-        self.network, self.act = network, act
+        self.network, self.act, self.precision = network, act, "float32"
 
     def __call__(self, image):
         self.act(image)
@@ -203,6 +203,7 @@ class TestOptionsOfTheCommand:
     def test_a_checkpoint_keeps_its_engine_and_precision(self, checkpoint, asked):
         forward = asked(checkpoint, "--workers", "2")["runner"].forward
         assert isinstance(forward, SkipEngine) and forward.precision == "float32"
+        assert forward.precision_reason is None, "the command decides for all workers"
         assert isinstance(asked(checkpoint, "--workers", "2", "--engine", "dense")["runner"].forward, torch.nn.Module)
 
     def test_an_onnx_file_travels_by_its_content(self, onnx_file, asked):

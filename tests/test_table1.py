@@ -31,7 +31,8 @@ TINY = {
         "batch_size": 2,
         "workers": 0,
     },
-    "recipe": {"iterations": 3, "warmup_steps": 0, "precise_bn_batches": 1, "validate_every": 3, "save_every": 1},
+    "recipe": {"iterations": 3, "warmup_steps": 0, "precise_bn_batches": 1, "validate_every": 3, "save_every": 1}
+    | {"precision": "32-true"},
     "budget": {"weight": 0.0, "start": 0.0},
     "networks": {
         "line": {"model": {"gate": "fixed", "route": LINE}},

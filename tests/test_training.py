@@ -44,8 +44,9 @@ def tiny_model(**changes):
 
 def recipe(**changes):
     values = dict(
-        iterations=6, lr=0.02, warmup_steps=2, precise_bn_batches=2, validate_every=3, save_every=2, log_every=1, seed=3
-    )
+        iterations=6, lr=0.02, warmup_steps=2, precise_bn_batches=2, validate_every=3, save_every=2, log_every=1,
+        precision="32-true", seed=3,
+    )  # fmt: skip
     return Recipe(**{**values, **changes})
 
 
@@ -59,7 +60,7 @@ def words(output, iterations, *extra):
         *(f"--data.{k}={list(v) if isinstance(v, tuple) else v}" for k, v in DATA.items()),
         f"--recipe.iterations={iterations}", "--recipe.lr=0.02", "--recipe.warmup_steps=2", "--recipe.drop_path=0.3",
         "--recipe.precise_bn_batches=2", "--recipe.validate_every=7", "--recipe.save_every=2", "--recipe.seed=3",
-        "--budget.weight=0.5", "--budget.start=0.2", *extra,
+        "--recipe.precision=32-true", "--budget.weight=0.5", "--budget.start=0.2", *extra,
     ]  # fmt: skip
 
 
@@ -487,14 +488,3 @@ def test_every_batch_draws_another_drop_path(tmp_path, monkeypatch):
     assert len(set(seeds[:12])) == 12
     assert [max(values) for values in dropped[:12:3]] == pytest.approx([0.3 * step / 4 for step in range(4)])
     assert len(dropped) == 13 and max(dropped[12]) == 0
-
-
-@pytest.mark.slow
-def test_compiled_and_bf16(tmp_path):
-    """torch.compile and bf16 both train; compiled parts give the loss that plain ones give."""
-    losses = {}
-    for name, changes in (("plain", {}), ("compiled", {"compile": True}), ("bf16", {"precision": "bf16-mixed"})):
-        fit(tmp_path / name, recipe(**changes))
-        losses[name] = [float(row["loss"]) for row in logged(tmp_path / name)]
-    assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-3)
-    assert losses["bf16"] == pytest.approx(losses["plain"], rel=5e-2)

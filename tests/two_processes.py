@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import routeseg.cli
 from conftest import spread_gates
+from routeseg import bfloat16
 from routeseg.collectives import rank_and_world
 from routeseg.cost.budget import Budget, budget_loss
 from routeseg.cost.macs import model_cost
@@ -27,6 +28,7 @@ from routeseg.engine import SkipEngine
 from routeseg.evaluation import evaluate
 from routeseg.evaluation.test_time import MultiPass
 from routeseg.model.grid import RoutedNetwork
+from routeseg.training import trial
 from routeseg.training.batch_norm import precise_batch_norm
 from routeseg.training.callbacks import ValidateAndSave
 from routeseg.training.recipe import Recipe
@@ -49,7 +51,7 @@ def fit(output, batch_size, budget=0.5, resume=False, **changes):
     read, and the network."""
     values = dict(
         iterations=STEPS, lr=0.05, warmup_steps=2, batch_norm="frozen", validate_every=STEPS, save_every=CUT,
-        precise_bn_batches=3, log_every=1, seed=3,
+        precise_bn_batches=3, log_every=1, precision="32-true", seed=3,
     )  # fmt: skip
     model, options = network(), RunOptions(output, resume, accelerator="cpu", progress=False)
     read, save, item = [], ValidateAndSave._save, TrainingPictures.__getitem__
@@ -173,6 +175,22 @@ def evaluation(model, rank=0, world=1):
     return json.loads(json.dumps(found.as_dict() | {name: getattr(found, name).tolist() for name in names}))
 
 
+def fit_as_on_two_machines(output, rank):
+    """A training whose precision is the machines' choice; in bfloat16 the first is the faster one, the second not."""
+    step, now = trial._step, [0.0]
+
+    def timed_step(task, batch, optimizer, precision):
+        step(task, batch, optimizer, precision)
+        now[0] += 1.0 if (precision == "bf16-mixed") == (rank == 0) else 2.0
+
+    with (
+        mock.patch.object(trial, "_step", timed_step),
+        mock.patch.object(bfloat16, "clock", lambda: now[0]),
+        mock.patch.object(bfloat16, "product_ratio", lambda: (0.5, 430.0)[rank]),
+    ):
+        return fit(output, GLOBAL_BATCH // 2, precision="auto", precise_bn_batches=0, iterations=CUT)
+
+
 def main(folder, words):
     (folder / "resumed_one_two").mkdir(exist_ok=True)
     shutil.copy(folder / "one" / "cut.ckpt", folder / "resumed_one_two" / "last.ckpt")
@@ -187,6 +205,7 @@ def main(folder, words):
         folder / "two_own", GLOBAL_BATCH // 2, batch_norm="own", ema_decay=0.5, precise_bn_batches=0, iterations=CUT
     )
     own_state = own.state_dict()
+    chosen, _, _ = fit_as_on_two_machines(folder / "two_auto", rank)
     model = routeseg.load(folder / "one" / "last")
     ran, gradients = synced_gradients(slice(rank * 2, rank * 2 + 2))
     tensors = {"ran": ran, "gradients": gradients, "statistics": statistics([rank, rank + 2]), "own": own_state}
@@ -196,6 +215,7 @@ def main(folder, words):
         "miou": {"whole": whole.found.miou, "resumed": resumed.found.miou},
         "evaluation": evaluation(model, rank, world),
         "only_first": only_first,
+        "precision": chosen.precision,
     }
     (folder / f"{rank}.json").write_text(json.dumps(facts))
     return routeseg.cli.main(words)

@@ -7,20 +7,20 @@ OUTPUT/*.png, report.html
 
 from __future__ import annotations
 
-import copy
 import csv
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from routeseg import figures
+from routeseg import bfloat16, figures
 from routeseg.cost.budget import Budget
 from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig, open_data, pair
@@ -36,25 +36,30 @@ from routeseg.model import DynamicRoutingNetwork, checkpoints
 from routeseg.training.recipe import Recipe
 from routeseg.training.run import RunOptions
 from routeseg.training.segmentation import SegmentationTask, train
+from routeseg.training.trial import Choice, choose_precision, step_seconds
 
 PICTURES_PER_PRESET = 40
 GALLERY = 6
-CALIBRATION_STEPS = 4
-TRAINING_SHARE = 0.65  # of the time asked for; the rest goes to drawing pictures and to validation
+LOADS = 3  # of the pictures of a step, that are timed
+TRAINING_SHARE = 0.75  # of the time asked for; the rest goes to validation and the report
 VALIDATIONS = 4
+FEWEST_ITERATIONS = 300  # with fewer a smaller network learns more
+# What makes iterations shorter, in this order: at most so many channels, layers, a share of the sides of a picture.
+SMALLER = (("channels", 16), ("depth", 5), ("channels", 8), ("sides", 0.5))
 
 
 def run_demo(
     model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe, budget: Budget, output: Path, minutes: float | None
 ) -> Path:
-    """Trains `model` for about `minutes` (None: the recipe's iterations), evaluates it, and writes the report.
+    """Trains a network, evaluates it, and writes the report: `model` for the recipe's iterations, or, if `minutes` are
+    given, for as many as fit, and a smaller network if these would be too few.
 
     Returns the report's path. Replaces what an earlier demo wrote into `output`.
     """
     start = time.monotonic()
-    if minutes is not None:
-        recipe = fit_to_time(model, data, recipe, budget, minutes)
-    print(f"training for {recipe.iterations} iterations of {data.batch_size} pictures")
+    plan = Plan(model, data, recipe) if minutes is None else fit_to_time(model, data, recipe, budget, minutes)
+    print(plan)
+    model, data, recipe = plan.model, plan.data, plan.recipe
     if (output / "report.html").exists():
         shutil.rmtree(output / "run", ignore_errors=True)
     result = train(model, data, recipe, budget, RunOptions(output / "run", devices=1))
@@ -68,7 +73,7 @@ def run_demo(
         "iterations": recipe.iterations,
         "parameters": sum(p.numel() for p in best.parameters()),
         "data": asdict(data),
-        "recipe": asdict(recipe),
+        "recipe": asdict(recipe) | {"precision": result.precision},
         "budget": asdict(budget),
         **machine_facts(),
     }
@@ -86,29 +91,129 @@ def run_demo(
     return path
 
 
-def fit_to_time(
-    model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe, budget: Budget, minutes: float
-) -> Recipe:
-    """The recipe with as many iterations as fit into `minutes` on this machine.
+@dataclass(frozen=True)
+class Pace:
+    """How fast a training runs on this machine.
 
-    Times forward, loss and backward of a few batches, as the training computes them, on a copy of the network.
+    choice        its precision, and why it is that one
+    step_s        seconds of a step of the optimiser
+    first_load_s  seconds to load a step's pictures that were not loaded before
+    load_s        seconds to load those that were
+    epoch         steps until each picture was loaded once
     """
-    module = SegmentationDataModule(replace(data, workers=0), CALIBRATION_STEPS, recipe.seed)
-    trial = copy.deepcopy(model).train()
-    trial.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack memory_format
-    task = SegmentationTask(trial, recipe, budget, pair(data.crop))
-    seconds = []
-    for batch in module.train_dataloader():
-        start = time.monotonic()
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16-mixed"):
-            task.part(batch["image"], batch["labels"], task.count(batch["labels"])).loss.backward()
-        seconds.append(time.monotonic() - start)
-    steps = minutes * 60 * TRAINING_SHARE / (statistics.median(seconds[1:]) * recipe.accumulate)
-    every = max(5, int(steps / VALIDATIONS))
-    iterations = every * VALIDATIONS
-    return replace(
-        recipe, iterations=iterations, validate_every=every, warmup_steps=min(recipe.warmup_steps, iterations // 10)
-    )
+
+    choice: Choice
+    step_s: float
+    first_load_s: float
+    load_s: float
+    epoch: float
+
+    def seconds(self, iterations: int) -> float:
+        first = min(iterations, self.epoch)
+        return first * (self.step_s + self.first_load_s) + (iterations - first) * (self.step_s + self.load_s)
+
+    def iterations(self, seconds: float) -> int:
+        """How many fit into so many seconds."""
+        left = seconds - self.epoch * (self.step_s + self.first_load_s)
+        if left < 0:
+            return int(seconds / (self.step_s + self.first_load_s))
+        return int(self.epoch + left / (self.step_s + self.load_s))
+
+
+def measure_pace(model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe, budget: Budget) -> Pace:
+    """Tries the first steps of a training, on a copy of the network."""
+    pictures = data.batch_size * recipe.accumulate
+    module = SegmentationDataModule(replace(data, workers=0), 1 + LOADS, recipe.seed, 0, recipe.accumulate)
+    loads = [bfloat16.take_turns([partial(next, iter(module.train_dataloader()))], LOADS)[0] for _ in range(2)]
+    first_load_s, load_s = (statistics.median(some) if data.workers == 0 else 0.0 for some in loads)
+    task = SegmentationTask(model, recipe, budget, pair(data.crop)).to("cuda" if torch.cuda.is_available() else "cpu")
+    batch = task.transfer_batch_to_device(next(iter(module.train_dataloader())), task.device, 0)
+    if recipe.precision == "auto":
+        choice = choose_precision(task, batch)
+    else:
+        choice = Choice(recipe.precision, "as the recipe says")
+    (step_s,) = [choice.step_s] if choice.step_s else step_seconds(task, batch, [choice.precision])
+    return Pace(choice, statistics.median(step_s), first_load_s, load_s, len(module.train_data) / pictures)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a demo trains; the pace, if it was measured to fit into some minutes."""
+
+    model: DynamicRoutingNetwork
+    data: DataConfig
+    recipe: Recipe
+    minutes: float | None = None
+    pace: Pace | None = None
+
+    def __str__(self) -> str:
+        steps, pictures = self.recipe.iterations, self.data.batch_size * self.recipe.accumulate
+        lines = [
+            f"network: {self.network}",
+            f"training: {steps} iterations of {pictures} pictures, {steps * pictures} in all",
+        ]
+        if self.pace is not None:
+            lines[-1] += f": about {self.pace.seconds(steps) / 60:.1f} of {self.minutes:g} minutes"
+            lines.append(str(self.pace.choice))
+        return "\n".join(lines)
+
+    @property
+    def network(self) -> str:
+        """The network in words."""
+        crop = pair(self.data.crop)
+        gmacs = model_cost(self.model, crop).full / 1e9
+        channels = self.model.config.base_channels
+        return f"depth {self.model.space.depth}, {channels} channels, {gmacs:.3g} GMACs for {crop[0]}x{crop[1]} pixels"
+
+
+def fit_to_time(
+    model: DynamicRoutingNetwork,
+    data: DataConfig,
+    recipe: Recipe,
+    budget: Budget,
+    minutes: float,
+    measure: Callable[..., Pace] = measure_pace,
+) -> Plan:
+    """As many iterations as fit into `minutes` on this machine, of a smaller network if these are too few; says why."""
+    start, smaller = bfloat16.clock(), iter(SMALLER)
+    while True:
+        pace = measure(model, data, recipe, budget)
+        left = 60 * minutes * TRAINING_SHARE - (bfloat16.clock() - start)
+        every = max(5, int(pace.iterations(left) / VALIDATIONS))
+        fitted = replace(
+            recipe,
+            iterations=every * VALIDATIONS,
+            validate_every=every,
+            warmup_steps=min(recipe.warmup_steps, every * VALIDATIONS // 10),
+            precision=pace.choice.precision,
+        )
+        plan = Plan(model, data, fitted, minutes, pace)
+        if fitted.iterations >= FEWEST_ITERATIONS:
+            return plan
+        few = f"only {fitted.iterations} iterations fit into {minutes:g} minutes here, a useful result takes some "
+        few += f"{FEWEST_ITERATIONS} ({plan.network})"
+        found = next((some for some in (shrink(model, data, recipe.seed, *one) for one in smaller) if some), None)
+        if found is None:
+            print(f"{few}; this is the smallest network: give more --minutes")
+            return plan
+        print(f"{few}: taking a smaller network")
+        model, data = found
+
+
+def shrink(
+    model: DynamicRoutingNetwork, data: DataConfig, seed: int, what: str, most: float
+) -> tuple[DynamicRoutingNetwork, DataConfig] | None:
+    """The network and its data with less of something (see SMALLER); None if they have no more of it already."""
+    if what == "sides":
+        crop, size = ([max(32, int(most * side)) for side in pair(some)] for some in (data.crop, data.image_size))
+        return model, replace(data, crop=pair(crop), image_size=pair(size))
+    config = model.config
+    names = ("base_channels", "stem_channels") if what == "channels" else ("depth",)
+    if what == "depth" and config.route is not None:  # the route is one through this depth
+        return None
+    smaller = replace(config, **{name: min(getattr(config, name), int(most)) for name in names})
+    torch.manual_seed(seed)
+    return None if smaller == config else (DynamicRoutingNetwork(smaller), data)
 
 
 def preset_costs(
@@ -196,14 +301,14 @@ def write_report(
     report.figure(histogram, "Real cost of the validation pictures")
 
     report.heading("How it was made")
-    machine, versions = facts["machine"], facts["versions"]
+    machine, versions, precision = facts["machine"], facts["versions"], facts["recipe"]["precision"]
     size = f"{model.config.base_channels} channels, {facts['parameters'] / 1e6:.2f} M parameters"
     spread = f"min {cost['min']:.3f}, max {cost['max']:.3f}, full {cost['full']:.3f}"
     report.table(
         ["", ""],
         [
             ["network", f"depth {model.space.depth}, {size}"],
-            ["training", f"{iterations} iterations of {facts['data']['batch_size']} pictures"],
+            ["training", f"{iterations} iterations of {facts['data']['batch_size']} pictures, {precision}"],
             ["budget", f"weight {budget.weight}, target {budget.target} of the expected cost"],
             ["real cost", f"{cost['mean']:.3f} GMACs ({spread})"],
             ["machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU'}"],

@@ -19,6 +19,7 @@ from routeseg.cli.common import (
     progress_bar,
     quiet_libraries,
     read_data,
+    say_precision,
 )
 from routeseg.files import check_writable, write_atomically, write_json
 
@@ -36,7 +37,7 @@ def evaluate_command(words: Sequence[str]) -> int:
     parser.add_argument("--split", type=str, default="val", help="train, val or test, as the data set calls them")
     parser.add_argument("--engine", type=str, default="skip", help="skip (closed paths cost nothing) or dense")
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
-    parser.add_argument("--precision", type=str, default="float32", help=PRECISION_HELP)
+    parser.add_argument("--precision", type=str, default="auto", help=PRECISION_HELP)
     parser.add_argument("--convention", type=str, default="authors", help="how cost is counted: authors or full")
     parser.add_argument("--scales", type=list[float], default=[1.0], help="several sizes of each image, averaged")
     parser.add_argument("--flip", type=bool, default=False, help="each view mirrored too, averaged")
@@ -76,6 +77,7 @@ def evaluate_command(words: Sequence[str]) -> int:
     quiet_libraries()
     model = model.to(find_device(args.device))
     engine = build_engine(model, args.engine, args.precision)
+    say_precision(engine)
     forward = MultiPass(engine, args.scales, args.flip, window, args.overlap, args.window_batch)
     check_classes(args.checkpoint, model, data, len(pictures.classes))
     if args.json is not None:
@@ -95,6 +97,7 @@ def evaluate_command(words: Sequence[str]) -> int:
     print_evaluation(result)
     if args.json is not None:
         how = {key: args[key] for key in ("split", "scales", "flip", "window", "overlap", "boundary_width")}
+        how["precision"] = getattr(engine, "precision", "float32")  # the dense forward has that of the weights
         write_json(Path(args.json), result.as_dict() | how | {"command": ["evaluate", *words]} | machine_facts())
     if submission is not None:
         return _report_submission(submission, result.skipped)

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from routeseg.training.recipe import Recipe
 
 USAGE_ERROR = 2
-PRECISION_HELP = "engine skip computes in float32, bfloat16 (GPUs, CPUs with AVX512_BF16) or float16 (GPUs)"
+PRECISION_HELP = (
+    "engine skip computes in float32, bfloat16 (GPUs, CPUs with AVX512_BF16), float16 (GPUs), or auto: float32 or "
+    "bfloat16, the one in which this machine is faster"
+)
 SECTIONS = ("model", "data", "recipe", "budget")  # of a configuration
 SEED_KEY = "recipe.seed"
 NETWORK_SKIP = {"num_classes", "class_names", "palette", "pixel_mean", "pixel_std"}  # the data decide these
@@ -288,6 +291,12 @@ def find_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used here ({reason}): take cpu, or cuda with a GPU") from error
     return device
+
+
+def say_precision(engine: Any) -> None:
+    """Prints which precision an engine computes in, and why, if that was left to the machine."""
+    if getattr(engine, "precision_reason", None):
+        print(f"precision: {engine.precision} ({engine.precision_reason})")
 
 
 @contextmanager

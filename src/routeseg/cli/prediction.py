@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from jsonargparse import Namespace
 
-from routeseg.cli.common import PRECISION_HELP, USAGE_ERROR, Parser, find_device, progress_bar
+from routeseg.cli.common import PRECISION_HELP, USAGE_ERROR, Parser, find_device, progress_bar, say_precision
 from routeseg.files import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def predict_command(words: Sequence[str]) -> int:
         help="how a checkpoint runs: skip (closed paths cost nothing; the default) or dense",
     )
     parser.add_argument("--device", type=str, default="cpu", help="cpu; a checkpoint also runs on cuda")
-    parser.add_argument("--precision", type=str, default="float32", help=PRECISION_HELP)
+    parser.add_argument("--precision", type=str, default="auto", help=PRECISION_HELP)
     parser.add_argument("--pictures", type=bool, default=True, help="false: labels and JSON alone, which is faster")
     parser.add_argument("--resume", action="store_true", help="leave the results that are there as they are")
     parser.add_argument(
@@ -92,7 +92,9 @@ def _open(network: str | None, args: Namespace) -> Runner:
 
     from routeseg.prediction.torch_runner import open_network
 
-    return open_network(model, args.engine or "skip", args.precision, find_device(args.device))
+    runner = open_network(model, args.engine or "skip", args.precision, find_device(args.device))
+    say_precision(runner.forward)
+    return runner
 
 
 def _opener(network: str | None, args: Namespace) -> tuple[OpenRunner, NetworkDescription]:
@@ -106,10 +108,14 @@ def _opener(network: str | None, args: Namespace) -> tuple[OpenRunner, NetworkDe
 
     from routeseg.prediction.torch_runner import open_network
 
-    opener = partial(open_network, model, args.engine or "skip", args.precision, args.device)
-    # Only a worker has the GPU.
-    runner = opener() if args.device == "cpu" else open_network(model, "dense")
-    return opener, runner.network
+    engine, precision = args.engine or "skip", args.precision
+    if args.device != "cpu":  # only a worker has the GPU
+        return partial(open_network, model, engine, precision, args.device), open_network(model, "dense").network
+    runner = open_network(model, engine, precision)
+    say_precision(runner.forward)
+    if precision == "auto" and engine == "skip":
+        precision = runner.precision  # one for all workers
+    return partial(open_network, model, engine, precision), runner.network
 
 
 def _open_onnx(file: str, args: Namespace) -> OnnxNetwork:
@@ -119,7 +125,7 @@ def _open_onnx(file: str, args: Namespace) -> OnnxNetwork:
     for option, given, why in (
         ("engine", args.engine is not None, f"ONNX Runtime runs {file}"),
         ("device", args.device != "cpu", f"{file} runs on the CPU"),
-        ("precision", args.precision != "float32", f"{file} has its own (`routeseg export --int8` writes int8)"),
+        ("precision", args.precision != "auto", f"{file} has its own (`routeseg export --int8` writes int8)"),
     ):
         if given:
             raise ValueError(f"--{option} only applies to checkpoints, {why}: leave it out")

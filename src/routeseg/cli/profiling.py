@@ -45,7 +45,7 @@ def profile_command(words: Sequence[str]) -> int:
     )
     parser.add_argument("--size", type=str, default="1024x2048", help="HEIGHTxWIDTH of the image")
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
-    parser.add_argument("--precision", type=str, default="float32", help=PRECISION_HELP)
+    parser.add_argument("--precision", type=str, default="auto", help=PRECISION_HELP)
     parser.add_argument(
         "--num_classes", type=int | None, default=None, help=f"classes of a network without a checkpoint; {CLASSES}"
     )
@@ -78,6 +78,8 @@ def profile_command(words: Sequence[str]) -> int:
         progress_bar("profile", args.repeats * forwards(args.routes)) as step,
     ):
         table = profile(model, size, args.precision, args.routes, args.repeats, args.seed, step=step)
+    if "precision_reason" in table.facts:
+        print(f"precision: {table.precision} ({table.facts['precision_reason']})")
     table.facts["all_open_by_part"] = by_part(table, model_cost(model, size))
     table.facts.update({"command": ["profile", *words]} | machine_facts())
     path = output / f"{table.name}.json"

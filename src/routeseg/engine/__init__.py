@@ -20,12 +20,13 @@ EngineName = Literal["skip", "dense"]
 def build_engine(model: RoutedNetwork, name: EngineName = "skip", precision: Precision = "float32") -> Engine:
     """The forward of this name for a network in eval mode, on the device where the network is.
 
-    precision  only applies to the skip engine (see there); the dense forward runs in the network's own precision
+    precision  only applies to the skip engine (see there); the dense forward runs in the network's own precision, which
+               auto leaves to it
 
     Raises ValueError for another name or precision.
     """
     if name == "dense":
-        if precision != "float32":
+        if precision not in ("auto", "float32"):
             raise ValueError(f"precision {precision} only applies to engine skip: leave it out for engine dense")
         return model.eval()
     if name == "skip":

@@ -116,6 +116,8 @@ def profile(
     fixed_ms, part_ms = _from_clocks(model, calibration) if clocked else _from_fit(model, calibration)
     table = LatencyTable(size, str(device), engine.precision, network_shape(model.config), fixed_ms, part_ms)
     table.facts.update(how="clocked" if clocked else "fitted", repeats=repeats, seed=seed)
+    if engine.precision_reason is not None:
+        table.facts["precision_reason"] = engine.precision_reason
     table.facts.update(all_open=[_tested(table, job) for job in calibration[:2]], test=_test(table, tested))
     return table
 

@@ -11,19 +11,22 @@ bfloat16 the features that gates see are rounded to 8 bits, and so an activation
 from __future__ import annotations
 
 import logging
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from routeseg.engine.compiled import CompiledForward, is_compiled
+from routeseg import bfloat16
+from routeseg.engine.compiled import CompiledForward
 from routeseg.engine.eager import EagerForward
 from routeseg.model.grid import RoutedNetwork, check_images
+from routeseg.model.network import DynamicRoutingNetwork
 from routeseg.model.request import Activation, Request, Routes
 
-Precision = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Backend = Literal["auto", "kernels", "eager", "batched"]
+PROBE_SIZE, PROBE_ROUNDS = (128, 256), 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -31,6 +34,9 @@ class SkipEngine:
     """An inference forward of a network: `engine(images, route=..., activation=...)` as the network itself.
 
     The network's weights are copied: train on, and build a new engine afterwards.
+
+    precision         of weights and feature maps: float32, bfloat16, float16
+    precision_reason  why it is this one, if that was left to the machine ("auto"); else None
     """
 
     forward: CompiledForward | EagerForward
@@ -38,9 +44,11 @@ class SkipEngine:
     def __init__(self, model: RoutedNetwork, precision: Precision = "float32", backend: Backend = "auto") -> None:
         """The engine on the device where the model is.
 
-        precision  of weights and feature maps; gates and logits are float32 in any case. bfloat16 is for CPUs with
-                   AVX512_BF16 and for GPUs, float16 for GPUs; elsewhere the dtype of the network takes their place, and
-                   a warning is logged, once
+        precision  of weights and feature maps; gates and logits are float32 in any case. bfloat16 is for GPUs, and for
+                   CPUs whose kernels or whose PyTorch compute in it (AVX512_BF16, AMX), float16 for GPUs. Elsewhere
+                   they would be emulated, many times as slow and no more exact: the dtype of the network takes their
+                   place, and a warning is logged, once. auto: on GPUs bfloat16, on CPUs float32 or, if the kernels
+                   are faster in it on this machine (measured once in a process), bfloat16
         backend    kernels: those built at installation, for CPUs, one image after the other. eager: PyTorch's
                    operations, one image after the other, which spares copies. batched: PyTorch's operations, the images
                    layer by layer together, choosing rows if routes differ. auto: kernels on CPUs if they can run the
@@ -51,9 +59,15 @@ class SkipEngine:
         self.model = model
         parameter = next(model.parameters())
         self.device = parameter.device
-        dtype = _supported(precision, model)
         if backend not in ("auto", "kernels", "eager", "batched"):
             raise ValueError(f"backend {backend!r}: choose one of auto, kernels, eager, batched")
+        self.precision_reason: str | None = None
+        if precision == "auto":
+            precision, self.precision_reason = _faster(model, backend)
+        dtype = _supported(precision, model)
+        self.precision = _name(dtype)
+        if self.precision_reason is not None:
+            _say_once(f"precision: {self.precision} ({self.precision_reason})", logging.INFO)
         if backend == "auto" and self.device.type != "cpu":
             backend = "batched"
         elif backend == "auto":
@@ -65,7 +79,6 @@ class SkipEngine:
             self.forward = CompiledForward(model, dtype)
         else:
             self.forward = EagerForward(model, dtype, together=backend == "batched")
-        self.precision = str(dtype).removeprefix("torch.")
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, route: Routes = None, activation: Activation = "one") -> Any:
@@ -80,31 +93,58 @@ class SkipEngine:
 def _supported(precision: str, model: RoutedNetwork) -> torch.dtype:
     """The dtype of this name, or that of the network's weights if its device lacks it; says so once."""
     if precision not in DTYPES:
-        raise ValueError(f"precision {precision!r}: choose one of {', '.join(DTYPES)}")
+        raise ValueError(f"precision {precision!r}: choose one of auto, {', '.join(DTYPES)}")
     parameter = next(model.parameters())
     dtype, stored, device = DTYPES[precision], parameter.dtype, parameter.device
     if dtype == torch.float32:
         return stored
-    if device.type == "cpu":
-        reason, name = CompiledForward.supports(model, dtype), "CPU"
-        supported = reason is None
-        if not supported and is_compiled(dtype):
-            name += f" for this network ({reason})"
+    if device.type != "cpu":
+        supported, where = dtype == torch.float16 or bfloat16.on_gpu(device), "on this GPU"
+    elif dtype == torch.bfloat16:
+        supported = CompiledForward.supports(model, dtype) is None or bfloat16.product_ratio() < 1
+        where = "here" if supported else f"here ({bfloat16.product_words()})"
     else:
-        supported, name = dtype == torch.float16 or _has_bfloat16(device), "GPU"
+        supported, where = False, "on this CPU"
     if not supported:
-        _say_once(f"no fast {precision} on this {name}: running in {str(stored).removeprefix('torch.')}")
+        _say_once(f"no fast {precision} {where}: running in {_name(stored)}")
     return dtype if supported else stored
 
 
-def _has_bfloat16(device: torch.device) -> bool:
-    """Whether a GPU computes in bfloat16, and does not emulate it (NVIDIA: from compute capability 8.0 on)."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+def _faster(model: RoutedNetwork, backend: Backend) -> tuple[Precision, str]:
+    """The precision in which this machine runs the network faster, and why."""
+    parameter = next(model.parameters())
+    if parameter.dtype != torch.float32:
+        return "float32", "that of the network"
+    if parameter.device.type != "cpu":
+        fast = bfloat16.on_gpu(parameter.device)
+        return ("bfloat16", "this GPU computes in it") if fast else ("float32", "this GPU does not compute in bfloat16")
+    if backend in ("eager", "batched") or CompiledForward.supports(model, torch.bfloat16) is not None:
+        return "float32", "without kernels for bfloat16"
+    float32_ms, bfloat16_ms = kernels_ms()
+    if bfloat16.pays(float32_ms, bfloat16_ms):
+        return "bfloat16", f"a small network takes {bfloat16_ms:.3g} ms, in float32 {float32_ms:.3g} ms"
+    return "float32", f"a small network takes {float32_ms:.3g} ms, in bfloat16 {bfloat16_ms:.3g} ms"
 
 
 @cache
-def _say_once(message: str) -> None:
-    logging.getLogger("routeseg").warning(message)
+def kernels_ms() -> tuple[float, float]:
+    """Milliseconds of the kernels in float32 and in bfloat16, for one image through a small network, all paths open.
+
+    Where there are no kernels for bfloat16, `SkipEngine` raises ValueError.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        model = DynamicRoutingNetwork(depth=3, base_channels=32, stem_channels=32).eval()
+        image = torch.rand(1, 3, *PROBE_SIZE)
+    engines = [SkipEngine(model, precision, "kernels") for precision in ("float32", "bfloat16")]
+    times = bfloat16.take_turns([partial(engine, image, model.route) for engine in engines], PROBE_ROUNDS)
+    float32_s, bfloat16_s = (min(some) for some in times)
+    return 1000 * float32_s, 1000 * bfloat16_s
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@cache
+def _say_once(message: str, level: int = logging.WARNING) -> None:
+    logging.getLogger("routeseg").log(level, message)

@@ -56,9 +56,10 @@ GIGA = 1e9
 
 
 class Runner(Protocol):
-    """A network, ready to segment one image after another."""
+    """A network, ready to segment one image after another, and the precision that it computes in."""
 
     network: NetworkDescription
+    precision: str
 
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Image uint8 [H,W,3] RGB, H and W at least 32 -> labels uint8 [H,W], gates float32 [L+1,S,3].
@@ -280,6 +281,7 @@ class Segmenter:
             "share_of_full": prediction.share,
             "pictures": self.target.pictures,
             "network": self.target.network,
+            "precision": self.runner.precision,
         }
         return json.dumps(data) + "\n"
 

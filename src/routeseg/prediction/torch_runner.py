@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 class TorchNetwork:
     """Segments one image after another.
 
-    forward  what computes the segmentation: the model itself, or an engine that is built from it
-    model    tells classes, colours and cost
+    forward    what computes the segmentation: the model itself, or an engine that is built from it
+    model      tells classes, colours and cost
+    precision  of the engine, or of the model's weights
     """
 
     def __init__(self, forward: Forward, model: DynamicRoutingNetwork) -> None:
         self.forward, self.model, self.network = forward, model, describe(model)
-        self.device = next(model.parameters()).device
+        weight = next(model.parameters())
+        self.device = weight.device
+        self.precision = getattr(forward, "precision", str(weight.dtype).removeprefix("torch."))
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -88,7 +88,7 @@ class ValidateAndSave(Callback):
     def _validate(self, trainer: Trainer, task: RecipeTask) -> None:
         network, step = task.network, trainer.global_step
         if self.recipe.precise_bn_batches and task.batch_norm != "frozen":
-            with trainer.precision_plugin.forward_context():
+            with task.autocast():
                 precise_batch_norm(network, self.data.norm_dataloader(step, self.recipe.precise_bn_batches))
         self.latest = validation = task.validate(self.data.val_dataloader())
         for logger in trainer.loggers:

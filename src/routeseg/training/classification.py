@@ -71,7 +71,7 @@ class ClassificationTask(RecipeTask[Accuracy]):
 
     def validate(self, batches: Iterable[Batch]) -> Validation[Accuracy]:
         """The score is top-1."""
-        with self.trainer.precision_plugin.forward_context():
+        with self.autocast():
             found = evaluate_classifier(cast(DynamicRoutingClassifier, self.network), batches)
         return Validation(found, found.top1, {"val_top1": found.top1, "val_top5": found.top5})
 

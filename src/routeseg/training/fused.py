@@ -196,8 +196,8 @@ class _ConvNorm(Function):
         da, db, dtaps = (None if t is None else torch.empty_like(t) for t in (a, b, taps))
         unit = _Unit(
             *ctx.facts, _at(x), _at(center), _at(a), _at(b), _at(taps), _at(weight), _at(gamma), _at(beta), None, None,
-            None, *ctx.numbers, _at(z), _at(mean), _at(scale), _at(shift), _at(inverse), _at(dz), _at(dscale), _at(dshift),
-            _at(plus), _at(dx), _at(da), _at(db), _at(dtaps), _at(dweight), _at(dgamma), _at(dbeta),
+            None, *ctx.numbers, _at(z), _at(mean), _at(scale), _at(shift), _at(inverse), _at(dz), _at(dscale),
+            _at(dshift), _at(plus), _at(dx), _at(da), _at(db), _at(dtaps), _at(dweight), _at(dgamma), _at(dbeta),
         )  # fmt: skip
         _call("unit", unit, backward=True)
         return dx, None, da, db, dtaps, dweight, dgamma, dbeta, None, None, None

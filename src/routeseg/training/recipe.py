@@ -6,6 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+Precision = Literal["32-true", "bf16-mixed"]
+FLOAT32: Precision = "32-true"
+BFLOAT16: Precision = "bf16-mixed"
+
 
 @dataclass
 class Recipe:
@@ -25,8 +29,8 @@ class Recipe:
     ema_decay                    validate and save an average of the weights, which keeps this share of itself at each
                                  step (0.9998 averages over some 5000 steps); 0: the weights themselves
     validate_every, save_every, log_every   in iterations
-    precision                    "32-true" or "bf16-mixed"
-    compile                      torch.compile the parts of the network
+    precision                    32-true, bf16-mixed, or auto: the one in which this machine is faster (trial.py). A run
+                                 that is resumed keeps the one that it began with
     """
 
     iterations: int = 190_000
@@ -46,8 +50,7 @@ class Recipe:
     validate_every: int = 5000
     save_every: int = 1000
     log_every: int = 20
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    compile: bool = False
+    precision: Precision | Literal["auto"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:

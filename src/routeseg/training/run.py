@@ -18,7 +18,6 @@ from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
 
 from routeseg.data.classification_loaders import ClassificationDataModule
 from routeseg.data.datamodule import SegmentationDataModule
@@ -35,8 +34,9 @@ from routeseg.training.processes import (
     count_processes,
     ending_together,
 )
-from routeseg.training.recipe import Recipe
+from routeseg.training.recipe import Precision, Recipe
 from routeseg.training.task import Found, RecipeTask
+from routeseg.training.trial import SettlePrecision
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,14 @@ class RunResult(Generic[Found]):
     found           what the last validation measured; None if no step was left to do
     steps           of the optimiser, since the run began
     seconds         since it was started or resumed
+    precision       32-true or bf16-mixed, as the steps ran
     is_global_zero  whether this process is the one that writes files and prints
     """
 
     found: Found | None
     steps: int
     seconds: float
+    precision: Precision
     is_global_zero: bool
 
 
@@ -99,7 +101,7 @@ class Run:
     def begin(
         cls, model: RoutedNetwork, recipe: Recipe, options: RunOptions, batch_size: int, crop: tuple[int, int]
     ) -> Run:
-        """Checks what was asked for, makes the folder, seeds, and makes the network ready. Raises as `train` does."""
+        """Checks what was asked for, makes the folder, and seeds. Raises as `train` does."""
         processes, machines = count_processes(options.devices, options.on_gpu)
         world = processes * machines
         batch_norm = choose_mode(recipe.batch_norm, options.on_gpu, world)
@@ -107,9 +109,6 @@ class Run:
             check_enough_values(model, crop, batch_size * (world if batch_norm == "synced" else 1))
         first_step, images_before = _prepare_output(model, recipe, options)
         lightning.seed_everything(recipe.seed, workers=True, verbose=False)
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack memory_format
-        if recipe.compile:
-            compile_parts(model)
         images = batch_size * world * recipe.accumulate
         return cls(model, recipe, options, processes, machines, batch_norm, images, first_step, images_before)
 
@@ -145,7 +144,8 @@ class Run:
                 raise
         self.model.load_state_dict(task.network.state_dict())
         found = saver.latest.found if saver.latest is not None else None
-        return RunResult(found, trainer.global_step, time.monotonic() - start, trainer.is_global_zero)
+        seconds = time.monotonic() - start
+        return RunResult(found, trainer.global_step, seconds, task.precision, trainer.is_global_zero)
 
     def _trainer(self, saver: ValidateAndSave) -> Trainer:
         recipe, options = self.recipe, self.options
@@ -157,7 +157,6 @@ class Run:
                 devices=self.processes,
                 num_nodes=self.machines,
                 strategy=_several_processes() if self.world > 1 else "auto",
-                precision=recipe.precision,
                 sync_batchnorm=self.synced,
                 use_distributed_sampler=False,
                 limit_val_batches=0,
@@ -167,7 +166,7 @@ class Run:
                     CSVLogger(options.output, name="logs", flush_logs_every_n_steps=recipe.log_every),
                     TensorBoardLogger(options.output, name="tensorboard", version=""),
                 ],
-                callbacks=[saver, *([Progress()] if options.progress else [])],
+                callbacks=[SettlePrecision(), saver, *([Progress()] if options.progress else [])],
                 enable_progress_bar=options.progress,
                 enable_checkpointing=False,
                 enable_model_summary=False,
@@ -196,16 +195,6 @@ def _several_processes() -> DDPStrategy:
         broadcast_buffers=False,  # BatchNorm's statistics: see batch_norm.py
         timeout=TIMEOUT,
     )
-
-
-def compile_parts(model: RoutedNetwork) -> None:
-    """torch.compile for every cell, gate and transform; the routing between them stays plain Python."""
-    parts: list[nn.Module] = [part for name, part in model.named_children() if name not in ("normalize", "nodes")]
-    for layer, scale in model.route.nodes:
-        node = model.node(layer, scale)
-        parts += [node.cell, *node.transforms.values(), *([node.gate] if node.gate is not None else [])]
-    for part in parts:
-        part.compile()
 
 
 def _prepare_output(model: RoutedNetwork, recipe: Recipe, options: RunOptions) -> tuple[int, int | None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar, cast
@@ -29,7 +29,7 @@ from routeseg.model.grid import RoutedNetwork
 from routeseg.training.batch_norm import Mode, norms_of
 from routeseg.training.fused import Fused
 from routeseg.training.processes import TrainingStopped
-from routeseg.training.recipe import Recipe, lr_factor
+from routeseg.training.recipe import FLOAT32, Precision, Recipe, lr_factor
 
 Found = TypeVar("Found")  # what a validation measures: Evaluation, Accuracy
 
@@ -75,8 +75,10 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
 
     This class owns the loop over the `accumulate` batches of a step; a task supplies the loss of one of them.
 
-    cost     the network's, at the size of the training crops
-    numbers  what the last steps found, by name; real_cost and skipped_images are those of the last step that was logged
+    cost       the network's, at the size of the training crops
+    precision  32-true or bf16-mixed; trial.py replaces it where the recipe leaves it to the machine
+    numbers    what the last steps found, by name; real_cost and skipped_images are those of the last step that was
+               logged
     """
 
     labels_key: str  # of a batch; its images are "image", how many of them could not be read is "skipped"
@@ -84,8 +86,10 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
     def __init__(self, model: RoutedNetwork, recipe: Recipe, cost: CostTable, batch_norm: Mode = "own") -> None:
         super().__init__()
         self.automatic_optimization = False  # a step has several batches
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack memory_format
         model.compute = Fused()
         self.model, self.recipe, self.cost, self.batch_norm = model, recipe, cost, batch_norm
+        self.precision: Precision = FLOAT32 if recipe.precision == "auto" else recipe.precision
         self.skipped = torch.zeros((), dtype=torch.int64)  # unreadable images of all processes, since they started
         self.numbers: dict[str, float] = {}
         self.average: AveragedModel | None = None
@@ -134,23 +138,36 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """A step of the optimiser on `accumulate` batches, which come as one: image [accumulate*B,3,H,W]."""
-        count, (rank, world) = self.recipe.accumulate, rank_and_world()
-        images, labels = batch["image"], batch[self.labels_key]
-        labels_in_step, skipped = total(torch.stack((self.count(labels), batch["skipped"].sum())))
+        labels_in_step, skipped = total(torch.stack((self.count(batch[self.labels_key]), batch["skipped"].sum())))
         self._optimizer.zero_grad()
-        parts = []
-        for part, (some, their_labels) in enumerate(zip(images.chunk(count), labels.chunk(count), strict=True)):
-            self._seed(rank, part)
-            found = self.part(some, their_labels, labels_in_step)
-            self._add_gradients(found.loss, is_last=part == count - 1)
-            parts.append(found)
+        parts = self.parts(batch, labels_in_step, self._add_gradients)
         self.skipped = self.skipped + skipped
         numbers = {name: torch.stack([found.numbers[name] for found in parts]).sum() for name in parts[0].numbers}
         is_logged = (self.global_step + 1) % self.recipe.log_every == 0  # as Lightning decides
         if is_logged:
             real = self.cost.of_gates(torch.cat([found.gates for found in parts])).mean() / self.cost.full
-            numbers["real_cost"] = torch.tensor(real / world, dtype=torch.float32, device=self.device)
+            numbers["real_cost"] = torch.tensor(real / rank_and_world()[1], dtype=torch.float32, device=self.device)
         self._finish(numbers, is_logged)
+
+    def parts(
+        self, batch: dict[str, Tensor], labels_in_step: Tensor, backward: Callable[[Tensor, bool], None]
+    ) -> list[Part]:
+        """The losses of the batches of a step. Each is given to `backward`, with whether it is the last one."""
+        count, (rank, _) = self.recipe.accumulate, rank_and_world()
+        batches = zip(batch["image"].chunk(count), batch[self.labels_key].chunk(count), strict=True)
+        found = []
+        with self.autocast():
+            for number, (images, labels) in enumerate(batches):
+                self._seed(rank, number)
+                found.append(self.part(images, labels, labels_in_step))
+                backward(found[-1].loss, number == count - 1)
+        return found
+
+    def autocast(self) -> AbstractContextManager:
+        """In this block operations run in `precision`."""
+        if self.precision == FLOAT32:
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     def part(self, images: Tensor, labels: Tensor, labels_in_step: Tensor) -> Part:
         """The loss of one batch of a step: images [B,3,H,W] and their labels."""
