@@ -37,6 +37,7 @@ MAKERS: dict[str, Callable[[Sequence[Facts], str], str]] = {
     "scores": result_tables.scores,
     "small batch": result_tables.small_batch,
     "stages": result_tables.stages,
+    "steps": result_tables.steps,
     "workers": result_tables.workers,
 } | inference_tables.ACROSS_FILES
 

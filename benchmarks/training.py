@@ -3,7 +3,8 @@
     python benchmarks/training.py [--device cuda] [--output results/training_cpu.json]
 
 Every setting runs in a process of its own (for its peak memory) and rounds over the settings alternate, so that a
-slow minute of the machine hits all of them. Medians are reported. bf16 is left out on CPUs that are no faster at it.
+slow minute of the machine hits all of them. Medians are reported. On CPUs a step in float32 runs on the package's own
+kernels (`ours`), and once more on PyTorch's operations. bf16 is left out on CPUs that are no faster at it.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ import torch
 from routeseg import Budget, DynamicRoutingNetwork, bfloat16
 from routeseg.evaluation import machine_facts
 from routeseg.files import write_json
+from routeseg.model.compute import PLAIN
 from routeseg.training.recipe import BFLOAT16, FLOAT32, Recipe
 from routeseg.training.segmentation import SegmentationTask
 from routeseg.training.trial import step_seconds
 
 SETTINGS = {
-    "cpu": [(8, 32, (240, 320), 4), (16, 32, (240, 320), 4), (16, 32, (352, 480), 2), (16, 64, (256, 512), 1)],
+    "cpu": [(8, 32, (240, 320), 8), (16, 16, (240, 320), 8), (16, 32, (352, 480), 2), (16, 64, (256, 512), 1)],
     "cuda": [(16, 32, (352, 480), 8), (16, 64, (768, 768), 8), (33, 64, (768, 768), 8)],
 }
 PRECISIONS = {"fp32": FLOAT32, "bf16": BFLOAT16}
@@ -34,11 +36,15 @@ ROUNDS = 3
 CLASSES = 19
 
 
-def measure(depth: int, channels: int, size: tuple[int, int], batch: int, precision: str, device: str) -> dict:
+def measure(
+    depth: int, channels: int, size: tuple[int, int], batch: int, precision: str, ours: bool, device: str
+) -> dict:
     """Seconds of a step (median), images per second, and the peak growth of memory in MiB."""
     torch.manual_seed(0)
     model = DynamicRoutingNetwork(num_classes=CLASSES, depth=depth, base_channels=channels)
     task = SegmentationTask(model, Recipe(), Budget(0.5, 0.2, start=0.0, ramp=0.0), size).to(device)
+    if not ours:
+        model.compute = PLAIN
     images = torch.rand(batch, 3, *size, device=device)
     labels = torch.randint(0, CLASSES, (batch, *size), device=device)
     before = _memory_mib(device)
@@ -63,12 +69,14 @@ def main() -> None:
         print(json.dumps(measure(**json.loads(args.one), device=args.device)))
         return
     emulates = args.device == "cpu" and bfloat16.product_ratio() >= 1
-    precisions = [name for name in PRECISIONS if not (emulates and name == "bf16")]
+    ways = [("fp32", False)] + ([("bf16", False)] if not emulates else [])
+    ways += [("fp32", True)] if args.device == "cpu" else []
     rows: dict[tuple, list[dict]] = {}
     for _ in range(ROUNDS):
         for depth, channels, size, batch in SETTINGS[args.device]:
-            for precision in precisions:
-                setting = {"depth": depth, "channels": channels, "size": size, "batch": batch, "precision": precision}
+            for precision, ours in ways:
+                setting = {"depth": depth, "channels": channels, "size": size, "batch": batch}
+                setting |= {"precision": precision, "ours": ours}
                 command = [sys.executable, __file__, "--device", args.device, "--one", json.dumps(setting)]
                 out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 rows.setdefault(tuple(setting.items()), []).append(json.loads(out.splitlines()[-1]))
@@ -78,12 +86,11 @@ def main() -> None:
     ]
     output = args.output or Path(f"results/training_{args.device}.json")
     write_json(output, {"rounds": ROUNDS, "results": results, **machine_facts()})
-    print("| depth | channels | crop | batch | precision | images/s | peak MiB |\n|---|---|---|---|---|---|---|")
-    for r in results:
-        size = "x".join(map(str, r["size"]))
+    for row in results:
+        size, way = "x".join(map(str, row["size"])), "ours" if row["ours"] else "PyTorch"
         print(
-            f"| {r['depth']} | {r['channels']} | {size} | {r['batch']} | {r['precision']} "
-            f"| {r['images_per_s']:.2f} | {r['peak_mib']:.0f} |"
+            f"depth {row['depth']}, {row['channels']} channels, {row['batch']} x {size}, {row['precision']}, {way}: "
+            f"{row['step_s']:.3f} s, {row['images_per_s']:.2f} images/s, {row['peak_mib']:.0f} MiB"
         )
 
 

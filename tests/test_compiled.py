@@ -190,6 +190,44 @@ forward(images, Request.of(model.config, 1, Route.from_gates(space, gates[0])))
     assert done.returncode == 0, done.stderr
 
 
+@torch.no_grad()
+def test_what_zeros_alone_reach_is_computed_once():
+    """Later forwards of the same size read no weights there; another image, size or route has its own results."""
+    model = network(seed=3, depth=6, zeros_arrive=True)
+    forward, batch = CompiledForward(model, torch.float32), images(2, 64, 96)
+    free, whole = Request.of(model.config, 2), Request.of(model.config, 2, model.route)
+    first = forward(batch, free)
+    gates = first.gates.numpy()
+    reached = [[model.space.reached(one, zeros_arrive=zeros) for one in gates] for zeros in (True, False)]
+    zeros = np.any(reached[0], axis=0) & ~np.any(reached[1], axis=0)
+    assert zeros.sum() > 1
+    poison = torch.full((1 << 14,), float("nan"))
+    for layer, scale in np.argwhere(zeros):
+        node = forward._packed.network.nodes[layer * model.space.num_scales + scale]
+        node.squeeze.weights = node.squeeze.bias = poison.data_ptr()
+        for number in range(2 * node.operations):
+            node.cell[number].weights = node.cell[number].bias = poison.data_ptr()
+    again = forward(batch, free)
+    assert torch.equal(again.logits, first.logits) and torch.equal(again.gates, first.gates)
+    assert forward(images(1, 96, 64), free).logits.isnan().any(), "of another size, they are computed"
+    assert forward(batch, whole).logits.isnan().any(), "as is what more than zeros reach"
+
+
+@torch.no_grad()
+def test_what_is_remembered_of_zeros_is_right():
+    """An engine that has seen other images, sizes and routes gives what a new one does."""
+    model = network(seed=3, zeros_arrive=True)
+    engine = SkipEngine(model, backend="kernels")
+    some = Route(model.space, [(0, 0, DOWN), (1, 1, KEEP), (2, 1, UP), (3, 0, KEEP)])
+    for route, activation in ((None, "one"), (some, "one"), (model.route, "own"), (some, "own")) * 2:
+        for seed, size in enumerate([(64, 96), (96, 64), (64, 96)]):
+            batch = images(1, *size, seed=seed)
+            found = engine(batch, route, activation)
+            fresh = SkipEngine(model, backend="kernels")(batch, route, activation)
+            assert torch.equal(found.logits, fresh.logits) and torch.equal(found.gates, fresh.gates)
+            assert relative_error(found, model(batch, route, activation)) < 1e-5
+
+
 class OtherOperation(SepConv):
     """An operation that computes something else than what it is derived from."""
 

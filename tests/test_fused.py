@@ -12,6 +12,7 @@ from routeseg import DynamicRoutingNetwork
 from routeseg.model.classifier import DynamicRoutingClassifier
 from routeseg.model.compute import PLAIN
 from routeseg.model.operations import SepConv3x3
+from routeseg.space import DIRECTIONS
 from routeseg.training import fused
 from routeseg.training.batch_norm import precise_batch_norm
 from routeseg.training.fused import Fused
@@ -189,6 +190,23 @@ def test_what_it_does_not_know_runs_as_it_is(monkeypatch):
     monkeypatch.setattr(fused, "_call", lambda name, *rest, **named: (called.append(name), call(name, *rest, **named)))
     agree(model, images())
     assert {"unit", "sum", "mean", "enlarged"} <= set(called)
+
+
+def test_hooks_are_called():
+    """A part that has one runs on PyTorch's operations; without it, on the kernels again."""
+    model, seen = network(), []
+    step(model, images(), Fused())
+    sent = DIRECTIONS[int(model(images()).gates[:, 0, 0].amax(0).argmax())]
+    parts = [model.stem[0][1], model.node(0, 0).cell, model.node(0, 0).transforms[sent], model.head.merge[0]]
+    handles = [part.register_forward_hook(lambda part, *_: seen.append(part)) for part in parts]
+    agree(model, images())
+    seen.clear()
+    step(model, images(), Fused())
+    assert seen == parts
+    for handle in handles:
+        handle.remove()
+    step(model, images(), Fused())
+    assert seen == parts
 
 
 @pytest.mark.parametrize("case", ["eval", "autocast", "float64", "channels"])

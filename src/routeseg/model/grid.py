@@ -194,7 +194,7 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
                 for direction in node.directions:
                     if some.sends[scale, direction]:
                         alpha = alphas[scale][:, direction]
-                        own = request.gated or len(alpha) > 1  # else the path is open for all images, and alpha is 1
+                        own = request.gated or not alpha.all()  # else the path is open for all images, and alpha is 1
                         sent = compute.send(node, direction, hidden, _on(x, alpha) if own else None)
                         arrivals[scale + SCALE_STEP[direction]].append(sent)
                 if some.passes[scale]:  # an image that drops the cell keeps the input itself, for free

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
 
 from routeseg.config import NetworkConfig
 from routeseg.engine.compiled import find_library, first_difference, raise_failure
-from routeseg.model.cell import RoutingNode
+from routeseg.model.cell import Cell, RoutingNode
 from routeseg.model.compute import Compute
 from routeseg.model.decoder import Decoder
 from routeseg.model.gate import Gate, shrink
@@ -348,15 +349,14 @@ class Fused(Compute):
         return node.by_direction(gate.activate(gate.score(pooled)))
 
     def cell(self, node: RoutingNode, features: Features, drop_path: float) -> Features:
+        if not _known(node.cell):
+            return Features(super().cell(node, features.map, drop_path))
         terms = []
         for operation in node.cell.operations.values():
-            if type(operation) in (SepConv3x3, SepConv5x5) and _known(operation):
+            term = Term(features)
+            if not isinstance(operation, Identity):
                 first, second = cast(nn.Sequential, operation)
-                term = conv_norm(conv_norm(Term(features), first), second)
-            elif type(operation) is Identity:
-                term = Term(features)
-            else:
-                term = Term(operation(features.map))
+                term = conv_norm(conv_norm(term, first), second)
             if drop_path > 0 and operation.droppable:
                 keep = torch.rand(len(features.map), 1, 1, 1) >= drop_path  # drawn as Cell does
                 term = term._replace(weight=keep.flatten() / (1.0 - drop_path))
@@ -391,20 +391,23 @@ class Fused(Compute):
 
 
 KNOWN = (
-    *(Stem, Transform, Decoder, SepConv3x3, SepConv5x5, Upsample, Subsample),
+    *(Stem, Cell, Identity, SepConv3x3, SepConv5x5, Transform, Upsample, Subsample, Decoder),
     *(nn.Sequential, nn.ModuleList, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Linear),
 )
-
-
-_found: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # looking takes longer than some kernels do
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_found: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # looking takes longer than some kernels do
 
 
 def _known(module: nn.Module) -> bool:
-    """Whether the kernels compute what a part of a network does: parts of ours, of whole vectors of channels."""
-    if module not in _found:
-        _found[module] = all(
-            (type(part) in KNOWN or isinstance(part, Gate))  # of a gate only the squeeze is computed
-            and (not isinstance(part, nn.BatchNorm2d) or part.num_features % LANES == 0)
-            for part in module.modules()
-        )
-    return _found[module]
+    """Whether the kernels compute what a part of a network does: parts of ours, of whole vectors of channels, without
+    hooks. It is looked at again once a hook was registered anywhere."""
+    hooks_so_far = RemovableHandle.next_id
+    if _found.get(module) != hooks_so_far:
+        for part in module.modules():
+            known = type(part) in KNOWN or isinstance(part, Gate)  # of a gate only the squeeze is computed
+            if isinstance(part, nn.BatchNorm2d) and part.num_features % LANES:
+                known = False
+            if not known or any(getattr(part, hooks) for hooks in HOOKS):
+                return False
+        _found[module] = hooks_so_far
+    return True

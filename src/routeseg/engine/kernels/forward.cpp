@@ -57,11 +57,41 @@ struct Request {
 
 enum { GATHER, GATE, CELL, SEND_UP, SEND_DOWN, STEPS };
 
+// A map and its memory. `number`: of what was remembered (see Workspace); 0: it depends on the image.
+struct Held {
+    Map map{};
+    std::shared_ptr<void> memory;
+    uint64_t number = 0;
+};
+
 // Memory that forwards use one after another: fresh memory from the system costs as much as a pass over it. Whoever
 // finds the lock taken does without, and so never waits: in a forked child it may stay taken for ever.
+//
+// It also remembers maps that no image changes: what nodes make of zeros, which is all that reaches them behind closed
+// paths of a network where zeros arrive. Each has a number, and is found by what it was made from.
 class Workspace {
   public:
+    using Key = std::vector<uint64_t>;  // an operation, and the numbers and weights of what it read
+
     ~Workspace() { release(); }
+
+    // The map that was remembered under this key, or one without memory.
+    Held constant(const Key& key) {
+        std::unique_lock<std::mutex> guard(lock, std::try_to_lock);
+        if (!guard.owns_lock()) return {};
+        const auto found = constants.find(key);
+        return found == constants.end() ? Held{} : found->second;
+    }
+
+    // Remembers a map of so many bytes, and gives it a number.
+    void remember(const Key& key, Held& map, size_t bytes) {
+        std::unique_lock<std::mutex> guard(lock, std::try_to_lock);
+        if (!guard.owns_lock()) return;
+        if (constant_bytes + bytes > MOST_CONSTANT_BYTES) forget();
+        map.number = ++constants_so_far;
+        constants[key] = map;
+        constant_bytes += bytes;
+    }
 
     // Lets go of what images of another size have left.
     void expect(int height, int width) {
@@ -101,10 +131,21 @@ class Workspace {
         for (auto& [size, blocks] : spare)
             for (void* block : blocks) std::free(block);
         spare.clear();
+        forget();
     }
+
+    void forget() {
+        constants.clear();
+        constant_bytes = 0;
+    }
+
+    static constexpr size_t MOST_CONSTANT_BYTES = size_t(256) << 20;  // of routes that change, many may come up
 
     std::mutex lock;
     std::map<size_t, std::vector<void*>> spare;
+    std::map<Key, Held> constants;
+    size_t constant_bytes = 0;
+    uint64_t constants_so_far = 0;
     int last_height = 0, last_width = 0;
 };
 
@@ -153,12 +194,6 @@ class Arena {
     uintptr_t next, end;
     std::multimap<size_t, void*> spare;
     std::vector<std::pair<void*, size_t>> borrowed;
-};
-
-// A map and its memory.
-struct Held {
-    Map map{};
-    std::shared_ptr<void> memory;
 };
 
 // What arrives at a node along one edge (Eq. 5): weight times the map; of half the size, along a path up.
@@ -234,6 +269,21 @@ class Forward {
         return held;
     }
 
+    // The map that an operation makes of maps that no image changes: made once. `fill` writes it.
+    enum Operation : uint64_t { ZEROS, SUM_OF, CONVOLUTION, SCORES };
+    template <class Fill>
+    Held constant(const Workspace::Key& key, int h, int w, int c, size_t element, const Fill& fill) {
+        if (Held known = workspace.constant(key); known.memory) return known;
+        const size_t bytes = (element * h * w * c + LINE - 1) / LINE * LINE;
+        Held held{{std::aligned_alloc(LINE, bytes), h, w, c, 0, h}};
+        if (!held.map.data) throw std::bad_alloc();
+        held.memory = {held.map.data, std::free};
+        fill(held.map);
+        workspace.remember(key, held, bytes);
+        return held;
+    }
+    static uint64_t number_of(const void* part) { return reinterpret_cast<uintptr_t>(part); }
+
     void convolve_into(const Conv& conv, const Map& x, const Map& out, const Map* residual, bool relu,
                        bool wide = false) {
         require(bool(conv.wide) == wide, "a convolution's output is of another type");
@@ -244,12 +294,18 @@ class Forward {
     }
 
     // `outputs`: channels that the network has there; weights are not read before they agree.
-    Held convolved(const Conv& conv, const Map& x, int outputs, const Map* residual = nullptr, bool relu = true,
+    Held convolved(const Conv& conv, const Held& x, int outputs, const Held* residual = nullptr, bool relu = true,
                    bool wide = false) {
-        const Map shape = convolved_shape(conv, x);
+        const Map shape = convolved_shape(conv, x.map);
         require(shape.c == outputs, "a convolution's outputs are not as many as the network has there");
+        const auto fill = [&](const Map& out) {
+            convolve_into(conv, x.map, out, residual ? &residual->map : nullptr, relu, wide);
+        };
+        if (x.number && (!residual || residual->number) && !wide)
+            return constant({CONVOLUTION, number_of(&conv), x.number, residual ? residual->number : 0, relu}, shape.h,
+                            shape.w, shape.c, sizeof(T), fill);
         Held out = make(shape.h, shape.w, shape.c, 0, shape.h, wide);
-        convolve_into(conv, x, out.map, residual, relu, wide);
+        fill(out.map);
         return out;
     }
 
@@ -292,16 +348,24 @@ class Forward {
     Held gathered(const std::vector<Arrival>& arrivals, int scale, int channels, bool relu = false) {
         if (arrivals.size() == 1 && arrivals[0].weight == 1 && !arrivals[0].halved && !relu) return arrivals[0].from;
         const int h = stem_map.map.h >> scale, w = stem_map.map.w >> scale;
-        Held out = make(h, w, channels, 0, h);
-        if (arrivals.empty()) {
-            std::memset(out.map.data, 0, sizeof(T) * h * w * channels);
-            return out;
-        }
+        if (arrivals.empty())
+            return constant({ZEROS, uint64_t(scale)}, h, w, channels, sizeof(T),
+                            [&](const Map& out) { std::memset(out.data, 0, sizeof(T) * h * w * channels); });
         require(arrivals.size() <= SIDES, "more arrives at a node than it has sides");
         Summand all[SIDES];
-        for (size_t i = 0; i < arrivals.size(); ++i)
+        Workspace::Key key{SUM_OF, uint64_t(relu)};
+        bool unchanging = true;
+        for (size_t i = 0; i < arrivals.size(); ++i) {
             all[i] = {arrivals[i].from.map, arrivals[i].weight, arrivals[i].halved};
-        assemble<T>(all, int(arrivals.size()), out.map, relu, threads);
+            unchanging = unchanging && arrivals[i].from.number;
+            uint32_t weight;
+            std::memcpy(&weight, &arrivals[i].weight, sizeof weight);
+            key.insert(key.end(), {arrivals[i].from.number, weight, arrivals[i].halved});
+        }
+        const auto fill = [&](const Map& out) { assemble<T>(all, int(arrivals.size()), out, relu, threads); };
+        if (unchanging) return constant(key, h, w, channels, sizeof(T), fill);
+        Held out = make(h, w, channels, 0, h);
+        fill(out.map);
         return out;
     }
 
@@ -310,7 +374,7 @@ class Forward {
         const Node& node = net.nodes[layer * net.scales + scale];
         const long place = (long(layer) * net.scales + scale) * STEPS;
         const long edges = (long(layer) * net.scales + scale) * DIRECTIONS;
-        activations(node, x.map, request.given ? request.given + edges : nullptr, alpha);
+        activations(node, x, request.given ? request.given + edges : nullptr, alpha);
         clock.lap(place + GATE);
         if (!(alpha[UP] > 0 || alpha[KEEP] > 0 || alpha[DOWN] > 0)) {  // dropped cell: the input is kept, for free
             next[scale].push_back({x, 1, false});
@@ -328,9 +392,8 @@ class Forward {
             next_reached[target] = true;
             if (alpha[direction] > 0) {
                 const bool same = direction == KEEP;
-                next[target].push_back(
-                    {same ? hidden : convolved(node.transforms[direction], hidden.map, channels(target)),
-                     alpha[direction], direction == UP});
+                next[target].push_back({same ? hidden : convolved(node.transforms[direction], hidden, channels(target)),
+                                        alpha[direction], direction == UP});
                 if (!same) clock.lap(place + (direction == UP ? SEND_UP : SEND_DOWN));
             }
         }
@@ -339,9 +402,21 @@ class Forward {
     int channels(int scale) const { return net.merges[scale].inputs; }
 
     // Eq. 2-4, times a given route.
-    void activations(const Node& node, const Map& x, const float* given, float* alpha) {
+    void activations(const Node& node, const Held& x, const float* given, float* alpha) {
         for (int d = 0; d < DIRECTIONS; ++d) alpha[d] = float(node.directions[d]);
-        if (node.gated && (!given || request.own)) gate(node, x, alpha);
+        if (node.gated && (!given || request.own)) {
+            if (!x.number) {
+                gate(node, x.map, alpha);
+            } else {
+                const Held known = constant({SCORES, number_of(&node), x.number}, 1, 1, DIRECTIONS, sizeof(float),
+                                            [&](const Map& out) {
+                                                float* to = static_cast<float*>(out.data);
+                                                std::copy_n(alpha, DIRECTIONS, to);
+                                                gate(node, x.map, to);
+                                            });
+                std::copy_n(static_cast<const float*>(known.map.data), DIRECTIONS, alpha);
+            }
+        }
         for (int d = 0; given && d < DIRECTIONS; ++d) alpha[d] *= given[d];
     }
 
@@ -390,9 +465,9 @@ class Forward {
         require(node.operations > 0 && node.cell, "a cell has no operations");
         Held total = node.identity ? x : Held{};
         for (int i = 0; i < node.operations; ++i) {
-            const Held middle = convolved(node.cell[2 * i], x.map, x.map.c);
+            const Held middle = convolved(node.cell[2 * i], x, x.map.c);
             const bool last = i == node.operations - 1;
-            total = convolved(node.cell[2 * i + 1], middle.map, x.map.c, total.memory ? &total.map : nullptr, last);
+            total = convolved(node.cell[2 * i + 1], middle, x.map.c, total.memory ? &total : nullptr, last);
         }
         return total;
     }
@@ -406,9 +481,9 @@ class Forward {
             arrivals[scale].clear();
             incoming.clear();
             running.clear();
-            running = {{convolved(net.merges[scale], x.map, channels(std::max(scale - 1, 0))), 1, true}};
+            running = {{convolved(net.merges[scale], x, channels(std::max(scale - 1, 0))), 1, true}};
         }
-        const Held scores = convolved(net.predictor, running[0].from.map, net.predictor.outputs, nullptr, false, true);
+        const Held scores = convolved(net.predictor, running[0].from, net.predictor.outputs, nullptr, false, true);
         stem_map = {};
         enlarge(scores.map, net.classes, request.logits, request.image.height, request.image.width, threads);
     }
