@@ -10,7 +10,8 @@ FLAGS = {"generic": []}
 if sysconfig.get_platform().endswith(("x86_64", "amd64")):
     avx2 = ["-mavx2", "-mfma"]
     avx512 = [*avx2, "-mavx512f", "-mavx512bw"]
-    FLAGS |= {"avx2": avx2, "avx512": avx512, "avx512bf16": [*avx512, "-mavx512bf16"]}
+    bf16 = [*avx512, "-mavx512bf16"]
+    FLAGS |= {"avx2": avx2, "avx512": avx512, "avx512bf16": bf16, "amx": [*bf16, "-mamx-tile", "-mamx-bf16"]}
 
 setup(
     ext_modules=[

@@ -278,7 +278,8 @@ def table(results: dict[str, Any]) -> str:
 def runnable_builds() -> tuple[str, ...]:
     """The builds that this machine runs and has, the best one last."""
     best = find_library(torch.float32)
-    return () if best is None else BUILDS[: best.routeseg_level() + 1]
+    level = -1 if best is None else best.routeseg_level()
+    return tuple(build for build in BUILDS[: level + 1] if compiled._load(build) is not None)
 
 
 def main(words: list[str] | None = None) -> None:

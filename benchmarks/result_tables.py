@@ -156,6 +156,18 @@ def steps(facts: Sequence[Facts], words: str) -> str:
     return table(["depth", "channels", "images", "PyTorch, s", "in bfloat16", "our kernels, s", "times as fast"], rows)
 
 
+def trainings(facts: Sequence[Facts], words: str) -> str:
+    """Two trainings of benchmarks/training.py --camvid, that of PyTorch's operations first."""
+    rows = []
+    for way, name in (("pytorch", "PyTorch's operations"), ("ours", "our kernels")):
+        found = facts[0][way]
+        last = found["losses"][-20:]
+        losses = [f"{found['losses'][step - 1]:.4f}" for step in (1, 10)] + [f"{sum(last) / len(last):.3f}"]
+        rows.append([name, *losses, f"{100 * found['miou']:.1f} %", f"{found['seconds']:.0f}"])
+    head = ["", "loss of step 1", "of step 10", "mean of the last 20", "mIoU", "seconds with validation"]
+    return table(head, rows)
+
+
 def needed(facts: Sequence[Facts], words: str) -> str:
     """Images a second that a training step takes, by what the machine sustains."""
     found = facts[0]["needed"]["images_per_s_at_sustained_tflops"]

@@ -38,6 +38,7 @@ MAKERS: dict[str, Callable[[Sequence[Facts], str], str]] = {
     "small batch": result_tables.small_batch,
     "stages": result_tables.stages,
     "steps": result_tables.steps,
+    "trainings": result_tables.trainings,
     "workers": result_tables.workers,
 } | inference_tables.ACROSS_FILES
 

@@ -1,10 +1,14 @@
 """Images per second and peak memory of a training step: dense forward, loss, backward, clipping, SGD step.
 
     python benchmarks/training.py [--device cuda] [--output results/training_cpu.json]
+    python benchmarks/training.py --camvid FOLDER       # whole trainings, to results/training_camvid_cpu.json
 
 Every setting runs in a process of its own (for its peak memory) and rounds over the settings alternate, so that a
 slow minute of the machine hits all of them. Medians are reported. On CPUs a step in float32 runs on the package's own
 kernels (`ours`), and once more on PyTorch's operations. bf16 is left out on CPUs that are no faster at it.
+
+With --camvid, configs/camvid/small_cpu.yaml is trained with fewer iterations, in float32, on PyTorch's operations, then
+on ours, from the same seed: losses, score and seconds of both.
 """
 
 from __future__ import annotations
@@ -15,16 +19,20 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 
 from routeseg import Budget, DynamicRoutingNetwork, bfloat16
+from routeseg.cli.common import config_parser, new_network, read_parts
+from routeseg.demo import read_log
 from routeseg.evaluation import machine_facts
 from routeseg.files import write_json
 from routeseg.model.compute import PLAIN
 from routeseg.training.recipe import BFLOAT16, FLOAT32, Recipe
-from routeseg.training.segmentation import SegmentationTask
+from routeseg.training.run import RunOptions
+from routeseg.training.segmentation import SegmentationTask, train
 from routeseg.training.trial import step_seconds
 
 SETTINGS = {
@@ -32,6 +40,7 @@ SETTINGS = {
     "cuda": [(16, 32, (352, 480), 8), (16, 64, (768, 768), 8), (33, 64, (768, 768), 8)],
 }
 PRECISIONS = {"fp32": FLOAT32, "bf16": BFLOAT16}
+CAMVID_CONFIG = Path(__file__).parents[1] / "configs" / "camvid" / "small_cpu.yaml"
 ROUNDS = 3
 CLASSES = 19
 
@@ -42,9 +51,8 @@ def measure(
     """Seconds of a step (median), images per second, and the peak growth of memory in MiB."""
     torch.manual_seed(0)
     model = DynamicRoutingNetwork(num_classes=CLASSES, depth=depth, base_channels=channels)
+    model.compute = None if ours else PLAIN
     task = SegmentationTask(model, Recipe(), Budget(0.5, 0.2, start=0.0, ramp=0.0), size).to(device)
-    if not ours:
-        model.compute = PLAIN
     images = torch.rand(batch, 3, *size, device=device)
     labels = torch.randint(0, CLASSES, (batch, *size), device=device)
     before = _memory_mib(device)
@@ -59,14 +67,37 @@ def _memory_mib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
+def whole_trainings(camvid: Path, iterations: int) -> dict:
+    """Trains on CamVid on PyTorch's operations, then on ours: the loss of each logged step, mIoU and seconds."""
+    found = {"iterations": iterations}
+    for way in ("pytorch", "ours"):
+        parser = config_parser("train")
+        words = ["--config", str(CAMVID_CONFIG), "--data.root", str(camvid), "--recipe.iterations", str(iterations)]
+        words += ["--recipe.precision", FLOAT32, "--recipe.validate_every", str(iterations), "--recipe.log_every", "1"]
+        args, data, recipe, budget = read_parts(parser, words)
+        model = new_network(args, data, recipe)
+        model.compute = PLAIN if way == "pytorch" else None
+        with tempfile.TemporaryDirectory() as folder:
+            result = train(model, data, recipe, budget, RunOptions(Path(folder), progress=False))
+            losses = [float(row["loss"]) for row in read_log(Path(folder)) if row.get("loss")]
+        found[way] = {"seconds": result.seconds, "miou": result.found.miou, "losses": losses}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=SETTINGS)
+    parser.add_argument("--camvid", type=Path, help="folder of CamVid: train on it instead")
+    parser.add_argument("--iterations", type=int, default=240, help="of a training on CamVid")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(**json.loads(args.one), device=args.device)))
+        return
+    if args.camvid:
+        found = whole_trainings(args.camvid, args.iterations)
+        write_json(args.output or Path("results/training_camvid_cpu.json"), found | machine_facts())
         return
     emulates = args.device == "cpu" and bfloat16.product_ratio() >= 1
     ways = [("fp32", False)] + ([("bf16", False)] if not emulates else [])

@@ -93,6 +93,8 @@ def test_every_build_that_this_machine_runs(build, monkeypatch):
     if BUILDS.index(build) > level:
         pytest.skip(f"this machine does not run the build {build}")
     library = compiled._load(build)
+    if library is None and build == "amx":
+        pytest.skip("this compiler knows no AMX")
     assert library is not None
     monkeypatch.setattr(compiled, "find_library", lambda dtype: library)
     for changes in (CHANGES["plain"], CHANGES["all operations"], CHANGES["odd widths"]):
@@ -469,8 +471,10 @@ class TestBfloat16:
 
 class TestAsALibrary:
     @torch.no_grad()
-    def test_results_do_not_depend_on_the_number_of_threads(self):
-        engine, batch = SkipEngine(network(depth=6), backend="kernels"), images(1, 160, 224)
+    @pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=needs_bfloat16)])
+    def test_results_do_not_depend_on_the_number_of_threads(self, precision):
+        model = network(depth=6, base_channels=8 if precision == "float32" else 32)  # tiles want whole depths
+        engine, batch = SkipEngine(model, precision, backend="kernels"), images(1, 160, 224)
         threads = torch.get_num_threads()
         try:
             results = []

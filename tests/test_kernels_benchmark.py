@@ -65,7 +65,7 @@ def test_the_file(tmp_path, capsys):
         torch.set_num_threads(before)
     found = json.loads(output.read_text())
     assert found["build"] == build and found["machine"]["cpu"] and found["versions"]["torch"] and found["date"]
-    precisions = {"float32"} | ({"bfloat16"} if build == "avx512bf16" else set())
+    precisions = {"float32"} | ({"bfloat16"} if build in ("avx512bf16", "amx") else set())
     assert set(found["products"]) == precisions == {row["precision"] for row in found["kernels"].values()}
     for name, row in found["kernels"].items():
         assert 0 < row["min_ms"] <= row["median_ms"], name

@@ -35,7 +35,7 @@ from routeseg.model.operations import Identity, Operation, SepConv3x3, SepConv5x
 from routeseg.model.request import Request
 from routeseg.space import DIRECTIONS, padded_size
 
-BUILDS = ("generic", "avx2", "avx512", "avx512bf16")  # in the order of `routeseg_level`; see setup.py
+BUILDS = ("generic", "avx2", "avx512", "avx512bf16", "amx")  # in the order of `routeseg_level`; see setup.py
 FOLDER = "ROUTESEG_KERNELS"  # environment variable: a folder whose builds are used in place of the installed ones
 DONE, NOT_FINITE_STATUS, NO_MEMORY = range(3)  # `Status` of kernels/forward.cpp; any other value comes with a text
 STEPS = ("gather", "gate", "cell", "up", "down")  # of a node: each can be timed

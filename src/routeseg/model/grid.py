@@ -50,7 +50,7 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
     A kind of network is a subclass with a `Head`. The tensors of stem and nodes have the same names in all of them
     (`stem.*`, `nodes.*`); those of the head are named by its `key`.
 
-    compute  how the parts are computed in training
+    compute  how the parts are computed in training; None: PyTorch's operations, and what is fastest in a task's steps
 
     Raises ValueError, naming the field, if the fields make no network.
     """
@@ -62,7 +62,7 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         if network is not None and fields:
             raise ValueError(f"give a NetworkConfig or its fields, not both ({', '.join(fields)})")
         self.config = NetworkConfig.from_dict(fields) if network is None else network
-        self.compute: Compute = PLAIN
+        self.compute: Compute | None = None
         config = self.config
         self.normalize = InputNorm(config.pixel_mean, config.pixel_std)
         self.stem = Stem(config.stem_channels, config.base_channels)
@@ -156,7 +156,9 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         """
         x, size = prepare(self, images)
         request = Request.of(self.config, len(images), route, activation)
-        compute = self.compute if self.training and self.compute.usable(self.config, x) else PLAIN
+        compute = self.compute if self.training and self.compute is not None else PLAIN
+        if not compute.usable(self.config, x):
+            compute = PLAIN
         features, gates = self.walk(compute.stem(self.stem, x), request, drop_path if self.training else 0.0, compute)
         return self.head.result(compute.head(self.head, features), gates, size)
 

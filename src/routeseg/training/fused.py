@@ -34,7 +34,7 @@ from routeseg.model.gate import Gate, shrink
 from routeseg.model.head import Head
 from routeseg.model.layers import Stem, Subsample, Transform, Upsample
 from routeseg.model.operations import Identity, SepConv3x3, SepConv5x5
-from routeseg.space import DIRECTIONS, KEEP, STEM_STRIDE, UP
+from routeseg.space import DIRECTIONS, KEEP, SMALL_GATE_FACTOR, STEM_STRIDE, UP
 
 LAST: dict[str, Any] = {"memory_format": torch.channels_last}
 LANES = 4  # channels must be whole vectors of so many
@@ -165,7 +165,10 @@ class _ConvNorm(Function):
         images, inputs, h, w = x.shape
         kernel, dense = (weight if taps is None else taps).shape[-1], weight.shape[-1] > 1
         outputs, frozen = len(weight), not norm.training
-        size = ((side - dense * (kernel - 1) - 1) // stride + 1 for side in (h, w))
+        if stride == SMALL_GATE_FACTOR:
+            size = (h // stride, w // stride)
+        else:
+            size = ((h - dense * (kernel - 1) - 1) // stride + 1, (w - dense * (kernel - 1) - 1) // stride + 1)
         if dense and ctx.needs_input_grad[0]:
             raise ValueError("the kernels give no gradient to images: ask for it with `model.compute = Compute()`")
         z = torch.empty((images, outputs, *size), **LAST)
@@ -288,14 +291,15 @@ class _Enlarge(Function):
         return dscores
 
 
-def conv_norm(source: Term, block: nn.Module) -> Term:
+def conv_norm(source: Term, block: nn.Module, shrunk: int = 1) -> Term:
     """A convolution, or a depthwise one and a 1x1 behind it, and its BatchNorm; a ReLU behind is left to the reader.
 
-    The source has neither a weight nor half the size.
+    The source has neither a weight nor half the size. It is resized by 1/`shrunk` first: 1 or SMALL_GATE_FACTOR.
     """
     layers = list(cast(nn.Sequential, block))
     *taps, conv, norm = [layer for layer in layers if isinstance(layer, nn.Conv2d | nn.BatchNorm2d)]
     stride: int = 2 if isinstance(layers[0], Subsample) else cast(nn.Conv2d, taps[0] if taps else conv).stride[0]
+    stride *= shrunk
     features = source.map if isinstance(source.map, Features) else Features(source.map)
     depthwise = taps[0].weight if taps else None
     z, mean, scale, shift, features.map = _ConvNorm.apply(
@@ -344,7 +348,12 @@ class Fused(Compute):
         gate = node.gate
         if gate is None or type(gate).scores is not Gate.scores or type(gate).pool is not Gate.pool or not _known(gate):
             return super().activations(node, features.map, budget)
-        squeezed = conv_norm(Term(shrink(features.map) if gate.small else features), gate.squeeze)
+        if not gate.small:
+            squeezed = conv_norm(Term(features), gate.squeeze)
+        elif min(features.map.shape[-2:]) >= SMALL_GATE_FACTOR:
+            squeezed = conv_norm(Term(features), gate.squeeze, SMALL_GATE_FACTOR)
+        else:
+            squeezed = conv_norm(Term(shrink(features.map)), gate.squeeze)
         pooled = _MeanOf.apply(*squeezed[:4])
         return node.by_direction(gate.activate(gate.score(pooled)))
 

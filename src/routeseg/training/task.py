@@ -87,7 +87,8 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
         super().__init__()
         self.automatic_optimization = False  # a step has several batches
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack memory_format
-        model.compute = Fused()
+        if model.compute is None:
+            model.compute = Fused()
         self.model, self.recipe, self.cost, self.batch_norm = model, recipe, cost, batch_norm
         self.precision: Precision = FLOAT32 if recipe.precision == "auto" else recipe.precision
         self.skipped = torch.zeros((), dtype=torch.int64)  # unreadable images of all processes, since they started

@@ -177,6 +177,66 @@ inline void multiply(const bfloat16* const* a, const bfloat16* weights, int dept
 }
 #endif
 
+#if defined(__AMX_BF16__)
+// Products by tiles of 16 rows (AMX), two by two. While one of these lives, the thread's tiles are ours.
+class Tiles {
+  public:
+    static constexpr int EDGE = 16, DEPTH = 32, PIXELS = 2 * EDGE;
+
+    Tiles() {
+        struct alignas(LINE) {
+            uint8_t palette = 1, start = 0, unused[14] = {};
+            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+        } shape;
+        _tile_loadconfig(&shape);
+    }
+    ~Tiles() { _tile_release(); }
+    Tiles(const Tiles&) = delete;
+
+    // The sums [pixels][N * V] of at most PIXELS rows of a [pixels][depth] with a panel of N vectors of weights. Each
+    // pixel's are the same wherever it stands, so that they do not depend on how a map is cut.
+    template <int N>
+    const float* multiply(const bfloat16* a, int depth, const bfloat16* weights, int pixels) const {
+        alignas(LINE) static thread_local float sums[PIXELS * PANEL * V];
+        static thread_local std::vector<bfloat16> padded;
+        if (pixels < PIXELS) {
+            padded.resize(size_t(PIXELS) * depth);
+            std::memcpy(padded.data(), a, sizeof(bfloat16) * pixels * depth);
+            std::memset(padded.data() + long(pixels) * depth, 0, sizeof(bfloat16) * (PIXELS - pixels) * depth);
+            a = padded.data();
+        }
+        const long a_step = sizeof(bfloat16) * depth, b_step = sizeof(bfloat16) * 2 * N * V;
+        for (int n = 0; n < N; n += 2) {
+            const bool two = n + 1 < N;
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (int k = 0; k < depth; k += DEPTH) {
+                const bfloat16* b = weights + long(k) * N * V + 2 * n * V;
+                _tile_loadd(4, a + k, a_step);
+                _tile_loadd(5, a + long(EDGE) * depth + k, a_step);
+                _tile_loadd(6, b, b_step);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 5, 6);
+                if (!two) continue;
+                _tile_loadd(7, b + 2 * V, b_step);
+                _tile_dpbf16ps(2, 4, 7);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            const long step = sizeof(float) * N * V;
+            _tile_stored(0, sums + n * V, step);
+            _tile_stored(1, sums + (EDGE * N + n) * V, step);
+            if (!two) continue;
+            _tile_stored(2, sums + (n + 1) * V, step);
+            _tile_stored(3, sums + (EDGE * N + n + 1) * V, step);
+        }
+        return sums;
+    }
+};
+#endif
+
 // What follows the product: x = max(sum + bias + residual, low), stored, or summed over the pixels.
 struct Epilogue {
     const float* bias;     // [outputs]
@@ -189,48 +249,97 @@ struct Epilogue {
 };
 enum Mode { STORE, ADD, WIDE, SUM };
 
+// What follows the product of some pixels with a panel of N vectors of weights.
+template <class T, Mode MODE, int N>
+class Finish {
+  public:
+    Finish(const Epilogue& then, int first) : then(then), first(first), low(splat(then.low)) {
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) bias[n] = load(then.bias + first + n * V);
+    }
+
+    // Fetches what is added to `rows` pixels from p on.
+    void fetch(int p, int rows) const {
+        if (MODE != ADD) return;
+        for (int r = 0; r < rows; ++r)
+            for (int i = 0; i < N * V; i += LINE / int(sizeof(T))) __builtin_prefetch(residual(p + r) + i);
+    }
+
+    // Of one pixel.
+    void operator()(int p, const vec (&sum)[N]) {
+        Out* out = static_cast<Out*>(then.out) + long(p) * then.outputs + first;
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) {
+            vec x = sum[n] + bias[n];
+            if (MODE == ADD) x += load(residual(p) + n * V);
+            x = maximum(low, x);
+            if (MODE == SUM) total[n] += x;
+            else store(out + n * V, x);
+        }
+    }
+
+    // Behind the last pixel.
+    void end() {
+        if (MODE != SUM) return;
+        for (int n = 0; n < N; ++n) {
+            float* to = static_cast<float*>(then.out) + first + n * V;
+            store(to, load(to) + total[n]);
+        }
+    }
+
+  private:
+    using Out = std::conditional_t<MODE == WIDE || MODE == SUM, float, T>;
+    const T* residual(int p) const { return static_cast<const T*>(then.residual) + long(p) * then.outputs + first; }
+
+    const Epilogue& then;
+    const int first;
+    const vec low;
+    vec bias[N], total[N] = {};
+};
+
 // The product of `pixels` rows of a [pixels][depth] with a panel of N vectors of weights, and what follows it.
 template <class T, Mode MODE, int N>
 void panel(const T* a, int depth, const T* weights, int pixels, int first, const Epilogue& then) {
-    using Out = std::conditional_t<MODE == WIDE || MODE == SUM, float, T>;
-    const vec low = splat(then.low);
-    const long outputs = then.outputs;
+    Finish<T, MODE, N> finish(then, first);
     const long share = (then.ahead_bytes / pixels / LINE + 1) * LINE;
-    vec bias[N], total[N] = {};
+    const auto ahead = [&](int p, int rows) {
+        for (long byte = p * share; first == 0 && byte < std::min(then.ahead_bytes, (p + rows) * share); byte += LINE)
+            __builtin_prefetch(then.ahead + byte, 0, 2);
+    };
+#if defined(__AMX_BF16__)
+    if (std::is_same_v<T, bfloat16> && depth % Tiles::DEPTH == 0) {
+        const Tiles tiles;
+        for (int p = 0; p < pixels; p += Tiles::PIXELS) {
+            const int rows = std::min(Tiles::PIXELS, pixels - p);
+            ahead(p, rows);
+            finish.fetch(p, rows);
+            const float* sums = tiles.multiply<N>(reinterpret_cast<const bfloat16*>(a) + long(p) * depth, depth,
+                                                  reinterpret_cast<const bfloat16*>(weights), rows);
+            for (int r = 0; r < rows; ++r) {
+                vec sum[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) bias[n] = load(then.bias + first + n * V);
+                for (int n = 0; n < N; ++n) sum[n] = load(sums + (r * N + n) * V);
+                finish(p + r, sum);
+            }
+        }
+        return finish.end();
+    }
+#endif
     for (int p = 0; p < pixels; p += ROWS) {
         const int rows = std::min(ROWS, pixels - p);
         const T* at[ROWS];
         for (int r = 0; r < ROWS; ++r) at[r] = a + long(p + std::min(r, rows - 1)) * depth;
         vec sum[ROWS][N];
-        if (first == 0)
-            for (long byte = p * share; byte < std::min(then.ahead_bytes, (p + ROWS) * share); byte += LINE)
-                __builtin_prefetch(then.ahead + byte, 0, 2);
-        const T* residual = MODE == ADD ? static_cast<const T*>(then.residual) + p * outputs + first : nullptr;
-        Out* out = static_cast<Out*>(then.out) + p * outputs + first;
-        if (MODE == ADD)
-            for (int r = 0; r < ROWS; ++r)
-                for (int i = 0; i < N * V; i += LINE / int(sizeof(T))) __builtin_prefetch(residual + r * outputs + i);
+        ahead(p, ROWS);
+        finish.fetch(p, rows);
         multiply<N>(at, weights, depth, sum);
 #pragma GCC unroll 6
         for (int r = 0; r < ROWS; ++r) {
             if (r == rows) break;
-#pragma GCC unroll 4
-            for (int n = 0; n < N; ++n) {
-                vec x = sum[r][n] + bias[n];
-                if (MODE == ADD) x += load(residual + r * outputs + n * V);
-                x = maximum(low, x);
-                if (MODE == SUM) total[n] += x;
-                else store(out + r * outputs + n * V, x);
-            }
+            finish(p + r, sum[r]);
         }
     }
-    if (MODE == SUM)
-        for (int n = 0; n < N; ++n) {
-            float* to = static_cast<float*>(then.out) + first + n * V;
-            store(to, load(to) + total[n]);
-        }
+    finish.end();
 }
 
 template <class T, Mode MODE>

@@ -6,8 +6,13 @@
 //
 // Legend: L depth, S scales; gates [L+1][S][3], directions up, keep, down.
 
-#include "maps.h"
 #include "training.h"
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <chrono>
 #include <cstddef>
@@ -590,6 +595,21 @@ constexpr Field TRAINING_LAYOUT[] = {
 #undef STRUCTURE
 #undef FIELD
 
+#if defined(__x86_64__)
+// Whether the processor multiplies tiles of bfloat16, and the system lets this process use them.
+bool has_tiles() {
+#if defined(__linux__)
+    constexpr unsigned TILE = 1u << 24, BF16 = 1u << 22;                  // of leaf 7, EDX
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;  // of the kernel
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & TILE) && (d & BF16) &&
+           syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return false;
+#endif
+}
+#endif
+
 }  // namespace
 
 extern "C" {
@@ -600,7 +620,8 @@ int routeseg_level() {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw")) return 1;
-    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+    if (!__builtin_cpu_supports("avx512bf16")) return 2;
+    return has_tiles() ? 4 : 3;
 #else
     return 0;
 #endif

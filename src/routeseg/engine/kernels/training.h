@@ -15,7 +15,7 @@
 #include <cstring>
 #include <vector>
 
-#include "convolution.h"
+#include "maps.h"
 
 namespace {
 
@@ -120,7 +120,8 @@ void multiply_add(long rows, const float* a, long rs, long ks, const float* b, l
 // A convolution and its BatchNorm: z = conv(v) with v = x, or a * (x - center) + b, and ReLU of it if asked.
 //
 // kernel 1: 1x1. kernel 3, 5: depthwise, padded by kernel / 2, then 1x1. `dense`: 3x3 of an image that needs no
-// gradient, without padding. Of stride 2 are 1x1 and 3x3.
+// gradient, without padding. Of stride 2 are 1x1 and 3x3. A 1x1 of stride SMALL_GATE_FACTOR reads x resized by 1/4,
+// bilinearly: of 4 x 4 pixels the mean of the 2 x 2 in the middle.
 struct Unit {
     int32_t images, h, w, inputs, outputs, kernel, stride, dense, relu;
     int32_t frozen;                   // statistics are the running ones
@@ -137,8 +138,9 @@ struct Unit {
     float *dx, *da, *db, *dtaps, *dweight, *dgamma, *dbeta;
 
     long edge() const { return dense ? 0 : kernel / 2; }
-    long out_h() const { return (h + 2 * edge() - kernel) / stride + 1; }
-    long out_w() const { return (w + 2 * edge() - kernel) / stride + 1; }
+    bool shrunk() const { return stride == SMALL_GATE_FACTOR; }
+    long out_h() const { return shrunk() ? h / stride : (h + 2 * edge() - kernel) / stride + 1; }
+    long out_w() const { return shrunk() ? w / stride : (w + 2 * edge() - kernel) / stride + 1; }
     long depth() const { return dense ? inputs * kernel * kernel : inputs; }  // of the product
 };
 
@@ -343,9 +345,11 @@ void add_moments(const float* z, long pixels, long c, Moments& moments) {
 
 inline void check(const Unit& unit) {
     const int k = unit.kernel, s = unit.stride;
-    require((k == 1 && (s == 1 || s == 2)) || (k == 3 && (s == 1 || s == 2)) || (k == 5 && s == 1),
+    require((k == 1 && (s == 1 || s == 2 || s == SMALL_GATE_FACTOR)) || (k == 3 && (s == 1 || s == 2)) ||
+                (k == 5 && s == 1),
             "a unit has another kernel");
     require(!unit.dense || (k == 3 && !unit.relu && !unit.a), "a dense unit reads something else than an image");
+    require(!unit.shrunk() || (!unit.relu && !unit.a && std::min(unit.h, unit.w) >= s), "a unit resizes another map");
     require(unit.images > 0 && std::max(unit.h, unit.w) <= MOST_SIDE, "a unit has no map");
     require(std::min(unit.h, unit.w) >= (unit.dense ? k : 1), "a unit has no map");
     require(unit.inputs > 0 && unit.outputs > 0 && std::max(unit.inputs, unit.outputs) <= MOST_CHANNELS,
@@ -366,6 +370,17 @@ struct Band {
         : unit(unit), c(unit.inputs), w(unit.out_w()), line((unit.w + 2 * unit.edge()) * c),
           padded(unit.edge() ? ((rows - 1) * unit.stride + unit.kernel) * line : 0), made(rows * w * unit.depth()) {}
 
+    // From the second of four rows.
+    void shrink_row(const float* x, float* out) const {
+        const long row = unit.w * c, step = unit.stride * c;
+        for (long i = 0; i < c; i += W)
+            for (long p = 0; p < w; ++p) {
+                const float* at = x + p * step + c + i;
+                put<W>(out + p * c + i,
+                       0.25f * (get<W>(at) + get<W>(at + c) + get<W>(at + row) + get<W>(at + row + c)));
+            }
+    }
+
     // What the convolution's product reads, for rows first..end of the output: [rows * w][depth].
     const float* read(const float* image, const float* taps, long first, long end) {
         const long s = unit.stride, k = unit.kernel;
@@ -375,6 +390,11 @@ struct Band {
         }
         if (unit.edge() == 0) {
             if (s == 1 && !unit.a && !unit.relu) return image + first * w * c;
+            if (unit.shrunk()) {
+                for (long y = first; y < end; ++y)
+                    shrink_row(image + (y * s + 1) * unit.w * c, made + (y - first) * w * c);
+                return made;
+            }
             for (long y = first; y < end; ++y)
                 activate<W>(unit, image + y * s * unit.w * c, w, s, made + (y - first) * w * c);
             return made;
@@ -530,9 +550,16 @@ void unit_backward(const Unit& unit, int threads) {
             if (step > 1) {
                 if (plus) std::memcpy(dx, plus, sizeof(float) * unit.w * c);
                 else std::memset(dx, 0, sizeof(float) * unit.w * c);
-                if ((y - mine) % step) continue;
+                if (unit.shrunk() ? y / s >= end || (y % s != 1 && y % s != 2) : (y - mine) % step) continue;
             }
             const float* gradients = dv + (y - mine) / step * wide * c;
+            if (unit.shrunk()) {
+                for (long p = 0; p < w; ++p)
+                    for (long i = 0; i < c; i += W)
+                        for (float* to = dx + (p * s + 1) * c + i; to < dx + (p * s + 3) * c; to += c)
+                            put<W>(to, get<W>(to) + 0.25f * get<W>(gradients + p * c + i));
+                continue;
+            }
             for (long i = 0; i < c; i += W) {
                 const lanes<W> a = unit.a ? get<W>(unit.a + i) : 1.0f - lanes<W>{};
                 const lanes<W> b = unit.a ? get<W>(unit.b + i) : lanes<W>{};
