@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from conftest import spread_gates
 from routeseg import DynamicRoutingNetwork
+from routeseg.labels import IGNORE
 from routeseg.model.classifier import DynamicRoutingClassifier
 from routeseg.model.compute import PLAIN
 from routeseg.model.operations import SepConv3x3
@@ -232,6 +233,35 @@ def test_images_that_need_a_gradient():
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-2 * grads[0].abs().max().item())
 
 
+@pytest.mark.parametrize(("classes", "height", "width"), [(5, 24, 40), (19, 3, 7), (1, 64, 96)])
+def test_cross_entropy(classes, height, width):
+    """Also of logits that are large, of pixels without a label, and of fewer than a whole vector."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 30 * torch.randn(2, classes, height, width, generator=generator)
+    labels = torch.randint(0, classes, (2, height, width), generator=generator)
+    labels[0, :2] = IGNORE
+    found = []
+    for compute, kind in ((PLAIN, torch.float64), (PLAIN, torch.float32), (Fused(), torch.float32)):
+        asked = logits.to(kind, copy=True).requires_grad_()
+        loss = compute.cross_entropy_sum(asked, labels)
+        (3 * loss).backward()
+        found.append((loss.double().item(), asked.grad.double()))
+    assert found[2][0] == pytest.approx(found[0][0], rel=1e-6)
+    assert (found[2][1] - found[0][1]).abs().max() <= 2 * (found[1][1] - found[0][1]).abs().max() + 1e-6
+
+
+def test_a_label_that_is_no_class():
+    with pytest.raises(RuntimeError, match="a label is none of the classes"):
+        Fused().cross_entropy_sum(torch.zeros(1, 3, 8, 8), torch.full((1, 8, 8), 3))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_of_what_is_not_finite(value):
+    logits = torch.zeros(1, 3, 8, 8)
+    logits[0, 1, 4, 4] = value
+    assert Fused().cross_entropy_sum(logits, torch.zeros(1, 8, 8, dtype=torch.int64)).isnan()
+
+
 def test_nan_is_not_hidden():
     model, batch = network(), images()
     batch[1, 2, 40, 40] = float("nan")
@@ -247,7 +277,9 @@ def test_a_network_that_is_copied_or_pickled_keeps_its_way(tmp_path):
         assert isinstance(again.compute, Fused)
 
 
-@pytest.mark.parametrize("structure", [fused._Unit, fused._Term, fused._Sum, fused._Mean, fused._Enlarged])
+@pytest.mark.parametrize(
+    "structure", [fused._Unit, fused._Term, fused._Sum, fused._Mean, fused._Enlarged, fused._Entropy]
+)
 def test_fields_that_lie_elsewhere_are_noticed(structure):
     fields = list(structure._fields_)
     fields[0], fields[1] = fields[1], fields[0]

@@ -27,13 +27,14 @@ from routeseg.data.scenes import draw_scene
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import evaluate
 from routeseg.evaluation.test_time import MultiPass
+from routeseg.model.compute import PLAIN
 from routeseg.model.grid import RoutedNetwork
 from routeseg.training import trial
 from routeseg.training.batch_norm import precise_batch_norm
 from routeseg.training.callbacks import ValidateAndSave
 from routeseg.training.recipe import Recipe
 from routeseg.training.run import RunOptions
-from routeseg.training.segmentation import cross_entropy_sum, train
+from routeseg.training.segmentation import train
 
 GLOBAL_BATCH, STEPS, CUT, PICTURES = 4, 8, 4, 5
 DATA = dict(crop=(32, 64), image_size=(48, 64), train_images=10, val_images=5, workers=0)
@@ -145,7 +146,7 @@ def synced_gradients(part):
     )
     with mock.patch.object(RoutedNetwork, "synced", True):  # as with SyncBatchNorm, which needs GPUs
         result = several(images[part].double())
-    loss = world * cross_entropy_sum(result.logits, labels[part]) / labelled
+    loss = world * PLAIN.cross_entropy_sum(result.logits, labels[part]) / labelled
     own = table.expected(result.gates).mean()
     mean = own.detach().clone()
     if world > 1:

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from routeseg.config import NetworkConfig
+from routeseg.labels import IGNORE
 from routeseg.model.cell import RoutingNode
 from routeseg.model.head import Head
 
@@ -60,6 +62,10 @@ class Compute:
     def head(self, head: Head, features: Sequence[Any]) -> Any:
         """The output of the head, from the features of every scale; None where nothing arrived at a scale."""
         return head(features)
+
+    def cross_entropy_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The sum of the cross-entropies of logits [B,K,H,W] and labels [B,H,W], over the pixels that have a label."""
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
 
 
 PLAIN = Compute()

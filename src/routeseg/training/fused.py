@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_void_p
+from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from routeseg.config import NetworkConfig
 from routeseg.engine.compiled import find_library, first_difference, raise_failure
+from routeseg.labels import IGNORE
 from routeseg.model.cell import Cell, RoutingNode
 from routeseg.model.compute import Compute
 from routeseg.model.decoder import Decoder
@@ -37,7 +38,7 @@ from routeseg.model.operations import Identity, SepConv3x3, SepConv5x5
 from routeseg.space import DIRECTIONS, KEEP, SMALL_GATE_FACTOR, STEM_STRIDE, UP
 
 LAST: dict[str, Any] = {"memory_format": torch.channels_last}
-LANES = 4  # channels must be whole vectors of so many
+LANES, MOST_LANES = 4, 16  # channels must be whole vectors of the first number; no vector is longer than the second
 
 
 class _Unit(Structure):
@@ -90,7 +91,20 @@ class _Enlarged(Structure):
     ]
 
 
-STRUCTURES = (_Unit, _Term, _Sum, _Mean, _Enlarged)
+class _Entropy(Structure):
+    """`Entropy` of kernels/training.h."""
+
+    _fields_ = [
+        *((n, c_int32) for n in "images classes pixels".split()),
+        *((n, c_void_p) for n in "logits labels".split()),
+        ("ignored", c_int64),
+        *((n, c_void_p) for n in "log_sums loss".split()),
+        ("dloss", c_float),
+        ("dlogits", c_void_p),
+    ]
+
+
+STRUCTURES = (_Unit, _Term, _Sum, _Mean, _Enlarged, _Entropy)
 
 
 @cache
@@ -102,7 +116,7 @@ def _library() -> ctypes.CDLL | None:
     library.routeseg_training_layout.restype = library.routeseg_layout.restype
     if first_difference(library.routeseg_training_layout(), STRUCTURES) is not None:
         return None
-    for name in ("unit", "sum", "mean", "enlarged"):
+    for name in ("unit", "sum", "mean", "enlarged", "entropy"):
         getattr(library, f"routeseg_{name}").argtypes = [c_void_p, c_int, c_int]
     if hasattr(os, "RTLD_NOLOAD"):
         try:  # only if PyTorch has loaded it
@@ -291,6 +305,29 @@ class _Enlarge(Function):
         return dscores
 
 
+class _CrossEntropy(Function):
+    """Logits [B,K,H,W], labels [B,H,W] -> the sum over the pixels that have a label."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        images, classes, h, w = logits.shape
+        log_sums, loss = torch.empty(images, h, w), torch.empty((), dtype=torch.float64)
+        ctx.shape = (images, classes, h * w)
+        entropy = _Entropy(*ctx.shape, _at(logits), _at(labels), IGNORE, _at(log_sums), _at(loss))
+        _call("entropy", entropy, backward=False)
+        ctx.save_for_backward(logits, labels, log_sums)
+        return loss.float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> Any:
+        logits, labels, log_sums = ctx.saved_tensors
+        dlogits = torch.empty_like(logits)
+        own = map(_at, (logits, labels))
+        _call("entropy", _Entropy(*ctx.shape, *own, IGNORE, _at(log_sums), None, float(dloss), _at(dlogits)), True)
+        return dlogits, None
+
+
 def conv_norm(source: Term, block: nn.Module, shrunk: int = 1) -> Term:
     """A convolution, or a depthwise one and a 1x1 behind it, and its BatchNorm; a ReLU behind is left to the reader.
 
@@ -397,6 +434,12 @@ class Fused(Compute):
             merged = own if running is None else Term(add([own, running]))
             running = conv_norm(merged, head.merge[scale])._replace(halved=scale > 0)
         return _Enlarge.apply(head.predictor(add([cast(Term, running)])))
+
+    def cross_entropy_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+        on_cpu = logits.device.type == "cpu" and logits.dtype == torch.float32 and _library() is not None
+        if not on_cpu or labels.dtype != torch.int64 or labels[0].numel() < MOST_LANES:
+            return super().cross_entropy_sum(logits, labels)
+        return _CrossEntropy.apply(logits.contiguous(), labels.contiguous())
 
 
 KNOWN = (

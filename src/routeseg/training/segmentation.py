@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from routeseg.collectives import rank_and_world, total
 from routeseg.cost.budget import Budget, budget_loss
@@ -23,6 +22,7 @@ from routeseg.evaluation import Evaluation, evaluate
 from routeseg.evaluation.scores import check_class_count
 from routeseg.labels import IGNORE
 from routeseg.model import DynamicRoutingNetwork, Segmentation
+from routeseg.model.compute import PLAIN
 from routeseg.training.batch_norm import Mode
 from routeseg.training.recipe import Recipe
 from routeseg.training.run import Run, RunOptions, RunResult
@@ -69,7 +69,8 @@ class SegmentationTask(RecipeTask[Evaluation]):
     def loss(self, result: Segmentation, labels: Tensor, labels_in_step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         count, (_, world) = self.recipe.accumulate, rank_and_world()
         weight = self.budget.weight_at(self.global_step / self.recipe.iterations)
-        cross_entropy = cross_entropy_sum(result.logits.float(), labels) / labels_in_step.clamp(min=1)
+        compute = self.model.compute or PLAIN
+        cross_entropy = compute.cross_entropy_sum(result.logits.float(), labels) / labels_in_step.clamp(min=1)
         expected = self.cost.expected(result.gates).mean()
         mean = total(expected.detach()) / world
         # M_a: the value of all processes, the gradient of this one's images.
@@ -90,11 +91,6 @@ class SegmentationTask(RecipeTask[Evaluation]):
         logged = {"val_miou": found.miou, "val_cost": float((found.cost_macs / found.full_macs).mean())}
         full_weight = (self.budget.start + self.budget.ramp) * self.recipe.iterations
         return Validation(found, found.miou, logged, self.global_step >= full_weight or not self.budget.weight)
-
-
-def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """The sum of the cross-entropies of logits [B,K,H,W] and labels [B,H,W], over the pixels that have a label."""
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
 
 
 def train(

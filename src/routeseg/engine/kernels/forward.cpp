@@ -589,6 +589,9 @@ constexpr Field TRAINING_LAYOUT[] = {
     FIELD(Mean, dshift),
     STRUCTURE(Enlarged), FIELD(Enlarged, planes), FIELD(Enlarged, h), FIELD(Enlarged, w), FIELD(Enlarged, scores),
     FIELD(Enlarged, logits), FIELD(Enlarged, dlogits), FIELD(Enlarged, dscores),
+    STRUCTURE(Entropy), FIELD(Entropy, images), FIELD(Entropy, classes), FIELD(Entropy, pixels), FIELD(Entropy, logits),
+    FIELD(Entropy, labels), FIELD(Entropy, ignored), FIELD(Entropy, log_sums), FIELD(Entropy, loss),
+    FIELD(Entropy, dloss), FIELD(Entropy, dlogits),
     {nullptr, 0, 0},
 };
 // clang-format on
@@ -703,6 +706,13 @@ int routeseg_mean(const Mean* mean, int backward, int threads) {
         with_width(mean->c, mean->c, [&](auto width) {
             backward ? mean_backward<width>(*mean, threads) : mean_forward<width>(*mean, threads);
         });
+        return true;
+    });
+}
+int routeseg_entropy(const Entropy* entropy, int backward, int threads) {
+    return guarded([&] {
+        check(*entropy);
+        (backward ? entropy_backward : entropy_forward)(*entropy, threads);
         return true;
     });
 }

@@ -888,6 +888,103 @@ inline void enlarge_planes_backward(const Enlarged& e, int threads) {
     });
 }
 
+// The sum over pixels of the cross-entropy of logits [B][K][pixels] with labels [B][pixels].
+struct Entropy {
+    int32_t images, classes, pixels;
+    const float* logits;
+    const int64_t* labels;
+    int64_t ignored;  // a label that counts for nothing
+    float* log_sums;  // [B][pixels]: log of the sum over the classes of exp(logit)
+    double* loss;
+    float dloss;
+    float* dlogits;
+};
+
+inline void check(const Entropy& e) {
+    require(e.images > 0 && e.classes > 0 && e.pixels >= V && e.logits && e.labels && e.log_sums,
+            "a cross-entropy lacks memory");
+}
+
+// e^x for x <= 0, to float rounding (polynomial: Cephes); 0 below -87.
+inline vec exponential(vec x) {
+    typedef int32_t whole __attribute__((vector_size(4 * V), aligned(4)));
+    const vec bounded = maximum(splat(-87.0f), x);
+    const vec shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to a whole number
+    const vec n = shifted - 12582912.0f;
+    const vec r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = splat(1.9875691500e-4f);
+    for (const float factor : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f})
+        p = p * r + factor;
+    p = p * r * r + r + 1.0f;
+    const whole power = (whole)shifted << 23;  // n, as the exponent of a float
+    return (vec)((whole)p + power);
+}
+
+constexpr long ENTROPY_PIXELS = 2048;  // of a task
+
+// Calls work(image, first, end) for parts of all pixels.
+template <class Work>
+void over_pixels(const Entropy& e, int threads, const Work& work) {
+    const long parts = (e.pixels + ENTROPY_PIXELS - 1) / ENTROPY_PIXELS;
+    pool->run(e.images * parts, threads, [&](long part) {
+        const long first = part % parts * ENTROPY_PIXELS;
+        work(part / parts, first, std::min<long>(e.pixels, first + ENTROPY_PIXELS), part);
+    });
+}
+
+inline void entropy_forward(const Entropy& e, int threads) {
+    require(e.loss, "a cross-entropy lacks memory");
+    const long pixels = e.pixels;
+    std::vector<double> losses(e.images * ((pixels + ENTROPY_PIXELS - 1) / ENTROPY_PIXELS));
+    over_pixels(e, threads, [&](long image, long first, long end, long part) {
+        const float* logits = e.logits + image * e.classes * pixels;
+        float* log_sums = e.log_sums + image * pixels;
+        for (long p = first; p < end; p += V) {
+            p = std::min(p, pixels - V);  // the last ones may be computed twice
+            vec most = load(logits + p), sum = {};
+            for (long k = 1; k < e.classes; ++k) most = maximum(most, load(logits + k * pixels + p));
+            for (long k = 0; k < e.classes; ++k) {
+                const vec x = load(logits + k * pixels + p);
+                sum += exponential(x - most) + x * 0.0f;  // what is not finite stays so
+            }
+            for (int lane = 0; lane < V; ++lane) log_sums[p + lane] = most[lane] + std::log(sum[lane]);
+        }
+        double loss = 0;
+        for (long p = first; p < end; ++p) {
+            const int64_t label = e.labels[image * pixels + p];
+            if (label == e.ignored) continue;
+            require(label >= 0 && label < e.classes, "a label is none of the classes");
+            loss += log_sums[p] - logits[label * pixels + p];
+        }
+        losses[part] = loss;
+    });
+    *e.loss = 0;
+    for (const double loss : losses) *e.loss += loss;
+}
+
+inline void entropy_backward(const Entropy& e, int threads) {
+    require(e.dlogits, "a cross-entropy lacks memory for its gradients");
+    const long pixels = e.pixels;
+    over_pixels(e, threads, [&](long image, long first, long end, long) {
+        const long offset = image * e.classes * pixels;
+        const float *logits = e.logits + offset, *log_sums = e.log_sums + image * pixels;
+        const int64_t* labels = e.labels + image * pixels;
+        float* dlogits = e.dlogits + offset;
+        const Floats shares(end - first + V);
+        for (long p = first; p < end; ++p) shares[p - first] = labels[p] == e.ignored ? 0 : e.dloss;
+        for (long k = 0; k < e.classes; ++k) {
+            long p = first;
+            for (; p + V <= end; p += V)
+                store(dlogits + k * pixels + p,
+                      load(shares + (p - first)) * exponential(load(logits + k * pixels + p) - load(log_sums + p)));
+            for (; p < end; ++p)
+                dlogits[k * pixels + p] = shares[p - first] * std::exp(logits[k * pixels + p] - log_sums[p]);
+        }
+        for (long p = first; p < end; ++p)
+            if (labels[p] != e.ignored) dlogits[labels[p] * pixels + p] -= e.dloss;
+    });
+}
+
 // Calls go<W>() with the widest vector that divides both numbers of channels.
 template <class Go>
 void with_width(long first, long second, const Go& go) {
