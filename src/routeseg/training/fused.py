@@ -98,7 +98,7 @@ class _Entropy(Structure):
         *((n, c_int32) for n in "images classes pixels".split()),
         *((n, c_void_p) for n in "logits labels".split()),
         ("ignored", c_int64),
-        *((n, c_void_p) for n in "log_sums loss".split()),
+        *((n, c_void_p) for n in "sums loss".split()),
         ("dloss", c_float),
         ("dlogits", c_void_p),
     ]
@@ -311,20 +311,20 @@ class _CrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
         images, classes, h, w = logits.shape
-        log_sums, loss = torch.empty(images, h, w), torch.empty((), dtype=torch.float64)
+        sums, loss = torch.empty(images, 2, h, w), torch.empty((), dtype=torch.float64)
         ctx.shape = (images, classes, h * w)
-        entropy = _Entropy(*ctx.shape, _at(logits), _at(labels), IGNORE, _at(log_sums), _at(loss))
+        entropy = _Entropy(*ctx.shape, _at(logits), _at(labels), IGNORE, _at(sums), _at(loss))
         _call("entropy", entropy, backward=False)
-        ctx.save_for_backward(logits, labels, log_sums)
+        ctx.save_for_backward(logits, labels, sums)
         return loss.float()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> Any:
-        logits, labels, log_sums = ctx.saved_tensors
+        logits, labels, sums = ctx.saved_tensors
         dlogits = torch.empty_like(logits)
         own = map(_at, (logits, labels))
-        _call("entropy", _Entropy(*ctx.shape, *own, IGNORE, _at(log_sums), None, float(dloss), _at(dlogits)), True)
+        _call("entropy", _Entropy(*ctx.shape, *own, IGNORE, _at(sums), None, float(dloss), _at(dlogits)), True)
         return dlogits, None
 
 

@@ -590,7 +590,7 @@ constexpr Field TRAINING_LAYOUT[] = {
     STRUCTURE(Enlarged), FIELD(Enlarged, planes), FIELD(Enlarged, h), FIELD(Enlarged, w), FIELD(Enlarged, scores),
     FIELD(Enlarged, logits), FIELD(Enlarged, dlogits), FIELD(Enlarged, dscores),
     STRUCTURE(Entropy), FIELD(Entropy, images), FIELD(Entropy, classes), FIELD(Entropy, pixels), FIELD(Entropy, logits),
-    FIELD(Entropy, labels), FIELD(Entropy, ignored), FIELD(Entropy, log_sums), FIELD(Entropy, loss),
+    FIELD(Entropy, labels), FIELD(Entropy, ignored), FIELD(Entropy, sums), FIELD(Entropy, loss),
     FIELD(Entropy, dloss), FIELD(Entropy, dlogits),
     {nullptr, 0, 0},
 };

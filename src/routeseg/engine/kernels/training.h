@@ -894,14 +894,14 @@ struct Entropy {
     const float* logits;
     const int64_t* labels;
     int64_t ignored;  // a label that counts for nothing
-    float* log_sums;  // [B][pixels]: log of the sum over the classes of exp(logit)
+    float* sums;      // [B][2][pixels]: the largest logit; log of the sum over the classes of exp(logit - largest)
     double* loss;
     float dloss;
     float* dlogits;
 };
 
 inline void check(const Entropy& e) {
-    require(e.images > 0 && e.classes > 0 && e.pixels >= V && e.logits && e.labels && e.log_sums,
+    require(e.images > 0 && e.classes > 0 && e.pixels >= V && e.logits && e.labels && e.sums,
             "a cross-entropy lacks memory");
 }
 
@@ -938,7 +938,7 @@ inline void entropy_forward(const Entropy& e, int threads) {
     std::vector<double> losses(e.images * ((pixels + ENTROPY_PIXELS - 1) / ENTROPY_PIXELS));
     over_pixels(e, threads, [&](long image, long first, long end, long part) {
         const float* logits = e.logits + image * e.classes * pixels;
-        float* log_sums = e.log_sums + image * pixels;
+        float *largest = e.sums + 2 * image * pixels, *logs = largest + pixels;
         for (long p = first; p < end; p += V) {
             p = std::min(p, pixels - V);  // the last ones may be computed twice
             vec most = load(logits + p), sum = {};
@@ -947,14 +947,15 @@ inline void entropy_forward(const Entropy& e, int threads) {
                 const vec x = load(logits + k * pixels + p);
                 sum += exponential(x - most) + x * 0.0f;  // what is not finite stays so
             }
-            for (int lane = 0; lane < V; ++lane) log_sums[p + lane] = most[lane] + std::log(sum[lane]);
+            store(largest + p, most);
+            for (int lane = 0; lane < V; ++lane) logs[p + lane] = std::log(sum[lane]);
         }
         double loss = 0;
         for (long p = first; p < end; ++p) {
             const int64_t label = e.labels[image * pixels + p];
             if (label == e.ignored) continue;
             require(label >= 0 && label < e.classes, "a label is none of the classes");
-            loss += log_sums[p] - logits[label * pixels + p];
+            loss += double(logs[p]) - (logits[label * pixels + p] - largest[p]);
         }
         losses[part] = loss;
     });
@@ -967,7 +968,7 @@ inline void entropy_backward(const Entropy& e, int threads) {
     const long pixels = e.pixels;
     over_pixels(e, threads, [&](long image, long first, long end, long) {
         const long offset = image * e.classes * pixels;
-        const float *logits = e.logits + offset, *log_sums = e.log_sums + image * pixels;
+        const float *logits = e.logits + offset, *largest = e.sums + 2 * image * pixels, *logs = largest + pixels;
         const int64_t* labels = e.labels + image * pixels;
         float* dlogits = e.dlogits + offset;
         const Floats shares(end - first + V);
@@ -976,9 +977,10 @@ inline void entropy_backward(const Entropy& e, int threads) {
             long p = first;
             for (; p + V <= end; p += V)
                 store(dlogits + k * pixels + p,
-                      load(shares + (p - first)) * exponential(load(logits + k * pixels + p) - load(log_sums + p)));
+                      load(shares + (p - first)) *
+                          exponential(load(logits + k * pixels + p) - load(largest + p) - load(logs + p)));
             for (; p < end; ++p)
-                dlogits[k * pixels + p] = shares[p - first] * std::exp(logits[k * pixels + p] - log_sums[p]);
+                dlogits[k * pixels + p] = shares[p - first] * std::exp(logits[k * pixels + p] - largest[p] - logs[p]);
         }
         for (long p = first; p < end; ++p)
             if (labels[p] != e.ignored) dlogits[labels[p] * pixels + p] -= e.dloss;
