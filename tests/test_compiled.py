@@ -516,11 +516,15 @@ class TestAsALibrary:
         assert not wrong
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-    def test_a_forked_child_runs_too(self):
-        code = """
+    @pytest.mark.parametrize("shared", [False, True], ids=["threads of its own", "PyTorch's threads"])
+    def test_a_forked_child_runs_too(self, shared):
+        code = f"""
 import os, sys, torch
 from routeseg import DynamicRoutingNetwork, SkipEngine
+from routeseg.training import fused
 torch.set_num_threads(2)
+if {shared}:  # as a training does
+    fused._library()
 engine = SkipEngine(DynamicRoutingNetwork(num_classes=5, depth=3, base_channels=8), backend="kernels")
 x = torch.rand(1, 3, 64, 64)
 expected = engine(x).logits

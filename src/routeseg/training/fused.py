@@ -183,8 +183,6 @@ class _ConvNorm(Function):
             size = (h // stride, w // stride)
         else:
             size = ((h - dense * (kernel - 1) - 1) // stride + 1, (w - dense * (kernel - 1) - 1) // stride + 1)
-        if dense and ctx.needs_input_grad[0]:
-            raise ValueError("the kernels give no gradient to images: ask for it with `model.compute = Compute()`")
         z = torch.empty((images, outputs, *size), **LAST)
         mean, scale, shift, inverse = torch.empty(4, outputs).unbind()
         momentum = -1.0 if norm.momentum is None else norm.momentum

@@ -184,9 +184,13 @@ class Pool {
     std::atomic<uint64_t> posted{0};  // pieces of work, so far
 };
 
-// A forked child has none of its parent's threads: it starts with a pool of its own.
+// A forked child has none of its parent's threads, and a pool that it shared would wait for them: it starts with a pool
+// of its own.
 Pool* pool = nullptr;
-void new_pool() { pool = new Pool(); }
+void new_pool() {
+    pool = new Pool();
+    shared_threads = nullptr;
+}
 __attribute__((constructor)) void on_load() {
     new_pool();
     pthread_atfork(nullptr, nullptr, new_pool);
