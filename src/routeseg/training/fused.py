@@ -133,6 +133,11 @@ def _call(name: str, structure: Structure, backward: bool) -> None:
     raise_failure(library, status, "a training step")
 
 
+def _taken(tensor: Tensor) -> bool:
+    """Whether the kernels take a tensor of this kind, and are there."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and _library() is not None
+
+
 def _at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -363,13 +368,7 @@ class Fused(Compute):
     """
 
     def usable(self, config: NetworkConfig, images: Tensor) -> bool:
-        return (
-            config.base_channels % LANES == 0
-            and images.device.type == "cpu"
-            and images.dtype == torch.float32
-            and not torch.is_autocast_enabled("cpu")
-            and _library() is not None
-        )
+        return config.base_channels % LANES == 0 and not torch.is_autocast_enabled("cpu") and _taken(images)
 
     def stem(self, stem: nn.Module, images: Tensor) -> Tensor:
         if images.requires_grad or not _known(stem):
@@ -434,8 +433,7 @@ class Fused(Compute):
         return _Enlarge.apply(head.predictor(add([cast(Term, running)])))
 
     def cross_entropy_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
-        on_cpu = logits.device.type == "cpu" and logits.dtype == torch.float32 and _library() is not None
-        if not on_cpu or labels.dtype != torch.int64 or labels[0].numel() < MOST_LANES:
+        if not _taken(logits) or labels.dtype != torch.int64 or labels[0].numel() < MOST_LANES:
             return super().cross_entropy_sum(logits, labels)
         return _CrossEntropy.apply(logits.contiguous(), labels.contiguous())
 

@@ -33,15 +33,25 @@ template <int W>
 inline void put(float* p, lanes<W> x) {
     *reinterpret_cast<lanes<W>*>(p) = x;
 }
+// How a map is read, one vector of its channels: scale * (x - mean) + shift, or x where there is no scale, and ReLU.
 template <int W>
-inline lanes<W> positive(lanes<W> x) {
-    return x <= 0.0f ? lanes<W>{} : x;  // NaN stays
-}
-// The gradient of `positive`.
-template <int W>
-inline lanes<W> where_positive(lanes<W> x, lanes<W> gradient) {
-    return x <= 0.0f ? lanes<W>{} : gradient;
-}
+struct Reading {
+    lanes<W> mean, scale, shift;
+    float low;  // the ReLU's 0, or less than all values
+
+    Reading(const float* means, const float* scales, const float* shifts, bool relu, long i)
+        : mean(scales ? get<W>(means + i) : lanes<W>{}), scale(scales ? get<W>(scales + i) : 1.0f - lanes<W>{}),
+          shift(scales ? get<W>(shifts + i) : lanes<W>{}), low(relu ? 0.0f : -INFINITY) {}
+
+    lanes<W> centered(const float* p) const { return get<W>(p) - mean; }
+    lanes<W> normalised(lanes<W> centered) const { return centered * scale + shift; }
+    lanes<W> operator()(const float* p) const {
+        const lanes<W> value = normalised(centered(p));
+        return value < low ? lanes<W>{} : value;  // NaN stays
+    }
+    // The gradient of a value, as far as ReLU lets it through.
+    lanes<W> gradient(lanes<W> value, lanes<W> of) const { return value <= low ? lanes<W>{} : of; }
+};
 
 // Memory of a task, not initialised. The next task of the thread gets the same, which is in the cache by then.
 class Floats {
@@ -175,15 +185,9 @@ struct Cut {
 template <int W>
 inline void activate(const Unit& unit, const float* x, long pixels, long step, float* out) {
     const long c = unit.inputs;
-    const float low = unit.relu ? 0.0f : -INFINITY;
     for (long i = 0; i < c; i += W) {
-        const lanes<W> a = unit.a ? get<W>(unit.a + i) : 1.0f - lanes<W>{},
-                       b = unit.a ? get<W>(unit.b + i) : lanes<W>{};
-        const lanes<W> center = unit.a ? get<W>(unit.center + i) : lanes<W>{};
-        for (long p = 0; p < pixels; ++p) {
-            const lanes<W> value = (get<W>(x + p * step * c + i) - center) * a + b;
-            put<W>(out + p * c + i, value < low ? lanes<W>{} : value);  // NaN stays
-        }
+        const Reading<W> reading(unit.center, unit.a, unit.b, unit.relu, i);
+        for (long p = 0; p < pixels; ++p) put<W>(out + p * c + i, reading(x + p * step * c + i));
     }
 }
 
@@ -303,22 +307,14 @@ struct Moments {
     std::vector<double> mean, squares;
     explicit Moments(long channels) : mean(channels), squares(channels) {}
 
-    void add(double more, const float* their_mean, const float* their_squares) {
+    template <class Values>
+    void add(double more, const Values& their_mean, const Values& their_squares) {
+        if (more == 0) return;
         const double all = count + more, share = more / all;
         for (size_t i = 0; i < mean.size(); ++i) {
             const double difference = their_mean[i] - mean[i];
             mean[i] += difference * share;
             squares[i] += their_squares[i] + difference * difference * count * share;
-        }
-        count = all;
-    }
-    void add(const Moments& other) {
-        if (other.count == 0) return;
-        const double all = count + other.count, share = other.count / all;
-        for (size_t i = 0; i < mean.size(); ++i) {
-            const double difference = other.mean[i] - mean[i];
-            mean[i] += difference * share;
-            squares[i] += other.squares[i] + difference * difference * count * share;
         }
         count = all;
     }
@@ -340,7 +336,7 @@ void add_moments(const float* z, long pixels, long c, Moments& moments) {
         }
         put<W>(squares.data() + i, other);
     }
-    moments.add(double(pixels), mean.data(), squares.data());
+    moments.add(double(pixels), mean, squares);
 }
 
 inline void check(const Unit& unit) {
@@ -426,7 +422,7 @@ void unit_forward(const Unit& unit, int threads) {
     });
     if (!unit.frozen) {
         Moments all(n);
-        for (const Moments& some : moments) all.add(some);
+        for (const Moments& some : moments) all.add(some.count, some.mean, some.squares);
         *unit.batches += 1;
         const double share = unit.momentum < 0 ? 1.0 / double(*unit.batches) : unit.momentum;
         for (long i = 0; i < n; ++i) {
@@ -561,18 +557,15 @@ void unit_backward(const Unit& unit, int threads) {
                 continue;
             }
             for (long i = 0; i < c; i += W) {
-                const lanes<W> a = unit.a ? get<W>(unit.a + i) : 1.0f - lanes<W>{};
-                const lanes<W> b = unit.a ? get<W>(unit.b + i) : lanes<W>{};
-                const lanes<W> center = unit.a ? get<W>(unit.center + i) : lanes<W>{};
+                const Reading<W> reading(unit.center, unit.a, unit.b, unit.relu, i);
                 lanes<W> sum_a = {}, sum_b = {};
                 for (long p = 0; p < wide; ++p) {
                     const long at = p * step * c + i;
-                    const lanes<W> value = get<W>(x + at) - center;
-                    lanes<W> grad = get<W>(gradients + p * c + i);
-                    if (unit.relu) grad = where_positive<W>(value * a + b, grad);
+                    const lanes<W> value = reading.centered(x + at);
+                    lanes<W> grad = reading.gradient(reading.normalised(value), get<W>(gradients + p * c + i));
                     sum_a += grad * value;
                     sum_b += grad;
-                    grad *= a;
+                    grad *= reading.scale;
                     put<W>(dx + at, plus ? grad + get<W>(plus + at) : grad);
                 }
                 if (!unit.a) continue;
@@ -625,20 +618,10 @@ inline void check(const Sum& sum) {
     }
 }
 
-// What a term makes of the values of one vector of channels, but for its weight.
 template <int W>
-struct Value {
-    lanes<W> mean, scale, shift;
-    float low;
-    Value(const Term& term, long i)
-        : mean(term.scale ? get<W>(term.mean + i) : lanes<W>{}),
-          scale(term.scale ? get<W>(term.scale + i) : 1.0f - lanes<W>{}),
-          shift(term.scale ? get<W>(term.shift + i) : lanes<W>{}), low(term.relu ? 0.0f : -INFINITY) {}
-    lanes<W> operator()(const float* p) const {
-        const lanes<W> value = (get<W>(p) - mean) * scale + shift;
-        return value < low ? lanes<W>{} : value;  // NaN stays
-    }
-};
+Reading<W> reading_of(const Term& term, long i) {
+    return Reading<W>(term.mean, term.scale, term.shift, term.relu, i);
+}
 
 template <int W>
 void sum_forward(const Sum& sum, int threads) {
@@ -655,7 +638,7 @@ void sum_forward(const Sum& sum, int threads) {
             if (!term.halved) {
                 const float* from = term.map + row * w * c;
                 for (long i = 0; i < c; i += W) {
-                    const Value<W> value(term, i);
+                    const Reading<W> value = reading_of<W>(term, i);
                     for (long at = i; at < w * c; at += c) {
                         const lanes<W> own = weight * value(from + at);
                         put<W>(out + at, first ? own : get<W>(out + at) + own);
@@ -667,7 +650,7 @@ void sum_forward(const Sum& sum, int threads) {
                 const float *upper = map + near * half * c, *lower = map + far * half * c;
                 float* line = reinterpret_cast<float*>(scratch(sizeof(float) * half * c));
                 for (long i = 0; i < c; i += W) {
-                    const Value<W> value(term, i);
+                    const Reading<W> value = reading_of<W>(term, i);
                     for (long at = i; at < half * c; at += c)
                         put<W>(line + at, weight * (0.75f * value(upper + at) + 0.25f * value(lower + at)));
                     for (long x = 0; x < w; ++x) {
@@ -727,19 +710,16 @@ void sum_backward(const Sum& sum, int threads) {
                 const float* from = term.map + offset;
                 float* to = term.dmap + offset;
                 for (long i = 0; i < c; i += W) {
-                    const lanes<W> scale = term.scale ? get<W>(term.scale + i) : 1.0f - lanes<W>{};
-                    const lanes<W> shift = term.scale ? get<W>(term.shift + i) : lanes<W>{};
-                    const lanes<W> mean = term.scale ? get<W>(term.mean + i) : lanes<W>{};
+                    const Reading<W> reading = reading_of<W>(term, i);
                     lanes<W> to_scale = {}, to_shift = {}, to_weight = {};
                     for (long at = i; at < w * c; at += c) {
-                        const lanes<W> z = get<W>(from + at) - mean, value = z * scale + shift;
-                        lanes<W> g = get<W>(grad + at);
-                        if (term.relu) g = where_positive<W>(value, g);
+                        const lanes<W> z = reading.centered(from + at), value = reading.normalised(z);
+                        lanes<W> g = reading.gradient(value, get<W>(grad + at));
                         to_weight += g * value;
                         g *= weight;
                         to_scale += g * z;
                         to_shift += g;
-                        put<W>(to + at, g * scale);
+                        put<W>(to + at, g * reading.scale);
                     }
                     put<W>(own_scale + i, get<W>(own_scale + i) + to_scale);
                     put<W>(own_shift + i, get<W>(own_shift + i) + to_shift);
@@ -786,9 +766,9 @@ void mean_forward(const Mean& mean, int threads) {
         for (long i = 0; i < c; i += W)
             for (long first = 0; first < pixels; first += MEAN_PIXELS) {
                 lanes<W> sum = {};
-                const lanes<W> a = get<W>(mean.scale + i), b = get<W>(mean.shift + i), center = get<W>(mean.mean + i);
+                const Reading<W> reading(mean.mean, mean.scale, mean.shift, true, i);
                 for (long p = first; p < std::min(pixels, first + MEAN_PIXELS); ++p)
-                    sum += positive<W>((get<W>(mean.z + (image * pixels + p) * c + i) - center) * a + b);
+                    sum += reading(mean.z + (image * pixels + p) * c + i);
                 for (int lane = 0; lane < W; ++lane) all[i + lane] += sum[lane];
             }
         for (long i = 0; i < c; ++i) mean.out[image * c + i] = float(all[i] / double(pixels));
@@ -803,14 +783,14 @@ void mean_backward(const Mean& mean, int threads) {
     pool->run(mean.images, threads, [&](long image) {
         for (long i = 0; i < c; i += W) {
             lanes<W> sum_scale = {}, sum_shift = {};
-            const lanes<W> a = get<W>(mean.scale + i), b = get<W>(mean.shift + i), center = get<W>(mean.mean + i);
+            const Reading<W> reading(mean.mean, mean.scale, mean.shift, true, i);
             const lanes<W> g = get<W>(mean.dout + image * c + i) / float(pixels);
             for (long p = 0; p < pixels; ++p) {
                 const long at = (image * pixels + p) * c + i;
-                const lanes<W> z = get<W>(mean.z + at) - center, own = where_positive<W>(z * a + b, g);
+                const lanes<W> z = reading.centered(mean.z + at), own = reading.gradient(reading.normalised(z), g);
                 sum_scale += own * z;
                 sum_shift += own;
-                put<W>(mean.dz + at, own * a);
+                put<W>(mean.dz + at, own * reading.scale);
             }
             put<W>(dscale.data() + image * c + i, sum_scale);
             put<W>(dshift.data() + image * c + i, sum_shift);
