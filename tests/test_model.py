@@ -10,7 +10,8 @@ import torch
 import routeseg
 from conftest import spread_gates
 from routeseg import DynamicRoutingNetwork, Route, RoutingSpace, SkipEngine, build_engine
-from routeseg.space import DOWN, KEEP
+from routeseg.architectures import architecture
+from routeseg.space import DIRECTIONS, DOWN, KEEP
 
 ENGINES = {
     "dense": DynamicRoutingNetwork.eval,
@@ -147,20 +148,56 @@ def test_skip_engine_is_as_exact_as_dense_when_deep(seed):
     assert skip <= max(3 * dense, 1e-5)
 
 
+def count_images(model) -> list[tuple[str, int]]:
+    """What every cell and transform of a network computes from now on: (place, images)."""
+    ran: list[tuple[str, int]] = []
+    for place, node in ((n, model.node(*n)) for n in model.space.nodes):
+        parts = {place: node.cell}
+        parts |= {(*place, DIRECTIONS.index(name)): transform[0] for name, transform in node.transforms.items()}
+        if node.gate is not None:
+            parts[(*place, "gate")] = node.gate.squeeze[0]
+        for key, part in parts.items():
+            part.register_forward_hook(lambda m, args, out, key=key: ran.append((key, len(args[0]))))
+    return ran
+
+
 def test_skip_engine_does_not_compute_what_is_closed(tiny_network):
     """It runs the cells of the open nodes, for the images that open them, and no other; likewise the transforms."""
     engine, space = SkipEngine(tiny_network, backend="batched"), tiny_network.space
     routes = [random_route(space, 1, 0.4), random_route(space, 2, 0.4)]
-    ran: list[tuple[str, int]] = []
-    for (layer, scale), node in ((n, engine.forward.model.node(*n)) for n in space.nodes):
-        node.cell.register_forward_hook(lambda m, args, out, key=(layer, scale): ran.append((key, len(args[0]))))
-        for name, transform in node.transforms.items():
-            key = (layer, scale, routeseg.space.DIRECTIONS.index(name))
-            transform[0].register_forward_hook(lambda m, args, out, key=key: ran.append((key, len(args[0]))))
+    ran = count_images(engine.forward.model)
     gates = engine(images(2), route=routes).gates.numpy() > 0
     expected = [(node, int(gates[:, *node].any(-1).sum())) for node in space.nodes]
     expected += [(edge, int(gates[:, *edge].sum())) for edge in space.edges]
     assert sorted(ran, key=str) == sorted([(key, count) for key, count in expected if count], key=str)
+
+
+@pytest.mark.parametrize("gate", ["soft", "softmax"])
+@pytest.mark.parametrize("given", [False, True], ids=["gates", "routes"])
+def test_training_computes_a_part_for_the_images_that_run_it(gate, given):
+    """And so BatchNorm normalises over these, a gate's over those that reach it: as in prediction no other image, which
+    would be zeros or not its own features, has a share in them."""
+    model = spread_gates(DynamicRoutingNetwork(num_classes=5, depth=6, base_channels=8, stem_channels=8, gate=gate))
+    routes = [architecture(name, model.space) for name in ["u-net"] * 4 + ["fcn-32s"] * 4] if given else None
+    batch, ran = images(8) * torch.linspace(0.2, 1, 8)[:, None, None, None], count_images(model)
+    gates = model.train()(batch, routes).gates.detach().numpy()
+    reached = model.space.reached(gates)
+    expected = [(node, int((gates[:, *node] > 0).any(-1).sum())) for node in model.space.nodes]
+    expected += [(edge, int((gates[:, *edge] > 0).sum())) for edge in model.space.edges]
+    if not given:
+        expected += [((*node, "gate"), int(reached[:, *node].sum())) for node in model.space.nodes]
+    assert sorted(ran, key=str) == sorted([(key, count) for key, count in expected if count], key=str)
+    assert len({count for _, count in ran}) > 1, "the images should differ in their routes"
+
+
+def test_one_image_that_reaches_a_pixel():
+    """A single value has no variance: the running statistics normalise it."""
+    model = DynamicRoutingNetwork(num_classes=5, depth=6, base_channels=8, stem_channels=8, gate="fixed").train()
+    fcn = architecture("fcn-32s", model.space)
+    routes = [fcn, Route.from_named_edges(model.space, [(0, 0, "keep")])]
+    norm = model.node(*next(node for node in fcn.nodes if node[1] == 3)).cell["sep_conv_3x3"][0][2]
+    model(images(2, 32, 32), routes).logits.sum().backward()
+    assert norm.num_batches_tracked == 0 and torch.isfinite(norm.weight.grad).all()
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -368,6 +368,23 @@ def test_precise_batch_norm_is_the_mean_over_the_batches():
     assert norm.momentum == 0.1 and model.training
 
 
+def test_precise_batch_norm_weighs_batches_by_the_images_that_run_a_node():
+    model, seen = spread_gates(tiny_model()), {}
+    grains = [torch.rand(images, 3, 64 // images, 128 // images) for images in (8, 2)]
+    for name, norm in model.named_modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.register_forward_pre_hook(lambda m, args, name=name: seen.setdefault(name, []).append(args[0]))
+    precise_batch_norm(model, [{"image": torch.nn.functional.interpolate(grain, (64, 128))} for grain in grains])
+    compared = 0
+    for name, maps in seen.items():
+        counts = torch.tensor([float(len(map)) for map in maps])
+        means = torch.stack([map.mean((0, 2, 3)) for map in maps])
+        expected = (means * counts[:, None]).sum(0) / counts.sum()
+        torch.testing.assert_close(model.get_submodule(name).running_mean, expected, rtol=1e-4, atol=1e-5, msg=name)
+        compared += len(set(counts.tolist())) > 1
+    assert compared, "the batches should differ in how many images a norm sees"
+
+
 def test_batches_of_precise_batch_norm_do_not_depend_on_the_workers():
     batches = [
         [batch["image"] for batch in SegmentationDataModule(data, 5, seed=3).norm_dataloader(5, 3)]

@@ -30,7 +30,7 @@ from routeseg.model.cell import Cell, RoutingNode
 from routeseg.model.decoder import Decoder
 from routeseg.model.gate import Gate, SoftGate, SoftmaxGate
 from routeseg.model.grid import RoutedNetwork
-from routeseg.model.layers import InputNorm, Stem, Subsample, Transform, Upsample
+from routeseg.model.layers import BatchNorm, InputNorm, Stem, Subsample, Transform, Upsample
 from routeseg.model.operations import Identity, Operation, SepConv3x3, SepConv5x5
 from routeseg.model.request import Request
 from routeseg.space import DIRECTIONS, padded_size
@@ -43,7 +43,7 @@ STEPS = ("gather", "gate", "cell", "up", "down")  # of a node: each can be timed
 LAYERS = (
     *(InputNorm, Stem, RoutingNode, Cell, SepConv3x3, SepConv5x5, Identity, SoftGate, SoftmaxGate),
     *(Transform, Upsample, Subsample, Decoder),
-    *(nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.Identity, nn.Linear),
+    *(nn.Conv2d, BatchNorm, nn.SyncBatchNorm, nn.ReLU, nn.Identity, nn.Linear),
     *(nn.Sequential, nn.ModuleDict, nn.ModuleList),
 )
 FLOAT32: Any = {"dtype": torch.float32, "device": "cpu"}  # of memory that the kernels see

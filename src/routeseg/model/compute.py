@@ -59,6 +59,14 @@ class Compute:
             total = total + one
         return total
 
+    def take(self, features: Any, rows: Tensor) -> Any:
+        """The features of some of the images."""
+        return take(features, rows)
+
+    def spread(self, arrival: Any, rows: Tensor, images: int) -> Any:
+        """What is sent by some images, as one of so many images whose `rows` they are; of the others nothing comes."""
+        return spread(arrival, rows, images)
+
     def head(self, head: Head, features: Sequence[Any]) -> Any:
         """The output of the head, from the features of every scale; None where nothing arrived at a scale."""
         return head(features)
@@ -69,6 +77,18 @@ class Compute:
 
 
 PLAIN = Compute()
+
+
+def take(map: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a map [B,C,h,w], which stays in channels_last."""
+    return map.permute(0, 2, 3, 1).index_select(0, rows.to(map.device)).permute(0, 3, 1, 2)
+
+
+def spread(map: Tensor, rows: Tensor, images: int) -> Tensor:
+    """A map [b,C,h,w] as those rows of a map [images,C,h,w] of zeros, in channels_last."""
+    pixels = map.permute(0, 2, 3, 1)
+    zeros = pixels.new_zeros(images, *pixels.shape[1:])
+    return zeros.index_copy(0, rows.to(map.device), pixels).permute(0, 3, 1, 2)
 
 
 def each(values: Tensor) -> Tensor:

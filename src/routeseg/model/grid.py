@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -167,77 +167,92 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
     ) -> tuple[list[Any], Tensor]:
         """From the stem's output [B,C,H/4,W/4] to what leaves each scale [B,C*2**s,h/2**s,w/2**s], and the gates.
 
-        A node runs for the whole batch as soon as one image runs it.
+        A gate is asked for exactly the images that reach its node, and a cell and a transform are computed for exactly
+        those that run them. So in training BatchNorm normalises over these. If zeros arrive, each part is computed for
+        the whole batch as soon as one image needs it, as in the authors' networks.
         """
-        space, mask = self.space, torch.from_numpy(request.mask).to(x.device)
-        asked = np.ones(len(request.mask), dtype=bool)
-        arrived: Sequence[Any] = [x.new_ones(len(x), dtype=torch.bool) if request.gated else asked]
-        arrivals: list[list[Any]] = [[x]] + [[] for _ in range(space.num_scales - 1)]
+        space, batch, together = self.space, len(x), self.config.zeros_arrive
+        everyone = np.arange(batch)
+
+        def places(flags: np.ndarray) -> np.ndarray:
+            return everyone if together else np.flatnonzero(flags)
+
+        arrived: Sequence[np.ndarray] = [np.ones(batch, dtype=bool)]
+        arrivals: list[list[Arrival]] = [[Arrival(x, everyone)]] + [[] for _ in range(space.num_scales - 1)]
         gates = []
         for layer in range(space.depth + 1):
-            maps = [compute.gather(some) if some else None for some in arrivals]
+            there = [places(flags) for flags in arrived]
+            maps = [_gather(compute, *one) if one[0] else None for one in zip(arrivals, there, strict=False)]
+            scales = space.scales(layer)
+            is_open = request.mask[:, layer, : len(scales)] & np.stack(arrived, axis=1)[..., None]
+            alphas = torch.from_numpy(is_open).to(x.device)
             if request.gated:
-                alphas = self._activations(layer, maps, arrived, request, mask, compute)
-            else:
-                alphas = [request.mask[:, layer, s] & arrived[s][:, None] for s in space.scales(layer)]
-            is_open = [[alpha[:, direction] > 0 for direction in range(len(DIRECTIONS))] for alpha in alphas]
-            now = step(space, layer, arrived, is_open, self.config.zeros_arrive)
-            some = self._for_some_image(now)
+                alphas = self._activations(layer, maps, there, request, compute, batch) * alphas
+                is_open = (alphas.detach() > 0).cpu().numpy()  # the one transfer of the layer
+            gates.append(alphas)
+            flags = [[is_open[:, s, direction] for direction in range(len(DIRECTIONS))] for s in scales]
+            now = step(space, layer, arrived, flags, self.config.zeros_arrive)
+            some = self._for_some_image(now, x.device)
             arrivals = [[] for _ in range(space.num_scales)]
-            for scale in space.scales(layer):
+            for scale in scales:
                 features = maps[scale]
                 if features is None:
                     continue
-                if not some.runs[scale]:  # a free skip, for all images
-                    arrivals[scale].append(compute.skip(features, None))
-                    continue
-                node = self.node(layer, scale)
-                hidden = compute.cell(node, features, drop_path * layer / space.depth)
-                for direction in node.directions:
-                    if some.sends[scale, direction]:
-                        alpha = alphas[scale][:, direction]
-                        own = request.gated or not alpha.all()  # else the path is open for all images, and alpha is 1
-                        sent = compute.send(node, direction, hidden, _on(x, alpha) if own else None)
-                        arrivals[scale + SCALE_STEP[direction]].append(sent)
-                if some.passes[scale]:  # an image that drops the cell keeps the input itself, for free
-                    arrivals[scale].append(compute.skip(features, _on(x, now.passes[scale])))
-            gates.append(alphas)
+                if some.runs[scale]:
+                    node, running = self.node(layer, scale), places(now.runs[scale])
+                    chosen = _choose(compute, features, there[scale], running)
+                    hidden = compute.cell(node, chosen, drop_path * layer / space.depth)
+                    for direction in node.directions:
+                        if some.sends[scale, direction]:
+                            images = places(now.sends[scale, direction])
+                            alpha = None  # 1 for all of them
+                            if request.gated or not is_open[images, scale, direction].all():
+                                alpha = alphas[torch.from_numpy(images).to(x.device), scale, direction]
+                            chosen = _choose(compute, hidden, running, images)
+                            sent = compute.send(node, direction, chosen, alpha)
+                            arrivals[scale + SCALE_STEP[direction]].append(Arrival(sent, images))
+                if some.passes[scale]:  # the images that drop the cell keep the input itself, for free
+                    passes = now.passes[scale]
+                    images = places(passes)
+                    only = None if passes[images].all() else torch.from_numpy(passes).to(x.device)
+                    chosen = _choose(compute, features, there[scale], images)
+                    arrivals[scale].append(Arrival(compute.skip(chosen, only), images))
             arrived = now.reached
-        maps = [compute.gather(some) if some else None for some in arrivals]
-        return fill_missing(maps, x), _stack_gates(space, gates, x)
+        left = [_gather(compute, some, everyone) if some else None for some in arrivals]
+        return fill_missing(left, x), _stack_gates(space, gates)
 
     def _activations(
         self,
         layer: int,
         maps: Sequence[Any],
-        arrived: Sequence[Tensor],
+        there: Sequence[np.ndarray],
         request: Request,
-        mask: Tensor,
         compute: Compute,
-    ) -> list[Tensor]:
-        """alpha [B,3] of each node of the layer: 0 for an image that does not reach the node."""
-        budget = None if request.budget is None else torch.from_numpy(request.budget).to(mask.device)
+        batch: int,
+    ) -> Tensor:
+        """alpha [B,S',3] of the nodes of the layer: 0 for an image that is not `there`, at the node."""
+        device = next(self.parameters()).device
+        budget = None if request.budget is None else torch.from_numpy(request.budget).to(device).expand(batch)
         alphas = []
         for scale in self.space.scales(layer):
             features = maps[scale]
-            if features is None:
-                alphas.append(torch.zeros(len(arrived[scale]), len(DIRECTIONS), device=mask.device))
-            else:
-                alpha = compute.activations(self.node(layer, scale), features, budget)
-                alphas.append(alpha * arrived[scale][:, None] * mask[:, layer, scale])
-        return alphas
+            alpha = torch.zeros(batch, len(DIRECTIONS), device=device)
+            if features is not None:
+                images = torch.from_numpy(there[scale]).to(device)
+                own = None if budget is None else budget[images]
+                asked = compute.activations(self.node(layer, scale), features, own)
+                alpha = asked if len(images) == batch else alpha.index_copy(0, images, asked)
+            alphas.append(alpha)
+        return torch.stack(alphas, dim=1)
 
-    def _for_some_image(self, now: Step[Any]) -> Step[bool]:
-        """Which flags of a step are set for some image of the batch: one transfer from the device at most.
+    def _for_some_image(self, now: Step[np.ndarray], device: torch.device) -> Step[bool]:
+        """Which flags of a step are set for some image of the batch.
 
         With SyncBatchNorm, for some image of some process: all processes must run the same nodes then.
         """
-        flags = [*now.runs, *now.passes, *now.sends.values()]
-        if isinstance(flags[0], np.ndarray):
-            some = [bool(flag.any()) for flag in flags]
-        else:
-            found = torch.stack([flag.any() for flag in flags])
-            some = (anywhere(found) if self.training and self.synced else found).tolist()
+        some = [bool(flag.any()) for flag in (*now.runs, *now.passes, *now.sends.values())]
+        if self.training and self.synced:
+            some = anywhere(torch.tensor(some, device=device)).tolist()
         n = len(now.runs)
         return Step((), tuple(some[:n]), tuple(some[n : 2 * n]), dict(zip(now.sends, some[2 * n :], strict=True)), ())
 
@@ -309,17 +324,34 @@ def fill_missing(maps: Sequence[Any], stem: Tensor) -> list[Any]:
     ]
 
 
-def _on(x: Tensor, values: Tensor | np.ndarray) -> Tensor:
-    """A value for each image [N], on the device of x."""
-    return torch.from_numpy(values).to(x.device) if isinstance(values, np.ndarray) else values
+class Arrival(NamedTuple):
+    """What is sent to a node, and the images that it is of: their places in the batch, in order."""
+
+    sent: Any
+    images: np.ndarray
 
 
-def _stack_gates(space: RoutingSpace, gates: Sequence[Sequence[Tensor | np.ndarray]], x: Tensor) -> Tensor:
-    """The activations of all layers, by scale [N,3] each, as float32 [B,L+1,S,3]."""
-    if isinstance(gates[0][0], np.ndarray):
-        known = np.zeros((len(gates[0][0]), *space.legal.shape), dtype=np.float32)
-        for layer, alphas in enumerate(gates):
-            known[:, layer, : len(alphas)] = np.stack(alphas, axis=1)
-        return torch.from_numpy(known).to(x.device).expand(len(x), -1, -1, -1).contiguous()
-    layers = [torch.stack([torch.as_tensor(alpha) for alpha in alphas], dim=1) for alphas in gates]
-    return torch.stack([F.pad(layer, (0, 0, 0, space.num_scales - layer.shape[1])) for layer in layers], dim=1)
+def _rows(images: np.ndarray, among: np.ndarray) -> Tensor:
+    """Where images stand among others; both are places in the batch, in order."""
+    return torch.from_numpy(np.searchsorted(among, images))
+
+
+def _choose(compute: Compute, features: Any, images: np.ndarray, chosen: np.ndarray) -> Any:
+    """The features of some of their images."""
+    return features if len(chosen) == len(images) else compute.take(features, _rows(chosen, images))
+
+
+def _gather(compute: Compute, arrivals: Sequence[Arrival], images: np.ndarray) -> Any:
+    """The features of a node that these images reach, from what arrives there, each of some of them."""
+    return compute.gather(
+        [
+            sent if len(of) == len(images) else compute.spread(sent, _rows(of, images), len(images))
+            for sent, of in arrivals
+        ]
+    )
+
+
+def _stack_gates(space: RoutingSpace, gates: Sequence[Tensor]) -> Tensor:
+    """The activations of all layers [B,S',3] as float32 [B,L+1,S,3]."""
+    padded = [F.pad(layer.to(torch.float32), (0, 0, 0, space.num_scales - layer.shape[1])) for layer in gates]
+    return torch.stack(padded, dim=1)

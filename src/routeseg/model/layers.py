@@ -16,13 +16,28 @@ from routeseg.counting import UNPADDED, Macs, each
 from routeseg.space import DOWN, KEEP, STEM_STRIDE, UP
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm that in training, too, takes its running statistics for a single value of each channel, such as the one
+    image of a batch that reaches a node of one pixel: that has no variance."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and single_value(input):
+            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(input)
+
+
+def single_value(map: Tensor) -> bool:
+    """Whether a map [B,C,h,w] has a single value of each channel."""
+    return map.numel() == map.shape[1]
+
+
 def conv_norm(
     in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, relu: bool = True
 ) -> nn.Sequential:
     """Convolution without bias or padding, BatchNorm and, if asked, ReLU: [B,C,h,w] -> [B,C',h/stride,w/stride]."""
     layers: list[nn.Module] = [
         nn.Conv2d(in_channels, out_channels, kernel_size, stride, bias=False),
-        nn.BatchNorm2d(out_channels),
+        BatchNorm(out_channels),
     ]
     return nn.Sequential(*layers, nn.ReLU()) if relu else nn.Sequential(*layers)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from routeseg.collectives import rank_and_world, total
 from routeseg.model.grid import RoutedNetwork
 from routeseg.model.layers import running_statistics
-from routeseg.space import SMALL_GATE_FACTOR, STEM_STRIDE, padded_size
+from routeseg.space import DIRECTIONS, SMALL_GATE_FACTOR, STEM_STRIDE, padded_size, walk
 
 Mode = Literal["synced", "own", "frozen"]
 
@@ -56,40 +56,66 @@ def norms_of(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 
 @torch.no_grad()
 def precise_batch_norm(model: RoutedNetwork, batches: Iterable[dict[str, Tensor]]) -> None:
-    """Sets BatchNorm's statistics to their mean over these batches, instead of a running mean over training.
+    """Sets BatchNorm's statistics to their mean over these batches, instead of a running mean over training: that of
+    each norm over the images that it normalises, so that a batch in which a node has few of them counts for less.
 
     In a job of several processes each brings its share of the batches, and all get the mean over all of them.
     """
     norms = norms_of(model)
     device, was_training = next(model.parameters()).device, model.training
     momenta = [norm.momentum for norm in norms]
-    before = [(mean.clone(), variance.clone()) for mean, variance in map(running_statistics, norms)]
+    statistics = [statistic for norm in norms for statistic in running_statistics(norm)]
+    before, sizes = torch.cat(statistics), torch.tensor([len(statistic) for statistic in statistics], device=device)
+    sums, seen = torch.zeros_like(before, dtype=torch.float64), torch.zeros(len(norms), device=device)
     for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative mean
+        norm.momentum = 1.0  # the statistics of the last batch
+        norm.num_batches_tracked = torch.zeros_like(cast(Tensor, norm.num_batches_tracked))
     model.train()
     for batch in batches:
-        model(batch["image"].to(device))
-    tracked = torch.stack([cast(Tensor, norm.num_batches_tracked) for norm in norms])
-    average_statistics(model, tracked)
-    for norm, momentum, kept, count in zip(norms, momenta, before, total(tracked), strict=True):
+        images = images_of_norms(model, model(batch["image"].to(device)).gates).to(device)
+        sums += torch.cat(statistics) * _for_each_value(images, sizes)
+        seen += images
+    sums, seen = total(sums), total(seen)
+    means = sums / _for_each_value(seen, sizes).clamp(min=1)
+    found = torch.where(_for_each_value(seen, sizes) > 0, means.to(before.dtype), before)
+    for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-        if not count:  # a node that no picture reached keeps what it had
-            for statistic, value in zip(running_statistics(norm), kept, strict=True):
-                statistic.copy_(value)
+    for statistic, value in zip(statistics, found.split(sizes.tolist()), strict=True):
+        statistic.copy_(value)  # a node that no image ran keeps what it had
     model.train(was_training)
 
 
+def images_of_norms(model: RoutedNetwork, gates: Tensor) -> Tensor:
+    """How many images each norm of `norms_of` normalised in a forward with these gates [B,L+1,S,3]: float32 [norms]."""
+    counts: dict[str, int] = {}
+    for layer, now in enumerate(walk(model.space, gates.cpu().numpy(), model.config.zeros_arrive)):
+        for scale in model.space.scales(layer):
+            counts[f"nodes.{layer}-{scale}.gate"] = int(now.arrived[scale].sum())
+            counts[f"nodes.{layer}-{scale}.cell"] = int(now.runs[scale].sum())
+        for (scale, direction), sends in now.sends.items():
+            counts[f"nodes.{layer}-{scale}.transforms.{DIRECTIONS[direction]}"] = int(sends.sum())
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            parts = name.split(".")
+            length = 4 if "transforms" in parts else 3
+            images = counts.get(".".join(parts[:length]), len(gates))  # else of stem or head, which all images run
+            found.append(len(gates) if images and model.config.zeros_arrive else images)
+    return torch.tensor(found, dtype=torch.float32)
+
+
+def _for_each_value(of_norms: Tensor, sizes: Tensor) -> Tensor:
+    """A number of each norm, for each value of its mean and of its variance."""
+    return of_norms.repeat_interleave(2).repeat_interleave(sizes)
+
+
 @torch.no_grad()
-def average_statistics(model: nn.Module, weights: Tensor | None = None) -> None:
-    """Sets BatchNorm's statistics to their mean over the processes, weighted by `weights` of each process [norms]."""
-    if rank_and_world()[1] == 1:
+def average_statistics(model: nn.Module) -> None:
+    """Sets BatchNorm's statistics to their mean over the processes."""
+    world = rank_and_world()[1]
+    if world == 1:
         return
-    norms = norms_of(model)
-    statistics = [statistic for norm in norms for statistic in running_statistics(norm)]
-    weights = torch.ones(len(norms), device=statistics[0].device) if weights is None else weights.float()
-    sizes = [len(statistic) for statistic in statistics]
-    each = weights.repeat_interleave(torch.tensor(sizes[::2], device=weights.device) * 2)  # mean and variance
-    sums = total(torch.stack((torch.cat(statistics) * each, each)))
-    for statistic, mean in zip(statistics, (sums[0] / sums[1].clamp(min=1)).split(sizes), strict=True):
+    statistics = [statistic for norm in norms_of(model) for statistic in running_statistics(norm)]
+    means = total(torch.cat(statistics)) / world
+    for statistic, mean in zip(statistics, means.split([len(statistic) for statistic in statistics]), strict=True):
         statistic.copy_(mean)

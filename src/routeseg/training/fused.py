@@ -29,11 +29,11 @@ from routeseg.config import NetworkConfig
 from routeseg.engine.compiled import find_library, first_difference, raise_failure
 from routeseg.labels import IGNORE
 from routeseg.model.cell import Cell, RoutingNode
-from routeseg.model.compute import Compute
+from routeseg.model.compute import Compute, spread, take
 from routeseg.model.decoder import Decoder
 from routeseg.model.gate import Gate, shrink
 from routeseg.model.head import Head
-from routeseg.model.layers import Stem, Subsample, Transform, Upsample
+from routeseg.model.layers import BatchNorm, Stem, Subsample, Transform, Upsample, single_value
 from routeseg.model.operations import Identity, SepConv3x3, SepConv5x5
 from routeseg.space import DIRECTIONS, KEEP, SMALL_GATE_FACTOR, STEM_STRIDE, UP
 
@@ -183,12 +183,13 @@ class _ConvNorm(Function):
         x, weight = _packed(x), weight.contiguous()
         images, inputs, h, w = x.shape
         kernel, dense = (weight if taps is None else taps).shape[-1], weight.shape[-1] > 1
-        outputs, frozen = len(weight), not norm.training
+        outputs = len(weight)
         if stride == SMALL_GATE_FACTOR:
             size = (h // stride, w // stride)
         else:
             size = ((h - dense * (kernel - 1) - 1) // stride + 1, (w - dense * (kernel - 1) - 1) // stride + 1)
         z = torch.empty((images, outputs, *size), **LAST)
+        frozen = not norm.training or single_value(z)
         mean, scale, shift, inverse = torch.empty(4, outputs).unbind()
         momentum = -1.0 if norm.momentum is None else norm.momentum
         ctx.facts = (images, h, w, inputs, outputs, kernel, stride, dense, relu, frozen)
@@ -337,7 +338,7 @@ def conv_norm(source: Term, block: nn.Module, shrunk: int = 1) -> Term:
     The source has neither a weight nor half the size. It is resized by 1/`shrunk` first: 1 or SMALL_GATE_FACTOR.
     """
     layers = list(cast(nn.Sequential, block))
-    *taps, conv, norm = [layer for layer in layers if isinstance(layer, nn.Conv2d | nn.BatchNorm2d)]
+    *taps, conv, norm = [layer for layer in layers if isinstance(layer, nn.Conv2d | BatchNorm)]
     stride: int = 2 if isinstance(layers[0], Subsample) else cast(nn.Conv2d, taps[0] if taps else conv).stride[0]
     stride *= shrunk
     features = source.map if isinstance(source.map, Features) else Features(source.map)
@@ -421,6 +422,15 @@ class Fused(Compute):
     def gather(self, arrivals: Sequence[Term | Tensor]) -> Features:
         return Features(add([Term(one) if isinstance(one, Tensor) else one for one in arrivals]))
 
+    def take(self, features: Features, rows: Tensor) -> Features:
+        return Features(take(features.map, rows))
+
+    def spread(self, arrival: Term, rows: Tensor, images: int) -> Term:
+        map = arrival.map.map if isinstance(arrival.map, Features) else arrival.map
+        weight = torch.ones(len(map)) if arrival.weight is None else arrival.weight
+        weight = weight.new_zeros(images).index_copy(0, rows, weight)
+        return arrival._replace(map=spread(map, rows, images), weight=weight)
+
     def head(self, head: Head, features: Sequence[Features | Tensor]) -> Any:
         maps = [one if isinstance(one, Tensor) else one.map for one in features]
         if type(head) is not Decoder or not _known(head):
@@ -440,7 +450,7 @@ class Fused(Compute):
 
 KNOWN = (
     *(Stem, Cell, Identity, SepConv3x3, SepConv5x5, Transform, Upsample, Subsample, Decoder),
-    *(nn.Sequential, nn.ModuleList, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Linear),
+    *(nn.Sequential, nn.ModuleList, nn.Conv2d, BatchNorm, nn.ReLU, nn.Linear),
 )
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _found: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # looking takes longer than some kernels do
@@ -453,7 +463,7 @@ def _known(module: nn.Module) -> bool:
     if _found.get(module) != hooks_so_far:
         for part in module.modules():
             known = type(part) in KNOWN or isinstance(part, Gate)  # of a gate only the squeeze is computed
-            if isinstance(part, nn.BatchNorm2d) and part.num_features % LANES:
+            if isinstance(part, BatchNorm) and part.num_features % LANES:
                 known = False
             if not known or any(getattr(part, hooks) for hooks in HOOKS):
                 return False
