@@ -76,6 +76,13 @@ def test_every_class_has_its_share(worlds: dict) -> None:
         assert set(np.unique(labels)) == set(range(len(CLASSES)))
 
 
+def test_varied_is_the_other_presets_in_turn() -> None:
+    for index in range(6):
+        image, labels = draw_scene(1, index, SIZE, "varied")
+        expected = draw_scene(1, index, SIZE, PRESETS[index % 3])
+        assert (image == expected[0]).all() and (labels == expected[1]).all()
+
+
 def test_presets_are_ordered_by_scale(worlds: dict) -> None:
     mean = {preset: object_sizes(labels).mean() for preset, (_, labels) in worlds.items()}
     assert mean["large"] > 1.5 * mean["mixed"] > 1.5 * 3 * mean["small"], mean

@@ -29,7 +29,7 @@ def make_data_command(words: Sequence[str]) -> int:
     parser.add_argument("--train", type=int, default=200, help="training pictures")
     parser.add_argument("--val", type=int, default=50, help="validation pictures")
     parser.add_argument("--size", type=tuple[int, int], default=(256, 512), help="[height, width]")
-    parser.add_argument("--preset", type=str, default="mixed", help="large, small or mixed")
+    parser.add_argument("--preset", type=str, default="varied", help="large, small, mixed, or varied: these in turn")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(list(words))
     if args.name != "scenes":

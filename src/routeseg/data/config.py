@@ -36,7 +36,8 @@ class DataConfig:
     batch_size    of each process; a step has batch_size * processes * recipe.accumulate images
     workers       loader processes; 0 loads in the training process
     cache         a folder that keeps the decoded training images, 3 bytes a pixel, on a local disk; pays for large PNGs
-    image_size, preset, train_images, val_images   scenes only: size (height, width), scale preset, how many
+    image_size, preset, train_images, val_images   scenes only: size (height, width), scale of things
+                  (large, small, mixed, or varied: these in turn), how many
     seed          scenes only: which pictures are drawn; None takes the run's seed
     """
 
@@ -53,7 +54,7 @@ class DataConfig:
     workers: int = 1
     cache: str | None = None
     image_size: tuple[int, int] = (128, 256)
-    preset: scenes.Preset = "mixed"
+    preset: scenes.Preset = "varied"
     train_images: int = 1000
     val_images: int = 100
     seed: int | None = None
@@ -90,7 +91,7 @@ class Scenes:
         return self.count
 
     def name(self, index: int) -> str:
-        return f"{self.preset}_{index:05d}"
+        return f"{scenes.preset_of(self.preset, index)}_{index:05d}"
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         if index not in self._drawn:

@@ -10,7 +10,7 @@ stage.py has the classes, the camera, the light and the brushes; things.py paint
 street.py what surrounds it: sky, ground and houses; scene.py lays out a street and draws the picture.
 """
 
-from routeseg.data.scenes.scene import PRESETS, Preset, draw_scene
+from routeseg.data.scenes.scene import PRESETS, Preset, draw_scene, preset_of
 from routeseg.data.scenes.stage import CLASSES, PALETTE
 
-__all__ = ["CLASSES", "PALETTE", "PRESETS", "Preset", "draw_scene"]
+__all__ = ["CLASSES", "PALETTE", "PRESETS", "Preset", "draw_scene", "preset_of"]

@@ -35,8 +35,9 @@ from routeseg.data.scenes.things import (
     paint_tree,
 )
 
-Preset = Literal["large", "small", "mixed"]
-PRESETS: tuple[Preset, ...] = get_args(Preset)
+Scale = Literal["large", "small", "mixed"]
+PRESETS: tuple[Scale, ...] = get_args(Scale)  # by the scale of their things
+Preset = Literal[Scale, "varied"]
 MIN_SIZE = 32  # pixels; below this the far things vanish
 NEAR_RANGE_M, FAR_RANGE_M = (3.0, 7.5), (15.0, 70.0)  # where near and far things stand, log-uniform
 USED = 0.85  # share of the tried places on which a thing stands
@@ -73,17 +74,18 @@ def draw_scene(
 
     seed, index: the world and the picture in it, not negative. size: (height, width) in pixels, each >= 32.
     preset: "large" has a few near things that fill up to half of the picture, "small" many far ones from a
-    few pixels on, "mixed" both; light, paints and textures are drawn alike in all three.
+    few pixels on, "mixed" both; light, paints and textures are drawn alike in all three. "varied" is each of them in
+    turn: picture number `index` is the one of `preset_of`.
     Returns image uint8 [H, W, 3] (RGB) and labels uint8 [H, W], indices into CLASSES.
     Raises ValueError for an unknown preset, a size under 32 and a negative seed or index.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    if preset not in get_args(Preset):
+        raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(get_args(Preset))}")
     if len(size) != 2 or min(size) < MIN_SIZE:
         raise ValueError(f"size {size} is too small: give (height, width) of at least {MIN_SIZE} pixels each")
     if seed < 0 or index < 0:
         raise ValueError(f"seed {seed} and index {index} must not be negative: count from 0")
-    size = (int(size[0]), int(size[1]))
+    size, preset = (int(size[0]), int(size[1])), preset_of(preset, index)
     rng = np.random.default_rng([seed, index, PRESETS.index(preset)])
     light, camera, widths = light_of(rng.random(8)), rng.random(4), rng.random(2)
     kerb = 3.2 + 1.8 * widths[0]
@@ -98,6 +100,11 @@ def draw_scene(
         if thing.z + thing.foot[1] > NEAR_M + 1:
             thing.paint(stage, thing)
     return _photograph(stage, size, rng), stage.labels[::SUPERSAMPLE, ::SUPERSAMPLE].copy()
+
+
+def preset_of(preset: str, index: int) -> str:
+    """The scale preset of a picture: of "varied", all three in turn."""
+    return PRESETS[index % len(PRESETS)] if preset == "varied" else preset
 
 
 def _rows_of_houses(street: Street, rng: np.random.Generator) -> list[Thing]:
