@@ -98,8 +98,8 @@ def settings_of(variant: Variant, seed: int, args: argparse.Namespace) -> dict[s
     steps = max(2, args.pictures // variant.pictures)
     size = tuple(args.size)
     data = DataConfig(
-        crop=size, image_size=size, train_images=600, val_images=50, batch_size=variant.batch, workers=0, seed=0, preset="mixed",
-        scales=[0.75, 1.0, 1.25], colour=0.2,
+        crop=size, image_size=size, train_images=600, val_images=50, batch_size=variant.batch, workers=0, seed=0,
+        preset="mixed", scales=[0.75, 1.0, 1.25], colour=0.2,
     )  # fmt: skip
     recipe = Recipe(
         iterations=steps, lr=variant.lr, accumulate=variant.accumulate, gate_lr_factor=5.0, seed=seed,
