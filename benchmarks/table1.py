@@ -94,10 +94,13 @@ class Network:
 
     @property
     def kind(self) -> str:
-        """dynamic, softmax (one path leaves each node), fixed (all are open), static (an architecture) or common."""
+        """dynamic, softmax (one path leaves each node), fixed (all are open), static (a route), exits (any budget) or
+        common."""
         if self.common:
             return "common"
         model = self.args.model
+        if model.exits is not None:
+            return "exits"
         return {"soft": "dynamic", "fixed": "static" if model.route else "fixed"}.get(model.gate, model.gate)
 
     @property

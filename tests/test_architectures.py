@@ -84,7 +84,7 @@ class TestArchitectures:
         assert [s for s, before in zip(path, [None, *path], strict=False) if s != before] == [0, 1, 2, 1, 2, 3, 2, 1]
 
     def test_what_cannot_be_drawn_is_refused(self):
-        with pytest.raises(ValueError, match="no architecture 'unet': choose one of fcn-32s"):
+        with pytest.raises(ValueError, match="no route 'unet': choose one of fcn-32s"):
             architecture("unet", SPACE)
         with pytest.raises(ValueError, match="drawn on 4 scales, this space has 3"):
             architecture("u-net", RoutingSpace(16, 3))
@@ -362,7 +362,7 @@ class TestCommand:
         ("words", "message"),
         [
             (["--model.depth", "8", "--model.route", "u-net"], "has no gates: set gate to fixed"),
-            (["--model.depth", "8", "--model.gate", "fixed", "--model.route", "unet"], "no architecture 'unet'"),
+            (["--model.depth", "8", "--model.gate", "fixed", "--model.route", "unet"], "no route 'unet'"),
             (["--model.depth", "5", "--model.gate", "fixed", "--model.route", "ROUTE"], "the depths must match"),
             (
                 ["--model.depth", "4", "--model.gate", "fixed", "--model.route", "ROUTE"],

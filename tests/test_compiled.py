@@ -338,14 +338,16 @@ class TestBoundsOfTheKernels:
             "no classes": lambda: setattr(network, "classes", 0),
             "classes": lambda: setattr(network, "classes", 1000),
             "stem": lambda: setattr(network.stem[2], "stride", 1),
-            "merges": lambda: setattr(network.merges[1], "inputs", 8 * network.merges[1].inputs),
+            "merges": lambda: setattr(network.exit[0].merges[1], "inputs", 8 * network.exit[0].merges[1].inputs),
+            "exits": lambda: setattr(network, "exits", 0),
+            "last exit": lambda: setattr(network.exit[0], "layer", 1),
         }
         changes[name]()
 
     NAMES = (
         "kernel,even kernel,no kernel,stride,no stride,large stride,padding,negative padding,inputs,outputs,"
         "parts of vectors,weights,taps,wide,transform,direction,features,no features,operations,cell,no depth,"
-        "no scales,many scales,no classes,classes,stem,merges"
+        "no scales,many scales,no classes,classes,stem,merges,exits,last exit"
     ).split(",")
 
     @pytest.mark.parametrize("name", NAMES)

@@ -240,7 +240,7 @@ def test_command_mistakes(tmp_path, tiny_network, capsys):
     assert not list((tmp_path / "net").glob("latency*"))
     measure = [f"--route={route}", f"--measure={checkpoint}"]
     for words, expected in (
-        ([own, "--route=v-net"], "no such file, and no architecture"),
+        ([own, "--route=v-net"], "no such file, and no route of this name"),
         ([own, f"--route={tmp_path / 'deeper.json'}"], "deeper.json: the route is drawn in"),
         ([own, "--repeats=3"], "--repeats only applies to --measure"),
         ([own, *measure, "--repeats=0"], "--repeats is 0"),

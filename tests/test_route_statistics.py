@@ -10,6 +10,7 @@ from PIL import Image
 from conftest import run, scenes_checkpoint
 from routeseg import DynamicRoutingNetwork, Route, RoutingSpace, figures
 from routeseg.data.scenes import CLASSES, PALETTE
+from routeseg.data.subset import evenly_spread
 from routeseg.evaluation.route_statistics import (
     PermutationTest,
     distinct_routes,
@@ -22,7 +23,6 @@ from routeseg.evaluation.route_statistics import (
     size_group_name,
     size_groups,
 )
-from routeseg.evaluation.routes import evenly_spread
 from routeseg.space import DOWN, KEEP
 
 SPACE = RoutingSpace(3)

@@ -16,7 +16,7 @@ import numpy as np
 from routeseg.architectures import architecture
 from routeseg.labels import Colour, default_palette
 from routeseg.registry import GATES, OPERATIONS
-from routeseg.space import MAX_EDGES, Route, RoutingSpace, brief
+from routeseg.space import MAX_DEPTH, MAX_EDGES, Route, RoutingSpace, brief
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -41,8 +41,10 @@ class NetworkConfig:
     gate             a name in registry.GATES: soft (Eq. 4), softmax (one path leaves each node); or fixed: no gates,
                      all paths open
     small_gate       gates look at a quarter-size input (used with a budget)
-    route            a static network: only the parts that this route uses exist. The name of a known network
-                     (`routeseg.architectures`), or its edges (layer, scale, "up" | "keep" | "down"). Needs gate "fixed"
+    route            a static network: only the parts that this route uses exist. A name of
+                     `architectures.DRAWN`, or its edges (layer, scale, "up" | "keep" | "down"). Needs gate "fixed"
+    exits            layers behind which an image may leave the grid, for a network of any budget (model/exits.py): all
+                     that lies behind them is closed then. The last layer is one of them in any case. Needs gate "fixed"
     zeros_arrive     closed paths send zeros that arrive, as in the authors' networks (`space.step`): those need it
     class_names      of each class; by default "class 0" and so on
     palette          RGB 0..255 of each class; by default colours far from each other
@@ -60,6 +62,7 @@ class NetworkConfig:
     gate: str = "soft"
     small_gate: bool = False
     route: str | Sequence[NamedEdge] | None = None
+    exits: Sequence[int] | None = None
     zeros_arrive: bool = False
     class_names: Sequence[str] = ()
     palette: Sequence[Colour] = ()
@@ -85,6 +88,7 @@ class NetworkConfig:
         if not isinstance(self.gate, str) or self.gate not in (*GATES, NO_GATE):
             raise ValueError(f"gate is {brief(self.gate)}: choose one of {', '.join((*GATES, NO_GATE))}")
         self._set("route", _route(space, self.gate, self.route))
+        self._set("exits", _exits(space, self.gate, self.exits))
         # A static network has no dead ends, so zeros could change nothing.
         self._set("zeros_arrive", self.zeros_arrive and self.route is None)
         names = self.class_names or [f"class {k}" for k in range(self.num_classes)]
@@ -138,6 +142,12 @@ class NetworkConfig:
         """The edges that the network has, bool [1,L+1,S,3]: not to be written to."""
         return self.whole_route.to_gates()[None] > 0
 
+    @cached_property
+    def exit_routes(self) -> tuple[Route, ...]:
+        """The routes of a network with exits, cheapest first: its own as far as each exit."""
+        assert self.exits is not None
+        return tuple(Route(self.space, [e for e in self.whole_route.edges if e[0] <= exit]) for exit in self.exits)
+
     @property
     def gated(self) -> bool:
         """Whether there are gates."""
@@ -171,6 +181,18 @@ def _route(space: RoutingSpace, gate: str, route: Any) -> tuple[NamedEdge, ...] 
     if not len(edges):
         raise ValueError("route has no edges: give at least one, or leave route out for the whole space")
     return tuple(edges.check().named_edges)
+
+
+def _exits(space: RoutingSpace, gate: str, exits: Any) -> tuple[int, ...] | None:
+    """Checked `exits`, in order, with the last layer."""
+    if exits is None:
+        return None
+    if gate != NO_GATE:
+        raise ValueError(f"a network with exits has no gates beside them: set gate to {NO_GATE}, or leave exits out")
+    listed = _list("exits", exits, MAX_DEPTH + 1)
+    if any(isinstance(one, bool) or not isinstance(one, int) or not 0 <= one <= space.depth for one in listed):
+        raise ValueError(f"exits is {brief(exits)}: its layers must be whole numbers from 0 to {space.depth}")
+    return tuple(sorted({*listed, space.depth}))
 
 
 def _list(name: str, value: Any, most: int) -> list[Any]:

@@ -11,6 +11,7 @@ from routeseg.cli.common import (
     PRECISION_HELP,
     USAGE_ERROR,
     Parser,
+    add_budget_arguments,
     check_classes,
     config_parser,
     enough_memory,
@@ -20,6 +21,7 @@ from routeseg.cli.common import (
     quiet_libraries,
     read_data,
     say_precision,
+    with_budget,
 )
 from routeseg.files import check_writable, write_atomically, write_json
 
@@ -57,6 +59,7 @@ def evaluate_command(words: Sequence[str]) -> int:
     parser.add_argument(
         "--submission", type=str | None, default=None, help="write predictions in the official form into this folder"
     )
+    add_budget_arguments(parser)
     args, data = read_data(parser, words)
 
     from routeseg.data.config import open_data
@@ -76,7 +79,7 @@ def evaluate_command(words: Sequence[str]) -> int:
 
     quiet_libraries()
     model = model.to(find_device(args.device))
-    engine = build_engine(model, args.engine, args.precision)
+    engine = with_budget(build_engine(model, args.engine, args.precision), model, args)
     say_precision(engine)
     forward = MultiPass(engine, args.scales, args.flip, window, args.overlap, args.window_batch)
     check_classes(args.checkpoint, model, data, len(pictures.classes))
@@ -96,7 +99,7 @@ def evaluate_command(words: Sequence[str]) -> int:
         )
     print_evaluation(result)
     if args.json is not None:
-        how = {key: args[key] for key in ("split", "scales", "flip", "window", "overlap", "boundary_width")}
+        how = {key: args[key] for key in ("split", "scales", "flip", "window", "overlap", "boundary_width", "budget")}
         how["precision"] = getattr(engine, "precision", "float32")  # the dense forward has that of the weights
         write_json(Path(args.json), result.as_dict() | how | {"command": ["evaluate", *words]} | machine_facts())
     if submission is not None:
@@ -135,6 +138,7 @@ def routes_command(words: Sequence[str]) -> int:
         "--common", type=float | None, default=None, help="write common_route.json: edges open in this share of images"
     )
     parser.add_argument("--permutations", type=int, default=PERMUTATIONS, help="relabellings of the permutation test")
+    add_budget_arguments(parser)
     args, data = read_data(parser, words)
 
     from routeseg.data.config import open_data
@@ -146,9 +150,10 @@ def routes_command(words: Sequence[str]) -> int:
     from routeseg.architectures import common_route
     from routeseg.cli.tables import print_survey
     from routeseg.cost.macs import model_cost
+    from routeseg.data.subset import evenly_spread
     from routeseg.engine import build_engine
     from routeseg.evaluation import machine_facts
-    from routeseg.evaluation.routes import draw_survey, evenly_spread, pictures_to_see, survey_routes
+    from routeseg.evaluation.routes import draw_survey, pictures_to_see, survey_routes
 
     quiet_libraries()
     model, output = model.to(find_device(args.device)), Path(args.output)
@@ -156,7 +161,7 @@ def routes_command(words: Sequence[str]) -> int:
     if args.common is not None and not 0 < args.common <= 1:
         raise ValueError(f"--common is {args.common}: it is a share of the images, above 0 and at most 1")
     check_writable(output)
-    engine = build_engine(model)
+    engine = with_budget(build_engine(model), model, args)
     total = pictures_to_see(data, len(evenly_spread(pictures, args.images)))
     with enough_memory("give smaller images"), progress_bar(f"routes over {data.name} {args.split}", total) as step:
         survey = survey_routes(

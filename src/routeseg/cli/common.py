@@ -21,6 +21,7 @@ from routeseg.errors import lacks_memory
 if TYPE_CHECKING:
     import torch
 
+    from routeseg.cost.request import Asked
     from routeseg.data.config import DataConfig
     from routeseg.model import DynamicRoutingNetwork
     from routeseg.space import Route
@@ -237,17 +238,17 @@ def read_route(name: str, whole: Route) -> Route:
     Raises ValueError, naming it, if it is neither, if its space is another one, and if it has dead ends or edges that
     the network lacks.
     """
-    from routeseg.architectures import ARCHITECTURES
+    from routeseg.architectures import DRAWN, architecture
     from routeseg.model.request import check_route
     from routeseg.space import Route, edge_name
 
     try:
-        if name in ARCHITECTURES:
-            route = ARCHITECTURES[name](whole.space)
+        if name in DRAWN:
+            route = architecture(name, whole.space)
         elif Path(name).is_file():
             route = Route.from_json(Path(name).read_text())
         else:
-            raise ValueError(f"no such file, and no architecture: choose one of {', '.join(ARCHITECTURES)}")
+            raise ValueError(f"no such file, and no route of this name: choose one of {', '.join(DRAWN)}")
         if route.space != whole.space:
             raise ValueError(
                 f"the route is drawn in {route.space}, the network has {whole.space}: the depths must match"
@@ -291,6 +292,43 @@ def find_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used here ({reason}): take cpu, or cuda with a GPU") from error
     return device
+
+
+def add_budget_arguments(parser: Parser) -> None:
+    """--budget and --latency."""
+    parser.add_argument(
+        "--budget",
+        type=str | None,
+        default=None,
+        help="what an image may cost in the mean, for a network with exits: 40%%, 0.5GMACs, or 25ms with --latency",
+    )
+    parser.add_argument(
+        "--latency", type=str | None, default=None, help="table of this machine for --budget in ms, from `profile`"
+    )
+
+
+def read_budget(args: Namespace) -> Asked | None:
+    """The budget that is asked for. Raises ValueError if it is none, and for a latency table that is not needed."""
+    from routeseg.cost.latency import LatencyTable
+    from routeseg.cost.request import Asked
+
+    if args.budget is None:
+        if args.latency is not None:
+            raise ValueError("--latency only applies to --budget in ms: give one, or leave it out")
+        return None
+    table = None if args.latency is None else LatencyTable.read(args.latency)
+    return Asked.parse(args.budget, table, args.latency or "")
+
+
+def with_budget(engine: Any, model: DynamicRoutingNetwork, args: Namespace) -> Any:
+    """An engine that keeps the budget that is asked for, if one is. Raises ValueError if the network takes none."""
+    asked = read_budget(args)
+    if asked is None:
+        return engine
+
+    from routeseg.engine.budgeted import Budgeted
+
+    return Budgeted(engine, model, asked)
 
 
 def say_precision(engine: Any) -> None:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from jsonargparse import Namespace
 
-from routeseg.cli.common import PRECISION_HELP, USAGE_ERROR, Parser, find_device, progress_bar, say_precision
+from routeseg.cli.common import (
+    PRECISION_HELP,
+    USAGE_ERROR,
+    Parser,
+    add_budget_arguments,
+    find_device,
+    progress_bar,
+    read_budget,
+    say_precision,
+)
 from routeseg.files import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -45,6 +54,7 @@ def predict_command(words: Sequence[str]) -> int:
         default=None,
         help="predict on a Ray cluster, auto or HOST:PORT; --workers are then by default one for each core",
     )
+    add_budget_arguments(parser)
     args = parser.parse_args(list(words))
 
     from routeseg.prediction.files import predict_files
@@ -88,11 +98,12 @@ def _open(network: str | None, args: Namespace) -> Runner:
     """What segments images in this process."""
     if _is_onnx(network):
         return _open_onnx(network, args)
+    budget = read_budget(args)
     model = _load(network)
 
     from routeseg.prediction.torch_runner import open_network
 
-    runner = open_network(model, args.engine or "skip", args.precision, find_device(args.device))
+    runner = open_network(model, args.engine or "skip", args.precision, find_device(args.device), budget=budget)
     say_precision(runner.forward)
     return runner
 
@@ -108,14 +119,15 @@ def _opener(network: str | None, args: Namespace) -> tuple[OpenRunner, NetworkDe
 
     from routeseg.prediction.torch_runner import open_network
 
-    engine, precision = args.engine or "skip", args.precision
+    engine, precision, budget = args.engine or "skip", args.precision, read_budget(args)
     if args.device != "cpu":  # only a worker has the GPU
-        return partial(open_network, model, engine, precision, args.device), open_network(model, "dense").network
-    runner = open_network(model, engine, precision)
+        opener = partial(open_network, model, engine, precision, args.device, budget=budget)
+        return opener, open_network(model, "dense", budget=budget).network
+    runner = open_network(model, engine, precision, budget=budget)
     say_precision(runner.forward)
     if precision == "auto" and engine == "skip":
         precision = runner.precision  # one for all workers
-    return partial(open_network, model, engine, precision), runner.network
+    return partial(open_network, model, engine, precision, budget=budget), runner.network
 
 
 def _open_onnx(file: str, args: Namespace) -> OnnxNetwork:
@@ -123,6 +135,7 @@ def _open_onnx(file: str, args: Namespace) -> OnnxNetwork:
     from routeseg.prediction.onnx_runner import OnnxNetwork
 
     for option, given, why in (
+        ("budget", args.budget is not None, f"{file} has its own cost"),
         ("engine", args.engine is not None, f"ONNX Runtime runs {file}"),
         ("device", args.device != "cpu", f"{file} runs on the CPU"),
         ("precision", args.precision != "auto", f"{file} has its own (`routeseg export --int8` writes int8)"),

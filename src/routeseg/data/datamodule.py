@@ -17,9 +17,12 @@ from routeseg.data.loaders import (
     one_thread,
 )
 from routeseg.data.pairs import PairedFiles
+from routeseg.data.subset import evenly_spread
 from routeseg.data.transforms import Augmentation
 from routeseg.files import expand_user
 from routeseg.labels import Classes
+
+CALIBRATION_PICTURES = 600  # at most
 
 
 class SegmentationDataModule(LightningDataModule):
@@ -68,6 +71,11 @@ class SegmentationDataModule(LightningDataModule):
             len(self.train_data), self.config.batch_size, batches, self.seed + step + 1, 0, rank, world
         )
         return self._batches(sampler, NORM_STREAM + step, self.config.workers)
+
+    def calibration_dataloader(self) -> DataLoader:
+        """Training pictures as they are, one at a time, each once over all processes: to calibrate exits with."""
+        rank, world = self._rank()
+        return evaluation_loader(evenly_spread(self.train_data, CALIBRATION_PICTURES), self.config.workers, rank, world)
 
     def _batches(self, sampler: StepSampler, stream: int, workers: int) -> DataLoader:
         pictures = TrainingPictures(self.train_data, self.augmentation, self.seed, stream)

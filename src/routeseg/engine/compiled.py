@@ -8,6 +8,7 @@ Legend: C channels, padded with zeros to whole vectors; L depth, S scales.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import logging
 import os
@@ -28,6 +29,7 @@ from routeseg.errors import NOT_FINITE
 from routeseg.model import Segmentation
 from routeseg.model.cell import Cell, RoutingNode
 from routeseg.model.decoder import Decoder
+from routeseg.model.exits import ExitGate, Exits
 from routeseg.model.gate import Gate, SoftGate, SoftmaxGate
 from routeseg.model.grid import RoutedNetwork
 from routeseg.model.layers import BatchNorm, InputNorm, Stem, Subsample, Transform, Upsample
@@ -42,7 +44,7 @@ STEPS = ("gather", "gate", "cell", "up", "down")  # of a node: each can be timed
 # The only layers that the kernels compute, by their exact type: a subclass may do something else.
 LAYERS = (
     *(InputNorm, Stem, RoutingNode, Cell, SepConv3x3, SepConv5x5, Identity, SoftGate, SoftmaxGate),
-    *(Transform, Upsample, Subsample, Decoder),
+    *(Transform, Upsample, Subsample, Decoder, Exits, ExitGate),
     *(nn.Conv2d, BatchNorm, nn.SyncBatchNorm, nn.ReLU, nn.Identity, nn.Linear),
     *(nn.Sequential, nn.ModuleDict, nn.ModuleList),
 )
@@ -95,15 +97,25 @@ class _Node(Structure):
     ]
 
 
+class _Exit(Structure):
+    """`Exit` of kernels/forward.cpp."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("layer", "features", "later")),
+        ("merges", POINTER(_Conv)),
+        ("predictor", _Conv),
+        *((name, c_void_p) for name in ("center", "weight", "bias")),
+    ]
+
+
 class _Network(Structure):
     """`Network` of kernels/forward.cpp."""
 
     _fields_ = [
-        *((name, c_int32) for name in ("depth", "scales", "zeros_arrive", "softmax", "classes")),
+        *((name, c_int32) for name in "depth scales zeros_arrive softmax classes channels exits".split()),
         ("stem", POINTER(_Conv)),
         ("nodes", POINTER(_Node)),
-        ("merges", POINTER(_Conv)),
-        ("predictor", _Conv),
+        ("exit", POINTER(_Exit)),
     ]
 
 
@@ -115,7 +127,7 @@ class _Request(Structure):
         *((name, c_int32) for name in ("padded_height", "padded_width")),
         ("given", c_void_p),
         ("own", c_int32),
-        *((name, c_void_p) for name in ("gates", "logits", "seconds")),
+        *((name, c_void_p) for name in ("prices", "gates", "logits", "seconds")),
         ("threads", c_int32),
     ]
 
@@ -126,7 +138,7 @@ class _Field(Structure):
     _fields_ = [("name", c_char_p), ("offset", c_int32), ("size", c_int32)]
 
 
-STRUCTURES = (_Conv, _Image, _Map, _Summand, _Node, _Network, _Request)
+STRUCTURES = (_Conv, _Image, _Map, _Summand, _Node, _Exit, _Network, _Request)
 
 
 class CompiledForward:
@@ -161,6 +173,7 @@ class CompiledForward:
         self.config, self.space = model.config, model.space
         self._forward = getattr(library, f"routeseg_forward_{_name(dtype)}")
         self._packed = _Packed(fold_batch_norm(model), dtype, library.routeseg_vector(), library.routeseg_panel())
+        self._exits = copy.deepcopy(model.exits)
         self._workspace = library.routeseg_open()
         if self._workspace is None:
             raise MemoryError("not enough memory for an engine")
@@ -180,12 +193,14 @@ class CompiledForward:
         logits = torch.empty((batch, self.config.num_classes, height, width), **FLOAT32)
         gates = torch.empty((batch, self.space.depth + 1, self.space.num_scales, len(DIRECTIONS)), **FLOAT32)
         mask, mean, std = request.mask.astype(np.float32), self.config.pixel_mean, self.config.pixel_std
+        prices = self._prices(request, batch)
         for number, image in enumerate(pixels):
             asked = _Request(
                 _Image(image.data_ptr(), *image.stride(), height, width, image.dtype == torch.uint8, mean, std),
                 *padded_size(self.space, height, width),
                 mask[number % len(mask)].ctypes.data,
                 request.gated,
+                None if prices is None else prices[number].ctypes.data,
                 gates[number].data_ptr(),
                 logits[number].data_ptr(),
                 None if seconds is None else seconds.ctypes.data,
@@ -194,6 +209,11 @@ class CompiledForward:
             status = self._forward(addressof(self._packed.network), addressof(asked), self._workspace)
             raise_failure(self._library, status, f"a forward of {height}x{width} pixels")
         return Segmentation(logits, gates)
+
+    def _prices(self, request: Request, images: int) -> np.ndarray | None:
+        """Price times cost of each exit for each image, float32 [B,K]; None if the images do not decide."""
+        price = None if self._exits is None else self._exits.leaving(request, images, training=False).price
+        return None if self._exits is None or price is None else (price[:, None] * self._exits.costs).numpy()
 
 
 def raise_failure(library: ctypes.CDLL, status: int, what: str) -> None:
@@ -353,15 +373,23 @@ class _Packed(Weights):
         for layer, scale in folded.route.nodes:
             nodes[layer * space.num_scales + scale] = self._node(folded.node(layer, scale))
         self.kept.append(nodes)
-        decoder = cast(Decoder, folded.head)
+        exits = (_Exit * len(heads := _heads(folded)))(*(self._exit(*head) for head in heads))
+        self.kept.append(exits)
         gates = {type(folded.node(*node).gate) for node in folded.route.nodes}
         self.network = _Network(
             space.depth, space.num_scales, folded.config.zeros_arrive, SoftmaxGate in gates, folded.config.num_classes,
-            self._convs([self.conv(_layers(part), image=not i) for i, part in enumerate(folded.stem)]),
-            nodes,
-            self._convs([self.conv(_layers(merge)) for merge in decoder.merge]),
-            self.conv([decoder.predictor], wide=True),
+            folded.config.base_channels, len(exits),
+            self._convs([self.conv(_layers(part), image=not i) for i, part in enumerate(folded.stem)]), nodes, exits,
         )  # fmt: skip
+
+    def _exit(self, layer: int, decoder: Decoder, gate: ExitGate | None) -> _Exit:
+        merges, predictor = [self.conv(_layers(merge)) for merge in decoder.merge], [decoder.predictor]
+        packed = _Exit(layer, merges=self._convs(merges), predictor=self.conv(predictor, wide=True))
+        if gate is not None:
+            packed.later, packed.features = gate.weight.shape
+            for name in ("center", "weight", "bias"):
+                setattr(packed, name, self._keep(getattr(gate, name).to(**FLOAT32).contiguous()))
+        return packed
 
     def _node(self, node: RoutingNode) -> _Node:
         operations = [_layers(one) for one in node.cell.operations.values() if not isinstance(one, Identity)]
@@ -381,6 +409,14 @@ class _Packed(Weights):
             packed.squeeze = self.conv(_layers(node.gate.squeeze))
             packed.weight, packed.bias = self._keep(weight), self._keep(bias)
         return packed
+
+
+def _heads(model: RoutedNetwork) -> list[tuple[int, Decoder, ExitGate | None]]:
+    """What is at each exit: the layer before it, its decoder and its gate. The last one is the end of the grid."""
+    found: list[Any] = [(model.space.depth, model.head, None)]
+    if model.exits is not None:
+        found = [*zip(model.exits.layers, model.exits.decoders, model.exits.gates, strict=False), *found]
+    return found
 
 
 def _layers(sequence: nn.Module) -> list[nn.Module]:

@@ -11,6 +11,7 @@ bfloat16 the features that gates see are rounded to 8 bits, and so an activation
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -20,9 +21,10 @@ from torch import Tensor
 from routeseg import bfloat16
 from routeseg.engine.compiled import CompiledForward
 from routeseg.engine.eager import EagerForward
+from routeseg.engine.folding import fold_batch_norm
 from routeseg.model.grid import RoutedNetwork, check_images
 from routeseg.model.network import DynamicRoutingNetwork
-from routeseg.model.request import Activation, Request, Routes
+from routeseg.model.request import Activation, Request, Routes, Shares
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Backend = Literal["auto", "kernels", "eager", "batched"]
@@ -39,7 +41,7 @@ class SkipEngine:
     precision_reason  why it is this one, if that was left to the machine ("auto"); else None
     """
 
-    forward: CompiledForward | EagerForward
+    forward: Callable[[Tensor, Request], Any]
 
     def __init__(self, model: RoutedNetwork, precision: Precision = "float32", backend: Backend = "auto") -> None:
         """The engine on the device where the model is.
@@ -77,17 +79,22 @@ class SkipEngine:
                 _say_once(f"running on PyTorch's operations, which is slower: {reason}")
         if backend == "kernels":
             self.forward = CompiledForward(model, dtype)
+        elif model.exits is not None:  # its own forward computes no more than what the images run
+            self.forward = fold_batch_norm(model).answer
+            self.precision = _name(parameter.dtype)
         else:
             self.forward = EagerForward(model, dtype, together=backend == "batched")
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor, route: Routes = None, activation: Activation = "one") -> Any:
+    def __call__(
+        self, images: Tensor, route: Routes = None, activation: Activation = "one", budget: Shares = None
+    ) -> Any:
         """See `RoutedNetwork.forward`. Raises ValueError also for images on another device than the engine, and for
         images on a CPU with NaN or infinity."""
         check_images(images)
         if images.device != self.device:
             raise ValueError(f"the images are on {images.device}, the engine is on {self.device}: move them there")
-        return self.forward(images, Request.of(self.model.config, len(images), route, activation))
+        return self.forward(images, Request.of(self.model.config, len(images), route, activation, budget))
 
 
 def _supported(precision: str, model: RoutedNetwork) -> torch.dtype:

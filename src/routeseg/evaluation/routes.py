@@ -19,8 +19,9 @@ import numpy as np
 from routeseg import figures
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.loaders import evaluation_loader, image_tensor
-from routeseg.data.pairs import SegmentationData, SkipLog
+from routeseg.data.pairs import SegmentationData
 from routeseg.data.scenes import PRESETS
+from routeseg.data.subset import evenly_spread
 from routeseg.evaluation import Evaluation, Forward, evaluate
 from routeseg.evaluation.route_statistics import (
     MIN_GROUP,
@@ -36,7 +37,6 @@ from routeseg.evaluation.route_statistics import (
     size_group_name,
     size_groups,
 )
-from routeseg.labels import Classes
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.space import RoutingSpace
 
@@ -45,36 +45,6 @@ EXTREMES = 3  # cheapest and dearest pictures that are drawn
 DISTANCES = {"activation": False, "open": True}  # names of the two distances of route_distances, and its `binary`
 WORDS = {"activation": "Activations", "open": "Sets of open edges"}
 FIGURES, FIGURE_KINDS = ("frequency", "strength", "cost_histogram", "extremes", "groups"), (".png", ".svg")
-
-
-class Pictures:
-    """Some pictures of a data set, by their indices."""
-
-    def __init__(self, data: SegmentationData, indices: Sequence[int]) -> None:
-        self.data, self.indices = data, indices
-        self.classes: Classes = data.classes
-        self.skips = SkipLog(len(indices))
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.data.read(self.indices[index])
-
-    def name(self, index: int) -> str:
-        return self.data.name(self.indices[index])
-
-
-def evenly_spread(data: SegmentationData, count: int | None) -> SegmentationData:
-    """`count` pictures of a data set, from its beginning to its end at even steps; all with None.
-
-    Raises ValueError if the count is not positive.
-    """
-    if count is None or count >= len(data):
-        return data
-    if count < 1:
-        raise ValueError(f"--images is {count}: look at one picture at least")
-    return Pictures(data, np.linspace(0, len(data) - 1, count).round().astype(int).tolist())
 
 
 def pictures_to_see(data: DataConfig, count: int) -> int:
@@ -248,9 +218,9 @@ def survey_routes(
 
     Raises ValueError if the network has no gates, or there is nothing to look at.
     """
-    if not model.config.gated:
+    if not model.config.gated and model.exits is None:
         raise ValueError(
-            f"{name} has no gates: its route is the same for every image. Draw it with "
+            f"{name} has no gates and no exits: its route is the same for every image. Draw it with "
             "`routeseg architectures --figure`, or see its config.json"
         )
     if permutations < 1:

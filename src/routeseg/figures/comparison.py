@@ -33,7 +33,9 @@ KINDS = {  # kind of network: name in the legend, marker, colour
     "fixed": ("all paths open", "P", INK),
     "softmax": ("softmax gates", "^", PURPLE),
     "dynamic": ("dynamic routing", "o", BLUE),
+    "exits": ("one network, any budget", "o", BLUE),
 }
+JOINED = ("dynamic", "exits")
 MARKER_SIZE = 6.5  # points
 # Where a label may stand, tried in turn: (dx, dy) from the point in steps of LABEL_STEP; -1, 0 or 1 is the side.
 SIDES = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)]
@@ -41,7 +43,8 @@ LABEL_STEP, LABEL_RINGS = 8.0, 4  # points; how many steps away at most
 
 
 def accuracy_cost(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """mIoU against real cost, a point for each network, labelled; dynamic ones are joined by a line.
+    """mIoU against real cost, a point for each network, labelled; dynamic ones, and one network asked for several
+    budgets, are joined by a line.
 
     A row has `label`, `kind` (a key of KINDS), `miou_mean` and `miou_std` (0..1; None for one seed) over seeds, drawn
     as an error bar, and `gmacs` with mean, min and max over images, drawn as a horizontal bar.
@@ -57,7 +60,7 @@ def accuracy_cost(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     figure = new_figure(7.6, 4.6, layout="constrained")
     ax = figure.subplots()
     plain_axes(ax)
-    dynamic = sorted((row["gmacs"]["mean"], 100 * row["miou_mean"]) for row in rows if row["kind"] == "dynamic")
+    dynamic = sorted((row["gmacs"]["mean"], 100 * row["miou_mean"]) for row in rows if row["kind"] in JOINED)
     ax.plot([x for x, _ in dynamic], [y for _, y in dynamic], color=BLUE, linewidth=1.2, alpha=0.5, zorder=2)
     for row in rows:
         cost, _, marker, colour = row["gmacs"], *KINDS[row["kind"]]

@@ -79,6 +79,15 @@ class Compute:
 PLAIN = Compute()
 
 
+def fill_missing(maps: Sequence[Any], stem: Tensor) -> list[Any]:
+    """What leaves the grid, by scale: zeros [B,C*2**s,h/2**s,w/2**s] for a scale that no image reached. The stem's
+    output is [B,C,h,w]."""
+    batch, channels, h, w = stem.shape
+    return [
+        stem.new_zeros(batch, channels * 2**s, h // 2**s, w // 2**s) if x is None else x for s, x in enumerate(maps)
+    ]
+
+
 def take(map: Tensor, rows: Tensor) -> Tensor:
     """Rows of a map [B,C,h,w], which stays in channels_last."""
     return map.permute(0, 2, 3, 1).index_select(0, rows.to(map.device)).permute(0, 3, 1, 2)

@@ -31,10 +31,12 @@ class Segmentation:
     logits  [B,K,H,W] at the size of the images given
     gates   [B,L+1,S,3] in [0,1] (those of soft gates are below 1): exactly 0 on illegal edges, closed paths and nodes
             that nothing reached. `routeseg.model_cost` turns them into MACs, `Route.from_gates` into a route.
+    earlier in training, of a network with exits: the logits of each exit before the last
     """
 
     logits: Tensor
     gates: Tensor
+    earlier: tuple[Tensor, ...] = ()
 
     @property
     def labels(self) -> Tensor:

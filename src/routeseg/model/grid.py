@@ -24,11 +24,13 @@ from routeseg.collectives import anywhere
 from routeseg.config import NetworkConfig
 from routeseg.counting import Macs, PartMacs
 from routeseg.model.cell import RoutingNode
-from routeseg.model.compute import PLAIN, Compute
+from routeseg.model.compute import PLAIN, Compute, fill_missing
+from routeseg.model.decoder import Segmentation
+from routeseg.model.exits import Exits, Leaving
 from routeseg.model.gate import Gate
 from routeseg.model.head import Head
 from routeseg.model.layers import InputNorm, Stem, Transform
-from routeseg.model.request import Activation, Request, Routes
+from routeseg.model.request import Activation, Request, Routes, Shares
 from routeseg.registry import GATES, OPERATIONS
 from routeseg.space import (
     DIRECTIONS,
@@ -77,6 +79,7 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
             }
         )
         self._modules[self.head_class.key] = self.head_class(config)  # `head` may be both its key and the property
+        self.exits = None if config.exits is None else Exits(config)
         self._reset_parameters()
 
     @property
@@ -140,7 +143,12 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         return folder
 
     def forward(
-        self, images: Tensor, route: Routes = None, activation: Activation = "one", drop_path: float = 0.0
+        self,
+        images: Tensor,
+        route: Routes = None,
+        activation: Activation = "one",
+        drop_path: float = 0.0,
+        budget: Shares = None,
     ) -> Any:
         """The head's result for images [B,3,H,W], RGB, uint8 or float in 0..1, any H, W from 32.
 
@@ -150,20 +158,48 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
                     close stays closed).
         drop_path   in training, the probability that an operation of the last layer is dropped. It is lower in the
                     other layers, in proportion to their number (scheduled drop path)
+        budget      of a network with exits: the mean cost of the images, as a share of the full network's; a number,
+                    or one for each image. None: what helps
 
+        In training a network with exits gives the logits of all of them, unless routes are given.
         The result for an image does not depend on the other images of the batch (in eval mode).
-        Raises ValueError for images of another shape, and for a route of another space.
+        Raises ValueError for images of another shape, for a route of another space, and for a budget that the network
+        cannot keep.
         """
+        request = Request.of(self.config, len(images), route, activation, budget)
+        return self.answer(images, request, drop_path if self.training else 0.0)
+
+    def answer(self, images: Tensor, request: Request, drop_path: float = 0.0) -> Any:
+        """The head's result for images [B,3,H,W] and a request; `forward` says what it is."""
+        leaving = None if self.exits is None else self.exits.leaving(request, len(images), self.training)
+        return self._run(images, request, drop_path, leaving)
+
+    def all_exits(self, images: Tensor) -> tuple[Segmentation, list[Sequence[Any]]]:
+        """Of a network with exits: what it gives in training, in the mode that it is in, and the features that arrive
+        at each exit but the last, by scale; None where nothing arrives."""
+        assert self.exits is not None
+        request = Request(self.config.mask, gated=False)
+        leaving = self.exits.leaving(request, len(images), training=True)
+        return self._run(images, request, 0.0, leaving), leaving.kept
+
+    def _run(self, images: Tensor, request: Request, drop_path: float, leaving: Leaving | None) -> Any:
         x, size = prepare(self, images)
-        request = Request.of(self.config, len(images), route, activation)
         compute = self.compute if self.training and self.compute is not None else PLAIN
         if not compute.usable(self.config, x):
             compute = PLAIN
-        features, gates = self.walk(compute.stem(self.stem, x), request, drop_path if self.training else 0.0, compute)
-        return self.head.result(compute.head(self.head, features), gates, size)
+        stem = compute.stem(self.stem, x)
+        features, gates = self.walk(stem, request, drop_path, compute, leaving)
+        if self.exits is None or leaving is None:
+            return self.head.result(compute.head(self.head, features), gates, size)
+        return self.exits.result(self.head, leaving, stem, features, gates, size, compute)
 
     def walk(
-        self, x: Tensor, request: Request, drop_path: float = 0.0, compute: Compute = PLAIN
+        self,
+        x: Tensor,
+        request: Request,
+        drop_path: float = 0.0,
+        compute: Compute = PLAIN,
+        leaving: Leaving | None = None,
     ) -> tuple[list[Any], Tensor]:
         """From the stem's output [B,C,H/4,W/4] to what leaves each scale [B,C*2**s,h/2**s,w/2**s], and the gates.
 
@@ -185,6 +221,8 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
             maps = [_gather(compute, *one) if one[0] else None for one in zip(arrivals, there, strict=False)]
             scales = space.scales(layer)
             is_open = request.mask[:, layer, : len(scales)] & np.stack(arrived, axis=1)[..., None]
+            if leaving is not None:
+                is_open &= ~leaving(layer, maps, there, compute)[:, None, None]
             alphas = torch.from_numpy(is_open).to(x.device)
             if request.gated:
                 alphas = self._activations(layer, maps, there, request, compute, batch) * alphas
@@ -272,7 +310,9 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, Gate):
                 module.reset_parameters()
-        self.head.reset_parameters()
+        for head in self.modules():
+            if isinstance(head, Head):
+                head.reset_parameters()
 
 
 def part_macs(config: NetworkConfig, head: type[Head]) -> PartMacs:
@@ -314,14 +354,6 @@ def check_images(images: Tensor) -> tuple[int, int]:
     if min(height, width) < MIN_IMAGE_SIZE:
         raise ValueError(f"images are {height}x{width}: the smallest size is {MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE}")
     return height, width
-
-
-def fill_missing(maps: Sequence[Any], stem: Tensor) -> list[Any]:
-    """What leaves the grid: zeros for a scale that no image reached."""
-    batch, channels, h, w = stem.shape
-    return [
-        stem.new_zeros(batch, channels * 2**s, h // 2**s, w // 2**s) if x is None else x for s, x in enumerate(maps)
-    ]
 
 
 class Arrival(NamedTuple):

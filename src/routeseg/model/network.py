@@ -7,7 +7,7 @@ from dataclasses import replace
 from routeseg.config import NO_GATE
 from routeseg.model.decoder import Decoder, Segmentation
 from routeseg.model.grid import RoutedNetwork
-from routeseg.model.request import check_route
+from routeseg.model.request import check_route, exit_of
 from routeseg.space import Route
 
 MODEL_CARD = """---
@@ -41,13 +41,18 @@ class DynamicRoutingNetwork(
         """A static network of this route: no gates, no unused parameters, the same interface, with copies of the
         weights. Trainable; its outputs are those of `self(images, route)`.
 
-        Gates that were below 1 are now 1, so train it anew, or on, before you use it.
-        Raises ValueError for a route of another space, with edges that this network lacks, or with dead ends.
+        Gates that were below 1 are now 1, so train it anew, or on, before you use it; a network with exits needs none
+        of that. Raises ValueError for a route of another space, with edges that this network lacks, with dead ends, or
+        that does not end at an exit of a network that has them.
         """
         check_route(self.route, route)
         edges = route.check().named_edges
-        with next(self.parameters()).device:
-            static = DynamicRoutingNetwork(replace(self.config, gate=NO_GATE, small_gate=False, route=edges))
         weights = self.state_dict()
+        if self.exits is not None and (exit := exit_of(self.config, route)) < len(self.exits.decoders):
+            own = self.exits.decoders[exit].state_dict()
+            weights |= {f"{self.head_class.key}.{key}": value for key, value in own.items()}
+        config = replace(self.config, gate=NO_GATE, small_gate=False, route=edges, exits=None)
+        with next(self.parameters()).device:
+            static = DynamicRoutingNetwork(config)
         static.load_state_dict({key: weights[key] for key in static.state_dict()})
         return static.to(next(self.parameters()).dtype).train(self.training)

@@ -15,6 +15,7 @@ from routeseg.config import NetworkConfig
 from routeseg.space import Route, edge_name
 
 Routes = Route | Sequence[Route] | None
+Shares = float | Sequence[float] | np.ndarray | None  # of the full network's cost
 Activation = Literal["one", "own"]
 
 
@@ -24,34 +25,45 @@ class Request:
 
     mask    bool [N,L+1,S,3]: the edges that may be used
     gated   gates decide which of them are open, and how far; otherwise all of them are, with activation 1
-    budget  the cost that is requested, float32 [N], for gates that take a request; None: they spend what helps
+    budget  the mean cost that is requested, as a share of the full network's, float32 [N]; None: what helps
+    exits   of given routes in a network with exits: the exits [N] at which they end; None: the network decides
     """
 
     mask: np.ndarray
     gated: bool
     budget: np.ndarray | None = None
+    exits: np.ndarray | None = None
 
     @classmethod
-    def of(cls, config: NetworkConfig, images: int, route: Routes = None, activation: Activation = "one") -> Request:
-        """The request for a forward of so many images; `route` and `activation` as `DynamicRoutingNetwork.forward`
-        takes them.
+    def of(
+        cls,
+        config: NetworkConfig,
+        images: int,
+        route: Routes = None,
+        activation: Activation = "one",
+        budget: Shares = None,
+    ) -> Request:
+        """The request for a forward of so many images; `route`, `activation` and `budget` as
+        `DynamicRoutingNetwork.forward` takes them.
 
-        Raises ValueError for a route that the network does not have, for another number of routes than of images, and
-        for another activation.
+        Raises ValueError for a route that the network does not have, for another number of routes or budgets than of
+        images, for another activation, and for a budget that is no share or that the network does not take.
         """
         if activation not in ("one", "own"):
             raise ValueError(
                 f"activation is {activation!r}: choose one (1 on open edges) or own (that of the network's gates)"
             )
+        shares = None if budget is None else _shares(config, images, route, budget)
         if route is None:
-            return cls(config.mask, config.gated)
+            return cls(config.mask, config.gated, shares)
         routes = [route] if isinstance(route, Route) else list(route)
         if not isinstance(route, Route) and len(routes) != images:
             raise ValueError(f"{len(routes)} routes for {images} images: give one route, or one for each image")
         for one in routes:
             check_route(config.whole_route, one)
         mask = np.stack([one.to_gates() > 0 for one in routes])
-        return cls(mask, config.gated and activation == "own")
+        exits = None if config.exits is None else np.array([exit_of(config, one) for one in routes])
+        return cls(mask, config.gated and activation == "own", exits=exits)
 
     def of_image(self, number: int) -> Request:
         """The request for one of the images."""
@@ -59,7 +71,33 @@ class Request:
         def row(values: np.ndarray) -> np.ndarray:
             return values if len(values) == 1 else values[number : number + 1]
 
-        return Request(row(self.mask), self.gated, None if self.budget is None else row(self.budget))
+        budget, exits = (None if values is None else row(values) for values in (self.budget, self.exits))
+        return Request(row(self.mask), self.gated, budget, exits)
+
+
+def _shares(config: NetworkConfig, images: int, route: Routes, budget: Shares) -> np.ndarray:
+    """Checked budgets, float32 [N]."""
+    if config.exits is None:
+        raise ValueError("this network takes no budget: it has no exits. Train one with --model.exits")
+    if route is not None:
+        raise ValueError("give a route or a budget, not both: a route has its cost")
+    shares = np.atleast_1d(np.asarray(budget, dtype=np.float32))
+    if shares.ndim != 1 or len(shares) not in (1, images):
+        raise ValueError(f"{shares.size} budgets for {images} images: give one budget, or one for each image")
+    for share in shares:
+        if not 0 < share <= 1:  # NaN is not
+            raise ValueError(f"a budget of {share:g} is no share of the full network: give a number above 0, up to 1")
+    return shares
+
+
+def exit_of(config: NetworkConfig, route: Route) -> int:
+    """The exit at which a route of a network with exits ends. Raises ValueError if it ends elsewhere."""
+    if route not in config.exit_routes:
+        raise ValueError(
+            "a network with exits runs its routes as far as an exit, no others: give one of `config.exit_routes`, "
+            f"which end behind the layers {', '.join(map(str, config.exits or ()))}"
+        )
+    return config.exit_routes.index(route)
 
 
 def check_route(whole: Route, route: Route) -> None:

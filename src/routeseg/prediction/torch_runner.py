@@ -9,10 +9,12 @@ import torch
 
 from routeseg.description import describe
 from routeseg.engine import build_engine
+from routeseg.engine.budgeted import Budgeted
 from routeseg.errors import DIVERGED
 from routeseg.model import DynamicRoutingNetwork
 
 if TYPE_CHECKING:
+    from routeseg.cost.request import Asked
     from routeseg.evaluation import Forward
 
 
@@ -52,14 +54,17 @@ def open_network(
     precision: Any = "float32",
     device: torch.device | str = "cpu",
     threads: int | None = None,
+    budget: Asked | None = None,
 ) -> TorchNetwork:
     """The runner of a network with this engine (`build_engine`), on this device.
 
     threads  of PyTorch, in this process; None: as they are
+    budget   what images may cost in the mean, for a network with exits; None: what helps
 
     Raises ValueError for an engine or precision that there is not.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     model = model.to(device).eval()
-    return TorchNetwork(build_engine(model, engine, precision), model)
+    forward = build_engine(model, engine, precision)
+    return TorchNetwork(forward if budget is None else Budgeted(forward, model, budget), model)

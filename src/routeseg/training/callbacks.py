@@ -13,6 +13,7 @@ from routeseg.data.classification_loaders import ClassificationDataModule
 from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.files import not_written
 from routeseg.training.batch_norm import average_statistics, precise_batch_norm
+from routeseg.training.calibration import calibrate
 from routeseg.training.recipe import Recipe
 from routeseg.training.task import RecipeTask, Validation
 
@@ -31,7 +32,8 @@ SHOWN = (  # in the progress bar: a number of the task, its name there, its fact
 
 
 class ValidateAndSave(Callback):
-    """Every `validate_every` steps: precise BatchNorm, validation, the best network. Every `save_every`: the run.
+    """Every `validate_every` steps: precise BatchNorm, calibration of exits, validation, the best network. Every
+    `save_every`: the run.
 
     The best network is the one with the highest score among the candidates (see `Validation`). With `ema_decay` the
     averaged network is validated and saved.
@@ -90,6 +92,8 @@ class ValidateAndSave(Callback):
         if self.recipe.precise_bn_batches and task.batch_norm != "frozen":
             with task.autocast():
                 precise_batch_norm(network, self.data.norm_dataloader(step, self.recipe.precise_bn_batches))
+        if network.exits is not None:
+            calibrate(network, cast(SegmentationDataModule, self.data).calibration_dataloader())
         self.latest = validation = task.validate(self.data.val_dataloader())
         for logger in trainer.loggers:
             logger.log_metrics(validation.logged, step)

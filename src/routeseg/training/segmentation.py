@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from routeseg.collectives import rank_and_world, total
@@ -24,13 +25,14 @@ from routeseg.labels import IGNORE
 from routeseg.model import DynamicRoutingNetwork, Segmentation
 from routeseg.model.compute import PLAIN
 from routeseg.training.batch_norm import Mode
+from routeseg.training.calibration import check_enough_pictures
 from routeseg.training.recipe import Recipe
 from routeseg.training.run import Run, RunOptions, RunResult
 from routeseg.training.task import RecipeTask, Validation
 
 
 class SegmentationTask(RecipeTask[Evaluation]):
-    """Cross-entropy plus budget (Eq. 10).
+    """Cross-entropy plus budget (Eq. 10); of a network with exits, the sum of all exits' cross-entropies.
 
     With P processes, A batches of each in a step (`accumulate`), N labelled pixels i in all of these batches, and
     M_a the mean of the expected costs of the images in the batches a of all processes,
@@ -70,7 +72,8 @@ class SegmentationTask(RecipeTask[Evaluation]):
         count, (_, world) = self.recipe.accumulate, rank_and_world()
         weight = self.budget.weight_at(self.global_step / self.recipe.iterations)
         compute = self.model.compute or PLAIN
-        cross_entropy = compute.cross_entropy_sum(result.logits.float(), labels) / labels_in_step.clamp(min=1)
+        sums = [compute.cross_entropy_sum(logits.float(), labels) for logits in (*result.earlier, result.logits)]
+        cross_entropy = torch.stack(sums).sum() / labels_in_step.clamp(min=1)
         expected = self.cost.expected(result.gates).mean()
         mean = total(expected.detach()) / world
         # M_a: the value of all processes, the gradient of this one's images.
@@ -113,4 +116,6 @@ def train(
     check_class_count(model.config.num_classes)
     run = Run.begin(model, recipe, options, data.batch_size, pair(data.crop))
     module = SegmentationDataModule(data, recipe.iterations, recipe.seed, run.first_step, recipe.accumulate)
+    if model.exits is not None:
+        check_enough_pictures(len(module.train_data))
     return run.fit(SegmentationTask(model, recipe, budget, pair(data.crop), run.batch_norm), module)

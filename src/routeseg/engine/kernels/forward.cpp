@@ -41,12 +41,19 @@ struct Node {
     const float *weight, *bias;   // of the gate: [3][features], [3]
 };
 
-struct Network {
-    int32_t depth, scales, zeros_arrive, softmax, classes;
-    const Conv* stem;    // [3]
-    const Node* nodes;   // [L+1][S]
-    const Conv* merges;  // of the decoder, [S]
+// A place where an image may leave the grid, behind a layer. Without exits a network has one, behind the last layer.
+struct Exit {
+    int32_t layer, features, later;     // what its gate reads and predicts: losses at this exit and those behind it
+    const Conv* merges;                 // of its decoder, [S]
     Conv predictor;
+    const float *center, *weight, *bias;  // of the gate: [features], [later][features], [later]; null: the last exit
+};
+
+struct Network {
+    int32_t depth, scales, zeros_arrive, softmax, classes, channels, exits;
+    const Conv* stem;   // [3]
+    const Node* nodes;  // [L+1][S]
+    const Exit* exit;   // [exits], the last one behind layer L
 };
 
 // What a forward is asked for. Raster sizes are those of the image; `padded` ones are multiples of the stride.
@@ -55,6 +62,7 @@ struct Request {
     int32_t padded_height, padded_width;
     const float* given;  // gates of a given route, or null
     int32_t own;         // a given route's open paths have the network's own activations
+    const float* prices;  // null, or price times cost of each exit: the image leaves where its gate says so
     float *gates, *logits;
     double* seconds;  // null, or [L+1][S][5] gather, gate, cell, up, down; then stem, decoder
     int32_t threads;
@@ -243,6 +251,8 @@ class Forward {
         arrivals[0].push_back({stem_map, 1, false});
         std::vector<char> reached(scales, false);
         reached[0] = true;
+        std::fill(request.gates, request.gates + long(net.depth + 1) * scales * DIRECTIONS, 0.0f);
+        int exit = 0;  // the one that comes next
         for (int layer = 0; layer <= net.depth; ++layer) {
             Arrivals next(scales);
             std::vector<char> next_reached(scales, false);
@@ -253,15 +263,22 @@ class Forward {
                 arrivals[scale].clear();
                 clock.lap((long(layer) * scales + scale) * STEPS + GATHER);
             }
+            if (layer == net.exit[exit].layer + 1) {
+                if (leaves(exit, features, layer)) {
+                    for (int scale = 0; scale < scales; ++scale)
+                        if (reached[scale]) arrivals[scale].push_back({std::move(features[scale]), 1, false});
+                    break;
+                }
+                ++exit;
+            }
             for (int scale = 0; scale < scales; ++scale) {
                 float* alpha = request.gates + (layer * scales + scale) * DIRECTIONS;
-                std::fill(alpha, alpha + DIRECTIONS, 0.0f);
                 if (reached[scale]) visit(layer, scale, std::move(features[scale]), alpha, next, next_reached);
             }
             arrivals = std::move(next);
             reached = next_reached;
         }
-        decode(arrivals);
+        decode(arrivals, net.exit[exit]);
         clock.lap(steps + 1);
         return true;
     }
@@ -349,6 +366,43 @@ class Forward {
         return true;
     }
 
+    // Whether the image goes no further than this exit, given the features by scale: as its gate says, or a route that
+    // is closed from this layer on.
+    bool leaves(int number, const std::vector<Held>& features, int layer) {
+        if (!request.prices) {
+            if (!request.given) return false;
+            const float* rest = request.given + long(layer) * net.scales * DIRECTIONS;
+            const float* end = request.given + long(net.depth + 1) * net.scales * DIRECTIONS;
+            return std::all_of(rest, end, [](float open) { return open == 0; });
+        }
+        const Exit& exit = net.exit[number];
+        std::vector<float> pooled;  // means, then standard deviations, of each scale
+        for (int scale = 0; scale < net.scales; ++scale) {
+            if (!features[scale].memory) continue;
+            const Map& map = features[scale].map;
+            const std::vector<double> sums = moments<T>(map, threads);
+            const double pixels = double(map.h) * map.w;
+            const int count = net.channels << scale;  // without the zeros that fill whole vectors
+            require(count <= map.c, "a map has fewer channels than the network has there");
+            for (int c = 0; c < count; ++c) pooled.push_back(float(sums[c] / pixels));
+            for (int c = 0; c < count; ++c) {
+                const double mean = sums[c] / pixels;
+                pooled.push_back(float(std::sqrt(std::max(0.0, sums[map.c + c] / pixels - mean * mean))));
+            }
+        }
+        require(int(pooled.size()) == exit.features && exit.weight && exit.later == net.exits - number,
+                "an exit's gate reads other features than there are");
+        float here = 0, behind = 0;
+        for (int k = 0; k < exit.later; ++k) {
+            double total = exit.bias[k] + request.prices[number + k];
+            for (int i = 0; i < exit.features; ++i)
+                total += double(exit.weight[k * exit.features + i]) * (pooled[i] - exit.center[i]);
+            if (k == 0) here = float(total);
+            else behind = k == 1 ? float(total) : std::min(behind, float(total));
+        }
+        return here <= behind;
+    }
+
     // Eq. 5 at a node: the weighted sum of what arrives; zeros where nothing does.
     Held gathered(const std::vector<Arrival>& arrivals, int scale, int channels, bool relu = false) {
         if (arrivals.size() == 1 && arrivals[0].weight == 1 && !arrivals[0].halved && !relu) return arrivals[0].from;
@@ -404,7 +458,7 @@ class Forward {
         }
     }
 
-    int channels(int scale) const { return net.merges[scale].inputs; }
+    int channels(int scale) const { return net.exit[0].merges[scale].inputs; }
 
     // Eq. 2-4, times a given route.
     void activations(const Node& node, const Held& x, const float* given, float* alpha) {
@@ -477,7 +531,7 @@ class Forward {
         return total;
     }
 
-    void decode(Arrivals& arrivals) {
+    void decode(Arrivals& arrivals, const Exit& exit) {
         std::vector<Arrival> running;
         for (int scale = net.scales - 1; scale >= 0; --scale) {
             std::vector<Arrival> incoming = arrivals[scale];
@@ -486,9 +540,9 @@ class Forward {
             arrivals[scale].clear();
             incoming.clear();
             running.clear();
-            running = {{convolved(net.merges[scale], x, channels(std::max(scale - 1, 0))), 1, true}};
+            running = {{convolved(exit.merges[scale], x, channels(std::max(scale - 1, 0))), 1, true}};
         }
-        const Held scores = convolved(net.predictor, running[0].from, net.predictor.outputs, nullptr, false, true);
+        const Held scores = convolved(exit.predictor, running[0].from, exit.predictor.outputs, nullptr, false, true);
         stem_map = {};
         enlarge(scores.map, net.classes, request.logits, request.image.height, request.image.width, threads);
     }
@@ -524,7 +578,8 @@ int guarded(const Work& work) {
 // What the kernels do not see for themselves.
 void check(const Network& net, const Request& request) {
     require(net.depth > 0 && net.scales > 0 && net.scales <= MOST_SCALES, "the network has no size that is supported");
-    require(net.stem && net.nodes && net.merges && net.classes > 0, "the network lacks a part");
+    require(net.stem && net.nodes && net.exit && net.exits > 0 && net.classes > 0, "the network lacks a part");
+    require(net.exit[net.exits - 1].layer == net.depth, "the last exit is not behind the last layer");
     const int stride = STEM_STRIDE << (net.scales - 1);
     const int height = request.padded_height, width = request.padded_width;
     require(std::min(height, width) > 0 && std::max(height, width) <= MOST_SIDE, "the image is too large");
@@ -563,11 +618,13 @@ constexpr Field LAYOUT[] = {
     STRUCTURE(Node), FIELD(Node, operations), FIELD(Node, identity), FIELD(Node, directions), FIELD(Node, gated),
     FIELD(Node, small_gate), FIELD(Node, features), FIELD(Node, cell), FIELD(Node, transforms), FIELD(Node, squeeze),
     FIELD(Node, weight), FIELD(Node, bias),
+    STRUCTURE(Exit), FIELD(Exit, layer), FIELD(Exit, features), FIELD(Exit, later), FIELD(Exit, merges),
+    FIELD(Exit, predictor), FIELD(Exit, center), FIELD(Exit, weight), FIELD(Exit, bias),
     STRUCTURE(Network), FIELD(Network, depth), FIELD(Network, scales), FIELD(Network, zeros_arrive),
-    FIELD(Network, softmax), FIELD(Network, classes), FIELD(Network, stem), FIELD(Network, nodes),
-    FIELD(Network, merges), FIELD(Network, predictor),
+    FIELD(Network, softmax), FIELD(Network, classes), FIELD(Network, channels), FIELD(Network, exits),
+    FIELD(Network, stem), FIELD(Network, nodes), FIELD(Network, exit),
     STRUCTURE(Request), FIELD(Request, image), FIELD(Request, padded_height), FIELD(Request, padded_width),
-    FIELD(Request, given), FIELD(Request, own), FIELD(Request, gates), FIELD(Request, logits),
+    FIELD(Request, given), FIELD(Request, own), FIELD(Request, prices), FIELD(Request, gates), FIELD(Request, logits),
     FIELD(Request, seconds), FIELD(Request, threads),
     {nullptr, 0, 0},
 };

@@ -172,6 +172,30 @@ void shrink(const Map& in, const Map& out, int threads) {
     });
 }
 
+// The sums over the pixels of each channel's values and of their squares, [2][c]: rows in float, their sums in double.
+template <class T>
+std::vector<double> moments(const Map& in, int threads) {
+    check(in);
+    const int c = in.c;
+    std::vector<float> rows(long(in.h) * 2 * c);
+    pool->run(in.h, threads, [&](long y) {
+        const T* row = row_of<T>(in, int(y));
+        float* to = rows.data() + y * 2 * c;
+        for (int i = 0; i < c; i += V) {
+            vec sum{}, squares{};
+            for (int x = 0; x < in.w; ++x) {
+                const vec value = load(row + long(x) * c + i);
+                sum += value;
+                squares += value * value;
+            }
+            store(to + i, sum), store(to + c + i, squares);
+        }
+    });
+    std::vector<double> sums(2 * c, 0.0);
+    for (size_t i = 0; i < rows.size(); ++i) sums[i % sums.size()] += rows[i];
+    return sums;
+}
+
 // Scores, float [h,w,c], to logits [classes][4h][4w], of which `height` x `width` are kept: bilinear, factor 4.
 void enlarge(const Map& in, int classes, float* out, int height, int width, int threads) {
     check(in);

@@ -1,0 +1,233 @@
+"""One network for any budget against static networks, trained alike: scores at equal cost, and the worth of choosing.
+
+    python benchmarks/any_budget.py --config configs/any_budget/scenes_cpu.yaml --seeds 0,1,2 --jobs 2
+
+The experiment file is one of table1.py, with one network that has exits. This trains what is not yet trained, as
+table1.py does it (the same folders, resumable), and then asks the network with exits for each budget:
+
+own        each picture leaves where it decides to
+shuffled   each picture leaves where another one does: the mean of SHUFFLES permutations. The same cost
+common     all pictures leave at one exit, or at one of two neighbours by chance: the line between their scores
+oracle     each picture leaves where its own cross-entropy, plus a price for cost, is least. It needs the labels, and
+           says what a better choice could reach
+
+Every picture is computed once as far as each exit (float32); where it leaves is what the engine decided. OUTPUT has the
+mean over the seeds and each seed; the figure beside it shows the scores of all networks against their cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+import table1
+from routeseg import figures
+from routeseg.cost.macs import model_cost
+from routeseg.data.config import open_data
+from routeseg.data.loaders import evaluation_loader
+from routeseg.engine import SkipEngine
+from routeseg.evaluation import machine_facts
+from routeseg.evaluation.route_statistics import object_size
+from routeseg.evaluation.scores import count_pairs
+from routeseg.files import write_json
+from routeseg.labels import IGNORE
+from routeseg.model import checkpoints
+from routeseg.model.request import exit_of
+from routeseg.space import Route
+
+BUDGETS = (0.2, 0.22, 0.235, 0.25, 0.265, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 1.0)  # shares of the full network's cost
+SHUFFLES, PERMUTATIONS = 50, 10_000
+LIMIT, HALVINGS = 1e4, 60  # of the oracle's price
+
+
+def look(run: table1.Run) -> dict[str, Any]:
+    """What a network with exits makes of the validation pictures: `confusion` [N,K,C,C] and `loss` [N,K] of each exit,
+    `left` budget -> the exits [N] at which pictures leave, `costs` [K] in shares, `sizes` [N] of objects."""
+    model = checkpoints.load(run.folder / "last")
+    pictures = open_data(run.network.data, "val", run.seed)
+    engine, classes = SkipEngine(model), model.config.num_classes
+    assert model.exits is not None and model.config.exits is not None
+    table = model_cost(model, pictures.read(0)[1].shape)
+    costs = np.array([table.of_route(route) for route in model.config.exit_routes]) / table.full
+    budgets = [budget for budget in BUDGETS if costs[0] <= budget <= costs[-1]]
+    confusion, losses, sizes, left = [], [], [], {budget: [] for budget in budgets}
+    for picture in evaluation_loader(pictures):
+        with torch.no_grad():
+            result, _ = model.all_exits(picture["image"])
+        logits = [*result.earlier, result.logits]
+        confusion.append([count_pairs(picture["labels"], one.argmax(1), classes).numpy() for one in logits])
+        losses.append([float(F.cross_entropy(one, picture["labels"], ignore_index=IGNORE)) for one in logits])
+        sizes.append(object_size(picture["labels"][0].numpy()))
+        for budget in budgets:
+            gates = engine(picture["image"], budget=budget).gates[0].numpy()
+            left[budget].append(exit_of(model.config, Route.from_gates(model.space, gates)))
+    return {
+        "confusion": np.array(confusion),
+        "loss": np.array(losses),
+        "left": {budget: np.array(exits) for budget, exits in left.items()},
+        "costs": costs,
+        "full_gmacs": table.full / 1e9,
+        "sizes": np.array(sizes),
+    }
+
+
+def mean_iou(confusion: np.ndarray, exits: np.ndarray) -> float:
+    """mIoU when each picture leaves at its exit [N]."""
+    total = confusion[np.arange(len(exits)), exits].sum(0)
+    both = np.diag(total)
+    either = total.sum(0) + total.sum(1) - both
+    return float((both[either > 0] / either[either > 0]).mean())
+
+
+def oracle(loss: np.ndarray, costs: np.ndarray, cost: float) -> np.ndarray:
+    """The exits [N] of least cross-entropy and price, at the price at which they cost so much in the mean."""
+    low, high = -LIMIT, LIMIT
+    for _ in range(HALVINGS):
+        price = (low + high) / 2
+        dearer = costs[(loss + price * costs).argmin(1)].mean() > cost
+        low, high = (price, high) if dearer else (low, price)
+    return (loss + high * costs).argmin(1)
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
+    """Spearman's, with ties, and the share of permutations in which it is as far from 0."""
+
+    def ranks(values: np.ndarray) -> np.ndarray:
+        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+        mean = np.cumsum(count) - (count - 1) / 2
+        centred = mean[place] - mean[place].mean()
+        return centred / max(float(np.linalg.norm(centred)), 1e-12)
+
+    first, second = ranks(a), ranks(b)
+    found = float(first @ second)
+    others = np.array([rng.permutation(first) @ second for _ in range(PERMUTATIONS)])
+    return found, float((1 + (np.abs(others) >= abs(found) - 1e-12).sum()) / (1 + PERMUTATIONS))
+
+
+def analyse(seen: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+    """A row for each budget: what was asked and spent (shares of the full network), the scores of each way to choose,
+    the cheapest and the dearest picture, and whether cost follows the size of things."""
+    rng = np.random.default_rng(seed)
+    confusion, costs, count = seen["confusion"], seen["costs"], len(seen["loss"])
+    fixed = [mean_iou(confusion, np.full(count, exit)) for exit in range(len(costs))]
+    rows = []
+    for budget, exits in seen["left"].items():
+        spent = costs[exits]
+        correlation, chance = rank_correlation(seen["sizes"], spent, rng)
+        shuffled = [mean_iou(confusion, rng.permutation(exits)) for _ in range(SHUFFLES)]
+        rows.append(
+            {
+                "asked": budget,
+                "spent": float(spent.mean()),
+                "least": float(spent.min()),
+                "most": float(spent.max()),
+                "own": mean_iou(confusion, exits),
+                "shuffled": float(np.mean(shuffled)),
+                "common": float(np.interp(spent.mean(), costs, fixed)),
+                "oracle": mean_iou(confusion, oracle(seen["loss"], costs, float(spent.mean()))),
+                "leaving": (np.bincount(exits, minlength=len(costs)) / count).tolist(),
+                "size_correlation": correlation,
+                "size_chance": chance,
+            }
+        )
+    return rows
+
+
+def mean_rows(by_seed: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows of the seeds, averaged budget by budget; of `own` the standard deviation, too."""
+    rows = []
+    for same in zip(*by_seed, strict=True):
+        row: dict[str, Any] = {
+            key: np.mean([one[key] for one in same], axis=0).tolist() for key in same[0] if key != "size_chance"
+        }
+        row["size_chance"] = max(one["size_chance"] for one in same)
+        row["own_std"] = float(np.std([one["own"] for one in same], ddof=1)) if len(same) > 1 else None
+        rows.append(row)
+    return rows
+
+
+def against_static(rows: Sequence[dict[str, Any]], static: Sequence[dict[str, Any]], full_gmacs: float) -> None:
+    """Gives each row `best_static`, the name and mIoU of the best static network that costs no more; None if there is
+    none."""
+    for row in rows:
+        cheaper = [one for one in static if one["gmacs"]["mean"] <= row["spent"] * full_gmacs * 1.001]
+        best = max(cheaper, key=lambda one: one["miou_mean"], default=None)
+        row["best_static"] = None if best is None else {"name": best["name"], "miou": best["miou_mean"]}
+
+
+def main(arguments: Sequence[str] | None = None, train: Callable[[Sequence[str]], int] = table1.main) -> int:
+    command = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", type=Path, required=True, help="the experiment file")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--folder", type=Path, help="of the runs; runs/any_budget_CONFIG unless given")
+    parser.add_argument("--output", type=Path, help="results/any_budget_CONFIG.json unless given")
+    args, words = parser.parse_known_args(command)
+    title = f"any_budget_{args.config.stem}"
+    folder = args.folder or Path("runs") / title
+    output = args.output or Path("results") / f"{title}.json"
+    trained = ["--config", str(args.config), "--seeds", args.seeds, "--jobs", str(args.jobs), "--folder", str(folder)]
+    code = train([*trained, "--output", str(folder / "table.json"), *words])
+    if code:
+        return code
+    networks = table1.read_experiment(args.config, words)
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    names = [name for name, network in networks.items() if network.kind == "exits"]
+    if len(names) != 1:
+        print(f"any_budget: error: {args.config} has {len(names)} networks with exits: give one", file=sys.stderr)
+        return 2
+    runs = table1.plan(networks, list(networks), seeds, folder)
+    summary = table1.summary(runs, runs, trained)
+    static = [row for row in summary["rows"] if row["kind"] != "exits"]
+    seen = [look(run) for run in runs if run.network.name == names[0]]
+    by_seed = [analyse(one, seed) for one, seed in zip(seen, seeds, strict=True)]
+    rows, full_gmacs = mean_rows(by_seed), seen[0]["full_gmacs"]
+    against_static(rows, static, full_gmacs)
+    write_json(
+        output,
+        {
+            "network": names[0],
+            "settings": summary["settings"],
+            "seeds": seeds,
+            "costs": seen[0]["costs"].tolist(),
+            "full_gmacs": full_gmacs,
+            "rows": rows,
+            "by_seed": by_seed,
+            "networks": [{k: v for k, v in row.items() if k not in ("runs", "paper")} for row in summary["rows"]],
+            "command": ["benchmarks/any_budget.py", *command],
+            **machine_facts(),
+        },
+    )
+    drawn = [
+        {
+            "label": f"{100 * row['asked']:g} %",
+            "kind": "exits",
+            "miou_mean": row["own"],
+            "miou_std": row["own_std"],
+            "gmacs": {k: row[v] * full_gmacs for k, v in (("mean", "spent"), ("min", "spent"), ("max", "spent"))},
+        }
+        for row in rows
+    ]
+    figures.accuracy_cost(output.with_suffix(".png"), [*static, *drawn])
+    for row in rows:
+        best = row["best_static"]
+        beaten = "" if best is None else f", {best['name']} {100 * best['miou']:.1f}"
+        print(
+            f"asked {100 * row['asked']:g} %, spent {100 * row['spent']:.1f} %: own {100 * row['own']:.1f}, shuffled "
+            f"{100 * row['shuffled']:.1f}, common {100 * row['common']:.1f}, oracle {100 * row['oracle']:.1f}{beaten}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
