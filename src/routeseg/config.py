@@ -149,6 +149,11 @@ class NetworkConfig:
         return tuple(Route(self.space, [e for e in self.whole_route.edges if e[0] <= exit]) for exit in self.exits)
 
     @property
+    def named_routes(self) -> dict[str, Route]:
+        """The routes as far as each exit, as commands call them: exit-LAYER; none without exits."""
+        return {} if self.exits is None else dict(zip((f"exit-{e}" for e in self.exits), self.exit_routes, strict=True))
+
+    @property
     def gated(self) -> bool:
         """Whether there are gates."""
         return self.gate != NO_GATE

@@ -20,7 +20,7 @@ from routeseg.cli.data import check_data_command, convert_data_command, download
 from routeseg.cli.export import export_command
 from routeseg.cli.prediction import import_command, predict_command
 from routeseg.cli.profiling import latency_command, profile_command
-from routeseg.cli.training import demo_command, pretrain_command, train_command
+from routeseg.cli.training import calibrate_command, demo_command, pretrain_command, train_command
 
 __all__ = ["COMMANDS", "main"]
 
@@ -104,6 +104,7 @@ def _overview() -> str:
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train_command, "train a network: --config FILE [--section.key value]"),
+    "calibrate": (calibrate_command, "fit what a network with exits expects of each to a data set, and its budgets"),
     "pretrain": (pretrain_command, "train a classifier (ImageNet), whose weights `train --init` starts from"),
     "evaluate": (evaluate_command, "mIoU and real cost of a checkpoint over a data set"),
     "routes": (routes_command, "how often each path is open over a data set, and whether routes follow scale"),

@@ -21,7 +21,10 @@ def export_command(words: Sequence[str]) -> int:
     parser.add_argument("output", type=str, help="the file to write, NAME.onnx")
     parser.add_argument("--routed", action="store_true", help="with gates: the route is chosen for each image")
     parser.add_argument(
-        "--route", type=str | None, default=None, help="one route for all images: a JSON file, or an architecture"
+        "--route",
+        type=str | None,
+        default=None,
+        help="one route for all images: a JSON file, an architecture, or of a network with exits exit-LAYER",
     )
     parser.add_argument(
         "--int8", type=str | None, default=None, help="quantise: images to calibrate with, a folder, glob, URL or @LIST"
@@ -41,7 +44,8 @@ def export_command(words: Sequence[str]) -> int:
     check_writable(path.parent, "OUT")
     model = checkpoints.load(args.checkpoint)
     if args.route is not None:
-        model = model.specialize(read_route(args.route, model.route))
+        route = model.config.named_routes.get(args.route)
+        model = model.specialize(read_route(args.route, model.route) if route is None else route)
     check_kind(model, args.routed)
     if args.int8 is None:
         export(model, path, args.routed)

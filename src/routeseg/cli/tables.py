@@ -16,7 +16,9 @@ from routeseg.data.tools.findings import VERDICTS, Finding, verdict
 if TYPE_CHECKING:
     from routeseg.evaluation import Evaluation
     from routeseg.evaluation.routes import RouteSurvey
+    from routeseg.model import DynamicRoutingNetwork
 
+BUDGETS_SHOWN = 8
 FILES_SHOWN = 20  # of the files that a finding is about
 
 
@@ -51,6 +53,24 @@ def _class_table(result: Evaluation) -> Table:
     for name, *values in zip(result.class_names, *columns, strict=True):
         table.add_row(name, *("absent" if value != value else f"{100 * value:.1f}" for value in values))
     return table
+
+
+def print_exits(model: DynamicRoutingNetwork) -> None:
+    """The exits of a calibrated network: what each costs, and who leaves there at some budgets."""
+    assert model.exits is not None and model.config.exits is not None
+    costs = model.exits.costs.double().cpu().numpy()
+    budgets = np.linspace(costs[0], costs[-1], BUDGETS_SHOWN)[1:-1]
+    frequencies, prices = model.exits.frequencies.double().cpu().numpy(), model.exits.prices.double().cpu().numpy()
+    table = Table(title="exits: cost, and share of images that leave there at a budget, %", title_justify="left")
+    for name in ("behind layer", "cost", *(f"{100 * budget:.0f}" for budget in budgets)):
+        table.add_column(name, justify="right")
+    shares = [
+        [np.interp(model.exits.price_of(np.array(budget)), prices, column) for budget in budgets]
+        for column in frequencies.T
+    ]
+    for layer, cost, row in zip(model.config.exits, costs, shares, strict=True):
+        table.add_row(str(layer), f"{100 * cost:.1f}", *(f"{100 * share:.0f}" for share in row))
+    Console().print(table)
 
 
 def print_survey(survey: RouteSurvey) -> None:

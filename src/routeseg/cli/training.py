@@ -12,11 +12,14 @@ from routeseg.cli.common import (
     NETWORK_SKIP,
     Parser,
     add_config_argument,
+    check_classes,
     config_parser,
     enough_memory,
     network_options,
     new_network,
+    progress_bar,
     quiet_libraries,
+    read_data,
     read_parts,
     start_from,
 )
@@ -52,6 +55,37 @@ def train_command(words: Sequence[str]) -> int:
     if result.found is not None:
         print_evaluation(result.found)
     print(f"{result.seconds / 60:.1f} minutes; networks in {args.output}/best and {args.output}/last")
+    return 0
+
+
+def calibrate_command(words: Sequence[str]) -> int:
+    from routeseg.data.datamodule import CALIBRATION_PICTURES
+
+    parser = config_parser("calibrate", ["data"])
+    parser.add_argument("checkpoint", type=str, help="a checkpoint folder of a network with exits; written anew")
+    parser.add_argument("--split", type=str, default="train", help="train, val or test, as the data set calls them")
+    parser.add_argument(
+        "--images", type=int, default=CALIBRATION_PICTURES, help="at most so many, evenly spread over the set"
+    )
+    args, data = read_data(parser, words)
+
+    from routeseg.data.config import open_data
+    from routeseg.data.subset import evenly_spread
+    from routeseg.model import checkpoints
+
+    pictures = evenly_spread(open_data(data, args.split, args.seed), args.images)
+    model = checkpoints.load(args.checkpoint)
+    check_classes(args.checkpoint, model, data, len(pictures.classes))
+
+    from routeseg.cli.tables import print_exits
+    from routeseg.data.loaders import evaluation_loader
+    from routeseg.training.calibration import calibrate
+
+    with progress_bar(f"calibrate {data.name} {args.split}", len(pictures)) as step:
+        count = calibrate(model, evaluation_loader(pictures, data.workers), step)
+    model.save(args.checkpoint)
+    print_exits(model)
+    print(f"calibrated with {count} images: ask for a budget with --budget")
     return 0
 
 

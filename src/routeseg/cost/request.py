@@ -57,7 +57,7 @@ class Asked:
                 )
             return cls(value, "ms", latency, file)
         if unit in ("", "%") and value > 1:
-            raise ValueError(f"--budget is {text!r}: a share is at most 100%. {FORMS.capitalize()}")
+            raise ValueError(f"--budget is {text!r}, more than the full network: {FORMS}")
         return cls(value, "macs" if unit.endswith("MACS") else "share")
 
     def share(self, network: RoutedNetwork, size: tuple[int, int]) -> float:

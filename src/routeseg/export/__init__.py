@@ -79,6 +79,11 @@ def build_onnx(model: RoutedNetwork, routed: bool = False, dense: bool = False) 
 
 def check_kind(model: RoutedNetwork, routed: bool) -> None:
     """Raises ValueError, naming the option, unless `routed` says whether the network has gates."""
+    if model.exits is not None:
+        raise ValueError(
+            "the network chooses an exit for each image, and no file holds that: name one for all images with --route, "
+            f"{', '.join(model.config.named_routes)}"
+        )
     if model.config.gated and not routed:
         raise ValueError(
             "the network chooses its route for each image: export it with --routed, gates and all, or name one route "

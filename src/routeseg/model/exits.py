@@ -31,7 +31,7 @@ from routeseg.model.head import Head
 from routeseg.model.request import Request
 from routeseg.space import walk
 
-TABLE = 65  # prices, for mean costs evenly spaced between the cheapest route and the dearest
+TABLE = 67  # prices
 TOLERANCE = 1e-3  # by which a budget may be above the dearest route: shares differ a little between sizes
 
 
@@ -101,7 +101,8 @@ class Exits(nn.Module):
                     f"network {costs[-1]:.4g}"
                 )
         means, prices = self.frequencies.double().cpu().numpy() @ costs, self.prices.double().cpu().numpy()
-        return np.interp(budget, means[::-1], prices[::-1])
+        found = np.interp(budget, means[::-1], prices[::-1])
+        return np.where(np.asarray(budget) <= costs[0] * (1 + TOLERANCE), prices[-1], found)
 
     def share_at(self, price: float) -> float:
         """What images cost at a price, as a share of the full network: the mean."""

@@ -8,7 +8,7 @@ Legend: N pictures, K exits, F pooled features, T prices of the table.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,11 @@ HALVINGS = 40
 
 
 @torch.no_grad()
-def calibrate(model: RoutedNetwork, batches: Iterable[dict[str, Any]]) -> int:
-    """Fits the exits of a network to pictures with labels: batches of image [B,3,H,W] and labels [B,H,W].
+def calibrate(
+    model: RoutedNetwork, batches: Iterable[dict[str, Any]], on_batch: Callable[[], None] = lambda: None
+) -> int:
+    """Fits the exits of a network to pictures with labels: batches of image [B,3,H,W] and labels [B,H,W]. `on_batch` is
+    called after each.
 
     In a job of several processes each brings its share, and all get the same. Returns the number of pictures.
     Raises ValueError for a network without exits, and for too few pictures.
@@ -43,6 +46,7 @@ def calibrate(model: RoutedNetwork, batches: Iterable[dict[str, Any]]) -> int:
     seen: list[tuple[list[np.ndarray], np.ndarray]] = []
     size = (0, 0)
     for batch in batches:
+        on_batch()
         if torch.as_tensor(batch["skipped"]).any():
             continue
         size = (batch["image"].shape[-2], batch["image"].shape[-1])
@@ -125,20 +129,24 @@ def choose(predicted: list[np.ndarray], costs: np.ndarray, price: float) -> np.n
 
 
 def price_table(predicted: list[np.ndarray], costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Prices [T], ascending, whose mean costs are evenly spaced from the dearest route to the cheapest, and how often
-    pictures leave at each exit, [T,K]."""
+    """Prices [T], ascending, and how often pictures leave at each exit, [T,K].
+
+    Their mean costs are evenly spaced from the dearest route to the cheapest. The first and the last price are beyond
+    all others: there every picture, also a new one, takes the dearest route or the cheapest.
+    """
 
     def mean(price: float) -> float:
         return float(costs[choose(predicted, costs, price)].mean())
 
     prices = []
-    for target in np.linspace(costs[-1], costs[0], TABLE):
+    for number, target in enumerate(np.linspace(costs[-1], costs[0], TABLE - 2)):
         low, high = -LARGEST_PRICE, LARGEST_PRICE
         for _ in range(HALVINGS):  # the mean cost falls with the price
             middle = (low + high) / 2
-            low, high = (middle, high) if mean(middle) > target else (low, middle)
-        prices.append(high)
-    ascending = np.array(prices)
+            dearer = mean(middle) >= target if number == 0 else mean(middle) > target
+            low, high = (middle, high) if dearer else (low, middle)
+        prices.append(low if number == 0 else high)
+    ascending = np.array([-LARGEST_PRICE, *prices, LARGEST_PRICE])
     frequencies = [
         np.bincount(choose(predicted, costs, price), minlength=len(costs)) / len(predicted[0]) for price in ascending
     ]
