@@ -5,11 +5,7 @@
 The experiment file is one of table1.py, with one network that has exits. This trains what is not yet trained, as
 table1.py does it (the same folders, resumable), and then asks the network with exits for each budget:
 
-own        each picture leaves where it decides to
-shuffled   each picture leaves where another one does: the mean of SHUFFLES permutations. The same cost
-common     all pictures leave at one exit, or at one of two neighbours by chance: the line between their scores
-oracle     each picture leaves where its own cross-entropy, plus a price for cost, is least. It needs the labels, and
-           says what a better choice could reach
+own, shuffled, common and oracle are the ways to choose of `routeseg.evaluation.choice`.
 
 Every picture is computed once as far as each exit (float32); where it leaves is what the engine decided. OUTPUT has the
 mean over the seeds and each seed; the figure beside it shows the scores of all networks against their cost.
@@ -19,81 +15,55 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.nn import functional as F
 
 import table1
 from routeseg import figures
 from routeseg.cost.macs import model_cost
+from routeseg.cost.request import Asked
 from routeseg.data.config import open_data
 from routeseg.data.loaders import evaluation_loader
+from routeseg.data.subset import evenly_spread
 from routeseg.engine import SkipEngine
+from routeseg.engine.budgeted import Budgeted
+from routeseg.engine.profiling import profile
 from routeseg.evaluation import machine_facts
+from routeseg.evaluation.choice import exits_of, look_at_exits, worth_of_choice
 from routeseg.evaluation.route_statistics import object_size
-from routeseg.evaluation.scores import count_pairs
 from routeseg.files import write_json
-from routeseg.labels import IGNORE
 from routeseg.model import checkpoints
-from routeseg.model.request import exit_of
-from routeseg.space import Route
 
-BUDGETS = (0.2, 0.22, 0.235, 0.25, 0.265, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 1.0)  # shares of the full network's cost
-SHUFFLES, PERMUTATIONS = 50, 10_000
-LIMIT, HALVINGS = 1e4, 60  # of the oracle's price
+BUDGETS = (0.25, 0.26, 0.28, 0.3, 0.33, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # shares of the full network's cost
+PERMUTATIONS = 10_000
+CLOCKED, CLOCKED_BUDGETS = 100, 5  # pictures and budgets in milliseconds
 
 
 def look(run: table1.Run) -> dict[str, Any]:
-    """What a network with exits makes of the validation pictures: `confusion` [N,K,C,C] and `loss` [N,K] of each exit,
-    `left` budget -> the exits [N] at which pictures leave, `costs` [K] in shares, `sizes` [N] of objects."""
+    """What a network with exits makes of the validation pictures: `seen` at every exit, `left` budget -> the exits [N]
+    at which pictures leave, `costs` [K] in shares, `sizes` [N] of objects."""
     model = checkpoints.load(run.folder / "last")
     pictures = open_data(run.network.data, "val", run.seed)
-    engine, classes = SkipEngine(model), model.config.num_classes
-    assert model.exits is not None and model.config.exits is not None
+    engine = SkipEngine(model)
     table = model_cost(model, pictures.read(0)[1].shape)
     costs = np.array([table.of_route(route) for route in model.config.exit_routes]) / table.full
-    budgets = [budget for budget in BUDGETS if costs[0] <= budget <= costs[-1]]
-    confusion, losses, sizes, left = [], [], [], {budget: [] for budget in budgets}
+    gates: dict[float, list[np.ndarray]] = {one: [] for one in BUDGETS if costs[0] <= one <= costs[-1]}
+    sizes = []
     for picture in evaluation_loader(pictures):
-        with torch.no_grad():
-            result, _ = model.all_exits(picture["image"])
-        logits = [*result.earlier, result.logits]
-        confusion.append([count_pairs(picture["labels"], one.argmax(1), classes).numpy() for one in logits])
-        losses.append([float(F.cross_entropy(one, picture["labels"], ignore_index=IGNORE)) for one in logits])
         sizes.append(object_size(picture["labels"][0].numpy()))
-        for budget in budgets:
-            gates = engine(picture["image"], budget=budget).gates[0].numpy()
-            left[budget].append(exit_of(model.config, Route.from_gates(model.space, gates)))
+        for budget, found in gates.items():
+            found.append(engine(picture["image"], budget=budget).gates[0].numpy())
     return {
-        "confusion": np.array(confusion),
-        "loss": np.array(losses),
-        "left": {budget: np.array(exits) for budget, exits in left.items()},
+        "seen": look_at_exits(model, evaluation_loader(pictures)),
+        "left": {budget: exits_of(model, np.array(found)) for budget, found in gates.items()},
         "costs": costs,
         "full_gmacs": table.full / 1e9,
         "sizes": np.array(sizes),
     }
-
-
-def mean_iou(confusion: np.ndarray, exits: np.ndarray) -> float:
-    """mIoU when each picture leaves at its exit [N]."""
-    total = confusion[np.arange(len(exits)), exits].sum(0)
-    both = np.diag(total)
-    either = total.sum(0) + total.sum(1) - both
-    return float((both[either > 0] / either[either > 0]).mean())
-
-
-def oracle(loss: np.ndarray, costs: np.ndarray, cost: float) -> np.ndarray:
-    """The exits [N] of least cross-entropy and price, at the price at which they cost so much in the mean."""
-    low, high = -LIMIT, LIMIT
-    for _ in range(HALVINGS):
-        price = (low + high) / 2
-        dearer = costs[(loss + price * costs).argmin(1)].mean() > cost
-        low, high = (price, high) if dearer else (low, price)
-    return (loss + high * costs).argmin(1)
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
@@ -114,30 +84,43 @@ def rank_correlation(a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> 
 def analyse(seen: dict[str, Any], seed: int) -> list[dict[str, Any]]:
     """A row for each budget: what was asked and spent (shares of the full network), the scores of each way to choose,
     the cheapest and the dearest picture, and whether cost follows the size of things."""
-    rng = np.random.default_rng(seed)
-    confusion, costs, count = seen["confusion"], seen["costs"], len(seen["loss"])
-    fixed = [mean_iou(confusion, np.full(count, exit)) for exit in range(len(costs))]
+    rng, costs = np.random.default_rng(seed), seen["costs"]
     rows = []
     for budget, exits in seen["left"].items():
         spent = costs[exits]
         correlation, chance = rank_correlation(seen["sizes"], spent, rng)
-        shuffled = [mean_iou(confusion, rng.permutation(exits)) for _ in range(SHUFFLES)]
         rows.append(
             {
                 "asked": budget,
-                "spent": float(spent.mean()),
+                **worth_of_choice(seen["seen"], exits, costs, seed).as_dict(),
                 "least": float(spent.min()),
                 "most": float(spent.max()),
-                "own": mean_iou(confusion, exits),
-                "shuffled": float(np.mean(shuffled)),
-                "common": float(np.interp(spent.mean(), costs, fixed)),
-                "oracle": mean_iou(confusion, oracle(seen["loss"], costs, float(spent.mean()))),
-                "leaving": (np.bincount(exits, minlength=len(costs)) / count).tolist(),
+                "leaving": (np.bincount(exits, minlength=len(costs)) / len(exits)).tolist(),
                 "size_correlation": correlation,
                 "size_chance": chance,
             }
         )
     return rows
+
+
+def clock(run: table1.Run) -> dict[str, Any]:
+    """Milliseconds asked and taken, by the clock, over CLOCKED pictures in turns: the budgets follow each other at every
+    picture. The latency table is measured first, at the size of the pictures."""
+    model = checkpoints.load(run.folder / "last")
+    pictures = evenly_spread(open_data(run.network.data, "val", run.seed), CLOCKED)
+    size = pictures.read(0)[1].shape
+    table, engine = profile(model, size), SkipEngine(model)
+    routes = [table.of_route(route) for route in model.config.exit_routes]
+    asked = np.linspace(routes[0], routes[-1], CLOCKED_BUDGETS + 2)[1:-1]
+    engines = [Budgeted(engine, model, Asked(ms, "ms", table)) for ms in asked]
+    taken = np.zeros((len(pictures), len(asked)))
+    for number, picture in enumerate(evaluation_loader(pictures)):
+        for which, one in enumerate(engines):
+            one(picture["image"])  # the caches are warm, as they are in a run of one budget
+            start = time.perf_counter()
+            one(picture["image"])
+            taken[number, which] = 1000 * (time.perf_counter() - start)
+    return {"routes_ms": routes, "asked_ms": asked.tolist(), "taken_ms": taken.mean(0).tolist(), "pictures": len(taken)}
 
 
 def mean_rows(by_seed: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -172,6 +155,7 @@ def main(arguments: Sequence[str] | None = None, train: Callable[[Sequence[str]]
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--folder", type=Path, help="of the runs; runs/any_budget_CONFIG unless given")
     parser.add_argument("--output", type=Path, help="results/any_budget_CONFIG.json unless given")
+    parser.add_argument("--clock", action="store_true", help="budgets in ms, too: the machine must be idle otherwise")
     args, words = parser.parse_known_args(command)
     title = f"any_budget_{args.config.stem}"
     folder = args.folder or Path("runs") / title
@@ -203,6 +187,7 @@ def main(arguments: Sequence[str] | None = None, train: Callable[[Sequence[str]]
             "full_gmacs": full_gmacs,
             "rows": rows,
             "by_seed": by_seed,
+            "clock": clock(next(run for run in runs if run.network.name == names[0])) if args.clock else None,
             "networks": [{k: v for k, v in row.items() if k not in ("runs", "paper")} for row in summary["rows"]],
             "command": ["benchmarks/any_budget.py", *command],
             **machine_facts(),

@@ -27,6 +27,7 @@ INFERENCE = "results/inference"
 FIGURE = Path("results/inference_cpu.png")
 FIGURE_FACTS = "results/inference_cpu.json"
 MAKERS: dict[str, Callable[[Sequence[Facts], str], str]] = {
+    "any budget": result_tables.any_budget,
     "architectures": result_tables.architectures,
     "comparison": result_tables.comparison,
     "how": result_tables.how,

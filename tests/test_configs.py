@@ -16,14 +16,17 @@ from routeseg.space import RoutingSpace
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 BUDGETS = {"dynamic_a": (0.8, 0.1), "dynamic_b": (0.5, 0.1), "dynamic_c": (0.5, 0.2)}  # weight, target: the paper's
-SETS = ("camvid", "cityscapes", "scenes", "voc")  # imagenet: test_pretraining.py; table1: test_table1.py
+SETS = ("camvid", "cityscapes", "scenes", "voc")  # imagenet: test_pretraining.py; table1, any_budget: test_table1.py
 # What the documents name, as one `--config` after the other; docs/training.md lists them.
 COMBINATIONS = [(f"{name}/base",) for name in SETS]
 COMBINATIONS += [(f"{name}/base", budget) for name in ("camvid", "cityscapes", "scenes") for budget in BUDGETS]
 COMBINATIONS += [("cityscapes/base", "cityscapes/long"), ("cityscapes/base", "cityscapes/imagenet")]
 COMBINATIONS += [("cityscapes/base", "dynamic_a", "cityscapes/one_gpu")]
 COMBINATIONS += [("camvid/small_cpu",), ("scenes/small_cpu",)]
+COMBINATIONS += [(f"{name}/small_cpu", "any_budget/depth8") for name in ("camvid", "scenes")]
+COMBINATIONS += [(f"{name}/base", "any_budget/depth16") for name in ("camvid", "cityscapes", "scenes", "voc")]
 REAL_DATA = [files for files in COMBINATIONS if files[0] in ("cityscapes/base", "voc/base")]
+REAL_DATA = [files for files in REAL_DATA if "any_budget/depth16" not in files]  # its exits are not those of depth 4
 TINY = ["--model.depth=4", "--model.base_channels=4", "--model.stem_channels=4", "--data.crop=[64, 64]"]
 TINY += ["--data.batch_size=2", "--data.workers=0", "--budget.start=0", "--recipe.iterations=2"]
 TINY += ["--recipe.accumulate=1", "--recipe.precise_bn_batches=1", "--recipe.precision=32-true"]
@@ -49,7 +52,8 @@ def test_configuration(files, parser):
     """Short, typed, and what its names say."""
     args = parser.parse_args(with_configs(files))
     assert args.data.name == files[0].split("/")[0]
-    assert network_of(json.dumps(vars(args.model))).config.gated
+    config = network_of(json.dumps(vars(args.model))).config
+    assert config.gated or (config.exits is not None and args.budget.weight == 0)
     for name, section in (("model", args.model), ("data", args.data), ("recipe", args.recipe), ("budget", args.budget)):
         given = [yaml.safe_load((CONFIGS / f"{file}.yaml").read_text()).get(name, {}) for file in files]
         for key, value in {key: value for part in given for key, value in part.items()}.items():
@@ -59,7 +63,7 @@ def test_configuration(files, parser):
 
 def test_every_file_belongs_to_a_combination():
     here = {path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.glob("**/*.yaml")}
-    elsewhere = {name for name in here if name.startswith(("table1/", "imagenet/"))}
+    elsewhere = {name for name in here if name.startswith(("table1/", "imagenet/", "any_budget/scenes"))}
     assert here - elsewhere == {file for files in COMBINATIONS for file in files}
     assert all(len((CONFIGS / f"{name}.yaml").read_text().splitlines()) <= 35 for name in here)
 

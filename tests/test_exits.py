@@ -119,6 +119,15 @@ class TestNetwork:
             with torch.no_grad():
                 assert torch.allclose(static(images).logits, model(images, route).logits, atol=1e-5)
 
+    @pytest.mark.parametrize("compute", [None, Fused()], ids=["plain", "fused"])
+    def test_given_routes_can_be_trained(self, images, compute):
+        model = network().train()
+        model.compute = compute
+        routes = [model.config.exit_routes[number % 4] for number in range(len(images))]
+        result = model(images, routes)
+        result.logits.square().mean().backward()
+        assert not result.earlier and all(decoder.predictor.weight.grad is not None for decoder in model.exits.decoders)
+
     def test_other_routes_are_refused(self, model, images):
         with pytest.raises(ValueError, match="behind the layers 0, 2, 4, 6"):
             model(images, Route(model.space, [edge for edge in model.route.edges if edge[0] <= 1]))
@@ -321,7 +330,8 @@ class TestCommands:
     def test_routes_over_a_data_set(self, folder, tmp_path, capsys):
         words = [*self.WORDS, f"--output={tmp_path}", "--budget=60%", "--images=4", "--permutations=20"]
         assert main(["routes", str(folder), *words]) == 0
-        assert (tmp_path / "routes.json").exists()
+        worth = json.loads((tmp_path / "routes.json").read_text())["worth_of_choice"]
+        assert 0 < worth["spent"] < 1 and worth["oracle"] > 0 and "as images choose" in capsys.readouterr().out
 
     @pytest.mark.parametrize(
         ("words", "message"),

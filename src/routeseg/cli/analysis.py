@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from routeseg.cli.common import (
     PRECISION_HELP,
@@ -26,6 +26,7 @@ from routeseg.cli.common import (
 from routeseg.files import check_writable, write_atomically, write_json
 
 if TYPE_CHECKING:
+    from routeseg.evaluation.choice import Worth
     from routeseg.evaluation.submission import Submission
 
 
@@ -150,9 +151,11 @@ def routes_command(words: Sequence[str]) -> int:
     from routeseg.architectures import common_route
     from routeseg.cli.tables import print_survey
     from routeseg.cost.macs import model_cost
+    from routeseg.data.loaders import evaluation_loader
     from routeseg.data.subset import evenly_spread
     from routeseg.engine import build_engine
     from routeseg.evaluation import machine_facts
+    from routeseg.evaluation.choice import exits_of, look_at_exits, worth_of_choice
     from routeseg.evaluation.routes import draw_survey, pictures_to_see, survey_routes
 
     quiet_libraries()
@@ -169,9 +172,18 @@ def routes_command(words: Sequence[str]) -> int:
         )
     common = None if args.common is None else common_route(survey.observation.gates, args.common)
     figures = draw_survey(survey, model, engine, output)
-    facts = {"command": ["routes", *words], "data": data.name, "split": args.split, "seed": args.seed}
+    worth: Worth | None = None
+    facts: dict[str, Any] = {"command": ["routes", *words], "data": data.name, "split": args.split, "seed": args.seed}
+    if model.exits is not None and survey.observation.evaluation.has_labels:
+        observation, costs = survey.observation, model.exits.costs.double().cpu().numpy()
+        with progress_bar("every exit", len(observation.pictures)) as step:
+            seen = look_at_exits(model, evaluation_loader(observation.pictures, data.workers), step)
+        worth = worth_of_choice(seen, exits_of(model, observation.gates), costs, args.seed)
+        facts["worth_of_choice"] = worth.as_dict()
     write_json(output / "routes.json", survey.as_dict() | facts | machine_facts())
     print_survey(survey)
+    if worth is not None:
+        print(worth)
     if common is not None:
         write_atomically(output / "common_route.json", (common.to_json() + "\n").encode())
         static_gmacs = model_cost(model, survey.observation.pictures.read(0)[1].shape).of_route(common) / 1e9

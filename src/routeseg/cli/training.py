@@ -96,7 +96,7 @@ def pretrain_command(words: Sequence[str]) -> int:
 
     parser = Parser(prog="routeseg pretrain")
     add_config_argument(parser)
-    parser.add_class_arguments(NetworkConfig, "model", skip=NETWORK_SKIP | {"zeros_arrive"}, as_group=True)
+    parser.add_class_arguments(NetworkConfig, "model", skip=NETWORK_SKIP | {"zeros_arrive", "exits"}, as_group=True)
     parser.add_class_arguments(ClassificationConfig, "data")
     parser.add_class_arguments(PretrainingRecipe, "recipe")
     _add_run_arguments(parser, "runs/pretrain")

@@ -22,7 +22,7 @@ from routeseg.labels import IGNORE
 from routeseg.model.exits import TABLE, Exits, pool
 from routeseg.model.grid import RoutedNetwork
 
-RIDGES = 10.0 ** np.arange(-2, 7)  # of standardised features
+RIDGES = 10.0 ** np.arange(-2, 7)  # strengths, for standardised features
 LEAST_PICTURES = 8
 LARGEST_PRICE = 1e4  # beyond it nothing is left to choose: cross-entropies are small numbers
 HALVINGS = 40

@@ -422,8 +422,8 @@ class Fused(Compute):
     def gather(self, arrivals: Sequence[Term | Tensor]) -> Features:
         return Features(add([Term(one) if isinstance(one, Tensor) else one for one in arrivals]))
 
-    def take(self, features: Features, rows: Tensor) -> Features:
-        return Features(take(features.map, rows))
+    def take(self, features: Features | Tensor, rows: Tensor) -> Features:
+        return Features(take(features if isinstance(features, Tensor) else features.map, rows))
 
     def spread(self, arrival: Term, rows: Tensor, images: int) -> Term:
         map = arrival.map.map if isinstance(arrival.map, Features) else arrival.map
