@@ -44,7 +44,7 @@ CLOCKED, CLOCKED_BUDGETS = 100, 5  # pictures and budgets in milliseconds
 
 
 def look(run: table1.Run) -> dict[str, Any]:
-    """What a network with exits makes of the validation pictures: `seen` at every exit, `left` budget -> the exits [N]
+    """What a network with exits makes of the validation pictures: `seen` at every exit; `left` budget -> the exits [N]
     at which pictures leave, `costs` [K] in shares, `sizes` [N] of objects."""
     model = checkpoints.load(run.folder / "last")
     pictures = open_data(run.network.data, "val", run.seed)
@@ -104,8 +104,8 @@ def analyse(seen: dict[str, Any], seed: int) -> list[dict[str, Any]]:
 
 
 def clock(run: table1.Run) -> dict[str, Any]:
-    """Milliseconds asked and taken, by the clock, over CLOCKED pictures in turns: the budgets follow each other at every
-    picture. The latency table is measured first, at the size of the pictures."""
+    """Milliseconds asked and taken, by the clock, over CLOCKED pictures in turns: the budgets follow each other at
+    every picture. The latency table is measured first, at the size of the pictures."""
     model = checkpoints.load(run.folder / "last")
     pictures = evenly_spread(open_data(run.network.data, "val", run.seed), CLOCKED)
     size = pictures.read(0)[1].shape

@@ -11,7 +11,7 @@ import csv
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from routeseg.training.segmentation import SegmentationTask, train
 from routeseg.training.trial import Choice, choose_precision, step_seconds
 
 PICTURES_PER_PRESET = 40
+BUDGETS = (0.25, 0.5, 1.0)  # shares of the full network that one with exits is shown at; at least its cheapest route
 GALLERY = 6
 LOADS = 3  # of the pictures of a step, that are timed
 TRAINING_SHARE = 0.75  # of the time asked for; the rest goes to validation and the report
@@ -65,7 +66,7 @@ def run_demo(
     result = train(model, data, recipe, budget, RunOptions(output / "run", devices=1))
     best = checkpoints.load(output / "run" / "best")
     pictures = open_data(data, "val", recipe.seed)
-    engine = SkipEngine(best)
+    engine: Any = SkipEngine(best)
     evaluation = evaluate(best, evaluation_loader(pictures), engine)
     facts = {
         **evaluation.as_dict(),
@@ -80,6 +81,7 @@ def run_demo(
     facts["data"].pop("root")
     by_preset = preset_costs(best, engine, data, recipe.seed) if data.name == "scenes" else {}
     facts["cost_by_preset"] = {name: float(share.mean()) for name, share in by_preset.items()}
+    facts["budgets"] = [] if best.exits is None else ask_for_budgets(best, engine, pictures)
     path = write_report(best, engine, pictures, evaluation, facts, budget, output)
     write_json(output / "result.json", facts)
     share = facts["cost_gmacs"]["mean_share"]
@@ -228,6 +230,22 @@ def preset_costs(
     return shares
 
 
+def ask_for_budgets(
+    model: DynamicRoutingNetwork, engine: SkipEngine, pictures: SegmentationData
+) -> list[dict[str, float]]:
+    """What a network with exits does at each of BUDGETS over pictures: shares of the full network's cost that were
+    asked and spent, and mIoU."""
+    assert model.exits is not None
+    rows = []
+    for budget in BUDGETS:
+        asked = max(budget, float(model.exits.costs[0]))
+        found = evaluate(model, evaluation_loader(pictures), partial(engine, budget=asked))
+        spent = found.cost_macs / found.full_macs
+        row = {"asked": asked, "spent": spent.mean(), "least": spent.min(), "most": spent.max(), "miou": found.miou}
+        rows.append({name: float(value) for name, value in row.items()})
+    return rows
+
+
 def read_log(run: Path) -> list[dict[str, Any]]:
     """The rows of a run's CSV logs, in the order of the steps; a resumed run replaces the steps that it repeats."""
     rows: dict[tuple[int, bool], dict[str, Any]] = {}
@@ -262,12 +280,35 @@ def write_report(
 
     report.heading("One route per picture")
     routes = output / "routes.png"
-    figures.routes_side_by_side(routes, model.space, _panels(model, engine, pictures, evaluation, facts))
+    shown = _shown(pictures, evaluation, facts)
+    figures.routes_side_by_side(routes, model.space, [_panel(model, engine, *one) for one in shown])
     report.paragraph(
         "Columns are layers, rows are scales from 1/4 of the resolution down to 1/32. A filled node runs its cell; "
         "thick lines are open paths, faint ones are closed and not computed."
     )
     report.figure(routes, "Picture, segmentation and route (compare the paper's Figure 1)")
+
+    if facts["budgets"]:
+        report.heading("Any budget")
+        report.paragraph(
+            "The same network, asked for three budgets: the mean cost of an image, as a share of the full network's. "
+            "An image leaves behind the layer that is enough for it."
+        )
+        report.table(
+            ["asked, %", "spent, %: mean", "least", "most", "mIoU, %"],
+            [
+                [f"{100 * row[name]:.1f}" for name in ("asked", "spent", "least", "most", "miou")]
+                for row in facts["budgets"]
+            ],
+        )
+        asked = output / "budgets.png"
+        source, index, _ = shown[-1]
+        drawn = [
+            _panel(model, partial(engine, budget=row["asked"]), source, index, f"asked {100 * row['asked']:.0f} %")
+            for row in facts["budgets"]
+        ]
+        figures.routes_side_by_side(asked, model.space, drawn)
+        report.figure(asked, "One picture at each budget")
 
     if facts["cost_by_preset"]:
         report.heading("Cost by the scale of things")
@@ -309,7 +350,11 @@ def write_report(
         [
             ["network", f"depth {model.space.depth}, {size}"],
             ["training", f"{iterations} iterations of {facts['data']['batch_size']} pictures, {precision}"],
-            ["budget", f"weight {budget.weight}, target {budget.target} of the expected cost"],
+            *(
+                []
+                if model.exits
+                else [["budget", f"weight {budget.weight}, target {budget.target} of the expected cost"]]
+            ),
             ["real cost", f"{cost['mean']:.3f} GMACs ({spread})"],
             ["machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU'}"],
             ["date, versions", f"{facts['date']}, " + ", ".join(f"{name} {v}" for name, v in versions.items())],
@@ -320,37 +365,37 @@ def write_report(
     return path
 
 
-def _segment(engine: SkipEngine, pictures: SegmentationData, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _segment(engine: Any, pictures: SegmentationData, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Image [H,W,3], labels [H,W] and gates [L+1,S,3] of a picture."""
     image, _ = pictures.read(index)
     result = engine(image_tensor(image)[None])
     return image, result.labels[0].numpy().astype(np.uint8), result.gates[0].numpy()
 
 
-def _panels(
-    model: DynamicRoutingNetwork,
-    engine: SkipEngine,
-    pictures: SegmentationData,
-    evaluation: Evaluation,
-    facts: dict[str, Any],
-) -> Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, str]]:
-    """Of scenes a large-, a small- and a mixed-scale picture; of other data the cheapest, the median, the dearest."""
-    chosen: list[tuple[SegmentationData, int, str]]
+def _shown(
+    pictures: SegmentationData, evaluation: Evaluation, facts: dict[str, Any]
+) -> list[tuple[SegmentationData, int, str]]:
+    """The pictures whose routes are drawn: of scenes a large-, a small- and a mixed-scale one; of other data the
+    cheapest, the median and the dearest."""
     if facts["data"]["name"] == "scenes":
-        data = DataConfig(**facts["data"])
-        chosen = [
-            (open_data(replace(data, preset=p, val_images=1), "val", facts["recipe"]["seed"]), 0, p) for p in PRESETS
-        ]
-    else:
-        order = np.argsort(evaluation.cost_macs)
-        places = {"cheapest": order[0], "median": order[len(order) // 2], "dearest": order[-1]}
-        chosen = [(pictures, int(index), name) for name, index in places.items()]
-    panels = []
-    for source, index, name in chosen:
-        image, labels, gates = _segment(engine, source, index)
-        table = model_cost(model, labels.shape)
-        macs = float(table.of_gates(gates))
-        title = f"{name}: {macs / 1e9:.3f} GMACs ({100 * macs / table.full:.0f} % of full)"
-        drawn = figures.overlay(image, labels, model.config.class_names, model.config.palette, legend=False)
-        panels.append((image, drawn, gates, title))
-    return panels
+        data, seed = DataConfig(**facts["data"]), facts["recipe"]["seed"]
+        return [(open_data(replace(data, preset=p, val_images=1), "val", seed), 0, p) for p in PRESETS]
+    order = np.argsort(evaluation.cost_macs)
+    places = {"cheapest": order[0], "median": order[len(order) // 2], "dearest": order[-1]}
+    return [(pictures, int(index), name) for name, index in places.items()]
+
+
+def _panel(
+    model: DynamicRoutingNetwork, engine: Any, source: SegmentationData, index: int, name: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+    """A picture, its segmentation, its gates and what it cost, as `figures.routes_side_by_side` draws them."""
+    image, labels, gates = _segment(engine, source, index)
+    table = model_cost(model, labels.shape)
+    macs = float(table.of_gates(gates))
+    title = f"{name}: {macs / 1e9:.3f} GMACs ({100 * macs / table.full:.0f} % of full)"
+    return (
+        image,
+        figures.overlay(image, labels, model.config.class_names, model.config.palette, legend=False),
+        gates,
+        title,
+    )

@@ -32,7 +32,8 @@ from routeseg.training.task import RecipeTask, Validation
 
 
 class SegmentationTask(RecipeTask[Evaluation]):
-    """Cross-entropy plus budget (Eq. 10); of a network with exits, the sum of all exits' cross-entropies.
+    """Cross-entropy plus budget (Eq. 10); of a network with exits, the sum of all exits' cross-entropies (whose mean is
+    logged as cross_entropy).
 
     With P processes, A batches of each in a step (`accumulate`), N labelled pixels i in all of these batches, and
     M_a the mean of the expected costs of the images in the batches a of all processes,
@@ -80,7 +81,7 @@ class SegmentationTask(RecipeTask[Evaluation]):
         budget = budget_loss(expected + (mean - expected.detach()), self.cost.budgeted, self.budget.target) / count
         numbers = {
             "loss": cross_entropy + weight * budget / world,
-            "cross_entropy": cross_entropy,
+            "cross_entropy": cross_entropy / len(sums),
             "budget_loss": budget / world,
             "expected_cost": expected / self.cost.budgeted / count / world,
         }
