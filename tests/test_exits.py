@@ -20,6 +20,7 @@ from routeseg.engine.profiling import profile
 from routeseg.evaluation import evaluate
 from routeseg.model.exits import TABLE, pool
 from routeseg.training.calibration import calibrate, choose, price_table, ridge
+from routeseg.training.callbacks import ValidateAndSave
 from routeseg.training.fused import Fused
 from routeseg.training.recipe import Recipe
 from routeseg.training.run import RunOptions
@@ -112,6 +113,22 @@ class TestNetwork:
                     assert torch.equal(given.gates[0], gates)
         assert exits == {0, 1, 2, 3}, "the images should leave at all exits"
 
+    @pytest.mark.parametrize("route", ["fcn-32s", "u-net"])
+    def test_scales_that_a_route_leaves(self, images, route):
+        """What images that have left bring along at other scales is no matter of those that go on."""
+        model = network(route=route, exits=[2, 3, 4, 5])
+        calibrate(model, evaluation_loader(open_data(DATA, "val")))
+        model.eval()
+        asked = np.linspace(float(model.exits.costs[0]) + 0.01, 1, len(images)).tolist()
+        engine = SkipEngine(model)
+        with torch.no_grad():
+            together = model(images, budget=asked)
+            alone = [model(images[i : i + 1], budget=asked[i]) for i in range(len(images))]
+        assert len({tuple(gates.flatten().tolist()) for gates in together.gates}) > 2
+        assert torch.equal(torch.cat([one.gates for one in alone]), together.gates)
+        assert torch.allclose(torch.cat([one.logits for one in alone]), together.logits, atol=1e-4)
+        assert torch.equal(engine(images, budget=asked).gates, together.gates)
+
     def test_a_route_is_a_static_network(self, model, images):
         for route in model.config.exit_routes:
             static = model.specialize(route)
@@ -143,12 +160,18 @@ class TestNetwork:
             (float("nan"), "no share"),
             (0.01, "cannot be kept: the cheapest route costs"),
             ([0.5, 0.6], "2 budgets for 12 images"),
+            ("40%", "is no number"),
         ],
     )
     def test_budgets_that_cannot_be_kept(self, model, images, budget, message):
         for forward in (model, SkipEngine(model)):
             with pytest.raises(ValueError, match=message):
                 forward(images, budget=budget)
+
+    @pytest.mark.parametrize("backend", ["auto", "eager"])
+    def test_images_that_are_not_finite(self, model, backend):
+        with pytest.raises(ValueError, match="finite"):
+            SkipEngine(model, backend=backend)(torch.full((1, 3, 64, 64), float("nan")), budget=0.6)
 
     def test_networks_without_exits_take_no_budget(self, images):
         with pytest.raises(ValueError, match="takes no budget"):
@@ -167,6 +190,8 @@ class TestNetwork:
             ({"exits": [-1]}, "from 0 to 6"),
             ({"exits": ["a"]}, "whole numbers"),
             ({"exits": 3}, "must be a list"),
+            ({"exits": []}, "name a layer before the last one"),
+            ({"exits": [3, 4], "route": [[0, 0, "keep"]]}, "no open path in the layers"),
             ({"gate": "soft", "route": None}, "has no gates beside them"),
         ],
     )
@@ -276,8 +301,12 @@ class TestAsked:
             for factor, one in ((1, table), (2, slower))
         ]
         assert shares[0] == pytest.approx(shares[1]) and model.exits.costs[0] < shares[0] < 1
-        with pytest.raises(ValueError, match="cannot be kept"):
+        assert Asked.parse(f"{2 * max(ms)}ms", table).share(model, SIZE) == 1, "more than it can spend"
+        with pytest.raises(ValueError, match="ms cannot be kept"):
             Asked.parse(f"{min(ms) / 2}ms", table).share(model, SIZE)
+        half = LatencyTable(table.size, "cpu", "bfloat16", table.network, table.fixed_ms, table.part_ms)
+        with pytest.raises(ValueError, match="is for bfloat16, the network runs in float32"):
+            Budgeted(SkipEngine(model), model, Asked.parse("9ms", half, "t.json"))
         with pytest.raises(ValueError, match="is for images of"):
             Asked.parse("1ms", table, "t.json").share(model, (128, 128))
 
@@ -311,6 +340,17 @@ class TestCommands:
         assert "calibrated with 24 images" in capsys.readouterr().out
         assert torch.equal(routeseg.load(own).exits.frequencies, routeseg.load(folder).exits.frequencies)
 
+    def test_images_that_are_too_large_for_a_budget_are_skipped(self, folder, tmp_path, capsys):
+        """In MACs; the others are segmented."""
+        for number, size in enumerate(("[64,96]", "[256,512]")):
+            main(["make-data", "scenes", str(tmp_path / f"d{number}"), "--train=1", "--val=1", f"--size={size}"])
+        images = [str(next((tmp_path / f"d{number}" / "images").rglob("*.png"))) for number in (0, 1)]
+        macs = 0.8 * model_cost(routeseg.load(folder), SIZE).full / 1e6
+        words = ["predict", str(folder), *images, f"--output={tmp_path / 'out'}", f"--budget={macs}MMACs"]
+        assert main(words) == 2
+        assert "MMACs cannot be kept" in capsys.readouterr().out
+        assert len(list((tmp_path / "out").rglob("*_labels.png"))) == 1
+
     def test_predict_and_export(self, folder, tmp_path, capsys):
         main(["make-data", "scenes", str(tmp_path / "data"), "--train=1", "--val=1", "--size=[64,96]"])
         image = str(next((tmp_path / "data" / "images").rglob("*.png")))
@@ -322,7 +362,7 @@ class TestCommands:
         assert costs[0] < costs[1]
         capsys.readouterr()
         assert main(["export", str(folder), str(tmp_path / "n.onnx")]) == 2
-        assert "--route, exit-0, exit-2, exit-4, exit-6" in capsys.readouterr().err
+        assert "--route exit-0 or exit-2" in capsys.readouterr().err
         assert main(["export", str(folder), str(tmp_path / "n.onnx"), "--route=exit-2"]) == 0
         assert main(["predict", str(tmp_path / "n.onnx"), image, "--budget=40%"]) == 2
         assert "--budget only applies to checkpoints" in capsys.readouterr().err
@@ -340,6 +380,7 @@ class TestCommands:
             (["--budget=1%"], "cannot be kept"),
             (["--budget=5ms"], "need --latency"),
             (["--latency=t.json"], "only applies to --budget in ms"),
+            (["--budget=40%", "--budget=huge"], "give a share"),
             (["--budget=5ms", "--latency=none.json"], "no latency table none.json"),
         ],
     )
@@ -366,6 +407,19 @@ def test_a_training_with_exits_resumes_to_the_same_weights(tmp_path):
     assert found.found is not None
     one, other = (routeseg.load(folder / "last").state_dict() for folder in (whole, parts))
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_an_average_of_the_weights_keeps_its_calibration(tmp_path, monkeypatch):
+    """Between validations, too: a network that is saved then takes budgets."""
+    recipe = Recipe(
+        iterations=4, warmup_steps=1, precise_bn_batches=1, validate_every=2, save_every=1, log_every=1, ema_decay=0.5
+    )
+    saved, save = [], ValidateAndSave._save
+    monkeypatch.setattr(
+        ValidateAndSave, "_save", lambda self, *a: (saved.append(a[1].network.exits.calibrated), save(self, *a))
+    )
+    train(network(), DATA, recipe, Budget(), RunOptions(tmp_path / "run", progress=False))
+    assert saved == [False, True, True, True]
 
 
 def _stop_at(model, step):

@@ -280,7 +280,7 @@ def test_routes_mistakes(tmp_path, checkpoint, own_data, capsys):
     four = DynamicRoutingNetwork(num_classes=4, depth=3, base_channels=8, stem_channels=8).save(tmp_path / "four")
     (tmp_path / "file").write_text("")
     for command, expected in (
-        ([static, *SCENES], "static has no gates: its route is the same for every image"),
+        ([static, *SCENES], "static has no gates and no exits: its route is the same for every image"),
         ([four, *SCENES], "4 classes"),
         ([tmp_path / "nothing", *SCENES], "no checkpoint folder"),
         ([checkpoint, *SCENES, "--images=0"], "one picture at least"),

@@ -88,7 +88,7 @@ class NetworkConfig:
         if not isinstance(self.gate, str) or self.gate not in (*GATES, NO_GATE):
             raise ValueError(f"gate is {brief(self.gate)}: choose one of {', '.join((*GATES, NO_GATE))}")
         self._set("route", _route(space, self.gate, self.route))
-        self._set("exits", _exits(space, self.gate, self.exits))
+        self._set("exits", _exits(space, self.gate, self.whole_route, self.exits))
         # A static network has no dead ends, so zeros could change nothing.
         self._set("zeros_arrive", self.zeros_arrive and self.route is None)
         names = self.class_names or [f"class {k}" for k in range(self.num_classes)]
@@ -188,7 +188,7 @@ def _route(space: RoutingSpace, gate: str, route: Any) -> tuple[NamedEdge, ...] 
     return tuple(edges.check().named_edges)
 
 
-def _exits(space: RoutingSpace, gate: str, exits: Any) -> tuple[int, ...] | None:
+def _exits(space: RoutingSpace, gate: str, whole: Route, exits: Any) -> tuple[int, ...] | None:
     """Checked `exits`, in order, with the last layer."""
     if exits is None:
         return None
@@ -197,7 +197,16 @@ def _exits(space: RoutingSpace, gate: str, exits: Any) -> tuple[int, ...] | None
     listed = _list("exits", exits, MAX_DEPTH + 1)
     if any(isinstance(one, bool) or not isinstance(one, int) or not 0 <= one <= space.depth for one in listed):
         raise ValueError(f"exits is {brief(exits)}: its layers must be whole numbers from 0 to {space.depth}")
-    return tuple(sorted({*listed, space.depth}))
+    found = tuple(sorted({*listed, space.depth}))
+    layers = {layer for layer, _ in whole.nodes}
+    for before, after in zip((-1, *found), found, strict=False):
+        if not layers & set(range(before + 1, after + 1)):
+            raise ValueError(
+                f"exits is {brief(exits)}: the route has no open path in the layers {before + 1} to {after}"
+            )
+    if len(found) < 2:
+        raise ValueError(f"exits is {brief(exits)}: name a layer before the last one, {space.depth}")
+    return found
 
 
 def _list(name: str, value: Any, most: int) -> list[Any]:

@@ -211,7 +211,7 @@ def shrink(
         return model, replace(data, crop=pair(crop), image_size=pair(size))
     config = model.config
     names = ("base_channels", "stem_channels") if what == "channels" else ("depth",)
-    if what == "depth" and config.route is not None:  # the route is one through this depth
+    if what == "depth" and (config.route is not None or config.exits is not None):  # they belong to this depth
         return None
     smaller = replace(config, **{name: min(getattr(config, name), int(most)) for name in names})
     torch.manual_seed(seed)

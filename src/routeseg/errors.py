@@ -10,6 +10,10 @@ NOT_FINITE = "the images contain NaN or infinite values: give RGB, uint8 or floa
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "Insufficient memory")  # a GPU says so, a CPU, OpenCV
 
 
+class BudgetNotKept(ValueError):
+    """A network cannot keep a budget, for images of this size."""
+
+
 class NotExportable(ValueError):
     """A part of a network has no export."""
 

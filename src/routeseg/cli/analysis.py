@@ -130,7 +130,7 @@ def routes_command(words: Sequence[str]) -> int:
     from routeseg.evaluation.route_statistics import PERMUTATIONS
 
     parser = config_parser("routes", ["data"])
-    parser.add_argument("checkpoint", type=str, help="a checkpoint folder, of a network with gates")
+    parser.add_argument("checkpoint", type=str, help="a checkpoint folder, of a network with gates or exits")
     parser.add_argument("--split", type=str, default="val", help="train, val or test")
     parser.add_argument("--output", type=str, default="runs/routes", help="folder for routes.json and the figures")
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
@@ -147,6 +147,8 @@ def routes_command(words: Sequence[str]) -> int:
 
     pictures = open_data(data, args.split, args.seed)
     model = checkpoints.load(args.checkpoint)
+
+    import numpy as np
 
     from routeseg.architectures import common_route
     from routeseg.cli.tables import print_survey
@@ -175,7 +177,9 @@ def routes_command(words: Sequence[str]) -> int:
     worth: Worth | None = None
     facts: dict[str, Any] = {"command": ["routes", *words], "data": data.name, "split": args.split, "seed": args.seed}
     if model.exits is not None and survey.observation.evaluation.has_labels:
-        observation, costs = survey.observation, model.exits.costs.double().cpu().numpy()
+        observation = survey.observation
+        table = model_cost(model, observation.pictures.read(0)[1].shape)
+        costs = np.array([table.of_route(route) for route in model.config.exit_routes]) / table.full
         with progress_bar("every exit", len(observation.pictures)) as step:
             seen = look_at_exits(model, evaluation_loader(observation.pictures, data.workers), step)
         worth = worth_of_choice(seen, exits_of(model, observation.gates), costs, args.seed)

@@ -45,6 +45,14 @@ class Parser(ArgumentParser):
 
     passed_over: tuple[str, ...] = ()
 
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **how: Any) -> Namespace:  # type: ignore[override]
+        """Keys of a section that is passed over are unknown, also if an option has the section's name (--budget)."""
+        for word in args or ():
+            key = word.removeprefix("--").partition("=")[0]
+            if word.startswith("--") and "." in key and key.partition(".")[0] in self.passed_over:
+                self.error(f"Unrecognized arguments: --{key}")
+        return super().parse_args(args, *more, **how)
+
     def error(self, message: str, ex: Exception | None = None) -> Any:
         known = [a.dest for a in self._actions if a.dest not in ("help", "==SUPPRESS==")]
         for wrong in _unknown_keys(message):
@@ -300,7 +308,7 @@ def add_budget_arguments(parser: Parser) -> None:
         "--budget",
         type=str | None,
         default=None,
-        help="what an image may cost in the mean, for a network with exits: 40%%, 0.5GMACs, or 25ms with --latency",
+        help="what a pass may cost in the mean, for a network with exits: 40%%, 0.5GMACs, or 25ms with --latency",
     )
     parser.add_argument(
         "--latency", type=str | None, default=None, help="table of this machine for --budget in ms, from `profile`"
@@ -317,7 +325,10 @@ def read_budget(args: Namespace) -> Asked | None:
             raise ValueError("--latency only applies to --budget in ms: give one, or leave it out")
         return None
     table = None if args.latency is None else LatencyTable.read(args.latency)
-    return Asked.parse(args.budget, table, args.latency or "")
+    asked = Asked.parse(args.budget, table, args.latency or "")
+    if table is not None and asked.unit != "ms":
+        raise ValueError("--latency only applies to --budget in ms: leave it out")
+    return asked
 
 
 def with_budget(engine: Any, model: DynamicRoutingNetwork, args: Namespace) -> Any:

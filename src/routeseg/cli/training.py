@@ -59,7 +59,8 @@ def train_command(words: Sequence[str]) -> int:
 
 
 def calibrate_command(words: Sequence[str]) -> int:
-    from routeseg.data.datamodule import CALIBRATION_PICTURES
+    from routeseg.data.subset import CALIBRATION_PICTURES
+    from routeseg.files import check_writable
 
     parser = config_parser("calibrate", ["data"])
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder of a network with exits; written anew")
@@ -73,6 +74,7 @@ def calibrate_command(words: Sequence[str]) -> int:
     from routeseg.data.subset import evenly_spread
     from routeseg.model import checkpoints
 
+    check_writable(Path(args.checkpoint))
     pictures = evenly_spread(open_data(data, args.split, args.seed), args.images)
     model = checkpoints.load(args.checkpoint)
     check_classes(args.checkpoint, model, data, len(pictures.classes))

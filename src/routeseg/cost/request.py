@@ -16,12 +16,14 @@ import numpy as np
 
 from routeseg.cost.latency import LatencyTable
 from routeseg.cost.macs import model_cost
+from routeseg.errors import BudgetNotKept
 
 if TYPE_CHECKING:
     from routeseg.model.exits import Exits
     from routeseg.model.grid import RoutedNetwork
 
-UNITS = {"": 1.0, "%": 0.01, "GMACS": 1e9, "MMACS": 1e6, "MS": 1.0}
+MMACS = 1e6
+UNITS = {"": 1.0, "%": 0.01, "GMACS": 1e9, "MMACS": MMACS, "MS": 1.0}
 FORMS = "give a share of the full network such as 40%, MACs such as 0.5GMACs, or milliseconds such as 25ms"
 
 
@@ -63,8 +65,8 @@ class Asked:
     def share(self, network: RoutedNetwork, size: tuple[int, int]) -> float:
         """The share of the full network's MACs that keeps the budget for images (height, width).
 
-        Raises ValueError for a network without exits or calibration, for a budget that cannot be kept, and for a table
-        of another network or size.
+        Raises BudgetNotKept for a budget that cannot be kept at this size, or that no table tells, and ValueError for a
+        network without exits or calibration.
         """
         exits = check_exits(network)
         if self.unit == "share":
@@ -72,12 +74,15 @@ class Asked:
         routes = network.config.exit_routes
         if self.unit == "ms":
             assert self.latency is not None
-            self.latency.check(network.config, size, self.file)
+            try:
+                self.latency.check(network.config, size, self.file)
+            except ValueError as error:
+                raise BudgetNotKept(str(error)) from error
             costs = np.array([self.latency.of_route(route) for route in routes])
-        else:
-            table = model_cost(network, size)
-            costs = np.array([table.of_route(route) for route in routes])
-        return exits.share_at(float(exits.price_of(np.array(self.value), costs)))
+            return exits.share_at(float(exits.price_of(np.array(self.value), costs, " ms")))
+        table = model_cost(network, size)
+        costs = np.array([table.of_route(route) for route in routes]) / MMACS
+        return exits.share_at(float(exits.price_of(np.array(self.value / MMACS), costs, " MMACs")))
 
 
 def check_exits(network: RoutedNetwork) -> Exits:

@@ -17,12 +17,10 @@ from routeseg.data.loaders import (
     one_thread,
 )
 from routeseg.data.pairs import PairedFiles
-from routeseg.data.subset import evenly_spread
+from routeseg.data.subset import CALIBRATION_PICTURES, evenly_spread
 from routeseg.data.transforms import Augmentation
 from routeseg.files import expand_user
 from routeseg.labels import Classes
-
-CALIBRATION_PICTURES = 600  # at most
 
 
 class SegmentationDataModule(LightningDataModule):

@@ -9,6 +9,8 @@ import numpy as np
 from routeseg.data.pairs import SegmentationData, SkipLog
 from routeseg.labels import Classes
 
+CALIBRATION_PICTURES = 600  # at most, to calibrate a network with exits
+
 
 class Pictures:
     """Some pictures of a data set, by their indices."""

@@ -1,4 +1,4 @@
-"""How a forward runs. One interface: `engine(images, route=None, activation="one") -> Segmentation`.
+"""How a forward runs. One interface: `engine(images, route=None, activation="one", budget=None)`.
 
 dense   the network's own forward: every path computed and multiplied by its activation; the oracle
 skip    closed paths and dropped cells are not computed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from routeseg.cost.request import Asked, check_exits
@@ -13,16 +14,22 @@ from routeseg.model.grid import RoutedNetwork
 class Budgeted:
     """A network with exits, or an engine of it, that keeps a budget: `Budgeted(engine, model, Asked.parse("40%"))`.
 
-    Raises ValueError for a network that takes no budget, and when it is called for one that cannot be kept at the size
-    of the images.
+    Raises ValueError for a network that takes no budget and for a latency table of another precision, and BudgetNotKept
+    for a budget that cannot be kept at the size of the images.
     """
 
     def __init__(self, forward: Any, model: RoutedNetwork, asked: Asked) -> None:
-        check_exits(model)
+        exits = check_exits(model)
         self.forward, self.model, self.asked = forward, model, asked
-        self.precision, self.precision_reason = (
-            getattr(forward, name, None) for name in ("precision", "precision_reason")
-        )
+        self.precision = getattr(forward, "precision", str(next(model.parameters()).dtype).removeprefix("torch."))
+        self.precision_reason = getattr(forward, "precision_reason", None)
+        if asked.unit == "share":
+            exits.price_of(np.array(asked.value))
+        if asked.latency is not None and asked.latency.precision != self.precision:
+            raise ValueError(
+                f"{asked.file} is for {asked.latency.precision}, the network runs in {self.precision}: measure it with "
+                f"`routeseg profile --precision {self.precision}`, or choose --precision {asked.latency.precision}"
+            )
         self._shares: dict[tuple[int, int], float] = {}
 
     def __call__(self, images: Tensor, **how: Any) -> Any:

@@ -88,8 +88,7 @@ class EagerForward:
 
         Raises ValueError for images on a CPU with values that are not finite.
         """
-        if images.device.type == "cpu" and images.is_floating_point() and not torch.isfinite(images).all():
-            raise ValueError(NOT_FINITE)
+        check_finite(images)
         forward = partial(self._forward, request=request)
         if self.recordings is not None and not request.gated and len(request.mask) == 1:
             output, gates = self.recordings((images.shape, images.dtype, request.mask.tobytes()), forward, images)
@@ -231,6 +230,24 @@ class EagerForward:
             x = self._gather([*arrivals[scale], *running], scale, stem, arrays)
             running = [Arrival(head.merge[scale](x), everyone, ones, halved=True)]
         return upsample(head.predictor(running[0].map).to(self.wide), STEM_STRIDE)  # classes are told apart in float32
+
+
+class LeavingForward:
+    """A network with exits, with its BatchNorm folded: its own forward computes no more than what the images run."""
+
+    def __init__(self, model: RoutedNetwork) -> None:
+        self.model = fold_batch_norm(model)
+
+    def __call__(self, images: Tensor, request: Request) -> Any:
+        """See `EagerForward`."""
+        check_finite(images)
+        return self.model.answer(images, request)
+
+
+def check_finite(images: Tensor) -> None:
+    """Raises ValueError for images on a CPU with values that are not finite."""
+    if images.device.type == "cpu" and images.is_floating_point() and not torch.isfinite(images).all():
+        raise ValueError(NOT_FINITE)
 
 
 def _needed(departures: Sequence[Departure], reached: Sequence[np.ndarray]) -> Iterator[np.ndarray]:

@@ -11,7 +11,6 @@ bfloat16 the features that gates see are rounded to 8 bits, and so an activation
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -20,8 +19,7 @@ from torch import Tensor
 
 from routeseg import bfloat16
 from routeseg.engine.compiled import CompiledForward
-from routeseg.engine.eager import EagerForward
-from routeseg.engine.folding import fold_batch_norm
+from routeseg.engine.eager import EagerForward, LeavingForward
 from routeseg.model.grid import RoutedNetwork, check_images
 from routeseg.model.network import DynamicRoutingNetwork
 from routeseg.model.request import Activation, Request, Routes, Shares
@@ -41,7 +39,7 @@ class SkipEngine:
     precision_reason  why it is this one, if that was left to the machine ("auto"); else None
     """
 
-    forward: Callable[[Tensor, Request], Any]
+    forward: CompiledForward | EagerForward | LeavingForward
 
     def __init__(self, model: RoutedNetwork, precision: Precision = "float32", backend: Backend = "auto") -> None:
         """The engine on the device where the model is.
@@ -63,6 +61,12 @@ class SkipEngine:
         self.device = parameter.device
         if backend not in ("auto", "kernels", "eager", "batched"):
             raise ValueError(f"backend {backend!r}: choose one of auto, kernels, eager, batched")
+        if model.exits is not None and (
+            backend in ("eager", "batched") or CompiledForward.supports(model, DTYPES["float32"])
+        ):
+            if precision not in ("auto", "float32"):
+                _say_once(f"networks with exits run in {_name(parameter.dtype)} on PyTorch's operations")
+            precision = "float32"  # that of the network
         self.precision_reason: str | None = None
         if precision == "auto":
             precision, self.precision_reason = _faster(model, backend)
@@ -79,9 +83,8 @@ class SkipEngine:
                 _say_once(f"running on PyTorch's operations, which is slower: {reason}")
         if backend == "kernels":
             self.forward = CompiledForward(model, dtype)
-        elif model.exits is not None:  # its own forward computes no more than what the images run
-            self.forward = fold_batch_norm(model).answer
-            self.precision = _name(parameter.dtype)
+        elif model.exits is not None:
+            self.forward = LeavingForward(model)
         else:
             self.forward = EagerForward(model, dtype, together=backend == "batched")
 

@@ -49,7 +49,7 @@ FIGURES, FIGURE_KINDS = ("frequency", "strength", "cost_histogram", "extremes", 
 
 def pictures_to_see(data: DataConfig, count: int) -> int:
     """How many pictures `survey_routes` runs the network over, if the data set itself has `count`."""
-    return count * len(PRESETS) if data.name == "scenes" else count
+    return count * (len(PRESETS) + (data.preset not in PRESETS)) if data.name == "scenes" else count
 
 
 @dataclass(frozen=True)

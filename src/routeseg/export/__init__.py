@@ -81,8 +81,8 @@ def check_kind(model: RoutedNetwork, routed: bool) -> None:
     """Raises ValueError, naming the option, unless `routed` says whether the network has gates."""
     if model.exits is not None:
         raise ValueError(
-            "the network chooses an exit for each image, and no file holds that: name one for all images with --route, "
-            f"{', '.join(model.config.named_routes)}"
+            "the network chooses an exit for each image, and no file holds that: name one for all images with --route "
+            f"{' or '.join(model.config.named_routes)}"
         )
     if model.config.gated and not routed:
         raise ValueError(

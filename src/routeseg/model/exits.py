@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from routeseg.config import NetworkConfig
+from routeseg.errors import BudgetNotKept
 from routeseg.model.compute import Compute, fill_missing
 from routeseg.model.decoder import Decoder, Segmentation
 from routeseg.model.head import Head
@@ -32,7 +33,7 @@ from routeseg.model.request import Request
 from routeseg.space import walk
 
 TABLE = 67  # prices
-TOLERANCE = 1e-3  # by which a budget may be above the dearest route: shares differ a little between sizes
+TOLERANCE = 1e-3  # by which a budget may be below the cheapest route: what is shown of that is rounded
 
 
 class ExitGate(nn.Module):
@@ -56,6 +57,7 @@ class Exits(nn.Module):
     """The exits of a network: decoders and gates of all but the last, whose decoder is the network's head.
 
     layers       the layers behind which they are
+    scales       those at which features arrive at each exit
     costs        [K] of each route, as a share of the full network's, where the table was made
     prices       [T], ascending; frequencies [T,K]: the share of images that leave at each exit at this price. All zeros
                  before a calibration
@@ -70,35 +72,40 @@ class Exits(nn.Module):
         assert config.exits is not None
         self.layers, count = config.exits, len(config.exits)
         reached = [now.reached for now in walk(config.space, config.whole_route.to_gates())]
-        scales = [[s for s, flag in enumerate(reached[layer]) if flag] for layer in self.layers]
+        self.scales = [[s for s, flag in enumerate(reached[layer]) if flag] for layer in self.layers]
         self.decoders = nn.ModuleList(Decoder(config) for _ in self.layers[:-1])
         self.gates = nn.ModuleList(
-            ExitGate(2 * sum(config.channels(s) for s in some), count - k) for k, some in enumerate(scales[:-1])
+            ExitGate(2 * sum(config.channels(s) for s in some), count - k) for k, some in enumerate(self.scales[:-1])
         )
         self.register_buffer("costs", torch.zeros(count))
         self.register_buffer("prices", torch.zeros(TABLE))
         self.register_buffer("frequencies", torch.zeros(TABLE, count))
+
+    def calibration(self) -> list[Tensor]:
+        """The tensors that a calibration sets."""
+        return [self.costs, self.prices, self.frequencies, *self.gates.buffers()]
 
     @property
     def calibrated(self) -> bool:
         """Whether it can be asked for a budget."""
         return bool(self.frequencies.any())
 
-    def price_of(self, budget: np.ndarray, costs: np.ndarray | None = None) -> np.ndarray:
-        """The prices at which images cost these means: float64, of the shape of the budgets.
+    def price_of(self, budget: np.ndarray, costs: np.ndarray | None = None, unit: str = "") -> np.ndarray:
+        """The prices at which images cost these means: float64, of the shape of the budgets. What is above the dearest
+        route costs as much as that.
 
-        costs  [K] of the routes, in the unit of the budgets; None: shares of the full network
+        costs  [K] of the routes, in the unit of the budgets, which messages name; None: shares of the full network
 
-        Raises ValueError for a budget below the cheapest route or above the dearest, and without a calibration.
+        Raises BudgetNotKept for a budget below the cheapest route, and ValueError without a calibration.
         """
         if not self.calibrated:
             raise ValueError("the network was not calibrated, so it knows no budget: run `routeseg calibrate`")
         costs = self.costs.double().cpu().numpy() if costs is None else costs
         for asked in np.ravel(budget):
-            if not costs[0] <= asked <= costs[-1] + TOLERANCE * costs[-1]:
-                raise ValueError(
-                    f"a budget of {asked:.4g} cannot be kept: the cheapest route costs {costs[0]:.4g}, the full "
-                    f"network {costs[-1]:.4g}"
+            if not asked >= costs[0] * (1 - TOLERANCE):
+                raise BudgetNotKept(
+                    f"a budget of {asked:.4g}{unit} cannot be kept: the cheapest route costs {costs[0]:.4g}{unit}, the "
+                    f"full network {costs[-1]:.4g}{unit}"
                 )
         means, prices = self.frequencies.double().cpu().numpy() @ costs, self.prices.double().cpu().numpy()
         found = np.interp(budget, means[::-1], prices[::-1])
@@ -183,10 +190,11 @@ class Leaving:
             self.kept.append(maps)
         here = np.flatnonzero(self.at > exit)
         if self.price is not None and len(here):
-            seen = [
-                map if len(of) == len(here) else compute.take(map, torch.from_numpy(np.searchsorted(of, here)))
-                for map, of in zip(maps, places, strict=False)
-                if map is not None
+            seen = [  # not what images that have left bring along at other scales
+                maps[s]
+                if len(places[s]) == len(here)
+                else compute.take(maps[s], torch.from_numpy(np.searchsorted(places[s], here)))
+                for s in self.exits.scales[exit]
             ]
             price = self.price[torch.from_numpy(here).to(self.price.device)]
             self.at[here[self.exits.leaves(exit, pool(seen), price).cpu().numpy()]] = exit

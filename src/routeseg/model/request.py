@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from routeseg.config import NetworkConfig
-from routeseg.space import Route, edge_name
+from routeseg.space import Route, brief, edge_name
 
 Routes = Route | Sequence[Route] | None
 Shares = float | Sequence[float] | np.ndarray | None  # of the full network's cost
@@ -81,7 +81,10 @@ def _shares(config: NetworkConfig, images: int, route: Routes, budget: Shares) -
         raise ValueError("this network takes no budget: it has no exits. Train one with --model.exits")
     if route is not None:
         raise ValueError("give a route or a budget, not both: a route has its cost")
-    shares = np.atleast_1d(np.asarray(budget, dtype=np.float32))
+    try:
+        shares = np.atleast_1d(np.asarray(budget, dtype=np.float32))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"a budget of {brief(budget)} is no number: give a share such as 0.4") from error
     if shares.ndim != 1 or len(shares) not in (1, images):
         raise ValueError(f"{shares.size} budgets for {images} images: give one budget, or one for each image")
     for share in shares:

@@ -35,7 +35,7 @@ from routeseg.cost.macs import model_cost
 from routeseg.data.pairs import UnreadableImage, decode_image
 from routeseg.data.transforms import PADDING_RGB
 from routeseg.description import NetworkDescription
-from routeseg.errors import lacks_memory
+from routeseg.errors import BudgetNotKept, lacks_memory
 from routeseg.labels import IGNORE
 from routeseg.prediction.sources import (
     ResultFolder,
@@ -233,7 +233,7 @@ class Segmenter:
         """Raises ValueError if a file cannot be written, and if the outputs of the network are NaN."""
         try:
             return self._segment(job, read_source(job.image, job.location))
-        except UnreadableImage as error:
+        except (UnreadableImage, BudgetNotKept) as error:
             return Skip(job.image, job.name, str(error))
         except (MemoryError, RuntimeError, cv2.error) as error:
             if not lacks_memory(error):

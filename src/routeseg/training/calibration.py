@@ -24,6 +24,7 @@ from routeseg.model.grid import RoutedNetwork
 
 RIDGES = 10.0 ** np.arange(-2, 7)  # strengths, for standardised features
 LEAST_PICTURES = 8
+LEAST_SPREAD = 1e-4  # of a feature over the pictures, as a share of the largest
 LARGEST_PRICE = 1e4  # beyond it nothing is left to choose: cross-entropies are small numbers
 HALVINGS = 40
 
@@ -101,7 +102,8 @@ def ridge(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.nda
     The strength is the one of RIDGES that predicts left-out pictures best.
     """
     center, spread = features.mean(0), features.std(0)
-    scale = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 0)  # what never changes tells nothing
+    alive = spread > LEAST_SPREAD * spread.max()  # what hardly changes tells nothing
+    scale = np.divide(1.0, spread, out=np.zeros_like(spread), where=alive)
     mean = targets.mean(0)
     left, singular, right = np.linalg.svd((features - center) * scale, full_matrices=False)
     along = left.T @ (targets - mean)

@@ -94,6 +94,9 @@ class ValidateAndSave(Callback):
                 precise_batch_norm(network, self.data.norm_dataloader(step, self.recipe.precise_bn_batches))
         if network.exits is not None:
             calibrate(network, cast(SegmentationDataModule, self.data).calibration_dataloader())
+            assert task.model.exits is not None
+            for own, found in zip(task.model.exits.calibration(), network.exits.calibration(), strict=True):
+                own.copy_(found)  # an average of the weights takes over the buffers of the network at each step
         self.latest = validation = task.validate(self.data.val_dataloader())
         for logger in trainer.loggers:
             logger.log_metrics(validation.logged, step)

@@ -110,6 +110,8 @@ def train(
     written, for a single class, for a budget without gates, and for processes or a kind of BatchNorm that the machine
     does not have; NonFiniteLoss; ProcessLost.
     """
+    if budget.weight and model.exits is not None:
+        raise ValueError("a network with exits is asked for its budget afterwards: set --budget.weight 0")
     if budget.weight and not model.config.gated:
         raise ValueError(
             "a network without gates cannot keep a budget: set --budget.weight 0, or --model.gate soft to give it gates"
