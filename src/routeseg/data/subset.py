@@ -9,7 +9,7 @@ import numpy as np
 from routeseg.data.pairs import SegmentationData, SkipLog
 from routeseg.labels import Classes
 
-CALIBRATION_PICTURES = 600  # at most, to calibrate a network with exits
+CALIBRATION_PICTURES = 300  # at most, to calibrate a network with exits
 
 
 class Pictures:
