@@ -24,7 +24,7 @@ import numpy as np
 
 import table1
 from routeseg import figures
-from routeseg.cost.macs import model_cost
+from routeseg.cost.macs import exit_costs
 from routeseg.cost.request import Asked
 from routeseg.data.config import open_data
 from routeseg.data.loaders import evaluation_loader
@@ -49,8 +49,8 @@ def look(run: table1.Run) -> dict[str, Any]:
     model = checkpoints.load(run.folder / "last")
     pictures = open_data(run.network.data, "val", run.seed)
     engine = SkipEngine(model)
-    table = model_cost(model, pictures.read(0)[1].shape)
-    costs = np.array([table.of_route(route) for route in model.config.exit_routes]) / table.full
+    macs = exit_costs(model, pictures.read(0)[1].shape)
+    costs = macs / macs[-1]
     gates: dict[float, list[np.ndarray]] = {one: [] for one in BUDGETS if costs[0] <= one <= costs[-1]}
     sizes = []
     for picture in evaluation_loader(pictures):
@@ -61,7 +61,7 @@ def look(run: table1.Run) -> dict[str, Any]:
         "seen": look_at_exits(model, evaluation_loader(pictures)),
         "left": {budget: exits_of(model, np.array(found)) for budget, found in gates.items()},
         "costs": costs,
-        "full_gmacs": table.full / 1e9,
+        "full_gmacs": macs[-1] / 1e9,
         "sizes": np.array(sizes),
     }
 

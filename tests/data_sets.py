@@ -20,7 +20,7 @@ SIZE, TRAIN, VAL = (48, 96), 4, 2  # of the fixture `layouts`
 
 
 def scene(split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
-    return draw_scene(0 if split == "train" else VALIDATION_SEED_OFFSET, index, SIZE, "mixed")
+    return draw_scene(0 if split == "train" else VALIDATION_SEED_OFFSET, index, SIZE, "varied")
 
 
 def check(data: SegmentationData, split: str, table: tuple[int, ...], least: float, start: int = 0) -> None:

@@ -148,11 +148,9 @@ def routes_command(words: Sequence[str]) -> int:
     pictures = open_data(data, args.split, args.seed)
     model = checkpoints.load(args.checkpoint)
 
-    import numpy as np
-
     from routeseg.architectures import common_route
     from routeseg.cli.tables import print_survey
-    from routeseg.cost.macs import model_cost
+    from routeseg.cost.macs import exit_costs, model_cost
     from routeseg.data.loaders import evaluation_loader
     from routeseg.data.subset import evenly_spread
     from routeseg.engine import build_engine
@@ -178,8 +176,8 @@ def routes_command(words: Sequence[str]) -> int:
     facts: dict[str, Any] = {"command": ["routes", *words], "data": data.name, "split": args.split, "seed": args.seed}
     if model.exits is not None and survey.observation.evaluation.has_labels:
         observation = survey.observation
-        table = model_cost(model, observation.pictures.read(0)[1].shape)
-        costs = np.array([table.of_route(route) for route in model.config.exit_routes]) / table.full
+        costs = exit_costs(model, observation.pictures.read(0)[1].shape)
+        costs /= costs[-1]
         with progress_bar("every exit", len(observation.pictures)) as step:
             seen = look_at_exits(model, evaluation_loader(observation.pictures, data.workers), step)
         worth = worth_of_choice(seen, exits_of(model, observation.gates), costs, args.seed)

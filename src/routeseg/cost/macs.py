@@ -123,6 +123,12 @@ def model_cost(
     )
 
 
+def exit_costs(network: RoutedNetwork, image_size: tuple[int, int]) -> np.ndarray:
+    """MACs of a network with exits as far as each of them, float64 [K]; the last one is the full network's."""
+    table = model_cost(network, image_size)
+    return np.array([table.of_route(route) for route in network.config.exit_routes])
+
+
 def _segmenter_macs(config: NetworkConfig) -> PartMacs:
     from routeseg.model.decoder import Decoder  # parts need torch; descriptions bring their MACs
     from routeseg.model.grid import part_macs

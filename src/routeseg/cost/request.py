@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from routeseg.cost.latency import LatencyTable
-from routeseg.cost.macs import model_cost
+from routeseg.cost.macs import exit_costs
 from routeseg.errors import BudgetNotKept
 
 if TYPE_CHECKING:
@@ -71,17 +71,15 @@ class Asked:
         exits = check_exits(network)
         if self.unit == "share":
             return self.value
-        routes = network.config.exit_routes
         if self.unit == "ms":
             assert self.latency is not None
             try:
                 self.latency.check(network.config, size, self.file)
             except ValueError as error:
                 raise BudgetNotKept(str(error)) from error
-            costs = np.array([self.latency.of_route(route) for route in routes])
+            costs = np.array([self.latency.of_route(route) for route in network.config.exit_routes])
             return exits.share_at(float(exits.price_of(np.array(self.value), costs, " ms")))
-        table = model_cost(network, size)
-        costs = np.array([table.of_route(route) for route in routes]) / MMACS
+        costs = exit_costs(network, size) / MMACS
         return exits.share_at(float(exits.price_of(np.array(self.value / MMACS), costs, " MMACs")))
 
 

@@ -60,8 +60,9 @@ def accuracy_cost(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     figure = new_figure(7.6, 4.6, layout="constrained")
     ax = figure.subplots()
     plain_axes(ax)
-    dynamic = sorted((row["gmacs"]["mean"], 100 * row["miou_mean"]) for row in rows if row["kind"] in JOINED)
-    ax.plot([x for x, _ in dynamic], [y for _, y in dynamic], color=BLUE, linewidth=1.2, alpha=0.5, zorder=2)
+    for joined in JOINED:
+        points = sorted((row["gmacs"]["mean"], 100 * row["miou_mean"]) for row in rows if row["kind"] == joined)
+        ax.plot([x for x, _ in points], [y for _, y in points], color=BLUE, linewidth=1.2, alpha=0.5, zorder=2)
     for row in rows:
         cost, _, marker, colour = row["gmacs"], *KINDS[row["kind"]]
         point = (cost["mean"], 100 * row["miou_mean"])

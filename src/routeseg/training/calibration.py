@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from routeseg.collectives import gather
-from routeseg.cost.macs import model_cost
+from routeseg.cost.macs import exit_costs
 from routeseg.labels import IGNORE
 from routeseg.model.exits import TABLE, Exits, pool
 from routeseg.model.grid import RoutedNetwork
@@ -67,8 +67,8 @@ def calibrate(
         for name, value in (("center", center), ("weight", weight), ("bias", losses[:, exit:].mean(0))):
             getattr(gate, name).copy_(torch.from_numpy(value))
         left_out.append(predicted)
-    table = model_cost(model, size)
-    costs = np.array([table.of_route(route) for route in model.config.exit_routes]) / table.full
+    costs = exit_costs(model, size)
+    costs /= costs[-1]
     prices, frequencies = price_table(left_out, costs)
     for buffer, values in ((exits.costs, costs), (exits.prices, prices), (exits.frequencies, frequencies)):
         buffer.copy_(torch.from_numpy(values))
