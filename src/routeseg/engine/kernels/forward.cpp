@@ -43,8 +43,8 @@ struct Node {
 
 // A place where an image may leave the grid, behind a layer. Without exits a network has one, behind the last layer.
 struct Exit {
-    int32_t layer, features, later;     // what its gate reads and predicts: losses at this exit and those behind it
-    const Conv* merges;                 // of its decoder, [S]
+    int32_t layer, features, later;  // what its gate reads and predicts: losses at this exit and those behind it
+    const Conv* merges;              // of its decoder, [S]
     Conv predictor;
     const float *center, *weight, *bias;  // of the gate: [features], [later][features], [later]; null: the last exit
 };
@@ -60,8 +60,8 @@ struct Network {
 struct Request {
     Image image;
     int32_t padded_height, padded_width;
-    const float* given;  // gates of a given route, or null
-    int32_t own;         // a given route's open paths have the network's own activations
+    const float* given;   // gates of a given route, or null
+    int32_t own;          // a given route's open paths have the network's own activations
     const float* prices;  // null, or price times cost of each exit: the image leaves where its gate says so
     float *gates, *logits;
     double* seconds;  // null, or [L+1][S][5] gather, gate, cell, up, down; then stem, decoder
