@@ -105,7 +105,7 @@ def test_some_paths_are_closed():
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 224)], ids=str)
 def test_sizes_of_images(size):
     """Down to a single pixel at the coarsest scale, and maps of odd sides in the stem."""
-    agree(network(seed=102), images(4, *size))
+    agree(network(seed=103), images(4, *size))
 
 
 def test_drop_path():
