@@ -97,7 +97,7 @@ def _look(model: RoutedNetwork, exits: Exits, images: Tensor, labels: Tensor) ->
 
 def ridge(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A ridge regression of targets [N,J] on features [N,F]: the features' centre [F], weights [J,F], and the targets
-    as they are predicted when the picture itself is left out, [N,J].
+    as they are predicted when the weights leave the picture itself out, [N,J].
 
     The strength is the one of RIDGES that predicts left-out pictures best.
     """
@@ -110,7 +110,7 @@ def ridge(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.nda
     best: tuple[float, float, np.ndarray] | None = None
     for strength in RIDGES:
         share = singular**2 / (singular**2 + strength)
-        leverage = (left**2 @ share + 1 / len(features))[:, None]
+        leverage = (left**2 @ share)[:, None]  # the mean stays: else predictions would vary where features tell nothing
         predicted = mean + left @ (share[:, None] * along)
         left_out = targets - (targets - predicted) / np.maximum(1 - leverage, 1e-6)
         error = float(((left_out - targets) ** 2).mean())
