@@ -3,9 +3,8 @@
     python benchmarks/any_budget.py --config configs/any_budget/scenes_cpu.yaml --seeds 0,1,2 --jobs 2
 
 The experiment file is one of table1.py, with one network that has exits. This trains what is not yet trained, as
-table1.py does it (the same folders, resumable), and then asks the network with exits for each budget:
-
-own, shuffled, common and oracle are the ways to choose of `routeseg.evaluation.choice`.
+table1.py does it (the same folders, resumable), and then asks the network with exits for each budget. Own, shuffled,
+common and oracle are the ways to choose of `routeseg.evaluation.choice`.
 
 Every picture is computed once as far as each exit (float32); where it leaves is what the engine decided. OUTPUT has the
 mean over the seeds and each seed; the figure beside it shows the scores of all networks against their cost.

@@ -10,6 +10,9 @@ NOT_FINITE = "the images contain NaN or infinite values: give RGB, uint8 or floa
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "Insufficient memory")  # a GPU says so, a CPU, OpenCV
 
 
+NO_EXITS = "this network takes no budget: it has no exits. Train one with --model.exits"
+
+
 class BudgetNotKept(ValueError):
     """A network cannot keep a budget, for images of this size."""
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from routeseg.cost.latency import LatencyTable
 from routeseg.cost.macs import exit_costs
-from routeseg.errors import BudgetNotKept
+from routeseg.errors import NO_EXITS, BudgetNotKept
 
 if TYPE_CHECKING:
     from routeseg.model.exits import Exits
@@ -86,5 +86,5 @@ class Asked:
 def check_exits(network: RoutedNetwork) -> Exits:
     """The exits of a network. Raises ValueError if it has none, and so takes no budget."""
     if network.exits is None:
-        raise ValueError("this network takes no budget: it has no exits. Train one with --model.exits")
+        raise ValueError(NO_EXITS)
     return network.exits

@@ -17,16 +17,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from routeseg.evaluation.scores import count_pairs
 from routeseg.labels import IGNORE
-from routeseg.model import DynamicRoutingNetwork
+from routeseg.model import DynamicRoutingNetwork, Segmentation
 from routeseg.model.request import exit_of
 from routeseg.space import Route
 
 SHUFFLES = 50
-LARGEST_PRICE, HALVINGS = 1e4, 60  # of the oracle
+LARGEST_PRICE = 1e4  # beyond it nothing is left to choose: cross-entropies are small numbers
+HALVINGS = 60
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,19 @@ def look_at_exits(
         result, _ = model.all_exits(picture["image"].to(device))
         logits = [*result.earlier, result.logits]
         confusion.append([count_pairs(labels, one.argmax(1), classes).cpu().numpy() for one in logits])
-        losses.append([float(F.cross_entropy(one, labels, ignore_index=IGNORE)) for one in logits])
+        losses.append(losses_of(result, labels)[0])
     model.train(was_training)
     return AllExits(np.array(confusion), np.array(losses))
+
+
+def losses_of(result: Segmentation, labels: Tensor) -> np.ndarray:
+    """The mean cross-entropy of images at each exit, given what `all_exits` gives and labels [B,H,W]: float64 [B,K],
+    nan without labels."""
+    losses = []
+    for logits in (*result.earlier, result.logits):
+        pixels = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none").flatten(1).double()
+        losses.append(pixels.sum(1) / (labels != IGNORE).flatten(1).sum(1))
+    return torch.stack(losses, dim=1).cpu().numpy()
 
 
 def exits_of(model: DynamicRoutingNetwork, gates: np.ndarray) -> np.ndarray:
@@ -112,9 +124,18 @@ def mean_iou(confusion: np.ndarray, exits: np.ndarray) -> float:
 
 def oracle(loss: np.ndarray, costs: np.ndarray, cost: float) -> np.ndarray:
     """The exits [N] of least cross-entropy and price, at the price at which they cost so much in the mean."""
+
+    def exits(price: float) -> np.ndarray:
+        return (loss + price * costs).argmin(1)
+
+    return exits(price_between(lambda price: float(costs[exits(price)].mean()), cost)[1])
+
+
+def price_between(spent: Callable[[float], float], cost: float) -> tuple[float, float]:
+    """Two neighbouring prices: at the lower one more than the cost is spent, at the higher one no more. What is `spent`
+    falls with the price."""
     low, high = -LARGEST_PRICE, LARGEST_PRICE
     for _ in range(HALVINGS):
-        price = (low + high) / 2
-        dearer = costs[(loss + price * costs).argmin(1)].mean() > cost
-        low, high = (price, high) if dearer else (low, price)
-    return (loss + high * costs).argmin(1)
+        middle = (low + high) / 2
+        low, high = (middle, high) if spent(middle) > cost else (low, middle)
+    return low, high

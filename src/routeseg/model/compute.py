@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -86,6 +87,16 @@ def fill_missing(maps: Sequence[Any], stem: Tensor) -> list[Any]:
     return [
         stem.new_zeros(batch, channels * 2**s, h // 2**s, w // 2**s) if x is None else x for s, x in enumerate(maps)
     ]
+
+
+def rows_among(images: np.ndarray, among: np.ndarray) -> Tensor:
+    """Where images stand among others; both are places in the batch, in order."""
+    return torch.from_numpy(np.searchsorted(among, images))
+
+
+def choose(compute: Compute, features: Any, images: np.ndarray, chosen: np.ndarray) -> Any:
+    """The features of some of their images."""
+    return features if len(chosen) == len(images) else compute.take(features, rows_among(chosen, images))
 
 
 def take(map: Tensor, rows: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from routeseg.config import NetworkConfig
 from routeseg.errors import BudgetNotKept
-from routeseg.model.compute import Compute, fill_missing
+from routeseg.model.compute import Compute, choose, fill_missing
 from routeseg.model.decoder import Decoder, Segmentation
 from routeseg.model.head import Head
 from routeseg.model.request import Request
@@ -190,12 +190,8 @@ class Leaving:
             self.kept.append(maps)
         here = np.flatnonzero(self.at > exit)
         if self.price is not None and len(here):
-            seen = [  # not what images that have left bring along at other scales
-                maps[s]
-                if len(places[s]) == len(here)
-                else compute.take(maps[s], torch.from_numpy(np.searchsorted(places[s], here)))
-                for s in self.exits.scales[exit]
-            ]
+            # Not what images that have left bring along at other scales.
+            seen = [choose(compute, maps[s], places[s], here) for s in self.exits.scales[exit]]
             price = self.price[torch.from_numpy(here).to(self.price.device)]
             self.at[here[self.exits.leaves(exit, pool(seen), price).cpu().numpy()]] = exit
         return self.at <= exit

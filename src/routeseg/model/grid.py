@@ -24,7 +24,7 @@ from routeseg.collectives import anywhere
 from routeseg.config import NetworkConfig
 from routeseg.counting import Macs, PartMacs
 from routeseg.model.cell import RoutingNode
-from routeseg.model.compute import PLAIN, Compute, fill_missing
+from routeseg.model.compute import PLAIN, Compute, choose, fill_missing, rows_among
 from routeseg.model.decoder import Segmentation
 from routeseg.model.exits import Exits, Leaving
 from routeseg.model.gate import Gate
@@ -238,7 +238,7 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
                     continue
                 if some.runs[scale]:
                     node, running = self.node(layer, scale), places(now.runs[scale])
-                    chosen = _choose(compute, features, there[scale], running)
+                    chosen = choose(compute, features, there[scale], running)
                     hidden = compute.cell(node, chosen, drop_path * layer / space.depth)
                     for direction in node.directions:
                         if some.sends[scale, direction]:
@@ -246,14 +246,14 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
                             alpha = None  # 1 for all of them
                             if request.gated or not is_open[images, scale, direction].all():
                                 alpha = alphas[torch.from_numpy(images).to(x.device), scale, direction]
-                            chosen = _choose(compute, hidden, running, images)
+                            chosen = choose(compute, hidden, running, images)
                             sent = compute.send(node, direction, chosen, alpha)
                             arrivals[scale + SCALE_STEP[direction]].append(Arrival(sent, images))
                 if some.passes[scale]:  # the images that drop the cell keep the input itself, for free
                     passes = now.passes[scale]
                     images = places(passes)
                     only = None if passes[images].all() else torch.from_numpy(passes).to(x.device)
-                    chosen = _choose(compute, features, there[scale], images)
+                    chosen = choose(compute, features, there[scale], images)
                     arrivals[scale].append(Arrival(compute.skip(chosen, only), images))
             arrived = now.reached
         left = [_gather(compute, some, everyone) if some else None for some in arrivals]
@@ -363,21 +363,11 @@ class Arrival(NamedTuple):
     images: np.ndarray
 
 
-def _rows(images: np.ndarray, among: np.ndarray) -> Tensor:
-    """Where images stand among others; both are places in the batch, in order."""
-    return torch.from_numpy(np.searchsorted(among, images))
-
-
-def _choose(compute: Compute, features: Any, images: np.ndarray, chosen: np.ndarray) -> Any:
-    """The features of some of their images."""
-    return features if len(chosen) == len(images) else compute.take(features, _rows(chosen, images))
-
-
 def _gather(compute: Compute, arrivals: Sequence[Arrival], images: np.ndarray) -> Any:
     """The features of a node that these images reach, from what arrives there, each of some of them."""
     return compute.gather(
         [
-            sent if len(of) == len(images) else compute.spread(sent, _rows(of, images), len(images))
+            sent if len(of) == len(images) else compute.spread(sent, rows_among(of, images), len(images))
             for sent, of in arrivals
         ]
     )

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from routeseg.config import NetworkConfig
+from routeseg.errors import NO_EXITS
 from routeseg.space import Route, brief, edge_name
 
 Routes = Route | Sequence[Route] | None
@@ -78,7 +79,7 @@ class Request:
 def _shares(config: NetworkConfig, images: int, route: Routes, budget: Shares) -> np.ndarray:
     """Checked budgets, float32 [N]."""
     if config.exits is None:
-        raise ValueError("this network takes no budget: it has no exits. Train one with --model.exits")
+        raise ValueError(NO_EXITS)
     if route is not None:
         raise ValueError("give a route or a budget, not both: a route has its cost")
     try:

@@ -14,19 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from routeseg.collectives import gather
 from routeseg.cost.macs import exit_costs
-from routeseg.labels import IGNORE
+from routeseg.evaluation.choice import LARGEST_PRICE, losses_of, price_between
 from routeseg.model.exits import TABLE, Exits, pool
 from routeseg.model.grid import RoutedNetwork
 
 RIDGES = 10.0 ** np.arange(-2, 7)  # strengths, for standardised features
 LEAST_PICTURES = 8
 LEAST_SPREAD = 1e-4  # of a feature over the pictures, as a share of the largest
-LARGEST_PRICE = 1e4  # beyond it nothing is left to choose: cross-entropies are small numbers
-HALVINGS = 40
+ROUNDING = 1e-9  # of a mean
 
 
 @torch.no_grad()
@@ -87,12 +85,8 @@ def _look(model: RoutedNetwork, exits: Exits, images: Tensor, labels: Tensor) ->
     """Pooled features at each exit but the last, [B,F], and the mean cross-entropy of each exit [B,K] (nan without
     labels), float64."""
     result, kept = model.all_exits(images)
-    losses = []
-    for logits in (*result.earlier, result.logits):
-        pixels = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none").flatten(1).double()
-        losses.append(pixels.sum(1) / (labels != IGNORE).flatten(1).sum(1))
     features = [pool([map for map in maps if map is not None]).double().cpu().numpy() for maps in kept]
-    return features, torch.stack(losses, dim=1).cpu().numpy()
+    return features, losses_of(result, labels)
 
 
 def ridge(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -140,15 +134,10 @@ def price_table(predicted: list[np.ndarray], costs: np.ndarray) -> tuple[np.ndar
     def mean(price: float) -> float:
         return float(costs[choose(predicted, costs, price)].mean())
 
-    prices = []
-    for number, target in enumerate(np.linspace(costs[-1], costs[0], TABLE - 2)):
-        low, high = -LARGEST_PRICE, LARGEST_PRICE
-        for _ in range(HALVINGS):  # the mean cost falls with the price
-            middle = (low + high) / 2
-            dearer = mean(middle) >= target if number == 0 else mean(middle) > target
-            low, high = (middle, high) if dearer else (low, middle)
-        prices.append(low if number == 0 else high)
-    ascending = np.array([-LARGEST_PRICE, *prices, LARGEST_PRICE])
+    targets = np.linspace(costs[-1], costs[0], TABLE - 2)
+    first, _ = price_between(mean, targets[0] * (1 - ROUNDING))  # the last price at which all take the dearest route
+    others = [price_between(mean, target)[1] for target in targets[1:]]
+    ascending = np.array([-LARGEST_PRICE, first, *others, LARGEST_PRICE])
     frequencies = [
         np.bincount(choose(predicted, costs, price), minlength=len(costs)) / len(predicted[0]) for price in ascending
     ]
