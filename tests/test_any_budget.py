@@ -24,7 +24,7 @@ def seen(count: int = 40, seed: int = 0) -> dict:
     confusion[..., 0, 1] = confusion[..., 1, 0] = 100 - right
     at = np.where(hard, 2, 0)
     return {
-        "seen": AllExits(confusion, 1 - right / 100),
+        "seen": AllExits.of(confusion),
         "left": {0.6: at, 1.0: np.full(count, 2)},
         "costs": COSTS,
         "sizes": np.where(hard, 0.1, 0.5) + 0.01 * rng.random(count),

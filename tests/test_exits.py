@@ -18,7 +18,8 @@ from routeseg.data.loaders import evaluation_loader
 from routeseg.engine.budgeted import Budgeted
 from routeseg.engine.profiling import profile
 from routeseg.evaluation import evaluate
-from routeseg.model.exits import TABLE, pool
+from routeseg.evaluation.choice import AllExits, mean_iou
+from routeseg.model.exits import TABLE
 from routeseg.training.calibration import calibrate, choose, price_table, ridge
 from routeseg.training.callbacks import ValidateAndSave
 from routeseg.training.fused import Fused
@@ -117,7 +118,8 @@ class TestNetwork:
     def test_scales_that_a_route_leaves(self, images, route):
         """What images that have left bring along at other scales is no matter of those that go on."""
         model = network(route=route, exits=[2, 3, 4, 5])
-        calibrate(model, evaluation_loader(open_data(DATA, "val")))
+        pictures = evaluation_loader(open_data(DATA, "val"))
+        calibrate(model, pictures, pictures)
         model.eval()
         asked = np.linspace(float(model.exits.costs[0]) + 0.01, 1, len(images)).tolist()
         engine = SkipEngine(model)
@@ -199,29 +201,44 @@ class TestNetwork:
         with pytest.raises(ValueError, match=message):
             network(**options)
 
-    def test_pooled_features(self):
-        map = torch.arange(8.0).view(1, 2, 2, 2)
-        mean, spread = pool([map])[0].split(2)
-        assert mean.tolist() == [1.5, 5.5] and torch.allclose(spread, torch.full((2,), 1.25).sqrt())
+    def test_a_glance_is_the_decoder_on_small_maps(self, model):
+        """Of features that are the same everywhere it sees what the decoder sees; a size need not be a multiple."""
+        torch.manual_seed(0)
+        for decoder, reached in zip(model.exits.decoders, model.exits.reached, strict=False):
+            maps = [
+                torch.randn(1, 8 << s, 1, 1).expand(2, -1, 88 >> s, 72 >> s) for s, flag in enumerate(reached) if flag
+            ]
+            zeros = [torch.zeros(2, 8 << s, 88 >> s, 72 >> s) for s in range(len(maps), 4)]
+            whole = decoder([*maps, *zeros])[..., 100:101, 100:101]  # far from the edges
+            small = decoder.glance(maps)
+            assert small.shape == (2, 10, 22, 18) and torch.allclose(small, whole.expand_as(small), atol=1e-5)
+
+    def test_what_a_glance_sees(self, model, images):
+        """Shares of the classes, near those of the whole logits, and entropies that are no larger than they can be."""
+        model.exits.decoders[2].glance = lambda maps: logits
+        logits = torch.tensor([[[[0.0, 9.0]], [[0.0, -9.0]]]])
+        share, entropy = model.exits.glance(2, [])[0].split(2)
+        sure = torch.tensor([9.0, -9.0]).softmax(0)
+        assert torch.allclose(share, (torch.tensor([0.5, 0.5]) + sure) / 2)
+        rest = -(sure * sure.log()).sum()
+        assert torch.allclose(entropy, (torch.tensor([0.5, 0.5]) * np.log(2) + sure * rest) / 2)
+        del model.exits.decoders[2].glance
+        with torch.no_grad():
+            result, kept = model.all_exits(images)
+            seen = model.exits.glance(2, kept[2])[:, :10]
+        whole = result.earlier[2].softmax(1).mean((2, 3))
+        assert np.corrcoef(seen.flatten(), whole.flatten())[0, 1] > 0.9
 
 
 class TestCalibration:
-    def test_ridge_leaves_a_picture_out(self):
-        """What it predicts for a picture is what the regression of all others predicts, at the strength it took."""
+    def test_ridge(self):
+        """It finds what made the targets, and of features that tell nothing or never change it expects nothing."""
         rng = np.random.default_rng(0)
-        features, weights = rng.normal(size=(30, 4)), rng.normal(size=(4, 2))
-        targets = features @ weights + 0.1 * rng.normal(size=(30, 2))
-        center, found, left_out = ridge(features, targets)
+        features, weights = rng.normal(size=(60, 4)), rng.normal(size=(4, 2))
+        center, found = ridge(features, features @ weights + 0.1 * rng.normal(size=(60, 2)))
         assert np.allclose(center, features.mean(0)) and np.allclose(found.T, weights, atol=0.1)
-        others = np.delete(np.arange(30), 7)
-        alone = targets[others].mean(0) + (features[7] - features[others].mean(0)) @ weights
-        assert np.allclose(left_out[7], alone, atol=0.15) and not np.allclose(left_out, targets, atol=1e-3)
-
-    def test_features_that_never_change_tell_nothing(self):
-        rng = np.random.default_rng(0)
-        features = np.c_[rng.normal(size=20), np.ones(20)]
-        _, weights, left_out = ridge(features, rng.normal(size=(20, 3)))
-        assert np.isfinite(weights).all() and np.isfinite(left_out).all() and (weights[:, 1] == 0).all()
+        _, found = ridge(np.c_[features, np.ones(60)], rng.normal(size=(60, 3)))
+        assert np.abs(found).max() < 0.05 and (found[:, 4] == 0).all()
 
     def test_a_picture_leaves_where_nothing_later_is_worth_its_price(self):
         predicted = [np.array([[3.0, 2.0, 1.0], [1.0, 1.0, 1.0]]), np.array([[2.0, 1.0], [1.0, 0.5]])]
@@ -243,9 +260,9 @@ class TestCalibration:
         assert np.allclose(means[1:-1], np.linspace(1.0, 0.2, TABLE - 2), atol=0.02)
 
     def test_budgets_are_kept(self, model, images):
-        """Over the pictures that it was calibrated with, as the table says, and dearer budgets cost more."""
-        pictures = open_data(DATA, "val")
-        assert calibrate(model, evaluation_loader(pictures)) == len(images)
+        """Over the pictures that they were set with, whose labels are not read; dearer budgets cost more."""
+        pictures = [{**picture, "labels": None} for picture in evaluation_loader(open_data(DATA, "val"))]
+        assert calibrate(model, evaluation_loader(open_data(DATA, "train")), pictures) == 24
         table = model_cost(model, SIZE)
         spent = []
         for budget in budgets(model):
@@ -254,11 +271,33 @@ class TestCalibration:
         assert spent == sorted(spent)
         assert spent[0] == pytest.approx(budgets(model)[0], abs=1e-6) and spent[-1] == pytest.approx(1)
 
+    def test_what_pictures_lose_is_the_loss_of_the_set(self):
+        """To first order: of many pictures whose exits differ little, the mean is the difference in mIoU."""
+        rng = np.random.default_rng(0)
+        confusion = rng.integers(40, 50, (200, 1, 3, 3)) + 300 * np.eye(3, dtype=int)
+        confusion = confusion + np.array([-8, 0, 5])[:, None, None] * np.eye(3, dtype=int)
+        seen = AllExits.of(confusion)
+        scores = [mean_iou(seen, np.full(200, exit)) for exit in range(3)]
+        lost = seen.lost()
+        assert np.allclose(lost.mean(0), scores[1] - np.array(scores), atol=2e-4) and lost[:, 1].std() > 0
+        unseen = np.pad(confusion, ((0, 0), (0, 0), (0, 1), (0, 1)))
+        assert np.allclose(AllExits.of(unseen).lost(), lost), "a class that never occurs does not count"
+
+    def test_pictures_without_labels_do_not_count(self, model):
+        pictures = list(evaluation_loader(open_data(DATA, "val")))
+        blank = {**pictures[0], "labels": torch.full_like(pictures[0]["labels"], 255)}
+        assert calibrate(model, pictures, pictures) == 12
+        found = [tensor.clone() for tensor in model.exits.calibration()]
+        assert calibrate(model, [blank, *pictures, blank], pictures) == 12
+        assert all(torch.equal(a, b) for a, b in zip(found, model.exits.calibration(), strict=True))
+
     def test_too_few_pictures_or_no_exits(self, model):
         with pytest.raises(ValueError, match="2 pictures with labels are too few"):
-            calibrate(model, list(evaluation_loader(open_data(DATA, "val")))[:2])
+            calibrate(model, list(evaluation_loader(open_data(DATA, "val")))[:2], [])
+        with pytest.raises(ValueError, match="no picture to set the budgets"):
+            calibrate(model, evaluation_loader(open_data(DATA, "val")), [])
         with pytest.raises(ValueError, match="nothing to calibrate"):
-            calibrate(network(exits=None), [])
+            calibrate(network(exits=None), [], [])
 
 
 class TestAsked:

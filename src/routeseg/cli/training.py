@@ -64,9 +64,12 @@ def calibrate_command(words: Sequence[str]) -> int:
 
     parser = config_parser("calibrate", ["data"])
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder of a network with exits; written anew")
-    parser.add_argument("--split", type=str, default="train", help="train, val or test, as the data set calls them")
+    parser.add_argument("--split", type=str, default="train", help="whose labels tell what each exit is worth")
     parser.add_argument(
-        "--images", type=int, default=CALIBRATION_PICTURES, help="at most so many, evenly spread over the set"
+        "--budget_split", type=str, default="val", help="whose images tell what budgets cost; labels are not read"
+    )
+    parser.add_argument(
+        "--images", type=int, default=CALIBRATION_PICTURES, help="at most so many, evenly spread over each split"
     )
     args, data = read_data(parser, words)
 
@@ -75,7 +78,9 @@ def calibrate_command(words: Sequence[str]) -> int:
     from routeseg.model import checkpoints
 
     check_writable(Path(args.checkpoint))
-    pictures = evenly_spread(open_data(data, args.split, args.seed), args.images)
+    pictures, others = (
+        evenly_spread(open_data(data, split, args.seed), args.images) for split in (args.split, args.budget_split)
+    )
     model = checkpoints.load(args.checkpoint)
     check_classes(args.checkpoint, model, data, len(pictures.classes))
 
@@ -83,8 +88,10 @@ def calibrate_command(words: Sequence[str]) -> int:
     from routeseg.data.loaders import evaluation_loader
     from routeseg.training.calibration import calibrate
 
-    with progress_bar(f"calibrate {data.name} {args.split}", len(pictures)) as step:
-        count = calibrate(model, evaluation_loader(pictures, data.workers), step)
+    with progress_bar(f"calibrate {data.name}", len(pictures) + len(others)) as step:
+        count = calibrate(
+            model, evaluation_loader(pictures, data.workers), evaluation_loader(others, data.workers), step
+        )
     model.save(args.checkpoint)
     print_exits(model)
     print(f"calibrated with {count} images: ask for a budget with --budget")

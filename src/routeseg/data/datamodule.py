@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
@@ -70,10 +72,11 @@ class SegmentationDataModule(LightningDataModule):
         )
         return self._batches(sampler, NORM_STREAM + step, self.config.workers)
 
-    def calibration_dataloader(self) -> DataLoader:
-        """Training pictures as they are, one at a time, each once over all processes: to calibrate exits with."""
+    def calibration_dataloader(self, part: Literal["train", "val"]) -> DataLoader:
+        """Some pictures as they are, one at a time, each once over all processes: to calibrate exits with."""
         rank, world = self._rank()
-        return evaluation_loader(evenly_spread(self.train_data, CALIBRATION_PICTURES), self.config.workers, rank, world)
+        pictures = evenly_spread(self.train_data if part == "train" else self.val_data, CALIBRATION_PICTURES)
+        return evaluation_loader(pictures, self.config.workers, rank, world)
 
     def _batches(self, sampler: StepSampler, stream: int, workers: int) -> DataLoader:
         pictures = TrainingPictures(self.train_data, self.augmentation, self.seed, stream)

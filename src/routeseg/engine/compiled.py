@@ -104,6 +104,7 @@ class _Exit(Structure):
         *((name, c_int32) for name in ("layer", "features", "later")),
         ("merges", POINTER(_Conv)),
         ("predictor", _Conv),
+        ("glance", _Conv),
         *((name, c_void_p) for name in ("center", "weight", "bias")),
     ]
 
@@ -386,6 +387,7 @@ class _Packed(Weights):
         merges, predictor = [self.conv(_layers(merge)) for merge in decoder.merge], [decoder.predictor]
         packed = _Exit(layer, merges=self._convs(merges), predictor=self.conv(predictor, wide=True))
         if gate is not None:
+            packed.glance = self.conv([decoder.glance_predictor()], wide=True)
             packed.later, packed.features = gate.weight.shape
             for name in ("center", "weight", "bias"):
                 setattr(packed, name, self._keep(getattr(gate, name).to(**FLOAT32).contiguous()))

@@ -3,41 +3,73 @@
 own        each picture leaves where it decides to
 shuffled   each picture leaves where another one does: the mean over permutations
 common     all pictures leave at one exit, or at one of two neighbours by chance: the line between their scores
-oracle     each picture leaves where its own cross-entropy, plus a price for cost, is least. It needs the labels, and
-           says what a better choice could reach
+oracle     each picture leaves where what it really loses (`AllExits.lost`), plus a price for cost, is least. It needs
+           the labels, and says what a better choice could reach
 
 Legend: N pictures, K exits, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from routeseg.evaluation.scores import count_pairs
-from routeseg.labels import IGNORE
 from routeseg.model import DynamicRoutingNetwork, Segmentation
 from routeseg.model.request import exit_of
 from routeseg.space import Route
 
 SHUFFLES = 50
-LARGEST_PRICE = 1e4  # beyond it nothing is left to choose: cross-entropies are small numbers
+LARGEST_PRICE = 1e4  # beyond it nothing is left to choose: a picture's loss is a small number
 HALVINGS = 60
 
 
 @dataclass(frozen=True)
 class AllExits:
-    """What every exit makes of pictures: confusion matrices [N,K,C,C], and mean cross-entropies [N,K]; nan for a
-    picture without labels."""
+    """What every exit makes of pictures, in pixels of each class, int64 [N,K,C].
 
-    confusion: np.ndarray
-    loss: np.ndarray
+    both    of the class by the labels and by the exit: the intersection
+    either  by the labels or by the exit: the union
+    """
+
+    both: np.ndarray
+    either: np.ndarray
+
+    @classmethod
+    def of(cls, confusion: np.ndarray) -> AllExits:
+        """From confusion matrices [N,K,C,C]."""
+        both = np.diagonal(confusion, axis1=2, axis2=3)
+        return cls(both, confusion.sum(2) + confusion.sum(3) - both)
+
+    @classmethod
+    def joined(cls, parts: Sequence[AllExits]) -> AllExits:
+        """Those of all parts, one after the other."""
+        return cls(np.concatenate([part.both for part in parts]), np.concatenate([part.either for part in parts]))
+
+    def chosen(self, pictures: np.ndarray) -> AllExits:
+        """Those of some pictures, a mask or indices."""
+        return AllExits(self.both[pictures], self.either[pictures])
+
+    def lost(self) -> np.ndarray:
+        """What each picture takes away from the mIoU at each exit, float64 [N,K], to first order: IoU = I / U is linear
+        in the pixels of one picture among many,
+
+            d(I / U) = dI / U - I dU / U**2,
+
+        with I and U of all pictures at the middle exit. It is scaled such that the mean over the pictures is the
+        difference of the set's mIoU to that exit's. Classes that never occur do not count.
+        """
+        middle = self.both.shape[1] // 2
+        both, either = (pixels[:, middle].sum(0) for pixels in (self.both, self.either))
+        there = either > 0
+        both, either = both[there], either[there].astype(float)
+        gained = self.both[..., there] / either - both * self.either[..., there] / either**2
+        return -len(self.both) * gained.mean(-1)
 
 
 @dataclass(frozen=True)
@@ -67,31 +99,25 @@ def look_at_exits(
     model: DynamicRoutingNetwork, pictures: Iterable[dict[str, Any]], on_picture: Callable[[], None] = lambda: None
 ) -> AllExits:
     """Runs a network with exits over pictures (as `evaluation_loader` gives them), once as far as each exit."""
-    device, classes = next(model.parameters()).device, model.config.num_classes
-    confusion, losses = [], []
+    device = next(model.parameters()).device
+    seen = []
     was_training = model.training
     model.eval()
     for picture in pictures:
         on_picture()
         if picture["skipped"]:
             continue
-        labels = picture["labels"].to(device)
-        result, _ = model.all_exits(picture["image"].to(device))
-        logits = [*result.earlier, result.logits]
-        confusion.append([count_pairs(labels, one.argmax(1), classes).cpu().numpy() for one in logits])
-        losses.append(losses_of(result, labels)[0])
+        seen.append(score_exits(model.all_exits(picture["image"].to(device))[0], picture["labels"].to(device)))
     model.train(was_training)
-    return AllExits(np.array(confusion), np.array(losses))
+    return AllExits.joined(seen)
 
 
-def losses_of(result: Segmentation, labels: Tensor) -> np.ndarray:
-    """The mean cross-entropy of images at each exit, given what `all_exits` gives and labels [B,H,W]: float64 [B,K],
-    nan without labels."""
-    losses = []
-    for logits in (*result.earlier, result.logits):
-        pixels = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none").flatten(1).double()
-        losses.append(pixels.sum(1) / (labels != IGNORE).flatten(1).sum(1))
-    return torch.stack(losses, dim=1).cpu().numpy()
+def score_exits(result: Segmentation, labels: Tensor) -> AllExits:
+    """What every exit makes of images, given what `all_exits` gives and labels [B,H,W]."""
+    found = [logits.argmax(1) for logits in (*result.earlier, result.logits)]
+    classes = result.logits.shape[1]
+    confusion = [[count_pairs(labels[i], one[i], classes).cpu().numpy() for one in found] for i in range(len(labels))]
+    return AllExits.of(np.array(confusion))
 
 
 def exits_of(model: DynamicRoutingNetwork, gates: np.ndarray) -> np.ndarray:
@@ -104,29 +130,27 @@ def worth_of_choice(seen: AllExits, exits: np.ndarray, costs: np.ndarray, seed: 
     network's."""
     rng, count = np.random.default_rng(seed), len(exits)
     spent = float(costs[exits].mean())
-    fixed = [mean_iou(seen.confusion, np.full(count, exit)) for exit in range(len(costs))]
+    fixed = [mean_iou(seen, np.full(count, exit)) for exit in range(len(costs))]
     return Worth(
         spent,
-        mean_iou(seen.confusion, exits),
-        float(np.mean([mean_iou(seen.confusion, rng.permutation(exits)) for _ in range(SHUFFLES)])),
+        mean_iou(seen, exits),
+        float(np.mean([mean_iou(seen, rng.permutation(exits)) for _ in range(SHUFFLES)])),
         float(np.interp(spent, costs, fixed)),
-        mean_iou(seen.confusion, oracle(seen.loss, costs, spent)),
+        mean_iou(seen, oracle(seen.lost(), costs, spent)),
     )
 
 
-def mean_iou(confusion: np.ndarray, exits: np.ndarray) -> float:
-    """mIoU when each picture leaves at its exit [N]; confusion matrices [N,K,C,C]."""
-    total = confusion[np.arange(len(exits)), exits].sum(0)
-    both = np.diag(total)
-    either = total.sum(0) + total.sum(1) - both
+def mean_iou(seen: AllExits, exits: np.ndarray) -> float:
+    """mIoU when each picture leaves at its exit [N]."""
+    both, either = (pixels[np.arange(len(exits)), exits].sum(0) for pixels in (seen.both, seen.either))
     return float((both[either > 0] / either[either > 0]).mean())
 
 
-def oracle(loss: np.ndarray, costs: np.ndarray, cost: float) -> np.ndarray:
-    """The exits [N] of least cross-entropy and price, at the price at which they cost so much in the mean."""
+def oracle(lost: np.ndarray, costs: np.ndarray, cost: float) -> np.ndarray:
+    """The exits [N] of least loss [N,K] and price, at the price at which they cost so much in the mean."""
 
     def exits(price: float) -> np.ndarray:
-        return (loss + price * costs).argmin(1)
+        return (lost + price * costs).argmin(1)
 
     return exits(price_between(lambda price: float(costs[exits(price)].mean()), cost)[1])
 

@@ -12,6 +12,7 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from routeseg import counting
 from routeseg.config import NetworkConfig
@@ -20,6 +21,8 @@ from routeseg.model.graph import Graph
 from routeseg.model.head import Head
 from routeseg.model.layers import conv_norm, upsample
 from routeseg.space import STEM_STRIDE
+
+GLANCE = 4  # by which a glance shrinks both sides of the features
 
 Vector = np.ndarray  # one value per channel, float64 [C]: a map that is the same everywhere
 
@@ -54,7 +57,7 @@ class Decoder(Head):
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__(config)
-        channels = [config.channels(s) for s in range(config.num_scales)]
+        self.channels = channels = [config.channels(s) for s in range(config.num_scales)]
         self.merge = nn.ModuleList(conv_norm(c, channels[max(s - 1, 0)]) for s, c in enumerate(channels))
         self.predictor = nn.Conv2d(config.base_channels, config.num_classes, 3, padding=1)
 
@@ -69,6 +72,34 @@ class Decoder(Head):
             if scale > 0:
                 running = upsample(running)
         return upsample(self.predictor(running), STEM_STRIDE)
+
+    def glance(self, features: Sequence[Tensor | None]) -> Tensor:
+        """Rough logits [B,K,h,w], of features by scale that are shrunk by the factor GLANCE: `forward` on small maps.
+
+        features  as `forward` reads them; None, or missing at the end, where nothing arrives
+        """
+        scale, some = next((s, map) for s, map in enumerate(features) if map is not None)
+        height, width = (side << scale for side in some.shape[-2:])
+        running: Tensor | None = None
+        for scale in reversed(range(len(self.merge))):
+            map = features[scale] if scale < len(features) else None
+            if map is None:
+                sides = [-(-(side >> scale) // GLANCE) for side in (height, width)]
+                x = some.new_zeros(len(some), self.channels[scale], *sides)
+            else:  # what lies beyond the edge does not count
+                x = F.avg_pool2d(map, GLANCE, ceil_mode=True, count_include_pad=False)
+            if running is not None:
+                x = x + F.interpolate(running, scale_factor=2.0)[..., : x.shape[-2], : x.shape[-1]]
+            running = self.merge[scale](x)
+        assert running is not None
+        return self.glance_predictor()(running)
+
+    def glance_predictor(self) -> nn.Conv2d:
+        """The predictor for small maps, 1x1: a pixel's neighbours are far away there, so all taps read the pixel."""
+        weight, bias = self.predictor.weight, self.predictor.bias
+        conv = nn.utils.skip_init(nn.Conv2d, *weight.shape[1::-1], 1, device=weight.device, dtype=weight.dtype)
+        conv.weight, conv.bias = nn.Parameter(weight.sum((2, 3), keepdim=True)), bias
+        return conv
 
     def result(self, output: Tensor, gates: Tensor, size: tuple[int, int]) -> Segmentation:
         return Segmentation(output[..., : size[0], : size[1]], gates)

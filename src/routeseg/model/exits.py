@@ -4,21 +4,22 @@ it then, so that its features pass to a decoder for free (Eq. 5: no path is open
 Each exit has a decoder of its own. Routes are nested, and in training all images run all layers: what a node computes,
 and its BatchNorm's statistics, do not depend on where others leave.
 
-At an exit the network looks at an image's features: a linear map of their means and standard deviations predicts its
-cross-entropy at this exit and at each later one. The image goes on if that is worth the price,
+At an exit the network glances at an image: its decoder, on features a quarter of the size, says which classes are
+there and how sure it is of each. A linear map of that predicts what part of the mIoU the image loses at this exit and
+at each later one. The image goes on if that is worth the price,
 
     leaves at k  <=>  loss_k + price * cost_k <= loss_j + price * cost_j   for all later exits j.
 
 The price is what a budget comes down to: `calibrate` (training/calibration.py) fits the predictions, and keeps what
 every price costs, as the share of images that leave at each exit.
 
-Legend: B images, K exits, F pooled features, T prices of the table, C channels, h, w the size of a feature map.
+Legend: B images, K exits, F features of a glance, T prices of the table, C classes, h, w the size of a map.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ TOLERANCE = 1e-3  # by which a budget may be below the cheapest route: what is s
 
 
 class ExitGate(nn.Module):
-    """Pooled features [B,F] -> the cross-entropy that it predicts at its exit and at each later one, [B,later]."""
+    """What a glance sees [B,F] -> the loss that it predicts at its exit and at each later one, [B,later]."""
 
     center: Tensor
     weight: Tensor
@@ -49,15 +50,15 @@ class ExitGate(nn.Module):
         self.register_buffer("weight", torch.zeros(later, features))
         self.register_buffer("bias", torch.zeros(later))
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        return nn.functional.linear(pooled - self.center, self.weight, self.bias)
+    def forward(self, seen: Tensor) -> Tensor:
+        return nn.functional.linear(seen - self.center, self.weight, self.bias)
 
 
 class Exits(nn.Module):
     """The exits of a network: decoders and gates of all but the last, whose decoder is the network's head.
 
     layers       the layers behind which they are
-    scales       those at which features arrive at each exit
+    reached      [K][S]: whether features arrive at each scale of each exit
     costs        [K] of each route, as a share of the full network's, where the table was made
     prices       [T], ascending; frequencies [T,K]: the share of images that leave at each exit at this price. All zeros
                  before a calibration
@@ -72,11 +73,9 @@ class Exits(nn.Module):
         assert config.exits is not None
         self.layers, count = config.exits, len(config.exits)
         reached = [now.reached for now in walk(config.space, config.whole_route.to_gates())]
-        self.scales = [[s for s, flag in enumerate(reached[layer]) if flag] for layer in self.layers]
+        self.reached = [reached[layer] for layer in self.layers]
         self.decoders = nn.ModuleList(Decoder(config) for _ in self.layers[:-1])
-        self.gates = nn.ModuleList(
-            ExitGate(2 * sum(config.channels(s) for s in some), count - k) for k, some in enumerate(self.scales[:-1])
-        )
+        self.gates = nn.ModuleList(ExitGate(2 * config.num_classes, count - k) for k in range(count - 1))
         self.register_buffer("costs", torch.zeros(count))
         self.register_buffer("prices", torch.zeros(TABLE))
         self.register_buffer("frequencies", torch.zeros(TABLE, count))
@@ -116,9 +115,22 @@ class Exits(nn.Module):
         means = (self.frequencies.double() @ self.costs.double()).cpu().numpy()
         return float(np.interp(price, self.prices.double().cpu().numpy(), means))
 
-    def leaves(self, exit: int, pooled: Tensor, price: Tensor) -> Tensor:
-        """Which images leave at this exit, given their features [B,F] and prices [B]: bool [B]."""
-        total = self.gates[exit](pooled) + price[:, None] * self.costs[exit:]
+    def glance(self, exit: int, features: Sequence[Tensor | None]) -> Tensor:
+        """What the decoder of an exit makes of features by scale (`Decoder.glance`): the share of each class, and the
+        entropy where it is: float32 [B,F]."""
+        logits = cast(Decoder, self.decoders[exit]).glance(features).float().flatten(2)
+        share = logits.softmax(1)
+        entropy = -(share * logits.log_softmax(1)).sum(1, keepdim=True)
+        return torch.cat([share.mean(2), (share * entropy).mean(2)], dim=1)
+
+    def expected(self, exit: int, features: Sequence[Tensor | None]) -> Tensor:
+        """The losses that an exit expects of images here and at each later exit, given features by scale: [B,later]."""
+        found: Tensor = self.gates[exit](self.glance(exit, features))
+        return found
+
+    def leaves(self, exit: int, features: Sequence[Tensor | None], price: Tensor) -> Tensor:
+        """Which images leave at this exit, given their features by scale and prices [B]: bool [B]."""
+        total = self.expected(exit, features) + price[:, None] * self.costs[exit:]
         return total[:, 0] <= total[:, 1:].amin(dim=1)
 
     def leaving(self, request: Request, images: int, training: bool) -> Leaving:
@@ -191,16 +203,8 @@ class Leaving:
         here = np.flatnonzero(self.at > exit)
         if self.price is not None and len(here):
             # Not what images that have left bring along at other scales.
-            seen = [choose(compute, maps[s], places[s], here) for s in self.exits.scales[exit]]
+            reached = self.exits.reached[exit]
+            seen = [choose(compute, maps[s], places[s], here) if flag else None for s, flag in enumerate(reached)]
             price = self.price[torch.from_numpy(here).to(self.price.device)]
-            self.at[here[self.exits.leaves(exit, pool(seen), price).cpu().numpy()]] = exit
+            self.at[here[self.exits.leaves(exit, seen, price).cpu().numpy()]] = exit
         return self.at <= exit
-
-
-def pool(maps: Sequence[Tensor]) -> Tensor:
-    """Means and standard deviations of maps [B,C,h,w] over their pixels, scale by scale: float32 [B,F]."""
-    parts = []
-    for map in maps:
-        values = map.float().flatten(2)
-        parts += [values.mean(dim=2), values.std(dim=2, correction=0)]
-    return torch.cat(parts, dim=1)

@@ -182,6 +182,14 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         leaving = self.exits.leaving(request, len(images), training=True)
         return self._run(images, request, 0.0, leaving), leaving.kept
 
+    def exit_features(self, images: Tensor) -> list[Sequence[Any]]:
+        """The features of `all_exits` alone."""
+        assert self.exits is not None
+        request = Request(self.config.mask, gated=False)
+        leaving = self.exits.leaving(request, len(images), training=True)
+        self.walk(PLAIN.stem(self.stem, prepare(self, images)[0]), request, 0.0, PLAIN, leaving)
+        return leaving.kept
+
     def _run(self, images: Tensor, request: Request, drop_path: float, leaving: Leaving | None) -> Any:
         x, size = prepare(self, images)
         compute = self.compute if self.training and self.compute is not None else PLAIN

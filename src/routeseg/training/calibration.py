@@ -1,24 +1,27 @@
 """Calibration of a network with exits (model/exits.py): what each exit expects, and what a budget costs.
 
-Predictions are a ridge regression, whose strength the left-out pictures decide. The table of prices is made with the
-predictions for left-out pictures, too, as new pictures will have them.
+What an exit expects is the loss in mIoU, since that is what a network is judged by (`AllExits.lost`): an image of rare
+classes may lose more by leaving early than one of which half the pixels are wrong.
 
-Legend: N pictures, K exits, F pooled features, T prices of the table.
+Predictions are a ridge regression, whose strength the left-out pictures decide. The table of prices comes from other
+pictures, which the network was not trained on and whose labels are not read: of those that it knows it is surer than of
+new ones, which would cost more than was asked.
+
+Legend: N pictures, K exits, F features of a glance, T prices of the table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from routeseg.collectives import gather
 from routeseg.cost.macs import exit_costs
-from routeseg.evaluation.choice import LARGEST_PRICE, losses_of, price_between
-from routeseg.model.exits import TABLE, Exits, pool
+from routeseg.evaluation.choice import LARGEST_PRICE, AllExits, price_between, score_exits
+from routeseg.model.exits import TABLE, Exits
 from routeseg.model.grid import RoutedNetwork
 
 RIDGES = 10.0 ** np.arange(-2, 7)  # strengths, for standardised features
@@ -29,48 +32,64 @@ ROUNDING = 1e-9  # of a mean
 
 @torch.no_grad()
 def calibrate(
-    model: RoutedNetwork, batches: Iterable[dict[str, Any]], on_batch: Callable[[], None] = lambda: None
+    model: RoutedNetwork,
+    batches: Iterable[dict[str, Any]],
+    others: Iterable[dict[str, Any]],
+    on_batch: Callable[[], None] = lambda: None,
 ) -> int:
-    """Fits the exits of a network to pictures with labels: batches of image [B,3,H,W] and labels [B,H,W]. `on_batch` is
-    called after each.
+    """Fits the exits of a network to pictures with labels: batches of image [B,3,H,W] and labels [B,H,W]; and its
+    budgets to other pictures, of which only image is read. `on_batch` is called for each batch.
 
-    In a job of several processes each brings its share, and all get the same. Returns the number of pictures.
-    Raises ValueError for a network without exits, and for too few pictures.
+    In a job of several processes each brings its share, and all get the same. Returns the number of pictures with
+    labels. Raises ValueError for a network without exits, and for too few pictures.
     """
     exits = model.exits
     if exits is None:
         raise ValueError("the network has no exits, so there is nothing to calibrate: train one with --model.exits")
-    was_training, device = model.training, next(model.parameters()).device
+    was_training = model.training
     model.eval()
-    seen: list[tuple[list[np.ndarray], np.ndarray]] = []
-    size = (0, 0)
-    for batch in batches:
-        on_batch()
-        if torch.as_tensor(batch["skipped"]).any():
-            continue
-        size = (batch["image"].shape[-2], batch["image"].shape[-1])
-        seen.append(_look(model, exits, batch["image"].to(device), batch["labels"].to(device)))
+    count = _fit(model, exits, _readable(batches, on_batch))
+    _set_budgets(model, exits, _readable(others, on_batch))
     model.train(was_training)
-    shares = gather((seen, size))
-    seen, size = [one for share, _ in shares for one in share], max(size for _, size in shares)
-    losses = np.concatenate([loss for _, loss in seen]) if seen else np.zeros((0, len(exits.layers)))
-    known = np.isfinite(losses).all(axis=1)
-    losses = losses[known]
-    check_enough_pictures(len(losses))
-    left_out = []
-    for exit in range(len(exits.gates)):
-        pooled = np.concatenate([features[exit] for features, _ in seen])[known]
-        center, weight, predicted = ridge(pooled, losses[:, exit:])
-        gate = exits.gates[exit]
+    return count
+
+
+def _fit(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]]) -> int:
+    """Sets what each exit expects; the number of pictures with labels."""
+    seen: list[tuple[list[np.ndarray], AllExits]] = []
+    for batch in batches:
+        result, kept = model.all_exits(batch["image"].to(exits.costs.device))
+        glances = [exits.glance(exit, maps).double().cpu().numpy() for exit, maps in enumerate(kept)]
+        scores = score_exits(result, batch["labels"].to(exits.costs.device))
+        known = np.flatnonzero(scores.either.any(axis=(1, 2)))  # pictures with labels
+        seen.append(([features[known] for features in glances], scores.chosen(known)))
+    seen = [one for share in gather(seen) for one in share]
+    count = sum(len(scores.both) for _, scores in seen)
+    check_enough_pictures(count)
+    losses = AllExits.joined([scores for _, scores in seen]).lost()
+    for exit, gate in enumerate(exits.gates):
+        center, weight = ridge(np.concatenate([glances[exit] for glances, _ in seen]), losses[:, exit:])
         for name, value in (("center", center), ("weight", weight), ("bias", losses[:, exit:].mean(0))):
             getattr(gate, name).copy_(torch.from_numpy(value))
-        left_out.append(predicted)
+    return count
+
+
+def _set_budgets(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]]) -> None:
+    """Sets costs, prices and frequencies by what the exits expect of pictures."""
+    predicted, size = [], (0, 0)
+    for batch in batches:
+        size = (batch["image"].shape[-2], batch["image"].shape[-1])
+        kept = model.exit_features(batch["image"].to(exits.costs.device))
+        predicted.append([exits.expected(exit, maps).double().cpu().numpy() for exit, maps in enumerate(kept)])
+    shares = gather((predicted, size))
+    predicted, size = [one for share, _ in shares for one in share], max(size for _, size in shares)
+    if not predicted:
+        raise ValueError("there is no picture to set the budgets of the exits with")
     costs = exit_costs(model, size)
     costs /= costs[-1]
-    prices, frequencies = price_table(left_out, costs)
+    prices, frequencies = price_table([np.concatenate(of_exit) for of_exit in zip(*predicted, strict=True)], costs)
     for buffer, values in ((exits.costs, costs), (exits.prices, prices), (exits.frequencies, frequencies)):
         buffer.copy_(torch.from_numpy(values))
-    return len(losses)
 
 
 def check_enough_pictures(count: int) -> None:
@@ -81,19 +100,17 @@ def check_enough_pictures(count: int) -> None:
         )
 
 
-def _look(model: RoutedNetwork, exits: Exits, images: Tensor, labels: Tensor) -> tuple[list[np.ndarray], np.ndarray]:
-    """Pooled features at each exit but the last, [B,F], and the mean cross-entropy of each exit [B,K] (nan without
-    labels), float64."""
-    result, kept = model.all_exits(images)
-    features = [pool([map for map in maps if map is not None]).double().cpu().numpy() for maps in kept]
-    return features, losses_of(result, labels)
+def _readable(batches: Iterable[dict[str, Any]], on_batch: Callable[[], None]) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        on_batch()
+        if not torch.as_tensor(batch["skipped"]).any():
+            yield batch
 
 
-def ridge(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A ridge regression of targets [N,J] on features [N,F]: the features' centre [F], weights [J,F], and the targets
-    as they are predicted when the weights leave the picture itself out, [N,J].
+def ridge(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A ridge regression of targets [N,J] on features [N,F]: the features' centre [F], and weights [J,F].
 
-    The strength is the one of RIDGES that predicts left-out pictures best.
+    The strength is the one of RIDGES that predicts best each picture that is left out.
     """
     center, spread = features.mean(0), features.std(0)
     alive = spread > LEAST_SPREAD * spread.max()  # what hardly changes tells nothing
@@ -101,18 +118,17 @@ def ridge(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.nda
     mean = targets.mean(0)
     left, singular, right = np.linalg.svd((features - center) * scale, full_matrices=False)
     along = left.T @ (targets - mean)
-    best: tuple[float, float, np.ndarray] | None = None
+    best: tuple[float, float] | None = None
     for strength in RIDGES:
         share = singular**2 / (singular**2 + strength)
         leverage = (left**2 @ share)[:, None]  # the mean stays: else predictions would vary where features tell nothing
         predicted = mean + left @ (share[:, None] * along)
-        left_out = targets - (targets - predicted) / np.maximum(1 - leverage, 1e-6)
-        error = float(((left_out - targets) ** 2).mean())
+        error = float((((targets - predicted) / np.maximum(1 - leverage, 1e-6)) ** 2).mean())  # of those left out
         if best is None or error < best[0]:
-            best = (error, strength, left_out)
+            best = (error, strength)
     assert best is not None
     weights = right.T @ ((singular / (singular**2 + best[1]))[:, None] * along)
-    return center, (weights * scale[:, None]).T, best[2]
+    return center, (weights * scale[:, None]).T
 
 
 def choose(predicted: list[np.ndarray], costs: np.ndarray, price: float) -> np.ndarray:

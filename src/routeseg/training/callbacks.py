@@ -93,7 +93,8 @@ class ValidateAndSave(Callback):
             with task.autocast():
                 precise_batch_norm(network, self.data.norm_dataloader(step, self.recipe.precise_bn_batches))
         if network.exits is not None:
-            calibrate(network, cast(SegmentationDataModule, self.data).calibration_dataloader())
+            data = cast(SegmentationDataModule, self.data)
+            calibrate(network, data.calibration_dataloader("train"), data.calibration_dataloader("val"))
             assert task.model.exits is not None
             for own, found in zip(task.model.exits.calibration(), network.exits.calibration(), strict=True):
                 own.copy_(found)  # an average of the weights takes over the buffers of the network at each step

@@ -26,6 +26,7 @@ namespace {
 
 constexpr int UP = 0, KEEP = 1, DOWN = 2, DIRECTIONS = 3;
 constexpr int STEM_CONVOLUTIONS = 3, STEM_STRIDE = 4;
+constexpr int GLANCE = 4;        // of decoder.py
 constexpr int MOST_SCALES = 12;  // MOST_CHANNELS allows no more
 constexpr int STEM_BAND = 8;  // rows of the stem's output computed at a time: what lies before them stays in the cache
 constexpr float BELOW_ONE = 1 - 1.1920929e-7f;  // activations of gates are below 1
@@ -46,6 +47,7 @@ struct Exit {
     int32_t layer, features, later;  // what its gate reads and predicts: losses at this exit and those behind it
     const Conv* merges;              // of its decoder, [S]
     Conv predictor;
+    Conv glance;                          // the predictor, on small maps
     const float *center, *weight, *bias;  // of the gate: [features], [later][features], [later]; null: the last exit
 };
 
@@ -376,31 +378,53 @@ class Forward {
             return std::all_of(rest, end, [](float open) { return open == 0; });
         }
         const Exit& exit = net.exit[number];
-        std::vector<float> pooled;  // means, then standard deviations, of each scale
-        for (int scale = 0; scale < net.scales; ++scale) {
-            if (!features[scale].memory) continue;
-            const Map& map = features[scale].map;
-            const std::vector<double> sums = moments<T>(map, threads);
-            const double pixels = double(map.h) * map.w;
-            const int count = net.channels << scale;  // without the zeros that fill whole vectors
-            require(count <= map.c, "a map has fewer channels than the network has there");
-            for (int c = 0; c < count; ++c) pooled.push_back(float(sums[c] / pixels));
-            for (int c = 0; c < count; ++c) {
-                const double mean = sums[c] / pixels;
-                pooled.push_back(float(std::sqrt(std::max(0.0, sums[map.c + c] / pixels - mean * mean))));
-            }
-        }
-        require(int(pooled.size()) == exit.features && exit.weight && exit.later == net.exits - number,
+        const std::vector<double> seen = glanced(exit, features);
+        require(int(seen.size()) == exit.features && exit.weight && exit.later == net.exits - number,
                 "an exit's gate reads other features than there are");
         float here = 0, behind = 0;
         for (int k = 0; k < exit.later; ++k) {
             double total = exit.bias[k] + request.prices[number + k];
             for (int i = 0; i < exit.features; ++i)
-                total += double(exit.weight[k * exit.features + i]) * (pooled[i] - exit.center[i]);
+                total += double(exit.weight[k * exit.features + i]) * (seen[i] - exit.center[i]);
             if (k == 0) here = float(total);
             else behind = k == 1 ? float(total) : std::min(behind, float(total));
         }
         return here <= behind;
+    }
+
+    // What an exit's decoder makes of small features: the share of each class, then its entropy where it is.
+    std::vector<double> glanced(const Exit& exit, const std::vector<Held>& features) {
+        Held running;
+        for (int scale = net.scales - 1; scale >= 0; --scale) {
+            const int h = stem_map.map.h >> scale, w = stem_map.map.w >> scale;
+            const int small_h = (h + GLANCE - 1) / GLANCE, small_w = (w + GLANCE - 1) / GLANCE;
+            Held x = make(small_h, small_w, channels(scale), 0, small_h);
+            const Map* map = features[scale].memory ? &features[scale].map : nullptr;
+            glance<T>(map, running.memory ? &running.map : nullptr, GLANCE, x.map, threads);
+            running = convolved(exit.merges[scale], x, channels(std::max(scale - 1, 0)));
+        }
+        const Held scores = convolved(exit.glance, running, exit.predictor.outputs, nullptr, false, true);
+        require(net.classes <= scores.map.c, "an exit has fewer scores than classes");
+        const long pixels = long(scores.map.h) * scores.map.w;
+        std::vector<double> sums(2 * net.classes, 0.0);
+        std::vector<float> share(net.classes);
+        for (long pixel = 0; pixel < pixels; ++pixel) {
+            const float* score = static_cast<const float*>(scores.map.data) + pixel * scores.map.c;
+            const float largest = *std::max_element(score, score + net.classes);
+            float total = 0, expected = 0;
+            for (int k = 0; k < net.classes; ++k) {
+                share[k] = std::exp(score[k] - largest);
+                total += share[k];
+                expected += share[k] * (score[k] - largest);
+            }
+            const float entropy = std::log(total) - expected / total;
+            for (int k = 0; k < net.classes; ++k) {
+                sums[k] += share[k] / total;
+                sums[net.classes + k] += share[k] / total * entropy;
+            }
+        }
+        for (double& sum : sums) sum /= double(pixels);
+        return sums;
     }
 
     // Eq. 5 at a node: the weighted sum of what arrives; zeros where nothing does.
@@ -619,7 +643,7 @@ constexpr Field LAYOUT[] = {
     FIELD(Node, small_gate), FIELD(Node, features), FIELD(Node, cell), FIELD(Node, transforms), FIELD(Node, squeeze),
     FIELD(Node, weight), FIELD(Node, bias),
     STRUCTURE(Exit), FIELD(Exit, layer), FIELD(Exit, features), FIELD(Exit, later), FIELD(Exit, merges),
-    FIELD(Exit, predictor), FIELD(Exit, center), FIELD(Exit, weight), FIELD(Exit, bias),
+    FIELD(Exit, predictor), FIELD(Exit, glance), FIELD(Exit, center), FIELD(Exit, weight), FIELD(Exit, bias),
     STRUCTURE(Network), FIELD(Network, depth), FIELD(Network, scales), FIELD(Network, zeros_arrive),
     FIELD(Network, softmax), FIELD(Network, classes), FIELD(Network, channels), FIELD(Network, exits),
     FIELD(Network, stem), FIELD(Network, nodes), FIELD(Network, exit),

@@ -172,28 +172,38 @@ void shrink(const Map& in, const Map& out, int threads) {
     });
 }
 
-// The sums over the pixels of each channel's values and of their squares, [2][c]: rows in float, their sums in double.
+// A step of a glance (`Decoder.glance`): out = the means of windows of `factor` times `factor` pixels of a map, of
+// which those at the edges may be smaller, plus each pixel of `coarse` as four. Either may be null.
 template <class T>
-std::vector<double> moments(const Map& in, int threads) {
-    check(in);
-    const int c = in.c;
-    std::vector<float> rows(long(in.h) * 2 * c);
-    pool->run(in.h, threads, [&](long y) {
-        const T* row = row_of<T>(in, int(y));
-        float* to = rows.data() + y * 2 * c;
-        for (int i = 0; i < c; i += V) {
-            vec sum{}, squares{};
-            for (int x = 0; x < in.w; ++x) {
-                const vec value = load(row + long(x) * c + i);
-                sum += value;
-                squares += value * value;
+void glance(const Map* in, const Map* coarse, int factor, const Map& out, int threads) {
+    check(out);
+    const int c = out.c;
+    if (in) {
+        check(*in);
+        require(in->c == c && out.h == (in->h + factor - 1) / factor && out.w == (in->w + factor - 1) / factor,
+                "a map is glanced at in another shape");
+    }
+    if (coarse) {
+        check(*coarse);
+        require(coarse->c == c && coarse->h * 2 >= out.h && coarse->w * 2 >= out.w, "a glance has maps of other sizes");
+    }
+    pool->run(out.h, threads, [&](long y) {
+        T* to = static_cast<T*>(out.data) + y * out.w * c;
+        const int top = int(y) * factor, bottom = in ? std::min(top + factor, int(in->h)) : top;
+        for (int x = 0; x < out.w; ++x, to += c) {
+            const int left = x * factor, right = in ? std::min(left + factor, int(in->w)) : left;
+            const vec share = splat(in ? 1.0f / float((bottom - top) * (right - left)) : 0.0f);
+            for (int i = 0; i < c; i += V) {
+                vec sum{};
+                for (int row = top; row < bottom; ++row)
+                    for (int column = left; column < right; ++column)
+                        sum += load(row_of<T>(*in, row) + long(column) * c + i);
+                sum *= share;
+                if (coarse) sum += load(row_of<T>(*coarse, int(y) / 2) + long(x / 2) * c + i);
+                store(to + i, sum);
             }
-            store(to + i, sum), store(to + c + i, squares);
         }
     });
-    std::vector<double> sums(2 * c, 0.0);
-    for (size_t i = 0; i < rows.size(); ++i) sums[i % sums.size()] += rows[i];
-    return sums;
 }
 
 // Scores, float [h,w,c], to logits [classes][4h][4w], of which `height` x `width` are kept: bilinear, factor 4.
