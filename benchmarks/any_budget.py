@@ -6,8 +6,9 @@ The experiment file is one of table1.py, with one network that has exits. This t
 table1.py does it (the same folders, resumable), and then asks the network with exits for each budget. Own, shuffled,
 common and oracle are the ways to choose of `routeseg.evaluation.choice`.
 
-Every picture is computed once as far as each exit (float32); where it leaves is what the engine decided. OUTPUT has the
-mean over the seeds and each seed; the figure beside it shows the scores of all networks against their cost.
+Every picture is computed once as far as each exit (float32); where it leaves is what the engine decided. Budgets were
+set with the validation pictures, so what they cost on those of --held_out is noted, too. OUTPUT has the mean over the
+seeds and each seed; the figure beside it shows the scores of all networks against their cost.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import table1
 from routeseg import figures
 from routeseg.cost.macs import exit_costs
-from routeseg.cost.request import Asked
+from routeseg.cost.request import Asked, check_exits
 from routeseg.data.config import open_data
 from routeseg.data.loaders import evaluation_loader
+from routeseg.data.pairs import SegmentationData
 from routeseg.data.subset import evenly_spread
 from routeseg.engine import SkipEngine
 from routeseg.engine.budgeted import Budgeted
@@ -35,34 +39,52 @@ from routeseg.evaluation import machine_facts
 from routeseg.evaluation.choice import exits_of, look_at_exits, worth_of_choice
 from routeseg.evaluation.route_statistics import object_size
 from routeseg.files import write_json
-from routeseg.model import checkpoints
+from routeseg.model import DynamicRoutingNetwork, checkpoints
 
 BUDGETS = (0.25, 0.26, 0.28, 0.3, 0.33, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # shares of the full network's cost
 PERMUTATIONS = 10_000
 CLOCKED, CLOCKED_BUDGETS = 100, 5  # pictures and budgets in milliseconds
 
 
-def look(run: table1.Run) -> dict[str, Any]:
+def look(run: table1.Run, held_out: str | None) -> dict[str, Any]:
     """What a network with exits makes of the validation pictures: `seen` at every exit; `left` budget -> the exits [N]
-    at which pictures leave, `costs` [K] in shares, `sizes` [N] of objects."""
+    at which pictures leave, `costs` [K] in shares, `sizes` [N] of objects; `elsewhere` as `left`, for the pictures of
+    another split; `glances` [K-1], MACs in shares of the full network's, which `costs` leave out."""
     model = checkpoints.load(run.folder / "last")
     pictures = open_data(run.network.data, "val", run.seed)
     engine = SkipEngine(model)
     macs = exit_costs(model, pictures.read(0)[1].shape)
     costs = macs / macs[-1]
-    gates: dict[float, list[np.ndarray]] = {one: [] for one in BUDGETS if costs[0] <= one <= costs[-1]}
-    sizes = []
-    for picture in evaluation_loader(pictures):
-        sizes.append(object_size(picture["labels"][0].numpy()))
-        for budget, found in gates.items():
-            found.append(engine(picture["image"], budget=budget).gates[0].numpy())
+    budgets = [one for one in BUDGETS if costs[0] <= one <= costs[-1]]
+
+    def leaving(pictures: SegmentationData) -> dict[float, np.ndarray]:
+        gates: dict[float, list[np.ndarray]] = {one: [] for one in budgets}
+        for picture in evaluation_loader(pictures):
+            for budget, found in gates.items():
+                found.append(engine(picture["image"], budget=budget).gates[0].numpy())
+        return {budget: exits_of(model, np.array(found)) for budget, found in gates.items()}
+
     return {
         "seen": look_at_exits(model, evaluation_loader(pictures)),
-        "left": {budget: exits_of(model, np.array(found)) for budget, found in gates.items()},
+        "left": leaving(pictures),
+        "elsewhere": None if held_out is None else leaving(open_data(run.network.data, held_out, run.seed)),
         "costs": costs,
+        "glances": glance_macs(model, pictures) / macs[-1],
         "full_gmacs": macs[-1] / 1e9,
-        "sizes": np.array(sizes),
+        "sizes": np.array([object_size(picture["labels"][0].numpy()) for picture in evaluation_loader(pictures)]),
     }
+
+
+@torch.no_grad()
+def glance_macs(model: DynamicRoutingNetwork, pictures: SegmentationData) -> np.ndarray:
+    """MACs of a glance at each exit but the last, as PyTorch counts the operations of its convolutions."""
+    exits = check_exits(model)
+    found = []
+    for exit, features in enumerate(model.exit_features(next(iter(evaluation_loader(pictures)))["image"])):
+        with FlopCounterMode(display=False) as counter:
+            exits.glance(exit, features)
+        found.append(counter.get_total_flops() / 2)
+    return np.array(found)
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
@@ -92,6 +114,7 @@ def analyse(seen: dict[str, Any], seed: int) -> list[dict[str, Any]]:
             {
                 "asked": budget,
                 **worth_of_choice(seen["seen"], exits, costs, seed).as_dict(),
+                "held_out": None if seen["elsewhere"] is None else float(costs[seen["elsewhere"][budget]].mean()),
                 "least": float(spent.min()),
                 "most": float(spent.max()),
                 "leaving": (np.bincount(exits, minlength=len(costs)) / len(exits)).tolist(),
@@ -102,11 +125,11 @@ def analyse(seen: dict[str, Any], seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def clock(run: table1.Run) -> dict[str, Any]:
-    """Milliseconds asked and taken, by the clock, over CLOCKED pictures in turns: the budgets follow each other at
-    every picture. The latency table is measured first, at the size of the pictures."""
+def clock(run: table1.Run, split: str) -> dict[str, Any]:
+    """Milliseconds asked and taken, by the clock, over CLOCKED pictures of a split in turns: the budgets follow each
+    other at every picture. The latency table is measured first, at the size of the pictures."""
     model = checkpoints.load(run.folder / "last")
-    pictures = evenly_spread(open_data(run.network.data, "val", run.seed), CLOCKED)
+    pictures = evenly_spread(open_data(run.network.data, split, run.seed), CLOCKED)
     size = pictures.read(0)[1].shape
     table, engine = profile(model, size), SkipEngine(model)
     routes = [table.of_route(route) for route in model.config.exit_routes]
@@ -127,7 +150,9 @@ def mean_rows(by_seed: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any
     rows = []
     for same in zip(*by_seed, strict=True):
         row: dict[str, Any] = {
-            key: np.mean([one[key] for one in same], axis=0).tolist() for key in same[0] if key != "size_chance"
+            key: None if same[0][key] is None else np.mean([one[key] for one in same], axis=0).tolist()
+            for key in same[0]
+            if key != "size_chance"
         }
         row["size_chance"] = max(one["size_chance"] for one in same)
         row["own_std"] = float(np.std([one["own"] for one in same], ddof=1)) if len(same) > 1 else None
@@ -154,6 +179,7 @@ def main(arguments: Sequence[str] | None = None, train: Callable[[Sequence[str]]
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--folder", type=Path, help="of the runs; runs/any_budget_CONFIG unless given")
     parser.add_argument("--output", type=Path, help="results/any_budget_CONFIG.json unless given")
+    parser.add_argument("--held_out", help="a split whose pictures no budget was set with, to see what they cost")
     parser.add_argument("--clock", action="store_true", help="budgets in ms, too: the machine must be idle otherwise")
     args, words = parser.parse_known_args(command)
     title = f"any_budget_{args.config.stem}"
@@ -172,7 +198,8 @@ def main(arguments: Sequence[str] | None = None, train: Callable[[Sequence[str]]
     runs = table1.plan(networks, list(networks), seeds, folder)
     summary = table1.summary(runs, runs, trained)
     static = [row for row in summary["rows"] if row["kind"] != "exits"]
-    seen = [look(run) for run in runs if run.network.name == names[0]]
+    mine = [run for run in runs if run.network.name == names[0]]
+    seen = [look(run, args.held_out) for run in mine]
     by_seed = [analyse(one, seed) for one, seed in zip(seen, seeds, strict=True)]
     rows, full_gmacs = mean_rows(by_seed), seen[0]["full_gmacs"]
     against_static(rows, static, full_gmacs)
@@ -186,7 +213,8 @@ def main(arguments: Sequence[str] | None = None, train: Callable[[Sequence[str]]
             "full_gmacs": full_gmacs,
             "rows": rows,
             "by_seed": by_seed,
-            "clock": clock(next(run for run in runs if run.network.name == names[0])) if args.clock else None,
+            "glances": np.mean([one["glances"] for one in seen], axis=0).tolist(),
+            "clock": clock(mine[0], args.held_out or "val") if args.clock else None,
             "networks": [{k: v for k, v in row.items() if k not in ("runs", "paper")} for row in summary["rows"]],
             "command": ["benchmarks/any_budget.py", *command],
             **machine_facts(),
@@ -207,7 +235,7 @@ def main(arguments: Sequence[str] | None = None, train: Callable[[Sequence[str]]
         best = row["best_static"]
         beaten = "" if best is None else f", {best['name']} {100 * best['miou']:.1f}"
         print(
-            f"asked {100 * row['asked']:g} %, spent {100 * row['spent']:.1f} %: own {100 * row['own']:.1f}, shuffled "
+            f"asked {100 * row['asked']:.4g} %, spent {100 * row['spent']:.1f} %: own {100 * row['own']:.1f}, shuffled "
             f"{100 * row['shuffled']:.1f}, common {100 * row['common']:.1f}, oracle {100 * row['oracle']:.1f}{beaten}"
         )
     return 0

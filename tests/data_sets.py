@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pictures import truncate
-from routeseg.data.config import VALIDATION_SEED_OFFSET, DataConfig, open_data
+from routeseg.data.config import SEED_OFFSETS, DataConfig, open_data
 from routeseg.data.pairs import PairedFiles, SegmentationData, UnreadableImage
 from routeseg.data.scenes import draw_scene
 from routeseg.labels import IGNORE
@@ -20,7 +20,7 @@ SIZE, TRAIN, VAL = (48, 96), 4, 2  # of the fixture `layouts`
 
 
 def scene(split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
-    return draw_scene(0 if split == "train" else VALIDATION_SEED_OFFSET, index, SIZE, "varied")
+    return draw_scene(SEED_OFFSETS[split], index, SIZE, "varied")
 
 
 def check(data: SegmentationData, split: str, table: tuple[int, ...], least: float, start: int = 0) -> None:

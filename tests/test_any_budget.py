@@ -26,6 +26,7 @@ def seen(count: int = 40, seed: int = 0) -> dict:
     return {
         "seen": AllExits.of(confusion),
         "left": {0.6: at, 1.0: np.full(count, 2)},
+        "elsewhere": {0.6: np.where(at, 0, 1), 1.0: np.full(count, 2)},
         "costs": COSTS,
         "sizes": np.where(hard, 0.1, 0.5) + 0.01 * rng.random(count),
     }
@@ -39,6 +40,7 @@ def test_what_a_choice_is_worth():
     assert first["size_correlation"] < -0.8 and first["size_chance"] < 0.001, "small things cost more"
     assert last["own"] == last["shuffled"] == last["common"] == 1.0 and last["size_chance"] == 1.0
     assert first["leaving"] == [0.5, 0.0, 0.5]
+    assert first["held_out"] == pytest.approx(0.35) and last["held_out"] == 1.0
 
 
 def test_the_oracle_costs_what_was_spent():

@@ -19,7 +19,7 @@ from routeseg.data.sets.voc import open_voc
 from routeseg.files import expand_user
 from routeseg.labels import Classes
 
-VALIDATION_SEED_OFFSET = 1_000_003  # scenes: the validation pictures are drawn from another seed
+SEED_OFFSETS = {"train": 0, "val": 1_000_003, "test": 2_000_003}  # scenes: each split is drawn from another seed
 
 
 @dataclass
@@ -37,7 +37,7 @@ class DataConfig:
     workers       loader processes; 0 loads in the training process
     cache         a folder that keeps the decoded training images, 3 bytes a pixel, on a local disk; pays for large PNGs
     image_size, preset, train_images, val_images   scenes only: size (height, width), scale of things
-                  (large, small, mixed, or varied: these in turn), how many
+                  (large, small, mixed, or varied: these in turn), how many (val_images of the split test, too)
     seed          scenes only: which pictures are drawn; None takes the run's seed
     """
 
@@ -102,13 +102,12 @@ class Scenes:
 def open_data(config: DataConfig, split: str, seed: int = 0) -> SegmentationData:
     """The split (train, val or test) of the data set that the configuration names."""
     if config.name == "scenes":
-        if split not in ("train", "val", "test"):
-            raise no_split("scenes", split, ("train", "val", "test"))
-        train = split == "train"
+        if split not in SEED_OFFSETS:
+            raise no_split("scenes", split, tuple(SEED_OFFSETS))
         seed = seed if config.seed is None else config.seed
         return Scenes(
-            seed if train else seed + VALIDATION_SEED_OFFSET,
-            config.train_images if train else config.val_images,
+            seed + SEED_OFFSETS[split],
+            config.train_images if split == "train" else config.val_images,
             pair(config.image_size),
             config.preset,
         )

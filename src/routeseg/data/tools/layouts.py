@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from routeseg.data import scenes
-from routeseg.data.config import VALIDATION_SEED_OFFSET, DataConfig, pair
+from routeseg.data.config import SEED_OFFSETS, DataConfig, pair
 from routeseg.data.sets import ade20k, camvid, cityscapes, voc
 from routeseg.data.sets.folder import write_classes
 from routeseg.labels import IGNORE
@@ -62,7 +62,7 @@ class World:
 
     def draw(self, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
         """-> image uint8 [H,W,3], labels uint8 [H,W], indices into scenes.CLASSES."""
-        seed = self.seed if split == "train" else self.seed + VALIDATION_SEED_OFFSET
+        seed = self.seed + SEED_OFFSETS[split]
         drawn = scenes.draw_scene(seed, index, pair(self.config.image_size), self.config.preset)
         if self.on_picture is not None:
             self.on_picture()
