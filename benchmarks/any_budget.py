@@ -211,6 +211,7 @@ def main(arguments: Sequence[str] | None = None, train: Callable[[Sequence[str]]
             "seeds": seeds,
             "costs": seen[0]["costs"].tolist(),
             "full_gmacs": full_gmacs,
+            "pictures": len(seen[0]["sizes"]),
             "rows": rows,
             "by_seed": by_seed,
             "glances": np.mean([one["glances"] for one in seen], axis=0).tolist(),

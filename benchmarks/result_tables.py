@@ -64,24 +64,29 @@ def comparison(facts: Sequence[Facts], words: str) -> str:
 def any_budget(facts: Sequence[Facts], words: str) -> str:
     """One network asked for several budgets, as benchmarks/any_budget.py found it, and below it how it was made."""
     (found,) = facts
-    head = ["asked, % of the full network", "spent", "mIoU, %", "best static network of no more cost"]
-    head += ["- shuffled", "- common", "oracle - shuffled"]
+    head = ["asked, % of the full network", "spent (on held-out pictures)", "mIoU, %"]
+    head += ["best static network of no more cost", "- shuffled", "- common", "oracle - shuffled"]
+    head += ["cheapest to dearest picture", "rank correlation with object size (p)"]
     rows = []
     for row in found["rows"]:
         best, own = row["best_static"], 100 * row["own"]
         std = "" if row["own_std"] is None else f" ± {100 * row['own_std']:.1f}"
         static = "" if best is None else f"{best['name']}, {100 * best['miou']:.1f} ({own - 100 * best['miou']:+.1f})"
         differences = [(row["own"], row["shuffled"]), (row["own"], row["common"]), (row["oracle"], row["shuffled"])]
+        elsewhere = "" if row["held_out"] is None else f" ({100 * row['held_out']:.1f})"
         rows.append(
-            [f"{100 * row['asked']:g}", f"{100 * row['spent']:.1f}", f"{own:.1f}{std}", static]
+            [f"{100 * row['asked']:.4g}", f"{100 * row['spent']:.1f}{elsewhere}", f"{own:.1f}{std}", static]
             + [f"{100 * (a - b):+.1f}" for a, b in differences]
+            + [f"{100 * row['least']:.0f} to {100 * row['most']:.0f}"]
+            + [f"{row['size_correlation']:+.2f} ({row['size_chance']:.1g})"]
         )
     data, recipe = found["settings"]["data"], found["settings"]["recipe"]
     crop, seeds = "x".join(map(str, data["crop"])), ", ".join(map(str, found["seeds"]))
     return (
-        table(head, rows) + f"\n\n{data['name']}, {data['val_images']} validation pictures; {recipe['iterations']} "
+        table(head, rows) + f"\n\n{data['name']}, {found['pictures']} validation pictures; {recipe['iterations']} "
         f"iterations of {data['batch_size']} crops of {crop}, the same recipe for all; the full network has "
-        f"{1000 * found['full_gmacs']:.0f} MMACs; seeds {seeds}, mean ± standard deviation over them. {how(facts, '')}"
+        f"{1000 * found['full_gmacs']:.0f} MMACs; seeds {seeds}, mean ± standard deviation over them, of p the "
+        f"largest. {how(facts, '')}"
     )
 
 
