@@ -186,10 +186,12 @@ def main(arguments: Sequence[str] | None = None, train: Callable[[Sequence[str]]
     folder = args.folder or Path("runs") / title
     output = args.output or Path("results") / f"{title}.json"
     trained = ["--config", str(args.config), "--seeds", args.seeds, "--jobs", str(args.jobs), "--folder", str(folder)]
+    networks = table1.read_experiment(args.config, words)
+    if args.held_out is not None:
+        open_data(next(iter(networks.values())).data, args.held_out)  # a mistake is found before hours of training
     code = train([*trained, "--output", str(folder / "table.json"), *words])
     if code:
         return code
-    networks = table1.read_experiment(args.config, words)
     seeds = [int(seed) for seed in args.seeds.split(",")]
     names = [name for name, network in networks.items() if network.kind == "exits"]
     if len(names) != 1:

@@ -15,7 +15,7 @@ from routeseg.data.config import DataConfig, open_data
 from routeseg.training.callbacks import ValidateAndSave
 
 ROOT = Path(__file__).parents[1]
-EXPERIMENTS = sorted((ROOT / "configs" / "table1").glob("*.yaml"))
+EXPERIMENTS = sorted([*(ROOT / "configs/table1").glob("*.yaml"), *(ROOT / "configs/any_budget").glob("*_cpu.yaml")])
 spec = importlib.util.spec_from_file_location("table1", ROOT / "benchmarks" / "table1.py")
 table1 = sys.modules["table1"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(table1)
@@ -51,12 +51,18 @@ def experiment(tmp_path):
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem.endswith("gpu") else []) for p in EXPERIMENTS],
+    [
+        pytest.param(p, id=f"{p.parent.name}/{p.stem}", marks=[pytest.mark.slow] if p.stem.endswith("gpu") else [])
+        for p in EXPERIMENTS
+    ],
 )
 def test_experiment_files(path):
     assert len(path.read_text().splitlines()) <= 35
     networks = table1.read_experiment(path)
     assert networks["u-net"].kind == "static" and networks["u-net"].label == "U-Net"
+    if path.parent.name == "any_budget":
+        assert [name for name, network in networks.items() if network.kind == "exits"] == ["any-budget"]
+        return
     assert networks["dynamic-a"].budget.weight == 0.8 and networks["dynamic-raw"].budget.weight == 0
     for network in networks.values():
         assert network.data.name == path.stem.split("_")[0]

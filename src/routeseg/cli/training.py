@@ -64,9 +64,14 @@ def calibrate_command(words: Sequence[str]) -> int:
 
     parser = config_parser("calibrate", ["data"])
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder of a network with exits; written anew")
-    parser.add_argument("--split", type=str, default="train", help="whose labels tell what each exit is worth")
     parser.add_argument(
-        "--budget_split", type=str, default="val", help="whose images tell what budgets cost; labels are not read"
+        "--split", type=str | None, default=None, help="whose labels tell what each exit is worth; data.train_split"
+    )
+    parser.add_argument(
+        "--budget_split",
+        type=str | None,
+        default=None,
+        help="whose images tell what budgets cost, without their labels; data.val_split",
     )
     parser.add_argument(
         "--images", type=int, default=CALIBRATION_PICTURES, help="at most so many, evenly spread over each split"
@@ -79,7 +84,8 @@ def calibrate_command(words: Sequence[str]) -> int:
 
     check_writable(Path(args.checkpoint))
     pictures, others = (
-        evenly_spread(open_data(data, split, args.seed), args.images) for split in (args.split, args.budget_split)
+        evenly_spread(open_data(data, split, args.seed), args.images)
+        for split in (args.split or data.train_split, args.budget_split or data.val_split)
     )
     model = checkpoints.load(args.checkpoint)
     check_classes(args.checkpoint, model, data, len(pictures.classes))

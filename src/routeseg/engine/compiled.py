@@ -113,7 +113,7 @@ class _Network(Structure):
     """`Network` of kernels/forward.cpp."""
 
     _fields_ = [
-        *((name, c_int32) for name in "depth scales zeros_arrive softmax classes channels exits".split()),
+        *((name, c_int32) for name in "depth scales zeros_arrive softmax classes exits".split()),
         ("stem", POINTER(_Conv)),
         ("nodes", POINTER(_Node)),
         ("exit", POINTER(_Exit)),
@@ -379,7 +379,7 @@ class _Packed(Weights):
         gates = {type(folded.node(*node).gate) for node in folded.route.nodes}
         self.network = _Network(
             space.depth, space.num_scales, folded.config.zeros_arrive, SoftmaxGate in gates, folded.config.num_classes,
-            folded.config.base_channels, len(exits),
+            len(exits),
             self._convs([self.conv(_layers(part), image=not i) for i, part in enumerate(folded.stem)]), nodes, exits,
         )  # fmt: skip
 

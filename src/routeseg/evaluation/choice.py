@@ -25,7 +25,7 @@ from routeseg.model.request import exit_of
 from routeseg.space import Route
 
 SHUFFLES = 50
-LARGEST_PRICE = 1e4  # beyond it nothing is left to choose: a picture's loss is a small number
+LARGEST_PRICE = 1e6  # beyond it nothing is left to choose: a picture loses no more than there are pictures
 HALVINGS = 60
 
 
@@ -56,20 +56,20 @@ class AllExits:
         return AllExits(self.both[pictures], self.either[pictures])
 
     def lost(self) -> np.ndarray:
-        """What each picture takes away from the mIoU at each exit, float64 [N,K], to first order: IoU = I / U is linear
-        in the pixels of one picture among many,
+        """What each picture takes away from the mIoU at each exit, float64 [N,K]: the change in the set's mIoU if this
+        picture alone leaves there, and all others at the middle exit. It is scaled such that the mean over many
+        pictures that differ little is the difference of the set's mIoU at the middle exit to that at this one.
 
-            d(I / U) = dI / U - I dU / U**2,
-
-        with I and U of all pictures at the middle exit. It is scaled such that the mean over the pictures is the
-        difference of the set's mIoU to that exit's. Classes that never occur do not count.
+        Classes that are neither in the labels nor found by the middle exit do not count.
         """
         middle = self.both.shape[1] // 2
-        both, either = (pixels[:, middle].sum(0) for pixels in (self.both, self.either))
-        there = either > 0
-        both, either = both[there], either[there].astype(float)
-        gained = self.both[..., there] / either - both * self.either[..., there] / either**2
-        return -len(self.both) * gained.mean(-1)
+        there = self.either[:, middle].any(axis=0)
+        both, either = self.both[..., there], self.either[..., there]
+        total, among = both[:, middle].sum(0), either[:, middle].sum(0)
+        # Pixels that are in neither map now were in it before: the union may become empty, and then nothing is wrong.
+        swapped = total + both - both[:, middle, None], among + either - either[:, middle, None]
+        iou = np.divide(*swapped, out=np.ones(swapped[0].shape), where=swapped[1] > 0)
+        return -len(both) * (iou - total / among).mean(-1)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ class ExitGate(nn.Module):
         self.register_buffer("bias", torch.zeros(later))
 
     def forward(self, seen: Tensor) -> Tensor:
-        return nn.functional.linear(seen - self.center, self.weight, self.bias)
+        center, weight, bias = (values.float() for values in (self.center, self.weight, self.bias))
+        return nn.functional.linear(seen - center, weight, bias)
 
 
 class Exits(nn.Module):

@@ -12,6 +12,7 @@ Legend: N pictures, K exits, F features of a glance, T prices of the table.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -26,7 +27,7 @@ from routeseg.model.grid import RoutedNetwork
 
 RIDGES = 10.0 ** np.arange(-2, 7)  # strengths, for standardised features
 LEAST_PICTURES = 8
-LEAST_SPREAD = 1e-4  # of a feature over the pictures, as a share of the largest
+LEAST_SPREAD = 1e-2  # of a feature over the pictures, as a share of the largest: a class that hardly occurs
 ROUNDING = 1e-9  # of a mean
 
 
@@ -48,9 +49,14 @@ def calibrate(
         raise ValueError("the network has no exits, so there is nothing to calibrate: train one with --model.exits")
     was_training = model.training
     model.eval()
-    count = _fit(model, exits, _readable(batches, on_batch))
-    _set_budgets(model, exits, _readable(others, on_batch))
-    model.train(was_training)
+    found = copy.deepcopy(exits)  # all of it is new, or nothing
+    try:
+        count = _fit(model, found, _readable(batches, on_batch))
+        _set_budgets(model, found, _readable(others, on_batch))
+    finally:
+        model.train(was_training)
+    for own, new in zip(exits.calibration(), found.calibration(), strict=True):
+        own.copy_(new)
     return count
 
 
@@ -83,8 +89,7 @@ def _set_budgets(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str,
         predicted.append([exits.expected(exit, maps).double().cpu().numpy() for exit, maps in enumerate(kept)])
     shares = gather((predicted, size))
     predicted, size = [one for share, _ in shares for one in share], max(size for _, size in shares)
-    if not predicted:
-        raise ValueError("there is no picture to set the budgets of the exits with")
+    check_enough_pictures(sum(len(one[-1]) for one in predicted), "pictures to set budgets with")
     costs = exit_costs(model, size)
     costs /= costs[-1]
     prices, frequencies = price_table([np.concatenate(of_exit) for of_exit in zip(*predicted, strict=True)], costs)
@@ -92,12 +97,10 @@ def _set_budgets(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str,
         buffer.copy_(torch.from_numpy(values))
 
 
-def check_enough_pictures(count: int) -> None:
-    """Raises ValueError if there are too few pictures with labels for a calibration."""
+def check_enough_pictures(count: int, kind: str = "pictures with labels") -> None:
+    """Raises ValueError if there are too few pictures for a calibration."""
     if count < LEAST_PICTURES:
-        raise ValueError(
-            f"{count} pictures with labels are too few to calibrate a network with exits: give {LEAST_PICTURES} or more"
-        )
+        raise ValueError(f"{count} {kind} are too few to calibrate a network with exits: give {LEAST_PICTURES} or more")
 
 
 def _readable(batches: Iterable[dict[str, Any]], on_batch: Callable[[], None]) -> Iterator[dict[str, Any]]:

@@ -121,4 +121,5 @@ def train(
     module = SegmentationDataModule(data, recipe.iterations, recipe.seed, run.first_step, recipe.accumulate)
     if model.exits is not None:
         check_enough_pictures(len(module.train_data))
+        check_enough_pictures(len(module.val_data), "validation pictures")
     return run.fit(SegmentationTask(model, recipe, budget, pair(data.crop), run.batch_norm), module)

@@ -52,7 +52,7 @@ struct Exit {
 };
 
 struct Network {
-    int32_t depth, scales, zeros_arrive, softmax, classes, channels, exits;
+    int32_t depth, scales, zeros_arrive, softmax, classes, exits;
     const Conv* stem;   // [3]
     const Node* nodes;  // [L+1][S]
     const Exit* exit;   // [exits], the last one behind layer L
@@ -405,26 +405,30 @@ class Forward {
         }
         const Held scores = convolved(exit.glance, running, exit.predictor.outputs, nullptr, false, true);
         require(net.classes <= scores.map.c, "an exit has fewer scores than classes");
-        const long pixels = long(scores.map.h) * scores.map.w;
-        std::vector<double> sums(2 * net.classes, 0.0);
-        std::vector<float> share(net.classes);
-        for (long pixel = 0; pixel < pixels; ++pixel) {
-            const float* score = static_cast<const float*>(scores.map.data) + pixel * scores.map.c;
-            const float largest = *std::max_element(score, score + net.classes);
-            float total = 0, expected = 0;
-            for (int k = 0; k < net.classes; ++k) {
-                share[k] = std::exp(score[k] - largest);
-                total += share[k];
-                expected += share[k] * (score[k] - largest);
+        const int h = scores.map.h, w = scores.map.w, classes = net.classes;
+        std::vector<double> rows(long(h) * 2 * classes, 0.0);
+        pool->run(h, threads, [&](long y) {
+            double* sums = rows.data() + y * 2 * classes;
+            std::vector<float> share(classes);
+            for (int x = 0; x < w; ++x) {
+                const float* score = row_of<float>(scores.map, int(y)) + long(x) * scores.map.c;
+                const float largest = *std::max_element(score, score + classes);
+                float total = 0, expected = 0;
+                for (int k = 0; k < classes; ++k) {
+                    share[k] = std::exp(score[k] - largest);
+                    total += share[k];
+                    expected += share[k] * (score[k] - largest);
+                }
+                const float entropy = std::log(total) - expected / total;
+                for (int k = 0; k < classes; ++k) {
+                    sums[k] += share[k] / total;
+                    sums[classes + k] += share[k] / total * entropy;
+                }
             }
-            const float entropy = std::log(total) - expected / total;
-            for (int k = 0; k < net.classes; ++k) {
-                sums[k] += share[k] / total;
-                sums[net.classes + k] += share[k] / total * entropy;
-            }
-        }
-        for (double& sum : sums) sum /= double(pixels);
-        return sums;
+        });
+        std::vector<double> seen(2 * classes, 0.0);
+        for (size_t i = 0; i < rows.size(); ++i) seen[i % seen.size()] += rows[i] / (double(h) * w);
+        return seen;
     }
 
     // Eq. 5 at a node: the weighted sum of what arrives; zeros where nothing does.
@@ -645,7 +649,7 @@ constexpr Field LAYOUT[] = {
     STRUCTURE(Exit), FIELD(Exit, layer), FIELD(Exit, features), FIELD(Exit, later), FIELD(Exit, merges),
     FIELD(Exit, predictor), FIELD(Exit, glance), FIELD(Exit, center), FIELD(Exit, weight), FIELD(Exit, bias),
     STRUCTURE(Network), FIELD(Network, depth), FIELD(Network, scales), FIELD(Network, zeros_arrive),
-    FIELD(Network, softmax), FIELD(Network, classes), FIELD(Network, channels), FIELD(Network, exits),
+    FIELD(Network, softmax), FIELD(Network, classes), FIELD(Network, exits),
     FIELD(Network, stem), FIELD(Network, nodes), FIELD(Network, exit),
     STRUCTURE(Request), FIELD(Request, image), FIELD(Request, padded_height), FIELD(Request, padded_width),
     FIELD(Request, given), FIELD(Request, own), FIELD(Request, prices), FIELD(Request, gates), FIELD(Request, logits),
