@@ -132,7 +132,7 @@ def clock(run: table1.Run, split: str) -> dict[str, Any]:
     pictures = evenly_spread(open_data(run.network.data, split, run.seed), CLOCKED)
     size = pictures.read(0)[1].shape
     table, engine = profile(model, size), SkipEngine(model)
-    routes = [table.of_route(route) for route in model.config.exit_routes]
+    routes = table.of_exits(model.config)
     asked = np.linspace(routes[0], routes[-1], CLOCKED_BUDGETS + 2)[1:-1]
     engines = [Budgeted(engine, model, Asked(ms, "ms", table)) for ms in asked]
     taken = np.zeros((len(pictures), len(asked)))
@@ -142,7 +142,12 @@ def clock(run: table1.Run, split: str) -> dict[str, Any]:
             start = time.perf_counter()
             one(picture["image"])
             taken[number, which] = 1000 * (time.perf_counter() - start)
-    return {"routes_ms": routes, "asked_ms": asked.tolist(), "taken_ms": taken.mean(0).tolist(), "pictures": len(taken)}
+    return {
+        "routes_ms": routes.tolist(),
+        "asked_ms": asked.tolist(),
+        "taken_ms": taken.mean(0).tolist(),
+        "pictures": len(taken),
+    }
 
 
 def mean_rows(by_seed: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:

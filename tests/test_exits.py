@@ -401,7 +401,8 @@ class TestAsked:
             table.size, table.device, table.precision, table.network,
             {name: 2 * ms for name, ms in table.fixed_ms.items()}, 2 * table.part_ms,
         )  # fmt: skip
-        ms = [table.of_route(route) for route in model.config.exit_routes]
+        table.facts["glance_ms"] = 0.0  # `slower` has none
+        ms = table.of_exits(model.config)
         middle = (min(ms) + max(ms)) / 2
         shares = [
             Asked.parse(f"{factor * middle}ms", one, "t.json").share(model, SIZE)
@@ -416,6 +417,15 @@ class TestAsked:
             Budgeted(SkipEngine(model), model, Asked.parse("9ms", half, "t.json"))
         with pytest.raises(ValueError, match="is for images of"):
             Asked.parse("1ms", table, "t.json").share(model, (128, 128))
+
+    def test_milliseconds_of_decisions(self, model, tmp_path):
+        """An image that leaves at an exit has decided there and before; at the last one nothing is to decide."""
+        table = profile(model, SIZE, routes=1, repeats=3)
+        assert table.facts["glance_ms"] >= 0 and "glance_ms" not in profile(network(), SIZE, routes=1, repeats=1).facts
+        table.facts["glance_ms"] = 2.0
+        table.write(tmp_path / "t.json")
+        routes = np.array([table.of_route(route) for route in model.config.exit_routes])
+        assert np.allclose(LatencyTable.read(tmp_path / "t.json").of_exits(model.config) - routes, [2, 4, 6, 6])
 
     def test_an_engine_that_keeps_it(self, model, images):
         engine = Budgeted(SkipEngine(model), model, Asked.parse("70%"))

@@ -42,7 +42,8 @@ FORMAT = 1  # of the file
 # How a table is measured, unless somebody asks for more: so many routes test it, each runs so often.
 ROUTES = 50
 REPEATS = 11  # with 5, the median of a route was off by 6 % on a restless machine
-# Fields that the time does not depend on; a look at an exit takes about a hundredth of a layer.
+GLANCE = "glance_ms"  # of the facts: what the decision at an exit takes
+# Fields that the time does not depend on; decisions at exits are timed for themselves.
 UNTIMED = ("gate", "exits", "class_names", "palette", "pixel_mean", "pixel_std")
 
 
@@ -97,6 +98,12 @@ class LatencyTable:
         if route.space != self.space:
             raise ValueError(f"the route is drawn in {route.space}, the latency table is for {self.space}")
         return self._of_counts(route_counts(self.network, route, gates and self.network["gated"]))
+
+    def of_exits(self, config: NetworkConfig) -> np.ndarray:
+        """Milliseconds of an image that leaves at each exit, with the decisions on the way there: float64 [K]."""
+        routes = config.exit_routes
+        decisions = np.minimum(np.arange(len(routes)) + 1, len(routes) - 1)
+        return np.array([self.of_route(route) for route in routes]) + decisions * float(self.facts.get(GLANCE, 0.0))
 
     def _of_counts(self, counts: np.ndarray) -> float:
         return sum(self.fixed_ms.values()) + float((counts.sum(0) * self.part_ms).sum())

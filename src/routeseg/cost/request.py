@@ -77,7 +77,7 @@ class Asked:
                 self.latency.check(network.config, size, self.file)
             except ValueError as error:
                 raise BudgetNotKept(str(error)) from error
-            costs = np.array([self.latency.of_route(route) for route in network.config.exit_routes])
+            costs = self.latency.of_exits(network.config)
             return exits.share_at(float(exits.price_of(np.array(self.value), costs, " ms")))
         costs = exit_costs(network, size) / MMACS
         return exits.share_at(float(exits.price_of(np.array(self.value / MMACS), costs, " MMACs")))

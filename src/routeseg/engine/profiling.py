@@ -34,6 +34,7 @@ from routeseg.cost.latency import (
     CELL,
     DECODER,
     GATE,
+    GLANCE,
     HALVED,
     PARTS,
     REPEATS,
@@ -116,6 +117,8 @@ def profile(
     fixed_ms, part_ms = _from_clocks(model, calibration) if clocked else _from_fit(model, calibration)
     table = LatencyTable(size, str(device), engine.precision, network_shape(model.config), fixed_ms, part_ms)
     table.facts.update(how="clocked" if clocked else "fitted", repeats=repeats, seed=seed)
+    if model.exits is not None and model.exits.calibrated:
+        table.facts[GLANCE] = _glance_ms(SkipEngine(model, precision, backend), images, repeats)
     if engine.precision_reason is not None:
         table.facts["precision_reason"] = engine.precision_reason
     table.facts.update(all_open=[_tested(table, job) for job in calibration[:2]], test=_test(table, tested))
@@ -187,12 +190,26 @@ def random_route(whole: Route, shares: list[tuple[float, float]], rng: random.Ra
     ).pruned()
 
 
-def _forward(engine: SkipEngine, images: Tensor, job: _Job) -> None:
+def _glance_ms(engine: SkipEngine, images: Tensor, repeats: int) -> float:
+    """What the decision at an exit takes: an image that passes all of them, against the same route when it is given."""
+    given, asked = [], []
+    for _ in range(1 + repeats):
+        given.append(_seconds(images, lambda: engine(images, engine.model.route)))
+        asked.append(_seconds(images, lambda: engine(images, budget=1.0)))
+    decisions = len(engine.model.config.exit_routes) - 1
+    return MS * max(0.0, float(np.median(asked[1:]) - np.median(given[1:]))) / decisions  # the first warm up
+
+
+def _seconds(images: Tensor, forward: Callable[[], Any]) -> float:
     start = time.perf_counter()
-    engine(images, job.route, "own" if job.gates else "one")
+    forward()
     if images.device.type != "cpu":
         torch.accelerator.synchronize(images.device)
-    job.ms.append(MS * (time.perf_counter() - start))
+    return time.perf_counter() - start
+
+
+def _forward(engine: SkipEngine, images: Tensor, job: _Job) -> None:
+    job.ms.append(MS * _seconds(images, lambda: engine(images, job.route, "own" if job.gates else "one")))
 
 
 @torch.inference_mode()

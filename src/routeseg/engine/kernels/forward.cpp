@@ -21,13 +21,15 @@
 #include <map>
 #include <memory>
 #include <new>
+#include <utility>
 
 namespace {
 
 constexpr int UP = 0, KEEP = 1, DOWN = 2, DIRECTIONS = 3;
 constexpr int STEM_CONVOLUTIONS = 3, STEM_STRIDE = 4;
-constexpr int GLANCE = 4;        // of decoder.py
-constexpr int MOST_SCALES = 12;  // MOST_CHANNELS allows no more
+constexpr int GLANCE = 4;                 // of decoder.py
+constexpr long SMALL_GLANCE = 128 * 128;  // pixels of the finest features
+constexpr int MOST_SCALES = 12;           // MOST_CHANNELS allows no more
 constexpr int STEM_BAND = 8;  // rows of the stem's output computed at a time: what lies before them stays in the cache
 constexpr float BELOW_ONE = 1 - 1.1920929e-7f;  // activations of gates are below 1
 
@@ -394,6 +396,8 @@ class Forward {
 
     // What an exit's decoder makes of small features: the share of each class, then its entropy where it is.
     std::vector<double> glanced(const Exit& exit, const std::vector<Held>& features) {
+        const bool small = long(stem_map.map.h) * stem_map.map.w < SMALL_GLANCE;
+        const int all_threads = std::exchange(threads, small ? 1 : threads);  // to wake them would take longer
         Held running;
         for (int scale = net.scales - 1; scale >= 0; --scale) {
             const int h = stem_map.map.h >> scale, w = stem_map.map.w >> scale;
@@ -426,6 +430,7 @@ class Forward {
                 }
             }
         });
+        threads = all_threads;
         std::vector<double> seen(2 * classes, 0.0);
         for (size_t i = 0; i < rows.size(); ++i) seen[i % seen.size()] += rows[i] / (double(h) * w);
         return seen;
@@ -579,7 +584,7 @@ class Forward {
     const Request& request;
     Workspace& workspace;
     Arena arena;
-    const int threads;
+    int threads;
     Clock clock;
     Held stem_map;
 };
