@@ -43,7 +43,7 @@ BUDGETS = (0.25, 0.5, 1.0)  # shares of the full network that one with exits is 
 GALLERY = 6
 LOADS = 3  # of the pictures of a step, that are timed
 TRAINING_SHARE = 0.75  # of the time asked for; the rest goes to validation and the report
-VALIDATIONS = 4
+VALIDATIONS = 4, 3  # without exits, with exits: each calibrates them
 FEWEST_ITERATIONS = 300  # with fewer a smaller network learns more
 # What makes iterations shorter, in this order: at most so many channels, layers, a share of the sides of a picture.
 SMALLER = (("channels", 16), ("depth", 5), ("channels", 8), ("sides", 0.5))
@@ -181,12 +181,13 @@ def fit_to_time(
     while True:
         pace = measure(model, data, recipe, budget)
         left = 60 * minutes * TRAINING_SHARE - (bfloat16.clock() - start)
-        every = max(5, int(pace.iterations(left) / VALIDATIONS))
+        validations = VALIDATIONS[model.exits is not None]
+        every = max(5, int(pace.iterations(left) / validations))
         fitted = replace(
             recipe,
-            iterations=every * VALIDATIONS,
+            iterations=every * validations,
             validate_every=every,
-            warmup_steps=min(recipe.warmup_steps, every * VALIDATIONS // 10),
+            warmup_steps=min(recipe.warmup_steps, every * validations // 10),
             precision=pace.choice.precision,
         )
         plan = Plan(model, data, fitted, minutes, pace)

@@ -395,7 +395,9 @@ class _Packed(Weights):
         merges, predictor = [self.conv(_layers(merge)) for merge in decoder.merge], [decoder.predictor]
         packed = _Exit(layer, merges=self._convs(merges), predictor=self.conv(predictor, wide=True))
         if gate is not None:
-            packed.glance = self.conv([decoder.glance_predictor()], wide=True)
+            glance = nn.Conv2d(decoder.predictor.in_channels, decoder.predictor.out_channels, 1)
+            glance.weight, glance.bias = nn.Parameter(decoder.glance_weight), decoder.predictor.bias
+            packed.glance = self.conv([glance], wide=True)
             packed.later, packed.features = gate.weight.shape
             for name in ("center", "weight", "bias"):
                 setattr(packed, name, self._keep(getattr(gate, name).to(**FLOAT32).contiguous()))

@@ -92,14 +92,13 @@ class Decoder(Head):
                 x = x + F.interpolate(running, scale_factor=2.0)[..., : x.shape[-2], : x.shape[-1]]
             running = self.merge[scale](x)
         assert running is not None
-        return self.glance_predictor()(running)
+        return F.conv2d(running, self.glance_weight, self.predictor.bias)
 
-    def glance_predictor(self) -> nn.Conv2d:
-        """The predictor for small maps, 1x1: a pixel's neighbours are far away there, so all taps read the pixel."""
-        weight, bias = self.predictor.weight, self.predictor.bias
-        conv = nn.utils.skip_init(nn.Conv2d, *weight.shape[1::-1], 1, device=weight.device, dtype=weight.dtype)
-        conv.weight, conv.bias = nn.Parameter(weight.sum((2, 3), keepdim=True)), bias
-        return conv
+    @property
+    def glance_weight(self) -> Tensor:
+        """The predictor's weights for small maps, [K,C,1,1]: a pixel's neighbours are far away there, so all taps read
+        the pixel."""
+        return self.predictor.weight.sum((2, 3), keepdim=True)
 
     def result(self, output: Tensor, gates: Tensor, size: tuple[int, int]) -> Segmentation:
         return Segmentation(output[..., : size[0], : size[1]], gates)
