@@ -177,20 +177,18 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
     def all_exits(self, images: Tensor) -> tuple[Segmentation, list[Sequence[Any]]]:
         """Of a network with exits: what it gives in training, in the mode that it is in, and the features that arrive
         at each exit but the last, by scale; None where nothing arrives."""
-        request, leaving = self._to_all_exits(len(images))
+        assert self.exits is not None
+        request = Request(self.config.mask, gated=False)
+        leaving = self.exits.leaving(request, len(images), training=True)
         return self._run(images, request, 0.0, leaving), leaving.kept
 
     def exit_features(self, images: Tensor) -> list[Sequence[Any]]:
-        """The features of `all_exits` alone."""
-        request, leaving = self._to_all_exits(len(images))
-        self.walk(PLAIN.stem(self.stem, prepare(self, images)[0]), request, 0.0, PLAIN, leaving)
-        return leaving.kept
-
-    def _to_all_exits(self, images: int) -> tuple[Request, Leaving]:
-        """What makes a forward of so many images run all layers and keep the features of each exit."""
+        """The features of `all_exits` alone, without the layers behind them."""
         assert self.exits is not None
         request = Request(self.config.mask, gated=False)
-        return request, self.exits.leaving(request, images, training=True)
+        leaving = Leaving(self.exits, np.full(len(images), len(self.exits.decoders) - 1), keeps=True)
+        self.walk(PLAIN.stem(self.stem, prepare(self, images)[0]), request, 0.0, PLAIN, leaving)
+        return leaving.kept
 
     def _run(self, images: Tensor, request: Request, drop_path: float, leaving: Leaving | None) -> Any:
         x, size = prepare(self, images)
