@@ -4,8 +4,8 @@
     python benchmarks/table1.py --config configs/table1/camvid_cpu.yaml --data.root FOLDER --networks u-net,dynamic-a
 
 The experiment file has the sections of `routeseg train` (data, recipe, model, budget), which all networks share, and
-`networks`, name -> what is different for it: `model`, `budget`, or `common: {of: NAME, threshold: SHARE}`. That is the
-static network of the edges that NAME, trained with the same seed, keeps open in at least this share of the training
+`networks`, name -> what is different for it: keys of these sections, or `common: {of: NAME, threshold: SHARE}`. That is
+the static network of the edges that NAME, trained with the same seed, keeps open in at least this share of the training
 pictures; it has no gates and is retrained from scratch. Any key of the shared sections can be given on the command
 line.
 
@@ -44,7 +44,7 @@ from jsonargparse import Namespace
 from result_tables import comparison
 from routeseg import figures
 from routeseg.architectures import ARCHITECTURES, common_route
-from routeseg.cli.common import config_parser, new_network, read_parts
+from routeseg.cli.common import SECTIONS, config_parser, new_network, read_parts
 from routeseg.cost.budget import Budget
 from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig, open_data
@@ -70,7 +70,7 @@ PAPER = {name: (a.paper_miou, (a.paper_gmacs,), a.paper_params_m) for name, a in
     "dynamic-raw": (76.1, (119.5,), 17.8),
 }
 RESULT_FILE = "result.json"
-OVERRIDES = {"model", "budget", "common"}
+OVERRIDES = {*SECTIONS, "common"}
 COSTS = ("mean", "max", "min", "full")
 LOG_TAIL = 12  # lines of a failed run's log that are shown
 POLL_SECONDS = 0.2
@@ -124,7 +124,9 @@ def read_experiment(path: Path, words: Sequence[str] = ()) -> dict[str, Network]
     networks: dict[str, Network] = {}
     for name, changes in listed.items():
         if not isinstance(changes, dict | None) or not all(isinstance(part, dict) for part in (changes or {}).values()):
-            raise ValueError(f"networks.{name} of {path} is {changes!r}: give a mapping, with model, budget or common")
+            raise ValueError(
+                f"networks.{name} of {path} is {changes!r}: give a mapping, with sections of the file or common"
+            )
         changes = dict(changes or {})
         if unknown := set(changes) - OVERRIDES:
             raise ValueError(

@@ -233,17 +233,20 @@ def test_images_that_need_a_gradient():
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-2 * grads[0].abs().max().item())
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("classes", "height", "width"), [(5, 24, 40), (19, 3, 7), (1, 64, 96)])
-def test_cross_entropy(classes, height, width):
-    """Also of logits that are large, of pixels without a label, and of fewer than a whole vector."""
+def test_cross_entropy(classes, height, width, weighted):
+    """Also of logits that are large, of pixels without a label, with weights, and of fewer than a whole vector."""
     generator = torch.Generator().manual_seed(0)
     logits = 30 * torch.randn(2, classes, height, width, generator=generator)
     labels = torch.randint(0, classes, (2, height, width), generator=generator)
     labels[0, :2] = IGNORE
+    weights = torch.rand(2, height, width, generator=generator) if weighted else None
     found = []
     for compute, kind in ((PLAIN, torch.float64), (PLAIN, torch.float32), (Fused(), torch.float32)):
         asked = logits.to(kind, copy=True).requires_grad_()
-        loss = compute.cross_entropy_sum(asked, labels)
+        own = None if weights is None else weights.to(kind)
+        loss = compute.cross_entropy_sum(asked, labels, own)
         (3 * loss).backward()
         found.append((loss.double().item(), asked.grad.double()))
     assert found[2][0] == pytest.approx(found[0][0], rel=1e-6)

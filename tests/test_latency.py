@@ -16,7 +16,7 @@ from routeseg.config import NetworkConfig
 from routeseg.cost.latency import PARTS, LatencyTable, by_part, network_shape, node_counts, route_counts
 from routeseg.cost.macs import model_cost
 from routeseg.engine import SkipEngine
-from routeseg.engine.compiled import is_compiled
+from routeseg.engine.compiled import STEPS, is_compiled
 from routeseg.engine.profiling import profile
 from routeseg.model.request import Request
 
@@ -38,14 +38,27 @@ def test_counts_by_hand():
     shape = network_shape(NetworkConfig(depth=3, num_scales=2))
     forced, gated = (route_counts(shape, route, gates) for gates in (False, True))
     expected = np.zeros((4, 2, len(PARTS)))
-    expected[1, 0] = (0, 1, 0, 1, 0, 0, 0)
-    expected[2, 0] = (0, 1, 0, 0, 0, 0, 0)  # a single map of weight 1 needs no sum
-    expected[2, 1] = (0, 1, 1, 0, 0, 0, 0)
-    expected[3, 0] = (0, 0, 0, 0, 1, 1, 1)
+    expected[1, 0] = (0, 1, 0, 1, 0, 0, 0, 0)
+    expected[2, 0] = (0, 1, 0, 0, 0, 0, 0, 0)  # a single map of weight 1 needs no sum
+    expected[2, 1] = (0, 1, 1, 0, 0, 0, 0, 0)
+    expected[3, 0] = (0, 0, 0, 0, 1, 1, 1, 0)
     assert (forced == expected).all()
     expected[[0, 1, 2, 2, 3], [0, 0, 0, 1, 0], 0] = 1  # every node that is reached asks its gate
     expected[2, :, 4:6] = 1  # an activation is below 1: the map is multiplied
     assert (gated == expected).all()
+
+
+def test_counts_with_a_backbone():
+    """A stage runs with the path down the diagonal, and what it sends arrives beside it; not with other paths down."""
+    route = Route(RoutingSpace(3, 2), [(0, 0, 1), (0, 0, 2), (1, 0, 1), (1, 0, 2), (1, 1, 1), (2, 1, 0)])
+    shapes = [
+        network_shape(NetworkConfig(depth=3, num_scales=2, backbone=name)) for name in (None, "efficientnet_lite0")
+    ]
+    without, with_backbone = (route_counts(shape, route, False) for shape in shapes)
+    expected = without.copy()
+    expected[0, 0, PARTS.index("stage")] = 1
+    expected[1, 1, [PARTS.index("sum"), PARTS.index("arrival")]] = 1, 2
+    assert (with_backbone == expected).all()
 
 
 @needs_kernels
@@ -57,12 +70,13 @@ def test_counts_are_what_the_kernels_run(zeros_arrive):
     engine = SkipEngine(model)
     for seed in range(5):
         images = torch.rand(1, 3, *SIZE, generator=torch.Generator().manual_seed(seed))
-        seconds = np.zeros((7 * 4 * 5) + 2)
+        seconds = np.zeros(7 * 4 * len(STEPS) + 2)
         gates = engine.forward(images, Request.of(model.config, 1), seconds).gates
         counts = node_counts(network_shape(model.config), gates[0].numpy(), True)
-        ran = seconds[:-2].reshape(7, 4, 5) > 0
+        ran = seconds[:-2].reshape(7, 4, len(STEPS)) > 0
         assert 0 < counts[..., 0].sum() < 7 * 4
-        assert (ran[..., 1:] == (counts[..., :4] > 0)).all()  # gate, cell, up, down
+        assert (ran[..., 1:5] == (counts[..., :4] > 0)).all()  # gate, cell, up, down
+        assert not ran[..., 5].any()  # no backbone
 
 
 def test_latency_is_the_sum_of_what_runs(tiny_network):

@@ -20,16 +20,19 @@ import routeseg
 from conftest import spread_gates
 from routeseg.cli import main
 from routeseg.cost.budget import Budget
-from routeseg.data.config import DataConfig
+from routeseg.data.config import DataConfig, open_data
 from routeseg.data.datamodule import SegmentationDataModule
+from routeseg.data.subset import class_weights
 from routeseg.evaluation import evaluate
+from routeseg.labels import IGNORE
+from routeseg.model import DynamicRoutingNetwork, Segmentation
 from routeseg.model.compute import Compute
 from routeseg.training import callbacks, segmentation
 from routeseg.training.batch_norm import precise_batch_norm
 from routeseg.training.fused import Fused
 from routeseg.training.recipe import Recipe, lr_factor
 from routeseg.training.run import RunOptions
-from routeseg.training.segmentation import train
+from routeseg.training.segmentation import SegmentationTask, train
 from routeseg.training.task import NonFiniteLoss, parameter_groups
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -505,3 +508,49 @@ def test_every_batch_draws_another_drop_path(tmp_path, monkeypatch):
     assert len(set(seeds[:12])) == 12
     assert [max(values) for values in dropped[:12:3]] == pytest.approx([0.3 * step / 4 for step in range(4)])
     assert len(dropped) == 13 and max(dropped[12]) == 0
+
+
+def test_adamw(tmp_path, capsys):
+    """It learns with another optimiser, and a run keeps the one that it began with."""
+    adamw = ("--recipe.optimizer=adamw", "--recipe.lr=0.002", "--recipe.weight_decay=0.02")
+    assert main(words(tmp_path / "run", 2, *adamw)) == 0
+    assert main(words(tmp_path / "run", 4, *adamw, "--resume")) == 0
+    groups = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert all(group["betas"] == (0.9, 0.999) for group in groups)
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.02}
+    capsys.readouterr()
+    assert main(words(tmp_path / "run", 6, "--resume")) == 2
+    assert "--recipe.optimizer adamw" in capsys.readouterr().err
+
+
+class TestClassBalance:
+    def test_rare_classes_gain(self):
+        """Weights are 1 in the mean over the pixels, and go with a power of a class's share."""
+        data = open_data(DataConfig(**DATA), "train")
+        counts = sum(np.bincount(data.read(i)[1].ravel(), minlength=256) for i in range(len(data)))[: len(data.classes)]
+        share = counts / counts.sum()
+        seen = share > 1e-4
+        for balance in (0.5, 1.0):
+            weights = class_weights(data, balance)
+            assert (weights * share).sum() == pytest.approx(1, rel=1e-3)
+            factor = (weights * share**balance)[seen]
+            assert factor == pytest.approx(factor[0], rel=1e-3)
+        assert class_weights(data, 0.0) == pytest.approx(1.0)
+
+    def test_the_loss_is_the_weighted_mean(self):
+        model = DynamicRoutingNetwork(num_classes=10, depth=3, base_channels=8, stem_channels=8, gate="fixed")
+        weights = np.linspace(0.5, 2, 10).astype(np.float32)
+        task = SegmentationTask(model, Recipe(), Budget(), (64, 64), class_weights=weights)
+        logits, labels = torch.randn(2, 10, 8, 8), torch.randint(0, 10, (2, 8, 8))
+        labels[0, 0] = IGNORE
+        result = Segmentation(logits, torch.zeros(2, 4, 4, 3))
+        _, numbers = task.loss(result, labels, task.count(labels))
+        expected = torch.nn.functional.cross_entropy(logits, labels, torch.from_numpy(weights), ignore_index=IGNORE)
+        assert numbers["cross_entropy"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+    def test_a_run_uses_it(self, tmp_path):
+        assert main(words(tmp_path / "run", 2, "--recipe.class_balance=0.5")) == 0
+
+    def test_mistake(self):
+        with pytest.raises(ValueError, match="class_balance"):
+            Recipe(class_balance=2.0)

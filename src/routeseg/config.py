@@ -15,8 +15,8 @@ import numpy as np
 
 from routeseg.architectures import architecture
 from routeseg.labels import Colour, default_palette
-from routeseg.registry import GATES, OPERATIONS
-from routeseg.space import MAX_DEPTH, MAX_EDGES, Route, RoutingSpace, brief
+from routeseg.registry import BACKBONES, GATES, OPERATIONS
+from routeseg.space import DOWN, MAX_DEPTH, MAX_EDGES, Route, RoutingSpace, brief
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -45,6 +45,8 @@ class NetworkConfig:
                      `architectures.DRAWN`, or its edges (layer, scale, "up" | "keep" | "down"). Needs gate "fixed"
     exits            layers behind which an image may leave the grid, for a network of any budget (model/exits.py): all
                      that lies behind them is closed then. The last layer is one of them in any case. Needs gate "fixed"
+    backbone         a name in registry.BACKBONES: a pretrained network in the stem's place, whose stages run beside the
+                     paths down the diagonal (model/backbone.py); stem_channels means nothing then
     zeros_arrive     closed paths send zeros that arrive, as in the authors' networks (`space.step`): those need it
     class_names      of each class; by default "class 0" and so on
     palette          RGB 0..255 of each class; by default colours far from each other
@@ -63,6 +65,7 @@ class NetworkConfig:
     small_gate: bool = False
     route: str | Sequence[NamedEdge] | None = None
     exits: Sequence[int] | None = None
+    backbone: str | None = None
     zeros_arrive: bool = False
     class_names: Sequence[str] = ()
     palette: Sequence[Colour] = ()
@@ -89,6 +92,12 @@ class NetworkConfig:
             raise ValueError(f"gate is {brief(self.gate)}: choose one of {', '.join((*GATES, NO_GATE))}")
         self._set("route", _route(space, self.gate, self.route))
         self._set("exits", _exits(space, self.gate, self.whole_route, self.exits))
+        if self.backbone is not None and (not isinstance(self.backbone, str) or self.backbone not in BACKBONES):
+            raise ValueError(
+                f"backbone is {brief(self.backbone)}: choose one of {', '.join(BACKBONES)}, or leave it out"
+            )
+        if self.backbone is not None and self.zeros_arrive:
+            raise ValueError("zeros_arrive is for the authors' networks, which have no backbone: leave one of them out")
         # A static network has no dead ends, so zeros could change nothing.
         self._set("zeros_arrive", self.zeros_arrive and self.route is None)
         names = self.class_names or [f"class {k}" for k in range(self.num_classes)]
@@ -152,6 +161,14 @@ class NetworkConfig:
     def named_routes(self) -> dict[str, Route]:
         """The routes as far as each exit, as commands call them: exit-LAYER; none without exits."""
         return {} if self.exits is None else dict(zip((f"exit-{e}" for e in self.exits), self.exit_routes, strict=True))
+
+    @cached_property
+    def backbone_stages(self) -> int:
+        """How many stages of a backbone the route has use for: the first, and one for each path down the diagonal."""
+        count = 1
+        while (count - 1, count - 1, DOWN) in self.whole_route.edges:
+            count += 1
+        return count
 
     @property
     def gated(self) -> bool:

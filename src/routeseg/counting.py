@@ -140,6 +140,7 @@ class PartMacs:
     cell         by scale, for a node that runs
     gate         by scale, then by the number of directions (less one), for a node that something arrives at
     transform    by scale, then direction, for an open path
+    stages       of a backbone: what the paths down the diagonal, from (0,0) on, cost beside their transforms
     """
 
     stem: Macs
@@ -147,6 +148,7 @@ class PartMacs:
     cell: tuple[Macs, ...]
     gate: tuple[tuple[Macs, ...], ...]
     transform: tuple[tuple[Macs, ...], ...]
+    stages: tuple[Macs, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The parts as JSON has them."""
@@ -175,6 +177,7 @@ class PartMacs:
                 parts(data["cell"], num_scales),
                 tuple(parts(row, 3) for row in listed(data["gate"], num_scales)),
                 tuple(parts(row, 3) for row in listed(data["transform"], num_scales)),
+                parts(data.get("stages", ()), len(data.get("stages", ()))),
             )
         except (KeyError, TypeError) as error:
             raise ValueError("costs of its parts are missing") from error

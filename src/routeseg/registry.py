@@ -1,4 +1,4 @@
-"""Parts by name: the gates and cell operations that a configuration may ask for."""
+"""Parts by name: the gates, cell operations and backbones that a configuration may ask for."""
 
 from __future__ import annotations
 
@@ -55,3 +55,4 @@ OPERATIONS: Registry[Any] = Registry(
         "identity": "routeseg.model.operations:Identity",
     },
 )
+BACKBONES: Registry[Any] = Registry("backbone", {"efficientnet_lite0": "routeseg.model.backbone:EfficientNetLite0"})

@@ -179,8 +179,9 @@ def read_parts(parser: Parser, words: Sequence[str]) -> tuple[Namespace, Any, An
     return args, data, Recipe(**vars(args.recipe)), Budget(**vars(args.budget))
 
 
-def new_network(args: Namespace, data: DataConfig, recipe: Recipe) -> DynamicRoutingNetwork:
-    """The network of the model section, for the classes of the data, with weights drawn from the recipe's seed.
+def new_network(args: Namespace, data: DataConfig, recipe: Recipe, pretrained: bool = True) -> DynamicRoutingNetwork:
+    """The network of the model section, for the classes of the data. Its weights are drawn from the recipe's seed, but
+    those of a backbone are the published ones, if `pretrained` and the recipe's `pretrained` say so.
 
     PyTorch is imported once the configuration, the data set and the route are known to be right.
     """
@@ -197,7 +198,10 @@ def new_network(args: Namespace, data: DataConfig, recipe: Recipe) -> DynamicRou
     from routeseg.model import DynamicRoutingNetwork
 
     torch.manual_seed(recipe.seed)
-    return DynamicRoutingNetwork(config)
+    model = DynamicRoutingNetwork(config)
+    if pretrained and recipe.pretrained and model.backbone is not None:
+        model.load_pretrained()
+    return model
 
 
 def network_options(args: Namespace) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def train_command(words: Sequence[str]) -> int:
         from routeseg.model import checkpoints
 
         checkpoints.read_config(Path(args.init))  # a wrong folder is told before PyTorch is imported
-    model = new_network(args, data, recipe)
+    model = new_network(args, data, recipe, pretrained=args.init is None and not args.resume)
 
     from routeseg.cli.tables import print_evaluation
     from routeseg.training.segmentation import train
@@ -111,7 +111,9 @@ def pretrain_command(words: Sequence[str]) -> int:
 
     parser = Parser(prog="routeseg pretrain")
     add_config_argument(parser)
-    parser.add_class_arguments(NetworkConfig, "model", skip=NETWORK_SKIP | {"zeros_arrive", "exits"}, as_group=True)
+    parser.add_class_arguments(
+        NetworkConfig, "model", skip=NETWORK_SKIP | {"zeros_arrive", "exits", "backbone"}, as_group=True
+    )
     parser.add_class_arguments(ClassificationConfig, "data")
     parser.add_class_arguments(PretrainingRecipe, "recipe")
     _add_run_arguments(parser, "runs/pretrain")

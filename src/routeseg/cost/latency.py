@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 # sum             a sum of what arrives at a node is written (Eq. 5): not if a single map arrives with weight 1
 # arrival         one map that enters such a sum, along keep or down
 # halved          one that enters it along up, at half the size
-PARTS = ("gate", "cell", "up", "down", "sum", "arrival", "halved")
-GATE, CELL, SEND_UP, SEND_DOWN, SUM, ARRIVAL, HALVED = range(len(PARTS))
+# stage           of a backbone, beside the path down from this scale along the diagonal
+PARTS = ("gate", "cell", "up", "down", "sum", "arrival", "halved", "stage")
+GATE, CELL, SEND_UP, SEND_DOWN, SUM, ARRIVAL, HALVED, STAGE = range(len(PARTS))
 STEM, DECODER, CALL = "stem", "decoder", "call"  # what runs in any case; call: checks, copies, results
 STEM_AND_DECODER = "stem and decoder"  # if they cannot be told apart
 FORMAT = 1  # of the file
@@ -167,7 +168,10 @@ class LatencyTable:
             str(precision),
             _checked(network),
             {str(name): float(ms) for name, ms in fixed_ms.items()},
-            np.array([[float(row[part]) for part in PARTS] for row in scales]).reshape(-1, len(PARTS)),
+            # Tables that were written before there were backbones lack the stages.
+            np.array([[float((dict(stage=0.0) | row)[part]) for part in PARTS] for row in scales]).reshape(
+                -1, len(PARTS)
+            ),
             rest,
         )
         if len(table.part_ms) != table.space.num_scales:
@@ -203,7 +207,7 @@ def node_counts(network: Mapping[str, Any], gates: np.ndarray, gated: bool) -> n
     gated    the gates run
     """
     space = RoutingSpace(network["depth"], network["num_scales"])
-    counts = np.zeros((*gates.shape[:2], len(PARTS)))
+    counts, has_backbone = np.zeros((*gates.shape[:2], len(PARTS))), network.get("backbone") is not None
     arriving: list[list[tuple[float, int]]] = [[] for _ in space.scales(space.depth)]  # weight, ARRIVAL or HALVED
     arriving[0].append((1.0, ARRIVAL))  # the stem's features
     for layer, now in enumerate(walk(space, gates, network["zeros_arrive"])):
@@ -222,6 +226,9 @@ def node_counts(network: Mapping[str, Any], gates: np.ndarray, gated: bool) -> n
             for direction in np.flatnonzero(alpha > 0).tolist():
                 kind = HALVED if direction == UP else ARRIVAL
                 following[scale + SCALE_STEP[direction]].append((float(alpha[direction]), kind))
+                if has_backbone and layer == scale and direction == DOWN:
+                    count[STAGE] = 1
+                    following[scale + 1].append((float(alpha[direction]), ARRIVAL))
         arriving = following
     return counts
 
@@ -236,6 +243,7 @@ def by_part(table: LatencyTable, cost: CostTable) -> list[dict[str, Any]]:
     """Everything open, with its gates: a row for each part and scale with `part`, `scale` (None: the whole network),
     `gmacs` and `ms`. The last row is the total.
 
+    down  with the stages of a backbone beside it
     keep  computes nothing but a ReLU; its milliseconds are those of all sums of what arrives at the scale
     """
     route = Route(table.space, [edge for edge in table.space.edges if cost.edge[edge] > 0])
@@ -250,7 +258,7 @@ def by_part(table: LatencyTable, cost: CostTable) -> list[dict[str, Any]]:
         ("cells", cost.cell.sum(0), ms[CELL]),
         ("up", edge[:, UP], ms[SEND_UP]),
         ("keep, sums", edge[:, KEEP], ms[SUM] + ms[ARRIVAL] + ms[HALVED]),
-        ("down", edge[:, DOWN], ms[SEND_DOWN]),
+        ("down", edge[:, DOWN], ms[SEND_DOWN] + ms[STAGE]),
     ):
         rows += [(part, scale, macs[scale], times[scale]) for scale in range(table.space.num_scales)]
     rows.append(("total", None, sum(row[2] for row in rows), sum(row[3] for row in rows)))

@@ -16,7 +16,7 @@ import numpy as np
 
 from routeseg.config import NetworkConfig
 from routeseg.counting import CONVENTIONS, PartMacs
-from routeseg.space import Route, RoutingSpace, padded_size
+from routeseg.space import DOWN, Route, RoutingSpace, padded_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,6 +111,8 @@ def model_cost(
         gate[layer, scale] = gate_macs[scale][len(directions) - 1]
         for direction in directions:
             edge[layer, scale, direction] = edge_macs[scale][direction]
+    for scale, part in enumerate(macs.stages):  # a backbone's stage runs with the path down beside it
+        edge[scale, scale, DOWN] += part.count(size, unit)
     there = config.whole_route.to_gates() > 0
     return CostTable(
         space,

@@ -1,4 +1,4 @@
-"""Some pictures of a data set."""
+"""Some pictures of a data set, and what classes they show."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from routeseg.data.pairs import SegmentationData, SkipLog
-from routeseg.labels import Classes
+from routeseg.data.pairs import SegmentationData, SkipLog, UnreadableImage
+from routeseg.labels import IGNORE, Classes
 
 CALIBRATION_PICTURES = 300  # at most, to calibrate a network with exits
+COUNTED_PICTURES = 500  # at most, to see how frequent classes are
+LEAST_SHARE = 1e-4  # of the pixels: a class that is rarer, or is not seen, gains no more than this one
 
 
 class Pictures:
@@ -40,3 +42,19 @@ def evenly_spread(data: SegmentationData, count: int | None) -> SegmentationData
     if count < 1:
         raise ValueError(f"--images is {count}: look at one picture at least")
     return Pictures(data, np.linspace(0, len(data) - 1, count).round().astype(int).tolist())
+
+
+def class_weights(data: SegmentationData, balance: float) -> np.ndarray:
+    """What a pixel of each class counts, float32 [K]: 1 / (the class's share of the pixels)^balance, 1 in the mean over
+    the pixels."""
+    counts = np.zeros(IGNORE + 1)
+    pictures = evenly_spread(data, COUNTED_PICTURES)
+    for index in range(len(pictures)):
+        try:
+            counts += np.bincount(pictures.read(index)[1].ravel(), minlength=len(counts))
+        except UnreadableImage as error:
+            pictures.skips(index, error)
+    seen = counts[: len(data.classes)]
+    share = np.maximum(seen / max(seen.sum(), 1), LEAST_SHARE)
+    weights = share**-balance
+    return (weights * share.sum() / (weights * share).sum()).astype(np.float32)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import logging
+import math
 import os
 import weakref
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from routeseg.engine.folding import fold_batch_norm
 from routeseg.errors import NOT_FINITE
 from routeseg.model import Segmentation
+from routeseg.model.backbone import Backbone, EfficientNetLite0, FrozenNormConv, InvertedResidual
 from routeseg.model.cell import Cell, RoutingNode
 from routeseg.model.decoder import Decoder
 from routeseg.model.exits import ExitGate, Exits
@@ -40,11 +42,12 @@ from routeseg.space import DIRECTIONS, padded_size
 BUILDS = ("generic", "avx2", "avx512", "avx512bf16", "amx")  # in the order of `routeseg_level`; see setup.py
 FOLDER = "ROUTESEG_KERNELS"  # environment variable: a folder whose builds are used in place of the installed ones
 DONE, NOT_FINITE_STATUS, NO_MEMORY = range(3)  # `Status` of kernels/forward.cpp; any other value comes with a text
-STEPS = ("gather", "gate", "cell", "up", "down")  # of a node: each can be timed
+STEPS = ("gather", "gate", "cell", "up", "down", "stage")  # of a node: each can be timed
 # The only layers that the kernels compute, by their exact type: a subclass may do something else.
 LAYERS = (
     *(InputNorm, Stem, RoutingNode, Cell, SepConv3x3, SepConv5x5, Identity, SoftGate, SoftmaxGate),
     *(Transform, Upsample, Subsample, Decoder, Exits, ExitGate),
+    *(EfficientNetLite0, InvertedResidual, FrozenNormConv, nn.BatchNorm2d, nn.ReLU6, nn.ZeroPad2d),
     *(nn.Conv2d, BatchNorm, nn.SyncBatchNorm, nn.ReLU, nn.Identity, nn.Linear),
     *(nn.Sequential, nn.ModuleDict, nn.ModuleList),
 )
@@ -55,8 +58,9 @@ class _Conv(Structure):
     """`Conv` of kernels/convolution.h."""
 
     _fields_ = [
-        *((name, c_int32) for name in ("depthwise", "kernel", "stride", "padding", "wide", "inputs", "outputs")),
-        *((name, c_void_p) for name in ("weights", "bias", "taps")),
+        *((n, c_int32) for n in "depthwise kernel stride padding ending wide inputs outputs".split()),
+        *((n, c_void_p) for n in "weights bias taps middle".split()),
+        ("high", c_float),
     ]
 
 
@@ -109,14 +113,27 @@ class _Exit(Structure):
     ]
 
 
+class _Block(Structure):
+    """`Block` of kernels/forward.cpp."""
+
+    _fields_ = [("expands", c_int32), ("residual", c_int32), ("expand", _Conv), ("depthwise", _Conv)]
+
+
+class _Stage(Structure):
+    """`Stage` of kernels/forward.cpp."""
+
+    _fields_ = [("blocks", c_int32), ("block", POINTER(_Block)), ("project", _Conv)]
+
+
 class _Network(Structure):
     """`Network` of kernels/forward.cpp."""
 
     _fields_ = [
-        *((name, c_int32) for name in "depth scales zeros_arrive softmax classes exits".split()),
+        *((name, c_int32) for name in "depth scales zeros_arrive softmax classes exits stages".split()),
         ("stem", POINTER(_Conv)),
         ("nodes", POINTER(_Node)),
         ("exit", POINTER(_Exit)),
+        ("stage", POINTER(_Stage)),
     ]
 
 
@@ -139,7 +156,7 @@ class _Field(Structure):
     _fields_ = [("name", c_char_p), ("offset", c_int32), ("size", c_int32)]
 
 
-STRUCTURES = (_Conv, _Image, _Map, _Summand, _Node, _Exit, _Network, _Request)
+STRUCTURES = (_Conv, _Image, _Map, _Summand, _Node, _Exit, _Block, _Stage, _Network, _Request)
 
 
 class CompiledForward:
@@ -185,7 +202,7 @@ class CompiledForward:
     def __call__(self, images: Tensor, request: Request, seconds: np.ndarray | None = None) -> Segmentation:
         """Segments images [B,3,H,W].
 
-        seconds  float64, zeros: adds the time of each step of each node, [L+1,S,5], then those of stem and decoder [2]
+        seconds  float64, zeros: adds the time of each step of each node, [L+1,S,6], then those of stem and decoder [2]
 
         Raises ValueError for images with values that are not finite, MemoryError, and RuntimeError with its text for
         any other failure of the kernels.
@@ -327,7 +344,8 @@ class Weights:
         self.kept: list[Tensor | ctypes.Array] = []
 
     def conv(self, layers: Sequence[nn.Module], image: bool = False, wide: bool = False) -> _Conv:
-        """Layers with one convolution, or a depthwise one and a 1x1 behind it; Subsample before it is a stride.
+        """Layers with one convolution, or a depthwise one and a 1x1 behind it; Subsample before it is a stride. The
+        depthwise one's bias and a ReLU6 are the kernels' `middle` and `high`.
 
         image  the convolution reads the image: three channels, and no zeros behind them
         """
@@ -339,13 +357,19 @@ class Weights:
         assert last.bias is not None
         bias = torch.zeros(outputs, **FLOAT32)
         bias[: last.out_channels] = last.bias
-        taps = torch.zeros(0, **FLOAT32)
+        taps, middle = torch.zeros(0, **FLOAT32), None
         if len(convs) == 2:  # depthwise weights [C,1,k,k] as [k*k][C]
             taps = torch.zeros((first.kernel_size[0] ** 2, inputs), **FLOAT32)
             taps[:, : first.in_channels] = first.weight.flatten(1).T
+            if first.bias is not None:
+                middle = torch.zeros(inputs, **FLOAT32)
+                middle[: first.in_channels] = first.bias
+        around = next((layer.padding for layer in layers if isinstance(layer, nn.ZeroPad2d)), first.padding)
+        high = next((layer.max_val for layer in layers if isinstance(layer, nn.ReLU6)), math.inf)
         return _Conv(
-            len(convs) == 2, first.kernel_size[0], stride, int(first.padding[0]), wide, inputs, outputs,
+            len(convs) == 2, first.kernel_size[0], stride, int(around[0]), int(around[1]), wide, inputs, outputs,
             self._keep(self._pack(last.weight, inputs, outputs)), self._keep(bias), self._keep(taps),
+            None if middle is None else self._keep(middle), high,
         )  # fmt: skip
 
     def _pack(self, weight: Tensor, inputs: int, outputs: int) -> Tensor:
@@ -385,11 +409,32 @@ class _Packed(Weights):
         exits = (_Exit * len(heads := _heads(folded)))(*(self._exit(*head) for head in heads))
         self.kept.append(exits)
         gates = {type(folded.node(*node).gate) for node in folded.route.nodes}
+        stem, stages = list(folded.stem.children()), (_Stage * 0)()
+        if folded.backbone is not None:
+            stem, stages = [next(folded.backbone.stages[0].children())], self._stages(folded.backbone)
         self.network = _Network(
             space.depth, space.num_scales, folded.config.zeros_arrive, SoftmaxGate in gates, folded.config.num_classes,
-            len(exits),
-            self._convs([self.conv(_layers(part), image=not i) for i, part in enumerate(folded.stem)]), nodes, exits,
+            len(exits), len(stages),
+            self._convs([self.conv(_layers(part), image=not i) for i, part in enumerate(stem)]), nodes, exits, stages,
         )  # fmt: skip
+
+    def _stages(self, backbone: Backbone) -> ctypes.Array[_Stage]:
+        stages = []
+        for stage, project in zip(backbone.stages, backbone.project, strict=True):
+            blocks = [self._block(part) for part in stage.children() if isinstance(part, InvertedResidual)]
+            array = (_Block * len(blocks))(*blocks)
+            self.kept.append(array)
+            stages.append(_Stage(len(blocks), array, self.conv(_layers(project))))
+        self.kept.append(packed := (_Stage * len(stages))(*stages))
+        return packed
+
+    def _block(self, block: InvertedResidual) -> _Block:
+        expands = not isinstance(block.expand, nn.Identity)
+        packed = _Block(expands, block.residual)
+        if expands:
+            packed.expand = self.conv(_layers(block.expand))
+        packed.depthwise = self.conv([*_layers(block.depthwise), *_layers(block.project)])
+        return packed
 
     def _exit(self, layer: int, decoder: Decoder, gate: ExitGate | None) -> _Exit:
         merges, predictor = [self.conv(_layers(merge)) for merge in decoder.merge], [decoder.predictor]

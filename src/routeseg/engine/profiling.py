@@ -41,6 +41,7 @@ from routeseg.cost.latency import (
     ROUTES,
     SEND_DOWN,
     SEND_UP,
+    STAGE,
     STEM,
     STEM_AND_DECODER,
     SUM,
@@ -57,15 +58,15 @@ from routeseg.model.grid import check_images
 from routeseg.model.request import Request
 from routeseg.space import Route
 
-CALIBRATION_ROUTES = 40  # the fit has up to 20 unknowns
-STEP_PARTS = (None, GATE, CELL, SEND_UP, SEND_DOWN)  # the part that each of STEPS times; gather times three
-FITTED = (GATE, CELL, SEND_UP, SEND_DOWN, ARRIVAL)
+CALIBRATION_ROUTES = 40  # the fit has up to 24 unknowns
+STEP_PARTS = (None, GATE, CELL, SEND_UP, SEND_DOWN, STAGE)  # the part that each of STEPS times; gather times three
+FITTED = (GATE, CELL, SEND_UP, SEND_DOWN, ARRIVAL, STAGE)
 MS = 1000.0
 
 
 @dataclass
 class _Job:
-    """A route to be timed, with its gates or without, and what the rounds gave: `ms` of each, `steps` [L+1,S,5] and
+    """A route to be timed, with its gates or without, and what the rounds gave: `ms` of each, `steps` [L+1,S,6] and
     `fixed` stem, decoder, call, in seconds, if there are clocks."""
 
     route: Route
@@ -229,7 +230,7 @@ def _clocked_forward(engine: SkipEngine, images: Tensor, job: _Job) -> None:
 
 def _from_clocks(model: DynamicRoutingNetwork, jobs: list[_Job]) -> tuple[dict[str, float], np.ndarray]:
     counts = np.stack([route_counts(network_shape(model.config), job.route, job.gates) for job in jobs])  # [N,L+1,S,P]
-    steps_ms = MS * np.stack([np.median(job.steps, axis=0) for job in jobs])  # [N,L+1,S,5]
+    steps_ms = MS * np.stack([np.median(job.steps, axis=0) for job in jobs])  # [N,L+1,S,6]
     part_ms = np.zeros((model.space.num_scales, len(PARTS)))
     for scale in range(model.space.num_scales):
         count, ms = counts[:, :, scale], steps_ms[:, :, scale]

@@ -89,6 +89,11 @@ def check_kind(model: RoutedNetwork, routed: bool) -> None:
             "the network chooses its route for each image: export it with --routed, gates and all, or name one route "
             "for all images with --route FILE or an architecture's NAME"
         )
+    if routed and model.backbone is not None:
+        raise ValueError(
+            "a network with gates and a backbone has no routed file: name one route for all images with --route FILE "
+            "or an architecture's NAME"
+        )
     if routed and not model.config.gated:
         raise ValueError("the network is static, it has no gates to route by: leave --routed out")
 

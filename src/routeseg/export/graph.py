@@ -78,12 +78,17 @@ class Graph:
         return self.op("Cast", value, to=FLOAT)
 
     def sequence(self, module: nn.Sequential, name: str, x: str) -> str:
-        """Convolutions and ReLUs in a row, also nested."""
+        """Padding, convolutions and ReLUs in a row, also nested."""
         for key, layer in module.named_children():
             if isinstance(layer, nn.Conv2d):
                 x = self.conv(layer, f"{name}.{key}", x)
             elif isinstance(layer, nn.ReLU):
                 x = self.op("Relu", x)
+            elif isinstance(layer, nn.ReLU6):
+                x = self.op("Clip", x, self.constant(0.0), self.constant(layer.max_val))
+            elif isinstance(layer, nn.ZeroPad2d):
+                left, right, top, bottom = layer.padding
+                x = self.op("Pad", x, self.integers([0, 0, top, left, 0, 0, bottom, right]))
             elif isinstance(layer, nn.Sequential):
                 x = self.sequence(layer, f"{name}.{key}", x)
             else:

@@ -24,15 +24,26 @@ ROUNDS_UP = 1.0 + 2.0**-20  # so that size / side * side, in float32, is not bel
 def stem(graph: Graph, model: RoutedNetwork, images: str) -> str:
     """Images [B,3,H,W], RGB in 0..1 -> [B,C,H/4,W/4]; the normalisation is part of the first convolution.
 
-    That is exact, since this convolution is not padded.
+    That is exact, since this convolution is not padded. A backbone's is, so there the normalisation stands for itself;
+    the features are those of its first stage, which no `project` has seen.
     """
-    layers = copy.deepcopy(model.stem)
+    if model.backbone is not None:
+        mean, std = (values.numpy() for values in (model.normalize.mean, model.normalize.std))
+        normalized = graph.op("Div", graph.op("Sub", images, graph.constant(mean)), graph.constant(std))
+        return model.backbone.onnx(graph, 0, normalized)
+    layers = cast(nn.Sequential, copy.deepcopy(model.stem))
     first = cast(nn.Conv2d, cast(nn.Sequential, layers[0])[0])
     assert first.padding == (0, 0) and first.bias is not None
     weight = first.weight.double() / model.normalize.std.double()
     first.bias.data = (first.bias.double() - (weight * model.normalize.mean.double()).sum((1, 2, 3))).float()
     first.weight.data = weight.float()
     return graph.sequence(layers, "stem", images)
+
+
+def project(graph: Graph, model: RoutedNetwork, stage: int, x: str) -> str:
+    """What a stage of the backbone makes, in the channels of the grid."""
+    assert model.backbone is not None
+    return graph.sequence(cast(nn.Sequential, model.backbone.project[stage]), f"stem.project.{stage}", x)
 
 
 def cell(graph: Graph, node: RoutingNode, name: str, x: str) -> str:

@@ -7,12 +7,15 @@ import numpy as np
 from routeseg.export import parts
 from routeseg.export.graph import Graph
 from routeseg.model.grid import RoutedNetwork
-from routeseg.space import SCALE_STEP, UP, walk
+from routeseg.space import DOWN, SCALE_STEP, UP, walk
 
 
 def static_outputs(graph: Graph, model: RoutedNetwork, images: str) -> tuple[str, str]:
     """Adds a network without gates, whose BatchNorm is folded: images [B,3,H,W] -> logits, gates."""
-    maps: list[str | None] = [parts.stem(graph, model, images)] + [None] * (model.space.num_scales - 1)
+    first = pretrained = parts.stem(graph, model, images)
+    if model.backbone is not None:
+        first = parts.project(graph, model, 0, pretrained)
+    maps: list[str | None] = [first] + [None] * (model.space.num_scales - 1)
     for layer, now in enumerate(walk(model.space, model.route.to_gates())):
         after: list[str | None] = [None] * model.space.num_scales
         for scale, features in enumerate(maps):
@@ -27,6 +30,9 @@ def static_outputs(graph: Graph, model: RoutedNetwork, images: str) -> tuple[str
                 for direction in node.directions:
                     out = parts.convolve(graph, node, name, direction, hidden)
                     sent.append((scale + SCALE_STEP[direction], graph.resize(out, 2) if direction == UP else out))
+                    if model.backbone is not None and layer == scale and direction == DOWN:
+                        pretrained = model.backbone.onnx(graph, scale + 1, pretrained)
+                        sent.append((scale + 1, parts.project(graph, model, scale + 1, pretrained)))
             for target, out in sent:
                 before = after[target]
                 after[target] = out if before is None else graph.op("Add", before, out)

@@ -72,9 +72,12 @@ class Compute:
         """The output of the head, from the features of every scale; None where nothing arrived at a scale."""
         return head(features)
 
-    def cross_entropy_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The sum of the cross-entropies of logits [B,K,H,W] and labels [B,H,W], over the pixels that have a label."""
-        return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    def cross_entropy_sum(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The sum of the cross-entropies of logits [B,K,H,W] and labels [B,H,W], over the pixels that have a label;
+        each times its weight [B,H,W], if there are weights."""
+        if weights is None:
+            return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        return (weights * F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")).sum()
 
 
 PLAIN = Compute()

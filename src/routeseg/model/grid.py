@@ -23,17 +23,19 @@ from torch.nn import functional as F
 from routeseg.collectives import anywhere
 from routeseg.config import NetworkConfig
 from routeseg.counting import Macs, PartMacs
+from routeseg.model.backbone import Backbone
 from routeseg.model.cell import RoutingNode
-from routeseg.model.compute import PLAIN, Compute, choose, fill_missing, rows_among
+from routeseg.model.compute import PLAIN, Compute, choose, each, fill_missing, rows_among
 from routeseg.model.decoder import Segmentation
 from routeseg.model.exits import Exits, Leaving
 from routeseg.model.gate import Gate
 from routeseg.model.head import Head
 from routeseg.model.layers import InputNorm, Stem, Transform
 from routeseg.model.request import Activation, Request, Routes, Shares
-from routeseg.registry import GATES, OPERATIONS
+from routeseg.registry import BACKBONES, GATES, OPERATIONS
 from routeseg.space import (
     DIRECTIONS,
+    DOWN,
     MIN_IMAGE_SIZE,
     SCALE_STEP,
     STEM_STRIDE,
@@ -67,7 +69,11 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         self.compute: Compute | None = None
         config = self.config
         self.normalize = InputNorm(config.pixel_mean, config.pixel_std)
-        self.stem = Stem(config.stem_channels, config.base_channels)
+        self.stem: Stem | Backbone
+        if config.backbone is None:
+            self.stem = Stem(config.stem_channels, config.base_channels)
+        else:
+            self.stem = BACKBONES[config.backbone](config)
         directions: dict[Node, list[int]] = {}
         for layer, s, direction in config.whole_route:
             directions.setdefault((layer, s), []).append(direction)
@@ -105,6 +111,21 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
     def head(self) -> Head:
         """The part that reads out the features of all scales."""
         return cast(Head, self._modules[self.head_class.key])
+
+    @property
+    def backbone(self) -> Backbone | None:
+        """The pretrained network in the stem's place, if there is one."""
+        return self.stem if isinstance(self.stem, Backbone) else None
+
+    def load_pretrained(self) -> None:
+        """Takes over the published weights of the backbone, and the input normalisation that they know.
+
+        Raises ValueError, with the remedy, if they are not installed, or if there is no backbone.
+        """
+        if self.backbone is None:
+            raise ValueError("the network has no backbone, so there are no pretrained weights for it")
+        self.backbone.load_pretrained()
+        self.set_normalization(self.backbone.pixel_mean, self.backbone.pixel_std)
 
     @property
     def macs(self) -> PartMacs:
@@ -187,7 +208,8 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         assert self.exits is not None
         request = Request(self.config.mask, gated=False)
         leaving = Leaving(self.exits, np.full(len(images), len(self.exits.decoders) - 1), keeps=True)
-        self.walk(PLAIN.stem(self.stem, prepare(self, images)[0]), request, 0.0, PLAIN, leaving)
+        stem, raw = self._stem(prepare(self, images)[0], PLAIN)
+        self.walk(stem, request, 0.0, PLAIN, leaving, raw)
         return leaving.kept
 
     def _run(self, images: Tensor, request: Request, drop_path: float, leaving: Leaving | None) -> Any:
@@ -195,11 +217,16 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         compute = self.compute if self.training and self.compute is not None else PLAIN
         if not compute.usable(self.config, x):
             compute = PLAIN
-        stem = compute.stem(self.stem, x)
-        features, gates = self.walk(stem, request, drop_path, compute, leaving)
+        stem, raw = self._stem(x, compute)
+        features, gates = self.walk(stem, request, drop_path, compute, leaving, raw)
         if self.exits is None or leaving is None:
             return self.head.result(compute.head(self.head, features), gates, size)
         return self.exits.result(self.head, leaving, stem, features, gates, size, compute)
+
+    def _stem(self, x: Tensor, compute: Compute) -> tuple[Tensor, Tensor | None]:
+        """Prepared images [B,3,H,W] -> [B,C,H/4,W/4], and of a backbone its own features of the same size."""
+        features = compute.stem(self.stem, x)
+        return (features, None) if self.backbone is None else (self.backbone.project[0](features), features)
 
     def walk(
         self,
@@ -208,8 +235,10 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         drop_path: float = 0.0,
         compute: Compute = PLAIN,
         leaving: Leaving | None = None,
+        raw: Tensor | None = None,
     ) -> tuple[list[Any], Tensor]:
-        """From the stem's output [B,C,H/4,W/4] to what leaves each scale [B,C*2**s,h/2**s,w/2**s], and the gates.
+        """From the stem's output [B,C,H/4,W/4] to what leaves each scale [B,C*2**s,h/2**s,w/2**s], and the gates; `raw`
+        are the features of a backbone's first stage.
 
         A gate is asked for exactly the images that reach its node, and a cell and a transform are computed for exactly
         those that run them. So in training BatchNorm normalises over these. If zeros arrive, each part is computed for
@@ -223,6 +252,7 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
 
         arrived: Sequence[np.ndarray] = [np.ones(batch, dtype=bool)]
         arrivals: list[list[Arrival]] = [[Arrival(x, everyone)]] + [[] for _ in range(space.num_scales - 1)]
+        pretrained = None if raw is None else Arrival(raw, everyone)
         gates = []
         for layer in range(space.depth + 1):
             there = [places(flags) for flags in arrived]
@@ -257,6 +287,9 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
                             chosen = choose(compute, hidden, running, images)
                             sent = compute.send(node, direction, chosen, alpha)
                             arrivals[scale + SCALE_STEP[direction]].append(Arrival(sent, images))
+                            if pretrained is not None and layer == scale and direction == DOWN:
+                                sent, pretrained = self._beside(scale + 1, pretrained, images, alpha)
+                                arrivals[scale + 1].append(Arrival(sent, images))
                 if some.passes[scale]:  # the images that drop the cell keep the input itself, for free
                     passes = now.passes[scale]
                     images = places(passes)
@@ -266,6 +299,13 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
             arrived = now.reached
         left = [_gather(compute, some, everyone) if some else None for some in arrivals]
         return fill_missing(left, x), _stack_gates(space, gates)
+
+    def _beside(self, stage: int, before: Arrival, images: np.ndarray, alpha: Tensor | None) -> tuple[Tensor, Arrival]:
+        """What a stage of the backbone sends beside a path down the diagonal, and its features, given those before."""
+        assert self.backbone is not None
+        features = self.backbone.stages[stage](choose(PLAIN, before.sent, before.images, images))
+        sent = self.backbone.project[stage](features)
+        return sent if alpha is None else each(alpha).to(sent.dtype) * sent, Arrival(features, images)
 
     def _activations(
         self,
@@ -305,7 +345,8 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
     @property
     def synced(self) -> bool:
         """Whether the processes of a job share the statistics of their batches."""
-        return isinstance(cast(nn.Sequential, self.stem[0])[1], nn.SyncBatchNorm)
+        first = self.stem[0] if self.backbone is None else self.backbone.project[0]  # type: ignore[index]
+        return isinstance(cast(nn.Sequential, first)[1], nn.SyncBatchNorm)
 
     def _reset_parameters(self) -> None:
         """Draws the weights, once every part is there; none on the meta device, where drawing imports the compiler."""
@@ -337,8 +378,11 @@ def part_macs(config: NetworkConfig, head: type[Head]) -> PartMacs:
             )
         )
         transform.append(tuple(Transform.macs(channels, direction, stride) for direction in range(len(DIRECTIONS))))
-    stem = Stem.macs(config.stem_channels, config.base_channels)
-    return PartMacs(stem, head.macs(config), tuple(cell), tuple(gate), tuple(transform))
+    if config.backbone is None:
+        stem, stages = Stem.macs(config.stem_channels, config.base_channels), ()
+    else:
+        stem, *stages = BACKBONES[config.backbone].macs(config)
+    return PartMacs(stem, head.macs(config), tuple(cell), tuple(gate), tuple(transform), tuple(stages))
 
 
 def prepare(model: RoutedNetwork, images: Tensor) -> tuple[Tensor, tuple[int, int]]:

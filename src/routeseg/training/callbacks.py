@@ -14,7 +14,7 @@ from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.files import not_written
 from routeseg.training.batch_norm import average_statistics, precise_batch_norm
 from routeseg.training.calibration import calibrate
-from routeseg.training.recipe import Recipe
+from routeseg.training.recipe import TrainingRecipe
 from routeseg.training.task import RecipeTask, Validation
 
 RESUME_FILE = "last.ckpt"
@@ -44,7 +44,7 @@ class ValidateAndSave(Callback):
     def __init__(
         self,
         output: Path,
-        recipe: Recipe,
+        recipe: TrainingRecipe,
         data: SegmentationDataModule | ClassificationDataModule,
         first_step: int,
         images_per_step: int,

@@ -96,7 +96,7 @@ class _Entropy(Structure):
 
     _fields_ = [
         *((n, c_int32) for n in "images classes pixels".split()),
-        *((n, c_void_p) for n in "logits labels".split()),
+        *((n, c_void_p) for n in "logits labels weights".split()),
         ("ignored", c_int64),
         *((n, c_void_p) for n in "sums loss".split()),
         ("dloss", c_float),
@@ -310,26 +310,27 @@ class _Enlarge(Function):
 
 
 class _CrossEntropy(Function):
-    """Logits [B,K,H,W], labels [B,H,W] -> the sum over the pixels that have a label."""
+    """Logits [B,K,H,W], labels [B,H,W], weights [B,H,W] or None -> the sum over the pixels that have a label."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Any) -> Tensor:
         images, classes, h, w = logits.shape
         sums, loss = torch.empty(images, 2, h, w), torch.empty((), dtype=torch.float64)
         ctx.shape = (images, classes, h * w)
-        entropy = _Entropy(*ctx.shape, _at(logits), _at(labels), IGNORE, _at(sums), _at(loss))
+        own = map(_at, (logits, labels, weights))
+        entropy = _Entropy(*ctx.shape, *own, IGNORE, _at(sums), _at(loss))
         _call("entropy", entropy, backward=False)
-        ctx.save_for_backward(logits, labels, sums)
+        ctx.save_for_backward(logits, labels, weights, sums)
         return loss.float()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> Any:
-        logits, labels, sums = ctx.saved_tensors
+        logits, labels, weights, sums = ctx.saved_tensors
         dlogits = torch.empty_like(logits)
-        own = map(_at, (logits, labels))
+        own = map(_at, (logits, labels, weights))
         _call("entropy", _Entropy(*ctx.shape, *own, IGNORE, _at(sums), None, float(dloss), _at(dlogits)), True)
-        return dlogits, None
+        return dlogits, None, None
 
 
 def conv_norm(source: Term, block: nn.Module, shrunk: int = 1) -> Term:
@@ -425,7 +426,8 @@ class Fused(Compute):
     def take(self, features: Features | Tensor, rows: Tensor) -> Features:
         return Features(take(features if isinstance(features, Tensor) else features.map, rows))
 
-    def spread(self, arrival: Term, rows: Tensor, images: int) -> Term:
+    def spread(self, arrival: Term | Tensor, rows: Tensor, images: int) -> Term:
+        arrival = Term(arrival) if isinstance(arrival, Tensor) else arrival
         map = arrival.map.map if isinstance(arrival.map, Features) else arrival.map
         weight = torch.ones(len(map)) if arrival.weight is None else arrival.weight
         weight = weight.new_zeros(images).index_copy(0, rows, weight)
@@ -442,10 +444,11 @@ class Fused(Compute):
             running = conv_norm(merged, head.merge[scale])._replace(halved=scale > 0)
         return _Enlarge.apply(head.predictor(add([cast(Term, running)])))
 
-    def cross_entropy_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def cross_entropy_sum(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         if not _taken(logits) or labels.dtype != torch.int64 or labels[0].numel() < MOST_LANES:
-            return super().cross_entropy_sum(logits, labels)
-        return _CrossEntropy.apply(logits.contiguous(), labels.contiguous())
+            return super().cross_entropy_sum(logits, labels, weights)
+        weights = None if weights is None else weights.to(torch.float32).contiguous()
+        return _CrossEntropy.apply(logits.contiguous(), labels.contiguous(), weights)
 
 
 KNOWN = (

@@ -12,13 +12,16 @@ BFLOAT16: Precision = "bf16-mixed"
 
 
 @dataclass
-class Recipe:
-    """The `recipe` section of a configuration; the defaults are the authors' for Cityscapes from scratch.
+class TrainingRecipe:
+    """What the recipes of all trainings have; the defaults are the authors' for Cityscapes from scratch.
 
     iterations, lr               steps of the optimiser, and their learning rate. It belongs to the images of a step,
                                  data.batch_size * processes * accumulate: 0.05 is for 8; scale it with their number
     accumulate                   each process adds up the gradients of so many batches for one step
-    momentum, weight_decay       SGD; norm weights do not decay
+    optimizer                    sgd (the authors'), or adamw, which wants some 1/50 of its lr, and a weight_decay from
+                                 0.01 on
+    momentum, weight_decay       of SGD; of AdamW the first beta, and what decays beside the gradient. Norm weights do
+                                 not decay
     gate_lr_factor               the gates' learning rate, as a multiple of lr (2.5 from ImageNet weights)
     poly_power, warmup_steps, warmup_factor   lr * (1 - step / iterations)^power after a linear warm-up
     clip_norm                    a longer gradient is shortened to this norm; inf clips nothing
@@ -36,6 +39,7 @@ class Recipe:
     iterations: int = 190_000
     lr: float = 0.05
     accumulate: int = 1
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = 0.9
     weight_decay: float = 1e-4
     gate_lr_factor: float = 1.0
@@ -73,8 +77,34 @@ class Recipe:
 
 
 @dataclass
-class PretrainingRecipe(Recipe):
-    """The `recipe` section of a configuration of `routeseg pretrain`: that of `routeseg train` with other defaults (lr
+class Recipe(TrainingRecipe):
+    """The `recipe` section of a configuration of `routeseg train`: what all recipes have, and
+
+    pretrained      a backbone starts from its published weights
+    backbone_lr_factor   the learning rate of its stages, as a multiple of lr
+    backbone_frozen   share of the iterations before they learn; 1: never
+    class_balance   the loss of a pixel counts 1 / (its class's share of the training pixels)^class_balance, relative to
+                    the others: 0 all pixels alike, 1 all classes alike; between them rare classes gain
+    """
+
+    pretrained: bool = True
+    backbone_lr_factor: float = 0.2
+    backbone_frozen: float = 0.1
+    class_balance: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.backbone_lr_factor > 0:
+            raise ValueError(f"recipe.backbone_lr_factor is {self.backbone_lr_factor}: it must be positive")
+        if not 0 <= self.backbone_frozen <= 1:
+            raise ValueError(f"recipe.backbone_frozen is {self.backbone_frozen}: it must be from 0 to 1")
+        if not 0 <= self.class_balance <= 1:
+            raise ValueError(f"recipe.class_balance is {self.class_balance}: it must be from 0 (off) to 1")
+
+
+@dataclass
+class PretrainingRecipe(TrainingRecipe):
+    """The `recipe` section of a configuration of `routeseg pretrain`: what all recipes have, with other defaults (lr
     0.2 for 256 images, 120 epochs of ImageNet, BatchNorm's running statistics), and
 
     label_smoothing   this share of a label is spread over all classes
@@ -91,7 +121,7 @@ class PretrainingRecipe(Recipe):
             raise ValueError(f"recipe.label_smoothing is {self.label_smoothing}: it must be at least 0 and below 1")
 
 
-def lr_factor(step: int, recipe: Recipe) -> float:
+def lr_factor(step: int, recipe: TrainingRecipe) -> float:
     """Poly decay with a linear warm-up from `warmup_factor`."""
     poly = (1.0 - min(step, recipe.iterations) / recipe.iterations) ** recipe.poly_power
     if step >= recipe.warmup_steps:

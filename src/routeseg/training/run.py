@@ -34,7 +34,7 @@ from routeseg.training.processes import (
     count_processes,
     ending_together,
 )
-from routeseg.training.recipe import Precision, Recipe
+from routeseg.training.recipe import Precision, TrainingRecipe
 from routeseg.training.task import Found, RecipeTask
 from routeseg.training.trial import SettlePrecision
 
@@ -88,7 +88,7 @@ class Run:
     """
 
     model: RoutedNetwork
-    recipe: Recipe
+    recipe: TrainingRecipe
     options: RunOptions
     processes: int
     machines: int
@@ -99,7 +99,7 @@ class Run:
 
     @classmethod
     def begin(
-        cls, model: RoutedNetwork, recipe: Recipe, options: RunOptions, batch_size: int, crop: tuple[int, int]
+        cls, model: RoutedNetwork, recipe: TrainingRecipe, options: RunOptions, batch_size: int, crop: tuple[int, int]
     ) -> Run:
         """Checks what was asked for, makes the folder, and seeds. Raises as `train` does."""
         processes, machines = count_processes(options.devices, options.on_gpu)
@@ -197,7 +197,7 @@ def _several_processes() -> DDPStrategy:
     )
 
 
-def _prepare_output(model: RoutedNetwork, recipe: Recipe, options: RunOptions) -> tuple[int, int | None]:
+def _prepare_output(model: RoutedNetwork, recipe: TrainingRecipe, options: RunOptions) -> tuple[int, int | None]:
     """Makes the folder; returns the step that the run goes on from, and the images of a step that it had before."""
     output, path = options.output, options.output / RESUME_FILE
     check_writable(output)
@@ -213,11 +213,14 @@ def _prepare_output(model: RoutedNetwork, recipe: Recipe, options: RunOptions) -
         averaged = any(name.startswith("average.") for name in checkpoint["state_dict"])
         shapes = {name: list(value.shape) for name, value in checkpoint["state_dict"].items()}
         saved = checkpoint["callbacks"][RUN_STATE].get("images_per_step")
+        optimizer = "adamw" if "betas" in checkpoint["optimizer_states"][0]["param_groups"][0] else "sgd"
     except Exception as error:  # a damaged file fails in many ways
         raise ValueError(f"{path} is damaged or no checkpoint of a run: {error}") from error
     if averaged != bool(recipe.ema_decay):
         had = "an average of its weights" if averaged else "no average of its weights"
         raise ValueError(f"the run in {output} keeps {had}: resume it with the --recipe.ema_decay that it had")
+    if optimizer != recipe.optimizer:
+        raise ValueError(f"the run in {output} has another optimizer: resume it with --recipe.optimizer {optimizer}")
     there = {name.removeprefix("model."): shape for name, shape in shapes.items() if name.startswith("model.")}
     here = {name: list(value.shape) for name, value in model.state_dict().items()}
     for name in [*here, *there]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from routeseg.cost.budget import Budget, budget_loss
 from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig, pair
 from routeseg.data.datamodule import SegmentationDataModule
+from routeseg.data.subset import class_weights
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import Evaluation, evaluate
 from routeseg.evaluation.scores import check_class_count
@@ -33,10 +35,10 @@ from routeseg.training.task import RecipeTask, Validation
 
 class SegmentationTask(RecipeTask[Evaluation]):
     """Cross-entropy plus budget (Eq. 10); of a network with exits, the sum of all exits' cross-entropies (whose mean is
-    logged as cross_entropy).
+    logged as cross_entropy). `class_weights` [K] weigh the pixels by their classes; None: all count 1.
 
-    With P processes, A batches of each in a step (`accumulate`), N labelled pixels i in all of these batches, and
-    M_a the mean of the expected costs of the images in the batches a of all processes,
+    With P processes, A batches of each in a step (`accumulate`), N labelled pixels i in all of these batches (the sum
+    of their weights), and M_a the mean of the expected costs of the images in the batches a of all processes,
 
         cross-entropy = sum_i CE_i / N
         budget        = 1/A sum_a (M_a / full - mu)^2            Eq. 9
@@ -53,6 +55,8 @@ class SegmentationTask(RecipeTask[Evaluation]):
     """
 
     labels_key = "labels"
+    recipe: Recipe
+    of_label: Tensor | None  # the weight of each label value
 
     def __init__(
         self,
@@ -61,19 +65,37 @@ class SegmentationTask(RecipeTask[Evaluation]):
         budget: Budget,
         crop: tuple[int, int],
         batch_norm: Mode = "own",
+        class_weights: np.ndarray | None = None,
     ) -> None:
         super().__init__(model, recipe, model_cost(model, crop), batch_norm)
         self.budget = budget
+        of_label = None
+        if class_weights is not None:
+            of_label = torch.zeros(IGNORE + 1)
+            of_label[: len(class_weights)] = torch.from_numpy(class_weights)
+        self.register_buffer("of_label", of_label, persistent=False)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        if self.model.backbone is not None:
+            learns = self.global_step >= self.recipe.backbone_frozen * self.recipe.iterations
+            self.model.backbone.stages.requires_grad_(learns)
 
     def count(self, labels: Tensor) -> Tensor:
-        """The labelled pixels."""
-        return (labels != IGNORE).sum()
+        """The labelled pixels, or the sum of their weights."""
+        weights = self.weights(labels)
+        return (labels != IGNORE).sum() if weights is None else weights.sum()
+
+    def weights(self, labels: Tensor) -> Tensor | None:
+        """What each pixel of labels [B,H,W] counts in the loss; None: all that have a label count 1."""
+        return None if self.of_label is None else self.of_label[labels]
 
     def loss(self, result: Segmentation, labels: Tensor, labels_in_step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         count, (_, world) = self.recipe.accumulate, rank_and_world()
         weight = self.budget.weight_at(self.global_step / self.recipe.iterations)
-        compute = self.model.compute or PLAIN
-        sums = [compute.cross_entropy_sum(logits.float(), labels) for logits in (*result.earlier, result.logits)]
+        compute, weights = self.model.compute or PLAIN, self.weights(labels)
+        outputs = (*result.earlier, result.logits)
+        sums = [compute.cross_entropy_sum(logits.float(), labels, weights) for logits in outputs]
         cross_entropy = torch.stack(sums).sum() / labels_in_step.clamp(min=1)
         expected = self.cost.expected(result.gates).mean()
         mean = total(expected.detach()) / world
@@ -122,4 +144,5 @@ def train(
     if model.exits is not None:
         check_enough_pictures(len(module.train_data))
         check_enough_pictures(len(module.val_data), "validation pictures")
-    return run.fit(SegmentationTask(model, recipe, budget, pair(data.crop), run.batch_norm), module)
+    weights = class_weights(module.train_data, recipe.class_balance) if recipe.class_balance else None
+    return run.fit(SegmentationTask(model, recipe, budget, pair(data.crop), run.batch_norm, weights), module)

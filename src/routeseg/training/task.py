@@ -29,7 +29,9 @@ from routeseg.model.grid import RoutedNetwork
 from routeseg.training.batch_norm import Mode, norms_of
 from routeseg.training.fused import Fused
 from routeseg.training.processes import TrainingStopped
-from routeseg.training.recipe import FLOAT32, Precision, Recipe, lr_factor
+from routeseg.training.recipe import FLOAT32, Precision, TrainingRecipe, lr_factor
+
+ADAM_BETA = 0.999  # of the squares
 
 Found = TypeVar("Found")  # what a validation measures: Evaluation, Accuracy
 
@@ -70,8 +72,8 @@ class Validation(Generic[Found]):
 
 
 class RecipeTask(LightningModule, ABC, Generic[Found]):
-    """A network that a recipe trains: SGD with the authors' groups and schedule, and an average of the weights if
-    `ema_decay` asks for one.
+    """A network that a recipe trains: an optimiser with the authors' groups and schedule, and an average of the weights
+    if `ema_decay` asks for one.
 
     This class owns the loop over the `accumulate` batches of a step; a task supplies the loss of one of them.
 
@@ -83,7 +85,7 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
 
     labels_key: str  # of a batch; its images are "image", how many of them could not be read is "skipped"
 
-    def __init__(self, model: RoutedNetwork, recipe: Recipe, cost: CostTable, batch_norm: Mode = "own") -> None:
+    def __init__(self, model: RoutedNetwork, recipe: TrainingRecipe, cost: CostTable, batch_norm: Mode = "own") -> None:
         super().__init__()
         self.automatic_optimization = False  # a step has several batches
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack memory_format
@@ -129,7 +131,8 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
         groups = parameter_groups(self.model, self.recipe)
         for group, given in zip(self._optimizer.param_groups, groups, strict=True):
             group["initial_lr"], group["lr"] = given["lr"], given["lr"] * factor
-            group["weight_decay"], group["momentum"] = given["weight_decay"], self.recipe.momentum
+            group["weight_decay"] = given["weight_decay"]
+            group |= momentum_of(self.recipe)
         schedule.base_lrs = [given["lr"] for given in groups]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -212,9 +215,9 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
             self.average.update_parameters(self.model)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = torch.optim.SGD(
-            parameter_groups(self.model, self.recipe), lr=self.recipe.lr, momentum=self.recipe.momentum
-        )
+        kind = torch.optim.AdamW if self.recipe.optimizer == "adamw" else torch.optim.SGD
+        groups = [group | momentum_of(self.recipe) for group in parameter_groups(self.model, self.recipe)]
+        optimizer = kind(groups, lr=self.recipe.lr)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, self.recipe))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -235,19 +238,23 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
         )
 
 
-def parameter_groups(model: RoutedNetwork, recipe: Recipe) -> list[dict[str, Any]]:
-    """The parameters by kind: norm weights do not decay, and gates have another learning rate than the rest."""
-    gates = {id(parameter) for parameter in model.gate_parameters()}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+def momentum_of(recipe: TrainingRecipe) -> dict[str, Any]:
+    """The recipe's momentum, as a group of its optimiser has it."""
+    return {"betas": (recipe.momentum, ADAM_BETA)} if recipe.optimizer == "adamw" else {"momentum": recipe.momentum}
+
+
+def parameter_groups(model: RoutedNetwork, recipe: TrainingRecipe) -> list[dict[str, Any]]:
+    """The parameters by kind: norm weights do not decay, and gates and the stages of a backbone have learning rates of
+    their own."""
+    backbone: Iterable[nn.Parameter] = () if model.backbone is None else model.backbone.stages.parameters()
+    kinds = {id(parameter): 1 for parameter in model.gate_parameters()} | {id(parameter): 2 for parameter in backbone}
+    factors = (1.0, recipe.gate_lr_factor, getattr(recipe, "backbone_lr_factor", 1.0))
+    groups: dict[tuple[bool, int], list[nn.Parameter]] = {}
     for module in model.modules():
         is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         for parameter in module.parameters(recurse=False):
-            groups.setdefault((is_norm, id(parameter) in gates), []).append(parameter)
+            groups.setdefault((is_norm, kinds.get(id(parameter), 0)), []).append(parameter)
     return [
-        {
-            "params": parameters,
-            "weight_decay": 0.0 if is_norm else recipe.weight_decay,
-            "lr": recipe.lr * (recipe.gate_lr_factor if is_gate else 1.0),
-        }
-        for (is_norm, is_gate), parameters in sorted(groups.items())
+        {"params": parameters, "weight_decay": 0.0 if is_norm else recipe.weight_decay, "lr": recipe.lr * factors[kind]}
+        for (is_norm, kind), parameters in sorted(groups.items())
     ]

@@ -40,13 +40,15 @@ struct Map {
 };
 
 struct Conv {
-    int32_t depthwise;  // 1: depthwise k x k, then 1x1. 0: k x k, as a product with patches
-    int32_t kernel, stride, padding;
-    int32_t wide;             // the output is float, whatever the inputs are
-    int32_t inputs, outputs;  // channels of the maps, in whole vectors (an image has 3)
-    const void* weights;      // panels of PANEL * V outputs: [inputs][outputs], bfloat16 [inputs / 2][outputs][2]
-    const float* bias;        // [outputs]
-    const float* taps;        // depthwise: [k * k][inputs]
+    int32_t depthwise;                        // 1: depthwise k x k, then 1x1. 0: k x k, as a product with patches
+    int32_t kernel, stride, padding, ending;  // rows and columns of zeros before the map, and behind it
+    int32_t wide;                             // the output is float, whatever the inputs are
+    int32_t inputs, outputs;                  // channels of the maps, in whole vectors (an image has 3)
+    const void* weights;  // panels of PANEL * V outputs: [inputs][outputs], bfloat16 [inputs / 2][outputs][2]
+    const float* bias;    // [outputs]
+    const float* taps;    // depthwise: [k * k][inputs]
+    const float* middle;  // depthwise: null, or [inputs], the bias of its own before a ReLU that ends at `high`
+    float high;           // where a ReLU ends; infinity if it does not
 };
 
 template <class T>
@@ -54,10 +56,17 @@ const T* row_of(const Map& map, int y) {
     return static_cast<const T*>(map.data) + long(y - map.first) * map.w * map.c;
 }
 
+// What follows a depthwise convolution, if its Conv has a `middle`.
+struct Middle {
+    const float* bias;
+    float high;
+};
+
 // k x k taps, stride S: BLOCK pixels of an output row from the k input rows (null outside the map), of which the first
 // `valid` are stored. `left` is the first column that is read; EDGE: some columns lie outside the map.
 template <class T, int K, int S, int BLOCK, bool EDGE>
-inline void depthwise_block(const T* const* rows, const Map& in, int left, int valid, const float* taps, T* out) {
+inline void depthwise_block(const T* const* rows, const Map& in, int left, int valid, const float* taps,
+                            const Middle& middle, T* out) {
     constexpr int COLUMNS = (BLOCK - 1) * S + K;
     const long c = in.c;
     for (long i = 0; i < c; i += V) {
@@ -80,14 +89,17 @@ inline void depthwise_block(const T* const* rows, const Map& in, int left, int v
             }
         }
 #pragma GCC unroll 8
-        for (int o = 0; o < BLOCK; ++o)
+        for (int o = 0; o < BLOCK; ++o) {
+            if (middle.bias) sum[o] = minimum(splat(middle.high), maximum(vec{}, sum[o] + load(middle.bias + i)));
             if (!EDGE || o < valid) store(out + o * c + i, sum[o]);
+        }
     }
 }
 
 // Pixels x0..x1 of an output row, to out [x1-x0][c].
 template <class T, int K, int S>
-void depthwise_row(const T* const* rows, const Map& in, int padding, int x0, int x1, const float* taps, T* out) {
+void depthwise_row(const T* const* rows, const Map& in, int padding, int x0, int x1, const float* taps,
+                   const Middle& middle, T* out) {
     constexpr int BLOCK = V == 16 && S == 1 && K == 3 ? 8 : 4;  // that share the inputs they load, in registers
     constexpr int COLUMNS = (BLOCK - 1) * S + K;
     for (int x = x0; x < x1; x += BLOCK) {
@@ -95,7 +107,7 @@ void depthwise_row(const T* const* rows, const Map& in, int padding, int x0, int
         const int left = x * S - padding, valid = std::min(BLOCK, x1 - x);
         const bool inside = left >= 0 && left + COLUMNS <= in.w && valid == BLOCK;
         auto go = inside ? depthwise_block<T, K, S, BLOCK, false> : depthwise_block<T, K, S, BLOCK, true>;
-        go(rows, in, left, valid, taps, out + long(x - x0) * in.c);
+        go(rows, in, left, valid, taps, middle, out + long(x - x0) * in.c);
     }
 }
 
@@ -106,10 +118,10 @@ void depthwise(const Conv& conv, const Map& in, int y, int x0, int x1, T* out) {
         int from = y * conv.stride - conv.padding + t;
         rows[t] = from >= 0 && from < in.h ? row_of<T>(in, from) : nullptr;
     }
-    auto go = conv.kernel == 5   ? depthwise_row<T, 5, 1>  // strides are of 3 x 3 alone
-              : conv.stride == 2 ? depthwise_row<T, 3, 2>
-                                 : depthwise_row<T, 3, 1>;
-    go(rows, in, conv.padding, x0, x1, conv.taps, out);
+    constexpr decltype(&depthwise_row<T, 3, 1>) KINDS[][2] = {{depthwise_row<T, 3, 1>, depthwise_row<T, 3, 2>},
+                                                              {depthwise_row<T, 5, 1>, depthwise_row<T, 5, 2>}};
+    const auto go = KINDS[conv.kernel == 5][conv.stride == 2];
+    go(rows, in, conv.padding, x0, x1, conv.taps, {conv.middle, conv.high}, out);
 }
 
 // The k x k x c inputs of each of the pixels x0..x1 of an output row, side by side: out [x1-x0][depth].
@@ -237,11 +249,11 @@ class Tiles {
 };
 #endif
 
-// What follows the product: x = max(sum + bias + residual, low), stored, or summed over the pixels.
+// What follows the product: x = min(max(sum + bias + residual, low), high), stored, or summed over the pixels.
 struct Epilogue {
     const float* bias;     // [outputs]
     const void* residual;  // T [pixels][outputs], with ADD
-    float low;             // 0 for ReLU, else -infinity
+    float low, high;       // 0 and its end for ReLU, else -infinity and infinity
     void* out;             // [pixels][outputs]: T; float with WIDE; the sums [outputs] with SUM
     int outputs;
     const char* ahead;  // what the next tile reads first is fetched meanwhile, where memory would idle
@@ -253,7 +265,7 @@ enum Mode { STORE, ADD, WIDE, SUM };
 template <class T, Mode MODE, int N>
 class Finish {
   public:
-    Finish(const Epilogue& then, int first) : then(then), first(first), low(splat(then.low)) {
+    Finish(const Epilogue& then, int first) : then(then), first(first), low(splat(then.low)), high(splat(then.high)) {
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) bias[n] = load(then.bias + first + n * V);
     }
@@ -272,7 +284,7 @@ class Finish {
         for (int n = 0; n < N; ++n) {
             vec x = sum[n] + bias[n];
             if (MODE == ADD) x += load(residual(p) + n * V);
-            x = maximum(low, x);
+            x = minimum(high, maximum(low, x));
             if (MODE == SUM) total[n] += x;
             else store(out + n * V, x);
         }
@@ -293,7 +305,7 @@ class Finish {
 
     const Epilogue& then;
     const int first;
-    const vec low;
+    const vec low, high;
     vec bias[N], total[N] = {};
 };
 
@@ -377,7 +389,8 @@ void convolve_pixels(const Conv& conv, const Map& in, const Map& out, const T* r
             p += x1 - x0;
         }
         void* to = MODE == SUM ? static_cast<void*>(sums) : static_cast<char*>(out.data) + begin * out.c * size;
-        Epilogue then{conv.bias, MODE == ADD ? residual + begin * out.c : nullptr, low, to, out.c, nullptr, 0};
+        const float high = low < 0 ? INFINITY : conv.high;
+        Epilogue then{conv.bias, MODE == ADD ? residual + begin * out.c : nullptr, low, high, to, out.c, nullptr, 0};
         const int y = (out.first + int(stop / out.w)) * conv.stride - conv.padding + conv.kernel - 1;
         if (!direct && stop < end && y < in.first + in.rows) {
             const long x = stop % out.w * conv.stride;
@@ -393,8 +406,10 @@ inline void check(const Conv& conv) {
     const int k = conv.kernel;
     require(conv.stride == 1 || conv.stride == 2, "a convolution's stride is neither 1 nor 2");
     require(k == 1 || k == 3 || k == MOST_TAPS, "a convolution's kernel is none of 1, 3 and 5");
-    require(!conv.depthwise || k == 3 || (k == MOST_TAPS && conv.stride == 1), "a depthwise kernel is of another kind");
-    require(conv.padding >= 0 && conv.padding < k, "a convolution's padding is not below its kernel");
+    require(!conv.depthwise || k > 1, "a depthwise kernel is of another kind");
+    require(conv.padding >= 0 && conv.ending >= 0 && std::max(conv.padding, conv.ending) < k,
+            "a convolution's padding is not below its kernel");
+    require(conv.high >= 0, "a convolution's ReLU ends below 0");
     require(std::max(conv.inputs, conv.outputs) <= MOST_CHANNELS, "a convolution has too many channels");
     require(conv.outputs > 0 && conv.outputs % V == 0, "a convolution's outputs are no whole vectors");
     const bool image = conv.inputs == 3 && k > 1 && !conv.depthwise;
@@ -405,7 +420,7 @@ inline void check(const Conv& conv) {
 // The shape of what a convolution makes of a map, all rows of it, without memory.
 inline Map convolved_shape(const Conv& conv, const Map& in) {
     check(conv);
-    const int h = in.h + 2 * conv.padding - conv.kernel, w = in.w + 2 * conv.padding - conv.kernel;
+    const int around = conv.padding + conv.ending, h = in.h + around - conv.kernel, w = in.w + around - conv.kernel;
     require(in.c == conv.inputs, "a convolution meets a map of other channels");
     require(h >= 0 && w >= 0, "a convolution meets a map that is smaller than its kernel");
     return {nullptr, h / conv.stride + 1, w / conv.stride + 1, conv.outputs, 0, h / conv.stride + 1};

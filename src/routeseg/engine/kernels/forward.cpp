@@ -30,6 +30,7 @@ constexpr int STEM_CONVOLUTIONS = 3, STEM_STRIDE = 4;
 constexpr int GLANCE = 4;                 // of decoder.py
 constexpr long SMALL_GLANCE = 128 * 128;  // pixels of the finest features
 constexpr int MOST_SCALES = 12;           // MOST_CHANNELS allows no more
+constexpr long BLOCK_BYTES = 1 << 19;     // of what a block has in the middle, at a time: it stays in an L2 cache
 constexpr int STEM_BAND = 8;  // rows of the stem's output computed at a time: what lies before them stays in the cache
 constexpr float BELOW_ONE = 1 - 1.1920929e-7f;  // activations of gates are below 1
 
@@ -53,11 +54,25 @@ struct Exit {
     const float *center, *weight, *bias;  // of the gate: [features], [later][features], [later]; null: the last exit
 };
 
+// An inverted residual of a backbone: to many channels, depthwise and to few.
+struct Block {
+    int32_t expands, residual;  // 1: it has the first half; its input is added
+    Conv expand, depthwise;
+};
+
+// A stage of a backbone, and the projection of what it makes to the channels of the grid.
+struct Stage {
+    int32_t blocks;
+    const Block* block;
+    Conv project;
+};
+
 struct Network {
-    int32_t depth, scales, zeros_arrive, softmax, classes, exits;
-    const Conv* stem;   // [3]
-    const Node* nodes;  // [L+1][S]
-    const Exit* exit;   // [exits], the last one behind layer L
+    int32_t depth, scales, zeros_arrive, softmax, classes, exits, stages;
+    const Conv* stem;    // [3]; with a backbone its first convolution
+    const Node* nodes;   // [L+1][S]
+    const Exit* exit;    // [exits], the last one behind layer L
+    const Stage* stage;  // [stages] of a backbone: the first behind the stem, the others beside paths down the diagonal
 };
 
 // What a forward is asked for. Raster sizes are those of the image; `padded` ones are multiples of the stride.
@@ -68,11 +83,11 @@ struct Request {
     int32_t own;          // a given route's open paths have the network's own activations
     const float* prices;  // null, or price times cost of each exit: the image leaves where its gate says so
     float *gates, *logits;
-    double* seconds;  // null, or [L+1][S][5] gather, gate, cell, up, down; then stem, decoder
+    double* seconds;  // null, or [L+1][S][6] gather, gate, cell, up, down, stage; then stem, decoder
     int32_t threads;
 };
 
-enum { GATHER, GATE, CELL, SEND_UP, SEND_DOWN, STEPS };
+enum { GATHER, GATE, CELL, SEND_UP, SEND_DOWN, STAGE, STEPS };
 
 // A map and its memory. `number`: of what was remembered (see Workspace); 0: it depends on the image.
 struct Held {
@@ -340,6 +355,12 @@ class Forward {
         workspace.expect(height, width);
         Held image = make(height, width, 3, 0, height);
         if (!normalized<T>(request.image, image.map, threads)) return false;
+        if (net.stages) {
+            stem_map = staged(0, convolved(net.stem[0], image, net.stem[0].outputs));
+            require(stem_map.map.h * STEM_STRIDE == height && stem_map.map.w * STEM_STRIDE == width,
+                    "the backbone's first stage has another stride");
+            return true;
+        }
         Map shape[STEM_CONVOLUTIONS + 1] = {image.map};  // of the image, and behind each convolution
         for (int i = 0; i < STEM_CONVOLUTIONS; ++i) shape[i + 1] = convolved_shape(net.stem[i], shape[i]);
         const Map& last = shape[STEM_CONVOLUTIONS];
@@ -368,6 +389,44 @@ class Forward {
             convolve_into(net.stem[STEM_CONVOLUTIONS - 1], x.map, rows, nullptr, true);
         }
         return true;
+    }
+
+    // A stage of the backbone, on what the one before made: its projection. `pretrained` is then what it makes itself.
+    Held staged(int number, Held x) {
+        const Stage& stage = net.stage[number];
+        require(stage.blocks > 0 && stage.block, "a stage of the backbone has no blocks");
+        for (int i = 0; i < stage.blocks; ++i) x = inverted(stage.block[i], x);
+        pretrained = x;
+        return convolved(stage.project, x, channels(number));
+    }
+
+    // A block of a backbone, in bands of rows.
+    Held inverted(const Block& block, const Held& x) {
+        const Conv& last = block.depthwise;
+        const Map* added = block.residual ? &x.map : nullptr;
+        const Map shape = block.expands ? convolved_shape(block.expand, x.map) : x.map;
+        Map rows = convolved_shape(last, shape);
+        require(shape.h == x.map.h && shape.w == x.map.w, "a block's first half has another size");
+        const Held out = make(rows.h, rows.w, rows.c, 0, rows.h);
+        if (!block.expands) {
+            convolve_into(last, x.map, out.map, added, false);
+            return out;
+        }
+        const long row_bytes = long(sizeof(T)) * shape.w * shape.c * last.stride;
+        const int band = int(std::clamp<long>(BLOCK_BYTES / row_bytes, 2, rows.h));
+        for (rows.first = 0; rows.first < rows.h; rows.first += band) {
+            rows.rows = std::min(band, rows.h - rows.first);
+            const int first = std::max(0, rows.first * last.stride - last.padding);
+            const int end = std::min(shape.h, (rows.first + rows.rows - 1) * last.stride - last.padding + last.kernel);
+            const Held hidden = make(shape.h, shape.w, shape.c, first, end - first);
+            convolve_into(block.expand, x.map, hidden.map, nullptr, true);
+            const long offset = long(rows.first) * rows.w * rows.c;
+            rows.data = static_cast<T*>(out.map.data) + offset;
+            Map beside = x.map;
+            beside.data = static_cast<T*>(x.map.data) + offset;
+            convolve_into(last, hidden.map, rows, added ? &beside : nullptr, false);
+        }
+        return out;
     }
 
     // Whether the image goes no further than this exit, given the features by scale: as its gate says, or a route that
@@ -487,6 +546,10 @@ class Forward {
                 next[target].push_back({same ? hidden : convolved(node.transforms[direction], hidden, channels(target)),
                                         alpha[direction], direction == UP});
                 if (!same) clock.lap(place + (direction == UP ? SEND_UP : SEND_DOWN));
+                if (direction == DOWN && layer == scale && target < net.stages) {
+                    next[target].push_back({staged(target, pretrained), alpha[direction], false});
+                    clock.lap(place + STAGE);
+                }
             }
         }
     }
@@ -586,7 +649,7 @@ class Forward {
     Arena arena;
     int threads;
     Clock clock;
-    Held stem_map;
+    Held stem_map, pretrained;
 };
 
 // How a call from Python ended.
@@ -612,6 +675,7 @@ int guarded(const Work& work) {
 void check(const Network& net, const Request& request) {
     require(net.depth > 0 && net.scales > 0 && net.scales <= MOST_SCALES, "the network has no size that is supported");
     require(net.stem && net.nodes && net.exit && net.exits > 0 && net.classes > 0, "the network lacks a part");
+    require(!net.stages || (net.stage && net.stages > 0 && net.stages <= net.scales), "the backbone lacks a part");
     require(net.exit[net.exits - 1].layer == net.depth, "the last exit is not behind the last layer");
     const int stride = STEM_STRIDE << (net.scales - 1);
     const int height = request.padded_height, width = request.padded_width;
@@ -640,8 +704,8 @@ struct Field {
 // clang-format off
 constexpr Field LAYOUT[] = {
     STRUCTURE(Conv), FIELD(Conv, depthwise), FIELD(Conv, kernel), FIELD(Conv, stride), FIELD(Conv, padding),
-    FIELD(Conv, wide), FIELD(Conv, inputs), FIELD(Conv, outputs), FIELD(Conv, weights), FIELD(Conv, bias),
-    FIELD(Conv, taps),
+    FIELD(Conv, ending), FIELD(Conv, wide), FIELD(Conv, inputs), FIELD(Conv, outputs), FIELD(Conv, weights),
+    FIELD(Conv, bias), FIELD(Conv, taps), FIELD(Conv, middle), FIELD(Conv, high),
     STRUCTURE(Image), FIELD(Image, data), FIELD(Image, channel_step), FIELD(Image, row_step),
     FIELD(Image, column_step), FIELD(Image, height), FIELD(Image, width), FIELD(Image, is_uint8), FIELD(Image, mean),
     FIELD(Image, std),
@@ -653,9 +717,11 @@ constexpr Field LAYOUT[] = {
     FIELD(Node, weight), FIELD(Node, bias),
     STRUCTURE(Exit), FIELD(Exit, layer), FIELD(Exit, features), FIELD(Exit, later), FIELD(Exit, merges),
     FIELD(Exit, predictor), FIELD(Exit, glance), FIELD(Exit, center), FIELD(Exit, weight), FIELD(Exit, bias),
+    STRUCTURE(Block), FIELD(Block, expands), FIELD(Block, residual), FIELD(Block, expand), FIELD(Block, depthwise),
+    STRUCTURE(Stage), FIELD(Stage, blocks), FIELD(Stage, block), FIELD(Stage, project),
     STRUCTURE(Network), FIELD(Network, depth), FIELD(Network, scales), FIELD(Network, zeros_arrive),
-    FIELD(Network, softmax), FIELD(Network, classes), FIELD(Network, exits),
-    FIELD(Network, stem), FIELD(Network, nodes), FIELD(Network, exit),
+    FIELD(Network, softmax), FIELD(Network, classes), FIELD(Network, exits), FIELD(Network, stages),
+    FIELD(Network, stem), FIELD(Network, nodes), FIELD(Network, exit), FIELD(Network, stage),
     STRUCTURE(Request), FIELD(Request, image), FIELD(Request, padded_height), FIELD(Request, padded_width),
     FIELD(Request, given), FIELD(Request, own), FIELD(Request, prices), FIELD(Request, gates), FIELD(Request, logits),
     FIELD(Request, seconds), FIELD(Request, threads),
@@ -680,7 +746,7 @@ constexpr Field TRAINING_LAYOUT[] = {
     STRUCTURE(Enlarged), FIELD(Enlarged, planes), FIELD(Enlarged, h), FIELD(Enlarged, w), FIELD(Enlarged, scores),
     FIELD(Enlarged, logits), FIELD(Enlarged, dlogits), FIELD(Enlarged, dscores),
     STRUCTURE(Entropy), FIELD(Entropy, images), FIELD(Entropy, classes), FIELD(Entropy, pixels), FIELD(Entropy, logits),
-    FIELD(Entropy, labels), FIELD(Entropy, ignored), FIELD(Entropy, sums), FIELD(Entropy, loss),
+    FIELD(Entropy, labels), FIELD(Entropy, weights), FIELD(Entropy, ignored), FIELD(Entropy, sums), FIELD(Entropy, loss),
     FIELD(Entropy, dloss), FIELD(Entropy, dlogits),
     {nullptr, 0, 0},
 };

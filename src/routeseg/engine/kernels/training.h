@@ -868,13 +868,14 @@ inline void enlarge_planes_backward(const Enlarged& e, int threads) {
     });
 }
 
-// The sum over pixels of the cross-entropy of logits [B][K][pixels] with labels [B][pixels].
+// The sum over pixels of the cross-entropy of logits [B][K][pixels] with labels [B][pixels], each times its weight.
 struct Entropy {
     int32_t images, classes, pixels;
     const float* logits;
     const int64_t* labels;
-    int64_t ignored;  // a label that counts for nothing
-    float* sums;      // [B][2][pixels]: the largest logit; log of the sum over the classes of exp(logit - largest)
+    const float* weights;  // [B][pixels], or null: 1
+    int64_t ignored;       // a label that counts for nothing
+    float* sums;           // [B][2][pixels]: the largest logit; log of the sum over the classes of exp(logit - largest)
     double* loss;
     float dloss;
     float* dlogits;
@@ -935,7 +936,8 @@ inline void entropy_forward(const Entropy& e, int threads) {
             const int64_t label = e.labels[image * pixels + p];
             if (label == e.ignored) continue;
             require(label >= 0 && label < e.classes, "a label is none of the classes");
-            loss += double(logs[p]) - (logits[label * pixels + p] - largest[p]);
+            const double own = double(logs[p]) - (logits[label * pixels + p] - largest[p]);
+            loss += e.weights ? own * e.weights[image * pixels + p] : own;
         }
         losses[part] = loss;
     });
@@ -950,9 +952,11 @@ inline void entropy_backward(const Entropy& e, int threads) {
         const long offset = image * e.classes * pixels;
         const float *logits = e.logits + offset, *largest = e.sums + 2 * image * pixels, *logs = largest + pixels;
         const int64_t* labels = e.labels + image * pixels;
+        const float* weights = e.weights ? e.weights + image * pixels : nullptr;
         float* dlogits = e.dlogits + offset;
         const Floats shares(end - first + V);
-        for (long p = first; p < end; ++p) shares[p - first] = labels[p] == e.ignored ? 0 : e.dloss;
+        for (long p = first; p < end; ++p)
+            shares[p - first] = labels[p] == e.ignored ? 0 : weights ? weights[p] * e.dloss : e.dloss;
         for (long k = 0; k < e.classes; ++k) {
             long p = first;
             for (; p + V <= end; p += V)
@@ -963,7 +967,7 @@ inline void entropy_backward(const Entropy& e, int threads) {
                 dlogits[k * pixels + p] = shares[p - first] * std::exp(logits[k * pixels + p] - largest[p] - logs[p]);
         }
         for (long p = first; p < end; ++p)
-            if (labels[p] != e.ignored) dlogits[labels[p] * pixels + p] -= e.dloss;
+            if (labels[p] != e.ignored) dlogits[labels[p] * pixels + p] -= shares[p - first];
     });
 }
 

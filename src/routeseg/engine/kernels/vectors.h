@@ -46,6 +46,12 @@ inline vec maximum(vec low, vec x) { return (vec)_mm512_max_ps((__m512)low, (__m
 inline vec maximum(vec low, vec x) { return x < low ? low : x; }
 #endif
 
+#if defined(__AVX512F__)
+inline vec minimum(vec high, vec x) { return (vec)_mm512_min_ps((__m512)high, (__m512)x); }  // x where x is NaN
+#else
+inline vec minimum(vec high, vec x) { return x > high ? high : x; }
+#endif
+
 #if defined(__AVX512BF16__)
 inline vec load(const bfloat16* p) {
     __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
