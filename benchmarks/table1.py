@@ -32,7 +32,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,9 @@ PARENT_KEY = "TABLE1_PARENT"  # environment of a run: the process that started i
 class Network:
     """A row of the table: what it is, and the recipe that it shares with the others.
 
-    args    the parsed configuration; `args.model` are the network's arguments
-    common  (of, threshold), or None
+    args     the parsed configuration; `args.model` are the network's arguments
+    common   (of, threshold), or None
+    changes  what the experiment file says is different for it
     """
 
     name: str
@@ -91,6 +92,7 @@ class Network:
     recipe: Recipe
     budget: Budget
     common: tuple[str, float] | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -152,7 +154,7 @@ def read_experiment(path: Path, words: Sequence[str] = ()) -> dict[str, Network]
         if budget.weight and args.model.gate == "fixed":
             raise ValueError(f"networks.{name} of {path} has no gates, so it cannot keep a budget: set its weight to 0")
         networks[name] = Network(
-            name, args, data, recipe, budget, (common["of"], float(common["threshold"])) if common else None
+            name, args, data, recipe, budget, (common["of"], float(common["threshold"])) if common else None, changes
         )
     return networks
 
@@ -426,6 +428,7 @@ def _row(network: Network, results: list[dict[str, Any]]) -> dict[str, Any]:
         "paper": paper,
         "model": results[0]["settings"]["model"],
         "budget": results[0]["settings"]["budget"],
+        "changes": network.changes,
         "common": network.common and {"of": network.common[0], "threshold": network.common[1]},
         "runs": [{key: value for key, value in found.items() if key != "settings"} for found in results],
     }

@@ -23,7 +23,7 @@ COMBINATIONS = [(f"{name}/base",) for name in SETS]
 COMBINATIONS += [(f"{name}/base", budget) for name in ("camvid", "cityscapes", "scenes") for budget in BUDGETS]
 COMBINATIONS += [("cityscapes/base", "cityscapes/long"), ("cityscapes/base", "cityscapes/imagenet")]
 COMBINATIONS += [("cityscapes/base", "dynamic_a", "cityscapes/one_gpu")]
-COMBINATIONS += [("camvid/small_cpu",), ("scenes/small_cpu",)]
+COMBINATIONS += [("camvid/small_cpu",), ("camvid/pretrained",), ("scenes/small_cpu",)]
 COMBINATIONS += [("camvid/small_cpu", "any_budget/depth8")]
 COMBINATIONS += [(f"{name}/base", "any_budget/depth16") for name in ("camvid", "cityscapes", "scenes", "voc")]
 REAL_DATA = [files for files in COMBINATIONS if files[0] in ("cityscapes/base", "voc/base")]
@@ -64,7 +64,7 @@ def test_configuration(files, parser):
 
 def test_every_file_belongs_to_a_combination():
     here = {path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.glob("**/*.yaml")}
-    elsewhere = {name for name in here if re.match(r"table1/|imagenet/|any_budget/.*_cpu$", name)}
+    elsewhere = {name for name in here if re.match(r"table1/|trials/|imagenet/|any_budget/.*_cpu$", name)}
     assert here - elsewhere == {file for files in COMBINATIONS for file in files}
     assert all(len((CONFIGS / f"{name}.yaml").read_text().splitlines()) <= 35 for name in here)
 

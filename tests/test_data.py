@@ -192,6 +192,11 @@ class TestTrainingOrder:
     def batches(self, **options) -> list[dict]:
         return list(self.module(**options).train_dataloader())
 
+    def test_a_share_of_the_pictures(self):
+        config = DataConfig(image_size=(32, 48), crop=(32, 32), train_images=5, batch_size=2, train_share=0.4)
+        module = SegmentationDataModule(config, iterations=6)
+        assert [module.train_data.name(i) for i in range(len(module.train_data))] == ["large_00000", "small_00004"]
+
     def test_the_same_batches_from_any_start_and_number_of_workers(self):
         whole = self.batches()
         assert len(whole) == 6
@@ -243,6 +248,8 @@ class TestDataConfig:
         [
             ("batch_size", 0),
             ("train_images", 0),
+            ("train_share", 0.0),
+            ("train_share", 1.5),
             ("val_images", -1),
             ("workers", -1),
             ("crop", (16, 64)),

@@ -20,6 +20,7 @@ from routeseg.evaluation import evaluate, machine_facts
 from routeseg.evaluation.boundary import boundary_counts
 from routeseg.evaluation.submission import Submission
 from routeseg.evaluation.test_time import MultiPass
+from routeseg.evaluation.worst import Worst
 from routeseg.labels import IGNORE
 from routeseg.model import Segmentation
 
@@ -315,6 +316,27 @@ def test_command_with_scales_flip_and_windows(tmp_path, networks, capsys):
     assert plain["cost_gmacs"]["full"] < result["cost_gmacs"]["full"]
 
 
+def test_the_worst_pictures(tmp_path, networks, capsys):
+    """The lowest mean IoU over the classes of the labels comes first, and a picture of them is drawn."""
+    pictures = open_data(DataConfig(image_size=(48, 64), val_images=4), "val")
+    worst, generator = Worst(pictures, count=2), np.random.default_rng(0)
+    scores = {}
+    for index in range(4):
+        labels = pictures.read(index)[1]
+        prediction = np.where(generator.random(labels.shape) < 0.2 * index, 0, labels).astype(np.uint8)
+        classes = np.unique(labels)
+        overlaps = [
+            ((labels == k) & (prediction == k)).sum() / ((labels == k) | (prediction == k)).sum() for k in classes
+        ]
+        scores[pictures.name(index)] = np.mean(overlaps)
+        worst(pictures.name(index), prediction)
+    assert [one.name for one in worst.found] == sorted(scores, key=scores.get)[:2]
+    assert [one.score for one in worst.found] == pytest.approx(sorted(scores.values())[:2])
+    path = tmp_path / "worst.png"
+    code, out, _ = run(["evaluate", networks(10), *SCENES, "--worst", path], capsys)
+    assert code == 0 and str(path) in out and Image.open(path).width > 1000
+
+
 def test_command_mistakes(tmp_path, networks, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     checkpoint = networks(10)
@@ -330,6 +352,7 @@ def test_command_mistakes(tmp_path, networks, capsys, monkeypatch):
         (["--device=foo"], "--device foo"),
         (["--device=meta"], "--device meta"),
         (["--submission", tmp_path / "s"], "cityscapes and voc"),
+        (["--worst=worst.jpg"], "--worst is worst.jpg"),
     ):
         code, _, err = run(["evaluate", checkpoint, *SCENES, *words], capsys)
         assert code == 2 and expected in err, (words, err)

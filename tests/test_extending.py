@@ -1,4 +1,4 @@
-"""A gate, a cell operation and a head of one's own: each is one class in one place (docs/extending.md tells how).
+"""A gate, a cell operation, a head and a backbone of one's own: each is one class in one place (docs/extending.md).
 
 Each is trained, run by the skip engine, costed, saved and loaded, and exported, or refused with a reason.
 """
@@ -14,15 +14,17 @@ from torch import Tensor, nn
 
 from conftest import spread_gates
 from routeseg import DynamicRoutingNetwork, Route, SkipEngine, load, model_cost
-from routeseg.counting import ONCE, Macs, each
+from routeseg.counting import ONCE, Macs, conv_norm, each
 from routeseg.engine.compiled import CompiledForward, is_compiled
 from routeseg.errors import NotExportable
 from routeseg.export import build_onnx
+from routeseg.model.backbone import Backbone, FrozenNormConv
 from routeseg.model.gate import Gate
 from routeseg.model.grid import RoutedNetwork
 from routeseg.model.head import Head
 from routeseg.model.operations import Operation
-from routeseg.registry import GATES, OPERATIONS
+from routeseg.registry import BACKBONES, GATES, OPERATIONS
+from routeseg.space import DOWN
 
 # docs/extending.md shows the classes between these marks. [gate]
 
@@ -107,6 +109,33 @@ class HeightNetwork(RoutedNetwork):
     head_class = MeanHead
 
 
+# [backbone]
+
+
+class PlainBackbone(Backbone):
+    """A convolution for each scale."""
+
+    channels = (16, 24, 32, 48)
+    pixel_mean = pixel_std = (0.5, 0.5, 0.5)
+    file = "plain.pt"
+
+    @classmethod
+    def stage(cls, s: int) -> nn.Module:
+        if s == 0:
+            return nn.Sequential(FrozenNormConv(3, 8, 3, stride=2), FrozenNormConv(8, 16, 3, stride=2))
+        return FrozenNormConv(cls.channels[s - 1], cls.channels[s], 3, stride=2)
+
+    @classmethod
+    def stage_macs(cls, s: int) -> Macs:
+        if s == 0:
+            return conv_norm(3 * 9, 8, stride=2) + conv_norm(8 * 9, 16, stride=4)
+        return conv_norm(cls.channels[s - 1] * 9, cls.channels[s], stride=4 * 2**s)
+
+    @classmethod
+    def weights(cls, stages: int) -> dict[str, Tensor]:
+        return torch.load(cls.file, weights_only=True)
+
+
 # [end]
 
 SMALL = {"num_classes": 3, "depth": 4, "base_channels": 8, "stem_channels": 8}
@@ -114,17 +143,21 @@ SMALL = {"num_classes": 3, "depth": 4, "base_channels": 8, "stem_channels": 8}
 
 @pytest.fixture(autouse=True)
 def registered():
-    GATES["hard"], OPERATIONS["max_pool_3x3"] = HardGate, MaxPool3x3
+    GATES["hard"], OPERATIONS["max_pool_3x3"], BACKBONES["plain"] = HardGate, MaxPool3x3, PlainBackbone
     yield
-    del GATES["hard"], OPERATIONS["max_pool_3x3"]
+    del GATES["hard"], OPERATIONS["max_pool_3x3"], BACKBONES["plain"]
 
 
 def network(kind: str) -> RoutedNetwork:
-    """One of the three, with gates that differ from image to image."""
+    """One of the four, with gates that differ from image to image."""
     torch.manual_seed(1)
     if kind == "head":
         return spread_gates(HeightNetwork(**SMALL)).eval()
-    changes = {"gate": {"gate": "hard"}, "operation": {"cell_operations": ["max_pool_3x3", "identity"]}}[kind]
+    changes = {
+        "gate": {"gate": "hard"},
+        "operation": {"cell_operations": ["max_pool_3x3", "identity"]},
+        "backbone": {"backbone": "plain"},
+    }[kind]
     return spread_gates(DynamicRoutingNetwork(**SMALL, **changes)).eval()
 
 
@@ -136,13 +169,14 @@ def images(batch: int = 4) -> Tensor:
     return torch.rand(batch, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
 
-KINDS = pytest.mark.parametrize("kind", ["gate", "operation", "head"])
+KINDS = pytest.mark.parametrize("kind", ["gate", "operation", "head", "backbone"])
+NAMES = {"gate": "gate", "operation": "cell", "head": "mean", "backbone": "stem.stages"}  # of their tensors
 
 
 @KINDS
 def test_it_learns(kind):
     model = network(kind).train()
-    parts = [p for n, p in model.named_parameters() if {"gate": "gate", "operation": "cell", "head": "mean"}[kind] in n]
+    parts = [p for n, p in model.named_parameters() if NAMES[kind] in n]
     if kind == "operation":  # it has none of its own
         parts = list(model.parameters())
     before = [p.clone() for p in parts]
@@ -203,6 +237,10 @@ def test_it_has_a_cost(kind):
         pooled = sum(8 * 2**s * (64 // (4 * 2**s)) * (96 // (4 * 2**s)) for s in range(4))
         assert cost.head == pooled + 8 + 16 + 32 + 64
         assert np.array_equal(cost.cell, plain.cell)
+    if kind == "backbone":
+        difference = (cost.edge - plain.edge)[1, 1, DOWN]
+        pixels = (64 // 16) * (96 // 16)
+        assert difference == pixels * 32 * (24 * 9 + 3) + pixels * 32 * (32 + 3)  # and its projection; norm 2, ReLU 1
 
 
 @KINDS
@@ -242,10 +280,21 @@ def test_what_has_no_export_is_refused_with_a_reason(monkeypatch):
         build_onnx(network("operation"), routed=True)
 
 
+def test_a_backbone_brings_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(PlainBackbone, "file", tmp_path / "plain.pt")
+    source, model = network("backbone"), DynamicRoutingNetwork(**SMALL, backbone="plain")
+    torch.save(source.backbone.stages.state_dict(), PlainBackbone.file)
+    model.load_pretrained()
+    assert torch.equal(model.backbone(images()), source.backbone(images()))
+    assert model.config.pixel_mean == PlainBackbone.pixel_mean
+    with pytest.raises(NotExportable, match="the backbone PlainBackbone has no export"):
+        build_onnx(model.specialize(model.route))
+
+
 def test_the_document_shows_these_classes():
     document = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
     blocks = re.findall(r"# (?:[^\n]* )?\[\w+\]\n\n\n(.*?)(?=\n\n\n# )", Path(__file__).read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         assert block in document, f"copy it into docs/extending.md:\n{block}"
 

@@ -135,7 +135,7 @@ def test_table(experiment, tmp_path, capsys, monkeypatch, one_thread):
 @pytest.mark.parametrize(
     ("name", "own", "message"),
     [
-        ("x", {"recipe": {"lr": 1}}, "networks.x"),
+        ("x", {"optimizer": {"lr": 1}}, "networks.x"),
         ("x", {"common": {"of": "line", "threshold": 0.5}}, "with gates"),
         ("x", {"common": {"of": "nobody", "threshold": 0.5}}, "with gates"),
         ("x", {"common": {"of": "dynamic-a", "threshold": 3}}, "threshold of .* is 3"),
@@ -204,3 +204,12 @@ def test_labels_of_the_figure_do_not_overlap(tmp_path, monkeypatch):
         figures.accuracy_cost(tmp_path / "b.png", [row("U-Net", "other", 0.7, 50)])
     with pytest.raises(ValueError, match="no network"):
         figures.accuracy_cost(tmp_path / "b.png", [])
+
+
+def test_recipes_may_differ():
+    """A network of an experiment may change any key of the shared sections, and its row tells which."""
+    networks = table1.read_experiment(ROOT / "configs/trials/camvid_cpu.yaml", ["--recipe.iterations", "7"])
+    base, adamw = networks["base"], networks["adamw"]
+    assert base.recipe.optimizer == "sgd" and adamw.recipe.optimizer == "adamw"
+    assert base.changes == {} and adamw.changes["recipe"]["optimizer"] == "adamw"
+    assert adamw.recipe.iterations == 7 and adamw.data == base.data

@@ -24,10 +24,15 @@ from routeseg.cli.common import (
     with_budget,
 )
 from routeseg.files import check_writable, write_atomically, write_json
+from routeseg.labels import default_palette
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from routeseg.evaluation import Evaluation
     from routeseg.evaluation.choice import Worth
     from routeseg.evaluation.submission import Submission
+    from routeseg.evaluation.worst import Worst
 
 
 def evaluate_command(words: Sequence[str]) -> int:
@@ -60,12 +65,17 @@ def evaluate_command(words: Sequence[str]) -> int:
     parser.add_argument(
         "--submission", type=str | None, default=None, help="write predictions in the official form into this folder"
     )
+    parser.add_argument(
+        "--worst", type=str | None, default=None, help="draw the pictures with the lowest scores into this .png"
+    )
     add_budget_arguments(parser)
     args, data = read_data(parser, words)
 
     from routeseg.data.config import open_data
     from routeseg.model import checkpoints
 
+    if args.worst is not None and Path(args.worst).suffix != ".png":
+        raise ValueError(f"--worst is {args.worst}: it is drawn as a .png, name it so")
     if not 0 <= args.boundary_width <= 1:
         raise ValueError(f"--boundary_width is {args.boundary_width}: it is a share of the diagonal, 0 to 1")
     window = None if args.window is None else parse_size("--window", args.window)
@@ -77,6 +87,7 @@ def evaluate_command(words: Sequence[str]) -> int:
     from routeseg.engine import build_engine
     from routeseg.evaluation import MultiPass, evaluate, machine_facts
     from routeseg.evaluation.submission import Submission
+    from routeseg.evaluation.worst import Worst
 
     quiet_libraries()
     model = model.to(find_device(args.device))
@@ -84,9 +95,18 @@ def evaluate_command(words: Sequence[str]) -> int:
     say_precision(engine)
     forward = MultiPass(engine, args.scales, args.flip, window, args.overlap, args.window_batch)
     check_classes(args.checkpoint, model, data, len(pictures.classes))
-    if args.json is not None:
-        check_writable(Path(args.json).parent, "--json")
+    for option, path in (("--json", args.json), ("--worst", args.worst)):
+        if path is not None:
+            check_writable(Path(path).parent, option)
     submission = None if args.submission is None else Submission(args.submission, data.name, args.split)
+    worst = None if args.worst is None else Worst(pictures)
+
+    def tell(name: str, prediction: np.ndarray) -> None:
+        if submission is not None:
+            submission.write(name, prediction)
+        if worst is not None:
+            worst(name, prediction)
+
     remedy = "let a window slide over them with --window 768x768, or leave out the larger --scales"
     with enough_memory(remedy), progress_bar(f"evaluate {data.name} {args.split}", len(pictures)) as step:
         result = evaluate(
@@ -96,9 +116,11 @@ def evaluate_command(words: Sequence[str]) -> int:
             args.convention,
             step,
             args.boundary_width,
-            None if submission is None else submission.write,
+            None if submission is None and worst is None else tell,
         )
     print_evaluation(result)
+    if worst is not None:
+        _draw_worst(args.worst, worst, result)
     if args.json is not None:
         how = {key: args[key] for key in ("split", "scales", "flip", "window", "overlap", "boundary_width", "budget")}
         how["precision"] = getattr(engine, "precision", "float32")  # the dense forward has that of the weights
@@ -106,6 +128,25 @@ def evaluate_command(words: Sequence[str]) -> int:
     if submission is not None:
         return _report_submission(submission, result.skipped)
     return 0
+
+
+def _draw_worst(path: str, worst: Worst, result: Evaluation) -> None:
+    from routeseg import figures
+
+    tiles = []
+    for one in worst.found:
+        tiles.append((f"{one.name}, labels", one.image, one.labels))
+        tiles.append((f"prediction: {100 * one.score:.1f} %", one.image, one.prediction))
+    seen = result.confusion.sum(1)
+    figures.contact_sheet(
+        path,
+        f"The {len(worst.found)} worst of {len(worst.pictures)} pictures",
+        [figures.Section("Labels, and beside them the prediction with its mean IoU over their classes", tiles)],
+        result.class_names,
+        worst.pictures.classes.palette or default_palette(len(seen)),
+        seen / max(seen.sum(), 1),
+    )
+    print(f"{path}: the worst pictures")
 
 
 def _report_submission(submission: Submission, skipped: int) -> int:

@@ -31,6 +31,7 @@ class DataConfig:
     root          folder of the data set (not for scenes)
     sbd_root      folder of SBD, for VOC's split train_aug; None: beside VOCdevkit
     train_split, val_split   which parts to train on and to validate on, as the data set calls them
+    train_share   of the training pictures, evenly spread: what would fewer labels do?
     crop          (height, width) of a training crop; larger than a picture is fine, it is padded
     scales        random scale factors; flip, colour: mirroring, and strength of the colour augmentation
     batch_size    of each process; a step has batch_size * processes * recipe.accumulate images
@@ -46,6 +47,7 @@ class DataConfig:
     sbd_root: str | None = None
     train_split: str = "train"
     val_split: str = "val"
+    train_share: float = 1.0
     crop: tuple[int, int] = (128, 256)
     scales: list[float] | None = None
     flip: bool = True
@@ -63,6 +65,8 @@ class DataConfig:
         for key in ("batch_size", "train_images", "val_images"):
             if getattr(self, key) < 1:
                 raise ValueError(f"data.{key} is {getattr(self, key)}: it must be at least 1")
+        if not 0 < self.train_share <= 1:
+            raise ValueError(f"data.train_share is {self.train_share}: it must be above 0, and at most 1")
         if self.workers < 0:
             raise ValueError(f"data.workers is {self.workers}: it must not be negative")
         for key in ("crop", "image_size"):

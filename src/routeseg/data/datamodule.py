@@ -44,6 +44,7 @@ class SegmentationDataModule(LightningDataModule):
             if not isinstance(self.train_data, PairedFiles):
                 raise ValueError(f"data.cache is for images in files, {config.name} has none: leave it out")
             self.train_data.read_pixels = ImageCache(expand_user(config.cache))
+        self.train_data = evenly_spread(self.train_data, max(1, round(config.train_share * len(self.train_data))))
         scales = config.scales or list(Augmentation.scales)
         self.augmentation = Augmentation(pair(config.crop), scales, config.flip, config.colour)
 

@@ -83,6 +83,7 @@ class Recipe(TrainingRecipe):
     pretrained      a backbone starts from its published weights
     backbone_lr_factor   the learning rate of its stages, as a multiple of lr
     backbone_frozen   share of the iterations before they learn; 1: never
+    backbone_frozen_stages   so many of them, from the first, never learn: the first one costs most of a step
     class_balance   the loss of a pixel counts 1 / (its class's share of the training pixels)^class_balance, relative to
                     the others: 0 all pixels alike, 1 all classes alike; between them rare classes gain
     """
@@ -90,6 +91,7 @@ class Recipe(TrainingRecipe):
     pretrained: bool = True
     backbone_lr_factor: float = 0.2
     backbone_frozen: float = 0.1
+    backbone_frozen_stages: int = 1
     class_balance: float = 0.0
 
     def __post_init__(self) -> None:
@@ -98,6 +100,8 @@ class Recipe(TrainingRecipe):
             raise ValueError(f"recipe.backbone_lr_factor is {self.backbone_lr_factor}: it must be positive")
         if not 0 <= self.backbone_frozen <= 1:
             raise ValueError(f"recipe.backbone_frozen is {self.backbone_frozen}: it must be from 0 to 1")
+        if self.backbone_frozen_stages < 0:
+            raise ValueError(f"recipe.backbone_frozen_stages is {self.backbone_frozen_stages}: it must not be negative")
         if not 0 <= self.class_balance <= 1:
             raise ValueError(f"recipe.class_balance is {self.class_balance}: it must be from 0 (off) to 1")
 

@@ -79,7 +79,8 @@ class SegmentationTask(RecipeTask[Evaluation]):
         super().on_train_batch_start(batch, batch_idx)
         if self.model.backbone is not None:
             learns = self.global_step >= self.recipe.backbone_frozen * self.recipe.iterations
-            self.model.backbone.stages.requires_grad_(learns)
+            for number, stage in enumerate(self.model.backbone.stages):
+                stage.requires_grad_(learns and number >= self.recipe.backbone_frozen_stages)
 
     def count(self, labels: Tensor) -> Tensor:
         """The labelled pixels, or the sum of their weights."""
