@@ -29,6 +29,7 @@ from routeseg.model import DynamicRoutingNetwork, Segmentation
 from routeseg.model.compute import Compute
 from routeseg.training import callbacks, segmentation
 from routeseg.training.batch_norm import precise_batch_norm
+from routeseg.training.distillation import Teacher, distillation_loss
 from routeseg.training.fused import Fused
 from routeseg.training.recipe import Recipe, lr_factor
 from routeseg.training.run import RunOptions
@@ -544,7 +545,7 @@ class TestClassBalance:
         logits, labels = torch.randn(2, 10, 8, 8), torch.randint(0, 10, (2, 8, 8))
         labels[0, 0] = IGNORE
         result = Segmentation(logits, torch.zeros(2, 4, 4, 3))
-        _, numbers = task.loss(result, labels, task.count(labels))
+        _, numbers = task.loss(result, torch.zeros(2, 3, 8, 8), labels, task.count(labels))
         expected = torch.nn.functional.cross_entropy(logits, labels, torch.from_numpy(weights), ignore_index=IGNORE)
         assert numbers["cross_entropy"].item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -554,3 +555,59 @@ class TestClassBalance:
     def test_mistake(self):
         with pytest.raises(ValueError, match="class_balance"):
             Recipe(class_balance=2.0)
+
+
+class TestDistillation:
+    def networks(self):
+        torch.manual_seed(0)
+        options = dict(num_classes=10, depth=3, base_channels=8, stem_channels=8, gate="fixed")
+        return [DynamicRoutingNetwork(**options) for _ in range(2)]
+
+    def test_the_loss_is_least_where_the_student_says_the_same(self):
+        teacher, other = torch.randn(2, 2, 10, 16, 16)
+        labels = torch.zeros(2, 16, 16, dtype=torch.int64)
+        same, different = (distillation_loss([logits], teacher, labels).item() for logits in (teacher, other))
+        entropy = torch.distributions.Categorical(logits=teacher.movedim(1, -1)).entropy()
+        assert same == pytest.approx(entropy.mean().item(), rel=0.2) and different > same + 0.3
+
+    def test_pixels_without_a_label_do_not_count(self):
+        teacher, student = torch.randn(2, 1, 10, 16, 16)
+        labels = torch.zeros(1, 16, 16, dtype=torch.int64)
+        labels[:, :8] = IGNORE
+        student.requires_grad_()
+        distillation_loss([student], teacher, labels).backward()
+        assert (student.grad[:, :, :8] == 0).all() and (student.grad[:, :, 8:] != 0).any()
+
+    def test_a_student_comes_near_its_teacher(self, tmp_path):
+        """With labels that say nothing, what it learns is the teacher's."""
+        teacher, student = self.networks()
+        with torch.no_grad():
+            teacher.decoder.predictor.weight.mul_(100)  # says something
+        teacher.save(tmp_path / "teacher")
+        plan = recipe(teacher=str(tmp_path / "teacher"), teacher_weight=10.0)
+        task = SegmentationTask(student, plan, Budget(), (32, 64), teacher=Teacher(plan.teacher, student))
+        images, labels = torch.rand(4, 3, 32, 64), torch.randint(0, 10, (4, 32, 64))
+        optimizer, found = torch.optim.AdamW(student.parameters(), 0.01), []
+        for _ in range(30):
+            torch.manual_seed(0)
+            part = task.part(images, labels, task.count(labels))
+            optimizer.zero_grad()
+            part.loss.backward()
+            optimizer.step()
+            found.append(part.numbers["distillation"].item())
+        assert found[-1] < 0.7 * found[0]
+
+    def test_a_run_with_a_teacher(self, tmp_path, capsys):
+        torch.manual_seed(1)
+        data = open_data(DataConfig(**DATA), "train")
+        tiny_model(class_names=data.classes.names).save(tmp_path / "teacher")
+        teacher = f"--recipe.teacher={tmp_path}/teacher"
+        assert main(words(tmp_path / "run", 2, teacher, "--recipe.log_every=1")) == 0
+        header = next((tmp_path / "run" / "logs").glob("*/metrics.csv")).read_text().splitlines()[0]
+        assert "distillation" in header
+        capsys.readouterr()
+        tiny_model().save(tmp_path / "other")
+        assert main(words(tmp_path / "run2", 2, f"--recipe.teacher={tmp_path}/other")) == 2
+        assert "other classes" in capsys.readouterr().err
+        assert main(words(tmp_path / "run3", 2, f"--recipe.teacher={tmp_path}/none")) == 2
+        assert "no checkpoint folder" in capsys.readouterr().err

@@ -86,6 +86,8 @@ class Recipe(TrainingRecipe):
     backbone_frozen_stages   so many of them, from the first, never learn: the first one costs most of a step
     class_balance   the loss of a pixel counts 1 / (its class's share of the training pixels)^class_balance, relative to
                     the others: 0 all pixels alike, 1 all classes alike; between them rare classes gain
+    teacher         folder of a trained network of the same classes: the loss gains `teacher_weight` times the
+                    cross-entropy with what that one says (distillation)
     """
 
     pretrained: bool = True
@@ -93,6 +95,8 @@ class Recipe(TrainingRecipe):
     backbone_frozen: float = 0.1
     backbone_frozen_stages: int = 1
     class_balance: float = 0.0
+    teacher: str | None = None
+    teacher_weight: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,6 +106,8 @@ class Recipe(TrainingRecipe):
             raise ValueError(f"recipe.backbone_frozen is {self.backbone_frozen}: it must be from 0 to 1")
         if self.backbone_frozen_stages < 0:
             raise ValueError(f"recipe.backbone_frozen_stages is {self.backbone_frozen_stages}: it must not be negative")
+        if not self.teacher_weight > 0:
+            raise ValueError(f"recipe.teacher_weight is {self.teacher_weight}: it must be positive")
         if not 0 <= self.class_balance <= 1:
             raise ValueError(f"recipe.class_balance is {self.class_balance}: it must be from 0 (off) to 1")
 

@@ -28,6 +28,7 @@ from routeseg.model import DynamicRoutingNetwork, Segmentation
 from routeseg.model.compute import PLAIN
 from routeseg.training.batch_norm import Mode
 from routeseg.training.calibration import check_enough_pictures
+from routeseg.training.distillation import Teacher, distillation_loss
 from routeseg.training.recipe import Recipe
 from routeseg.training.run import Run, RunOptions, RunResult
 from routeseg.training.task import RecipeTask, Validation
@@ -35,7 +36,8 @@ from routeseg.training.task import RecipeTask, Validation
 
 class SegmentationTask(RecipeTask[Evaluation]):
     """Cross-entropy plus budget (Eq. 10); of a network with exits, the sum of all exits' cross-entropies (whose mean is
-    logged as cross_entropy). `class_weights` [K] weigh the pixels by their classes; None: all count 1.
+    logged as cross_entropy). `class_weights` [K] weigh the pixels by their classes; None: all count 1. With a `teacher`
+    the loss gains what distillation.py says.
 
     With P processes, A batches of each in a step (`accumulate`), N labelled pixels i in all of these batches (the sum
     of their weights), and M_a the mean of the expected costs of the images in the batches a of all processes,
@@ -66,9 +68,10 @@ class SegmentationTask(RecipeTask[Evaluation]):
         crop: tuple[int, int],
         batch_norm: Mode = "own",
         class_weights: np.ndarray | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__(model, recipe, model_cost(model, crop), batch_norm)
-        self.budget = budget
+        self.budget, self.teacher = budget, teacher
         of_label = None
         if class_weights is not None:
             of_label = torch.zeros(IGNORE + 1)
@@ -91,7 +94,9 @@ class SegmentationTask(RecipeTask[Evaluation]):
         """What each pixel of labels [B,H,W] counts in the loss; None: all that have a label count 1."""
         return None if self.of_label is None else self.of_label[labels]
 
-    def loss(self, result: Segmentation, labels: Tensor, labels_in_step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, result: Segmentation, images: Tensor, labels: Tensor, labels_in_step: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         count, (_, world) = self.recipe.accumulate, rank_and_world()
         weight = self.budget.weight_at(self.global_step / self.recipe.iterations)
         compute, weights = self.model.compute or PLAIN, self.weights(labels)
@@ -102,13 +107,17 @@ class SegmentationTask(RecipeTask[Evaluation]):
         mean = total(expected.detach()) / world
         # M_a: the value of all processes, the gradient of this one's images.
         budget = budget_loss(expected + (mean - expected.detach()), self.cost.budgeted, self.budget.target) / count
+        total_loss = world * cross_entropy + weight * budget
         numbers = {
-            "loss": cross_entropy + weight * budget / world,
             "cross_entropy": cross_entropy / len(sums),
             "budget_loss": budget / world,
             "expected_cost": expected / self.cost.budgeted / count / world,
         }
-        return world * cross_entropy + weight * budget, numbers
+        if self.teacher is not None:
+            distillation = distillation_loss(outputs, self.teacher(images), labels) / count
+            total_loss = total_loss + self.recipe.teacher_weight * distillation
+            numbers["distillation"] = distillation / len(sums) / world
+        return total_loss, {"loss": total_loss / world, **numbers}
 
     def validate(self, batches: Iterable[dict[str, Any]]) -> Validation[Evaluation]:
         """The score is the mIoU. A network is a candidate once the budget has its full weight: one that does not yet
@@ -140,10 +149,12 @@ def train(
             "a network without gates cannot keep a budget: set --budget.weight 0, or --model.gate soft to give it gates"
         )
     check_class_count(model.config.num_classes)
+    teacher = None if recipe.teacher is None else Teacher(recipe.teacher, model)
     run = Run.begin(model, recipe, options, data.batch_size, pair(data.crop))
     module = SegmentationDataModule(data, recipe.iterations, recipe.seed, run.first_step, recipe.accumulate)
     if model.exits is not None:
         check_enough_pictures(len(module.train_data))
         check_enough_pictures(len(module.val_data), "validation pictures")
     weights = class_weights(module.train_data, recipe.class_balance) if recipe.class_balance else None
-    return run.fit(SegmentationTask(model, recipe, budget, pair(data.crop), run.batch_norm, weights), module)
+    task = SegmentationTask(model, recipe, budget, pair(data.crop), run.batch_norm, weights, teacher)
+    return run.fit(task, module)
