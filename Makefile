@@ -7,7 +7,7 @@ MINUTES ?= 5
 KERNELS := $(wildcard src/routeseg/engine/kernels/*)
 NATIVE_TESTS ?= tests/test_compiled.py tests/test_fused.py tests/test_kernels_benchmark.py
 PYTEST := $(VENV)/bin/pytest -q
-DEMO := $(VENV)/bin/routeseg demo --config configs/$(DATA)/small_cpu.yaml --output $(OUTPUT)
+DEMO := $(VENV)/bin/routeseg demo --config $(DATA)/small --output $(OUTPUT)
 
 .PHONY: demo test test-all check check-native bench clean
 

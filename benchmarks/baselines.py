@@ -1,7 +1,7 @@
 """Networks that one would take instead, trained on the same data by the same recipe: Fast-SCNN from scratch, U-Net and
 DeepLabV3+ on EfficientNet-Lite0 with the same ImageNet weights as `--model.backbone efficientnet_lite0`.
 
-    python benchmarks/baselines.py --config configs/camvid/pretrained.yaml --data.root FOLDER --minutes 90
+    python benchmarks/baselines.py --config camvid/pretrained --data.root FOLDER --minutes 90
 
 Takes the sections `data` and `recipe` of a configuration of `routeseg train`: loaders, crops, AdamW or SGD with the
 schedule, class balance, average of the weights, a frozen backbone at first. With --minutes some steps measure how many

@@ -12,7 +12,7 @@ more steps:
     unscaled      learning rate 0.05 whatever the batch, clipping and warm-up as in the paper
     zeros         the same, and closed paths send zeros that arrive, as in the authors' code
     scaled        the shipped recipe: learning rate 0.05 * pictures / 8, clipping, warm-up
-    accumulated   the recipe of configs/cityscapes/one_gpu.yaml: batches of 2, four of which make a step
+    accumulated   the recipe of cityscapes/one_gpu: batches of 2, four of which make a step
     xN            bare, unscaled and scaled at N times their learning rate: shows the edge of stability
 
 A run diverged if its loss became nan or infinite, or if its cross-entropy at the end is above that of a guess (ln K).

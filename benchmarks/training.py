@@ -7,7 +7,7 @@ Every setting runs in a process of its own (for its peak memory) and rounds over
 slow minute of the machine hits all of them. Medians are reported. On CPUs a step in float32 runs on the package's own
 kernels (`ours`), and once more on PyTorch's operations. bf16 is left out on CPUs that are no faster at it.
 
-With --camvid, configs/camvid/small_cpu.yaml is trained with fewer iterations, in float32, on PyTorch's operations, then
+With --camvid, camvid/small is trained with fewer iterations, in float32, on PyTorch's operations, then
 on ours, from the same seed: losses, score and seconds of both.
 """
 
@@ -40,7 +40,7 @@ SETTINGS = {
     "cuda": [(16, 32, (352, 480), 8), (16, 64, (768, 768), 8), (33, 64, (768, 768), 8)],
 }
 PRECISIONS = {"fp32": FLOAT32, "bf16": BFLOAT16}
-CAMVID_CONFIG = Path(__file__).parents[1] / "configs" / "camvid" / "small_cpu.yaml"
+CAMVID_CONFIG = "camvid/small"
 ROUNDS = 3
 CLASSES = 19
 

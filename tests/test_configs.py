@@ -1,9 +1,7 @@
-"""The shipped configurations: short, typed, complete, and what their names say."""
+"""The presets that come along: short, typed, complete, and what their names say."""
 
 import json
-import re
 from functools import lru_cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +9,9 @@ import yaml
 
 from conftest import run
 from routeseg import ARCHITECTURES, DynamicRoutingNetwork
-from routeseg.cli.common import config_parser
+from routeseg.cli.common import PRESETS, config_parser
 from routeseg.space import RoutingSpace
 
-ROOT = Path(__file__).parents[1]
-CONFIGS = ROOT / "configs"
 BUDGETS = {"dynamic_a": (0.8, 0.1), "dynamic_b": (0.5, 0.1), "dynamic_c": (0.5, 0.2)}  # weight, target: the paper's
 SETS = ("camvid", "cityscapes", "scenes", "voc")  # imagenet: test_pretraining.py; table1, any_budget: test_table1.py
 # What the documents name, as one `--config` after the other; docs/training.md lists them.
@@ -23,8 +19,8 @@ COMBINATIONS = [(f"{name}/base",) for name in SETS]
 COMBINATIONS += [(f"{name}/base", budget) for name in ("camvid", "cityscapes", "scenes") for budget in BUDGETS]
 COMBINATIONS += [("cityscapes/base", "cityscapes/long"), ("cityscapes/base", "cityscapes/imagenet")]
 COMBINATIONS += [("cityscapes/base", "dynamic_a", "cityscapes/one_gpu")]
-COMBINATIONS += [("camvid/small_cpu",), ("camvid/pretrained",), ("scenes/small_cpu",)]
-COMBINATIONS += [("camvid/small_cpu", "any_budget/depth8")]
+COMBINATIONS += [("camvid/small",), ("camvid/pretrained",), ("scenes/small",)]
+COMBINATIONS += [("camvid/small", "any_budget/depth8")]
 COMBINATIONS += [(f"{name}/base", "any_budget/depth16") for name in ("camvid", "cityscapes", "scenes", "voc")]
 REAL_DATA = [files for files in COMBINATIONS if files[0] in ("cityscapes/base", "voc/base")]
 REAL_DATA = [files for files in REAL_DATA if "any_budget/depth16" not in files]  # its exits are not those of depth 4
@@ -45,7 +41,7 @@ def network_of(options):
 
 
 def with_configs(files):
-    return [word for name in files for word in ("--config", str(CONFIGS / f"{name}.yaml"))]
+    return [word for name in files for word in ("--config", name)]
 
 
 @pytest.mark.parametrize("files", COMBINATIONS, ids="+".join)
@@ -56,17 +52,17 @@ def test_configuration(files, parser):
     config = network_of(json.dumps(vars(args.model))).config
     assert config.gated or (config.exits is not None and args.budget.weight == 0)
     for name, section in (("model", args.model), ("data", args.data), ("recipe", args.recipe), ("budget", args.budget)):
-        given = [yaml.safe_load((CONFIGS / f"{file}.yaml").read_text()).get(name, {}) for file in files]
+        given = [yaml.safe_load((PRESETS / f"{file}.yaml").read_text()).get(name, {}) for file in files]
         for key, value in {key: value for part in given for key, value in part.items()}.items():
             found = section[key]
             assert (list(found) if isinstance(found, tuple) else found) == value, key
 
 
 def test_every_file_belongs_to_a_combination():
-    here = {path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.glob("**/*.yaml")}
-    elsewhere = {name for name in here if re.match(r"table1/|trials/|imagenet/|any_budget/.*_cpu$", name)}
+    here = {path.relative_to(PRESETS).with_suffix("").as_posix() for path in PRESETS.glob("**/*.yaml")}
+    elsewhere = {name for name in here if name.startswith("imagenet/")}
     assert here - elsewhere == {file for files in COMBINATIONS for file in files}
-    assert all(len((CONFIGS / f"{name}.yaml").read_text().splitlines()) <= 35 for name in here)
+    assert all(len((PRESETS / f"{name}.yaml").read_text().splitlines()) <= 35 for name in here)
 
 
 @pytest.mark.parametrize("files", REAL_DATA, ids="+".join)
@@ -109,3 +105,14 @@ def test_learning_rate_belongs_to_the_images_of_a_step(files, parser):
     images = args.data.batch_size * args.recipe.accumulate
     at_8 = 0.02 if args.recipe.gate_lr_factor > 1 else 0.05
     assert args.recipe.lr == pytest.approx(at_8 * images / 8)
+
+
+def test_a_preset_by_its_name(parser, tmp_path, capsys):
+    """From any folder; a file of the same name comes first, and a mistake is told with the nearest name."""
+    assert parser.parse_args(["--config", "camvid/small"]).data.crop == (240, 320)
+    (tmp_path / "own.yaml").write_text("data: {crop: [64, 96]}")
+    assert parser.parse_args(["--config", str(tmp_path / "own.yaml")]).data.crop == (64, 96)
+    for name, message in (("camvid/smal", "did you mean camvid/small?"), ("xyz", "choose from any_budget/depth16")):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--config", name])
+        assert message in capsys.readouterr().err

@@ -302,7 +302,7 @@ class TestCommand:
     @pytest.mark.parametrize("depth", [16, pytest.param(33, marks=pytest.mark.slow)])
     def test_configurations(self, tmp_path, tree, capsys, depth):
         """The paper's numbers, and names that a segmenter knows; two steps on the small tree, narrow."""
-        config = ROOT / "configs" / "imagenet" / "base.yaml"
+        config = "imagenet/base"
         given = yaml.safe_load(config.read_text())
         given["model"]["depth"] = depth
         assert len(config.read_text().splitlines()) <= 35

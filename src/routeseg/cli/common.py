@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from routeseg.training.recipe import Recipe
 
 USAGE_ERROR = 2
+PRESETS = Path(__file__).parents[1] / "presets"
 PRECISION_HELP = (
     "engine skip computes in float32, bfloat16 (GPUs, CPUs with AVX512_BF16), float16 (GPUs), or auto: float32 or "
     "bfloat16, the one in which this machine is faster"
@@ -75,6 +76,7 @@ class ConfigFile(ActionConfigFile):
     they do not use, but for the recipe's seed."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        values = _preset(parser, values)
         text = Path(values).read_text() if os.path.isfile(values) else values
         try:
             document = yaml.compose(text)  # and not `load`, so that every value stays as it is written
@@ -93,6 +95,21 @@ class ConfigFile(ActionConfigFile):
                 document.value = kept
                 values = yaml.serialize(document)
         super().__call__(parser, cfg, values, option_string)
+
+
+def _preset(parser: Any, name: str) -> str:
+    """The file of a preset; a file, and YAML itself, as it is."""
+    if os.path.isfile(name) or "\n" in name or ":" in name:
+        return name
+    path = PRESETS / f"{name.removesuffix('.yaml')}.yaml"
+    if not path.is_file():
+        known = sorted(one.relative_to(PRESETS).with_suffix("").as_posix() for one in PRESETS.glob("**/*.yaml"))
+        near = difflib.get_close_matches(name, known, n=1)
+        parser.error(
+            f"--config {name}: there is no such file, and no preset of this name: "
+            + (f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}")
+        )
+    return str(path)
 
 
 def _unknown_keys(message: str) -> list[str]:
@@ -158,7 +175,9 @@ def config_parser(command: str, sections: Sequence[str] = SECTIONS) -> Parser:
 def add_config_argument(parser: Parser) -> None:
     """--config FILE."""
     parser.add_argument(
-        "--config", action=ConfigFile, help="a YAML file with any of the keys below; may be given again"
+        "--config",
+        action=ConfigFile,
+        help="a YAML file with any of the keys below, or a preset such as camvid/small; may be given again",
     )
 
 

@@ -31,5 +31,5 @@ imagenet is not downloaded: it asks for a registration, and may not be passed on
 2. Download ILSVRC2012_img_train.tar (138 GB) and ILSVRC2012_img_val.tar (6.3 GB); the first holds one .tar for each
    class, to be unpacked into a folder of its name; the pictures of the second have to be sorted into such folders.
 3. Give the folder with both as ROOT; {expected(IMAGENET_TREE)}
-4. routeseg pretrain --config configs/imagenet/base.yaml --data.root ROOT --output runs/imagenet16""",
+4. routeseg pretrain --config imagenet/base --data.root ROOT --output runs/imagenet16""",
 }
