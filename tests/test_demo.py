@@ -8,8 +8,10 @@ import pytest
 from routeseg import DynamicRoutingNetwork, bfloat16, demo
 from routeseg.cost.budget import Budget
 from routeseg.data.config import DataConfig
-from routeseg.demo import FEWEST_ITERATIONS, Pace, Plan, fit_to_time
+from routeseg.demo import FEWEST_ITERATIONS, Plan, fit_to_time
+from routeseg.training import pace as pacing
 from routeseg.training import trial
+from routeseg.training.pace import Pace
 from routeseg.training.recipe import Recipe
 from routeseg.training.trial import Choice
 
@@ -111,13 +113,13 @@ def test_what_is_measured(monkeypatch, workers):
         return [[float(len(loaded))] * rounds]
 
     monkeypatch.setattr(bfloat16, "take_turns", turns)
-    monkeypatch.setattr(demo, "choose_precision", lambda task, batch: replace(CHOICE, step_s=[7.0, 8.0, 70.0]))
-    monkeypatch.setattr(demo, "step_seconds", lambda task, batch, precisions: [[5.0]])
-    data, calls = replace(DATA, workers=workers), 1 + demo.LOADS
-    pace = demo.measure_pace(network(), data, Recipe(accumulate=2), Budget())
+    monkeypatch.setattr(pacing, "choose_precision", lambda task, batch: replace(CHOICE, step_s=[7.0, 8.0, 70.0]))
+    monkeypatch.setattr(pacing, "step_seconds", lambda task, batch, precisions: [[5.0]])
+    data, calls = replace(DATA, workers=workers), 1 + pacing.LOADS
+    pace = pacing.measure_pace(network(), data, Recipe(accumulate=2), Budget())
     assert (pace.first_load_s, pace.load_s) == ((0.0, 0.0) if workers else (calls, 2 * calls))
     assert set(loaded) == {(4, 3, 64, 96)} and (pace.step_s, pace.epoch) == (8.0, 2)
-    pace = demo.measure_pace(network(), data, Recipe(precision="32-true"), Budget())
+    pace = pacing.measure_pace(network(), data, Recipe(precision="32-true"), Budget())
     assert (pace.choice, pace.step_s) == (Choice("32-true", "as the recipe says"), 5.0)
 
 
@@ -126,6 +128,6 @@ def test_one_measurement_gives_the_precision_and_the_time(monkeypatch):
     monkeypatch.setattr(bfloat16, "product_ratio", lambda: 0.5)
     monkeypatch.setattr(trial, "_step", lambda task, batch, optimizer, precision: steps.append(precision))
     monkeypatch.setattr(bfloat16, "clock", lambda: sum(1.0 if p == "bf16-mixed" else 2.0 for p in steps))
-    pace = demo.measure_pace(network(), DATA, Recipe(), Budget())
+    pace = pacing.measure_pace(network(), DATA, Recipe(), Budget())
     assert (pace.choice.precision, pace.step_s) == ("bf16-mixed", 1.0)
     assert len(steps) == 2 * (1 + bfloat16.ROUNDS)

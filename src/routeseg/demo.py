@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import shutil
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +23,6 @@ from routeseg import bfloat16, figures
 from routeseg.cost.budget import Budget
 from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig, open_data, pair
-from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.data.loaders import evaluation_loader, image_tensor
 from routeseg.data.pairs import SegmentationData
 from routeseg.data.scenes import PRESETS
@@ -33,15 +31,14 @@ from routeseg.evaluation import Evaluation, evaluate, machine_facts
 from routeseg.figures.report import Report
 from routeseg.files import write_atomically, write_json
 from routeseg.model import DynamicRoutingNetwork, checkpoints
+from routeseg.training.pace import Pace, fitted, measure_pace
 from routeseg.training.recipe import Recipe
 from routeseg.training.run import RunOptions
-from routeseg.training.segmentation import SegmentationTask, train
-from routeseg.training.trial import Choice, choose_precision, step_seconds
+from routeseg.training.segmentation import train
 
 PICTURES_PER_PRESET = 40
 BUDGETS = (0.25, 0.5, 1.0)  # shares of the full network that one with exits is shown at; at least its cheapest route
 GALLERY = 6
-LOADS = 3  # of the pictures of a step, that are timed
 TRAINING_SHARE = 0.75  # of the time asked for; the rest goes to validation and the report
 VALIDATIONS = 4, 3  # without exits, with exits: each calibrates them
 FEWEST_ITERATIONS = 300  # with fewer a smaller network learns more
@@ -94,51 +91,6 @@ def run_demo(
 
 
 @dataclass(frozen=True)
-class Pace:
-    """How fast a training runs on this machine.
-
-    choice        its precision, and why it is that one
-    step_s        seconds of a step of the optimiser
-    first_load_s  seconds to load a step's pictures that were not loaded before
-    load_s        seconds to load those that were
-    epoch         steps until each picture was loaded once
-    """
-
-    choice: Choice
-    step_s: float
-    first_load_s: float
-    load_s: float
-    epoch: float
-
-    def seconds(self, iterations: int) -> float:
-        first = min(iterations, self.epoch)
-        return first * (self.step_s + self.first_load_s) + (iterations - first) * (self.step_s + self.load_s)
-
-    def iterations(self, seconds: float) -> int:
-        """How many fit into so many seconds."""
-        left = seconds - self.epoch * (self.step_s + self.first_load_s)
-        if left < 0:
-            return int(seconds / (self.step_s + self.first_load_s))
-        return int(self.epoch + left / (self.step_s + self.load_s))
-
-
-def measure_pace(model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe, budget: Budget) -> Pace:
-    """Tries the first steps of a training, on a copy of the network."""
-    pictures = data.batch_size * recipe.accumulate
-    module = SegmentationDataModule(replace(data, workers=0), 1 + LOADS, recipe.seed, 0, recipe.accumulate)
-    loads = [bfloat16.take_turns([partial(next, iter(module.train_dataloader()))], LOADS)[0] for _ in range(2)]
-    first_load_s, load_s = (statistics.median(some) if data.workers == 0 else 0.0 for some in loads)
-    task = SegmentationTask(model, recipe, budget, pair(data.crop)).to("cuda" if torch.cuda.is_available() else "cpu")
-    batch = task.transfer_batch_to_device(next(iter(module.train_dataloader())), task.device, 0)
-    if recipe.precision == "auto":
-        choice = choose_precision(task, batch)
-    else:
-        choice = Choice(recipe.precision, "as the recipe says")
-    (step_s,) = [choice.step_s] if choice.step_s else step_seconds(task, batch, [choice.precision])
-    return Pace(choice, statistics.median(step_s), first_load_s, load_s, len(module.train_data) / pictures)
-
-
-@dataclass(frozen=True)
 class Plan:
     """What a demo trains; the pace, if it was measured to fit into some minutes."""
 
@@ -181,19 +133,10 @@ def fit_to_time(
     while True:
         pace = measure(model, data, recipe, budget)
         left = 60 * minutes * TRAINING_SHARE - (bfloat16.clock() - start)
-        validations = VALIDATIONS[model.exits is not None]
-        every = max(5, int(pace.iterations(left) / validations))
-        fitted = replace(
-            recipe,
-            iterations=every * validations,
-            validate_every=every,
-            warmup_steps=min(recipe.warmup_steps, every * validations // 10),
-            precision=pace.choice.precision,
-        )
-        plan = Plan(model, data, fitted, minutes, pace)
-        if fitted.iterations >= FEWEST_ITERATIONS:
+        plan = Plan(model, data, fitted(recipe, pace, left, VALIDATIONS[model.exits is not None]), minutes, pace)
+        if plan.recipe.iterations >= FEWEST_ITERATIONS:
             return plan
-        few = f"only {fitted.iterations} iterations fit into {minutes:g} minutes here, a useful result takes some "
+        few = f"only {plan.recipe.iterations} iterations fit into {minutes:g} minutes here, a useful result takes some "
         few += f"{FEWEST_ITERATIONS} ({plan.network})"
         found = next((some for some in (shrink(model, data, recipe.seed, *one) for one in smaller) if some), None)
         if found is None:

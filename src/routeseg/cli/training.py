@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
+import shlex
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import yaml
 from jsonargparse import Namespace
 
 from routeseg.cli.common import (
@@ -23,9 +28,17 @@ from routeseg.cli.common import (
     read_parts,
     start_from,
 )
+from routeseg.files import expand_user, write_atomically
 
 if TYPE_CHECKING:
+    from routeseg.data.config import DataConfig
+    from routeseg.training.recipe import Recipe
     from routeseg.training.run import RunOptions
+
+RUNS = "runs/train"  # unless --output names another folder
+CONFIG_FILE = "config.yaml"  # of a run, in its folder
+TRAINING_SHARE = 0.85  # of the --minutes; the rest is for validations
+VALIDATIONS = 4  # of a run of --minutes
 
 SMALLER_STEPS = (
     "lower --data.batch_size and raise --recipe.accumulate by the same factor, or take a smaller --data.crop"
@@ -33,10 +46,35 @@ SMALLER_STEPS = (
 
 
 def train_command(words: Sequence[str]) -> int:
+    """`routeseg train FOLDER ...` is short for a preset, the layout of the folder, and the weights that come along."""
     parser = config_parser("train")
-    _add_run_arguments(parser, "runs/train")
+    parser.usage = "routeseg train FOLDER [--minutes M] [options], or routeseg train --config PRESET [options]"
+    _add_run_arguments(parser, RUNS)
     parser.add_argument("--init", type=str | None, default=None, help="folder of a network to take weights from")
+    parser.add_argument(
+        "--minutes", type=float | None, default=None, help="time to train on this machine; else recipe.iterations"
+    )
+    parser.add_argument(
+        "--epochs", type=float | None, default=None, help="how often each picture is seen; else recipe.iterations"
+    )
+    if words and not words[0].startswith("-"):
+        words = _of_folder(words[0], words[1:])
+        print(f"routeseg train {shlex.join(words)}")
+    elif "--resume" in words and (known := _output_of(words) / CONFIG_FILE).is_file():
+        words = ["--config", str(known), *words]
+    elif not any(word.startswith(("--config", "--data.", "--help", "-h", "--print")) for word in words):
+        raise ValueError(
+            "nothing to train on: give the folder of your pictures, as in `routeseg train my`, or a preset, as in "
+            "`routeseg train --config scenes/small`"
+        )
     args, data, recipe, budget = read_parts(parser, words)
+    for name in ("minutes", "epochs"):
+        if args[name] is not None and not args[name] > 0:
+            raise ValueError(f"--{name} is {args[name]}: it must be positive")
+    if args.resume and (args.minutes or args.epochs):
+        raise ValueError("--resume goes on with the iterations of the run: leave out --minutes and --epochs")
+    if args.minutes is not None and args.epochs is not None:
+        raise ValueError("--minutes and --epochs both say how long: leave one of them out")
     if args.init is not None and not args.resume:
         from routeseg.model import checkpoints
 
@@ -44,10 +82,19 @@ def train_command(words: Sequence[str]) -> int:
     model = new_network(args, data, recipe, pretrained=args.init is None and not args.resume)
 
     from routeseg.cli.tables import print_evaluation
+    from routeseg.training.pace import fitted, measure_pace
     from routeseg.training.segmentation import train
 
     quiet_libraries()
     start_from(model, args.init, Path(args.output), args.resume)
+    if args.minutes is not None:
+        pace = measure_pace(model, data, recipe, budget)
+        recipe = fitted(recipe, pace, 60 * args.minutes * TRAINING_SHARE, VALIDATIONS)
+        print(f"{recipe.iterations} iterations fit into {args.minutes:g} minutes here")
+    if args.epochs is not None:
+        recipe = _of_epochs(recipe, data, args.epochs)
+    if not args.resume:
+        _remember(args, data, recipe)
     with enough_memory(SMALLER_STEPS):
         result = train(model, data, recipe, budget, run_options(args))
     if not result.is_global_zero:
@@ -56,6 +103,51 @@ def train_command(words: Sequence[str]) -> int:
         print_evaluation(result.found)
     print(f"{result.seconds / 60:.1f} minutes; networks in {args.output}/best and {args.output}/last")
     return 0
+
+
+def _of_folder(folder: str, words: Sequence[str]) -> list[str]:
+    """The words that `train FOLDER` is short for. With a --config of its own it only means the data."""
+    from routeseg.data.config import layout_of
+    from routeseg.model.checkpoints import PRETRAINED
+
+    found = [f"--data.name={layout_of(expand_user(folder))}", f"--data.root={folder}"]
+    if any(word.partition("=")[0] == "--config" for word in words):
+        return [*words, *found]
+    init = [] if any(word.partition("=")[0] in ("--init", "--resume") for word in words) else [f"--init={PRETRAINED}"]
+    return ["--config=small", *found, *init, *words]
+
+
+def _output_of(words: Sequence[str]) -> Path:
+    """The folder that --output names, before the words are parsed."""
+    found = RUNS
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        key, _, value = word.partition("=")
+        found = (value or following) if key == "--output" else found
+    return Path(found)
+
+
+def _of_epochs(recipe: Recipe, data: DataConfig, epochs: float) -> Recipe:
+    """The recipe with so many iterations that each picture is seen that often; of one process."""
+    from routeseg.data.config import open_data
+
+    pictures = data.train_share * len(open_data(data, data.train_split, recipe.seed))
+    count = max(1, math.ceil(epochs * pictures / (data.batch_size * recipe.accumulate)))
+    warmup = min(recipe.warmup_steps, count // 10)
+    return replace(recipe, iterations=count, validate_every=min(recipe.validate_every, count), warmup_steps=warmup)
+
+
+def _remember(args: Namespace, data: DataConfig, recipe: Recipe) -> None:
+    """Writes the configuration of a run into its folder, unless that holds a run: --resume needs no other."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from routeseg.training.callbacks import RESUME_FILE
+
+    output = Path(args.output)
+    if getattr(rank_zero_only, "rank", 0) or (output / RESUME_FILE).exists():
+        return
+    sections = {"model": vars(args.model), "data": asdict(data), "recipe": asdict(recipe), "budget": vars(args.budget)}
+    plain = json.loads(json.dumps(sections))  # lists in place of tuples
+    write_atomically(output / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False).encode())
 
 
 def calibrate_command(words: Sequence[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -13,8 +14,9 @@ from routeseg.data.pairs import SegmentationData, SkipLog
 from routeseg.data.sets.ade20k import open_ade20k
 from routeseg.data.sets.camvid import open_camvid
 from routeseg.data.sets.cityscapes import open_cityscapes
+from routeseg.data.sets.folder import TREE as FOLDER_TREE
 from routeseg.data.sets.folder import open_folder
-from routeseg.data.sets.roots import no_split
+from routeseg.data.sets.roots import expected, no_split
 from routeseg.data.sets.voc import open_voc
 from routeseg.files import expand_user
 from routeseg.labels import Classes
@@ -122,3 +124,27 @@ def open_data(config: DataConfig, split: str, seed: int = 0) -> SegmentationData
         return open_voc(root, split, None if config.sbd_root is None else expand_user(config.sbd_root))
     readers = {"camvid": open_camvid, "cityscapes": open_cityscapes, "ade20k": open_ade20k, "folder": open_folder}
     return readers[config.name](root, split)
+
+
+LAYOUTS = {  # what a folder has if its pictures lie in a layout of this name, one of these
+    "camvid": ("trainannot",),
+    "cityscapes": ("leftImg8bit",),
+    "voc": ("VOCdevkit", "JPEGImages", "VOC2012"),
+    "ade20k": ("ADEChallengeData2016", "images/training"),
+    "folder": ("classes.yaml", "images"),
+}
+
+
+def layout_of(root: Path) -> str:
+    """The name of the layout in which a folder's pictures lie, or of a YAML that describes them.
+
+    Raises ValueError if it is none that is known.
+    """
+    if root.is_file():
+        return "folder"
+    if not root.is_dir():
+        raise ValueError(f"no folder {root}: give the folder of your pictures")
+    for name, signs in LAYOUTS.items():
+        if any((root / sign).exists() for sign in signs):
+            return name
+    raise ValueError(f"{root} has no layout that is known; for your own pictures {expected(FOLDER_TREE)}")

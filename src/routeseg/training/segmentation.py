@@ -80,8 +80,12 @@ class SegmentationTask(RecipeTask[Evaluation]):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
+        self.freeze_backbone(self.global_step)
+
+    def freeze_backbone(self, step: int) -> None:
+        """Lets the stages of a backbone learn that do so at this step."""
         if self.model.backbone is not None:
-            learns = self.global_step >= self.recipe.backbone_frozen * self.recipe.iterations
+            learns = step >= self.recipe.backbone_frozen * self.recipe.iterations
             for number, stage in enumerate(self.model.backbone.stages):
                 stage.requires_grad_(learns and number >= self.recipe.backbone_frozen_stages)
 
