@@ -1,9 +1,12 @@
 """routeseg: semantic segmentation with a network that picks its own depth and resolution for every image.
 
 import routeseg
-model = routeseg.load()                        # the small street-scene network that is shipped
-result = routeseg.SkipEngine(model)(images)    # images [B,3,H,W], RGB, uint8 or 0..1
-result.labels, routeseg.model_cost(model, (H, W)).of_gates(result.gates)
+model = routeseg.load()                        # the street-scene network that is shipped; or routeseg.load("runs/my/best")
+result = model("street.jpg")                   # a path, URL, PIL image, array [H,W,3], tensor; or a list of these
+result.labels, result.shares, result.route, result.cost_gmacs, result.overlay(), result.save("folder")
+
+engine = routeseg.SkipEngine(model)            # for batches of tensors [B,3,H,W], RGB, uint8 or 0..1
+engine(images).logits
 
 The public names and their homes: `__init__.pyi`. A name is imported when it is first used, so that what needs no torch
 runs without it.

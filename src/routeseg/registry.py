@@ -56,3 +56,5 @@ OPERATIONS: Registry[Any] = Registry(
     },
 )
 BACKBONES: Registry[Any] = Registry("backbone", {"efficientnet_lite0": "routeseg.model.backbone:EfficientNetLite0"})
+# What a network's `predict` is; it stands in a room above the network's.
+PREDICT: Registry[Any] = Registry("way to predict", {"images": "routeseg.prediction.image:predict"})

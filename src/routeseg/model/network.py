@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
 
 from routeseg.config import NO_GATE
 from routeseg.model.decoder import Decoder, Segmentation
 from routeseg.model.grid import RoutedNetwork
 from routeseg.model.request import check_route, exit_of
+from routeseg.registry import PREDICT
 from routeseg.space import Route
 
 MODEL_CARD = """---
@@ -36,6 +40,18 @@ class DynamicRoutingNetwork(
     """
 
     head_class = Decoder
+
+    def __call__(self, images: Any, *args: Any, **options: Any) -> Any:
+        """`forward` for a tensor; `predict` for everything else that is an image."""
+        if isinstance(images, Tensor):
+            return super().__call__(images, *args, **options)
+        return self.predict(images, *args, **options)
+
+    def predict(self, images: Any, budget: Any = None, latency: Any = None, precision: str = "auto") -> Any:
+        """Segments an image, or each of several, on the fastest engine: paths, URLs, PIL images, arrays [H,W,3],
+        tensors [3,H,W]. One gives a `SegmentedImage`, several a list; `routeseg.prediction.image.predict` says more.
+        """
+        return PREDICT["images"](self, images, budget, latency, precision)
 
     def specialize(self, route: Route) -> DynamicRoutingNetwork:
         """A static network of this route: no gates, no unused parameters, the same interface, with copies of the

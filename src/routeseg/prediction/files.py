@@ -254,36 +254,65 @@ class Segmenter:
             cost_macs=float(table.of_gates(gates)),
             full_macs=table.full,
         )
-        files = {LABELS: _label_png(labels, self.network.config.palette)}
-        if self.target.pictures:
-            cost = f"{prediction.cost_macs / GIGA:.4g} GMACs, {_percent(prediction.share)} of the full network"
-            shown = os.fsencode(file_name(job.image)).decode(errors="replace")
-            files[OVERLAY] = figures.png_bytes(
-                figures.overlay(image, labels, self.network.config.class_names, self.network.config.palette)
-            )
-            files[ROUTE_PICTURE] = figures.route_picture(self.network.config.space, gates, f"{shown}: {cost}")
-        self.target.folder.remove(job.name + ROUTE)  # while the others change, nothing says that they belong together
-        for ending, data in files.items():
-            self.target.folder.write(job.name + ending, data)
-        self.target.folder.write(job.name + ROUTE, self._route_json(prediction, gates).encode())
+        write_results(self.target, self.network, prediction, image, labels, gates, self.runner.precision)
         return prediction
 
-    def _route_json(self, prediction: Prediction, gates: np.ndarray) -> str:
-        """The object of `Route.to_json`, and with it the activation of each open edge, the image, cost and network."""
-        route = Route.from_gates(self.network.config.space, gates)
-        data = json.loads(route.to_json())
-        data |= {
-            "activations": [float(gates[edge]) for edge in route],  # in the order of `open`
-            "image": str(prediction.image),
-            "image_size": list(prediction.size),
-            "cost_gmacs": prediction.cost_macs / GIGA,
-            "full_gmacs": prediction.full_macs / GIGA,
-            "share_of_full": prediction.share,
-            "pictures": self.target.pictures,
-            "network": self.target.network,
-            "precision": self.runner.precision,
-        }
-        return json.dumps(data) + "\n"
+
+def write_results(
+    target: Target,
+    network: NetworkDescription,
+    prediction: Prediction,
+    image: np.ndarray,
+    labels: np.ndarray,
+    gates: np.ndarray,
+    precision: str,
+) -> list[str]:
+    """Writes the files of one image; returns what their names have behind NAME."""
+    config, name = network.config, prediction.name
+    files = {LABELS: _label_png(labels, config.palette)}
+    if target.pictures:
+        cost = f"{prediction.cost_macs / GIGA:.4g} GMACs, {_percent(prediction.share)} of the full network"
+        shown = os.fsencode(file_name(prediction.image)).decode(errors="replace")
+        files[OVERLAY] = figures.png_bytes(figures.overlay(image, labels, config.class_names, config.palette))
+        files[ROUTE_PICTURE] = figures.route_picture(config.space, gates, f"{shown}: {cost}")
+    target.folder.remove(name + ROUTE)  # while the others change, nothing says that they belong together
+    for ending, data in files.items():
+        target.folder.write(name + ending, data)
+    target.folder.write(name + ROUTE, _route_json(target, network, prediction, labels, gates, precision).encode())
+    return [*files, ROUTE]
+
+
+def _route_json(
+    target: Target,
+    network: NetworkDescription,
+    prediction: Prediction,
+    labels: np.ndarray,
+    gates: np.ndarray,
+    precision: str,
+) -> str:
+    """The object of `Route.to_json`, and with it the activation of each open edge, the image, its classes, cost and
+    network."""
+    route = Route.from_gates(network.config.space, gates)
+    data = json.loads(route.to_json())
+    data |= {
+        "activations": [float(gates[edge]) for edge in route],  # in the order of `open`
+        "image": str(prediction.image),
+        "image_size": list(prediction.size),
+        "class_shares": class_shares(labels, network.config.class_names),
+        "cost_gmacs": prediction.cost_macs / GIGA,
+        "full_gmacs": prediction.full_macs / GIGA,
+        "share_of_full": prediction.share,
+        "pictures": target.pictures,
+        "network": target.network,
+        "precision": precision,
+    }
+    return json.dumps(data) + "\n"
+
+
+def class_shares(labels: np.ndarray, class_names: Sequence[str]) -> dict[str, float]:
+    """The classes that are there, the largest first, and their share of the pixels."""
+    counts = np.bincount(labels.ravel(), minlength=len(class_names)) / labels.size
+    return {class_names[k]: float(counts[k]) for k in np.argsort(-counts, kind="stable") if counts[k]}
 
 
 def _earlier_results(target: Target, jobs: Sequence[Job]) -> dict[str, Prediction]:

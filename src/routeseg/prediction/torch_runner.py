@@ -15,6 +15,7 @@ from routeseg.model import DynamicRoutingNetwork
 
 if TYPE_CHECKING:
     from routeseg.cost.request import Asked
+    from routeseg.description import NetworkDescription
     from routeseg.evaluation import Forward
 
 
@@ -24,10 +25,13 @@ class TorchNetwork:
     forward    what computes the segmentation: the model itself, or an engine that is built from it
     model      tells classes, colours and cost
     precision  of the engine, or of the model's weights
+    network    the model's description; None makes one, which reads all weights
     """
 
-    def __init__(self, forward: Forward, model: DynamicRoutingNetwork) -> None:
-        self.forward, self.model, self.network = forward, model, describe(model)
+    def __init__(
+        self, forward: Forward, model: DynamicRoutingNetwork, network: NetworkDescription | None = None
+    ) -> None:
+        self.forward, self.model, self.network = forward, model, network or describe(model)
         weight = next(model.parameters())
         self.device = weight.device
         self.precision = getattr(forward, "precision", str(weight.dtype).removeprefix("torch."))

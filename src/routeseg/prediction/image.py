@@ -1,0 +1,218 @@
+"""Images in Python: `routeseg.load()("street.jpg")`, or `model.predict(...)` for whatever holds an image.
+
+Legend: B images, H, W image size, K classes, L depth, S scales.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from routeseg import figures
+from routeseg.cost.latency import LatencyTable
+from routeseg.cost.macs import model_cost
+from routeseg.cost.request import Asked
+from routeseg.description import NetworkDescription
+from routeseg.engine.budgeted import Budgeted
+from routeseg.model import DynamicRoutingNetwork
+from routeseg.prediction.files import GIGA, Prediction, Target, class_shares, pad_small, read_source, write_results
+from routeseg.prediction.sources import Source, is_url, locate, open_folder, output_names
+from routeseg.prediction.torch_runner import TorchNetwork, open_network
+from routeseg.space import Route, padded_size
+
+ROUNDING = 1e-3  # by which floats may leave 0..1
+MS = 1000.0
+
+
+@dataclass(frozen=True)
+class SegmentedImage:
+    """What a network made of one image. In a notebook it shows itself.
+
+    image         uint8 [H,W,3], RGB
+    labels        the class of each pixel, uint8 [H,W]
+    gates         what it opened, float32 [L+1,S,3]
+    class_names   K names; `palette` their RGB colours
+    cost_gmacs    multiply-accumulates of the paths that ran, in 10^9; `full_gmacs` of all paths
+    milliseconds  that the network took, without reading the image
+    name          of its file, or `image`
+    """
+
+    image: np.ndarray
+    labels: np.ndarray
+    gates: np.ndarray
+    class_names: Sequence[str]
+    palette: Any
+    cost_gmacs: float
+    full_gmacs: float
+    milliseconds: float
+    name: str
+    source: Source
+    network: NetworkDescription = field(repr=False)
+    precision: str = "float32"
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The classes that are there, the largest first, and their share of the pixels."""
+        return class_shares(self.labels, self.class_names)
+
+    @property
+    def route(self) -> Route:
+        """The paths that were open."""
+        return Route.from_gates(self.network.config.space, self.gates)
+
+    def overlay(self, alpha: float = 0.55, legend: bool = True) -> Image.Image:
+        """The image tinted with its segmentation; `figures.overlay` says more."""
+        return Image.fromarray(
+            figures.overlay(self.image, self.labels, self.class_names, self.palette, alpha, legend=legend)
+        )
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Writes what `routeseg predict` writes of an image: NAME_labels.png, NAME_overlay.png, NAME_route.png and
+        NAME_route.json. Raises ValueError if the folder cannot be written."""
+        target = Target(open_folder(Path(folder)), True, self.network.fingerprint)
+        target.folder.prepare()
+        macs = (GIGA * self.cost_gmacs, GIGA * self.full_gmacs)
+        height, width = self.labels.shape
+        prediction = Prediction(self.source, self.name, (height, width), *macs)
+        endings = write_results(target, self.network, prediction, self.image, self.labels, self.gates, self.precision)
+        return [Path(folder) / f"{self.name}{ending}" for ending in endings]
+
+    def _repr_png_(self) -> bytes:
+        return figures.png_bytes(self.overlay())
+
+    def __repr__(self) -> str:
+        height, width = self.labels.shape
+        share = 100 * self.cost_gmacs / self.full_gmacs
+        classes = ", ".join(f"{name} {100 * part:.0f} %" for name, part in list(self.shares.items())[:4])
+        return (
+            f"SegmentedImage({self.name!r}, {width}x{height}: {classes}; {self.cost_gmacs:.3g} GMACs, {share:.0f} % of "
+            f"the network, {self.milliseconds:.0f} ms)"
+        )
+
+
+def predict(
+    model: DynamicRoutingNetwork,
+    images: Any,
+    budget: float | str | None = None,
+    latency: LatencyTable | str | Path | None = None,
+    precision: str = "auto",
+) -> SegmentedImage | list[SegmentedImage]:
+    """Segments an image, or each of several, on the fastest engine of the device where the network is.
+
+    images     a path or URL, a PIL image, an array [H,W,3] (uint8, or floats in 0..1), a tensor [3,H,W] or [B,3,H,W]
+               (the same); RGB. Or a list or tuple of these. One image gives one result, all others give a list
+    budget     of a network with exits, what images may cost in the mean: a share such as 0.4, or "40%", "0.5GMACs",
+               "25ms"; None: what helps
+    latency    the table of this machine (`routeseg profile`) for a budget in ms, or its file
+    precision  as `SkipEngine` takes it
+
+    Raises ValueError, with the remedy, for what is no image, cannot be read, or holds floats beyond 0..1; and for a
+    budget that the network cannot keep.
+    """
+    several = isinstance(images, list | tuple) or (isinstance(images, Tensor | np.ndarray) and images.ndim == 4)
+    parts = [one for some in (images if several else [images]) for one in _read(some)]
+    runner = _runner(model, precision)
+    if budget is not None:
+        asked = Asked.parse(f"{100 * budget}%" if isinstance(budget, int | float) else budget, *_table(latency))
+        runner = TorchNetwork(Budgeted(runner.forward, model, asked), model, runner.network)
+    names = output_names([source for source, _ in parts])
+    found = [_segment(runner, *part, name) for part, name in zip(parts, names, strict=True)]
+    return found if several else found[0]
+
+
+def _segment(runner: TorchNetwork, source: Source, image: np.ndarray, name: str) -> SegmentedImage:
+    height, width = image.shape[:2]
+    padded = pad_small(image)
+    start = time.perf_counter()
+    labels, gates = runner(padded)
+    milliseconds = MS * (time.perf_counter() - start)
+    config = runner.network.config
+    table = model_cost(runner.network, padded_size(config.space, *padded.shape[:2]))
+    return SegmentedImage(
+        image=image,
+        labels=np.ascontiguousarray(labels[:height, :width]),
+        gates=gates,
+        class_names=config.class_names,
+        palette=config.palette,
+        cost_gmacs=float(table.of_gates(gates)) / GIGA,
+        full_gmacs=table.full / GIGA,
+        milliseconds=milliseconds,
+        name=name,
+        source=source,
+        network=runner.network,
+        precision=runner.precision,
+    )
+
+
+# Of each network the runner that was built last, and what it was built from.
+_runners: WeakKeyDictionary[DynamicRoutingNetwork, tuple[Any, TorchNetwork]] = WeakKeyDictionary()
+
+
+def _runner(model: DynamicRoutingNetwork, precision: str) -> TorchNetwork:
+    """The runner of a network; built anew once its weights have changed."""
+    tensors = [*model.parameters(), *model.buffers()]
+    now = (precision, tensors[0].device, [(tensor.data_ptr(), tensor._version) for tensor in tensors])
+    known, runner = _runners.get(model, (None, None))
+    if runner is None or known != now:
+        was_training = model.training
+        runner = open_network(model, "skip", precision, tensors[0].device)
+        model.train(was_training)
+        _runners[model] = now, runner
+    return runner
+
+
+def _table(latency: LatencyTable | str | Path | None) -> tuple[LatencyTable | None, str]:
+    if latency is None or isinstance(latency, LatencyTable):
+        return latency, "" if latency is None else latency.name
+    return LatencyTable.read(latency), str(latency)
+
+
+def _read(image: Any) -> list[tuple[Source, np.ndarray]]:
+    """The images that something holds: where each is from, and uint8 [H,W,3]."""
+    if isinstance(image, str | Path):
+        source = image if is_url(image) else Path(image)
+        return [(source, read_source(source, locate(source)))]
+    if isinstance(image, Image.Image):
+        return [("image", np.asarray(ImageOps.exif_transpose(image).convert("RGB")))]
+    if isinstance(image, Tensor):
+        if image.ndim not in (3, 4) or image.shape[-3] != 3:
+            raise ValueError(f"a tensor of shape {list(image.shape)} is no image: give [3,H,W] or [B,3,H,W], RGB")
+        pixels = image.detach().cpu().movedim(-3, -1).numpy()
+        return [("image", _as_bytes(one)) for one in (pixels if image.ndim == 4 else pixels[None])]
+    if isinstance(image, np.ndarray):
+        if image.ndim not in (3, 4) or image.shape[-1] != 3:
+            hint = ""
+            if image.ndim == 3 and image.shape[0] == 3:
+                hint = "; yours may be [3,H,W]: image.transpose(1, 2, 0)"
+            elif image.ndim == 3 and image.shape[-1] == 4:
+                hint = "; yours has four channels: image[..., :3]"
+            elif image.ndim == 2:
+                hint = "; yours has no channels: numpy.stack([image] * 3, axis=-1)"
+            raise ValueError(f"an array of shape {list(image.shape)} is no image: give [H,W,3], RGB{hint}")
+        return [("image", _as_bytes(one)) for one in (image if image.ndim == 4 else image[None])]
+    raise ValueError(
+        f"{type(image).__name__} is no image: give a path, a URL, a PIL image, an array [H,W,3] or a tensor [3,H,W]"
+    )
+
+
+def _as_bytes(image: np.ndarray) -> np.ndarray:
+    """uint8 [H,W,3] of uint8, or of floats in 0..1. Raises ValueError for others."""
+    if image.dtype == np.uint8:
+        return np.ascontiguousarray(image)
+    if image.dtype.kind != "f":
+        raise ValueError(f"an image of {image.dtype}: give uint8, or floats in 0..1")
+    low, high = float(image.min(initial=0)), float(image.max(initial=0))
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):
+        raise ValueError(
+            f"floats are taken as 0..1, these go from {low:.4g} to {high:.4g}: divide by 255, or give uint8; an image "
+            "that is normalised already must not be"
+        )
+    return (np.clip(image, 0, 1) * 255).round().astype(np.uint8)

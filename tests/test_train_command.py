@@ -1,0 +1,92 @@
+"""`routeseg train` as somebody types it: a folder, minutes, epochs, and going on."""
+
+import pytest
+import torch
+import yaml
+
+from conftest import run
+from routeseg.cli import training
+from routeseg.data.config import layout_of
+from routeseg.model import checkpoints
+from routeseg.training.pace import Pace
+from routeseg.training.trial import Choice
+
+TINY = [
+    "--model.depth=4",
+    "--model.base_channels=4",
+    "--model.stem_channels=4",
+    "--model.route=diagonal",
+    "--model.exits=null",
+    "--model.backbone=null",
+    "--data.crop=[32, 64]",
+    "--data.batch_size=2",
+    "--recipe.precise_bn_batches=1",
+    "--recipe.precision=32-true",
+]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("name", ["camvid", "cityscapes", "voc", "ade20k", "folder"])
+def test_the_layout_is_found(name, layouts):
+    assert layout_of(layouts(name)) == name
+
+
+def test_a_folder_is_enough(layouts, tmp_path, capsys, monkeypatch):
+    """It stands for a preset, the layout, and the network that comes along; what is given beside it counts."""
+    root = layouts("folder")
+    words = ["train", root, *TINY, "--recipe.iterations=2", "--recipe.validate_every=2", "--output", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "start_from", lambda model, init, *_: print(f"init {init}"))
+        code, out, err = run(words, capsys)
+    assert code == 0, err
+    assert f"--config=small --data.name=folder --data.root={root}" in out and f"init {checkpoints.PRETRAINED}" in out
+    assert (tmp_path / "run" / "best").is_dir()
+
+
+def test_a_run_remembers_itself(layouts, tmp_path, capsys):
+    """--resume needs the folder of the run alone."""
+    output = tmp_path / "run"
+    words = ["train", "--config=small", "--data.name=folder", f"--data.root={layouts('folder')}", *TINY]
+    assert run([*words, "--recipe.iterations=2", "--recipe.save_every=1", "--output", output], capsys)[0] == 0
+    known = yaml.safe_load((output / "config.yaml").read_text())
+    assert known["model"]["depth"] == 4 and known["recipe"]["iterations"] == 2 and known["data"]["crop"] == [32, 64]
+    code, _, err = run(["train", "--resume", f"--output={output}", "--recipe.iterations=4"], capsys)
+    assert code == 0, err
+    assert torch.load(output / "last.ckpt", weights_only=True)["global_step"] == 4
+    for option in ("--minutes=1", "--epochs=1"):
+        code, _, err = run(["train", "--resume", f"--output={output}", option], capsys)
+        assert code == 2 and "leave out --minutes and --epochs" in err
+
+
+def test_minutes(layouts, tmp_path, capsys, monkeypatch):
+    """As many iterations as fit, by a pace that is made up here, with four validations."""
+    seconds = 60 * 2 * training.TRAINING_SHARE
+    pace = Pace(Choice("32-true", "so it is"), step_s=seconds / 20, first_load_s=0.0, load_s=0.0, epoch=2)
+    monkeypatch.setattr("routeseg.training.pace.measure_pace", lambda *_: pace)
+    words = ["train", layouts("folder"), "--config=small", *TINY, "--minutes=2", f"--output={tmp_path}/run"]
+    code, out, err = run(words, capsys)
+    assert code == 0, err
+    assert "20 iterations fit into 2 minutes here" in out
+    recipe = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["recipe"]
+    assert recipe["iterations"] == 20 and recipe["validate_every"] == 5 and recipe["warmup_steps"] == 2
+
+
+def test_epochs(layouts, tmp_path, capsys):
+    """Four pictures, two a step, three times: six iterations."""
+    words = ["train", layouts("folder"), "--config=small", *TINY, "--epochs=3", f"--output={tmp_path}/run"]
+    assert run(words, capsys)[0] == 0
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["recipe"]["iterations"] == 6
+
+
+def test_mistakes(layouts, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for words, message in (
+        ([], "nothing to train on"),
+        ([tmp_path / "none"], "no folder"),
+        ([tmp_path / "empty"], "the expected tree is"),
+        (["--config=small", "--minutes=0"], "--minutes is 0"),
+        (["--config=small", "--epochs=-1"], "--epochs is -1"),
+        (["--config=small", "--minutes=1", "--epochs=1"], "leave one of them out"),
+    ):
+        code, _, err = run(["train", *words], capsys)
+        assert code == 2 and message in err, (words, err)
