@@ -13,14 +13,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from conftest import run
 from routeseg.data import cache, pairs
 from routeseg.data.cache import ImageCache
 from routeseg.data.config import DataConfig
 from routeseg.data.datamodule import SegmentationDataModule
-from routeseg.data.pairs import LabelMap, UnreadableImage, read_image
+from routeseg.data.pairs import LabelMap, UnreadableImage, decode_image, read_image, read_label_file
 from routeseg.data.transforms import LUMA_RGB, jitter
 from routeseg.labels import IGNORE
 
@@ -268,3 +268,30 @@ class TestCache:
         words = ["train", "--data.cache", tmp_path / "c", "--output", tmp_path / "run"]
         code, _, err = run([*words, "--recipe.iterations", 1], capsys)
         assert code == 2 and "data.cache is for images in files, scenes has none" in err
+
+
+class TestHostileFiles:
+    def test_no_format_that_runs_programs(self, tmp_path):
+        """Pillow would hand PostScript to Ghostscript."""
+        path = tmp_path / "photo.png"
+        path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\n")
+        for read in (read_image, read_label_file):
+            with pytest.raises(UnreadableImage, match="it is none"):
+                read(path)
+
+    @pytest.mark.parametrize("size", [(70_000, 1), (1, 70_000), (12_000, 12_000)])
+    def test_what_claims_too_many_pixels(self, tmp_path, size, monkeypatch):
+        """It is refused by its head, before anything is decoded."""
+        path = tmp_path / "large.png"
+        Image.new("1", size).save(path)
+        monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
+        for read in (read_image, read_label_file):
+            with pytest.raises(UnreadableImage, match=f"it has {size[0]}x{size[1]} pixels; at most 100000000"):
+                read(path)
+
+    def test_a_limit_of_ones_own(self, tmp_path):
+        path = tmp_path / "photo.png"
+        Image.new("RGB", (30, 20)).save(path)
+        assert decode_image(path, path, max_pixels=600).shape == (20, 30, 3)
+        with pytest.raises(UnreadableImage, match="at most 599 are decoded"):
+            decode_image(path, path, max_pixels=599)

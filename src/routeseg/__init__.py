@@ -1,7 +1,7 @@
 """routeseg: semantic segmentation with a network that picks its own depth and resolution for every image.
 
 import routeseg
-model = routeseg.load()                        # the street-scene network that is shipped; or routeseg.load("runs/my/best")
+model = routeseg.load()                        # the street-scene network that is shipped; or load("runs/my/best")
 result = model("street.jpg")                   # a path, URL, PIL image, array [H,W,3], tensor; or a list of these
 result.labels, result.shares, result.route, result.cost_gmacs, result.overlay(), result.save("folder")
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 
 def predict_command(words: Sequence[str]) -> int:
+    from routeseg.data.pairs import MAX_PIXELS
+
     parser = Parser(prog="routeseg predict")
     parser.add_argument(
         "inputs", nargs="+", help="[CHECKPOINT or FILE.onnx] then image files, folders, globs, URLs, or @LIST"
@@ -45,6 +47,9 @@ def predict_command(words: Sequence[str]) -> int:
     parser.add_argument("--precision", type=str, default="auto", help=PRECISION_HELP)
     parser.add_argument("--pictures", type=bool, default=True, help="false: labels and JSON alone, which is faster")
     parser.add_argument("--resume", action="store_true", help="leave the results that are there as they are")
+    parser.add_argument(
+        "--max_pixels", type=int, default=MAX_PIXELS, help="an image that claims to have more is skipped, not decoded"
+    )
     parser.add_argument(
         "--workers", type=int | None, default=None, help="predict in so many processes, with Ray; else in this process"
     )
@@ -69,7 +74,7 @@ def predict_command(words: Sequence[str]) -> int:
             raise ValueError(f"{word} is a network: name one, before the images")
     images = find_inputs(inputs)
     several = args.workers is not None or args.ray_address is not None
-    common = {"resume": args.resume, "pictures": args.pictures}
+    common = {"resume": args.resume, "pictures": args.pictures, "max_pixels": args.max_pixels}
     if several:
         from routeseg.prediction.ray import predict_with_ray
 

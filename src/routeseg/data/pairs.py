@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import struct
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawArray, RawValue
@@ -24,6 +25,9 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from routeseg.labels import IGNORE, Classes
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+# What is decoded: no format that runs programs (PostScript) or fetches other files.
+FORMATS = ("PNG", "JPEG", "MPO", "BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF")
+MAX_SIDE, MAX_PIXELS = 1 << 16, 100_000_000  # of an image: a small file may claim any size
 # What Pillow raises for damaged files (RuntimeError from AVIF, struct.error from EXIF data), and for too large ones.
 BAD_IMAGE = (
     OSError,
@@ -99,10 +103,11 @@ def read_image(path: Path) -> np.ndarray:
     return decode_image(path, path)
 
 
-def decode_image(source: Path | BinaryIO, name: str | Path) -> np.ndarray:
-    """`read_image` of a path or an open file; `name` is what errors call it."""
+def decode_image(source: Path | BinaryIO, name: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """`read_image` of a path or an open file; `name` is what errors call it. An image of more than `max_pixels` is not
+    decoded."""
     try:
-        with Image.open(source) as file:
+        with _open(source, max_pixels) as file:
             pixels = _decode_plain(file)
             if pixels is not None:
                 return pixels
@@ -115,6 +120,21 @@ def decode_image(source: Path | BinaryIO, name: str | Path) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
     except BAD_IMAGE as error:
         raise UnreadableImage(f"cannot read {name} as an image: {_reason(error)}") from error
+
+
+def _open(source: Path | BinaryIO, max_pixels: int) -> ImageFile.ImageFile:
+    """The image, not yet decoded. Raises what BAD_IMAGE lists."""
+    Image.init()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits here are ours
+        file = Image.open(source, formats=[one for one in FORMATS if one in Image.OPEN])
+    width, height = file.size
+    if width * height > max_pixels or max(width, height) > MAX_SIDE:
+        file.close()
+        raise ValueError(
+            f"it has {width}x{height} pixels; at most {max_pixels} are decoded, and sides up to {MAX_SIDE}"
+        )
+    return file
 
 
 def _reason(error: Exception) -> str:
@@ -156,7 +176,7 @@ def read_label_file(path: Path, palette: bool = False, grey: bool = False) -> np
     Raises UnreadableImage if it is missing, damaged or no image, or ValueError if it holds neither of the two.
     """
     try:
-        with Image.open(path) as file:
+        with _open(path, MAX_PIXELS) as file:
             coloured = (palette and file.mode == "P") or (grey and file.mode in GREY_MODES)
             values = np.asarray(file.convert("RGB") if coloured else file)
     except BAD_IMAGE as error:

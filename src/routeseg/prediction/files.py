@@ -32,7 +32,7 @@ from PIL import Image, UnidentifiedImageError
 
 from routeseg import figures
 from routeseg.cost.macs import model_cost
-from routeseg.data.pairs import UnreadableImage, decode_image
+from routeseg.data.pairs import MAX_PIXELS, UnreadableImage, decode_image
 from routeseg.data.transforms import PADDING_RGB
 from routeseg.description import NetworkDescription
 from routeseg.errors import BudgetNotKept, lacks_memory
@@ -145,11 +145,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Target:
-    """Where results go, whether pictures are among them, and the fingerprint of the network that makes them."""
+    """Where results go, whether pictures are among them, and the fingerprint of the network that makes them; images of
+    more than `max_pixels` are skipped."""
 
     folder: ResultFolder
     pictures: bool
     network: str
+    max_pixels: int = MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -170,30 +172,37 @@ def predict_files(
     on_image: Callable[[], None] | None = None,
     resume: bool = False,
     pictures: bool = True,
+    max_pixels: int = MAX_PIXELS,
 ) -> PredictionSummary:
     """Segments images and writes the files of each into the folder `output`, a path or URL, replacing older ones.
 
     on_image  called after each image (for a progress bar)
     resume    images whose results are there already are left as they are
     pictures  False: no overlay and no picture of the route, which take most of the time of small images
+    max_pixels  an image that claims more is skipped, and not decoded
 
     Each file is written whole or not at all. An image that cannot be read is skipped, and listed in the
     summary. Images with a side under 32 pixels are padded for the network, and their results cropped.
     Raises ValueError, before any work, if the folder cannot be written, a result would overwrite an image, or
     `resume` finds results of another network; and later if a file cannot be written.
     """
-    plan = plan_work(runner.network, images, output, resume, pictures)
+    plan = plan_work(runner.network, images, output, resume, pictures, max_pixels)
     return collect(plan, map(Segmenter(runner, plan.target), plan.jobs), on_image)
 
 
 def plan_work(
-    network: NetworkDescription, images: Sequence[Source], output: Source, resume: bool, pictures: bool
+    network: NetworkDescription,
+    images: Sequence[Source],
+    output: Source,
+    resume: bool,
+    pictures: bool,
+    max_pixels: int = MAX_PIXELS,
 ) -> Plan:
     """Which images are to be segmented, into which folder. Raises the ValueErrors that come before any work."""
     start = time.monotonic()
     if network.config.num_classes > IGNORE:
         raise ValueError(f"the network has {network.config.num_classes} classes: a label map holds at most {IGNORE}")
-    target = Target(open_folder(output), pictures, network.fingerprint)
+    target = Target(open_folder(output), pictures, network.fingerprint, max_pixels)
     sources = [image if is_url(image) else Path(image) for image in images]
     jobs = [Job(source, locate(source), name) for source, name in zip(sources, output_names(sources), strict=True)]
     _keep_inputs(target.folder, jobs)
@@ -232,7 +241,7 @@ class Segmenter:
     def __call__(self, job: Job) -> Prediction | Skip:
         """Raises ValueError if a file cannot be written, and if the outputs of the network are NaN."""
         try:
-            return self._segment(job, read_source(job.image, job.location))
+            return self._segment(job, read_source(job.image, job.location, self.target.max_pixels))
         except (UnreadableImage, BudgetNotKept) as error:
             return Skip(job.image, job.name, str(error))
         except (MemoryError, RuntimeError, cv2.error) as error:
@@ -342,14 +351,15 @@ def _earlier_results(target: Target, jobs: Sequence[Job]) -> dict[str, Predictio
     return done
 
 
-def read_source(image: Source, location: Source) -> np.ndarray:
-    """The image at this location, uint8 [H,W,3]. Raises UnreadableImage, naming `image`, if there is none."""
+def read_source(image: Source, location: Source, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The image at this location, uint8 [H,W,3]. Raises UnreadableImage, naming `image`, if there is none, or if it has
+    more than `max_pixels`."""
     try:
         data = read_bytes(location)
     except OSError as error:
         raise UnreadableImage(f"cannot read {image}: {error.strerror or error}") from error
     try:
-        return decode_image(io.BytesIO(data), str(image))
+        return decode_image(io.BytesIO(data), str(image), max_pixels)
     except UnreadableImage as error:
         if isinstance(error.__cause__, UnidentifiedImageError):  # its own message tells an address in memory
             raise UnreadableImage(f"cannot read {image}: it is no image, or a damaged one") from error

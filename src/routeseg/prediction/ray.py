@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from routeseg.data.pairs import MAX_PIXELS
 from routeseg.description import NetworkDescription
 from routeseg.errors import require
 from routeseg.prediction.files import (
@@ -53,6 +54,7 @@ def predict_with_ray(
     on_image: Callable[[], None] | None = None,
     resume: bool = False,
     pictures: bool = True,
+    max_pixels: int = MAX_PIXELS,
 ) -> PredictionSummary:
     """`predict_files` in several processes: the same files.
 
@@ -74,7 +76,7 @@ def predict_with_ray(
         raise ValueError(
             f"--device is {device}: with --workers or --ray_address, choose cpu, or cuda, which gives each worker a GPU"
         )
-    plan = plan_work(network, images, output, resume, pictures)
+    plan = plan_work(network, images, output, resume, pictures, max_pixels)
     _refuse_memory(plan)
     if not plan.jobs:  # all done
         return collect(plan, (), on_image)
