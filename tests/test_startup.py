@@ -33,8 +33,11 @@ CONFIGURED = ("train", "pretrain", "evaluate", "routes", "profile", "check-data"
 MISTAKES = {
     **{f"{name}, configuration": ([name, "--config", "nowhere.yaml"], "nowhere.yaml") for name in CONFIGURED},
     "train, data": (["train", *NO_ROOT], "no file nowhere/classes.yaml"),
-    "train, initial weights": (["train", "--init", "nowhere"], "no checkpoint folder nowhere"),
-    "train, route": (["train", "--model.gate=fixed", "--model.route=nowhere.json"], "nowhere.json"),
+    "train, initial weights": (["train", "--config=scenes/small", "--init", "nowhere"], "no checkpoint folder nowhere"),
+    "train, route": (
+        ["train", "--config=scenes/base", "--model.gate=fixed", "--model.route=nowhere.json"],
+        "nowhere.json",
+    ),
     "pretrain, data": (["pretrain", "--data.root=nowhere"], "no folder nowhere"),
     "demo, data": (["demo", *NO_ROOT], "no file nowhere/classes.yaml"),
     "evaluate, data": (["evaluate", "NET", *NO_ROOT], "no file nowhere/classes.yaml"),

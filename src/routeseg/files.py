@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"  # of a checkpoint: the names of huggingface_hub
+RUN_CONFIG_FILE = "config.yaml"  # of a run: what `routeseg train` was given
 MAX_JSON = 1 << 24  # characters of a configuration or a route
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Sequence
@@ -10,7 +9,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import yaml
 from jsonargparse import Namespace
 
 from routeseg.cli.common import (
@@ -28,7 +26,7 @@ from routeseg.cli.common import (
     read_parts,
     start_from,
 )
-from routeseg.files import expand_user, write_atomically
+from routeseg.files import RUN_CONFIG_FILE, expand_user
 
 if TYPE_CHECKING:
     from routeseg.data.config import DataConfig
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
     from routeseg.training.run import RunOptions
 
 RUNS = "runs/train"  # unless --output names another folder
-CONFIG_FILE = "config.yaml"  # of a run, in its folder
 TRAINING_SHARE = 0.85  # of the --minutes; the rest is for validations
 VALIDATIONS = 4  # of a run of --minutes
 
@@ -60,7 +57,7 @@ def train_command(words: Sequence[str]) -> int:
     if words and not words[0].startswith("-"):
         words = _of_folder(words[0], words[1:])
         print(f"routeseg train {shlex.join(words)}")
-    elif "--resume" in words and (known := _output_of(words) / CONFIG_FILE).is_file():
+    elif "--resume" in words and (known := _output_of(words) / RUN_CONFIG_FILE).is_file():
         words = ["--config", str(known), *words]
     elif not any(word.startswith(("--config", "--data.", "--help", "-h", "--print")) for word in words):
         raise ValueError(
@@ -93,10 +90,10 @@ def train_command(words: Sequence[str]) -> int:
         print(f"{recipe.iterations} iterations fit into {args.minutes:g} minutes here")
     if args.epochs is not None:
         recipe = _of_epochs(recipe, data, args.epochs)
-    if not args.resume:
-        _remember(args, data, recipe)
+    sections = {"model": vars(args.model), "data": asdict(data), "recipe": asdict(recipe), "budget": vars(args.budget)}
+    options = replace(run_options(args), configuration=sections)
     with enough_memory(SMALLER_STEPS):
-        result = train(model, data, recipe, budget, run_options(args))
+        result = train(model, data, recipe, budget, options)
     if not result.is_global_zero:
         return 0
     if result.found is not None:
@@ -134,20 +131,6 @@ def _of_epochs(recipe: Recipe, data: DataConfig, epochs: float) -> Recipe:
     count = max(1, math.ceil(epochs * pictures / (data.batch_size * recipe.accumulate)))
     warmup = min(recipe.warmup_steps, count // 10)
     return replace(recipe, iterations=count, validate_every=min(recipe.validate_every, count), warmup_steps=warmup)
-
-
-def _remember(args: Namespace, data: DataConfig, recipe: Recipe) -> None:
-    """Writes the configuration of a run into its folder, unless that holds a run: --resume needs no other."""
-    from lightning.pytorch.utilities import rank_zero_only
-
-    from routeseg.training.callbacks import RESUME_FILE
-
-    output = Path(args.output)
-    if getattr(rank_zero_only, "rank", 0) or (output / RESUME_FILE).exists():
-        return
-    sections = {"model": vars(args.model), "data": asdict(data), "recipe": asdict(recipe), "budget": vars(args.budget)}
-    plain = json.loads(json.dumps(sections))  # lists in place of tuples
-    write_atomically(output / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False).encode())
 
 
 def calibrate_command(words: Sequence[str]) -> int:

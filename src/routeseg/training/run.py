@@ -6,22 +6,26 @@ for how they are started.
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Literal
+from typing import Any, Generic, Literal
 
 import lightning
 import torch
+import yaml
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from routeseg.data.classification_loaders import ClassificationDataModule
 from routeseg.data.datamodule import SegmentationDataModule
-from routeseg.files import check_writable
+from routeseg.files import RUN_CONFIG_FILE, check_writable, write_atomically
 from routeseg.model.grid import RoutedNetwork
 from routeseg.training.batch_norm import Mode, check_enough_values, choose_mode
 from routeseg.training.callbacks import RESUME_FILE, RUN_STATE, Progress, ValidateAndSave
@@ -48,6 +52,7 @@ class RunOptions:
     devices      processes on this machine, each with one GPU; auto: all GPUs, or those that torchrun started
     accelerator  cpu, gpu or auto
     progress     show a progress bar
+    configuration   the sections that `routeseg train` was given: a run that starts keeps them in OUTPUT/config.yaml
     """
 
     output: Path
@@ -55,6 +60,7 @@ class RunOptions:
     devices: int | Literal["auto"] = "auto"
     accelerator: str = "auto"
     progress: bool = True
+    configuration: Mapping[str, Any] | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -108,6 +114,9 @@ class Run:
         if batch_norm != "frozen":
             check_enough_values(model, crop, batch_size * (world if batch_norm == "synced" else 1))
         first_step, images_before = _prepare_output(model, recipe, options)
+        if options.configuration is not None and not options.resume and getattr(rank_zero_only, "rank", 0) == 0:
+            plain = json.loads(json.dumps(options.configuration))  # lists in place of tuples
+            write_atomically(options.output / RUN_CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False).encode())
         lightning.seed_everything(recipe.seed, workers=True, verbose=False)
         images = batch_size * world * recipe.accumulate
         return cls(model, recipe, options, processes, machines, batch_norm, images, first_step, images_before)
