@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Facts = Mapping[str, Any]  # a results file
+THIN = ("pole", "sign symbol", "pedestrian", "bicyclist")  # classes of CamVid that a short training loses
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -100,6 +101,33 @@ def scores(facts: Sequence[Facts], words: str) -> str:
         rows.append([name.strip(), *cells, f"{cost['full']:.3f}", f"{100 * cost['mean_share']:.0f}"])
     head = ["", "mIoU, %", "mIoU of the most frequent class alone, %", "real cost, GMACs: mean / min / max"]
     return table([*head, "all open", "real cost, % of that"], rows)
+
+
+def classes(facts: Sequence[Facts], words: str) -> str:
+    """IoU of each class in several evaluations; `words` names them, with a semicolon between."""
+    names = [name.strip() for name in words.split(";")]
+    rows = [[name, *(_share(one["iou"][name]) for one in facts)] for name in facts[0]["iou"]]
+    rows.append(["**mean**", *(f"**{_share(one['miou'])}**" for one in facts)])
+    rows.append(["real cost, GMACs", *(f"{one['cost_gmacs']['mean']:.3f}" for one in facts)])
+    return table(["IoU, %", *names], rows)
+
+
+def trials(facts: Sequence[Facts], words: str) -> str:
+    """One change of a recipe after the other: what is different, and the score of it."""
+    (found,) = facts
+    rows = []
+    for row in found["rows"]:
+        changes = {key: value for part in row["changes"].values() for key, value in part.items()}
+        said = ", ".join(f"{key} {value}" for key, value in changes.items()) or "none"
+        iou = row["runs"][0]["iou"]
+        rows.append([row["name"], said, _share(row["miou_mean"]), *(_share(iou[name]) for name in THIN)])
+    recipe = found["settings"]["recipe"]
+    note = f"{recipe['iterations']} iterations, seeds {', '.join(map(str, found['seeds']))}. {how(facts, '')}"
+    return f"{table(['trial', 'changes', 'mIoU, %', *THIN], rows)}\n\n{note}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
 
 
 def architectures(facts: Sequence[Facts], words: str) -> str:

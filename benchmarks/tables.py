@@ -29,6 +29,7 @@ FIGURE_FACTS = "results/inference_cpu.json"
 MAKERS: dict[str, Callable[[Sequence[Facts], str], str]] = {
     "any budget": result_tables.any_budget,
     "architectures": result_tables.architectures,
+    "classes": result_tables.classes,
     "comparison": result_tables.comparison,
     "how": result_tables.how,
     "int8": result_tables.int8,
@@ -40,6 +41,7 @@ MAKERS: dict[str, Callable[[Sequence[Facts], str], str]] = {
     "stages": result_tables.stages,
     "steps": result_tables.steps,
     "trainings": result_tables.trainings,
+    "trials": result_tables.trials,
     "workers": result_tables.workers,
 } | inference_tables.ACROSS_FILES
 
