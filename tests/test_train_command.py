@@ -53,6 +53,12 @@ def test_a_run_remembers_itself(layouts, tmp_path, capsys):
     code, _, err = run(["train", "--resume", f"--output={output}", "--recipe.iterations=4"], capsys)
     assert code == 0, err
     assert torch.load(output / "last.ckpt", weights_only=True)["global_step"] == 4
+    for checkpoint in (output, output / "last"):  # the folder of the run stands for its best network
+        code, out, err = run(["evaluate", checkpoint], capsys)
+        assert code == 0 and "images                          │ 2" in out, err
+    image = next((layouts("folder") / "images" / "val").glob("*"))
+    code, out, err = run(["predict", output, image, "--output", tmp_path / "predictions"], capsys)
+    assert code == 0 and len(list((tmp_path / "predictions").iterdir())) == 4, err
     for option in ("--minutes=1", "--epochs=1"):
         code, _, err = run(["train", "--resume", f"--output={output}", option], capsys)
         assert code == 2 and "leave out --minutes and --epochs" in err

@@ -16,6 +16,7 @@ from routeseg.cli.common import (
     config_parser,
     enough_memory,
     find_device,
+    of_run,
     parse_size,
     progress_bar,
     quiet_libraries,
@@ -69,7 +70,7 @@ def evaluate_command(words: Sequence[str]) -> int:
         "--worst", type=str | None, default=None, help="draw the pictures with the lowest scores into this .png"
     )
     add_budget_arguments(parser)
-    args, data = read_data(parser, words)
+    args, data = read_data(parser, of_run(words))
 
     from routeseg.data.config import open_data
     from routeseg.model import checkpoints
@@ -181,7 +182,7 @@ def routes_command(words: Sequence[str]) -> int:
     )
     parser.add_argument("--permutations", type=int, default=PERMUTATIONS, help="relabellings of the permutation test")
     add_budget_arguments(parser)
-    args, data = read_data(parser, words)
+    args, data = read_data(parser, of_run(words))
 
     from routeseg.data.config import open_data
     from routeseg.model import checkpoints

@@ -17,6 +17,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from routeseg.errors import lacks_memory
+from routeseg.files import CONFIG_FILE, RUN_CONFIG_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -145,6 +146,22 @@ def log_to_stderr() -> Iterator[None]:
         yield
     finally:
         log.removeHandler(handler)
+
+
+def best_of_run(word: str) -> str:
+    """The folder of a run stands for its best network; any other word for itself."""
+    folder = Path(word)
+    best = folder / "best"
+    return str(best) if (best / CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file() else word
+
+
+def of_run(words: Sequence[str]) -> list[str]:
+    """The words of a command whose first is a checkpoint: one of a run brings the run's configuration along."""
+    if not words or words[0].startswith("-"):
+        return list(words)
+    checkpoint = best_of_run(words[0])
+    known = Path(checkpoint).parent / RUN_CONFIG_FILE
+    return [*(["--config", str(known)] if known.is_file() else []), checkpoint, *words[1:]]
 
 
 def config_parser(command: str, sections: Sequence[str] = SECTIONS) -> Parser:

@@ -14,6 +14,7 @@ from routeseg.cli.common import (
     USAGE_ERROR,
     Parser,
     add_budget_arguments,
+    best_of_run,
     find_device,
     progress_bar,
     read_budget,
@@ -65,7 +66,7 @@ def predict_command(words: Sequence[str]) -> int:
     from routeseg.prediction.files import predict_files
     from routeseg.prediction.sources import find_inputs
 
-    inputs = list(args.inputs)
+    inputs = [best_of_run(args.inputs[0]), *args.inputs[1:]]
     network = inputs.pop(0) if _is_network(inputs[0]) else None
     if network is not None and not inputs:
         raise ValueError(f"{network} is a network: name the images to segment behind it")

@@ -20,6 +20,7 @@ from routeseg.cli.common import (
     enough_memory,
     network_options,
     new_network,
+    of_run,
     progress_bar,
     quiet_libraries,
     read_data,
@@ -151,7 +152,7 @@ def calibrate_command(words: Sequence[str]) -> int:
     parser.add_argument(
         "--images", type=int, default=CALIBRATION_PICTURES, help="at most so many, evenly spread over each split"
     )
-    args, data = read_data(parser, words)
+    args, data = read_data(parser, of_run(words))
 
     from routeseg.data.config import open_data
     from routeseg.data.subset import evenly_spread
