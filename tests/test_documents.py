@@ -12,6 +12,7 @@ import inference_figure
 import tables
 from routeseg.cli import main
 from routeseg.cli.common import Parser
+from routeseg.data import config
 from routeseg.data.scenes import draw_scene
 
 ROOT = Path(__file__).parents[1]
@@ -110,6 +111,7 @@ def test_commands_parse(path, monkeypatch, capsys):
         raise ParsedError
 
     monkeypatch.setattr(Parser, "parse_args", parse_alone)
+    monkeypatch.setattr(config, "layout_of", lambda root: "folder")  # no folder of theirs is here
     monkeypatch.chdir(ROOT)
     for words in commands(path):
         try:
