@@ -60,7 +60,7 @@ def train_command(words: Sequence[str]) -> int:
         print(f"routeseg train {shlex.join(words)}")
     elif "--resume" in words and (known := _output_of(words) / RUN_CONFIG_FILE).is_file():
         words = ["--config", str(known), *words]
-    elif not any(word.startswith(("--config", "--data.", "--help", "-h", "--print")) for word in words):
+    elif not any(word.startswith(("--config", "--data.", "--resume", "--help", "-h", "--print")) for word in words):
         raise ValueError(
             "nothing to train on: give the folder of your pictures, as in `routeseg train my`, or a preset, as in "
             "`routeseg train --config scenes/small`"
