@@ -88,7 +88,7 @@ def test_mistakes(layouts, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for words, message in (
         ([], "nothing to train on"),
-        (["--resume", f"--output={tmp_path}/none"], "nothing to resume"),
+        (["--resume", f"--output={tmp_path}/run"], "nothing to resume"),
         ([tmp_path / "none"], "no folder"),
         ([tmp_path / "empty"], "the expected tree is"),
         (["--config=small", "--minutes=0"], "--minutes is 0"),
