@@ -64,6 +64,7 @@ from routeseg.evaluation import evaluate, machine_facts
 from routeseg.export import export
 from routeseg.files import write_json
 from routeseg.model import Segmentation
+from routeseg.model.checkpoints import GATED
 
 RESULTS = Path("results")
 BATCHES = {"cpu": [1, 4], "cuda": [1, 8]}
@@ -225,7 +226,7 @@ def trained_equality(args: Namespace) -> dict[str, Any]:
     """The shipped network over CamVid: engine -> accuracy, and labels and gates against the dense forward."""
     if args.camvid is None:
         return {"note": NO_CAMVID}
-    model, data = routeseg.load().to(args.device), open_camvid(args)
+    model, data = routeseg.load(GATED).to(args.device), open_camvid(args)
     forwards: dict[str, Callable] = {"dense": model} | {f"engine {p}": e for p, e in engines(model, args).items()}
     found, labels, gates = {}, {}, {}
     for name, forward in forwards.items():
@@ -245,7 +246,7 @@ def real(args: Namespace) -> dict[str, Any]:
     """method -> the mean over images, from the cheapest to the dearest; correlation of time with cost; each image."""
     if args.camvid is None:
         return {"note": NO_CAMVID}
-    model, data = routeseg.load().to(args.device).eval(), open_camvid(args)
+    model, data = routeseg.load(GATED).to(args.device).eval(), open_camvid(args)
     forwards: dict[str, Callable] = {"plain": partial(plain_forward, model)}
     made = engines(model, args)
     forwards |= {f"engine {precision}": engine for precision, engine in made.items()}

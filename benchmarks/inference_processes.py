@@ -20,6 +20,7 @@ import routeseg
 from inference_methods import in_words, new_network, plain_forward, precisions, random_images
 from routeseg import SkipEngine
 from routeseg.export import export
+from routeseg.model.checkpoints import GATED
 
 COMMAND = Path(__file__).with_name("inference.py")
 MEMORY_SIZE, WARM_UP_SIZE = (1024, 2048), (64, 64)
@@ -64,7 +65,7 @@ def resident_mib(key: str) -> float:
 
 START_ENGINE = """
 import torch, routeseg
-model = routeseg.load().to({device!r})
+model = routeseg.load({network!r}).to({device!r})
 routeseg.SkipEngine(model)(torch.zeros(1, 3, {height}, {width}, dtype=torch.uint8, device={device!r})).labels.cpu()
 """
 START_ONNX = """
@@ -77,8 +78,14 @@ def startup(args: Namespace) -> dict[str, Any]:
     """program -> seconds from the start of the process to its first labels; the programs take turns."""
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        file = export(routeseg.load(), Path(folder) / "net.onnx", routed=True)
-        places = {"device": args.device, "file": str(file), "height": START_SIZE[0], "width": START_SIZE[1]}
+        file = export(routeseg.load(GATED), Path(folder) / "net.onnx", routed=True)
+        places = {
+            "network": str(GATED),
+            "device": args.device,
+            "file": str(file),
+            "height": START_SIZE[0],
+            "width": START_SIZE[1],
+        }
         for _ in range(STARTS):
             for name, program in (("engine", START_ENGINE), ("onnx file", START_ONNX)):
                 words = [sys.executable, "-c", program.format(**places) + "print('done', flush=True)"]

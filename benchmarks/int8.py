@@ -33,6 +33,7 @@ from routeseg.export import build_onnx, export
 from routeseg.export.int8 import chosen, export_int8
 from routeseg.files import write_json
 from routeseg.model import Segmentation
+from routeseg.model.checkpoints import GATED
 from routeseg.prediction.onnx_runner import OnnxNetwork, prepare
 from routeseg.prediction.sources import find_inputs
 
@@ -75,7 +76,7 @@ def median_ms(files: dict[str, Path], images: list[np.ndarray]) -> dict[str, flo
 
 def on_camvid(root: str, folder: Path) -> list[dict]:
     """A row for each file of the shipped network: accuracy over the validation set, and time."""
-    model, data = routeseg.load(), open_data(DataConfig(name="camvid", root=root), "val")
+    model, data = routeseg.load(GATED), open_data(DataConfig(name="camvid", root=root), "val")
     training = find_inputs([f"{root}/train"])
     files = {
         "float32, routed": export(model, folder / "routed.onnx", routed=True),
@@ -129,7 +130,7 @@ def main() -> None:
     results = {"camvid": camvid, "full_size": FULL_NETWORK | {"results": full}, "seconds": SECONDS}
     facts = machine_facts()
     facts["versions"]["onnxruntime"] = onnxruntime.__version__
-    write_json(args.output, {"network": routeseg.model.checkpoints.PRETRAINED.name} | results | facts)
+    write_json(args.output, {"network": GATED.name} | results | facts)
     print("| file | MB | mIoU | pixels right | labels as float32 | GMACs of its route | ms |\n" + "|---" * 7 + "|")
     for row in camvid:
         print(

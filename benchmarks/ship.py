@@ -27,6 +27,7 @@ from routeseg.model import checkpoints
 
 FOLDER = Path("src/routeseg/pretrained/camvid")
 MOST_BYTES = 16 << 20
+DRAWN = ("step", "cross_entropy", "val_miou", "lr")
 CARD = """---
 library_name: routeseg
 license: apache-2.0
@@ -94,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ).encode(),
     )
     if args.curves is not None:
-        figures.learning_curves(args.curves, read_log(args.run))
+        rows = [{key: row[key] for key in DRAWN if key in row} for row in read_log(args.run)]
+        figures.learning_curves(args.curves, rows)
     with torch.no_grad():
         image = torch.rand(1, 3, 360, 480)
         same = (checkpoints.load(args.folder)(image).labels == model(image).labels).float().mean().item()

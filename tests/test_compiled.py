@@ -21,7 +21,7 @@ from routeseg.engine import compiled, skip
 from routeseg.engine.compiled import BUILDS, STEPS, CompiledForward, find_library, is_compiled
 from routeseg.engine.eager import EagerForward
 from routeseg.engine.skip import kernels_ms as measured_kernels  # conftest.py puts another in its place
-from routeseg.model.checkpoints import PRETRAINED
+from routeseg.model.checkpoints import GATED
 from routeseg.model.classifier import DynamicRoutingClassifier
 from routeseg.model.decoder import Decoder
 from routeseg.model.gate import SoftGate, SoftmaxGate
@@ -400,7 +400,7 @@ class TestBfloat16:
     @needs_bfloat16
     @torch.no_grad()
     def test_agrees_with_float32_on_real_images(self, camvid_root):
-        model = load(PRETRAINED).eval()
+        model = load(GATED).eval()
         engine = SkipEngine(model, "bfloat16")
         paths = sorted((camvid_root / "val").iterdir())[::20]
         pictures = [torch.from_numpy(read_image(path).transpose(2, 0, 1).copy())[None] for path in paths]

@@ -17,7 +17,7 @@ from routeseg import DynamicRoutingNetwork, Route
 from routeseg.config import NetworkConfig
 from routeseg.cost.macs import model_cost
 from routeseg.description import NetworkDescription, describe
-from routeseg.model.checkpoints import PRETRAINED
+from routeseg.model.checkpoints import GATED
 
 onnx = pytest.importorskip("onnx", reason="the extra routeseg[onnx]")
 ort = pytest.importorskip("onnxruntime", reason="the extra routeseg[onnx]")
@@ -166,9 +166,9 @@ def test_closed_paths_are_not_run(tmp_path):
 
 
 def test_the_shipped_network(tmp_path):
-    if not PRETRAINED.is_dir():
+    if not GATED.is_dir():
         pytest.skip("this copy comes without the small network")
-    model = routeseg.load()
+    model = routeseg.load(GATED)
     (gates,) = compare(with_ort(build_onnx(model, routed=True)), model, [(96, 128)])
     assert 0 < float((gates > 0).float().mean()) < float(model.space.legal.mean())
 

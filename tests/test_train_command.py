@@ -1,11 +1,14 @@
 """`routeseg train` as somebody types it: a folder, minutes, epochs, and going on."""
 
+import json
+
 import pytest
 import torch
 import yaml
 
 from conftest import run
 from routeseg.cli import training
+from routeseg.cli.common import PRESETS
 from routeseg.data.config import layout_of
 from routeseg.model import checkpoints
 from routeseg.training.pace import Pace
@@ -97,3 +100,11 @@ def test_mistakes(layouts, tmp_path, capsys):
     ):
         code, _, err = run(["train", *words], capsys)
         assert code == 2 and message in err, (words, err)
+
+
+def test_the_preset_is_the_network_that_comes_along():
+    """Its weights would not fit another one."""
+    shipped = json.loads((checkpoints.PRETRAINED / "config.json").read_text())
+    preset = yaml.safe_load((PRESETS / "small.yaml").read_text())["model"]
+    for key in ("depth", "base_channels", "gate", "backbone"):
+        assert preset[key] == shipped.get(key), key

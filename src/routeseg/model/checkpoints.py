@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from routeseg.model import DynamicRoutingNetwork
 
-PRETRAINED = Path(__file__).parents[1] / "pretrained" / "camvid_small"
+PRETRAINED = Path(__file__).parents[1] / "pretrained" / "camvid"  # benchmarks/ship.py makes it
+GATED = PRETRAINED.parent / "camvid_small"  # one with the paper's gates, to try and to measure routes with
 LENGTH_BYTES = 8  # at the start of a safetensors file: the length of its header
 FLOATS, COUNTS = ("F64", "F32", "F16", "BF16"), ("I64",)  # safetensors' dtypes for weights, and for counts
 
@@ -35,7 +36,7 @@ class Stored:
 
 
 def load(folder: str | Path | None = None) -> DynamicRoutingNetwork:
-    """The network of a checkpoint folder, in eval mode; without a folder, the small CamVid network that is shipped.
+    """The network of a checkpoint folder, in eval mode; without a folder, the CamVid network that is shipped.
 
     Raises ValueError, naming the file, if the folder is no checkpoint, is damaged, or does not fit its config.
     """
