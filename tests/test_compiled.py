@@ -137,8 +137,9 @@ def test_only_what_is_open_is_computed():
     is_open = gates[0].numpy() > 0
     reached = model.space.reached(gates[0].numpy())
     assert 0 < is_open.sum() < len(model.space.edges)
+    no_backbone = np.zeros_like(reached)
     for step, expected in zip(
-        STEPS, (reached, reached, is_open.any(-1), is_open[..., UP], is_open[..., DOWN]), strict=True
+        STEPS, (reached, reached, is_open.any(-1), is_open[..., UP], is_open[..., DOWN], no_backbone), strict=True
     ):
         assert (took[..., STEPS.index(step)] == expected).all(), step
     assert (times[-2:] > 0).all()

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import routeseg
 from conftest import run, spread_gates
 from routeseg import DynamicRoutingNetwork
+from routeseg.cli.common import PRESETS
 from routeseg.cost.macs import model_cost
 from routeseg.data.classification import ClassificationConfig
 from routeseg.data.classification_loaders import ClassificationDataModule
@@ -302,7 +303,7 @@ class TestCommand:
     @pytest.mark.parametrize("depth", [16, pytest.param(33, marks=pytest.mark.slow)])
     def test_configurations(self, tmp_path, tree, capsys, depth):
         """The paper's numbers, and names that a segmenter knows; two steps on the small tree, narrow."""
-        config = "imagenet/base"
+        config = PRESETS / "imagenet" / "base.yaml"
         given = yaml.safe_load(config.read_text())
         given["model"]["depth"] = depth
         assert len(config.read_text().splitlines()) <= 35

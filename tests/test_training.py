@@ -520,7 +520,7 @@ def test_adamw(tmp_path, capsys):
     assert all(group["betas"] == (0.9, 0.999) for group in groups)
     assert {group["weight_decay"] for group in groups} == {0.0, 0.02}
     capsys.readouterr()
-    assert main(words(tmp_path / "run", 6, "--resume")) == 2
+    assert main(words(tmp_path / "run", 6, "--resume", "--recipe.optimizer=sgd")) == 2
     assert "--recipe.optimizer adamw" in capsys.readouterr().err
 
 
