@@ -47,8 +47,9 @@ from routeseg.files import write_json
 from routeseg.labels import IGNORE
 from routeseg.model.backbone import EfficientNetLite0
 from routeseg.model.layers import InputNorm
-from routeseg.training.recipe import Recipe, lr_factor
-from routeseg.training.task import ADAM_BETA
+from routeseg.training.recipe import Recipe
+from routeseg.training.segmentation import freeze_stages
+from routeseg.training.task import optimizer_of
 
 PACE_STEPS, TIMED = 5, 15
 
@@ -217,6 +218,9 @@ class Baseline(nn.Module):
     def backbone(self) -> EfficientNetLite0 | None:
         return self.network.backbone
 
+    def gate_parameters(self) -> list[nn.Parameter]:
+        return []
+
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
         x = F.pad(self.normalize(images), (0, -width % 32, 0, -height % 32))
@@ -229,25 +233,7 @@ class Training:
     def __init__(self, model: Baseline, recipe: Recipe, weights: np.ndarray | None) -> None:
         self.model, self.recipe = model.to(memory_format=torch.channels_last), recipe
         self.weights = None if weights is None else torch.from_numpy(weights)
-        slow = set() if model.backbone is None else {id(p) for p in model.backbone.stages.parameters()}
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for module in model.modules():
-            for parameter in module.parameters(recurse=False):
-                key = (isinstance(module, nn.BatchNorm2d), id(parameter) in slow)
-                groups.setdefault(key, []).append(parameter)
-        given = [
-            {
-                "params": parameters,
-                "weight_decay": 0.0 if is_norm else recipe.weight_decay,
-                "lr": recipe.lr * (recipe.backbone_lr_factor if is_slow else 1.0),
-            }
-            for (is_norm, is_slow), parameters in groups.items()
-        ]
-        if recipe.optimizer == "adamw":
-            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(given, betas=(recipe.momentum, ADAM_BETA))
-        else:
-            self.optimizer = torch.optim.SGD(given, lr=recipe.lr, momentum=recipe.momentum)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, recipe))
+        self.optimizer, self.schedule = optimizer_of(model, recipe)
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay or 0.0))
 
     def step(self, number: int, batch: dict[str, Tensor]) -> float:
@@ -255,9 +241,7 @@ class Training:
         self.model.train()
         if backbone is not None:
             backbone.stages.eval()
-            learns = number >= recipe.backbone_frozen * recipe.iterations
-            for place, stage in enumerate(backbone.stages):
-                stage.requires_grad_(learns and place >= recipe.backbone_frozen_stages)
+        freeze_stages(backbone, recipe, number)
         logits = self.model(batch["image"])
         loss = F.cross_entropy(logits, batch["labels"], self.weights, ignore_index=IGNORE)
         self.optimizer.zero_grad()

@@ -293,6 +293,11 @@ class Route:
         return edge in self.edges
 
 
+def is_diagonal(layer: int, scale: int, direction: int) -> bool:
+    """Whether an edge is a step down the diagonal from (0,0): a stage of a backbone runs beside it."""
+    return layer == scale and direction == DOWN
+
+
 def padded_size(space: RoutingSpace, height: int, width: int) -> tuple[int, int]:
     """The size that is computed for an image of this size: the next multiples of the space's stride."""
     stride = space.stride

@@ -25,7 +25,6 @@ from routeseg.cli.common import (
     with_budget,
 )
 from routeseg.files import check_writable, write_atomically, write_json
-from routeseg.labels import default_palette
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,7 +120,7 @@ def evaluate_command(words: Sequence[str]) -> int:
         )
     print_evaluation(result)
     if worst is not None:
-        _draw_worst(args.worst, worst, result)
+        _draw_worst(args.worst, worst, result, model.config.palette)
     if args.json is not None:
         how = {key: args[key] for key in ("split", "scales", "flip", "window", "overlap", "boundary_width", "budget")}
         how["precision"] = getattr(engine, "precision", "float32")  # the dense forward has that of the weights
@@ -131,7 +130,7 @@ def evaluate_command(words: Sequence[str]) -> int:
     return 0
 
 
-def _draw_worst(path: str, worst: Worst, result: Evaluation) -> None:
+def _draw_worst(path: str, worst: Worst, result: Evaluation, palette: Any) -> None:
     from routeseg import figures
 
     tiles = []
@@ -144,7 +143,7 @@ def _draw_worst(path: str, worst: Worst, result: Evaluation) -> None:
         f"The {len(worst.found)} worst of {len(worst.pictures)} pictures",
         [figures.Section("Labels, and beside them the prediction with its mean IoU over their classes", tiles)],
         result.class_names,
-        worst.pictures.classes.palette or default_palette(len(seen)),
+        palette,
         seen / max(seen.sum(), 1),
     )
     print(f"{path}: the worst pictures")

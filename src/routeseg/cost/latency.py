@@ -22,7 +22,7 @@ import numpy as np
 
 from routeseg.config import NO_GATE, NetworkConfig
 from routeseg.files import parse_json, write_json
-from routeseg.space import DOWN, KEEP, SCALE_STEP, UP, Route, RoutingSpace, walk
+from routeseg.space import DOWN, KEEP, SCALE_STEP, UP, Route, RoutingSpace, is_diagonal, walk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -226,7 +226,7 @@ def node_counts(network: Mapping[str, Any], gates: np.ndarray, gated: bool) -> n
             for direction in np.flatnonzero(alpha > 0).tolist():
                 kind = HALVED if direction == UP else ARRIVAL
                 following[scale + SCALE_STEP[direction]].append((float(alpha[direction]), kind))
-                if has_backbone and layer == scale and direction == DOWN:
+                if has_backbone and is_diagonal(layer, int(scale), direction):
                     count[STAGE] = 1
                     following[scale + 1].append((float(alpha[direction]), ARRIVAL))
         arriving = following

@@ -25,8 +25,9 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from routeseg.labels import IGNORE, Classes
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-# What is decoded: no format that runs programs (PostScript) or fetches other files.
-FORMATS = ("PNG", "JPEG", "MPO", "BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF")
+# What is decoded: no format that runs programs (PostScript) or fetches other files. Pillow knows the first ones from
+# the start (MPO is among JPEG); for the others it imports all that it has, which takes as long as some pictures.
+FORMATS, RARE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM"), ("TIFF", "WEBP", "JPEG2000", "AVIF")
 MAX_SIDE, MAX_PIXELS = 1 << 16, 100_000_000  # of an image: a small file may claim any size
 # What Pillow raises for damaged files (RuntimeError from AVIF, struct.error from EXIF data), and for too large ones.
 BAD_IMAGE = (
@@ -124,10 +125,13 @@ def decode_image(source: Path | BinaryIO, name: str | Path, max_pixels: int = MA
 
 def _open(source: Path | BinaryIO, max_pixels: int) -> ImageFile.ImageFile:
     """The image, not yet decoded. Raises what BAD_IMAGE lists."""
-    Image.init()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits here are ours
-        file = Image.open(source, formats=[one for one in FORMATS if one in Image.OPEN])
+        try:
+            file = Image.open(source, formats=FORMATS)
+        except UnidentifiedImageError:
+            Image.init()
+            file = Image.open(source, formats=[one for one in RARE_FORMATS if one in Image.OPEN])
     width, height = file.size
     if width * height > max_pixels or max(width, height) > MAX_SIDE:
         file.close()

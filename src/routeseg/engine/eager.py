@@ -233,7 +233,8 @@ class EagerForward:
 
 
 class LeavingForward:
-    """A network with exits, with its BatchNorm folded: its own forward computes no more than what the images run."""
+    """A network with exits or a backbone, with its BatchNorm folded: its own forward computes no more than what the
+    images run."""
 
     def __init__(self, model: RoutedNetwork) -> None:
         self.model = fold_batch_norm(model)

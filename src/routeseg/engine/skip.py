@@ -61,9 +61,8 @@ class SkipEngine:
         self.device = parameter.device
         if backend not in ("auto", "kernels", "eager", "batched"):
             raise ValueError(f"backend {backend!r}: choose one of auto, kernels, eager, batched")
-        if (model.exits is not None or model.backbone is not None) and (
-            backend in ("eager", "batched") or CompiledForward.supports(model, DTYPES["float32"])
-        ):
+        on_its_own = model.exits is not None or model.backbone is not None  # EagerForward does not know these
+        if on_its_own and (backend in ("eager", "batched") or CompiledForward.supports(model, DTYPES["float32"])):
             if precision not in ("auto", "float32"):
                 _say_once(f"networks with exits or a backbone run in {_name(parameter.dtype)} on PyTorch's operations")
             precision = "float32"  # that of the network
@@ -83,7 +82,7 @@ class SkipEngine:
                 _say_once(f"running on PyTorch's operations, which is slower: {reason}")
         if backend == "kernels":
             self.forward = CompiledForward(model, dtype)
-        elif model.exits is not None or model.backbone is not None:
+        elif on_its_own:
             self.forward = LeavingForward(model)
         else:
             self.forward = EagerForward(model, dtype, together=backend == "batched")

@@ -7,7 +7,7 @@ import numpy as np
 from routeseg.export import parts
 from routeseg.export.graph import Graph
 from routeseg.model.grid import RoutedNetwork
-from routeseg.space import DOWN, SCALE_STEP, UP, walk
+from routeseg.space import SCALE_STEP, UP, is_diagonal, walk
 
 
 def static_outputs(graph: Graph, model: RoutedNetwork, images: str) -> tuple[str, str]:
@@ -30,7 +30,7 @@ def static_outputs(graph: Graph, model: RoutedNetwork, images: str) -> tuple[str
                 for direction in node.directions:
                     out = parts.convolve(graph, node, name, direction, hidden)
                     sent.append((scale + SCALE_STEP[direction], graph.resize(out, 2) if direction == UP else out))
-                    if model.backbone is not None and layer == scale and direction == DOWN:
+                    if model.backbone is not None and is_diagonal(layer, scale, direction):
                         pretrained = model.backbone.onnx(graph, scale + 1, pretrained)
                         sent.append((scale + 1, parts.project(graph, model, scale + 1, pretrained)))
             for target, out in sent:

@@ -103,10 +103,9 @@ class FrozenNormConv(nn.Sequential):
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1, relu: bool = True):
         total = kernel - stride  # rows of padding, of a size that the stride divides
-        self.pads = (total // 2, total - total // 2) * 2
         even = total % 2 == 0
         conv = nn.Conv2d(inputs, outputs, kernel, stride, total // 2 if even else 0, groups=groups, bias=False)
-        pad = [] if even else [nn.ZeroPad2d(self.pads)]
+        pad = [] if even else [nn.ZeroPad2d((total // 2, total - total // 2) * 2)]
         super().__init__(*pad, conv, nn.BatchNorm2d(outputs, eps=1e-3), *([nn.ReLU6()] if relu else []))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -35,7 +35,6 @@ from routeseg.model.request import Activation, Request, Routes, Shares
 from routeseg.registry import BACKBONES, GATES, OPERATIONS
 from routeseg.space import (
     DIRECTIONS,
-    DOWN,
     MIN_IMAGE_SIZE,
     SCALE_STEP,
     STEM_STRIDE,
@@ -43,6 +42,7 @@ from routeseg.space import (
     Route,
     RoutingSpace,
     Step,
+    is_diagonal,
     padded_size,
     step,
 )
@@ -287,7 +287,7 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
                             chosen = choose(compute, hidden, running, images)
                             sent = compute.send(node, direction, chosen, alpha)
                             arrivals[scale + SCALE_STEP[direction]].append(Arrival(sent, images))
-                            if pretrained is not None and layer == scale and direction == DOWN:
+                            if pretrained is not None and is_diagonal(layer, scale, direction):
                                 sent, pretrained = self._beside(scale + 1, pretrained, images, alpha)
                                 arrivals[scale + 1].append(Arrival(sent, images))
                 if some.passes[scale]:  # the images that drop the cell keep the input itself, for free

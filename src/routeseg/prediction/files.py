@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -251,63 +251,61 @@ class Segmenter:
 
     def _segment(self, job: Job, image: np.ndarray) -> Prediction:
         """Segments one image uint8 [H,W,3] and writes NAME_labels.png and the others."""
-        height, width = image.shape[:2]
-        padded = pad_small(image)
-        labels, gates = self.runner(padded)
-        labels = np.ascontiguousarray(labels[:height, :width])
-        table = model_cost(self.network, padded_size(self.network.config.space, *padded.shape[:2]))
-        prediction = Prediction(
-            image=job.image,
-            name=job.name,
-            size=(height, width),
-            cost_macs=float(table.of_gates(gates)),
-            full_macs=table.full,
-        )
-        write_results(self.target, self.network, prediction, image, labels, gates, self.runner.precision)
-        return prediction
+        found = segment(self.runner, image, job.image, job.name)
+        write_results(self.target, self.network, found, image, self.runner.precision)
+        return found.prediction
+
+
+class Segmented(NamedTuple):
+    """One image, segmented: labels uint8 [H,W], gates float32 [L+1,S,3], and how long the network took."""
+
+    prediction: Prediction
+    labels: np.ndarray
+    gates: np.ndarray
+    seconds: float
+
+
+def segment(runner: Runner, image: np.ndarray, source: Source, name: str) -> Segmented:
+    """Segments one image uint8 [H,W,3] of any size; `source` and `name` are those of its `Prediction`."""
+    height, width = image.shape[:2]
+    padded = pad_small(image)
+    start = time.perf_counter()
+    labels, gates = runner(padded)
+    seconds = time.perf_counter() - start
+    table = model_cost(runner.network, padded_size(runner.network.config.space, *padded.shape[:2]))
+    prediction = Prediction(source, name, (height, width), float(table.of_gates(gates)), table.full)
+    return Segmented(prediction, np.ascontiguousarray(labels[:height, :width]), gates, seconds)
 
 
 def write_results(
-    target: Target,
-    network: NetworkDescription,
-    prediction: Prediction,
-    image: np.ndarray,
-    labels: np.ndarray,
-    gates: np.ndarray,
-    precision: str,
+    target: Target, network: NetworkDescription, found: Segmented, image: np.ndarray, precision: str
 ) -> list[str]:
     """Writes the files of one image; returns what their names have behind NAME."""
-    config, name = network.config, prediction.name
-    files = {LABELS: _label_png(labels, config.palette)}
+    config, prediction, name = network.config, found.prediction, found.prediction.name
+    files = {LABELS: _label_png(found.labels, config.palette)}
     if target.pictures:
         cost = f"{prediction.cost_macs / GIGA:.4g} GMACs, {_percent(prediction.share)} of the full network"
         shown = os.fsencode(file_name(prediction.image)).decode(errors="replace")
-        files[OVERLAY] = figures.png_bytes(figures.overlay(image, labels, config.class_names, config.palette))
-        files[ROUTE_PICTURE] = figures.route_picture(config.space, gates, f"{shown}: {cost}")
+        files[OVERLAY] = figures.png_bytes(figures.overlay(image, found.labels, config.class_names, config.palette))
+        files[ROUTE_PICTURE] = figures.route_picture(config.space, found.gates, f"{shown}: {cost}")
     target.folder.remove(name + ROUTE)  # while the others change, nothing says that they belong together
     for ending, data in files.items():
         target.folder.write(name + ending, data)
-    target.folder.write(name + ROUTE, _route_json(target, network, prediction, labels, gates, precision).encode())
+    target.folder.write(name + ROUTE, _route_json(target, network, found, precision).encode())
     return [*files, ROUTE]
 
 
-def _route_json(
-    target: Target,
-    network: NetworkDescription,
-    prediction: Prediction,
-    labels: np.ndarray,
-    gates: np.ndarray,
-    precision: str,
-) -> str:
+def _route_json(target: Target, network: NetworkDescription, found: Segmented, precision: str) -> str:
     """The object of `Route.to_json`, and with it the activation of each open edge, the image, its classes, cost and
     network."""
+    prediction, gates = found.prediction, found.gates
     route = Route.from_gates(network.config.space, gates)
     data = json.loads(route.to_json())
     data |= {
         "activations": [float(gates[edge]) for edge in route],  # in the order of `open`
         "image": str(prediction.image),
         "image_size": list(prediction.size),
-        "class_shares": class_shares(labels, network.config.class_names),
+        "class_shares": class_shares(found.labels, network.config.class_names),
         "cost_gmacs": prediction.cost_macs / GIGA,
         "full_gmacs": prediction.full_macs / GIGA,
         "share_of_full": prediction.share,

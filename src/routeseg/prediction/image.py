@@ -5,9 +5,8 @@ Legend: B images, H, W image size, K classes, L depth, S scales.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,15 +17,14 @@ from torch import Tensor
 
 from routeseg import figures
 from routeseg.cost.latency import LatencyTable
-from routeseg.cost.macs import model_cost
 from routeseg.cost.request import Asked
 from routeseg.description import NetworkDescription
 from routeseg.engine.budgeted import Budgeted
 from routeseg.model import DynamicRoutingNetwork
-from routeseg.prediction.files import GIGA, Prediction, Target, class_shares, pad_small, read_source, write_results
+from routeseg.prediction.files import GIGA, Segmented, Target, class_shares, read_source, segment, write_results
 from routeseg.prediction.sources import Source, is_url, locate, open_folder, output_names
 from routeseg.prediction.torch_runner import TorchNetwork, open_network
-from routeseg.space import Route, padded_size
+from routeseg.space import Route
 
 ROUNDING = 1e-3  # by which floats may leave 0..1
 MS = 1000.0
@@ -39,24 +37,51 @@ class SegmentedImage:
     image         uint8 [H,W,3], RGB
     labels        the class of each pixel, uint8 [H,W]
     gates         what it opened, float32 [L+1,S,3]
-    class_names   K names; `palette` their RGB colours
-    cost_gmacs    multiply-accumulates of the paths that ran, in 10^9; `full_gmacs` of all paths
     milliseconds  that the network took, without reading the image
-    name          of its file, or `image`
+    network       the network, without its weights; `precision` it computed in
     """
 
     image: np.ndarray
-    labels: np.ndarray
-    gates: np.ndarray
-    class_names: Sequence[str]
-    palette: Any
-    cost_gmacs: float
-    full_gmacs: float
-    milliseconds: float
-    name: str
-    source: Source
-    network: NetworkDescription = field(repr=False)
-    precision: str = "float32"
+    found: Segmented
+    network: NetworkDescription
+    precision: str
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.found.labels
+
+    @property
+    def gates(self) -> np.ndarray:
+        return self.found.gates
+
+    @property
+    def milliseconds(self) -> float:
+        return MS * self.found.seconds
+
+    @property
+    def name(self) -> str:
+        """Of its file, without the suffix; or `image`."""
+        return self.found.prediction.name
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """K names."""
+        return self.network.config.class_names
+
+    @property
+    def palette(self) -> Any:
+        """The RGB colours of the classes."""
+        return self.network.config.palette
+
+    @property
+    def cost_gmacs(self) -> float:
+        """Multiply-accumulates of the paths that ran, in 10^9."""
+        return self.found.prediction.cost_macs / GIGA
+
+    @property
+    def full_gmacs(self) -> float:
+        """Those of all paths, at this size."""
+        return self.found.prediction.full_macs / GIGA
 
     @property
     def shares(self) -> dict[str, float]:
@@ -79,10 +104,7 @@ class SegmentedImage:
         NAME_route.json. Raises ValueError if the folder cannot be written."""
         target = Target(open_folder(Path(folder)), True, self.network.fingerprint)
         target.folder.prepare()
-        macs = (GIGA * self.cost_gmacs, GIGA * self.full_gmacs)
-        height, width = self.labels.shape
-        prediction = Prediction(self.source, self.name, (height, width), *macs)
-        endings = write_results(target, self.network, prediction, self.image, self.labels, self.gates, self.precision)
+        endings = write_results(target, self.network, self.found, self.image, self.precision)
         return [Path(folder) / f"{self.name}{ending}" for ending in endings]
 
     def _repr_png_(self) -> bytes:
@@ -90,7 +112,7 @@ class SegmentedImage:
 
     def __repr__(self) -> str:
         height, width = self.labels.shape
-        share = 100 * self.cost_gmacs / self.full_gmacs
+        share = 100 * self.found.prediction.share
         classes = ", ".join(f"{name} {100 * part:.0f} %" for name, part in list(self.shares.items())[:4])
         return (
             f"SegmentedImage({self.name!r}, {width}x{height}: {classes}; {self.cost_gmacs:.3g} GMACs, {share:.0f} % of "
@@ -124,32 +146,11 @@ def predict(
         asked = Asked.parse(f"{100 * budget}%" if isinstance(budget, int | float) else budget, *_table(latency))
         runner = TorchNetwork(Budgeted(runner.forward, model, asked), model, runner.network)
     names = output_names([source for source, _ in parts])
-    found = [_segment(runner, *part, name) for part, name in zip(parts, names, strict=True)]
+    found = [
+        SegmentedImage(image, segment(runner, image, source, name), runner.network, runner.precision)
+        for (source, image), name in zip(parts, names, strict=True)
+    ]
     return found if several else found[0]
-
-
-def _segment(runner: TorchNetwork, source: Source, image: np.ndarray, name: str) -> SegmentedImage:
-    height, width = image.shape[:2]
-    padded = pad_small(image)
-    start = time.perf_counter()
-    labels, gates = runner(padded)
-    milliseconds = MS * (time.perf_counter() - start)
-    config = runner.network.config
-    table = model_cost(runner.network, padded_size(config.space, *padded.shape[:2]))
-    return SegmentedImage(
-        image=image,
-        labels=np.ascontiguousarray(labels[:height, :width]),
-        gates=gates,
-        class_names=config.class_names,
-        palette=config.palette,
-        cost_gmacs=float(table.of_gates(gates)) / GIGA,
-        full_gmacs=table.full / GIGA,
-        milliseconds=milliseconds,
-        name=name,
-        source=source,
-        network=runner.network,
-        precision=runner.precision,
-    )
 
 
 # Of each network the runner that was built last, and what it was built from.

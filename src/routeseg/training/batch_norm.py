@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from routeseg.collectives import rank_and_world, total
 from routeseg.model.grid import RoutedNetwork
 from routeseg.model.layers import running_statistics
-from routeseg.space import DIRECTIONS, DOWN, SMALL_GATE_FACTOR, STEM_STRIDE, padded_size, walk
+from routeseg.space import DIRECTIONS, SMALL_GATE_FACTOR, STEM_STRIDE, is_diagonal, padded_size, walk
 
 Mode = Literal["synced", "own", "frozen"]
 
@@ -93,7 +93,7 @@ def images_of_norms(model: RoutedNetwork, gates: Tensor) -> Tensor:
             counts[f"nodes.{layer}-{scale}.gate"] = int(now.arrived[scale].sum())
             counts[f"nodes.{layer}-{scale}.cell"] = int(now.runs[scale].sum())
         for (scale, direction), sends in now.sends.items():
-            if layer == scale and direction == DOWN:  # a stage of a backbone runs beside it
+            if is_diagonal(layer, scale, direction):
                 counts[f"stem.project.{scale + 1}"] = int(sends.sum())
             counts[f"nodes.{layer}-{scale}.transforms.{DIRECTIONS[direction]}"] = int(sends.sum())
     found = []

@@ -14,7 +14,7 @@ from routeseg.data.config import DataConfig, pair
 from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.training.recipe import Recipe
-from routeseg.training.segmentation import SegmentationTask
+from routeseg.training.segmentation import SegmentationTask, freeze_stages
 from routeseg.training.trial import Choice, choose_precision, step_seconds
 
 LOADS = 3  # of the pictures of a step, that are timed
@@ -56,7 +56,7 @@ def measure_pace(model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe,
     loads = [bfloat16.take_turns([partial(next, iter(module.train_dataloader()))], LOADS)[0] for _ in range(2)]
     first_load_s, load_s = (statistics.median(some) if data.workers == 0 else 0.0 for some in loads)
     task = SegmentationTask(model, recipe, budget, pair(data.crop)).to("cuda" if torch.cuda.is_available() else "cpu")
-    task.freeze_backbone(recipe.iterations)  # as in most of the steps
+    freeze_stages(model.backbone, recipe, recipe.iterations)  # as in most of the steps
     batch = task.transfer_batch_to_device(next(iter(module.train_dataloader())), task.device, 0)
     if recipe.precision == "auto":
         choice = choose_precision(task, batch)

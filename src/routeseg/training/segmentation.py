@@ -25,6 +25,7 @@ from routeseg.evaluation import Evaluation, evaluate
 from routeseg.evaluation.scores import check_class_count
 from routeseg.labels import IGNORE
 from routeseg.model import DynamicRoutingNetwork, Segmentation
+from routeseg.model.backbone import Backbone
 from routeseg.model.compute import PLAIN
 from routeseg.training.batch_norm import Mode
 from routeseg.training.calibration import check_enough_pictures
@@ -80,14 +81,7 @@ class SegmentationTask(RecipeTask[Evaluation]):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        self.freeze_backbone(self.global_step)
-
-    def freeze_backbone(self, step: int) -> None:
-        """Lets the stages of a backbone learn that do so at this step."""
-        if self.model.backbone is not None:
-            learns = step >= self.recipe.backbone_frozen * self.recipe.iterations
-            for number, stage in enumerate(self.model.backbone.stages):
-                stage.requires_grad_(learns and number >= self.recipe.backbone_frozen_stages)
+        freeze_stages(self.model.backbone, self.recipe, self.global_step)
 
     def count(self, labels: Tensor) -> Tensor:
         """The labelled pixels, or the sum of their weights."""
@@ -131,6 +125,13 @@ class SegmentationTask(RecipeTask[Evaluation]):
         logged = {"val_miou": found.miou, "val_cost": float((found.cost_macs / found.full_macs).mean())}
         full_weight = (self.budget.start + self.budget.ramp) * self.recipe.iterations
         return Validation(found, found.miou, logged, self.global_step >= full_weight or not self.budget.weight)
+
+
+def freeze_stages(backbone: Backbone | None, recipe: Recipe, step: int) -> None:
+    """Lets those stages of a backbone, if there is one, learn that do so at this step."""
+    learns = step >= recipe.backbone_frozen * recipe.iterations
+    for number, stage in enumerate([] if backbone is None else backbone.stages):
+        stage.requires_grad_(learns and number >= recipe.backbone_frozen_stages)
 
 
 def train(

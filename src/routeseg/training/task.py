@@ -217,10 +217,7 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
             self.average.update_parameters(self.model)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        kind = torch.optim.AdamW if self.recipe.optimizer == "adamw" else torch.optim.SGD
-        groups = [group | momentum_of(self.recipe) for group in parameter_groups(self.model, self.recipe)]
-        optimizer = kind(groups, lr=self.recipe.lr)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, self.recipe))
+        optimizer, schedule = optimizer_of(self.model, self.recipe)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @property
@@ -238,6 +235,16 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
             f"Try a lower --recipe.lr (now {self.recipe.lr:g}; it should shrink with the batch size), a longer "
             "--recipe.warmup_steps, or --recipe.precision 32-true, and go on from that checkpoint with --resume"
         )
+
+
+def optimizer_of(
+    model: RoutedNetwork, recipe: TrainingRecipe
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """The optimiser of a recipe, and the schedule of its learning rates."""
+    kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.SGD
+    groups = [group | momentum_of(recipe) for group in parameter_groups(model, recipe)]
+    optimizer = kind(groups, lr=recipe.lr)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, recipe))
 
 
 def momentum_of(recipe: TrainingRecipe) -> dict[str, Any]:
