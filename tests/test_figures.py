@@ -129,11 +129,11 @@ class TestOverlay:
 class Drawn:
     """A route drawn on a canvas whose pixels can be asked for."""
 
-    def __init__(self, space: RoutingSpace, gates: np.ndarray) -> None:
+    def __init__(self, space: RoutingSpace, gates: np.ndarray, stages: int = 0) -> None:
         figure = Figure(figsize=(0.6 * (space.depth + 3), 3), dpi=120)
         canvas = FigureCanvasAgg(figure)
         self.ax = figure.add_axes((0, 0, 1, 1))
-        figures.draw_route(self.ax, space, gates, legend=False)
+        figures.draw_route(self.ax, space, gates, legend=False, stages=stages)
         canvas.draw()
         self.grey = cv2.cvtColor(np.asarray(canvas.buffer_rgba())[..., :3], cv2.COLOR_RGB2GRAY)
 
@@ -189,6 +189,15 @@ class TestRoute:
     def test_open_gates_of_a_node_that_nothing_reaches_are_not_drawn_open(self):
         drawn = Drawn(self.space, self.gates((3, 3, UP)))
         assert drawn.edge(3, 3, UP).min() > 180
+
+    def test_a_stage_of_a_backbone_is_a_square_on_its_path_filled_if_it_runs(self):
+        gates = self.gates((0, 0, DOWN), (1, 1, KEEP))
+        drawn, plain = Drawn(self.space, gates, stages=3), Drawn(self.space, gates)
+        runs, closed = drawn.at(0.5, 0.5, 4), drawn.at(1.5, 1.5, 3)
+        assert 100 < runs.min() and runs.max() < 150, "filled, neither path nor paper"
+        assert closed.min() > 240, "hollow"
+        assert (drawn.at(-0.5, 0, 4) == runs).all(), "the first stage always runs"
+        assert (drawn.at(2.5, 2.5) == plain.at(2.5, 2.5)).all(), "there is no fourth"
 
     @pytest.mark.parametrize("depth", [3, 4, 16, 33])
     @pytest.mark.parametrize("suffix", [".png", ".svg"])

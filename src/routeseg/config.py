@@ -164,7 +164,9 @@ class NetworkConfig:
 
     @cached_property
     def backbone_stages(self) -> int:
-        """How many stages of a backbone the route has use for: the first, and one for each path down the diagonal."""
+        """How many stages of its backbone the network has: the first, and one for each path down the diagonal."""
+        if self.backbone is None:
+            return 0
         count = 1
         while (count - 1, count - 1, DOWN) in self.whole_route.edges:
             count += 1

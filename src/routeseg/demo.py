@@ -223,9 +223,9 @@ def write_report(
     )
 
     report.heading("One route per picture")
-    routes = output / "routes.png"
+    routes, stages = output / "routes.png", model.config.backbone_stages
     shown = _shown(pictures, evaluation, facts)
-    figures.routes_side_by_side(routes, model.space, [_panel(model, engine, *one) for one in shown])
+    figures.routes_side_by_side(routes, model.space, [_panel(model, engine, *one) for one in shown], stages)
     report.paragraph(
         "Columns are layers, rows are scales from 1/4 of the resolution down to 1/32. A filled node runs its cell; "
         "thick lines are open paths, faint ones are closed and not computed."
@@ -251,7 +251,7 @@ def write_report(
             _panel(model, partial(engine, budget=row["asked"]), source, index, f"asked {100 * row['asked']:.0f} %")
             for row in facts["budgets"]
         ]
-        figures.routes_side_by_side(asked, model.space, drawn)
+        figures.routes_side_by_side(asked, model.space, drawn, stages)
         report.figure(asked, "One picture at each budget")
 
     if facts["cost_by_preset"]:

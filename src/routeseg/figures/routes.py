@@ -26,6 +26,7 @@ from routeseg.figures.common import (
     FAINT,
     INK,
     MUTED,
+    ORANGE,
     POINTS_PER_INCH,
     figure_bytes,
     new_figure,
@@ -33,13 +34,14 @@ from routeseg.figures.common import (
     save_figure,
 )
 from routeseg.files import write_atomically
-from routeseg.space import KEEP, SCALE_STEP, STEM_STRIDE, RoutingSpace
+from routeseg.space import DOWN, KEEP, SCALE_STEP, STEM_STRIDE, RoutingSpace
 
 # Activation 0 to 1, light to dark, so that it survives a greyscale print. The pale end of viridis is left
 # out: it would be mistaken for a closed path.
 ACTIVATION_COLORS = ListedColormap(matplotlib.colormaps["viridis_r"](np.linspace(0.36, 0.97, 256)), name="activation")
 OPEN_WIDTH = (1.1, 4.2)  # points, at activation 0 and 1, if a layer is 36 points wide
 CLOSED_WIDTH = 0.6
+STAGE_COLOR = ORANGE
 SKIP_STYLE = (0, (0.1, 1.9))  # with round caps: a row of dots
 
 
@@ -52,6 +54,7 @@ class RouteWords:
     runs: str = "cell runs"
     dropped: str = "cell dropped, free skip"
     idle: str = "nothing arrives"
+    stage: str = "stage of the backbone, runs with its path"
 
 
 ONE_IMAGE = RouteWords()
@@ -65,15 +68,17 @@ def draw_route(
     title: str | None = None,
     legend: bool = True,
     words: RouteWords = ONE_IMAGE,
+    stages: int = 0,
 ) -> None:
     """Draw one image's route on `ax`: layers from left to right, scales from fine (top) to coarse.
 
     An open path is a line whose colour and width say its activation. A node whose cell runs is a filled
     circle, also if only the zeros of closed paths arrive. A node that is reached and has no open path is
-    hollow, and the dotted line along keep is its free skip (Eq. 5). The others are faint dots. Sizes follow
-    the size `ax` has now, so lay the figure out first. `legend` explains the signs below it, in `words`. Other
-    numbers in 0..1 for each edge, over several images, can be drawn as `gates` if the words say what they are:
-    then every node of an edge above 0 runs in some image.
+    hollow, and the dotted line along keep is its free skip (Eq. 5). The others are faint dots. A network with a
+    backbone of so many `stages` has a square behind the stem and on each path that a stage belongs to, filled if it
+    runs. Sizes follow the size `ax` has now, so lay the figure out first. `legend` explains the signs below it, in
+    `words`. Other numbers in 0..1 for each edge, over several images, can be drawn as `gates` if the words say what
+    they are: then every node of an edge above 0 runs in some image.
 
     Raises ValueError if `gates` is not [L+1, S, 3] of this space, or holds NaN.
     """
@@ -115,10 +120,16 @@ def draw_route(
     ax.scatter(layers[idle], scales[idle], s=(3.6 * unit) ** 2, color="#c3c9d0", zorder=4, linewidths=0)
     ax.scatter(layers[skip], scales[skip], s=(8.2 * unit) ** 2, facecolor="white", edgecolor=INK, **ring)
     ax.scatter(layers[run], scales[run], s=(10.5 * unit) ** 2, facecolor=INK, edgecolor="white", **ring)
+    for s in range(stages):
+        ran = not s or gates[s - 1, s - 1, DOWN] > 0
+        look = {"facecolor": STAGE_COLOR, "edgecolor": "white"} if ran else {"facecolor": "white", "edgecolor": FAINT}
+        ax.scatter(s - 0.5, max(s - 0.5, 0), s=(8.6 * unit) ** 2, marker="s", **look, **ring)
     if legend:
         below = ax.transAxes + ScaledTranslation(0, -32 / POINTS_PER_INCH, ax.figure.dpi_scale_trans)
         columns = int(np.clip(ax.get_window_extent().width * POINTS_PER_INCH / ax.figure.dpi / 140, 2, 5))
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, **route_legend(columns, words))
+        ax.legend(
+            loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, **route_legend(columns, words, stages)
+        )
 
 
 def draw_frame(ax: Axes, space: RoutingSpace, title: str | None = None) -> float:
@@ -198,7 +209,7 @@ class _WedgeHandler(HandlerBase):
         ]
 
 
-def route_legend(columns: int, words: RouteWords = ONE_IMAGE) -> dict[str, Any]:
+def route_legend(columns: int, words: RouteWords = ONE_IMAGE, stages: int = 0) -> dict[str, Any]:
     """Keyword arguments of `legend` that explain the signs of a route."""
     dot: dict[str, Any] = {"linestyle": "none", "marker": "o"}
     signs = {
@@ -219,6 +230,8 @@ def route_legend(columns: int, words: RouteWords = ONE_IMAGE) -> dict[str, Any]:
         ),
         words.idle: Line2D([], [], color="#b4bac2", markersize=3.6, markeredgewidth=0, **dot),
     }
+    if stages:
+        signs[words.stage] = Line2D([], [], color=STAGE_COLOR, markersize=7, linestyle="none", marker="s")
     return {
         "handles": list(signs.values()),
         "labels": list(signs),
@@ -233,17 +246,21 @@ def route_legend(columns: int, words: RouteWords = ONE_IMAGE) -> dict[str, Any]:
     }
 
 
-def save_route(path: str | Path, space: RoutingSpace, gates: np.ndarray, title: str | None = None) -> None:
+def save_route(
+    path: str | Path, space: RoutingSpace, gates: np.ndarray, title: str | None = None, stages: int = 0
+) -> None:
     """One route as a picture file (see `draw_route`, and for its ValueErrors). `gates` [L+1, S, 3]."""
-    write_atomically(path, route_picture(space, gates, title, picture_kind(path)))
+    write_atomically(path, route_picture(space, gates, title, picture_kind(path), stages))
 
 
-def route_picture(space: RoutingSpace, gates: np.ndarray, title: str | None = None, kind: str = "png") -> bytes:
+def route_picture(
+    space: RoutingSpace, gates: np.ndarray, title: str | None = None, kind: str = "png", stages: int = 0
+) -> bytes:
     """The picture of `save_route` as the bytes of a file, `kind` "png" or "svg"."""
     wide = (space.depth + 2.9) * float(np.clip(10 / (space.depth + 2.9), 0.42, 0.64))  # inches
     tall = 0.6 * space.num_scales
     figure = new_figure(wide, tall)
-    draw_route(figure.add_axes((0, 0, 1, 1)), space, gates, title)
+    draw_route(figure.add_axes((0, 0, 1, 1)), space, gates, title, stages=stages)
     return figure_bytes(figure, kind)
 
 
@@ -274,7 +291,10 @@ def route_grid(
 
 
 def routes_side_by_side(
-    path: str | Path, space: RoutingSpace, panels: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, str]]
+    path: str | Path,
+    space: RoutingSpace,
+    panels: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, str]],
+    stages: int = 0,
 ) -> None:
     """One column per picture: the picture, its segmentation, its route under them (the paper's Figure 1).
 
@@ -307,10 +327,10 @@ def routes_side_by_side(
             ax.imshow(picture)
             ax.axis("off")
             ax.set_anchor(side)  # pictures of unlike shapes meet their segmentation in the middle
-        draw_route(axes[2], space, gates, title, legend=False)
+        draw_route(axes[2], space, gates, title, legend=False, stages=stages)
         if column:
             axes[2].set_ylabel("")
     middle = 0.5 - between / 2 / figure.get_figwidth()
     columns = int(np.clip(figure.get_figwidth() * POINTS_PER_INCH / 140, 2, 5))
-    figure.legend(loc="upper center", bbox_to_anchor=(middle, -0.42 / total), **route_legend(columns))
+    figure.legend(loc="upper center", bbox_to_anchor=(middle, -0.42 / total), **route_legend(columns, stages=stages))
     save_figure(figure, path, kind)

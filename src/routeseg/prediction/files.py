@@ -287,7 +287,9 @@ def write_results(
         cost = f"{prediction.cost_macs / GIGA:.4g} GMACs, {_percent(prediction.share)} of the full network"
         shown = os.fsencode(file_name(prediction.image)).decode(errors="replace")
         files[OVERLAY] = figures.png_bytes(figures.overlay(image, found.labels, config.class_names, config.palette))
-        files[ROUTE_PICTURE] = figures.route_picture(config.space, found.gates, f"{shown}: {cost}")
+        files[ROUTE_PICTURE] = figures.route_picture(
+            config.space, found.gates, f"{shown}: {cost}", stages=config.backbone_stages
+        )
     target.folder.remove(name + ROUTE)  # while the others change, nothing says that they belong together
     for ending, data in files.items():
         target.folder.write(name + ending, data)
