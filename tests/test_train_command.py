@@ -59,6 +59,9 @@ def test_a_run_remembers_itself(layouts, tmp_path, capsys):
     for checkpoint in (output, output / "last"):  # the folder of the run stands for its best network
         code, out, err = run(["evaluate", checkpoint], capsys)
         assert code == 0 and "images                          │ 2" in out, err
+    for words, split in (([], "val"), (["--data.val_split=train"], "train"), (["--split=train"], "train")):
+        code, _, err = run(["evaluate", output, *words, "--json", tmp_path / "scores.json"], capsys)
+        assert code == 0 and json.loads((tmp_path / "scores.json").read_text())["split"] == split, err
     image = next((layouts("folder") / "images" / "val").glob("*"))
     code, out, err = run(["predict", output, image, "--output", tmp_path / "predictions"], capsys)
     assert code == 0 and len(list((tmp_path / "predictions").iterdir())) == 4, err

@@ -200,16 +200,94 @@ def test_too_little_memory(tmp_path, capsys, monkeypatch):
     assert "--data.batch_size" in err and "--recipe.accumulate" in err and "Traceback" not in err
 
 
-def test_interrupted(tmp_path, capsys, monkeypatch):
-    """Ctrl-C in the third step: one line says so, and the run can be resumed."""
+@pytest.fixture
+def default_signals():
+    """The handlers of a program that a user starts; a shell's background jobs ignore Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        steps_of(monkeypatch, lambda task: signal.raise_signal(signal.SIGINT) if task.global_step == 3 else None)
-        assert main(words(tmp_path / "run", ITERATIONS)) == 130
-    finally:
-        signal.signal(signal.SIGINT, before)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(tmp_path, capsys, monkeypatch, default_signals, number):
+    """A signal in the third step: this step is saved, one line says how to go on, and the run ends as if nothing had
+    been."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(words(whole, ITERATIONS)) == 0
+    with monkeypatch.context() as patch:
+        steps_of(patch, lambda task: signal.raise_signal(number) if task.global_step == 3 else None)
+        assert main(words(cut, ITERATIONS)) == 128 + number
+    said = f"saved at step 3 of {ITERATIONS} in {cut}: `routeseg train --output {cut} --resume` goes on\n"
+    assert capsys.readouterr().err.endswith(f"routeseg: interrupted: {said}")
+    assert torch.load(cut / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert main(["train", "--output", str(cut), "--accelerator", "cpu", "--resume"]) == 0
+    assert same_networks(whole, cut)
+
+
+def test_a_second_signal_ends_at_once(tmp_path, capsys, monkeypatch, default_signals):
+    def twice(task):
+        if task.global_step == 3:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    steps_of(monkeypatch, twice)
+    assert main(words(tmp_path, ITERATIONS)) == 130
     assert capsys.readouterr().err.endswith("routeseg: interrupted\n")
-    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 2
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+TOLD_ALL_OF_THE_GROUP = """
+import os, sys
+from routeseg.cli import main
+from routeseg.training.task import RecipeTask
+
+finish = RecipeTask._finish
+
+def tell_all(task, *args):
+    finish(task, *args)
+    if task.global_step == 3:
+        os.killpg(0, int(sys.argv[1]))
+
+RecipeTask._finish = tell_all
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_signal_to_the_loaders_too(tmp_path):
+    """As a batch system sends it: loader processes leave it to the one that trains."""
+    command = [sys.executable, "-c", TOLD_ALL_OF_THE_GROUP, str(int(signal.SIGTERM))]
+    done = subprocess.run(
+        [*command, *words(tmp_path, ITERATIONS, "--data.workers=2")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        timeout=120,
+    )
+    assert done.returncode == 128 + signal.SIGTERM
+    assert "saved at step 3" in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_two_trainings_of_one_folder(tmp_path, capsys, monkeypatch, resume):
+    """The second is refused, and the first goes on."""
+    if resume:
+        assert main(words(tmp_path, 2)) == 0
+    second = []
+    steps_of(monkeypatch, lambda task: second or second.append(main(words(tmp_path, ITERATIONS, *resume))))
+    assert main(words(tmp_path, 4, *resume)) == 0
+    assert second == [2] and f"another training writes into {tmp_path}" in capsys.readouterr().err
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_leftovers_of_a_kill_are_removed_at_the_next_start(tmp_path):
+    mine = [tmp_path / ".mine.tmp", tmp_path / "best" / "notes.txt"]
+    left = [tmp_path / "best" / ".saving-abc_12", tmp_path / ".123-0a1b2c3d.tmp", tmp_path / ".last.ckpt.tmp"]
+    left[0].mkdir(parents=True)
+    for path in [left[0] / "model.safetensors", *left[1:], *mine]:
+        path.write_bytes(b"x")
+    assert main(words(tmp_path, 2)) == 0
+    assert all(path.exists() for path in mine) and not any(path.exists() for path in left)
 
 
 def test_writes_logs_and_networks(tmp_path):

@@ -5,12 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import secrets
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"  # of a checkpoint: the names of huggingface_hub
 RUN_CONFIG_FILE = "config.yaml"  # of a run: what `routeseg train` was given
+SAVING = ".saving-"  # what a folder begins with in which files are written before they are moved
+TEMPORARY = re.compile(rf"\.(\d+-[0-9a-f]{{8}}|last\.ckpt)\.tmp|{re.escape(SAVING)}\w+")
 MAX_JSON = 1 << 24  # characters of a configuration or a route
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -35,6 +40,15 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 def _temporary_name() -> str:
     """Hidden, short and unique: processes on several machines may share a folder, and have the same number."""
     return f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what writers that were killed left in the folder and in those directly inside. None may be writing."""
+    for path in [*folder.glob(".*"), *folder.glob("*/.*")]:
+        if TEMPORARY.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def not_written(path: str | Path, error: OSError) -> OSError:

@@ -10,6 +10,7 @@ import difflib
 import gc
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -76,9 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, ProcessLost):
             os._exit(1)  # an orderly end would wait for the lost one
         return 1
-    except KeyboardInterrupt:
-        print("routeseg: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(": ".join(["routeseg: interrupted", *map(str, stop.args)]), file=sys.stderr)
+        return 128 + getattr(stop, "signal", signal.SIGINT)
 
 
 def _print_any_name(stream: Any) -> None:

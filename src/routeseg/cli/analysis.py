@@ -42,7 +42,7 @@ def evaluate_command(words: Sequence[str]) -> int:
     parser = config_parser("evaluate", ["data"])
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder")
     parser.add_argument("--json", type=str | None, default=None, help="also write the result to this file")
-    parser.add_argument("--split", type=str, default="val", help="train, val or test, as the data set calls them")
+    _add_split(parser)
     parser.add_argument("--engine", type=str, default="skip", help="skip (closed paths cost nothing) or dense")
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
     parser.add_argument("--precision", type=str, default="auto", help=PRECISION_HELP)
@@ -79,6 +79,7 @@ def evaluate_command(words: Sequence[str]) -> int:
     if not 0 <= args.boundary_width <= 1:
         raise ValueError(f"--boundary_width is {args.boundary_width}: it is a share of the diagonal, 0 to 1")
     window = None if args.window is None else parse_size("--window", args.window)
+    args.split = args.split or data.val_split
     pictures = open_data(data, args.split, args.seed)
     model = checkpoints.load(args.checkpoint)
 
@@ -130,6 +131,12 @@ def evaluate_command(words: Sequence[str]) -> int:
     return 0
 
 
+def _add_split(parser: Parser) -> None:
+    parser.add_argument(
+        "--split", type=str | None, default=None, help="train, val or test, as the data set calls them; data.val_split"
+    )
+
+
 def _draw_worst(path: str, worst: Worst, result: Evaluation, palette: Any) -> None:
     from routeseg import figures
 
@@ -172,7 +179,7 @@ def routes_command(words: Sequence[str]) -> int:
 
     parser = config_parser("routes", ["data"])
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder, of a network with gates or exits")
-    parser.add_argument("--split", type=str, default="val", help="train, val or test")
+    _add_split(parser)
     parser.add_argument("--output", type=str, default="runs/routes", help="folder for routes.json and the figures")
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
     parser.add_argument("--images", type=int | None, default=None, help="only so many, evenly spread over the set")
@@ -186,6 +193,7 @@ def routes_command(words: Sequence[str]) -> int:
     from routeseg.data.config import open_data
     from routeseg.model import checkpoints
 
+    args.split = args.split or data.val_split
     pictures = open_data(data, args.split, args.seed)
     model = checkpoints.load(args.checkpoint)
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from routeseg.data.classification import ClassificationConfig, ImageTree, open_sources
 from routeseg.data.crops import CentreCrop, RandomResizedCrop
-from routeseg.data.loaders import NORM_STREAM, TRAIN_STREAM, StepSampler, image_tensor, one_thread
+from routeseg.data.loaders import NORM_STREAM, TRAIN_STREAM, StepSampler, image_tensor, loader_process
 from routeseg.data.pairs import SKIPS_NAMED, UnreadableImage
 from routeseg.data.shards import Sample, ShuffledShards, read_shard
 
@@ -227,5 +227,5 @@ def _loader(
         collate_fn=collate_fn,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=one_thread if workers else None,
+        worker_init_fn=loader_process if workers else None,
     )

@@ -16,7 +16,7 @@ from routeseg.data.loaders import (
     StepSampler,
     TrainingPictures,
     evaluation_loader,
-    one_thread,
+    loader_process,
 )
 from routeseg.data.pairs import PairedFiles
 from routeseg.data.subset import CALIBRATION_PICTURES, evenly_spread
@@ -86,7 +86,7 @@ class SegmentationDataModule(LightningDataModule):
             batch_sampler=sampler,
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=one_thread if workers else None,
+            worker_init_fn=loader_process if workers else None,
         )
 
     def _rank(self) -> tuple[int, int]:

@@ -5,6 +5,7 @@ Batch number n is a pure function of (seed, n): a run that is interrupted goes o
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -106,11 +107,16 @@ class EvaluationPictures(Dataset[dict[str, Any]]):
 def evaluation_loader(data: SegmentationData, workers: int = 0, rank: int = 0, world: int = 1) -> DataLoader:
     """Whole pictures of a data set, one at a time: image [1,3,H,W] uint8, labels [1,H,W] int64."""
     pictures = EvaluationPictures(data, range(rank, len(data), world))
-    return DataLoader(pictures, batch_size=None, num_workers=workers, worker_init_fn=one_thread if workers else None)
+    return DataLoader(
+        pictures, batch_size=None, num_workers=workers, worker_init_fn=loader_process if workers else None
+    )
 
 
-def one_thread(worker: int) -> None:
-    """For `worker_init_fn`: a loader process uses one core."""
+def loader_process(worker: int) -> None:
+    """For `worker_init_fn`: a loader process uses one core, and leaves signals that go to the whole group to the one
+    that it works for."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     import cv2
 
     cv2.setNumThreads(0)

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from routeseg.collectives import anywhere
 from routeseg.config import NetworkConfig
 from routeseg.counting import Macs, PartMacs
+from routeseg.files import SAVING
 from routeseg.model.backbone import Backbone
 from routeseg.model.cell import RoutingNode
 from routeseg.model.compute import PLAIN, Compute, choose, each, fill_missing, rows_among
@@ -153,7 +154,7 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+            with tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as scratch:
                 self.save_pretrained(scratch)
                 for file in Path(scratch).iterdir():
                     file.chmod(0o644)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,6 +55,7 @@ class ValidateAndSave(Callback):
         self.first_step, self.images_per_step = first_step, images_per_step
         self.best_score, self.best_is_candidate = -1.0, False
         self.latest: Validation | None = None
+        self.saved_step = first_step
 
     @property
     def state_key(self) -> str:
@@ -78,14 +81,22 @@ class ValidateAndSave(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
         task, step = cast(RecipeTask, module), trainer.global_step
         validates = step % self.recipe.validate_every == 0 or step == self.recipe.iterations
-        if not (validates or step % self.recipe.save_every == 0):
-            return
+        if validates or step % self.recipe.save_every == 0:
+            self._write(trainer, task, validates)
+
+    def _write(self, trainer: Trainer, task: RecipeTask, validates: bool) -> None:
         if task.batch_norm == "own":  # the running statistics differ between processes: their mean is saved
             for network in dict.fromkeys((task.model, task.network)):  # in every process in this order
                 average_statistics(network)
         if validates:
             self._validate(trainer, task)
         self._save(trainer, task)
+        self.saved_step = trainer.global_step
+
+    def save_now(self, trainer: Trainer, task: RecipeTask) -> None:
+        """Writes the run as it is at this step, unless that is done."""
+        if self.saved_step != trainer.global_step:
+            self._write(trainer, task, validates=False)
 
     def _validate(self, trainer: Trainer, task: RecipeTask) -> None:
         network, step = task.network, trainer.global_step
@@ -119,6 +130,32 @@ class ValidateAndSave(Callback):
         finally:
             if trainer.is_global_zero:
                 scratch.unlink(missing_ok=True)
+
+
+class StopAtSignal(Callback):
+    """Ctrl-C or SIGTERM ends a run of one process after the step that it is at, which is saved; a second one at once.
+
+    signal  the number of the one that came
+    """
+
+    def __init__(self, saver: ValidateAndSave) -> None:
+        self.saver = saver
+        self.signal: int | None = None
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):  # Lightning puts back what was there before
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
+        if self.signal is not None:
+            self.saver.save_now(trainer, cast(RecipeTask, module))
+            trainer.should_stop = True
 
 
 class Progress(RichProgressBar):

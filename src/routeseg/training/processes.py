@@ -30,6 +30,17 @@ class TrainingStopped(RuntimeError):
     """A training ended early; the message tells why."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a run, which was saved at that step; the message tells how it goes on.
+
+    signal  its number
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 class ProcessLost(TrainingStopped):
     """Another process of the job died, or cannot be reached."""
 

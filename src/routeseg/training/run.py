@@ -17,7 +17,9 @@ from typing import Any, Generic, Literal
 import lightning
 import torch
 import yaml
+from filelock import BaseFileLock, FileLock, Timeout
 from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
@@ -25,13 +27,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from routeseg.data.classification_loaders import ClassificationDataModule
 from routeseg.data.datamodule import SegmentationDataModule
-from routeseg.files import RUN_CONFIG_FILE, check_writable, write_atomically
+from routeseg.files import RUN_CONFIG_FILE, check_writable, remove_leftovers, write_atomically
 from routeseg.model.grid import RoutedNetwork
 from routeseg.training.batch_norm import Mode, check_enough_values, choose_mode
-from routeseg.training.callbacks import RESUME_FILE, RUN_STATE, Progress, ValidateAndSave
+from routeseg.training.callbacks import RESUME_FILE, RUN_STATE, Progress, StopAtSignal, ValidateAndSave
 from routeseg.training.processes import (
     LOST,
     TIMEOUT,
+    Interrupted,
     ProcessLost,
     TrainingStopped,
     connection_lost,
@@ -41,6 +44,8 @@ from routeseg.training.processes import (
 from routeseg.training.recipe import Precision, TrainingRecipe
 from routeseg.training.task import Found, RecipeTask
 from routeseg.training.trial import SettlePrecision
+
+LOCK_FILE = ".lock"  # in the folder of a run
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ class Run:
 
     processes            on this machine
     images_before        images of a step before it was interrupted; None if it starts, or if nobody wrote it down
+    lock                 of the folder: the first process holds it until the run ends
     """
 
     model: RoutedNetwork
@@ -102,6 +108,7 @@ class Run:
     images_per_step: int
     first_step: int
     images_before: int | None
+    lock: BaseFileLock
 
     @classmethod
     def begin(
@@ -113,13 +120,17 @@ class Run:
         batch_norm = choose_mode(recipe.batch_norm, options.on_gpu, world)
         if batch_norm != "frozen":
             check_enough_values(model, crop, batch_size * (world if batch_norm == "synced" else 1))
-        first_step, images_before = _prepare_output(model, recipe, options)
-        if options.configuration is not None and not options.resume and getattr(rank_zero_only, "rank", 0) == 0:
+        check_writable(options.output)
+        lock, is_first = FileLock(options.output / LOCK_FILE, timeout=0), getattr(rank_zero_only, "rank", 0) == 0
+        if is_first:
+            _take(lock, options.output)
+        first_step, images_before = _where_it_goes_on(model, recipe, options)
+        if options.configuration is not None and not options.resume and is_first:
             plain = json.loads(json.dumps(options.configuration))  # lists in place of tuples
             write_atomically(options.output / RUN_CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False).encode())
         lightning.seed_everything(recipe.seed, workers=True, verbose=False)
         images = batch_size * world * recipe.accumulate
-        return cls(model, recipe, options, processes, machines, batch_norm, images, first_step, images_before)
+        return cls(model, recipe, options, processes, machines, batch_norm, images, first_step, images_before, lock)
 
     @property
     def world(self) -> int:
@@ -135,7 +146,8 @@ class Run:
         """Trains; afterwards the network is the one in OUTPUT/last."""
         options, checkpoint = self.options, self.options.output / RESUME_FILE
         saver = ValidateAndSave(options.output, self.recipe, data, self.first_step, self.images_per_step)
-        trainer = self._trainer(saver)
+        stopper = StopAtSignal(saver)
+        trainer = self._trainer([saver, *([stopper] if self.world == 1 else [])])
         if trainer.is_global_zero:
             self._say_images()
         start = time.monotonic()
@@ -151,12 +163,22 @@ class Run:
                 if trainer.interrupted:  # Lightning takes Ctrl-C, and exits without a word
                     raise KeyboardInterrupt from stop
                 raise
+            finally:
+                self.lock.release()
+        if stopper.signal is not None and trainer.global_step < self.recipe.iterations:
+            raise Interrupted(self._goes_on(trainer.global_step), stopper.signal)
         self.model.load_state_dict(task.network.state_dict())
         found = saver.latest.found if saver.latest is not None else None
         seconds = time.monotonic() - start
         return RunResult(found, trainer.global_step, seconds, task.precision, trainer.is_global_zero)
 
-    def _trainer(self, saver: ValidateAndSave) -> Trainer:
+    def _goes_on(self, step: int) -> str:
+        """What to say of a run that a signal ended at this step."""
+        output, remembers = self.options.output, self.options.configuration is not None
+        command = f"`routeseg train --output {output} --resume`" if remembers else "the same command with --resume"
+        return f"saved at step {step} of {self.recipe.iterations} in {output}: {command} goes on"
+
+    def _trainer(self, callbacks: list[Callback]) -> Trainer:
         recipe, options = self.recipe, self.options
         try:
             return Trainer(
@@ -175,7 +197,7 @@ class Run:
                     CSVLogger(options.output, name="logs", flush_logs_every_n_steps=recipe.log_every),
                     TensorBoardLogger(options.output, name="tensorboard", version=""),
                 ],
-                callbacks=[SettlePrecision(), saver, *([Progress()] if options.progress else [])],
+                callbacks=[SettlePrecision(), *callbacks, *([Progress()] if options.progress else [])],
                 enable_progress_bar=options.progress,
                 enable_checkpointing=False,
                 enable_model_summary=False,
@@ -206,10 +228,23 @@ def _several_processes() -> DDPStrategy:
     )
 
 
-def _prepare_output(model: RoutedNetwork, recipe: TrainingRecipe, options: RunOptions) -> tuple[int, int | None]:
-    """Makes the folder; returns the step that the run goes on from, and the images of a step that it had before."""
+def _take(lock: BaseFileLock, output: Path) -> None:
+    """Takes the folder of a run, and removes what a run that was killed left there. Raises ValueError if another one
+    has it."""
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"another training writes into {output}: wait for its end, or choose another --output"
+        ) from error
+    except (OSError, NotImplementedError):  # a file system without locks
+        return
+    remove_leftovers(output)
+
+
+def _where_it_goes_on(model: RoutedNetwork, recipe: TrainingRecipe, options: RunOptions) -> tuple[int, int | None]:
+    """The step that the run goes on from, and the images of a step that it had before."""
     output, path = options.output, options.output / RESUME_FILE
-    check_writable(output)
     if not options.resume:
         if path.exists():
             raise ValueError(f"{output} already holds a run: go on with it with --resume, or choose another --output")
