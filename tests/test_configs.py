@@ -1,7 +1,9 @@
 """The presets that come along: short, typed, complete, and what their names say."""
 
 import json
+import re
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import yaml
 
 from conftest import run
 from routeseg import ARCHITECTURES, DynamicRoutingNetwork
+from routeseg.cli import main
 from routeseg.cli.common import PRESETS, config_parser
 from routeseg.space import RoutingSpace
 
@@ -115,3 +118,49 @@ def test_a_preset_by_its_name(parser, tmp_path, capsys):
         with pytest.raises(SystemExit):
             parser.parse_args(["--config", name])
         assert message in capsys.readouterr().err
+
+
+def test_a_preset_on_top_of_a_base(parser):
+    """camvid/dynamic_a is dynamic_a on top of camvid/base."""
+    both, one = (
+        parser.parse_args(with_configs(files)) for files in (("camvid/base", "dynamic_a"), ("camvid/dynamic_a",))
+    )
+    for name in ("model", "data", "recipe", "budget"):
+        assert one[name] == both[name], name
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--recipe.iterations", "ten"], "--recipe.iterations is ten: it must be a whole number"),
+        (["--data.flip", "maybe"], "--data.flip is maybe: it must be true or false"),
+        (["--data.scales", "x"], "--data.scales is x: it must be a list"),
+        (["--data.crop", "64"], "--data.crop is 64: it must be two numbers"),
+        (["--recipe.precision", "3"], "--recipe.precision is 3: it must be one of 32-true, bf16-mixed, auto"),
+        (["--max_steps", "3"], "did you mean recipe.iterations?"),
+        (["--config", ".gitignore"], "--config .gitignore has no sections"),
+    ],
+)
+def test_wrong_values(words, message, parser, capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    with pytest.raises(SystemExit):
+        parser.parse_args(words)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--data.crop", "64x96"], ["--data.crop=64x96"], ["--data.crop=[64,96]"]])
+def test_sizes_in_both_forms(words, parser):
+    assert parser.parse_args(words).data.crop == (64, 96)
+
+
+@pytest.mark.parametrize("command, most", [("train", 16), ("evaluate", 16)])
+def test_help_for_people(command, most, capsys):
+    """Few lines, and every option in them exists; all keys with --help-all, each of the configuration explained."""
+    for word in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            main([command, word])
+    short, everything = capsys.readouterr().out.split("--help-all\n", 1)
+    assert len(short.splitlines()) <= most and max(map(len, short.splitlines())) <= 120
+    for option in re.findall(r"^ +(--[\w.]+)", short, re.MULTILINE):
+        assert option in everything
+    assert "of the training pictures, evenly spread" in " ".join(everything.split())

@@ -40,6 +40,19 @@ def evaluate_command(words: Sequence[str]) -> int:
     from routeseg.evaluation.windows import OVERLAP
 
     parser = config_parser("evaluate", ["data"])
+    parser.usage = "routeseg evaluate RUN [options], or routeseg evaluate CHECKPOINT --config FILE [options]"
+    parser.first = {
+        "RUN": "folder of a run, for its best network on its data; or a checkpoint folder",
+        "config PRESET": "the data, if the run does not know them; --data.root FOLDER: where they lie",
+        "split SPLIT": "train, val or test [the configuration's val_split]",
+        "budget BUDGET": "what an image may cost in the mean: 40%, 0.5GMACs, or 25ms with --latency TABLE",
+        "json FILE": "write the result there, too",
+        "worst FILE.png": "draw the pictures with the lowest scores there",
+        "scales [S,...]": "sizes of each image whose predictions are averaged [[1.0]]",
+        "window HxW": "size of windows that slide over large images",
+        "precision P": "float32, bfloat16, float16, or auto: what is faster here [auto]",
+        "device DEVICE": "cpu or cuda [cpu]",
+    }
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder")
     parser.add_argument("--json", type=str | None, default=None, help="also write the result to this file")
     _add_split(parser)

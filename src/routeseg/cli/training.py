@@ -35,6 +35,19 @@ if TYPE_CHECKING:
     from routeseg.training.run import RunOptions
 
 RUNS = "runs/train"  # unless --output names another folder
+FIRST = {  # what `train --help` shows
+    "FOLDER": "your pictures: images/{train,val}, masks/{train,val}; or a data set in its own layout",
+    "config PRESET": "or what to train: a preset such as camvid/small, or a YAML file; may be given again",
+    "minutes M": "how long this machine may take",
+    "epochs N": "or how often each picture is seen",
+    "output RUN": f"folder of the run: networks, logs, configuration [{RUNS}]",
+    "resume": "go on with the run in --output",
+    "init CHECKPOINT": "a trained network to start from [with FOLDER: the one that comes along]",
+    "data.root FOLDER": "where the data set of a preset lies",
+    "data.crop HxW": "size of a training crop; smaller crops need less memory",
+    "data.batch_size N": "crops in a step",
+    "recipe.lr LR": "learning rate; it belongs to the number of crops in a step",
+}
 TRAINING_SHARE = 0.85  # of the --minutes; the rest is for validations
 VALIDATIONS = 4  # of a run of --minutes
 
@@ -47,6 +60,7 @@ def train_command(words: Sequence[str]) -> int:
     """`routeseg train FOLDER ...` is short for a preset, the layout of the folder, and the weights that come along."""
     parser = config_parser("train")
     parser.usage = "routeseg train FOLDER [--minutes M] [options], or routeseg train --config PRESET [options]"
+    parser.first = FIRST
     _add_run_arguments(parser, RUNS)
     parser.add_argument("--init", type=str | None, default=None, help="folder of a network to take weights from")
     parser.add_argument(
