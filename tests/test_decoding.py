@@ -295,3 +295,28 @@ class TestHostileFiles:
         assert decode_image(path, path, max_pixels=600).shape == (20, 30, 3)
         with pytest.raises(UnreadableImage, match="at most 599 are decoded"):
             decode_image(path, path, max_pixels=599)
+
+
+@pytest.mark.parametrize("kind", ["jpeg 4:2:0", "png"])
+def test_libraries_write_nothing_without_a_name(kind, picture, capfd, tmp_path):
+    """What libjpeg and libpng say of a damaged file does not reach the terminal; stderr is there again afterwards."""
+    data = bytearray(encoded(picture, **ENCODINGS[kind]))
+    data[len(data) // 2 : len(data) // 2 + 100] = bytes(100)
+    path = tmp_path / "damaged"
+    path.write_bytes(data)
+    try:
+        read_image(path)
+    except UnreadableImage as error:
+        assert str(path) in str(error)
+    os.write(2, b"here\n")
+    assert capfd.readouterr().err == "here\n"
+
+
+def test_of_several_frames_the_first_is_taken(tmp_path, caplog):
+    frames = [Image.fromarray(np.full((40, 40, 3), value, np.uint8)) for value in (10, 200)]
+    for name, count in (("moving.gif", 2), ("still.gif", 1)):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:count])
+        caplog.clear()
+        assert read_image(tmp_path / name).max() < 20
+        said = [record.getMessage() for record in caplog.records]
+        assert said == ([f"{tmp_path / name} has 2 frames: the first one is taken"] if count == 2 else [])

@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
         print(f"routeseg: error: no command {words[0]!r}: {hint}", file=sys.stderr)
         return USAGE_ERROR
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged files, without their names
     try:
         with log_to_stderr():
             return COMMANDS[words[0]][0](words[1:])

@@ -11,8 +11,10 @@ from __future__ import annotations
 import logging
 import os
 import struct
+import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawArray, RawValue
 from pathlib import Path
@@ -24,6 +26,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from routeseg.labels import IGNORE, Classes
 
+log = logging.getLogger("routeseg")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 # What is decoded: no format that runs programs (PostScript) or fetches other files. Pillow knows the first ones from
 # the start (MPO is among JPEG); for the others it imports all that it has, which takes as long as some pictures.
@@ -47,6 +50,7 @@ PLAIN_ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}  # the last bytes o
 PNG_SPECIAL = {"exif", "XML:com.adobe.xmp", "Raw profile type exif", "transparency", "default_image", "interlace"}
 PNG_TURNED = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
 PNG_TAIL_BYTES = 1 << 16
+_STDERR = threading.Lock()  # only one thread at a time may turn it away
 MOST_VALUES = 1 << 17  # from the lowest to the highest label value that a table is made for
 SKIPS_NAMED = 10  # unreadable pictures of a data set that the log names; of the others it only says that there are some
 
@@ -67,9 +71,9 @@ class SkipLog:
         self._count.value += 1
         count = self._count.value
         if count <= SKIPS_NAMED:
-            logging.getLogger("routeseg").warning("skipped: %s", error)
+            log.warning("skipped: %s", error)
         elif count == SKIPS_NAMED + 1:
-            logging.getLogger("routeseg").warning("skipped: more unreadable files; `routeseg check-data` names them")
+            log.warning("skipped: more unreadable files; `routeseg check-data` names them")
 
 
 class SegmentationData(Protocol):
@@ -112,6 +116,9 @@ def decode_image(source: Path | BinaryIO, name: str | Path, max_pixels: int = MA
             pixels = _decode_plain(file)
             if pixels is not None:
                 return pixels
+            if getattr(file, "is_animated", False):
+                log.warning("%s has %d frames: the first one is taken", name, getattr(file, "n_frames", 0))
+                file.seek(0)
             file.load()
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith(("I", "F")):  # 16 bits an integer, 0..1 a float, greyscale
@@ -167,9 +174,29 @@ def _decode_plain(file: ImageFile.ImageFile) -> np.ndarray | None:
     if not data.endswith(PLAIN_ENDS[file.format]) or (png and any(mark in late for mark in PNG_TURNED)):
         return None
     try:
-        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+        with _silent_libraries():
+            return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:  # too large, for OpenCV or for the memory
         return None
+
+
+@contextmanager
+def _silent_libraries() -> Iterator[None]:
+    """C libraries write what is wrong with a file to stderr, without its name: in this block, to nowhere."""
+    with _STDERR:
+        try:
+            kept = os.dup(2)
+        except OSError:  # there is no stderr
+            yield
+            return
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            os.close(nowhere)
 
 
 def read_label_file(path: Path, palette: bool = False, grey: bool = False) -> np.ndarray:

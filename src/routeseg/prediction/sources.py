@@ -24,7 +24,7 @@ from routeseg.files import check_writable, expand_user, write_atomically
 
 Source = Path | str
 
-INPUT_SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".tif", ".tiff", ".webp")
+INPUT_SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".tif", ".tiff", ".webp", ".gif")
 LIST_SIGN, COMMENT = "@", b"#"
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 GLOB_SIGNS = "*?["

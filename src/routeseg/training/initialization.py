@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from routeseg.model.checkpoints import read_config, read_header, read_weights
 from routeseg.model.grid import RoutedNetwork
 
 SIZE_FIELDS = ("depth", "num_scales", "base_channels", "stem_channels", "cell_operations")
-FREE_FIELDS = ("num_classes", "class_names", "palette", "pixel_mean", "pixel_std")  # may differ without a word
+FREE_FIELDS = frozenset(
+    ("num_classes", "class_names", "palette", "pixel_mean", "pixel_std")
+)  # may differ without a word
 LISTED = 4  # names in a line of a report
 
 
@@ -65,11 +68,7 @@ def initialize(model: RoutedNetwork, folder: str | Path) -> InitReport:
     there = {key: value for key, value in stored.items() if key in here}
     used = [key for key in here if key in there and there[key].shape == tuple(here[key].shape)]
     other = [key for key in here if key in there and there[key].shape != tuple(here[key].shape)]
-    differences = [
-        (name, value, getattr(model.config, name))
-        for name, value in config.as_dict().items()
-        if name not in FREE_FIELDS and value != getattr(model.config, name)
-    ]
+    differences = differences_of(config, model.config)
     body = [key for key in here if key.startswith(("stem.", "nodes."))]
     fitting = len(set(used) & set(body))
     if 2 * fitting < len(body):
@@ -89,6 +88,17 @@ def initialize(model: RoutedNetwork, folder: str | Path) -> InitReport:
     model.load_state_dict(read_weights(folder, used), strict=False)
     adopt_normalization(model, config)
     return report
+
+
+def differences_of(
+    there: NetworkConfig, here: NetworkConfig, free: Collection[str] = FREE_FIELDS
+) -> list[tuple[str, Any, Any]]:
+    """The fields, but for those that are `free`, that make another network: (name, value there, value here)."""
+    return [
+        (name, value, getattr(here, name))
+        for name, value in there.as_dict().items()
+        if name not in free and value != getattr(here, name)
+    ]
 
 
 def adopt_normalization(model: RoutedNetwork, config: NetworkConfig) -> None:

@@ -28,9 +28,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from routeseg.data.classification_loaders import ClassificationDataModule
 from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.files import RUN_CONFIG_FILE, check_writable, remove_leftovers, write_atomically
+from routeseg.model.checkpoints import read_config
 from routeseg.model.grid import RoutedNetwork
 from routeseg.training.batch_norm import Mode, check_enough_values, choose_mode
-from routeseg.training.callbacks import RESUME_FILE, RUN_STATE, Progress, StopAtSignal, ValidateAndSave
+from routeseg.training.callbacks import LAST_FOLDER, RESUME_FILE, RUN_STATE, Progress, StopAtSignal, ValidateAndSave
+from routeseg.training.initialization import FREE_FIELDS, differences_of
 from routeseg.training.processes import (
     LOST,
     TIMEOUT,
@@ -269,8 +271,12 @@ def _where_it_goes_on(model: RoutedNetwork, recipe: TrainingRecipe, options: Run
     here = {name: list(value.shape) for name, value in model.state_dict().items()}
     for name in [*here, *there]:
         if there.get(name) != here.get(name):
+            known = read_config(output / LAST_FOLDER) if (output / LAST_FOLDER).is_dir() else model.config
+            others = differences_of(known, model.config, FREE_FIELDS - {"num_classes"})
+            others = others or [(name, there.get(name, "missing"), here.get(name, "missing"))]
+            said = ", ".join(f"{what} is {a} there and {b} here" for what, a, b in others)
             raise ValueError(
-                f"the run in {output} has another network: {name} is {there.get(name, 'missing')} there, and "
-                f"{here.get(name, 'missing')} here. Resume it with the configuration that it had (model and data)"
+                f"the run in {output} has another network: {said}. Resume it with the configuration that it had (model "
+                "and data)"
             )
     return step, saved
