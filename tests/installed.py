@@ -24,7 +24,7 @@ def draw(folder: Path) -> None:
     """Pictures whose upper half is bright, with masks that say so."""
     rng = np.random.default_rng(0)
     rows = np.arange(SIZE)[:, None] < SIZE // 2
-    for part, number in (("train", 8), ("val", 4)):
+    for part, number in (("train", 12), ("val", 4)):
         for kind in ("images", "masks"):
             (folder / kind / part).mkdir(parents=True)
         for index in range(number):

@@ -511,6 +511,19 @@ class TestCommands:
         assert main([*words, "--data.train_images=3", "--recipe.iterations=1"]) == 2
         assert "too few to calibrate" in capsys.readouterr().err
 
+    def test_with_few_validation_pictures_the_training_pictures_set_budgets(self, tmp_path, capsys, monkeypatch):
+        images = []
+        monkeypatch.setattr(
+            "routeseg.training.calibration._set_budgets", lambda model, exits, batches: images.extend(batches)
+        )
+        words = ["train", *self.WORDS, "--model.gate=fixed", "--model.exits=[2]", "--model.depth=3"]
+        words += ["--data.train_images=9", "--recipe.iterations=1", "--recipe.precise_bn_batches=1"]
+        for count, sets in ((3, 9), (8, 8)):
+            images.clear()
+            assert main([*words, f"--data.val_images={count}", f"--output={tmp_path / str(count)}"]) == 0
+            assert len(images) == sets
+            assert ("3 validation pictures are too few" in capsys.readouterr().err) == (count == 3)
+
 
 def test_a_training_with_exits_resumes_to_the_same_weights(tmp_path):
     recipe = Recipe(iterations=6, warmup_steps=1, precise_bn_batches=1, validate_every=3, save_every=3, log_every=1)

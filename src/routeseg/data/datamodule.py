@@ -19,7 +19,7 @@ from routeseg.data.loaders import (
     loader_process,
 )
 from routeseg.data.pairs import PairedFiles
-from routeseg.data.subset import CALIBRATION_PICTURES, evenly_spread
+from routeseg.data.subset import CALIBRATION_PICTURES, LEAST_PICTURES, evenly_spread
 from routeseg.data.transforms import Augmentation
 from routeseg.files import expand_user
 from routeseg.labels import Classes
@@ -74,9 +74,11 @@ class SegmentationDataModule(LightningDataModule):
         return self._batches(sampler, NORM_STREAM + step, self.config.workers)
 
     def calibration_dataloader(self, part: Literal["train", "val"]) -> DataLoader:
-        """Some pictures as they are, one at a time, each once over all processes: to calibrate exits with."""
+        """Some pictures as they are, one at a time, each once over all processes: to calibrate exits with. If there are
+        too few for validation, the training pictures serve."""
         rank, world = self._rank()
-        pictures = evenly_spread(self.train_data if part == "train" else self.val_data, CALIBRATION_PICTURES)
+        enough = part == "val" and len(self.val_data) >= LEAST_PICTURES
+        pictures = evenly_spread(self.val_data if enough else self.train_data, CALIBRATION_PICTURES)
         return evaluation_loader(pictures, self.config.workers, rank, world)
 
     def _batches(self, sampler: StepSampler, stream: int, workers: int) -> DataLoader:

@@ -9,7 +9,7 @@ import numpy as np
 from routeseg.data.pairs import SegmentationData, SkipLog, UnreadableImage
 from routeseg.labels import IGNORE, Classes
 
-CALIBRATION_PICTURES = 300  # at most, to calibrate a network with exits
+CALIBRATION_PICTURES, LEAST_PICTURES = 300, 8  # at most and at least, to calibrate a network with exits
 COUNTED_PICTURES = 500  # at most, to see how frequent classes are
 LEAST_SHARE = 1e-4  # of the pixels: a class that is rarer, or is not seen, gains no more than this one
 

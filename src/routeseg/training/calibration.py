@@ -21,12 +21,12 @@ import torch
 
 from routeseg.collectives import gather
 from routeseg.cost.macs import exit_costs
+from routeseg.data.subset import LEAST_PICTURES
 from routeseg.evaluation.choice import LARGEST_PRICE, AllExits, price_between, score_exits
 from routeseg.model.exits import TABLE, Exits
 from routeseg.model.grid import RoutedNetwork
 
 RIDGES = 10.0 ** np.arange(-2, 7)  # strengths, for standardised features
-LEAST_PICTURES = 8
 LEAST_SPREAD = 1e-2  # of a feature over the pictures, as a share of the largest: a class that hardly occurs
 ROUNDING = 1e-9  # of a mean
 

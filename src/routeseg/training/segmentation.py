@@ -7,6 +7,7 @@ Legend: B images, K classes, H, W crop size.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from routeseg.cost.budget import Budget, budget_loss
 from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig, pair
 from routeseg.data.datamodule import SegmentationDataModule
-from routeseg.data.subset import class_weights
+from routeseg.data.subset import LEAST_PICTURES, class_weights
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import Evaluation, evaluate
 from routeseg.evaluation.scores import check_class_count
@@ -33,6 +34,8 @@ from routeseg.training.distillation import Teacher, distillation_loss
 from routeseg.training.recipe import Recipe
 from routeseg.training.run import Run, RunOptions, RunResult
 from routeseg.training.task import RecipeTask, Validation
+
+log = logging.getLogger("routeseg")
 
 
 class SegmentationTask(RecipeTask[Evaluation]):
@@ -159,7 +162,12 @@ def train(
     module = SegmentationDataModule(data, recipe.iterations, recipe.seed, run.first_step, recipe.accumulate)
     if model.exits is not None:
         check_enough_pictures(len(module.train_data))
-        check_enough_pictures(len(module.val_data), "validation pictures")
+        if len(module.val_data) < LEAST_PICTURES:
+            log.warning(
+                "%d validation pictures are too few to set budgets with: the training pictures serve, of which the "
+                "network is surer, so that new ones cost more than is asked",
+                len(module.val_data),
+            )
     weights = class_weights(module.train_data, recipe.class_balance) if recipe.class_balance else None
     task = SegmentationTask(model, recipe, budget, pair(data.crop), run.batch_norm, weights, teacher)
     return run.fit(task, module)
