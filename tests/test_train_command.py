@@ -1,11 +1,13 @@
 """`routeseg train` as somebody types it: a folder, minutes, epochs, and going on."""
 
 import json
+import re
 
 import pytest
 import torch
 import yaml
 
+import routeseg
 from conftest import run
 from routeseg.cli import training
 from routeseg.cli.common import PRESETS
@@ -68,6 +70,38 @@ def test_a_run_remembers_itself(layouts, tmp_path, capsys):
     for option in ("--minutes=1", "--epochs=1"):
         code, _, err = run(["train", "--resume", f"--output={output}", option], capsys)
         assert code == 2 and "leave out --minutes and --epochs" in err
+
+
+def test_in_python(layouts, tmp_path, capsys):
+    """The same as the command, to the bit; mistakes are ValueErrors."""
+    keys = dict(word.removeprefix("--").split("=", 1) for word in TINY)
+    sections = {name: {} for name in ("model", "data", "recipe", "budget")}
+    for key, value in keys.items():
+        section, _, name = key.partition(".")
+        sections[section][name] = json.loads(value) if value[0] in "[0123456789" and "true" not in value else value
+    data = {"name": "folder", "root": layouts("folder"), **sections.pop("data")}
+    sections["recipe"] |= {"iterations": 2, "seed": 5}
+    run_ = routeseg.train(data, config="small", output=tmp_path / "one", **sections)
+    words = ["train", "--config=small", "--data.name=folder", f"--data.root={layouts('folder')}", *TINY]
+    words += ["--recipe.iterations=2", "--recipe.seed=5", f"--output={tmp_path / 'other'}"]
+    code, _, err = run(words, capsys)
+    assert code == 0, err
+    one, other = (routeseg.load(tmp_path / name / "best").state_dict() for name in ("one", "other"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert run_.folder == tmp_path / "one" and 0 <= run_.evaluation.miou <= 1
+    image = next((layouts("folder") / "images" / "val").glob("*"))
+    assert run_.model(image).labels.ndim == 2
+    for wrong, message in (
+        ({}, "nothing to train on"),
+        ({"config": "camvid/smal"}, "did you mean camvid/small?"),
+        ({"data": tmp_path / "none"}, "no folder"),
+        ({"config": "small", "recipe": {"lerning_rate": 1}}, "no key 'recipe.lerning_rate'"),
+        ({"config": "small", "model": {"depth": "deep"}}, "--model.depth is deep: it must be a whole number"),
+        ({"config": "small", "minutes": 0}, "--minutes is 0"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            routeseg.train(**wrong)
+    assert capsys.readouterr().err == ""
 
 
 def test_minutes(layouts, tmp_path, capsys, monkeypatch):

@@ -5,6 +5,9 @@ model = routeseg.load()                        # the street-scene network that i
 result = model("street.jpg")                   # a path, URL, PIL image, array [H,W,3], tensor; or a list of these
 result.labels, result.shares, result.route, result.cost_gmacs, result.overlay(), result.save("folder")
 
+run = routeseg.train("my", minutes=20)         # your pictures, as `routeseg train my --minutes 20`
+run.model("photo.jpg"), run.evaluation.miou
+
 engine = routeseg.SkipEngine(model)            # for batches of tensors [B,3,H,W], RGB, uint8 or 0..1
 engine(images).logits
 

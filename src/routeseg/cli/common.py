@@ -61,10 +61,12 @@ class Parser(ArgumentParser):
     """jsonargparse, with the nearest valid name for a key that does not exist, and a --help for people.
 
     passed_over  sections that a configuration file may have, and that this command does not use
+    in_python    a mistake is a ValueError, and not the end of the program
     first        what --help shows, option and value -> meaning; --help-all shows all. Empty: --help shows all
     """
 
     passed_over: tuple[str, ...] = ()
+    in_python = False
     first: Mapping[str, str] = {}
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **how: Any) -> Namespace:  # type: ignore[override]
@@ -108,6 +110,8 @@ class Parser(ArgumentParser):
             hint = f"did you mean {near[0]}?" if near else f"see `{self.prog} --help`"
             message = f"no key {wrong!r} in the configuration: {hint}"
             break
+        if self.in_python:
+            raise ValueError(_first_lines(message))
         print(f"routeseg: error: {_first_lines(message)}", file=sys.stderr)
         raise SystemExit(USAGE_ERROR)
 

@@ -31,8 +31,9 @@ from routeseg.files import RUN_CONFIG_FILE, expand_user
 
 if TYPE_CHECKING:
     from routeseg.data.config import DataConfig
+    from routeseg.evaluation import Evaluation
     from routeseg.training.recipe import Recipe
-    from routeseg.training.run import RunOptions
+    from routeseg.training.run import RunOptions, RunResult
 
 RUNS = "runs/train"  # unless --output names another folder
 FIRST = {  # what `train --help` shows
@@ -58,7 +59,20 @@ SMALLER_STEPS = (
 
 def train_command(words: Sequence[str]) -> int:
     """`routeseg train FOLDER ...` is short for a preset, the layout of the folder, and the weights that come along."""
-    parser = config_parser("train")
+    result, output = train_by(words, config_parser("train"))
+    if not result.is_global_zero:
+        return 0
+
+    from routeseg.cli.tables import print_evaluation
+
+    if result.found is not None:
+        print_evaluation(result.found)
+    print(f"{result.seconds / 60:.1f} minutes; networks in {output}/best and {output}/last")
+    return 0
+
+
+def train_by(words: Sequence[str], parser: Parser) -> tuple[RunResult[Evaluation], Path]:
+    """What the words of `routeseg train` ask for: trains, and returns what came of it and the folder of the run."""
     parser.usage = "routeseg train FOLDER [--minutes M] [options], or routeseg train --config PRESET [options]"
     parser.first = FIRST
     _add_run_arguments(parser, RUNS)
@@ -93,7 +107,6 @@ def train_command(words: Sequence[str]) -> int:
         checkpoints.read_config(Path(args.init))  # a wrong folder is told before PyTorch is imported
     model = new_network(args, data, recipe, pretrained=args.init is None and not args.resume)
 
-    from routeseg.cli.tables import print_evaluation
     from routeseg.training.pace import fitted, measure_pace
     from routeseg.training.segmentation import train
 
@@ -108,13 +121,7 @@ def train_command(words: Sequence[str]) -> int:
     sections = {"model": vars(args.model), "data": asdict(data), "recipe": asdict(recipe), "budget": vars(args.budget)}
     options = replace(run_options(args), configuration=sections)
     with enough_memory(SMALLER_STEPS):
-        result = train(model, data, recipe, budget, options)
-    if not result.is_global_zero:
-        return 0
-    if result.found is not None:
-        print_evaluation(result.found)
-    print(f"{result.seconds / 60:.1f} minutes; networks in {args.output}/best and {args.output}/last")
-    return 0
+        return train(model, data, recipe, budget, options), options.output
 
 
 def _of_folder(folder: str, words: Sequence[str]) -> list[str]:
