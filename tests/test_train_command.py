@@ -81,7 +81,7 @@ def test_in_python(layouts, tmp_path, capsys):
         sections[section][name] = json.loads(value) if value[0] in "[0123456789" and "true" not in value else value
     data = {"name": "folder", "root": layouts("folder"), **sections.pop("data")}
     sections["recipe"] |= {"iterations": 2, "seed": 5}
-    run_ = routeseg.train(data, config="small", output=tmp_path / "one", **sections)
+    run_ = routeseg.train(data=data, config="small", output=tmp_path / "one", **sections)
     words = ["train", "--config=small", "--data.name=folder", f"--data.root={layouts('folder')}", *TINY]
     words += ["--recipe.iterations=2", "--recipe.seed=5", f"--output={tmp_path / 'other'}"]
     code, _, err = run(words, capsys)
@@ -94,7 +94,7 @@ def test_in_python(layouts, tmp_path, capsys):
     for wrong, message in (
         ({}, "nothing to train on"),
         ({"config": "camvid/smal"}, "did you mean camvid/small?"),
-        ({"data": tmp_path / "none"}, "no folder"),
+        ({"folder": tmp_path / "none"}, "no folder"),
         ({"config": "small", "recipe": {"lerning_rate": 1}}, "no key 'recipe.lerning_rate'"),
         ({"config": "small", "model": {"depth": "deep"}}, "--model.depth is deep: it must be a whole number"),
         ({"config": "small", "minutes": 0}, "--minutes is 0"),

@@ -31,7 +31,7 @@ class Trained:
 
 
 def train(
-    data: str | Path | Mapping[str, Any] | None = None,
+    folder: str | Path | None = None,
     *,
     config: str | Path | Sequence[str | Path] = (),
     minutes: float | None = None,
@@ -39,6 +39,7 @@ def train(
     output: str | Path = RUNS,
     init: str | Path | None = None,
     resume: bool = False,
+    data: Mapping[str, Any] | None = None,
     model: Mapping[str, Any] | None = None,
     recipe: Mapping[str, Any] | None = None,
     budget: Mapping[str, Any] | None = None,
@@ -48,32 +49,32 @@ def train(
         run = routeseg.train("my", minutes=20, output="runs/my")
         run.model("photo.jpg").overlay()
 
-    data     the folder of your pictures, for which the rest is chosen; or keys of the section `data`, such as
-             {"name": "camvid", "root": "camvid", "batch_size": 4}
+    folder   of your pictures: what else is needed is chosen
     config   a preset such as "camvid/small", or a YAML file; or several, one on top of the other
     minutes  how long this machine may take; or `epochs`: how often each picture is seen; else recipe["iterations"]
     output   folder of the run
     init     a checkpoint folder to start from; with a folder of pictures else the network that comes along
     resume   go on with the run in `output`
-    model, recipe, budget   keys of these sections of the configuration (`routeseg train --help-all`)
+    data, model, recipe, budget   keys of these sections of the configuration (`routeseg train --help-all`), such as
+             data={"name": "camvid", "root": "camvid", "batch_size": 4}
 
     Raises ValueError, with the remedy, for what makes no training; NonFiniteLoss if the loss is no number.
     """
     from routeseg.model import checkpoints
     from routeseg.training.callbacks import BEST_FOLDER
 
-    words = [str(data)] if isinstance(data, str | Path) else []
+    words = [] if folder is None else [str(folder)]
     for one in [config] if isinstance(config, str | Path) else config:
         words += ["--config", str(one)]
-    sections = {"data": data if isinstance(data, Mapping) else None, "model": model, "recipe": recipe, "budget": budget}
+    sections = {"data": data, "model": model, "recipe": recipe, "budget": budget}
     for section, keys in sections.items():
         words += [f"--{section}.{key}={_as_word(value)}" for key, value in (keys or {}).items()]
     for option, value in (("minutes", minutes), ("epochs", epochs), ("output", output), ("init", init)):
         words += [f"--{option}={value}"] if value is not None else []
     parser = config_parser("train")
     parser.in_python = True
-    result, folder = train_by([*words, *(["--resume"] if resume else [])], parser)
-    return Trained(folder, checkpoints.load(folder / BEST_FOLDER), result.found)
+    result, place = train_by([*words, *(["--resume"] if resume else [])], parser)
+    return Trained(place, checkpoints.load(place / BEST_FOLDER), result.found)
 
 
 def _as_word(value: Any) -> str:
