@@ -19,6 +19,8 @@ from routeseg import DynamicRoutingNetwork, SkipEngine
 from routeseg.cost.macs import model_cost
 from routeseg.data.pairs import read_image, read_label_file
 from routeseg.data.transforms import PADDING_RGB
+from routeseg.description import describe
+from routeseg.prediction import files
 from routeseg.prediction.files import OUTPUTS, Skip, predict_files
 from routeseg.prediction.torch_runner import TorchNetwork
 from routeseg.space import DIRECTIONS, Route
@@ -124,6 +126,35 @@ class TestPredictFiles:
         model = DynamicRoutingNetwork(num_classes=5, depth=3, num_scales=3, base_channels=8, stem_channels=8).eval()
         prediction = run(model, [save(tmp_path / "a.png", noise(10, 12))], tmp_path / "out").predictions[0]
         assert prediction.full_macs == pytest.approx(model_cost(model, (32, 32)).full)
+
+    @pytest.mark.parametrize("size", [(100, 150), (64, 300), (65, 64), (40, 200)])
+    def test_a_large_image_is_segmented_in_windows(self, network, size, monkeypatch):
+        """Each pixel once, from a window that has it well inside; cost and route over all windows."""
+        monkeypatch.setattr(files, "PASS_BYTES", 64 * 64 * (150 + 5 * 5))
+        monkeypatch.setattr(files, "WINDOW", 64)
+        seen, known = [], describe(network)
+
+        class Copies:
+            """Its classes are the red of the pixels, but for the outermost ones of a window."""
+
+            network, precision = known, "float32"
+
+            def __call__(self, view):
+                seen.append(view.shape[:2])
+                gates = np.zeros(self.network.config.space.legal.shape, np.float32)
+                gates[0, 0] = len(seen)
+                labels = view[..., 0].copy()
+                for edge in (np.s_[:2], np.s_[-2:], np.s_[:, :2], np.s_[:, -2:]):
+                    labels[edge] = 255
+                return labels, gates
+
+        image = np.random.default_rng(0).integers(0, 200, (*size, 3), dtype=np.uint8)
+        found = files.segment(Copies(), image, Path("large.png"), "large")
+        inner = np.s_[2 : size[0] - 2, 2 : size[1] - 2]
+        assert (found.labels[inner] == image[..., 0][inner]).all() and found.labels.shape == size
+        assert found.windows == len(seen) > 1 and all(max(one) <= 64 for one in seen)
+        assert found.gates[0, 0, 0] == np.mean(range(1, len(seen) + 1))
+        assert found.prediction.full_macs == pytest.approx(len(seen) * model_cost(network, seen[0]).full)
 
     def test_exif_orientation_gives_an_upright_label_map(self, network, tmp_path):
         exif = Image.Exif()

@@ -36,6 +36,7 @@ from routeseg.data.pairs import MAX_PIXELS, UnreadableImage, decode_image
 from routeseg.data.transforms import PADDING_RGB
 from routeseg.description import NetworkDescription
 from routeseg.errors import BudgetNotKept, lacks_memory
+from routeseg.evaluation.windows import starts
 from routeseg.labels import IGNORE
 from routeseg.prediction.sources import (
     ResultFolder,
@@ -51,6 +52,9 @@ from routeseg.space import MIN_IMAGE_SIZE, Route, padded_size
 
 LABELS, OVERLAY, ROUTE_PICTURE, ROUTE = "_labels.png", "_overlay.png", "_route.png", "_route.json"
 OUTPUTS = (LABELS, OVERLAY, ROUTE_PICTURE, ROUTE)
+PASS_BYTES = 4 << 30  # a pass that would take more is made in windows: 20 million pixels of 11 classes
+PIXEL_BYTES, CLASS_BYTES = 150, 5  # that a pass takes for each pixel, and for each of its logits (measured on a CPU)
+WINDOW, WINDOW_OVERLAP = 2048, 0.125  # side of a window, and the share of it that the next one has, too
 SKIPS_NAMED = 20  # in the summary; beyond that they are counted
 GIGA = 1e9
 
@@ -257,24 +261,62 @@ class Segmenter:
 
 
 class Segmented(NamedTuple):
-    """One image, segmented: labels uint8 [H,W], gates float32 [L+1,S,3], and how long the network took."""
+    """One image, segmented: labels uint8 [H,W], gates float32 [L+1,S,3], how long the network took, and in how many
+    windows, whose mean the gates are."""
 
     prediction: Prediction
     labels: np.ndarray
     gates: np.ndarray
     seconds: float
+    windows: int = 1
 
 
 def segment(runner: Runner, image: np.ndarray, source: Source, name: str) -> Segmented:
-    """Segments one image uint8 [H,W,3] of any size; `source` and `name` are those of its `Prediction`."""
+    """Segments one image uint8 [H,W,3] of any size; `source` and `name` are those of its `Prediction`. What would take
+    more memory than PASS_BYTES is segmented in windows: a pixel gets its class from the one in whose middle it lies."""
     height, width = image.shape[:2]
-    padded = pad_small(image)
-    start = time.perf_counter()
-    labels, gates = runner(padded)
-    seconds = time.perf_counter() - start
-    table = model_cost(runner.network, padded_size(runner.network.config.space, *padded.shape[:2]))
-    prediction = Prediction(source, name, (height, width), float(table.of_gates(gates)), table.full)
-    return Segmented(prediction, np.ascontiguousarray(labels[:height, :width]), gates, seconds)
+    padded, config = pad_small(image), runner.network.config
+    views = _views(padded.shape[0], padded.shape[1], config.num_classes)
+    labels = np.empty(padded.shape[:2], np.uint8)
+    opened: list[np.ndarray] = []
+    cost, full, seconds = 0.0, 0.0, 0.0
+    for rows, columns in views:
+        view = np.ascontiguousarray(padded[rows.taken, columns.taken])
+        start = time.perf_counter()
+        found, gates = runner(view)
+        seconds += time.perf_counter() - start
+        labels[rows.kept, columns.kept] = found[rows.inside, columns.inside]
+        table = model_cost(runner.network, padded_size(config.space, *view.shape[:2]))
+        cost, full = cost + float(table.of_gates(gates)), full + table.full
+        opened.append(gates)
+    prediction = Prediction(source, name, (height, width), cost, full)
+    mean = opened[0] if len(opened) == 1 else np.asarray(np.mean(opened, axis=0, dtype=np.float32))
+    return Segmented(prediction, np.ascontiguousarray(labels[:height, :width]), mean, seconds, len(views))
+
+
+class _Part(NamedTuple):
+    """A window along a side: what of the image it takes, what of it is kept, and where that lies in the window."""
+
+    taken: slice
+    kept: slice
+    inside: slice
+
+
+def _views(height: int, width: int, classes: int) -> list[tuple[_Part, _Part]]:
+    """The windows of an image, rows and columns: one, if a pass over the whole fits into PASS_BYTES."""
+    whole = height * width * (PIXEL_BYTES + CLASS_BYTES * classes) <= PASS_BYTES
+    rows, columns = (_parts(side, side if whole else min(side, WINDOW)) for side in (height, width))
+    return [(row, column) for row in rows for column in columns]
+
+
+def _parts(side: int, window: int) -> list[_Part]:
+    """Neighbouring windows meet in the middle of what they share."""
+    begins = starts(side, window, WINDOW_OVERLAP)
+    cuts = [0, *((left + window + right) // 2 for left, right in itertools.pairwise(begins)), side]
+    return [
+        _Part(slice(begin, begin + window), slice(low, high), slice(low - begin, high - begin))
+        for begin, (low, high) in zip(begins, itertools.pairwise(cuts), strict=True)
+    ]
 
 
 def write_results(
@@ -314,6 +356,7 @@ def _route_json(target: Target, network: NetworkDescription, found: Segmented, p
         "pictures": target.pictures,
         "network": target.network,
         "precision": precision,
+        **({"windows": found.windows} if found.windows > 1 else {}),
     }
     return json.dumps(data) + "\n"
 
