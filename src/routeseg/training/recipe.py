@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from routeseg.errors import require
+
 Precision = Literal["32-true", "bf16-mixed"]
 FLOAT32: Precision = "32-true"
 BFLOAT16: Precision = "bf16-mixed"
@@ -86,6 +88,10 @@ class Recipe(TrainingRecipe):
     backbone_frozen_stages   so many of them, from the first, never learn: the first one costs most of a step
     class_balance   the loss of a pixel counts 1 / (its class's share of the training pixels)^class_balance, relative to
                     the others: 0 all pixels alike, 1 all classes alike; between them rare classes gain
+    hard_pixels     the loss counts this share of the labelled pixels of a batch, those where it is highest (online hard
+                    example mining); 1: all
+    dice            the loss gains this many times the Dice loss of a batch, the mean over its classes (kornia's): small
+                    classes weigh as much as large ones
     teacher         folder of a trained network of the same classes: the loss gains `teacher_weight` times the
                     cross-entropy with what that one says (distillation)
     """
@@ -95,6 +101,8 @@ class Recipe(TrainingRecipe):
     backbone_frozen: float = 0.1
     backbone_frozen_stages: int = 1
     class_balance: float = 0.0
+    hard_pixels: float = 1.0
+    dice: float = 0.0
     teacher: str | None = None
     teacher_weight: float = 1.0
 
@@ -106,6 +114,12 @@ class Recipe(TrainingRecipe):
             raise ValueError(f"recipe.backbone_frozen is {self.backbone_frozen}: it must be from 0 to 1")
         if self.backbone_frozen_stages < 0:
             raise ValueError(f"recipe.backbone_frozen_stages is {self.backbone_frozen_stages}: it must not be negative")
+        if not 0 < self.hard_pixels <= 1:
+            raise ValueError(f"recipe.hard_pixels is {self.hard_pixels}: it must be above 0, and at most 1 (all)")
+        if not 0 <= self.dice < math.inf:
+            raise ValueError(f"recipe.dice is {self.dice}: it must not be negative")
+        if self.dice:
+            require("kornia", "losses", "--recipe.dice")
         if not self.teacher_weight > 0:
             raise ValueError(f"recipe.teacher_weight is {self.teacher_weight}: it must be positive")
         if not 0 <= self.class_balance <= 1:

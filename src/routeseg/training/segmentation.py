@@ -31,6 +31,7 @@ from routeseg.model.compute import PLAIN
 from routeseg.training.batch_norm import Mode
 from routeseg.training.calibration import check_enough_pictures
 from routeseg.training.distillation import Teacher, distillation_loss
+from routeseg.training.losses import dice_loss, hardest
 from routeseg.training.recipe import Recipe
 from routeseg.training.run import Run, RunOptions, RunResult
 from routeseg.training.task import RecipeTask, Validation
@@ -41,7 +42,7 @@ log = logging.getLogger("routeseg")
 class SegmentationTask(RecipeTask[Evaluation]):
     """Cross-entropy plus budget (Eq. 10); of a network with exits, the sum of all exits' cross-entropies (whose mean is
     logged as cross_entropy). `class_weights` [K] weigh the pixels by their classes; None: all count 1. With a `teacher`
-    the loss gains what distillation.py says.
+    the loss gains what distillation.py says; hard pixels and Dice: losses.py.
 
     With P processes, A batches of each in a step (`accumulate`), N labelled pixels i in all of these batches (the sum
     of their weights), and M_a the mean of the expected costs of the images in the batches a of all processes,
@@ -102,8 +103,15 @@ class SegmentationTask(RecipeTask[Evaluation]):
         weight = self.budget.weight_at(self.global_step / self.recipe.iterations)
         compute, weights = self.model.compute or PLAIN, self.weights(labels)
         outputs = (*result.earlier, result.logits)
-        sums = [compute.cross_entropy_sum(logits.float(), labels, weights) for logits in outputs]
-        cross_entropy = torch.stack(sums).sum() / labels_in_step.clamp(min=1)
+        share = self.recipe.hard_pixels
+        sums = []
+        for logits in outputs:
+            counts = weights
+            if share < 1:
+                hard = hardest(logits.float(), labels, share)
+                counts = hard if weights is None else weights * hard
+            sums.append(compute.cross_entropy_sum(logits.float(), labels, counts))
+        cross_entropy = torch.stack(sums).sum() / (share * labels_in_step).clamp(min=1)
         expected = self.cost.expected(result.gates).mean()
         mean = total(expected.detach()) / world
         # M_a: the value of all processes, the gradient of this one's images.
@@ -114,6 +122,10 @@ class SegmentationTask(RecipeTask[Evaluation]):
             "budget_loss": budget / world,
             "expected_cost": expected / self.cost.budgeted / count / world,
         }
+        if self.recipe.dice:
+            dice = torch.stack([dice_loss(logits.float(), labels) for logits in outputs]).sum() / count
+            total_loss = total_loss + self.recipe.dice * dice
+            numbers["dice"] = dice / len(sums) / world
         if self.teacher is not None:
             distillation = distillation_loss(outputs, self.teacher(images), labels) / count
             total_loss = total_loss + self.recipe.teacher_weight * distillation
