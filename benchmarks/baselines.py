@@ -1,13 +1,16 @@
 """Networks that one would take instead, trained on the same data by the same recipe: Fast-SCNN from scratch, U-Net and
 DeepLabV3+ on EfficientNet-Lite0 with the same ImageNet weights as `--model.backbone efficientnet_lite0`.
 
-    python benchmarks/baselines.py --config camvid/pretrained --data.root FOLDER --minutes 90
+    python benchmarks/baselines.py --config camvid/pretrained --data.root FOLDER --minutes 80
+    python benchmarks/baselines.py --clock --ours shipped= --ours small=runs/camvid_small/last
 
 Takes the sections `data` and `recipe` of a configuration of `routeseg train`: loaders, crops, AdamW or SGD with the
 schedule, class balance, average of the weights, a frozen backbone at first. With --minutes some steps measure how many
-fit. Afterwards: mIoU on the validation pictures, parameters, MACs, and milliseconds of one picture with PyTorch and,
-exported, with ONNX Runtime. Writes OUTPUT, a JSON with a row for each network; rows of other networks that it has
-already stay. A run that is interrupted starts anew.
+fit. Afterwards: mIoU on the validation pictures, parameters, MACs. Writes OUTPUT, a JSON with a row for each network;
+rows of other networks that it has already stay. A run that is interrupted starts anew.
+
+--clock trains nothing: milliseconds of one picture of 360x480, all networks in turns, with PyTorch and, exported, with
+ONNX Runtime; networks of ours (NAME=FOLDER; no folder: the one that comes along) with `SkipEngine` in place of PyTorch.
 
 The networks follow their papers (Poudel et al. 2019; Ronneberger et al. 2015; Chen et al. 2018), with the widths of
 decoders of segmentation_models.pytorch, which needs torchvision.
@@ -23,7 +26,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +40,28 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
+from inference_methods import Method, alternate
 from routeseg.cli.common import config_parser, read_parts
 from routeseg.config import NetworkConfig
 from routeseg.data.config import open_data, pair
 from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.data.loaders import evaluation_loader
 from routeseg.data.subset import class_weights
+from routeseg.engine import SkipEngine
 from routeseg.evaluation import machine_facts
 from routeseg.evaluation.scores import count_pairs
+from routeseg.export import build_onnx
 from routeseg.files import write_json
 from routeseg.labels import IGNORE
+from routeseg.model import checkpoints
 from routeseg.model.backbone import EfficientNetLite0
 from routeseg.model.layers import InputNorm
 from routeseg.training.recipe import Recipe
 from routeseg.training.segmentation import freeze_stages
 from routeseg.training.task import optimizer_of
 
-PACE_STEPS, TIMED = 5, 15
+PACE_STEPS = 5
+CLOCKED, CLASSES = (360, 480), 11  # CamVid
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -271,14 +281,14 @@ class Training:
 
 @torch.no_grad()
 def measure(model: Baseline, pictures: Any) -> dict[str, Any]:
-    """Scores on the pictures, cost, and the time of one picture."""
+    """Scores on the pictures, parameters and MACs."""
     classes = len(pictures.classes)
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
     for picture in evaluation_loader(pictures):
         confusion += count_pairs(picture["labels"], model(picture["image"]).argmax(1), classes)
     counts = confusion.double()
     iou = counts.diag() / (counts.sum(0) + counts.sum(1) - counts.diag())
-    model, image = folded(model), torch.rand(1, 3, *pictures.read(0)[1].shape)
+    image = torch.rand(1, 3, *pictures.read(0)[1].shape)
     with FlopCounterMode(display=False) as counter:
         model(image)
     return {
@@ -286,8 +296,6 @@ def measure(model: Baseline, pictures: Any) -> dict[str, Any]:
         "iou": dict(zip(pictures.classes.names, iou.tolist(), strict=True)),
         "parameters": sum(p.numel() for p in model.parameters()),
         "gmacs": counter.get_total_flops() / 2e9,
-        "pytorch_ms": median_ms(lambda: model(image)),
-        "onnxruntime_ms": onnx_ms(model, image),
     }
 
 
@@ -301,26 +309,32 @@ def folded(model: Baseline) -> Baseline:
     return model
 
 
-def median_ms(forward: Callable[[], Any]) -> float:
-    times = []
-    for _ in range(TIMED):
-        start = time.perf_counter()
-        forward()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times[2:])
+def clock(ours: Mapping[str, str], seconds: float) -> dict[str, Any]:
+    """Milliseconds of one picture of all networks in turns, name -> way -> facts."""
+    warnings.filterwarnings("ignore", module="torch")  # of the older way to export, which is enough for these
+    image, methods = torch.rand(1, 3, *CLOCKED), []
+    padded = F.pad(image, (0, -CLOCKED[1] % 32, 0, -CLOCKED[0] % 32))  # files of ours are for sizes that 32 divides
+    for name in NETWORKS:
+        model = folded(Baseline(name, CLASSES).eval())
+        file = io.BytesIO()
+        torch.onnx.export(model, (image,), file, dynamo=False, opset_version=17)
+        methods += [Method(f"{name}: pytorch", partial(model, image)), onnx_method(name, file.getvalue(), image)]
+    for name, folder in ours.items():
+        model = checkpoints.load(folder or None)
+        model = model.specialize(model.route)  # all of its layers
+        methods += [Method(f"{name}: routeseg", partial(SkipEngine(model), image))]
+        methods += [onnx_method(name, build_onnx(model).SerializeToString(), padded)]
+    found = alternate(methods, seconds)
+    return {"size": CLOCKED, "ms": {name: facts["median_ms"] for name, facts in found.items()}, **machine_facts()}
 
 
-def onnx_ms(model: Baseline, image: Tensor) -> float:
-    """The same, exported by PyTorch at this size."""
+def onnx_method(name: str, network: bytes, image: Tensor) -> Method:
     import onnxruntime
 
-    file = io.BytesIO()
-    torch.onnx.export(model, (image,), file, dynamo=False, opset_version=17)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
-    name, value = session.get_inputs()[0].name, image.numpy()
-    return median_ms(lambda: session.run(None, {name: value}))
+    session = onnxruntime.InferenceSession(network, options, providers=["CPUExecutionProvider"])
+    return Method(f"{name}: onnxruntime", partial(session.run, None, {session.get_inputs()[0].name: image.numpy()}))
 
 
 def train(name: str, data: Any, recipe: Recipe, minutes: float | None) -> dict[str, Any]:
@@ -363,8 +377,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--networks", default=",".join(NETWORKS), help="names, comma-separated")
     parser.add_argument("--minutes", type=float, help="of each training, instead of recipe.iterations")
+    parser.add_argument("--clock", action="store_true", help="train nothing, measure milliseconds")
+    parser.add_argument("--ours", action="append", default=[], help="NAME=FOLDER of a network of ours, for --clock")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of --clock")
     parser.add_argument("--output", type=Path, default=Path("results/camvid_baselines_cpu.json"))
     args, words = parser.parse_known_args(command)
+    known = json.loads(args.output.read_text()) if args.output.exists() else {"rows": []}
+    if args.clock:
+        ours = {name: folder for name, _, folder in (one.partition("=") for one in args.ours)}
+        found = clock(ours, args.seconds) | {"command": ["benchmarks/baselines.py", *command]}
+        write_json(args.output, known | {"clock": found})
+        for name, ms in found["ms"].items():
+            print(f"{name}: {ms:.1f} ms")
+        return 0
     _, data, recipe, _ = read_parts(config_parser("baselines"), words)
     asked = args.networks.split(",")
     if unknown := [name for name in asked if name not in NETWORKS]:
@@ -372,11 +397,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     for name in asked:
         row = train(name, data, recipe, args.minutes) | {"command": ["benchmarks/baselines.py", *command]}
-        before = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
-        write_json(args.output, {"rows": [*(other for other in before if other["name"] != name), row]})
-        print(
-            f"{name}: mIoU {100 * row['miou']:.1f} %, {row['gmacs']:.2f} GMACs, {row['pytorch_ms']:.0f} ms", flush=True
-        )
+        known["rows"] = [*(other for other in known["rows"] if other["name"] != name), row]
+        write_json(args.output, known)
+        print(f"{name}: mIoU {100 * row['miou']:.1f} %, {row['gmacs']:.2f} GMACs", flush=True)
     return 0
 
 

@@ -112,6 +112,30 @@ def classes(facts: Sequence[Facts], words: str) -> str:
     return table(["IoU, %", *names], rows)
 
 
+def baselines(facts: Sequence[Facts], words: str) -> str:
+    """Networks that one would take instead (benchmarks/baselines.py), after evaluations of ours, whose names in `clock`
+    and in the table the words give: name = text; name = text."""
+    *ours, found = facts
+    ms = found["clock"]["ms"]
+    rows = []
+    for word, row in zip(words.split(";"), ours, strict=True):
+        name, text = (part.strip() for part in word.split("="))
+        cost = row["cost_gmacs"]["mean"]
+        rows.append((row["miou"], text, cost, "", ms[f"{name}: routeseg"], ms[f"{name}: onnxruntime"]))
+    for row in found["rows"]:
+        name, trained = row["name"], f"{row['iterations']} in {row['seconds'] / 60:.0f}"
+        times = ms[f"{name}: pytorch"], ms[f"{name}: onnxruntime"]
+        rows.append((row["miou"], name, row["gmacs"], trained, *times))
+    head = ["", "mIoU, %", "GMACs", "iterations in minutes", "ms, SkipEngine or PyTorch", "ms, ONNX Runtime"]
+    return table(
+        head,
+        [
+            [text, f"{100 * miou:.1f}", f"{gmacs:.2f}", trained, f"{own:.1f}", f"{onnx:.1f}"]
+            for miou, text, gmacs, trained, own, onnx in sorted(rows, reverse=True)
+        ],
+    )
+
+
 def trials(facts: Sequence[Facts], words: str) -> str:
     """One change of a recipe after the other: what is different, and the score of it."""
     (found,) = facts

@@ -29,6 +29,7 @@ FIGURE_FACTS = "results/inference_cpu.json"
 MAKERS: dict[str, Callable[[Sequence[Facts], str], str]] = {
     "any budget": result_tables.any_budget,
     "architectures": result_tables.architectures,
+    "baselines": result_tables.baselines,
     "classes": result_tables.classes,
     "comparison": result_tables.comparison,
     "how": result_tables.how,
