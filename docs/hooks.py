@@ -3,16 +3,19 @@
 Pages   CHANGELOG.md, CONTRIBUTING.md and linked files of results/ become pages or files of the site; a page of the API
         lists the public names of a package.
 Links   a link to a file outside docs/ leads to its place in the site; one to a source becomes its name.
+Formulas  are MathML.
 Search  from the disk, too, without a script from elsewhere.
 Docstrings   rows of `name   text` become a list, code becomes a code block; see `as_markdown`.
 """
 
 import ast
+import html
 import re
 from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
 
 import griffe
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
@@ -21,12 +24,18 @@ PACKAGES = ("routeseg", "training", "evaluation", "engine", "export", "figures",
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 ABOUT_FILES = re.compile(r"The public names|\w+\.py ")  # paragraphs of a package's docstring
 ROW = re.compile(r"(\S.*?) {2,}(\S.*)")
+FORMULA = re.compile(r'<(span|div) class="arithmatex">(?:\\\((.*?)\\\)|\\\[(.*?)\\\])</\1>', re.DOTALL)
 SPECIAL = re.compile(r"(`[^`]*`)|([*_<\[\]])")
 
 # Browsers refuse workers to pages from the disk: the search runs in a hidden frame there. The theme would fetch a
 # script for that from elsewhere.
 SHIM = '<script src="https://unpkg.com/iframe-worker/shim"></script>'
-HEAD = """<style>.md-grid { max-width: 76rem } .md-typeset table:not([class]) { font-size: .62rem }</style>
+HEAD = """<style>
+.md-grid { max-width: 76rem }
+.md-typeset table:not([class]) { font-size: .62rem }
+.md-typeset table:not([class]) :is(th, td) { min-width: 0; padding: .5em .8em }
+.md-typeset th code { white-space: nowrap }
+</style>
 <script>
 if (location.protocol === "file:") window.Worker = class extends EventTarget {
   constructor(url) {
@@ -81,6 +90,16 @@ def on_page_markdown(markdown, page, config, files):
         return text if text.startswith("`") else f"{text} (`{name}`)"
 
     return LINK.sub(link, markdown)
+
+
+def on_page_content(text, page, config, files):
+    """Formulas as MathML, which browsers draw themselves."""
+
+    def formula(match):
+        tex = html.unescape(match[2] or match[3]).replace(r"\big", "")  # brackets grow by themselves
+        return convert(tex, display="block" if match[3] else "inline")
+
+    return FORMULA.sub(formula, text)
 
 
 def on_post_page(output, page, config):
