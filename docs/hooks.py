@@ -1,11 +1,11 @@
 """What `mkdocs` needs beside mkdocs.yml: the Markdown files stay as they are read on GitHub.
 
-Pages   CHANGELOG.md, CONTRIBUTING.md and linked files of results/ become pages or files of the site; a page of the API
-        lists the public names of a package.
-Links   a link to a file outside docs/ leads to its place in the site; one to a source becomes its name.
-Formulas  are MathML.
-Search  from the disk, too, without a script from elsewhere.
-Docstrings   rows of `name   text` become a list, code becomes a code block; see `as_markdown`.
+Pages       CHANGELOG.md, CONTRIBUTING.md and linked files of results/ become pages or files of the site; a page of the
+            API lists the public names of a package
+Links       one to a file outside docs/ leads to its place in the site; one to a source becomes its name
+Formulas    MathML, which browsers draw themselves
+Search      works from the disk, too, without a script from elsewhere
+Docstrings  rows of `name   text` become a list, code becomes a code block: `as_markdown`
 """
 
 import ast
@@ -21,6 +21,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[1]
 OUTSIDE = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 PACKAGES = ("routeseg", "training", "evaluation", "engine", "export", "figures", "data.scenes")
+MORE = {"routeseg": ("prediction.image.predict",), "training": ("data.config.DataConfig",)}  # shown there, too
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 ABOUT_FILES = re.compile(r"The public names|\w+\.py ")  # paragraphs of a package's docstring
 ROW = re.compile(r"(\S.*?) {2,}(\S.*)")
@@ -35,6 +36,7 @@ HEAD = """<style>
 .md-typeset table:not([class]) { font-size: .62rem }
 .md-typeset table:not([class]) :is(th, td) { min-width: 0; padding: .5em .8em }
 .md-typeset th code { white-space: nowrap }
+.md-typeset td code { word-break: normal }
 </style>
 <script>
 if (location.protocol === "file:") window.Worker = class extends EventTarget {
@@ -93,7 +95,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(text, page, config, files):
-    """Formulas as MathML, which browsers draw themselves."""
+    """Formulas as MathML."""
 
     def formula(match):
         tex = html.unescape(match[2] or match[3]).replace(r"\big", "")  # brackets grow by themselves
@@ -124,7 +126,8 @@ def api_page(package):
     names = sorted((one for one in names if not one.startswith("__")), key=str.lower)
     paragraphs = (ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or "").split("\n\n")
     text = as_markdown("\n\n".join(one for one in paragraphs if not ABOUT_FILES.match(one)))
-    parts = "\n\n".join(f"::: {name}.{one}" for one in names)
+    more = [f"routeseg.{one}" for one in MORE.get(package, ())]
+    parts = "\n\n".join(f"::: {one}" for one in [*(f"{name}.{one}" for one in names), *more])
     return f"# {name}\n\n{text}\n\n{parts}\n"
 
 
