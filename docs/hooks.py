@@ -13,6 +13,7 @@ import html
 import re
 from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
+from textwrap import dedent
 
 import griffe
 from latex2mathml.converter import convert
@@ -137,7 +138,7 @@ def as_markdown(docstring):
     for paragraph in re.split(r"\n\s*\n", docstring):
         run = []  # lines of one kind: words, rows, or what is indented below words
         if is_code(paragraph):
-            blocks.append(f"```python\n{dedent(paragraph)}\n```")
+            blocks.append(f"```python\n{dedent(paragraph).strip()}\n```")
             continue
         for line in paragraph.splitlines():
             indented = line.startswith(" ")
@@ -158,12 +159,6 @@ def is_code(paragraph):
     except SyntaxError:
         return False
     return any(isinstance(node, ast.Call | ast.Import | ast.Assign) for node in ast.walk(tree))
-
-
-def dedent(paragraph):
-    lines = paragraph.strip("\n").splitlines()
-    margin = min(len(line) - len(line.lstrip()) for line in lines)
-    return "\n".join(line[margin:].rstrip() for line in lines)
 
 
 def words(lines):
