@@ -1,5 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Each makes .venv by itself.
 VENV := .venv
+DOCS := .venv-docs
 READY := $(VENV)/.ready
 DATA ?= scenes
 OUTPUT ?= runs/demo
@@ -9,7 +10,7 @@ NATIVE_TESTS ?= tests/test_compiled.py tests/test_fused.py tests/test_kernels_be
 PYTEST := $(VENV)/bin/pytest -q
 DEMO := $(VENV)/bin/routeseg demo --config $(DATA)/small --output $(OUTPUT)
 
-.PHONY: demo test test-all check check-native bench clean
+.PHONY: demo test test-all check check-native bench docs clean
 
 demo: $(READY)  ## train, evaluate, report: make demo [DATA=camvid ROOT=folder] [MINUTES=5]
 	$(DEMO) $(if $(ROOT),--data.root "$(ROOT)") --minutes $(MINUTES)
@@ -42,6 +43,17 @@ check-native: $(READY)  ## the engine's tests on kernels that stop at a wrong ad
 bench: $(READY)  ## training step: images per second and memory, to results/
 	$(VENV)/bin/python benchmarks/training.py
 
+docs: $(DOCS)/.ready  ## the documentation as a site: build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build -q --strict
+
+# What the extra `docs` names and nothing else: the package is read, not imported.
+$(DOCS)/.ready: pyproject.toml constraints.txt
+	python3 -m venv $(DOCS)
+	$(DOCS)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], \
+		sep="\n")' > $(DOCS)/docs.txt
+	$(DOCS)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -r $(DOCS)/docs.txt
+	touch $@
+
 # torch first and pinned: any other way to ask for it may bring gigabytes of CUDA.
 $(READY): pyproject.toml constraints.txt setup.py $(KERNELS)
 	python3 -m venv $(VENV)
@@ -50,4 +62,4 @@ $(READY): pyproject.toml constraints.txt setup.py $(KERNELS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info src/*.egg-info src/routeseg/engine/*.so
+	rm -rf $(VENV) $(DOCS) runs build *.egg-info src/*.egg-info src/routeseg/engine/*.so

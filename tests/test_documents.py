@@ -1,14 +1,20 @@
-"""README.md, CONTRIBUTING.md and docs/: tables are those of the results files, links lead somewhere, commands parse."""
+"""README.md, CONTRIBUTING.md, CHANGELOG.md and docs/: tables are those of the results files, links lead somewhere,
+commands parse, the names of Python blocks exist; and the site that is built of them."""
 
+import ast
 import json
 import re
 import shlex
+import shutil
+import subprocess
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import inference_figure
+import routeseg
 import tables
 from routeseg.cli import main
 from routeseg.cli.common import Parser
@@ -16,11 +22,21 @@ from routeseg.data import config
 from routeseg.data.scenes import draw_scene
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 CODE = [path.as_posix() for part in ("src", "benchmarks", "tests") for path in (ROOT / part).glob("**/*.py")]
 # Named in a document, and no files of ours: what a command writes or the benchmark of VOC expects.
-NOT_HERE = ("results/VOC2012/Segmentation/comp6_test_cls/NAME.png", "results/inference_cuda.json")
+NOT_HERE = (
+    "results/VOC2012/Segmentation/comp6_test_cls/NAME.png",
+    "results/inference_cuda.json",
+    "configs/camvid/small_cpu.yaml",  # before presets: CHANGELOG.md
+)
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?[^)]*\)")
+BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHELL_BLOCK = re.compile(r"^```(?:sh|bash)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"(?:^|\s)(?:\S*/)?routeseg(?:\.cli)? ([a-z][\w-]+ .*)")
 
@@ -78,11 +94,19 @@ def test_the_figure_of_speed(tmp_path):
         inference_figure.time_against_macs(tmp_path / "b.svg", facts)
 
 
+def anchors(path):
+    """Those that GitHub gives the headings of a document, and so does the site."""
+    headings = re.findall(r"^#+ (.*)", BLOCK.sub("", path.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
 @each_document
 def test_links_and_names_lead_somewhere(path):
     text = path.read_text()
-    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
-        assert link.startswith("https://") or (path.parent / link).exists(), link
+    for link, anchor in LINK.findall(BLOCK.sub("", text)):
+        if not link.startswith("https://"):
+            assert (path.parent / link).exists(), link
+            assert not anchor or anchor in anchors(path.parent / link if link else path), f"{link}#{anchor}"
     for name in re.findall(r"\b((?:configs|results|docs)/[\w/.]+\.\w+)", text):
         assert (ROOT / name).exists() or name in NOT_HERE, name
     for name in re.findall(r"`([\w/]+\.py)`", text):
@@ -128,10 +152,45 @@ def test_commands_are_found():
     assert {"train", "evaluate", "predict", "export", "profile", "check-data", "pretrain"} <= found
 
 
+@each_document
+def test_the_names_of_python_blocks_exist(path):
+    """A block compiles, and what it takes from routeseg is there; nothing of it is run."""
+    for code in PYTHON_BLOCK.findall(path.read_text()):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Import):
+                for name in [alias.name for alias in node.names if alias.name.split(".")[0] == "routeseg"]:
+                    import_module(name)
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "routeseg":
+                for alias in node.names:
+                    assert hasattr(import_module(node.module), alias.name), f"{node.module}.{alias.name}"
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "routeseg":
+                assert hasattr(routeseg, node.attr), f"routeseg.{node.attr}"
+
+
+def test_the_site(tmp_path):
+    """`mkdocs build --strict` passes; nothing in the pages is fetched from elsewhere; docstrings are readable."""
+    mkdocs = shutil.which("mkdocs", path=ROOT / ".venv-docs" / "bin") or shutil.which("mkdocs")
+    if mkdocs is None:
+        pytest.skip("mkdocs is not installed: `make docs` installs it")
+    built = subprocess.run(
+        [mkdocs, "build", "-q", "--strict", "--site-dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    pages = {page.relative_to(tmp_path).as_posix(): page.read_text() for page in tmp_path.glob("**/*.html")}
+    assert {f"{path.stem}.html" for path in (ROOT / "docs").glob("*.md")} <= set(pages)
+    for name, page in pages.items():
+        assert not re.search(r"<(?:script|img|iframe|link)[^>]*(?:src|href)=\"?(?:https?:)?//", page), name
+        assert "arithmatex" not in page and not re.search(r"<p>:::|href=\"[^\"]*/src/", page), name
+    for name in routeseg.__all__:
+        assert name.startswith("__") or f'id="routeseg.{name}"' in pages["api/routeseg.html"], name
+    assert re.search(r"<li>\s*(?:<p>)?<code>weight</code>: lambda_2", pages["api/routeseg.html"])
+    assert (tmp_path / "results" / "inference_cpu.png").exists() and "results/inference_cpu.html" in pages
+
+
 def test_the_python_of_the_readme(capsys, one_thread, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(draw_scene(0, 0, (96, 128), "mixed")[0]).save("street.jpg")
-    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (code,) = PYTHON_BLOCK.findall((ROOT / "README.md").read_text())
     assert len([line for line in code.splitlines() if line]) <= 5
     exec(compile(code, "README.md", "exec"), {})
     classes, cost = capsys.readouterr().out.splitlines()
