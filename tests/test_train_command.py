@@ -58,6 +58,7 @@ def test_a_run_remembers_itself(layouts, tmp_path, capsys):
     code, _, err = run(["train", "--resume", f"--output={output}", "--recipe.iterations=4"], capsys)
     assert code == 0, err
     assert torch.load(output / "last.ckpt", weights_only=True)["global_step"] == 4
+    assert yaml.safe_load((output / "config.yaml").read_text())["recipe"]["iterations"] == 4
     for checkpoint in (output, output / "last"):  # the folder of the run stands for its best network
         code, out, err = run(["evaluate", checkpoint], capsys)
         assert code == 0 and "images                          │ 2" in out, err

@@ -59,7 +59,7 @@ class RunOptions:
     devices      processes on this machine, each with one GPU; auto: all GPUs, or those that torchrun started
     accelerator  cpu, gpu or auto
     progress     show a progress bar
-    configuration   the sections that `routeseg train` was given: a run that starts keeps them in OUTPUT/config.yaml
+    configuration   the sections that `routeseg train` was given: a run keeps them in OUTPUT/config.yaml
     """
 
     output: Path
@@ -127,7 +127,7 @@ class Run:
         if is_first:
             _take(lock, options.output)
         first_step, images_before = _where_it_goes_on(model, recipe, options)
-        if options.configuration is not None and not options.resume and is_first:
+        if options.configuration is not None and is_first:
             plain = json.loads(json.dumps(options.configuration))  # lists in place of tuples
             write_atomically(options.output / RUN_CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False).encode())
         lightning.seed_everything(recipe.seed, workers=True, verbose=False)
