@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 DIVERGED = "the outputs hold NaN or infinite values: the network that made them has diverged"
@@ -37,3 +40,18 @@ def require(module: str, extra: str, user: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(f'{user} needs the package {package} ({error}): pip install "routeseg[{extra}]"') from error
+
+
+@contextmanager
+def only_warned_of(what: str) -> Iterator[None]:
+    """For what is only to be looked at, such as a picture of a run: an error in this block is one line on the log."""
+    try:
+        yield
+    except Exception as error:  # a full disk, too little memory, a file that is gone, a mistake in the drawing
+        warn_of(what, error)
+
+
+def warn_of(what: str, error: Exception) -> None:
+    reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    line = " ".join(reason.split()) or type(error).__name__
+    logging.getLogger("routeseg").warning("no %s: %s", what, line)

@@ -27,6 +27,7 @@ from routeseg.cli.common import (
     read_parts,
     start_from,
 )
+from routeseg.errors import only_warned_of
 from routeseg.files import RUN_CONFIG_FILE, expand_user
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def train_command(words: Sequence[str]) -> int:
 
     from routeseg.cli.tables import print_evaluation
     from routeseg.training.pace import fitted, measure_pace
+    from routeseg.training.report import FIGURES_FOLDER, REPORT_FILE, Trained, write_report
     from routeseg.training.segmentation import train
 
     quiet_libraries()
@@ -97,9 +99,14 @@ def train_command(words: Sequence[str]) -> int:
         result = train(model, data, recipe, budget, options)
     if not result.is_global_zero:
         return 0
+    written = f"networks in {args.output}/best and {args.output}/last"
     if result.found is not None:
         print_evaluation(result.found)
-    print(f"{result.seconds / 60:.1f} minutes; networks in {args.output}/best and {args.output}/last")
+        with only_warned_of("report"):
+            run = Trained.of(result, options.output, model, data, recipe, budget)
+            write_report(run, options.output / REPORT_FILE, options.output / FIGURES_FOLDER)
+            written += f", {args.output}/{REPORT_FILE}"
+    print(f"{result.seconds / 60:.1f} minutes; {written}")
     return 0
 
 

@@ -8,6 +8,7 @@ Legend: B images, K classes, H, W crop size.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -33,6 +34,7 @@ from routeseg.training.distillation import Teacher, distillation_loss
 from routeseg.training.recipe import Recipe
 from routeseg.training.run import Run, RunOptions, RunResult
 from routeseg.training.task import RecipeTask, Validation
+from routeseg.training.watch import Watch
 
 
 class SegmentationTask(RecipeTask[Evaluation]):
@@ -60,6 +62,7 @@ class SegmentationTask(RecipeTask[Evaluation]):
     labels_key = "labels"
     recipe: Recipe
     of_label: Tensor | None  # the weight of each label value
+    watch: Watch | None = None  # looks at the pictures of the validations
 
     def __init__(
         self,
@@ -121,7 +124,10 @@ class SegmentationTask(RecipeTask[Evaluation]):
         """The score is the mIoU. A network is a candidate once the budget has its full weight: one that does not yet
         keep the budget must not win."""
         network = cast(DynamicRoutingNetwork, self.network)
-        found = evaluate(network, batches, SkipEngine(network))
+        on_prediction = None if self.watch is None else self.watch.begin(self.global_step)
+        found = evaluate(network, batches, SkipEngine(network), on_prediction=on_prediction)
+        if self.watch is not None:
+            self.watch.end(self.global_step)
         logged = {"val_miou": found.miou, "val_cost": float((found.cost_macs / found.full_macs).mean())}
         full_weight = (self.budget.start + self.budget.ramp) * self.recipe.iterations
         return Validation(found, found.miou, logged, self.global_step >= full_weight or not self.budget.weight)
@@ -162,4 +168,6 @@ def train(
         check_enough_pictures(len(module.val_data), "validation pictures")
     weights = class_weights(module.train_data, recipe.class_balance) if recipe.class_balance else None
     task = SegmentationTask(model, recipe, budget, pair(data.crop), run.batch_norm, weights, teacher)
-    return run.fit(task, module)
+    task.watch = Watch(module.val_data, recipe.iterations)
+    result = run.fit(task, module)
+    return replace(result, ranking=task.watch.ranking)
