@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 
 import result_tables
 from routeseg import figures
-from routeseg.demo import read_log
 from routeseg.files import RUN_CONFIG_FILE, WEIGHTS_FILE, write_atomically
 from routeseg.model import checkpoints
+from routeseg.training.report import read_log
 
 FOLDER = Path("src/routeseg/pretrained/camvid")
 MOST_BYTES = 16 << 20

@@ -41,11 +41,11 @@ import torch
 from routeseg import Budget, DynamicRoutingNetwork
 from routeseg.data.config import DataConfig
 from routeseg.data.scenes import CLASSES
-from routeseg.demo import read_log
 from routeseg.evaluation import machine_facts
 from routeseg.files import check_writable, write_json
 from routeseg.training.callbacks import RESUME_FILE
 from routeseg.training.recipe import Recipe
+from routeseg.training.report import read_log
 from routeseg.training.run import RunOptions
 from routeseg.training.segmentation import train
 from routeseg.training.task import NonFiniteLoss

@@ -26,11 +26,11 @@ import torch
 
 from routeseg import Budget, DynamicRoutingNetwork, bfloat16
 from routeseg.cli.common import config_parser, new_network, read_parts
-from routeseg.demo import read_log
 from routeseg.evaluation import machine_facts
 from routeseg.files import write_json
 from routeseg.model.compute import PLAIN
 from routeseg.training.recipe import BFLOAT16, FLOAT32, Recipe
+from routeseg.training.report import read_log
 from routeseg.training.run import RunOptions
 from routeseg.training.segmentation import SegmentationTask, train
 from routeseg.training.trial import step_seconds

@@ -35,10 +35,13 @@ NOT_HERE = (
 )
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?[^)]*\)")
-BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
-PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-SHELL_BLOCK = re.compile(r"^```(?:sh|bash)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$\n?", re.MULTILINE | re.DOTALL)  # language, code
 COMMAND = re.compile(r"(?:^|\s)(?:\S*/)?routeseg(?:\.cli)? ([a-z][\w-]+ .*)")
+
+
+def blocks(path: Path, *languages: str) -> list[str]:
+    """The code blocks of a document in these languages."""
+    return [code for language, code in BLOCK.findall(path.read_text()) if language in languages]
 
 
 def test_tables_are_those_of_the_results_files(capsys):
@@ -115,7 +118,7 @@ def test_links_and_names_lead_somewhere(path):
 
 def commands(path):
     """The words of every `routeseg ...` in the shell blocks of a document."""
-    for block in SHELL_BLOCK.findall(path.read_text()):
+    for block in blocks(path, "", "sh", "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             if match := COMMAND.search(line):
                 yield shlex.split(match[1], comments=True)
@@ -155,7 +158,7 @@ def test_commands_are_found():
 @each_document
 def test_the_names_of_python_blocks_exist(path):
     """A block compiles, and what it takes from routeseg is there; nothing of it is run."""
-    for code in PYTHON_BLOCK.findall(path.read_text()):
+    for code in blocks(path, "python"):
         for node in ast.walk(ast.parse(code)):
             if isinstance(node, ast.Import):
                 for name in [alias.name for alias in node.names if alias.name.split(".")[0] == "routeseg"]:
@@ -190,7 +193,7 @@ def test_the_site(tmp_path):
 def test_the_python_of_the_readme(capsys, one_thread, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(draw_scene(0, 0, (96, 128), "mixed")[0]).save("street.jpg")
-    (code,) = PYTHON_BLOCK.findall((ROOT / "README.md").read_text())
+    (code,) = blocks(ROOT / "README.md", "python")
     assert len([line for line in code.splitlines() if line]) <= 5
     exec(compile(code, "README.md", "exec"), {})
     classes, cost = capsys.readouterr().out.splitlines()

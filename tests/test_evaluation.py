@@ -18,9 +18,9 @@ from routeseg.data.config import DataConfig, open_data
 from routeseg.data.loaders import evaluation_loader
 from routeseg.evaluation import evaluate, machine_facts
 from routeseg.evaluation.boundary import boundary_counts
+from routeseg.evaluation.ranking import Ranking
 from routeseg.evaluation.submission import Submission
 from routeseg.evaluation.test_time import MultiPass
-from routeseg.evaluation.worst import Worst
 from routeseg.labels import IGNORE
 from routeseg.model import Segmentation
 
@@ -317,9 +317,9 @@ def test_command_with_scales_flip_and_windows(tmp_path, networks, capsys):
 
 
 def test_the_worst_pictures(tmp_path, networks, capsys):
-    """The lowest mean IoU over the classes of the labels comes first, and a picture of them is drawn."""
+    """The lowest mean IoU over the classes of the labels comes first, the best are others, and a picture is drawn."""
     pictures = open_data(DataConfig(image_size=(48, 64), val_images=4), "val")
-    worst, generator = Worst(pictures, count=2), np.random.default_rng(0)
+    ranking, generator = Ranking(pictures, worst=2, best=3), np.random.default_rng(0)
     scores = {}
     for index in range(4):
         labels = pictures.read(index)[1]
@@ -329,9 +329,13 @@ def test_the_worst_pictures(tmp_path, networks, capsys):
             ((labels == k) & (prediction == k)).sum() / ((labels == k) | (prediction == k)).sum() for k in classes
         ]
         scores[pictures.name(index)] = np.mean(overlaps)
-        worst(pictures.name(index), prediction)
-    assert [one.name for one in worst.found] == sorted(scores, key=scores.get)[:2]
-    assert [one.score for one in worst.found] == pytest.approx(sorted(scores.values())[:2])
+        ranking(pictures.name(index), prediction)
+    ranking.gather()  # of one process: nothing changes
+    names = sorted(scores, key=scores.get)
+    assert [one.name for one in ranking.worst] == names[:2] and [one.name for one in ranking.best] == names[:1:-1]
+    assert [one.score for one in ranking.worst] == pytest.approx(sorted(scores.values())[:2])
+    image, labels = ranking.read(ranking.best[0])
+    assert image.shape == (*labels.shape, 3) and labels.shape == ranking.best[0].prediction.shape
     path = tmp_path / "worst.png"
     code, out, _ = run(["evaluate", networks(10), *SCENES, "--worst", path], capsys)
     assert code == 0 and str(path) in out and Image.open(path).width > 1000

@@ -236,9 +236,13 @@ class TestRoute:
         for height, width in sizes:
             image, labels = picture(height, width)
             tint = figures.overlay(image, labels, NAMES, PALETTE)
-            panels.append((image, tint, soft_gates(self.space), "large scale: 0.31 GMACs (42 % of full)"))
+            panels.append(([image, tint], soft_gates(self.space), "large scale: 0.31 GMACs (42 % of full)"))
         figures.routes_side_by_side(tmp_path / "side.png", self.space, panels)
-        assert read(tmp_path / "side.png").shape[1] > 450 * len(panels)
+        side = read(tmp_path / "side.png")
+        assert side.shape[1] > 450 * len(panels)
+        more = [([*pictures, pictures[0]], gates, title) for pictures, gates, title in panels]
+        figures.routes_side_by_side(tmp_path / "more.png", self.space, more, row_names=("image", "label", "prediction"))
+        assert read(tmp_path / "more.png").shape[0] > side.shape[0] + 100
 
     def test_side_by_side_needs_a_panel(self, tmp_path):
         with pytest.raises(ValueError, match="at least one"):
@@ -295,6 +299,27 @@ class TestCharts:
         with pytest.raises(ValueError, match="4 names, 3 IoU values"):
             figures.class_iou_bars(tmp_path / "iou.png", NAMES, [0.5] * 3, PALETTE)
 
+    @pytest.mark.parametrize("classes", [2, 19, 150])
+    def test_confusion_matrix(self, tmp_path, texts, classes):
+        """Rows add up to 100 %; a class that never occurs says so."""
+        names = [f"class number {k}" for k in range(classes)]
+        confusion = np.random.default_rng(0).integers(0, 50, (classes, classes))
+        confusion += np.diag(confusion.sum(1))  # half of each row is right
+        if classes > 2:
+            confusion[1] = 0
+        figures.confusion_matrix(tmp_path / "confusion.png", names, confusion)
+        pixels = read(tmp_path / "confusion.png")
+        assert max(pixels.shape) < 5000 and min(pixels.shape[:2]) > 300
+        assert set(names) <= set(texts)
+        assert any(text.isdigit() for text in texts) == (classes < 150), (
+            "there is no room for them"
+        )
+        assert texts.count("never occurs") == (classes > 2)
+
+    def test_confusion_matrix_wants_one_name_per_class(self, tmp_path):
+        with pytest.raises(ValueError, match=r"4 names, a matrix of \[3, 3\]"):
+            figures.confusion_matrix(tmp_path / "confusion.png", NAMES, np.eye(3))
+
     @pytest.mark.parametrize("cost", [[44.9] * 3, [30.0], np.linspace(40, 50, 99), [119.65, 130.0]])
     def test_cost_histogram(self, tmp_path, texts, cost):
         figures.cost_histogram(tmp_path / "cost.png", cost, 119.65)
@@ -347,6 +372,7 @@ class TestReport:
         report.figure(PIXEL, "bytes")
         report.gallery([(tmp_path / "one.png", "left"), (str(tmp_path / "route.svg"), "right")])
         report.code(f"routeseg fit\n{hostile}")
+        report.legend([(hostile, (255, 0, 16))])
         report.key_numbers([("72.8 %", hostile)])
         report.write(tmp_path / "out" / "report.html")
         text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
@@ -356,7 +382,8 @@ class TestReport:
     def test_text_stays_text(self, tmp_path):
         page, text = self.page(tmp_path)
         assert "script" not in {tag for tag, _ in page.tags}
-        assert sum('<script>alert("x")</script>' in part for part in page.text) >= 7
+        assert sum('<script>alert("x")</script>' in part for part in page.text) >= 8
+        assert "#ff0010" in text
         assert len([tag for tag, _ in page.tags if tag == "img"]) == 4
 
     def test_nothing_comes_from_outside(self, tmp_path):

@@ -1,17 +1,22 @@
 """`routeseg train` as somebody types it: a folder, minutes, epochs, and going on."""
 
+import errno
 import json
+import os
 import re
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import routeseg
 from conftest import run
 from routeseg.cli import training
 from routeseg.cli.common import PRESETS
 from routeseg.data.config import layout_of
+from routeseg.engine import SkipEngine
+from routeseg.files import not_written
 from routeseg.model import checkpoints
 from routeseg.training.pace import Pace
 from routeseg.training.trial import Choice
@@ -103,6 +108,59 @@ def test_in_python(layouts, tmp_path, capsys):
         with pytest.raises(ValueError, match=re.escape(message)):
             routeseg.train(**wrong)
     assert capsys.readouterr().err == ""
+
+
+TWO_STEPS = ["--recipe.iterations=2", "--recipe.validate_every=1", "--recipe.log_every=1"]
+
+
+def test_a_report(layouts, tmp_path, capsys, monkeypatch):
+    """Curves, classes, what is taken for what, the worst and the best picture; each picture is segmented once in a
+    validation, and never again."""
+    seen = []
+    segment = SkipEngine.__call__
+    monkeypatch.setattr(SkipEngine, "__call__", lambda self, images: seen.append(len(images)) or segment(self, images))
+    output = tmp_path / "run"
+    words = ["train", "--config=small", "--data.name=folder", f"--data.root={layouts('folder')}", *TINY, *TWO_STEPS]
+    code, out, err = run([*words, "--output", output], capsys)
+    assert code == 0 and f"{output}/report.html" in out, err
+    assert sum(seen) == 2 * 2, "two pictures, two validations"
+    page = (output / "report.html").read_text()
+    for words in ("routeseg on folder", "mIoU on validation pictures", "The worst pictures", "The best pictures"):
+        assert words in page
+    for name in ("curves", "class_iou", "confusion", "worst", "best", "cost"):
+        assert Image.open(output / "figures" / f"{name}.png").width > 300
+    assert "http" not in page.replace("http-equiv", "") and page.count("data:image/png;base64") == 6
+
+
+def test_a_report_that_cannot_be_drawn_is_one_line(layouts, tmp_path, capsys, monkeypatch):
+    """Whatever goes wrong with it, the training went well."""
+    words = ["train", "--config=small", "--data.name=folder", f"--data.root={layouts('folder')}", *TINY, *TWO_STEPS]
+
+    def full(path, data):
+        raise not_written(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+    def broken(*_, **__):
+        raise RuntimeError("a mistake\nin two lines")
+
+    for number, (place, wrong, message) in enumerate(
+        (
+            (
+                "routeseg.figures.report.write_atomically",
+                full,
+                "no report: {output}/report.html: cannot write it, No space",
+            ),
+            ("routeseg.figures.charts.new_figure", broken, "no report: a mistake in two lines"),
+            ("routeseg.evaluation.ranking.picture_score", broken, "no worst and best pictures: a mistake in two lines"),
+        )
+    ):
+        output = tmp_path / str(number)
+        with monkeypatch.context() as patch:
+            patch.setattr(place, wrong)
+            code, out, err = run([*words, "--output", output], capsys)
+        assert code == 0 and (output / "best").is_dir() and "minutes; networks in" in out, err
+        (line,) = [line for line in err.splitlines() if line.startswith("routeseg: no ")]
+        assert message.format(output=output) in line
+        assert (output / "report.html").exists() == ("worst and best" in message)
 
 
 def test_minutes(layouts, tmp_path, capsys, monkeypatch):

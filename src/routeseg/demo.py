@@ -1,4 +1,4 @@
-"""The demo: train for a bounded time, evaluate, and write a report that shows what the network does.
+"""The demo: train for a bounded time, and write the report of the run with more that shows what the network does.
 
 OUTPUT/run/        the run: last.ckpt, best/, last/, logs/
 OUTPUT/result.json the numbers of the report, with machine, date and versions
@@ -7,11 +7,10 @@ OUTPUT/*.png, report.html
 
 from __future__ import annotations
 
-import csv
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,17 @@ from routeseg.data.loaders import evaluation_loader, image_tensor
 from routeseg.data.pairs import SegmentationData
 from routeseg.data.scenes import PRESETS
 from routeseg.engine import SkipEngine
-from routeseg.evaluation import Evaluation, evaluate, machine_facts
+from routeseg.evaluation import Evaluation, evaluate
 from routeseg.figures.report import Report
 from routeseg.files import write_atomically, write_json
 from routeseg.model import DynamicRoutingNetwork, checkpoints
 from routeseg.training.pace import Pace, fitted, measure_pace
 from routeseg.training.recipe import Recipe
+from routeseg.training.report import REPORT_FILE, FinishedRun, write_report
 from routeseg.training.run import RunOptions
 from routeseg.training.segmentation import train
 
+SUBTITLE = "A segmentation network that picks its own depth and resolution for every image"
 PICTURES_PER_PRESET = 40
 BUDGETS = (0.25, 0.5, 1.0)  # shares of the full network that one with exits is shown at; at least its cheapest route
 GALLERY = 6
@@ -49,8 +50,8 @@ SMALLER = (("channels", 16), ("depth", 5), ("channels", 8), ("sides", 0.5))
 def run_demo(
     model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe, budget: Budget, output: Path, minutes: float | None
 ) -> Path:
-    """Trains a network, evaluates it, and writes the report: `model` for the recipe's iterations, or, if `minutes` are
-    given, for as many as fit, and a smaller network if these would be too few.
+    """Trains a network, and reports on the one of the last step: `model` for the recipe's iterations, or, if `minutes`
+    are given, for as many as fit, and a smaller network if these would be too few.
 
     Returns the report's path. Replaces what an earlier demo wrote into `output`.
     """
@@ -58,28 +59,20 @@ def run_demo(
     plan = Plan(model, data, recipe) if minutes is None else fit_to_time(model, data, recipe, budget, minutes)
     print(plan)
     model, data, recipe = plan.model, plan.data, plan.recipe
-    if (output / "report.html").exists():
+    path = output / REPORT_FILE
+    if path.exists():
         shutil.rmtree(output / "run", ignore_errors=True)
     result = train(model, data, recipe, budget, RunOptions(output / "run", devices=1))
-    best = checkpoints.load(output / "run" / "best")
-    pictures = open_data(data, "val", recipe.seed)
-    engine: Any = SkipEngine(best)
-    evaluation = evaluate(best, evaluation_loader(pictures), engine)
-    facts = {
-        **evaluation.as_dict(),
-        "training_minutes": result.seconds / 60,
-        "iterations": recipe.iterations,
-        "parameters": sum(p.numel() for p in best.parameters()),
-        "data": asdict(data),
-        "recipe": asdict(recipe) | {"precision": result.precision},
-        "budget": asdict(budget),
-        **machine_facts(),
-    }
-    facts["data"].pop("root")
-    by_preset = preset_costs(best, engine, data, recipe.seed) if data.name == "scenes" else {}
+    network = checkpoints.load(output / "run" / "last")
+    run = FinishedRun.of(result, output / "run", network, data, recipe, budget)
+    pictures, evaluation = open_data(data, "val", recipe.seed), run.evaluation
+    engine: Any = SkipEngine(network)
+    by_preset = preset_costs(network, engine, data, recipe.seed) if data.name == "scenes" else {}
+    facts = run.facts()
     facts["cost_by_preset"] = {name: float(share.mean()) for name, share in by_preset.items()}
-    facts["budgets"] = [] if best.exits is None else ask_for_budgets(best, engine, pictures)
-    path = write_report(best, engine, pictures, evaluation, facts, budget, output)
+    facts["budgets"] = [] if network.exits is None else ask_for_budgets(network, engine, pictures)
+    more = partial(add_demonstrations, network, engine, pictures, evaluation, facts, output)
+    write_report(run, path, output, more, SUBTITLE)
     write_json(output / "result.json", facts)
     share = facts["cost_gmacs"]["mean_share"]
     print(
@@ -190,38 +183,17 @@ def ask_for_budgets(
     return rows
 
 
-def read_log(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's CSV logs, in the order of the steps; a resumed run replaces the steps that it repeats."""
-    rows: dict[tuple[int, bool], dict[str, Any]] = {}
-    for path in sorted((run / "logs").glob("version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1])):
-        with open(path, newline="") as file:
-            for row in csv.DictReader(file):
-                rows[int(row["step"]), bool(row.get("val_miou"))] = row
-    return [rows[key] for key in sorted(rows)]
-
-
-def write_report(
+def add_demonstrations(
     model: DynamicRoutingNetwork,
     engine: SkipEngine,
     pictures: SegmentationData,
     evaluation: Evaluation,
     facts: dict[str, Any],
-    budget: Budget,
     output: Path,
-) -> Path:
-    """Draws every figure into `output` and binds them into OUTPUT/report.html."""
-    cost, iterations = facts["cost_gmacs"], facts["iterations"]
-    title = f"routeseg on {facts['data']['name']}"
-    report = Report(title, "A segmentation network that picks its own depth and resolution for every image")
-    report.key_numbers(
-        [
-            (f"{100 * facts['miou']:.1f} %", "mIoU on validation pictures"),
-            (f"{100 * facts['majority_class_miou']:.1f} %", "mIoU of the most frequent class everywhere"),
-            (f"{100 * cost['mean_share']:.0f} %", "of the full network's cost, on average"),
-            (f"{facts['training_minutes']:.1f} min", f"of training on {facts['machine']['cores']} cores"),
-        ]
-    )
-
+    report: Report,
+) -> None:
+    """What only the demo has: routes beside each other, budgets, cost by the scale of things, segmentations. Draws
+    their figures into `output`."""
     report.heading("One route per picture")
     routes, stages = output / "routes.png", model.config.backbone_stages
     shown = _shown(pictures, evaluation, facts)
@@ -275,39 +247,6 @@ def write_report(
         gallery.append((path, pictures.name(int(index))))
     report.gallery(gallery)
 
-    report.heading("Training")
-    curves, bars, histogram = (output / f"{name}.png" for name in ("curves", "class_iou", "cost"))
-    start = int(budget.start * iterations) if budget.weight > 0 else None
-    figures.learning_curves(curves, read_log(output / "run"), start, budget.target if budget.weight > 0 else None)
-    report.figure(curves, "Loss, validation mIoU, and expected and real cost over the training")
-    figures.class_iou_bars(bars, model.config.class_names, evaluation.iou, model.config.palette)
-    report.figure(bars, "IoU per class on the validation pictures")
-    figures.cost_histogram(histogram, evaluation.cost_macs / 1e9, float(evaluation.full_macs.mean() / 1e9))
-    report.figure(histogram, "Real cost of the validation pictures")
-
-    report.heading("How it was made")
-    machine, versions, precision = facts["machine"], facts["versions"], facts["recipe"]["precision"]
-    size = f"{model.config.base_channels} channels, {facts['parameters'] / 1e6:.2f} M parameters"
-    spread = f"min {cost['min']:.3f}, max {cost['max']:.3f}, full {cost['full']:.3f}"
-    report.table(
-        ["", ""],
-        [
-            ["network", f"depth {model.space.depth}, {size}"],
-            ["training", f"{iterations} iterations of {facts['data']['batch_size']} pictures, {precision}"],
-            *(
-                []
-                if model.exits
-                else [["budget", f"weight {budget.weight}, target {budget.target} of the expected cost"]]
-            ),
-            ["real cost", f"{cost['mean']:.3f} GMACs ({spread})"],
-            ["machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU'}"],
-            ["date, versions", f"{facts['date']}, " + ", ".join(f"{name} {v}" for name, v in versions.items())],
-        ],
-    )
-    path = output / "report.html"
-    report.write(path)
-    return path
-
 
 def _segment(engine: Any, pictures: SegmentationData, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Image [H,W,3], labels [H,W] and gates [L+1,S,3] of a picture."""
@@ -331,15 +270,11 @@ def _shown(
 
 def _panel(
     model: DynamicRoutingNetwork, engine: Any, source: SegmentationData, index: int, name: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
-    """A picture, its segmentation, its gates and what it cost, as `figures.routes_side_by_side` draws them."""
+) -> tuple[list[np.ndarray], np.ndarray, str]:
+    """A picture and its segmentation, its gates and what it cost, as `figures.routes_side_by_side` draws them."""
     image, labels, gates = _segment(engine, source, index)
     table = model_cost(model, labels.shape)
     macs = float(table.of_gates(gates))
     title = f"{name}: {macs / 1e9:.3f} GMACs ({100 * macs / table.full:.0f} % of full)"
-    return (
-        image,
-        figures.overlay(image, labels, model.config.class_names, model.config.palette, legend=False),
-        gates,
-        title,
-    )
+    tinted = figures.overlay(image, labels, model.config.class_names, model.config.palette, legend=False)
+    return [image, tinted], gates, title

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 DIVERGED = "the outputs hold NaN or infinite values: the network that made them has diverged"
@@ -55,3 +58,18 @@ def how_to_install(extra: str) -> str:
         return f'pip install "routeseg[{extra}]"'
     editable = "-e " if origin["dir_info"].get("editable") else ""
     return f'pip install {editable}"{url2pathname(urlsplit(url).path)}[{extra}]"'
+
+
+@contextmanager
+def only_warned_of(what: str) -> Iterator[None]:
+    """For what is only to be looked at, such as a picture of a run: an error in this block is one line on the log."""
+    try:
+        yield
+    except Exception as error:  # a full disk, too little memory, a file that is gone, a mistake in the drawing
+        warn_of(what, error)
+
+
+def warn_of(what: str, error: Exception) -> None:
+    reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    line = " ".join(reason.split()) or type(error).__name__
+    logging.getLogger("routeseg").warning("no %s: %s", what, line)

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from routeseg.evaluation import Evaluation
     from routeseg.evaluation.choice import Worth
+    from routeseg.evaluation.ranking import Ranking
     from routeseg.evaluation.submission import Submission
-    from routeseg.evaluation.worst import Worst
 
 
 def evaluate_command(words: Sequence[str]) -> int:
@@ -100,8 +100,8 @@ def evaluate_command(words: Sequence[str]) -> int:
     from routeseg.data.loaders import evaluation_loader
     from routeseg.engine import build_engine
     from routeseg.evaluation import MultiPass, evaluate, machine_facts
+    from routeseg.evaluation.ranking import Ranking
     from routeseg.evaluation.submission import Submission
-    from routeseg.evaluation.worst import Worst
 
     quiet_libraries()
     model = model.to(find_device(args.device))
@@ -113,13 +113,13 @@ def evaluate_command(words: Sequence[str]) -> int:
         if path is not None:
             check_writable(Path(path).parent, option)
     submission = None if args.submission is None else Submission(args.submission, data.name, args.split)
-    worst = None if args.worst is None else Worst(pictures)
+    ranking = None if args.worst is None else Ranking(pictures)
 
     def tell(name: str, prediction: np.ndarray) -> None:
         if submission is not None:
             submission.write(name, prediction)
-        if worst is not None:
-            worst(name, prediction)
+        if ranking is not None:
+            ranking(name, prediction)
 
     remedy = "let a window slide over them with --window 768x768, or leave out the larger --scales"
     with enough_memory(remedy), progress_bar(f"evaluate {data.name} {args.split}", len(pictures)) as step:
@@ -130,11 +130,11 @@ def evaluate_command(words: Sequence[str]) -> int:
             args.convention,
             step,
             args.boundary_width,
-            None if submission is None and worst is None else tell,
+            None if submission is None and ranking is None else tell,
         )
     print_evaluation(result)
-    if worst is not None:
-        _draw_worst(args.worst, worst, result, model.config.palette)
+    if ranking is not None:
+        _draw_worst(args.worst, ranking, result, model.config.palette)
     if args.json is not None:
         how = {key: args[key] for key in ("split", "scales", "flip", "window", "overlap", "boundary_width", "budget")}
         how["precision"] = getattr(engine, "precision", "float32")  # the dense forward has that of the weights
@@ -150,17 +150,18 @@ def _add_split(parser: Parser) -> None:
     )
 
 
-def _draw_worst(path: str, worst: Worst, result: Evaluation, palette: Any) -> None:
+def _draw_worst(path: str, ranking: Ranking, result: Evaluation, palette: Any) -> None:
     from routeseg import figures
 
     tiles = []
-    for one in worst.found:
-        tiles.append((f"{one.name}, labels", one.image, one.labels))
-        tiles.append((f"prediction: {100 * one.score:.1f} %", one.image, one.prediction))
+    for one in ranking.worst:
+        image, labels = ranking.read(one)
+        tiles.append((f"{one.name}, labels", image, labels))
+        tiles.append((f"prediction: {100 * one.score:.1f} %", image, one.prediction))
     seen = result.confusion.sum(1)
     figures.contact_sheet(
         path,
-        f"The {len(worst.found)} worst of {len(worst.pictures)} pictures",
+        f"The {len(ranking.worst)} worst of {len(ranking.pictures)} pictures",
         [figures.Section("Labels, and beside them the prediction with its mean IoU over their classes", tiles)],
         result.class_names,
         palette,

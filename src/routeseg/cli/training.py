@@ -27,6 +27,7 @@ from routeseg.cli.common import (
     read_parts,
     start_from,
 )
+from routeseg.errors import only_warned_of
 from routeseg.files import RUN_CONFIG_FILE, expand_user
 
 if TYPE_CHECKING:
@@ -64,10 +65,12 @@ def train_command(words: Sequence[str]) -> int:
         return 0
 
     from routeseg.cli.tables import print_evaluation
+    from routeseg.training.report import REPORT_FILE
 
     if result.found is not None:
         print_evaluation(result.found)
-    print(f"{result.seconds / 60:.1f} minutes; networks in {output}/best and {output}/last")
+    report = f", {output / REPORT_FILE}" if (output / REPORT_FILE).is_file() else ""
+    print(f"{result.seconds / 60:.1f} minutes; networks in {output}/best and {output}/last{report}")
     return 0
 
 
@@ -108,6 +111,7 @@ def train_by(words: Sequence[str], parser: Parser) -> tuple[RunResult[Evaluation
     model = new_network(args, data, recipe, pretrained=args.init is None and not args.resume)
 
     from routeseg.training.pace import fitted, measure_pace
+    from routeseg.training.report import FIGURES_FOLDER, REPORT_FILE, FinishedRun, write_report
     from routeseg.training.segmentation import train
 
     quiet_libraries()
@@ -121,7 +125,12 @@ def train_by(words: Sequence[str], parser: Parser) -> tuple[RunResult[Evaluation
     sections = {"model": vars(args.model), "data": asdict(data), "recipe": asdict(recipe), "budget": vars(args.budget)}
     options = replace(run_options(args), configuration=sections)
     with enough_memory(SMALLER_STEPS):
-        return train(model, data, recipe, budget, options), options.output
+        result = train(model, data, recipe, budget, options)
+    if result.is_global_zero and result.found is not None:
+        with only_warned_of("report"):
+            run = FinishedRun.of(result, options.output, model, data, recipe, budget)
+            write_report(run, options.output / REPORT_FILE, options.output / FIGURES_FOLDER)
+    return result, options.output
 
 
 def _of_folder(folder: str, words: Sequence[str]) -> list[str]:

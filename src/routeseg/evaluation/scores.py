@@ -36,6 +36,7 @@ class Evaluation:
     skipped     unreadable pictures that were passed over
     passes      int64 [images], how often the network ran on each image
     boundary    int64 [2,K], intersection and union of the boundary bands (boundary.py), pixels; None: not asked for
+    names       of the images, in the order of `gates`
     """
 
     class_names: tuple[str, ...]
@@ -46,6 +47,7 @@ class Evaluation:
     skipped: int = 0
     passes: np.ndarray | None = None
     boundary: np.ndarray | None = None
+    names: tuple[str, ...] = ()
 
     @property
     def iou(self) -> np.ndarray:
@@ -164,8 +166,8 @@ def evaluate(
     confusion = torch.zeros(model.config.num_classes, model.config.num_classes, dtype=torch.int64, device=device)
     table = cache(lambda size: model_cost(model, size, convention))
     boundary = np.zeros((2, model.config.num_classes), dtype=np.int64)
-    # For each image: real cost, full cost, passes, gates; None if it was skipped.
-    per_image: list[tuple[float, float, int, np.ndarray] | None] = []
+    # For each image: its name, real cost, full cost, passes, gates; None if it was skipped.
+    per_image: list[tuple[str, float, float, int, np.ndarray] | None] = []
     skipped = 0
     was_training = model.training
     model.eval()
@@ -181,7 +183,8 @@ def evaluate(
                 raise ValueError(f"{picture['name']}: {DIVERGED}")
             found = result.labels
             confusion += count_pairs(labels, found, model.config.num_classes)
-            per_image.append((*_costs(result, table), result.count, result.gates.float().cpu().numpy()))
+            costs = _costs(result, table)
+            per_image.append((picture["name"], *costs, result.count, result.gates.float().cpu().numpy()))
             if boundary_width or on_prediction is not None:
                 prediction = found[0].cpu().numpy().astype(np.uint8)
             if boundary_width:
@@ -197,16 +200,17 @@ def evaluate(
     images = [image for turn in turns for image in turn if image is not None]
     if not images:
         raise ValueError("the data set has no readable picture to evaluate on")
-    costs, fulls, counts, gates = zip(*images, strict=True)
+    names, reals, fulls, counts, gates = zip(*images, strict=True)
     return Evaluation(
         class_names=tuple(model.config.class_names),
         confusion=total(confusion).cpu().numpy(),
-        cost_macs=np.array(costs),
+        cost_macs=np.array(reals),
         full_macs=np.array(fulls),
         gates=np.stack(gates),
         skipped=sum(count for _, _, count in shares),
         passes=np.array(counts),
         boundary=np.sum([counts for _, counts, _ in shares], axis=0) if boundary_width else None,
+        names=names,
     )
 
 

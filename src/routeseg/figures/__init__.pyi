@@ -1,4 +1,5 @@
 from .charts import class_iou_bars as class_iou_bars
+from .charts import confusion_matrix as confusion_matrix
 from .charts import cost_histogram as cost_histogram
 from .charts import learning_curves as learning_curves
 from .common import picture_kind as picture_kind

@@ -1,4 +1,4 @@
-"""Charts of numbers: how a run went, the score of each class, how the cost spreads over images.
+"""Charts of numbers: how a run went, the score of each class, what it is taken for, how the cost spreads over images.
 
 Legend: B images, K classes.
 """
@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from routeseg.figures.common import (
@@ -35,6 +37,8 @@ LOSS_LINES: dict[str, Look] = {
     "budget_loss": ("budget loss", ORANGE, (0, (2, 1))),
 }
 COST_LINES: dict[str, Look] = {"expected_cost": ("expected", ORANGE, (0, (5, 1.5))), "real_cost": ("real", BLUE, "-")}
+CONFUSION_COLOURS = LinearSegmentedColormap.from_list("confusion", ["#f4f6f8", "#9cc4e4", BLUE, "#08306b"])
+NUMBERED = 40  # classes up to which a confusion matrix has numbers in its cells
 SMOOTH_FROM = 30  # points; shorter lines are drawn as they are
 
 
@@ -215,6 +219,59 @@ def class_iou_bars(path: str | Path, names: Sequence[str], iou: Sequence[float] 
         ax.axvline(mean, color=INK, linewidth=1, linestyle=(0, (4, 2)), zorder=3)
         _note(ax, (mean, 1), f"mIoU {mean:.1f}", (0, 3), ax.get_xaxis_transform(), ha="center", color=INK)
     save_figure(figure, path, kind)
+
+
+def confusion_matrix(path: str | Path, names: Sequence[str], confusion: np.ndarray) -> None:
+    """What each class is taken for, in percent of its pixels: a row is a true class, a column a predicted one.
+
+    `confusion` [K,K] counts pixels. Rows of classes that never occur are hatched. Shares from half a percent on are
+    written into their cells, up to NUMBERED classes.
+
+    Raises ValueError if names and matrix do not fit together.
+    """
+    kind = picture_kind(path)
+    confusion, count = np.asarray(confusion, dtype=np.float64), len(names)
+    if confusion.shape != (count, count) or not count:
+        raise ValueError(f"{count} names, a matrix of {list(confusion.shape)}: give a row and a column per class")
+    truth = confusion.sum(1)
+    percent = 100 * confusion / np.maximum(truth, 1)[:, None]
+    numbered = count <= NUMBERED
+    cell = float(np.clip(6.4 / count, 0.33, 0.9)) if numbered else max(0.13, 13.2 / count)  # inches
+    letters = float(np.clip(22 * cell, 5.5, 10))  # points
+    figure = new_figure(count * cell + 2.4, count * cell + 1.6)
+    ax = figure.add_axes((1.8 / figure.get_figwidth(), 0.1 / figure.get_figheight(), *_share_of(figure, count * cell)))
+    ax.imshow(percent, cmap=CONFUSION_COLOURS, norm=PowerNorm(0.5, 0, 100))  # mistakes are small shares
+    for k in np.flatnonzero(truth == 0).tolist():
+        ax.axhspan(k - 0.5, k + 0.5, facecolor="white", edgecolor=FAINT, hatch="////", linewidth=0)
+        middle, shade = (count - 1) / 2, {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+        ax.text(middle, k, "never occurs", ha="center", va="center", fontsize=letters, color=MUTED, bbox=shade)
+    if numbered:
+        for row, column in np.argwhere(percent >= 0.5):
+            value = percent[row, column]
+            style: dict[str, Any] = {"color": "white" if value > 40 else INK, "weight": "bold" if row == column else "normal"}
+            ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=letters, **style)
+    where, name_letters = range(count), letters if numbered else 60 * cell
+    ax.set_yticks(where, names, color=INK, fontsize=name_letters, parse_math=False)
+    ax.set_xticks(where, names, color=INK, fontsize=name_letters, parse_math=False)
+    ax.xaxis.tick_top()
+    for label in ax.get_xticklabels():
+        label.set(
+            rotation=45 if numbered else 90, ha="left", va="bottom" if numbered else "center", rotation_mode="anchor"
+        )
+    ax.tick_params(length=0, pad=3)
+    ax.set_xticks(np.arange(count + 1) - 0.5, minor=True)
+    ax.set_yticks(np.arange(count + 1) - 0.5, minor=True)
+    ax.grid(True, which="minor", color="white", linewidth=1 if numbered else 0.3)
+    ax.tick_params(which="minor", length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_ylabel("label", color=MUTED, fontsize=9)
+    ax.set_xlabel("taken for, % of the label's pixels", color=MUTED, fontsize=9)
+    save_figure(figure, path, kind)
+
+
+def _share_of(figure: Figure, inches: float) -> tuple[float, float]:
+    """A square's sides as shares of the figure's."""
+    return inches / figure.get_figwidth(), inches / figure.get_figheight()
 
 
 def cost_histogram(path: str | Path, cost_gmacs: Sequence[float] | np.ndarray, full_gmacs: float) -> None:

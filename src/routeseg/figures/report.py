@@ -84,6 +84,14 @@ class Report:
         inner = "\n".join(_figure(picture, caption) for picture, caption in pictures)
         self._body.append(f'<div class="gallery">\n{inner}\n</div>')
 
+    def legend(self, entries: Sequence[tuple[str, Sequence[int]]]) -> None:
+        """What colours mean: (name, RGB 0..255) each, side by side."""
+        marks = "\n".join(
+            f'<li><i style="background:#{bytes(map(int, colour)).hex()}"></i>{escape(str(name))}</li>'
+            for name, colour in entries
+        )
+        self._body.append(f'<ul class="legend">\n{marks}\n</ul>')
+
     def write(self, path: str | Path) -> None:
         """Write the page, whole or not at all."""
         cards = f"<dl>\n{chr(10).join(self._cards)}\n</dl>\n" if self._cards else ""
@@ -205,6 +213,11 @@ figcaption { color: var(--muted); font-size: 0.9rem; line-height: 1.45; margin: 
   gap: 1.2rem;
   align-items: start; margin: 1.2rem 0 1.8rem; }
 .gallery figure { margin: 0; }
+.legend { display: flex; flex-wrap: wrap; gap: 0.3rem 1.3rem; list-style: none; margin: 0.8rem 0 1.2rem; padding: 0;
+  font-size: 0.92rem; }
+.legend li { overflow-wrap: anywhere; }
+.legend i { display: inline-block; width: 1rem; height: 1rem; margin-right: 0.45rem; border-radius: 4px;
+  vertical-align: -0.14rem; border: 1px solid var(--muted); }
 pre { background: var(--soft); border: 1px solid var(--line); border-radius: 8px; padding: 0.85rem 1rem;
   overflow-x: auto;
   font: 0.86rem/1.55 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }

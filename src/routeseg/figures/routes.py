@@ -43,6 +43,7 @@ OPEN_WIDTH = (1.1, 4.2)  # points, at activation 0 and 1, if a layer is 36 point
 CLOSED_WIDTH = 0.6
 STAGE_COLOR = ORANGE
 SKIP_STYLE = (0, (0.1, 1.9))  # with round caps: a row of dots
+ROW_NAME: dict[str, Any] = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 9, "color": MUTED}
 
 
 @dataclass(frozen=True)
@@ -294,43 +295,48 @@ def route_grid(
 def routes_side_by_side(
     path: str | Path,
     space: RoutingSpace,
-    panels: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, str]],
+    panels: Sequence[tuple[Sequence[np.ndarray], np.ndarray, str]],
     stages: int = 0,
+    row_names: Sequence[str] = (),
 ) -> None:
-    """One column per picture: the picture, its segmentation, its route under them (the paper's Figure 1).
+    """One column per panel: its pictures, one below the other, and its route under them (the paper's Figure 1).
 
-    A panel is (image uint8 [H, W, 3], segmentation uint8 [H', W', 3], gates [L+1, S, 3], title). The
-    segmentation is any RGB picture: `overlay` with or without its legend, or `colorize`. Sizes may differ
-    between panels.
+    A panel is (pictures uint8 [H, W, 3] each, gates [L+1, S, 3], title): an image and its segmentation, say, which is
+    any RGB picture (`overlay` with or without its legend, or `colorize`). Sizes may differ between panels, the number
+    of pictures may not. `row_names` stand beside the pictures of the first column.
 
     Raises ValueError if there is no panel, or the gates do not fit the space.
     """
     kind = picture_kind(path)
     if not panels:
-        raise ValueError("no panels to draw: give at least one (image, segmentation, gates, title)")
+        raise ValueError("no panels to draw: give at least one (pictures, gates, title)")
+    count = len(panels[0][0])
     wide = float(np.clip(0.25 * (space.depth + 2.9), 3.4, 8))  # inches, of a column
-    rows = [[np.asarray(panel[row]) for panel in panels] for row in (0, 1)]
+    rows = [[pictures[row] for pictures, _, _ in panels] for row in range(count)]
     picture_heights = [max(min(wide * p.shape[0] / p.shape[1], 1.25 * wide) for p in row) for row in rows]
     heights = [*picture_heights, max(0.4 * space.num_scales, 0.3 * wide)]
-    gaps = (0.0, 0.08, 0.48)  # above each row; the last holds the title of the route
-    lines = max(len(textwrap.wrap(panel[3], int(wide * POINTS_PER_INCH / 5.04))) for panel in panels)
-    gaps = (*gaps[:2], gaps[2] + 0.15 * max(0, lines - 1))
+    lines = max(len(textwrap.wrap(title, int(wide * POINTS_PER_INCH / 5.04))) for _, _, title in panels)
+    above_route = 0.48 + 0.15 * max(0, lines - 1)  # holds the title
+    gaps = [0.0, *[0.08] * (count - 1), above_route]  # above each row
     between, total = 0.5, sum(heights) + sum(gaps)
     figure = new_figure(len(panels) * (wide + between), total)
-    for column, (image, segmentation, gates, title) in enumerate(panels):
+    for column, (pictures, gates, title) in enumerate(panels):
         top = total
         axes = []
         for height, gap in zip(heights, gaps, strict=True):
             top -= gap + height
             place = column / len(panels), top / total, wide / figure.get_figwidth(), height / total
             axes.append(figure.add_axes(place))
-        for ax, picture, side in zip(axes[:2], (image, segmentation), "SN", strict=True):
+        for number, (ax, picture) in enumerate(zip(axes[:-1], pictures, strict=True)):
             ax.imshow(picture)
             ax.axis("off")
-            ax.set_anchor(side)  # pictures of unlike shapes meet their segmentation in the middle
-        draw_route(axes[2], space, gates, title, legend=False, stages=stages)
+            ax.set_anchor("S" if number == 0 else "N")  # pictures of unlike shapes meet their segmentation below them
+        if not column:
+            for ax, name in zip(axes, row_names, strict=False):
+                ax.text(-0.01, 0.5, name, transform=ax.transAxes, **ROW_NAME)
+        draw_route(axes[-1], space, gates, title, legend=False, stages=stages)
         if column:
-            axes[2].set_ylabel("")
+            axes[-1].set_ylabel("")
     middle = 0.5 - between / 2 / figure.get_figwidth()
     columns = int(np.clip(figure.get_figwidth() * POINTS_PER_INCH / 140, 2, 5))
     figure.legend(loc="upper center", bbox_to_anchor=(middle, -0.42 / total), **route_legend(columns, stages=stages))

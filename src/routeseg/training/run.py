@@ -27,6 +27,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from routeseg.data.classification_loaders import ClassificationDataModule
 from routeseg.data.datamodule import SegmentationDataModule
+from routeseg.evaluation.ranking import Ranking
 from routeseg.files import RUN_CONFIG_FILE, check_writable, remove_leftovers, write_atomically
 from routeseg.model.checkpoints import read_config
 from routeseg.model.grid import RoutedNetwork
@@ -83,6 +84,7 @@ class RunResult(Generic[Found]):
     seconds         since it was started or resumed
     precision       32-true or bf16-mixed, as the steps ran
     is_global_zero  whether this process is the one that writes files and prints
+    ranking         the worst and best pictures of the last validation; None if it had no pictures to look at
     """
 
     found: Found | None
@@ -90,6 +92,7 @@ class RunResult(Generic[Found]):
     seconds: float
     precision: Precision
     is_global_zero: bool
+    ranking: Ranking | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -35,6 +36,7 @@ from routeseg.training.losses import dice_loss, hardest
 from routeseg.training.recipe import Recipe
 from routeseg.training.run import Run, RunOptions, RunResult
 from routeseg.training.task import RecipeTask, Validation
+from routeseg.training.watch import Watch
 
 log = logging.getLogger("routeseg")
 
@@ -64,6 +66,7 @@ class SegmentationTask(RecipeTask[Evaluation]):
     labels_key = "labels"
     recipe: Recipe
     of_label: Tensor | None  # the weight of each label value
+    watch: Watch | None = None  # looks at the pictures of the validations
 
     def __init__(
         self,
@@ -136,7 +139,10 @@ class SegmentationTask(RecipeTask[Evaluation]):
         """The score is the mIoU. A network is a candidate once the budget has its full weight: one that does not yet
         keep the budget must not win."""
         network = cast(DynamicRoutingNetwork, self.network)
-        found = evaluate(network, batches, SkipEngine(network))
+        on_prediction = None if self.watch is None else self.watch.begin(self.global_step)
+        found = evaluate(network, batches, SkipEngine(network), on_prediction=on_prediction)
+        if self.watch is not None:
+            self.watch.end(self.global_step)
         logged = {"val_miou": found.miou, "val_cost": float((found.cost_macs / found.full_macs).mean())}
         full_weight = (self.budget.start + self.budget.ramp) * self.recipe.iterations
         return Validation(found, found.miou, logged, self.global_step >= full_weight or not self.budget.weight)
@@ -182,4 +188,6 @@ def train(
             )
     weights = class_weights(module.train_data, recipe.class_balance) if recipe.class_balance else None
     task = SegmentationTask(model, recipe, budget, pair(data.crop), run.batch_norm, weights, teacher)
-    return run.fit(task, module)
+    task.watch = Watch(module.val_data, recipe.iterations)
+    result = run.fit(task, module)
+    return replace(result, ranking=task.watch.ranking)

@@ -1,0 +1,68 @@
+"""The pictures that a network segments worst, and best, to be looked at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import attrgetter
+
+import numpy as np
+
+from routeseg.collectives import gather
+from routeseg.data.pairs import SegmentationData
+from routeseg.labels import IGNORE
+
+WORST = 10  # pictures that are kept
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a network made of a picture: score is the mean IoU of the classes that its labels have, prediction the class
+    of each pixel, uint8 [H,W]."""
+
+    score: float
+    name: str
+    prediction: np.ndarray
+
+
+class Ranking:
+    """Keeps the worst and the best of the pictures that it is told of: `ranking(name, prediction)`, as `evaluate` calls
+    it. Images and labels stay in their files until `read` asks for them.
+
+    worst, best  the worst first, and the best first; no picture is in both
+    """
+
+    def __init__(self, pictures: SegmentationData, worst: int = WORST, best: int = 0) -> None:
+        self.pictures, self.counts = pictures, (worst, best)
+        self.worst: list[Judged] = []
+        self.best: list[Judged] = []
+        self._places = {pictures.name(index): index for index in range(len(pictures))}
+
+    def __call__(self, name: str, prediction: np.ndarray) -> None:
+        labels = self.pictures.read(self._places[name])[1]
+        if not (labels == IGNORE).all():
+            self._keep([*self.worst, *self.best, Judged(picture_score(labels, prediction), name, prediction)])
+
+    def gather(self) -> None:
+        """To be called in every process of a job, once each has seen its share: all rank the pictures of all."""
+        self._keep([one for share in gather([*self.worst, *self.best]) for one in share])
+
+    def read(self, one: Judged) -> tuple[np.ndarray, np.ndarray]:
+        """Image uint8 [H,W,3] and labels uint8 [H,W] of a picture. Raises ValueError if the files are gone."""
+        return self.pictures.read(self._places[one.name])
+
+    def _keep(self, found: list[Judged]) -> None:
+        """Of few pictures the worst ones are the worst, whatever is left is the best."""
+        order, (worst, best) = sorted(found, key=attrgetter("score", "name")), self.counts
+        self.worst = order[:worst]
+        self.best = order[len(self.worst) :][::-1][:best]
+
+
+def picture_score(labels: np.ndarray, prediction: np.ndarray) -> float:
+    """The mean IoU of one picture over the classes that its labels have; labels and prediction are [H,W]."""
+    known = labels != IGNORE
+    labels, prediction = labels[known], prediction[known]
+    scores = []
+    for k in np.unique(labels):
+        true, found = labels == k, prediction == k
+        scores.append((true & found).sum() / (true | found).sum())
+    return float(np.mean(scores))
