@@ -123,8 +123,8 @@ def draw_route(
     ax.scatter(layers[run], scales[run], s=(10.5 * unit) ** 2, facecolor=INK, edgecolor="white", **ring)
     for s in range(stages):
         ran = not s or gates[s - 1, s - 1, DOWN] > 0
-        look = {"facecolor": STAGE_COLOR, "edgecolor": "white"} if ran else {"facecolor": "white", "edgecolor": FAINT}
-        ax.scatter(s - 0.5, max(s - 0.5, 0), s=(8.6 * unit) ** 2, marker="s", **look, **ring)
+        face, edge = (STAGE_COLOR, "white") if ran else ("white", FAINT)
+        ax.scatter(s - 0.5, max(s - 0.5, 0), s=(8.6 * unit) ** 2, marker="s", facecolor=face, edgecolor=edge, **ring)
     if legend:
         below = ax.transAxes + ScaledTranslation(0, -32 / POINTS_PER_INCH, ax.figure.dpi_scale_trans)
         columns = int(np.clip(ax.get_window_extent().width * POINTS_PER_INCH / ax.figure.dpi / 140, 2, 5))
