@@ -311,9 +311,7 @@ class TestCharts:
         pixels = read(tmp_path / "confusion.png")
         assert max(pixels.shape) < 5000 and min(pixels.shape[:2]) > 300
         assert set(names) <= set(texts)
-        assert any(text.isdigit() for text in texts) == (classes < 150), (
-            "there is no room for them"
-        )
+        assert any(text.isdigit() for text in texts) == (classes < 150), "there is no room for them"
         assert texts.count("never occurs") == (classes > 2)
 
     def test_confusion_matrix_wants_one_name_per_class(self, tmp_path):

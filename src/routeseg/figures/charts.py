@@ -243,13 +243,13 @@ def confusion_matrix(path: str | Path, names: Sequence[str], confusion: np.ndarr
     ax.imshow(percent, cmap=CONFUSION_COLOURS, norm=PowerNorm(0.5, 0, 100))  # mistakes are small shares
     for k in np.flatnonzero(truth == 0).tolist():
         ax.axhspan(k - 0.5, k + 0.5, facecolor="white", edgecolor=FAINT, hatch="////", linewidth=0)
-        middle, shade = (count - 1) / 2, {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-        ax.text(middle, k, "never occurs", ha="center", va="center", fontsize=letters, color=MUTED, bbox=shade)
-    if numbered:
-        for row, column in np.argwhere(percent >= 0.5):
-            value = percent[row, column]
-            style: dict[str, Any] = {"color": "white" if value > 40 else INK, "weight": "bold" if row == column else "normal"}
-            ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=letters, **style)
+        shade: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+        style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": letters, "color": MUTED, "bbox": shade}
+        ax.text((count - 1) / 2, k, "never occurs", **style)
+    for row, column in np.argwhere(percent >= 0.5).tolist() if numbered else []:
+        value, weight = percent[row, column], "bold" if row == column else "normal"
+        style = {"ha": "center", "va": "center", "fontsize": letters, "weight": weight}
+        ax.text(column, row, f"{value:.0f}", color="white" if value > 28 else INK, **style)
     where, name_letters = range(count), letters if numbered else 60 * cell
     ax.set_yticks(where, names, color=INK, fontsize=name_letters, parse_math=False)
     ax.set_xticks(where, names, color=INK, fontsize=name_letters, parse_math=False)

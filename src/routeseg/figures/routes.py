@@ -124,8 +124,7 @@ def draw_route(
     for s in range(stages):
         ran = not s or gates[s - 1, s - 1, DOWN] > 0
         face, edge = (STAGE_COLOR, "white") if ran else ("white", FAINT)
-        where = s - 0.5, max(s - 0.5, 0)
-        ax.scatter(*where, s=(8.6 * unit) ** 2, marker="s", facecolor=face, edgecolor=edge, **ring)
+        ax.scatter(s - 0.5, max(s - 0.5, 0), s=(8.6 * unit) ** 2, marker="s", facecolor=face, edgecolor=edge, **ring)
     if legend:
         below = ax.transAxes + ScaledTranslation(0, -32 / POINTS_PER_INCH, ax.figure.dpi_scale_trans)
         columns = int(np.clip(ax.get_window_extent().width * POINTS_PER_INCH / ax.figure.dpi / 140, 2, 5))

@@ -1,10 +1,11 @@
-"""What happens beside the steps of a training: validation, checkpoints, the progress line."""
+"""What happens beside the steps of a training: validation and its line, checkpoints, the progress bar."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,12 @@ SHOWN = (  # in the progress bar: a number of the task, its name there, its fact
     ("val_top1", "top1%", 100),
     ("skipped_images", "skipped", 1),
 )
+VALIDATED = (  # in the line of a validation: what it logged, and its name there
+    ("val_miou", "mIoU"),
+    ("val_top1", "top-1"),
+    ("val_top5", "top-5"),
+    ("val_cost", "cost of the full network"),
+)
 
 
 class ValidateAndSave(Callback):
@@ -38,7 +45,7 @@ class ValidateAndSave(Callback):
     `save_every`: the run.
 
     The best network is the one with the highest score among the candidates (see `Validation`). With `ema_decay` the
-    averaged network is validated and saved.
+    averaged network is validated and saved. With `tells` each validation is a line on the console.
 
     Writes OUTPUT/last.ckpt (to resume from), OUTPUT/best and OUTPUT/last (networks, with `routeseg.load`).
     """
@@ -50,10 +57,12 @@ class ValidateAndSave(Callback):
         data: SegmentationDataModule | ClassificationDataModule,
         first_step: int,
         images_per_step: int,
+        tells: bool = True,
     ) -> None:
-        self.output, self.recipe, self.data = output, recipe, data
+        self.output, self.recipe, self.data, self.tells = output, recipe, data, tells
         self.first_step, self.images_per_step = first_step, images_per_step
-        self.best_score, self.best_is_candidate = -1.0, False
+        self.best_score, self.best_is_candidate, self.best_step = -1.0, False, 0
+        self.started = time.monotonic()
         self.latest: Validation | None = None
         self.saved_step = first_step
 
@@ -65,11 +74,13 @@ class ValidateAndSave(Callback):
         return {
             "best_score": self.best_score,
             "best_settled": self.best_is_candidate,
+            "best_step": self.best_step,
             "images_per_step": self.images_per_step,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best_score, self.best_is_candidate = state["best_score"], state["best_settled"]
+        self.best_step = state.get("best_step", 0)  # older runs did not keep it
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.global_step != self.first_step:
@@ -77,6 +88,7 @@ class ValidateAndSave(Callback):
                 f"{self.output / RESUME_FILE} counts its steps in another way (an older version wrote it): start the "
                 "run anew"
             )
+        self.started = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
         task, step = cast(RecipeTask, module), trainer.global_step
@@ -115,8 +127,22 @@ class ValidateAndSave(Callback):
         task.numbers.update(validation.logged)
         if validation.score > self.best_score or validation.candidate > self.best_is_candidate:
             self.best_score, self.best_is_candidate = validation.score, validation.candidate
+            self.best_step = step
             if trainer.is_global_zero:
                 network.save(self.output / BEST_FOLDER)
+        if self.tells and trainer.is_global_zero:
+            print(self._line(step, validation, task.numbers["loss"]), flush=True)
+
+    def _line(self, step: int, validation: Validation, loss: float) -> str:
+        """A validation in words: its numbers, the best one so far, and how long the rest of the run takes if it goes on
+        like this."""
+        scores = [f"{name} {100 * validation.logged[key]:.1f} %" for key, name in VALIDATED if key in validation.logged]
+        best = "the best" if self.best_step == step else f"best {100 * self.best_score:.1f} % at step {self.best_step}"
+        line = f"step {step} of {self.recipe.iterations}: {', '.join(scores)}, loss {loss:.3f}; {best}"
+        if step == self.recipe.iterations:
+            return line
+        pace = (time.monotonic() - self.started) / (step - self.first_step)  # seconds
+        return f"{line}; {pace * (self.recipe.iterations - step) / 60:.1f} minutes left"
 
     def _save(self, trainer: Trainer, task: RecipeTask) -> None:
         scratch, target = self.output / f".{RESUME_FILE}.tmp", self.output / RESUME_FILE

@@ -118,9 +118,13 @@ def write_report(
 def _add_training(report: Report, run: FinishedRun, folder: Path) -> None:
     report.heading("Training")
     curves, budget = folder / "curves.png", run.budget
+    hidden = set() if budget.weight > 0 else {"budget_loss"}
+    if run.network.exits is not None:  # every layer learns: a step costs the same from the first to the last
+        hidden |= {"expected_cost", "real_cost"}
+    rows = [{key: value for key, value in row.items() if key not in hidden} for row in read_log(run.folder)]
     start = int(budget.start * run.recipe.iterations) if budget.weight > 0 else None
-    figures.learning_curves(curves, read_log(run.folder), start, budget.target if budget.weight > 0 else None)
-    report.figure(curves, "Loss, validation mIoU, and expected and real cost over the training")
+    figures.learning_curves(curves, rows, start, budget.target if budget.weight > 0 else None)
+    report.figure(curves, "The training, step by step")
 
 
 def _add_classes(report: Report, run: FinishedRun, folder: Path) -> None:

@@ -59,7 +59,7 @@ class RunOptions:
     resume       go on from OUTPUT/last.ckpt
     devices      processes on this machine, each with one GPU; auto: all GPUs, or those that torchrun started
     accelerator  cpu, gpu or auto
-    progress     show a progress bar
+    progress     show how it goes: a progress bar, a line for each validation, OUTPUT/progress.png
     configuration   the sections that `routeseg train` was given: a run keeps them in OUTPUT/config.yaml
     """
 
@@ -150,7 +150,9 @@ class Run:
     def fit(self, task: RecipeTask[Found], data: SegmentationDataModule | ClassificationDataModule) -> RunResult[Found]:
         """Trains; afterwards the network is the one in OUTPUT/last."""
         options, checkpoint = self.options, self.options.output / RESUME_FILE
-        saver = ValidateAndSave(options.output, self.recipe, data, self.first_step, self.images_per_step)
+        saver = ValidateAndSave(
+            options.output, self.recipe, data, self.first_step, self.images_per_step, options.progress
+        )
         stopper = StopAtSignal(saver)
         trainer = self._trainer([saver, *([stopper] if self.world == 1 else [])])
         if trainer.is_global_zero:

@@ -36,7 +36,7 @@ from routeseg.training.losses import dice_loss, hardest
 from routeseg.training.recipe import Recipe
 from routeseg.training.run import Run, RunOptions, RunResult
 from routeseg.training.task import RecipeTask, Validation
-from routeseg.training.watch import Watch
+from routeseg.training.watch import PROGRESS_FILE, WATCH_STATE, Watch
 
 log = logging.getLogger("routeseg")
 
@@ -90,6 +90,14 @@ class SegmentationTask(RecipeTask[Evaluation]):
         super().on_train_batch_start(batch, batch_idx)
         freeze_stages(self.model.backbone, self.recipe, self.global_step)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.watch is not None:
+            checkpoint[WATCH_STATE] = self.watch.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.watch is not None and WATCH_STATE in checkpoint:  # older runs did not keep it
+            self.watch.load_state_dict(checkpoint[WATCH_STATE])
+
     def count(self, labels: Tensor) -> Tensor:
         """The labelled pixels, or the sum of their weights."""
         weights = self.weights(labels)
@@ -142,7 +150,7 @@ class SegmentationTask(RecipeTask[Evaluation]):
         on_prediction = None if self.watch is None else self.watch.begin(self.global_step)
         found = evaluate(network, batches, SkipEngine(network), on_prediction=on_prediction)
         if self.watch is not None:
-            self.watch.end(self.global_step)
+            self.watch.end(self.global_step, found)
         logged = {"val_miou": found.miou, "val_cost": float((found.cost_macs / found.full_macs).mean())}
         full_weight = (self.budget.start + self.budget.ramp) * self.recipe.iterations
         return Validation(found, found.miou, logged, self.global_step >= full_weight or not self.budget.weight)
@@ -188,6 +196,7 @@ def train(
             )
     weights = class_weights(module.train_data, recipe.class_balance) if recipe.class_balance else None
     task = SegmentationTask(model, recipe, budget, pair(data.crop), run.batch_norm, weights, teacher)
-    task.watch = Watch(module.val_data, recipe.iterations)
+    progress = options.output / PROGRESS_FILE if options.progress else None
+    task.watch = Watch(module.val_data, recipe.iterations, model.config, progress)
     result = run.fit(task, module)
     return replace(result, ranking=task.watch.ranking)
