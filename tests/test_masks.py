@@ -185,6 +185,15 @@ class TestUnclear:
         with pytest.raises(UnclearMasks, match=f"hold nothing but {there}: label two classes"):
             find_classes(unnamed(tmp_path, values) / "masks")
 
+    def test_check_data_tells_it_beside_all_else(self, tmp_path, capsys):
+        root = unnamed(tmp_path / "mine", (0, 255))
+        mask_files(root)[0].rename(root / "masks" / "train" / "p0.jpg")
+        mask_files(root)[0].unlink()
+        save(root / "masks" / "train" / "p2.png", blocks([0, 255], 24, 24).astype(np.uint8))
+        code, out, err = run(["check-data", root, "--output", tmp_path / "o"], capsys)
+        assert code == 2 and not err and "JPEGs, which do not keep values" in out
+        assert "images without a label: 1 of 3" in out and "have another size than their image" in out
+
 
 class TestCommands:
     def test_a_run_remembers_the_classes(self, tmp_path, capsys):
@@ -207,6 +216,26 @@ class TestCommands:
         describe(root, "names: [a, b]")
         code, out, err = run(["evaluate", output], capsys)
         assert code == 0 and f"{root}/classes.yaml is not read" in out, err
+
+    def test_check_data_tells_them_once_and_writes_them(self, tmp_path, capsys):
+        root = unnamed(tmp_path / "mine", (0, 255))
+        code, out, err = run(["check-data", root, "--output", tmp_path / "o"], capsys)
+        assert code == 0 and out.count("2 classes, by the numbers in 6 masks: background, foreground\n") == 1, err
+        assert not (root / "classes.yaml").exists()
+        words = ["check-data", root, "--output", tmp_path / "o", "--write_classes"]
+        code, out, err = run(words, capsys)
+        assert code == 0 and f"{root}/classes.yaml: written" in out, err
+        about = read_description(root / "classes.yaml")
+        assert about.classes.names == ("background", "foreground") and about.values == {0: 0, 255: 1}
+        code, out, err = run(words, capsys)
+        assert code == 2 and "is there already" in err
+        assert run(["check-data", "--write_classes", "--output", tmp_path / "o"], capsys)[0] == 2
+
+    def test_the_other_processes_of_a_job_say_nothing(self, tmp_path, capsys, monkeypatch):
+        root = unnamed(tmp_path / "mine", (0, 1))
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        code, out, _ = run(["check-data", root, "--output", tmp_path / "o"], capsys)
+        assert code == 0 and "by the numbers" not in out
 
     def test_a_mistake_in_what_a_run_keeps_is_named(self, tmp_path):
         root = unnamed(tmp_path / "mine", (0, 1))
