@@ -188,13 +188,105 @@ class TestWhatIsWrong:
     def test_labels_that_do_not_fit(self, tmp_path):
         root = folder(tmp_path)
         save(root / "masks" / "train" / "p0.png", blocks([0, 1], 40, 32).astype(np.uint8))
-        finding = only(findings(root), "train: 1 of 3 labels do not fit")
+        finding = only(findings(root), "train: 1 of 3 labels have another size")
         assert (
             finding.level == "error" and "p0.png is 40x32, its label" in finding.files[0] and "EXIF" in finding.remedy
         )
         save(root / "masks" / "train" / "p1.png", noise(32, 40)[..., :2])
-        finding = only(findings(root), "train: 2 of 3 labels do not fit")
-        assert "p1.png is no label image" in finding.files[1] and "EXIF" not in finding.remedy
+        finding = only(findings(root), "train: 1 of 3 labels are no label images")
+        assert "p1.png is no label image" in finding.files[0] and "EXIF" not in finding.remedy
+
+    def test_all_kinds_of_errors_come_in_one_run(self, tmp_path, capsys):
+        """Each with its count, its files and its remedy; what one picture is wrong in hides none of the others."""
+        root = folder(tmp_path / "mine", count=8)
+        images, masks = root / "images" / "train", root / "masks" / "train"
+        (masks / "p0.png").unlink()
+        (images / "p1.png").unlink()
+        save(masks / "p2.png", blocks([0, 1, 9], 24, 24).astype(np.uint8))
+        save(masks / "p3.png", blocks([0, 1, 7]).astype(np.uint8))
+        (images / "p4.png").write_bytes(b"")
+        save(masks / "p5.jpg", blocks([0, 1]).astype(np.uint8))
+        code, printed, found = check(root, capsys)
+        assert code == 2 and found["verdict"] == "errors"
+        wanted = {
+            "images without a label: 1 of 7": ([f"{images}/p0.png"], f"add to {masks}"),
+            "labels without an image: 1 of 7": ([f"{masks}/p1.png"], f"add to {images}"),
+            "files with the name of another one: 1 of 8": ([f"{masks}/p5.jpg and {masks}/p5.png"], "keep one"),
+            "1 of 6 labels have another size": ([f"{masks}/p2.png"], "of the size of their image"),
+            "label values without a class in 2 of 6 labels: ": (
+                [f"{masks}/p2.png", f"{masks}/p3.png"],
+                "{7: 255, 9: 255}",
+            ),
+            "1 of 6 pictures cannot be read": (
+                [f"cannot read {images}/p4.png as an image: the file is empty"],
+                "again",
+            ),
+        }
+        for text, (files, remedy) in wanted.items():
+            finding = only([type("F", (), f) for f in found["findings"]], f"train: {text.split(': ')[0]}")
+            assert text in finding.text and remedy in finding.remedy, finding.text
+            assert len(finding.files) == len(files), finding.files
+            assert all(file in given for file, given in zip(files, finding.files, strict=True))
+            assert finding.text in printed and all(file in printed for file in files)
+        assert not [f for f in found["findings"] if f["text"].startswith("val")]
+        assert set(found["splits"]["train"]["left_out"]) == {text.split(":")[0] for text in list(wanted)[:3]}
+        with pytest.raises(ValueError, match=r"same name: keep one"):  # a training refuses the first of them
+            open_folder(root, "train")
+
+    def test_labels_that_are_all_named_otherwise(self, tmp_path, capsys):
+        root = write_pictures(describe(tmp_path / "mine", "names: [a, b]"), ["train/x", "val/y"], suffix="_m")
+        code, printed, found = check(root, capsys)
+        assert code == 2 and found["splits"]["val"]["pictures"] == 0 and found["contact_sheet"] is None
+        assert printed.count("mask_suffix: _mask") == 4 and "remove" not in printed
+        describe(root, "names: [a, b]\nmask_suffix: _m")
+        assert check(root, capsys)[0] == 0
+
+    @pytest.mark.parametrize("name", ["camvid", "ade20k"])
+    def test_files_without_a_partner_in_a_known_layout(self, copied, tmp_path, capsys, name):
+        root = copied(name)
+        files = sorted(root.rglob("*train*/*"))
+        files[0].unlink()
+        files[-1].unlink()
+        words = ["check-data", "--data.name", name, "--data.root", root, "--output", tmp_path / "out"]
+        code, out, err = run(words, capsys)
+        assert code == 2 and not err
+        assert "train: images without a label: 1 of 3" in out and "train: labels without an image: 1 of 3" in out
+
+    def test_a_list_that_names_what_is_not_there(self, tmp_path, capsys):
+        root = describe(tmp_path / "mine", "names: [a, b]\nsplit: {train: t.txt, val: v.txt}")
+        write_pictures(root, ["x", "y"])
+        (root / "t.txt").write_text("x\nz\n")
+        (root / "v.txt").write_text("y\n")
+        code, printed, found = check(root, capsys)
+        assert code == 2 and [row["pictures"] for row in found["splits"].values()] == [1, 1]
+        for folder_name in ("images", "masks"):
+            assert f"t.txt of which {root}/{folder_name} has no file: 1 of 2" in printed
+        assert f"take the names out of {root}/t.txt" in printed
+
+    def test_a_split_that_cannot_be_opened_has_its_column(self, tmp_path, capsys):
+        root = folder(tmp_path / "mine")
+        shutil.rmtree(root / "masks" / "val")
+        (root / "masks" / "train" / "p0.png").unlink()
+        code, printed, _ = check(root, capsys)
+        (heads,) = [line for line in printed.splitlines() if "train" in line and "┃" in line and "%" not in line]
+        (pictures,) = [line for line in printed.splitlines() if line.startswith("│ pictures")]
+        assert code == 2 and heads.replace("┃", "").split() == ["train", "val"]
+        assert "2" in pictures and "cannot be opened" in pictures
+        assert "val: no folder" in printed and "train: images without a label" in printed
+        shutil.rmtree(root / "masks" / "train")
+        code, printed, found = check(root, capsys)
+        assert code == 2 and printed.count("cannot be opened") == 2 and len(found["findings"]) == 2
+
+    def test_rare_classes_are_told_and_change_no_verdict(self, tmp_path, capsys):
+        root = folder(tmp_path / "mine", (0, 1, 2), "names: [a, b, c]")
+        for k in range(3):
+            mask = blocks([0, 1]).astype(np.uint8)
+            mask[0, :3] = 2
+            save(root / "masks" / "train" / f"p{k}.png", mask)
+        code, printed, found = check(root, capsys)
+        assert code == 0 and found["verdict"] == "ready" and "\nready: " in printed
+        assert "note: train: rare classes, of the labelled pixels: c (0.2 %)" in printed
+        assert "--recipe.class_balance 0.5" in printed and "note: val" not in printed
 
     def test_pictures_without_a_label_and_a_class_that_is_nearly_everything(self, tmp_path):
         root = folder(tmp_path)
@@ -295,6 +387,14 @@ class TestCommand:
             assert main([*command, *data, "--data.workers", "0"]) == 0
             errors = capfd.readouterr().err
             assert errors.count("val/000000.png") == 1 and "Traceback" not in errors, errors
+
+    def test_a_folder_is_enough(self, tmp_path, capsys):
+        root = folder(tmp_path / "mine")
+        code, out, err = run(["check-data", root, "--output", tmp_path / "o"], capsys)
+        assert code == 0 and "smaller than the crop, 384x288" in out, "the crop of the preset that `train FOLDER` takes"
+        code, out, err = run(["check-data", root, "--config", "camvid/small", "--output", tmp_path / "o"], capsys)
+        assert code == 0 and "train" in out and not err
+        assert run(["check-data", tmp_path / "none"], capsys)[0] == 2
 
 
 class TestContactSheet:

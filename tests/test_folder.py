@@ -260,8 +260,10 @@ class TestWhereFilesLie:
 
     def test_a_missing_classes_file_shows_what_is_expected(self, folder_root):
         (folder_root / "classes.yaml").unlink()
+        (folder_root / "masks").rename(folder_root / "labels")
         with pytest.raises(
-            ValueError, match=r"no file .*classes\.yaml(?s:.*)names: \[road, car\](?s:.*)ROOT/images/train"
+            ValueError,
+            match=r"no file .*classes\.yaml.* no folder .*masks(?s:.*)ROOT/images/train(?s:.*)names: \[road, car\]",
         ):
             open_folder(folder_root, "train")
 

@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from routeseg.errors import lacks_memory
-from routeseg.files import CONFIG_FILE, RUN_CONFIG_FILE
+from routeseg.files import CONFIG_FILE, RUN_CONFIG_FILE, expand_user
 
 if TYPE_CHECKING:
     import torch
@@ -286,12 +286,35 @@ def add_config_argument(parser: Parser) -> None:
     )
 
 
-def read_data(parser: Parser, words: Sequence[str]) -> tuple[Namespace, DataConfig]:
-    """The parsed words, and the data section as an object."""
-    from routeseg.data.config import DataConfig
+def of_folder(folder: str, words: Sequence[str], more: Sequence[str] = ()) -> list[str]:
+    """The words that a folder in front of others is short for: the preset `small` and `more`, and the layout of the
+    folder. With a --config of its own it only means the data."""
+    from routeseg.data.config import layout_of
+
+    found = [f"--data.name={layout_of(expand_user(folder))}", f"--data.root={folder}"]
+    if any(word.partition("=")[0] == "--config" for word in words):
+        return [*words, *found]
+    return ["--config=small", *found, *more, *words]
+
+
+def read_data(parser: Parser, words: Sequence[str], lenient: bool = False) -> tuple[Namespace, DataConfig]:
+    """The parsed words, and the data section as an object, with the classes that the masks of a folder tell: a line
+    says so.
+
+    lenient  classes that are not clear stay unknown, for a report; else they are a ValueError
+    """
+    from routeseg.data.config import DataConfig, known_classes
+    from routeseg.data.sets.masks import UnclearMasks
 
     args = parser.parse_args(list(words))
-    return args, DataConfig(**vars(args.data))
+    data = DataConfig(**vars(args.data))
+    first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))  # of the processes of a job
+    try:
+        data = known_classes(data, print if first else lambda line: None)
+    except UnclearMasks:
+        if not lenient:
+            raise
+    return args, data
 
 
 def read_parts(parser: Parser, words: Sequence[str]) -> tuple[Namespace, Any, Any, Any]:

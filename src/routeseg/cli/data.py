@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from routeseg.cli.common import USAGE_ERROR, Parser, config_parser, progress_bar, read_data
+from routeseg.cli.common import USAGE_ERROR, Parser, config_parser, of_folder, progress_bar, read_data
 from routeseg.files import check_writable, expand_user, write_json
 
 if TYPE_CHECKING:
@@ -124,21 +124,27 @@ def convert_data_command(words: Sequence[str]) -> int:
     for line in written.notes:
         print(f"note: {line}")
     print(f"{written.path}: {len(written.names)} classes, {', '.join(written.names)}")
-    print(f"look it over with routeseg check-data --data.name folder --data.root {written.path.parent}")
+    print(f"look it over with routeseg check-data {written.path.parent}")
     return 0
 
 
 def check_data_command(words: Sequence[str]) -> int:
+    """`routeseg check-data FOLDER ...` is short for a preset and the layout of the folder, as in `train FOLDER`."""
     parser = config_parser("check-data", ["data"])
+    parser.usage = "routeseg check-data FOLDER [options], or routeseg check-data --config PRESET [options]"
     parser.add_argument("--split", type=str, action="append", help="may be given again; else the configuration's")
     parser.add_argument("--json", type=str | None, default=None, help="also write all that was found to this file")
     parser.add_argument("--output", type=str, default="runs/check", help="folder for contact_sheet.png")
     parser.add_argument("--workers", type=int | None, default=None, help="processes that read files; 1: this one")
-    args, data = read_data(parser, words)
+    parser.add_argument(
+        "--write_classes", action="store_true", help="write the classes that the masks tell to classes.yaml, to edit"
+    )
+    folder = bool(words) and not words[0].startswith("-")
+    args, data = read_data(parser, of_folder(words[0], words[1:]) if folder else words, lenient=True)
 
     from routeseg.cli.tables import print_check
     from routeseg.data.config import open_data, pair
-    from routeseg.data.pairs import PairedFiles
+    from routeseg.data.pairs import LeftOut, PairedFiles
     from routeseg.data.sets.folder import describing_file
     from routeseg.data.tools.check import SplitCheck, check_split
     from routeseg.data.tools.findings import find, verdict
@@ -147,22 +153,28 @@ def check_data_command(words: Sequence[str]) -> int:
 
     if args.workers is not None and args.workers < 0:
         raise ValueError(f"--workers is {args.workers}: it must not be negative")
+    if args.write_classes:
+        print(f"{_write_classes(data)}: written; put names of your own there")
     check_writable(args.output)
     if args.json is not None:
         check_writable(Path(args.json).parent, "--json")
-    checks, opened = [], {}
+    checks: list[SplitCheck] = []
+    opened: dict[str, SegmentationData] = {}
     for split in dict.fromkeys(args.split or (data.train_split, data.val_split)):
+        training, left_out = split == data.train_split, list[LeftOut]()
         try:
-            opened[split] = open_data(data, split, args.seed)
+            opened[split] = open_data(data, split, args.seed, left_out)
         except ValueError as error:
-            checks.append(SplitCheck(split, Classes(()), [], failure=str(error)))
+            checks.append(SplitCheck(split, Classes(()), [], training, str(error), left_out))
             continue
         with progress_bar(f"check {data.name} {split}", len(opened[split])) as step:
-            checks.append(check_split(opened[split], split, split == data.train_split, args.workers, step))
-    if not opened:
+            checks.append(check_split(opened[split], split, training, args.workers, step, left_out))
+    if not opened and len({check.failure for check in checks}) == 1:  # there is no such data set
         raise ValueError(checks[0].failure)
     label_map = next((files.label_map for files in opened.values() if isinstance(files, PairedFiles)), None)
     described_in = describing_file(expand_user(data.root)) if data.name == "folder" and data.root else None
+    if described_in is not None and not described_in.is_file():
+        described_in = None
     findings = find(checks, label_map, described_in, pair(data.crop))
     print_check(checks, findings, pair(data.crop))
     sheet = _draw_contact_sheet(Path(args.output), data, checks, opened)
@@ -179,6 +191,21 @@ def check_data_command(words: Sequence[str]) -> int:
         }
         write_json(Path(args.json), found | machine_facts())
     return USAGE_ERROR if verdict(findings) == "errors" else 0
+
+
+def _write_classes(data: DataConfig) -> Path:
+    """Writes the classes that the masks tell to the classes.yaml of the folder. Raises ValueError if there are none."""
+    from routeseg.data.sets.folder import describing_file, write_classes
+
+    if data.name != "folder" or data.root is None:
+        raise ValueError("--write_classes is for a folder of your own pictures (data.name folder): leave it out")
+    path = describing_file(expand_user(data.root))
+    if path.is_file():
+        raise ValueError(f"{path} is there already: edit it, or remove it to have it written anew")
+    if data.classes is None:
+        raise ValueError(f"the masks tell no classes for {path}: leave out --write_classes to see why")
+    write_classes(path, **{"palette": None} | data.classes)
+    return path
 
 
 def _draw_contact_sheet(

@@ -118,13 +118,15 @@ def _add_costs(table: Table, cost: dict[str, float]) -> None:
 
 def print_check(checks: Sequence[SplitCheck], findings: Sequence[Finding], crop: tuple[int, int]) -> None:
     """What `routeseg check-data` found: splits, classes, what is wrong, and the verdict."""
-    console, opened = Console(), [check for check in checks if check.failure is None]
+    console = Console()
     table = Table(title="Pictures (width x height)", title_justify="left")
-    for column in ("", *(check.split for check in opened)):
+    for column in ("", *(check.split for check in checks)):
         table.add_column(column, justify="right" if table.columns else "left")
     for title, cell in (
         ("pictures", lambda check: f"{len(check.pictures)}"),
+        ("files left out", lambda check: f"{sum(len(some.files) for some in check.left_out)}"),
         ("unreadable", lambda check: f"{len(check.unreadable)}"),
+        ("labels of another size", lambda check: f"{len(check.misfits)}"),
         ("without labels", lambda check: f"{len(check.blank)}"),
         ("smallest", lambda check: _size(min(check.sizes, default=None, key=np.prod))),
         ("largest", lambda check: _size(max(check.sizes, default=None, key=np.prod))),
@@ -133,10 +135,11 @@ def print_check(checks: Sequence[SplitCheck], findings: Sequence[Finding], crop:
         ("labels", lambda check: ", ".join(sorted({picture.kind for picture in check.pictures if picture.kind}))),
         ("ignored pixels", lambda check: f"{100 * check.pixels[-1] / max(check.pixels.sum(), 1):.1f} %"),
     ):
-        table.add_row(title, *(cell(check) for check in opened))
-    if opened:
-        console.print(table)
-        console.print(_class_shares(opened))
+        failed = "cannot be opened" if not table.rows else ""
+        table.add_row(title, *(cell(check) if check.failure is None else failed for check in checks))
+    console.print(table)
+    if any(check.classes.names for check in checks):
+        console.print(_class_shares(checks))
     for finding in findings:
         print(f"\n{finding.level}: {finding.text}")
         for file in finding.files[:FILES_SHOWN]:
@@ -158,11 +161,12 @@ def _class_shares(checks: Sequence[SplitCheck]) -> Table:
     for check in checks:
         table.add_column(f"{check.split}, %", justify="right")
         table.add_column("pictures", justify="right")
-    for k, name in enumerate(checks[0].classes.names):
+    for k, name in enumerate(next(check.classes.names for check in checks if check.classes.names)):
         cells: list[str] = []
         for check in checks:
-            count = int(check.in_pictures[k])
-            cells += [f"{100 * check.shares()[k]:.2f}", f"{count}"] if count else ["never", "0"]
+            count = 0 if check.failure else int(check.in_pictures[k])
+            nothing = ["", ""] if check.failure else ["never", "0"]
+            cells += [f"{100 * check.shares()[k]:.2f}", f"{count}"] if count else nothing
         table.add_row(escape(name), *cells)
     return table
 

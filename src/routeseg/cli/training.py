@@ -20,6 +20,7 @@ from routeseg.cli.common import (
     enough_memory,
     network_options,
     new_network,
+    of_folder,
     of_run,
     progress_bar,
     quiet_libraries,
@@ -28,7 +29,7 @@ from routeseg.cli.common import (
     start_from,
 )
 from routeseg.errors import only_warned_of
-from routeseg.files import RUN_CONFIG_FILE, expand_user
+from routeseg.files import RUN_CONFIG_FILE
 
 if TYPE_CHECKING:
     from routeseg.data.config import DataConfig
@@ -134,15 +135,11 @@ def train_by(words: Sequence[str], parser: Parser) -> tuple[RunResult[Evaluation
 
 
 def _of_folder(folder: str, words: Sequence[str]) -> list[str]:
-    """The words that `train FOLDER` is short for. With a --config of its own it only means the data."""
-    from routeseg.data.config import layout_of
+    """The words that `train FOLDER` is short for: also the first weights, unless others are given."""
     from routeseg.model.checkpoints import PRETRAINED
 
-    found = [f"--data.name={layout_of(expand_user(folder))}", f"--data.root={folder}"]
-    if any(word.partition("=")[0] == "--config" for word in words):
-        return [*words, *found]
-    init = [] if any(word.partition("=")[0] in ("--init", "--resume") for word in words) else [f"--init={PRETRAINED}"]
-    return ["--config=small", *found, *init, *words]
+    given = any(word.partition("=")[0] in ("--init", "--resume") for word in words)
+    return of_folder(folder, words, [] if given else [f"--init={PRETRAINED}"])
 
 
 def _output_of(words: Sequence[str]) -> Path:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from routeseg.data import scenes
-from routeseg.data.pairs import SegmentationData, SkipLog
+from routeseg.data.pairs import LeftOut, SegmentationData, SkipLog
 from routeseg.data.sets.ade20k import open_ade20k
 from routeseg.data.sets.camvid import open_camvid
 from routeseg.data.sets.cityscapes import open_cityscapes
 from routeseg.data.sets.folder import TREE as FOLDER_TREE
-from routeseg.data.sets.folder import open_folder
+from routeseg.data.sets.folder import classes_of_masks, describing_file, open_folder
 from routeseg.data.sets.roots import expected, no_split
 from routeseg.data.sets.voc import open_voc
 from routeseg.files import expand_user
@@ -31,6 +31,8 @@ class DataConfig:
     name          scenes (procedural, no download), camvid, cityscapes, voc, ade20k, or folder (your own pictures);
                   what each expects is in docs/data.md
     root          folder of the data set (not for scenes)
+    classes       folder only: what a classes.yaml would say (names, palette, mapping), which is not read then; None:
+                  that file, or without one what the masks tell. A run keeps here what they told
     sbd_root      folder of SBD, for VOC's split train_aug; None: beside VOCdevkit
     train_split, val_split   which parts to train on and to validate on, as the data set calls them
     train_share   of the training pictures, evenly spread: what would fewer labels do?
@@ -46,6 +48,7 @@ class DataConfig:
 
     name: Literal["scenes", "camvid", "cityscapes", "voc", "ade20k", "folder"] = "scenes"
     root: str | None = None
+    classes: dict[str, Any] | None = None
     sbd_root: str | None = None
     train_split: str = "train"
     val_split: str = "val"
@@ -105,8 +108,35 @@ class Scenes:
         return self._drawn[index]
 
 
-def open_data(config: DataConfig, split: str, seed: int = 0) -> SegmentationData:
-    """The split (train, val or test) of the data set that the configuration names."""
+def known_classes(config: DataConfig, say: Callable[[str], None] = lambda line: None) -> DataConfig:
+    """The configuration with the classes that the masks tell, if those of a folder are written nowhere.
+
+    say  takes a line that tells what was found, or that a classes.yaml is not read
+    Raises UnclearMasks if the masks tell no classes.
+    """
+    if config.name != "folder" or config.root is None:
+        return config
+    root = expand_user(config.root)
+    if config.classes is not None:
+        if describing_file(root).is_file():
+            say(
+                f"{describing_file(root)} is not read: data.classes of the configuration says what the classes are "
+                "(--data.classes null: the file does)"
+            )
+        return config
+    found = classes_of_masks(root)
+    if found is None:
+        return config
+    say(f"{root / 'masks'}: {found}")
+    return replace(config, classes=found.description)
+
+
+def open_data(config: DataConfig, split: str, seed: int = 0, left_out: list[LeftOut] | None = None) -> SegmentationData:
+    """The split (train, val or test) of the data set that the configuration names.
+
+    left_out  takes files that make no picture, for a report; without it they are a ValueError (voc and cityscapes:
+              always)
+    """
     if config.name == "scenes":
         if split not in SEED_OFFSETS:
             raise no_split("scenes", split, tuple(SEED_OFFSETS))
@@ -122,8 +152,11 @@ def open_data(config: DataConfig, split: str, seed: int = 0) -> SegmentationData
     root = expand_user(config.root)
     if config.name == "voc":
         return open_voc(root, split, None if config.sbd_root is None else expand_user(config.sbd_root))
-    readers = {"camvid": open_camvid, "cityscapes": open_cityscapes, "ade20k": open_ade20k, "folder": open_folder}
-    return readers[config.name](root, split)
+    if config.name == "folder":
+        return open_folder(root, split, config.classes, left_out)
+    if config.name == "cityscapes":
+        return open_cityscapes(root, split)
+    return {"camvid": open_camvid, "ade20k": open_ade20k}[config.name](root, split, left_out)
 
 
 LAYOUTS = {  # what a folder has if its pictures lie in a layout of this name, one of these

@@ -137,6 +137,8 @@ def _open(source: Path | BinaryIO, max_pixels: int) -> ImageFile.ImageFile:
         try:
             file = Image.open(source, formats=FORMATS)
         except UnidentifiedImageError:
+            if isinstance(source, Path) and not source.stat().st_size:
+                raise ValueError("the file is empty") from None
             Image.init()
             file = Image.open(source, formats=[one for one in RARE_FORMATS if one in Image.OPEN])
     width, height = file.size
@@ -197,6 +199,19 @@ def _silent_libraries() -> Iterator[None]:
             os.dup2(kept, 2)
             os.close(kept)
             os.close(nowhere)
+
+
+def label_mode(path: Path) -> tuple[str, np.ndarray | None]:
+    """Pillow's mode of a label file, and of a palette file ("P") the colour of each number, uint8 [N,3].
+
+    Raises UnreadableImage if it is missing or no image.
+    """
+    try:
+        with _open(path, MAX_PIXELS) as file:
+            colours = file.getpalette("RGB") if file.mode == "P" else None
+            return file.mode, None if colours is None else np.array(colours, np.uint8).reshape(-1, 3)
+    except BAD_IMAGE as error:
+        raise UnreadableImage(f"cannot read {path} as a label image: {_reason(error)}") from error
 
 
 def read_label_file(path: Path, palette: bool = False, grey: bool = False) -> np.ndarray:
@@ -294,6 +309,17 @@ class LabelMap:
         return np.where(known[place] == packed, targets[place], np.int16(-1))
 
 
+def count_values(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different values of a label file, [N] or colours [N,3], in order, and how many pixels have each, [N]."""
+    if stored.dtype == np.uint8 and stored.ndim == 2:
+        counts = np.bincount(stored.ravel(), minlength=256)
+        return np.flatnonzero(counts), counts[counts > 0]
+    values, counts = np.unique(pack_colours(stored) if stored.ndim == 3 else stored, return_counts=True)
+    if stored.ndim == 3:
+        values = np.stack([values >> 16, (values >> 8) & 255, values & 255], axis=-1).astype(np.uint8)
+    return values, counts
+
+
 def value_name(value: np.ndarray) -> str:
     """A label value as a mapping in classes.yaml calls it: 7, or a colour as "#804080" with the quotes."""
     parts = np.atleast_1d(value)
@@ -356,52 +382,103 @@ class PairedFiles:
         return image, self.label_map(values, pair.labels)
 
 
-def pair_folders(images: Path, labels: Path) -> list[Pair]:
+@dataclass(frozen=True)
+class LeftOut:
+    """Files of a split that make no picture, all for one reason.
+
+    what     the files, in the plural: "images without a label"
+    files    all of them
+    total    of how many
+    message  what ends a training: the first of them, the reason, and the remedy
+    remedy   what to do about all of them
+    """
+
+    what: str
+    files: tuple[str, ...]
+    total: int
+    message: str
+    remedy: str
+
+
+def leave_out(some: LeftOut, left_out: list[LeftOut] | None) -> None:
+    """Keeps it in the list, for a report. Without a list, as in a training, raises ValueError with its message."""
+    if left_out is None:
+        raise ValueError(some.message)
+    left_out.append(some)
+
+
+def pair_folders(images: Path, labels: Path, left_out: list[LeftOut] | None = None) -> list[Pair]:
     """The files of two folders that have the same stem, sorted.
 
-    Raises ValueError, naming folder or file, if a folder is missing or empty, or a file has no partner.
+    left_out  takes the files that have no partner
+    Raises ValueError, naming folder or file, if a folder is missing or empty, or, without `left_out`, if a file has
+    no partner.
     """
-    return pair_files(list_images(images), list_images(labels), images, labels)
+    return pair_files(
+        list_images(images, left_out=left_out), list_images(labels, left_out=left_out), images, labels, "", left_out
+    )
 
 
 def pair_files(
-    images: Mapping[str, Path], labels: Mapping[str, Path], image_folder: Path, label_folder: Path, suffix: str = ""
+    images: Mapping[str, Path],
+    labels: Mapping[str, Path],
+    image_folder: Path,
+    label_folder: Path,
+    suffix: str = "",
+    left_out: list[LeftOut] | None = None,
 ) -> list[Pair]:
     """Name -> image file and name -> label file as pairs, sorted by name.
 
-    suffix  what a label file's name has after the name of its image
-    Raises ValueError, naming the file, if one has no partner.
+    suffix    what a label file's name has after the name of its image
+    left_out  takes the files that have no partner; without it they are a ValueError that names the first
     """
-    for some, others, kind, other_folder, ending in (
-        (images, labels, "an image without a label", label_folder, suffix),
-        (labels, images, "a label without an image", image_folder, ""),
+    for some, others, one, partner, other_folder, ending in (
+        (images, labels, "an image", "a label", label_folder, suffix),
+        (labels, images, "a label", "an image", image_folder, ""),
     ):
         alone = sorted(set(some) - set(others))
         if alone:
-            raise ValueError(
-                f"{some[alone[0]]} is {kind}: {other_folder} has no {alone[0]}{ending}.* ({len(alone)} of {len(some)} "
-                "files are so). Add the missing files or remove the others"
+            kind = one.split()[1]
+            remedy = f"add to {other_folder} what they lack, or remove these {kind}s"
+            advice = f"Add {partner} for each, or remove the {kind}"
+            if len(alone) == len(some):
+                remedy = advice = (
+                    "give each label the name of its image; if your own labels have an ending beyond that, say so in "
+                    "classes.yaml, for example `mask_suffix: _mask`"
+                )
+            message = (
+                f"{some[alone[0]]} is {one} without {partner}: {other_folder} has no {alone[0]}{ending}.* "
+                f"({len(alone)} of {len(some)} {kind}s are so, `routeseg check-data` names them). {advice}"
             )
-    return [Pair(name, images[name], labels[name]) for name in sorted(images)]
+            files = tuple(str(some[name]) for name in alone)
+            leave_out(LeftOut(f"{kind}s without {partner}", files, len(some), message, remedy), left_out)
+    return [Pair(name, images[name], labels[name]) for name in sorted(images) if name in labels]
 
 
-def list_images(folder: Path, nested: bool = False) -> dict[str, Path]:
+def list_images(folder: Path, nested: bool = False, left_out: list[LeftOut] | None = None) -> dict[str, Path]:
     """Name -> file. A name is the stem; with `nested`, files of sub-folders count too, and are called city/stem.
 
-    Hidden files and folders are left out. Raises ValueError for a folder that is missing or empty, and for two files
-    of one name.
+    left_out  takes what has the name of a file before it; without it that is a ValueError
+    Hidden files and folders are left out. Raises ValueError for a folder that is missing or empty.
     """
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: check the data root and its layout")
     found: dict[str, Path] = {}
+    twice: list[tuple[Path, Path]] = []
     for path in _files(folder, nested):
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
             name = path.relative_to(folder).with_name(path.stem).as_posix()
             if name in found:
-                raise ValueError(f"{found[name]} and {path} have the same name: keep one of them")
-            found[name] = path
+                twice.append((found[name], path))
+            else:
+                found[name] = path
     if not found:
         raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    if twice:
+        message = f"{twice[0][0]} and {twice[0][1]} have the same name: keep one of them"
+        files = tuple(f"{one} and {other}" for one, other in twice)
+        total = len(found) + len(twice)
+        leave_out(LeftOut("files with the name of another one", files, total, message, "keep one of each"), left_out)
     return found
 
 

@@ -9,7 +9,7 @@ import colorsys
 from functools import partial
 from pathlib import Path
 
-from routeseg.data.pairs import LabelMap, PairedFiles, pair_folders
+from routeseg.data.pairs import LabelMap, LeftOut, PairedFiles, pair_folders
 from routeseg.data.sets.roots import need_folders, no_split, read_class_numbers
 from routeseg.labels import IGNORE, Classes
 
@@ -81,13 +81,16 @@ LABELS = LabelMap(
 )
 
 
-def open_ade20k(root: Path, split: str) -> PairedFiles:
-    """A split of ADE20K, train or val. Raises ValueError, showing the expected tree, if something is missing."""
+def open_ade20k(root: Path, split: str, left_out: list[LeftOut] | None = None) -> PairedFiles:
+    """A split of ADE20K, train or val. Raises ValueError, showing the expected tree, if something is missing.
+
+    left_out  takes files without a partner; without it they are an error, too
+    """
     if split not in SPLITS:
         raise no_split("ADE20K", split, SPLITS)
     inner = root / "ADEChallengeData2016"
     root = inner if inner.is_dir() else root
     images, labels = (f"{kind}/{SPLITS[split]}" for kind in ("images", "annotations"))
     need_folders(root, (images, labels), "ADE20K", TREE)
-    pairs = pair_folders(root / images, root / labels)
+    pairs = pair_folders(root / images, root / labels, left_out)
     return PairedFiles(pairs, CLASSES, LABELS, partial(read_class_numbers, remedy=REMEDY))

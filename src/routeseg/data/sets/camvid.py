@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from routeseg.data.pairs import LabelMap, PairedFiles, pair_folders
+from routeseg.data.pairs import LabelMap, LeftOut, PairedFiles, pair_folders
 from routeseg.data.sets.roots import need_folders, no_split, read_class_numbers
 from routeseg.labels import IGNORE, Classes
 
@@ -48,10 +48,13 @@ REMEDY = "CamVid has 0 to 10 and 11 = unlabelled. Is this the 11-class labelling
 LABELS = LabelMap(len(CLASSES), {UNLABELLED: IGNORE}, {}, remedy=REMEDY)
 
 
-def open_camvid(root: Path, split: str) -> PairedFiles:
-    """A split of CamVid. Raises ValueError, showing the expected tree, if something is missing."""
+def open_camvid(root: Path, split: str, left_out: list[LeftOut] | None = None) -> PairedFiles:
+    """A split of CamVid. Raises ValueError, showing the expected tree, if something is missing.
+
+    left_out  takes files without a partner; without it they are an error, too
+    """
     if split not in SPLITS:
         raise no_split("CamVid", split, SPLITS)
     need_folders(root, (split, f"{split}annot"), "CamVid", TREE)
-    pairs = pair_folders(root / split, root / f"{split}annot")
+    pairs = pair_folders(root / split, root / f"{split}annot", left_out)
     return PairedFiles(pairs, CLASSES, LABELS, partial(read_class_numbers, remedy=REMEDY))

@@ -1,6 +1,7 @@
 """The `folder` layout, for your own pictures: a small YAML says where they are and what their masks mean.
 
-Every key but `names` may be left out; docs/data.md has examples.
+Without a YAML the masks tell the classes (masks.py), and the files lie in images/ and masks/. In a YAML, every key but
+`names` may be left out; docs/data.md has examples.
 
 names        the classes, in order
 palette      their RGB colours, for pictures
@@ -20,14 +21,25 @@ import difflib
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from routeseg.data.pairs import IMAGE_SUFFIXES, LabelMap, Pair, PairedFiles, list_images, pair_files, read_label_file
+from routeseg.data.pairs import (
+    IMAGE_SUFFIXES,
+    LabelMap,
+    LeftOut,
+    Pair,
+    PairedFiles,
+    leave_out,
+    list_images,
+    pair_files,
+    read_label_file,
+)
+from routeseg.data.sets.masks import FoundClasses, UnclearMasks, find_classes
 from routeseg.data.sets.roots import expected, no_split, read_names
 from routeseg.files import expand_user, write_atomically
 from routeseg.labels import IGNORE, Classes
@@ -36,9 +48,9 @@ FILE = "classes.yaml"
 KEYS = ("names", "palette", "mapping", "images", "masks", "mask_suffix", "split")
 FRACTION_KEYS = ("val_fraction", "seed", "list")
 TREE = """
-ROOT/classes.yaml               names: [road, car]
-ROOT/images/train/NAME.jpg      ROOT/masks/train/NAME.png (one class number a pixel, 255 = ignored)
+ROOT/images/train/NAME.jpg      ROOT/masks/train/NAME.png (one class number or colour a pixel)
 ROOT/images/val/NAME.jpg        ROOT/masks/val/NAME.png
+ROOT/classes.yaml               names: [road, car] (without it the masks tell the classes)
 """
 COLOUR = re.compile("#([0-9a-f]{2})([0-9a-f]{2})([0-9a-f]{2})", re.IGNORECASE)
 
@@ -69,7 +81,10 @@ def _draw(name: str, seed: int) -> float:
 
 @dataclass(frozen=True)
 class Description:
-    """What a classes.yaml says; see the top of this file. `split` is None for sub-folders."""
+    """What a classes.yaml says; see the top of this file. `split` is None for sub-folders.
+
+    strict  a label value that `values` lacks is an error, also if there is a class of that number
+    """
 
     path: Path
     classes: Classes
@@ -79,19 +94,36 @@ class Description:
     masks: Folders
     mask_suffix: str
     split: Mapping[str, Path] | Fraction | None
+    strict: bool = False
 
 
-def open_folder(root: Path, split: str) -> PairedFiles:
+def open_folder(
+    root: Path, split: str, classes: Mapping[str, Any] | None = None, left_out: list[LeftOut] | None = None
+) -> PairedFiles:
     """A split of your own pictures. `root` is the folder of a classes.yaml, or such a file of any name.
 
+    classes   what a classes.yaml would say; it is not read then. None: the file, or without one what the masks tell
+    left_out  takes files without a partner and masks that tell no classes; without it they are an error, too
     Raises ValueError if the file does not describe a data set, or the split is not what it describes.
     """
-    about = read_description(describing_file(root))
-    file = str(about.path).replace("{", "{{").replace("}", "}}")  # the remedy is a template
+    try:
+        about = describe(root, classes)
+    except UnclearMasks as error:
+        if left_out is None:
+            raise
+        remedy = "make the masks so that they tell the classes, or write a classes.yaml (docs/data.md)"
+        left_out.append(LeftOut("masks that tell no classes", (), 0, str(error), remedy))
+        about = replace(_description(describing_file(root), {"names": ["unclear"]}), classes=Classes(()))
+    file, folder = (str(path).replace("{", "{{").replace("}", "}}") for path in (about.path, root))  # for a template
     remedy = f"map it in {file}, for example `mapping: {{{{{{value}}: 255}}}}` to ignore it"
-    label_map = LabelMap(len(about.classes), about.values, about.colours, remedy=remedy)
+    if not about.path.is_file():
+        remedy = (
+            "the masks that told the classes do not have it: mend the mask, or train anew. To map values, write "
+            f"{file} with `routeseg check-data {folder} --write_classes`"
+        )
+    label_map = LabelMap(len(about.classes), about.values, about.colours, about.strict, remedy)
     read_values = partial(read_label_file, palette=bool(about.colours), grey=bool(about.colours) and not about.values)
-    return PairedFiles(_pairs(about, split), about.classes, label_map, read_values)
+    return PairedFiles(_pairs(about, split, left_out), about.classes, label_map, read_values)
 
 
 def describing_file(root: Path) -> Path:
@@ -99,24 +131,48 @@ def describing_file(root: Path) -> Path:
     return root if root.is_file() or root.suffix in (".yaml", ".yml") else root / FILE
 
 
-def _pairs(about: Description, split: str) -> list[Pair]:
+def describe(root: Path, classes: Mapping[str, Any] | None = None) -> Description:
+    """What the classes of a folder are and where its files lie, as `open_folder` takes them, and with its errors."""
+    path = describing_file(root)
+    if classes is None:
+        found = classes_of_masks(root)
+        if found is None:
+            return read_description(path)
+        classes = found.description
+    about = _described(f"data.classes for {root}", path, classes)
+    return replace(about, strict=bool(about.values))
+
+
+def classes_of_masks(root: Path) -> FoundClasses | None:
+    """What the masks of a folder without a classes.yaml tell; None if there is one, or there are no masks.
+
+    Raises UnclearMasks if they tell no classes.
+    """
+    masks = root / "masks"
+    return None if describing_file(root).is_file() or not masks.is_dir() else find_classes(masks)
+
+
+def _pairs(about: Description, split: str, left_out: list[LeftOut] | None) -> list[Pair]:
     if isinstance(about.split, Fraction):
         if split not in ("train", "val"):
             raise no_split(str(about.path), split, ("train", "val"))
         if about.split.names is None:
-            images, masks = _list_files(about, split)
-            pairs = {pair.name: pair for pair in pair_files(images, masks, *_folders(about, split), about.mask_suffix)}
+            pairs = {pair.name: pair for pair in _paired(about, split, left_out)}
         else:
-            pairs = {pair.name: pair for pair in _listed(about, split, about.split.names)}
+            pairs = {pair.name: pair for pair in _listed(about, split, about.split.names, left_out)}
         if len(pairs) < 2:
             raise ValueError(f"{about.path} divides its pictures, but there is only one: add more")
         return [pairs[name] for name in about.split.takes(list(pairs), split)]
     if about.split is not None:
         if split not in about.split:
             raise no_split(str(about.path), split, about.split)
-        return _listed(about, split, about.split[split])
-    images, masks = _list_files(about, split)
-    return pair_files(images, masks, *_folders(about, split), about.mask_suffix)
+        return _listed(about, split, about.split[split], left_out)
+    return _paired(about, split, left_out)
+
+
+def _paired(about: Description, split: str, left_out: list[LeftOut] | None) -> list[Pair]:
+    images, masks = _list_files(about, split, left_out)
+    return pair_files(images, masks, *_folders(about, split), about.mask_suffix, left_out)
 
 
 def _folders(about: Description, split: str) -> tuple[Path, Path]:
@@ -137,10 +193,12 @@ def _folders(about: Description, split: str) -> tuple[Path, Path]:
     return found[0], found[1]
 
 
-def _list_files(about: Description, split: str) -> tuple[dict[str, Path], dict[str, Path]]:
+def _list_files(
+    about: Description, split: str, left_out: list[LeftOut] | None
+) -> tuple[dict[str, Path], dict[str, Path]]:
     """Name -> image, and name -> mask, of what lies in a split's folders."""
     image_folder, mask_folder = _folders(about, split)
-    images, masks = list_images(image_folder, nested=True), list_images(mask_folder, nested=True)
+    images, masks = (list_images(folder, nested=True, left_out=left_out) for folder in (image_folder, mask_folder))
     if suffix := about.mask_suffix:
         if image_folder == mask_folder:
             images = {name: path for name, path in images.items() if not name.endswith(suffix)}
@@ -151,21 +209,24 @@ def _list_files(about: Description, split: str) -> tuple[dict[str, Path], dict[s
     return images, masks
 
 
-def _listed(about: Description, split: str, listed_in: Path) -> list[Pair]:
+def _listed(about: Description, split: str, listed_in: Path, left_out: list[LeftOut] | None) -> list[Pair]:
     """The pictures that a list names, with or without the suffix of the file, in its order."""
-    images, masks = _list_files(about, split)
+    images, masks = _list_files(about, split, left_out)
     image_folder, mask_folder = _folders(about, split)
     names = [_without_suffix(line) if line not in images else line for line in read_names(listed_in)]
     for found, folder, ending in ((images, image_folder, ""), (masks, mask_folder, about.mask_suffix)):
-        absent = [name for name in names if name not in found]
+        absent = [f"{folder / (name + ending)}.*" for name in names if name not in found]
         if absent:
-            raise ValueError(
-                f"{folder / (absent[0] + ending)}.* is not there, though {listed_in} lists it ({len(absent)} of "
-                f"{len(names)} are absent): add the files, or take the names out of the list"
+            remedy = f"add the files, or take the names out of {listed_in}"
+            message = (
+                f"{absent[0]} is not there, though {listed_in} lists it ({len(absent)} of {len(names)} are absent): "
+                + remedy
             )
+            what = f"names in {listed_in} of which {folder} has no file"
+            leave_out(LeftOut(what, tuple(absent), len(names), message, remedy), left_out)
     if len(set(names)) < len(names):
         raise ValueError(f"{listed_in} names a picture with and without its suffix: keep one line of each")
-    return [Pair(name, images[name], masks[name]) for name in names]
+    return [Pair(name, images[name], masks[name]) for name in names if name in images and name in masks]
 
 
 def _without_suffix(name: str) -> str:
@@ -175,12 +236,24 @@ def _without_suffix(name: str) -> str:
 def read_description(path: Path) -> Description:
     """Reads a classes.yaml. Raises ValueError, naming the file and the key, for whatever it cannot mean."""
     if not path.is_file():
-        raise ValueError(f"no file {path}: it names the classes; {expected(TREE)}")
+        masks = f", and no folder {path.parent / 'masks'} that would tell them" if path.name == FILE else ""
+        raise ValueError(f"no file {path}: it names the classes{masks}; {expected(TREE)}")
     try:
-        return _description(path, yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} does not describe classes and their pictures: {reason}") from error
+        return _described(str(path), path, yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise _undescribed(str(path), error) from error
+
+
+def _described(name: str, path: Path, data: Any) -> Description:
+    """The description in a YAML of this place; `name` is what errors call it."""
+    try:
+        return _description(path, data)
+    except ValueError as error:
+        raise _undescribed(name, error) from error
+
+
+def _undescribed(name: str, error: Exception) -> ValueError:
+    return ValueError(f"{name} does not describe classes and their pictures: {' '.join(str(error).split())}")
 
 
 def _description(path: Path, data: Any) -> Description:

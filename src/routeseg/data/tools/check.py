@@ -24,11 +24,12 @@ import numpy as np
 
 from routeseg.data.pairs import (
     LabelMap,
+    LeftOut,
     Pair,
     PairedFiles,
     SegmentationData,
     UnreadableImage,
-    pack_colours,
+    count_values,
     read_image,
     value_name,
 )
@@ -46,10 +47,11 @@ class Picture:
     unreadable  the message of a file that is damaged or missing
     wrong       the message of what would end a training: a label of another size, or one that is no label image
     size        (height, width) of the image
+    label_size  (height, width) of the label
     kind        how the label stores its values: "8 bit", "16 bit" or more, or "colour"
     values      label value as a mapping would call it -> pixels
     unknown     those of `values` that mean nothing
-    pixels      int64 [K+1], pixels of each class, and ignored ones
+    pixels      int64 [K+1], pixels of each class, and ignored ones; None if the label does not fit
     digest      a hash of the image file
     """
 
@@ -59,11 +61,17 @@ class Picture:
     unreadable: str | None = None
     wrong: str | None = None
     size: tuple[int, int] | None = None
+    label_size: tuple[int, int] | None = None
     kind: str | None = None
     values: dict[str, int] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
     pixels: np.ndarray | None = None
     digest: str | None = None
+
+    @property
+    def misfit(self) -> bool:
+        """The label has another size than the image."""
+        return self.label_size is not None and self.label_size != self.size
 
     @property
     def blank(self) -> bool:
@@ -88,19 +96,20 @@ def look_at_pair(pair: Pair, label_map: LabelMap, read_values: Callable[[Path], 
         return found(unreadable=str(error))
     except ValueError as error:
         return found(wrong=str(error))
-    kind = "colour" if stored.ndim == 3 else f"{8 * stored.dtype.itemsize} bit"
-    if stored.shape[:2] != image.shape[:2]:
-        sizes = f"{image.shape[1]}x{image.shape[0]}, its label {pair.labels} is {stored.shape[1]}x{stored.shape[0]}"
-        return found(wrong=f"{pair.image} is {sizes}", kind=kind)
-    values, counts = _count(stored)
+    values, counts = count_values(stored)
     labels = label_map.lookup(values[None], pair.labels)[0]
     order = np.argsort(-counts, kind="stable")[:VALUES_KEPT]
-    return found(
-        kind=kind,
+    found = partial(
+        found,
+        label_size=(stored.shape[0], stored.shape[1]),
+        kind="colour" if stored.ndim == 3 else f"{8 * stored.dtype.itemsize} bit",
         values={value_name(values[k]): int(counts[k]) for k in order},
         unknown=tuple(value_name(values[k]) for k in order if labels[k] < 0),
-        pixels=_histogram(labels, counts, label_map.classes),
     )
+    if stored.shape[:2] != image.shape[:2]:
+        sizes = f"{image.shape[1]}x{image.shape[0]}, its label {pair.labels} is {stored.shape[1]}x{stored.shape[0]}"
+        return found(wrong=f"{pair.image} is {sizes}")
+    return found(pixels=_histogram(labels, counts, label_map.classes))
 
 
 def look_at_pairs(pairs: Sequence[Pair], label_map: LabelMap, read_values: Callable) -> list[Picture]:
@@ -110,7 +119,7 @@ def look_at_pairs(pairs: Sequence[Pair], label_map: LabelMap, read_values: Calla
 def look_at_drawn(data: SegmentationData, index: int) -> Picture:
     """A picture of a data set that has no files."""
     image, labels = data.read(index)
-    values, counts = _count(labels)
+    values, counts = count_values(labels)
     return Picture(
         name=data.name(index),
         image=data.name(index),
@@ -121,17 +130,6 @@ def look_at_drawn(data: SegmentationData, index: int) -> Picture:
         pixels=_histogram(values, counts, len(data.classes)),
         digest=hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest(),
     )
-
-
-def _count(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The different values of a label file, [N] or [N,3], and how many pixels have each."""
-    if stored.dtype == np.uint8 and stored.ndim == 2:
-        counts = np.bincount(stored.ravel(), minlength=256)
-        return np.flatnonzero(counts), counts[counts > 0]
-    values, counts = np.unique(pack_colours(stored) if stored.ndim == 3 else stored, return_counts=True)
-    if stored.ndim == 3:
-        values = np.stack([values >> 16, (values >> 8) & 255, values & 255], axis=-1).astype(np.uint8)
-    return values, counts
 
 
 def _histogram(labels: np.ndarray, counts: np.ndarray, classes: int) -> np.ndarray:
@@ -146,6 +144,7 @@ class SplitCheck:
     """What was found in a split.
 
     failure   why it could not be opened at all; then there are no pictures
+    left_out  files that make no picture
     training  it is the split to train on
     """
 
@@ -154,6 +153,7 @@ class SplitCheck:
     pictures: list[Picture]
     training: bool = False
     failure: str | None = None
+    left_out: list[LeftOut] = field(default_factory=list)
 
     @property
     def unreadable(self) -> list[Picture]:
@@ -164,12 +164,16 @@ class SplitCheck:
         return [picture for picture in self.pictures if picture.wrong]
 
     @property
+    def misfits(self) -> list[Picture]:
+        return [picture for picture in self.pictures if picture.misfit]
+
+    @property
     def blank(self) -> list[Picture]:
         return [picture for picture in self.pictures if picture.blank]
 
     @property
     def counted(self) -> list[Picture]:
-        """Those whose labels were read."""
+        """Those whose labels were read, and fit."""
         return [picture for picture in self.pictures if picture.pixels is not None]
 
     @cached_property
@@ -179,9 +183,9 @@ class SplitCheck:
 
     @cached_property
     def values(self) -> Counter[str]:
-        """Label value -> pixels."""
+        """Label value -> pixels, of all labels that were read."""
         total: Counter[str] = Counter()
-        for picture in self.counted:
+        for picture in self.pictures:
             total.update(picture.values)
             if len(total) > 10 * VALUES_KEPT:
                 total = Counter(dict(total.most_common(VALUES_KEPT)))
@@ -225,6 +229,7 @@ class SplitCheck:
         return {
             "failure": self.failure,
             "pictures": len(self.pictures),
+            "left_out": {some.what: list(some.files) for some in self.left_out},
             "unreadable": {picture.name: picture.unreadable for picture in self.unreadable},
             "wrong": {picture.name: picture.wrong for picture in self.wrong},
             "without_labels": [picture.name for picture in self.blank],
@@ -247,19 +252,22 @@ def check_split(
     training: bool = False,
     workers: int | None = None,
     on_picture: Callable[[], None] | None = None,
+    left_out: Sequence[LeftOut] = (),
 ) -> SplitCheck:
     """Looks at every picture of a split.
 
     workers     processes that read files, 0 or 1: this one; None: one a core, if it takes more than some seconds
     on_picture  called after each picture (for a progress bar)
+    left_out    what was left out when the split was opened
     """
     found: dict[int, Picture] = {}
-    for start, pictures in _look(data, workers):
-        found.update(enumerate(pictures, start))
+    for start, some in _look(data, workers):
+        found.update(enumerate(some, start))
         if on_picture is not None:
-            for _ in pictures:
+            for _ in some:
                 on_picture()
-    return SplitCheck(split, data.classes, [found[index] for index in sorted(found)], training)
+    pictures = [found[index] for index in sorted(found)]
+    return SplitCheck(split, data.classes, pictures, training, left_out=list(left_out))
 
 
 def _look(data: SegmentationData, workers: int | None) -> Iterator[tuple[int, list[Picture]]]:

@@ -10,14 +10,15 @@ from typing import Literal
 import numpy as np
 
 from routeseg.data.pairs import LabelMap
+from routeseg.data.sets.masks import RARE_VALUE, are_blurred, never_painted
 from routeseg.data.tools.check import Picture, SplitCheck, duplicates
 from routeseg.labels import IGNORE
 
 MOSTLY = 0.99  # share of the labelled pixels above which a class leaves the others hardly a chance
 MOSTLY_IGNORED = 0.8
 MOSTLY_UNREADABLE = 0.5
-BLURRED_VALUES = 30  # different label values that no class has, from which on they come from blurred borders
-RARE_VALUE = 0.001  # share of pixels below which a colour is none that somebody painted with
+RARE_CLASS = 0.1  # of an equal share of the labelled pixels: below it a class is rare
+BALANCE = 0.5  # recipe.class_balance to try with rare classes (docs/camvid.md compares it with 1)
 LONGEST_MAPPING = 40  # entries that a remedy writes out
 SMALLEST = 32  # pixels, the least side of an image that the network takes
 VERDICTS = {
@@ -29,12 +30,13 @@ VERDICTS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong: an `error` ends a training or makes it pointless, a `warning` makes it worse.
+    """Something wrong: an `error` ends a training or makes it pointless, a `warning` makes it worse. A `note` is not
+    wrong, and may help.
 
     files  the files or pictures that it is about, all of them
     """
 
-    level: Literal["error", "warning"]
+    level: Literal["error", "warning", "note"]
     text: str
     remedy: str
     files: tuple[str, ...] = ()
@@ -43,7 +45,7 @@ class Finding:
 def verdict(findings: Sequence[Finding]) -> str:
     """A key of VERDICTS."""
     levels = {finding.level for finding in findings}
-    return "errors" if "error" in levels else "warnings" if levels else "ready"
+    return "errors" if "error" in levels else "warnings" if "warning" in levels else "ready"
 
 
 def find(
@@ -52,7 +54,7 @@ def find(
     described_in: Path | None = None,
     crop: tuple[int, int] | None = None,
 ) -> list[Finding]:
-    """Everything that is wrong with the splits, errors first.
+    """Everything that is wrong with the splits: errors, then warnings, then notes.
 
     label_map     what label values mean (None: the data set has no files)
     described_in  the classes.yaml that a mapping can be written into (None: the data set's own meaning is fixed)
@@ -60,18 +62,33 @@ def find(
     """
     found: list[Finding] = []
     for check in checks:
+        found += _of_left_out(check)
         if check.failure is not None:
-            remedy = "make the split, or name another one (data.train_split, data.val_split)"
+            options = f"--data.{'train' if check.training else 'val'}_split or --split"
+            remedy = f"mend that; if another part of the data set is meant, name it with {options}"
             found.append(Finding("error", f"{check.split}: {check.failure}", remedy))
             continue
         found += _of_files(check)
-        found += _of_values(check, label_map, described_in)
-        if not check.unknown:
-            found += _of_labels(check)
-            found += _of_classes(check, label_map, described_in)
+        if check.classes.names:
+            found += _of_values(check, label_map, described_in)
+            if not check.unknown:
+                found += _of_labels(check)
+                found += _of_classes(check, label_map, described_in)
         found += _of_sizes(check, crop)
     found += _of_duplicates(checks)
-    return sorted(found, key=lambda finding: finding.level)
+    return sorted(found, key=lambda finding: ("error", "warning", "note").index(finding.level))
+
+
+def _of_left_out(check: SplitCheck) -> list[Finding]:
+    """Files that make no picture: each kind is an error, for a training refuses them."""
+    found = []
+    for some in check.left_out:
+        if not some.files:  # it is about the data set
+            found.append(Finding("error", f"{check.split}: {some.message}", some.remedy))
+            continue
+        text = f"{check.split}: {some.what}: {len(some.files)} of {some.total}"
+        found.append(Finding("error", text, some.remedy, some.files))
+    return found
 
 
 def _of_files(check: SplitCheck) -> list[Finding]:
@@ -86,23 +103,24 @@ def _of_files(check: SplitCheck) -> list[Finding]:
                 tuple(str(picture.unreadable) for picture in check.unreadable),
             )
         )
-    if check.wrong:
-        remedy = "make these labels again, of the size of their image and with one number or colour a pixel"
-        if all(_sides_swapped(picture) for picture in check.wrong):
+    if misfits := check.misfits:
+        remedy = "make these labels again, of the size of their image"
+        if all(_sides_swapped(picture) for picture in misfits):
             remedy = (
                 "width and height are swapped: the camera noted a rotation (EXIF), and the labels were drawn without "
                 "it. Turn the labels, or save the images without the note"
             )
-        text = f"{check.split}: {len(check.wrong)} of {total} labels do not fit their image, or are no label images"
-        found.append(Finding("error", text, remedy, tuple(str(picture.wrong) for picture in check.wrong)))
+        text = f"{check.split}: {len(misfits)} of {total} labels have another size than their image"
+        found.append(Finding("error", text, remedy, tuple(str(picture.wrong) for picture in misfits)))
+    if others := [picture for picture in check.wrong if not picture.misfit]:
+        text = f"{check.split}: {len(others)} of {total} labels are no label images"
+        remedy = "make these labels again, with one number or colour a pixel"
+        found.append(Finding("error", text, remedy, tuple(str(picture.wrong) for picture in others)))
     return found
 
 
 def _sides_swapped(picture: Picture) -> bool:
-    if picture.size is None or picture.size[0] == picture.size[1]:
-        return False
-    height, width = picture.size
-    return str(picture.wrong).endswith(f"is {height}x{width}")
+    return picture.size is not None and picture.label_size == picture.size[::-1] != picture.size
 
 
 def _of_values(check: SplitCheck, label_map: LabelMap | None, described_in: Path | None) -> list[Finding]:
@@ -126,15 +144,8 @@ def _of_values(check: SplitCheck, label_map: LabelMap | None, described_in: Path
 def _mapping_remedy(check: SplitCheck, label_map: LabelMap, described_in: Path | None, files: Sequence[str]) -> str:
     names, coloured = check.classes.names, check.unknown[0].startswith('"')
     painted = [value for value in check.values if check.values[value] >= RARE_VALUE * sum(check.values.values())]
-    if len(check.unknown) > BLURRED_VALUES and len(check.unknown) > 2 * len(names):
-        jpeg = any(Path(file).suffix.lower() in (".jpg", ".jpeg") for file in files)
-        how = (
-            "they are JPEGs, which do not keep values" if jpeg else "they look like borders of a mask that was resized"
-        )
-        return (
-            f"these values were never painted: {how}. Make the masks again from the originals, as PNG, and resize them "
-            "with nearest neighbours"
-        )
+    if are_blurred(len(check.unknown), len(names)):
+        return never_painted(files)
     if described_in is None:
         return label_map.remedy.format(value=check.unknown[0])
     if coloured:
@@ -271,7 +282,25 @@ def _of_classes(check: SplitCheck, label_map: LabelMap | None, described_in: Pat
                 else "check that the data set is complete",
             )
         )
+    if check.training:
+        found += _of_rare_classes(check)
     return found
+
+
+def _of_rare_classes(check: SplitCheck) -> list[Finding]:
+    """Classes that occur, but have few of the pixels: a loss over all pixels hardly sees them."""
+    shares = check.shares()
+    rare = [k for k in np.argsort(shares, kind="stable") if 0 < shares[k] < RARE_CLASS / len(shares)]
+    if not rare:
+        return []
+    listed = _few([f"{check.classes.names[k]} ({_percent(shares[k])})" for k in rare])
+    return [
+        Finding(
+            "note",
+            f"{check.split}: rare classes, of the labelled pixels: {listed}",
+            f"if the network misses them, train with `--recipe.class_balance {BALANCE}`: their pixels count more",
+        )
+    ]
 
 
 def _few(names: Sequence[str]) -> str:
