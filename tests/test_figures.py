@@ -15,8 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from routeseg import figures
-from routeseg.figures import charts
+from routeseg.figures import charts, words
+from routeseg.figures.labels import even_columns
 from routeseg.figures.report import Report
+from routeseg.labels import default_palette
 from routeseg.space import DOWN, KEEP, UP, RoutingSpace
 
 NAMES = ["sky", "road", "car", "person"]
@@ -124,6 +126,89 @@ class TestOverlay:
             figures.overlay(image, labels, NAMES[:3], PALETTE)
         with pytest.raises(ValueError, match="uint8"):
             figures.overlay(image / 255, labels, NAMES, PALETTE)
+
+    @pytest.mark.parametrize("name", ["background", "Background", "BACKGROUND "])
+    def test_pictures_show_through_a_background_without_a_colour_of_its_own(self, name):
+        """They were red all over, as most of a picture is background."""
+        image, labels = picture(64, 64)
+        names = [name, *NAMES[1:]]
+        for palette in (default_palette(names), [(0, 0, 0), *PALETTE[1:]]):
+            result = figures.overlay(image, labels, names, palette, legend=False)
+            assert np.array_equal(result[labels == 0], image[labels == 0])
+            assert not np.array_equal(result[labels == 1], image[labels == 1])
+        chosen = figures.overlay(image, labels, names, PALETTE, legend=False)
+        assert not np.array_equal(chosen[labels == 0], image[labels == 0])
+
+    def test_the_columns_of_a_legend_are_even(self):
+        for count in range(1, 30):
+            for columns in range(1, 6):
+                places = even_columns(count, columns)
+                lengths = [sum(column == k for column, _ in places) for k in range(columns)]
+                assert len(set(places)) == count and max(lengths) - min(lengths) <= 1
+                assert max(row for _, row in places) == -(-count // columns) - 1
+
+
+class TestPalette:
+    def test_the_first_colour_is_not_red_and_a_background_is_grey(self):
+        for names in (["road", "rest"], ["Background", "tumour"]):
+            for red, green, blue in default_palette(names):
+                assert red <= max(green, blue)
+        assert default_palette(["Background", "tumour"])[0] == (128, 128, 128)
+
+    def test_neighbours_are_of_different_families_and_none_comes_again(self):
+        colours = np.array(default_palette([f"class {k}" for k in range(255)]), dtype=np.uint8)
+        assert len(np.unique(colours, axis=0)) == 255
+        hues = cv2.cvtColor(colours[None], cv2.COLOR_RGB2HSV)[0, :, 0].astype(int) * 2  # degrees
+        apart = np.abs(np.diff(hues))
+        assert np.minimum(apart, 360 - apart).min() > 50
+        few = cv2.cvtColor(colours[None, :24].astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[0]
+        distances = np.linalg.norm(few[:, None] - few, axis=-1) + 1000 * np.eye(24)
+        assert distances.min() > 10, "just told apart: 2"
+
+
+STRANGE = "\u56fe\u50cf 7"  # Chinese
+
+
+class TestWords:
+    @pytest.fixture(params=[True, False], ids=["a font has them", "no font has them"])
+    def has_font(self, request, monkeypatch, tmp_path):
+        """A font that is said to have these letters: the usual one, whose boxes are no matter here."""
+        path = tmp_path / "font.ttf"
+        path.write_bytes(words._usual_font().read_bytes())
+        known = words.letters_of(words._usual_font())
+        letters = words.letters_of.__wrapped__
+        monkeypatch.setattr(words, "installed_fonts", lambda: (path,) if request.param else ())
+        more = known | {ord(letter) for letter in STRANGE}
+        monkeypatch.setattr(words, "letters_of", lambda font: more if font == path else letters(font))
+        return path if request.param else None
+
+    def test_any_letters(self, has_font):
+        assert words.drawable(STRANGE) == (STRANGE if has_font else "\\u56fe\\u50cf 7", has_font)
+        assert words.drawable("fe\u0301e \u00e4") == ("f\u00e9e \u00e4", None), "letters and accents, as macOS has them"
+        assert words.drawable("a\udcff.png") == ("a\\udcff.png", None), "a file name that is no UTF-8"
+
+    def test_figures_say_it_without_a_warning(self, tmp_path, has_font, monkeypatch, recwarn):
+        drawn = []
+        save = Figure.savefig
+
+        def listen(figure, *args, **how):
+            save(figure, *args, **how)
+            drawn.extend((text.get_text(), text.get_fontproperties().get_file()) for text in figure.findobj(Text))
+
+        monkeypatch.setattr(Figure, "savefig", listen)
+        names = [STRANGE, "road"]
+        figures.class_iou_bars(tmp_path / "iou.png", names, [0.5, 0.7], PALETTE[:2])
+        figures.confusion_matrix(tmp_path / "confusion.png", names, np.eye(2))
+        figures.save_route(tmp_path / "route.png", RoutingSpace(3), soft_gates(RoutingSpace(3)), STRANGE)
+        image, labels = picture(64, 64)
+        figures.overlay(image, labels % 2, names, PALETTE[:2])
+        section = figures.Section("a", [(STRANGE, image, labels % 2)])
+        figures.contact_sheet(tmp_path / "sheet.png", STRANGE, [section], names, PALETTE[:2], [1, 0])
+        said = words.drawable(STRANGE)
+        assert [text for text, _ in drawn].count(said[0]) >= 4, "one class twice in a matrix"
+        assert {font for text, font in drawn if text == said[0]} == {str(has_font) if has_font else None}
+        if has_font is None:
+            assert not [warning for warning in recwarn if "lyph" in str(warning.message)]
 
 
 class Drawn:

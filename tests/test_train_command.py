@@ -73,6 +73,10 @@ def test_a_run_remembers_itself(layouts, tmp_path, capsys):
     image = next((layouts("folder") / "images" / "val").glob("*"))
     code, out, err = run(["predict", output, image, "--output", tmp_path / "predictions"], capsys)
     assert code == 0 and len(list((tmp_path / "predictions").iterdir())) == 4, err
+    code, out, err = run(["export", output, tmp_path / "net.onnx"], capsys)
+    assert code == 0 and (tmp_path / "net.onnx").is_file(), err
+    code, _, err = run(["profile", output, "--size=64x64", "--routes=2", "--repeats=1"], capsys)
+    assert code == 0 and list((output / "best").glob("latency*.json")), err
     for option in ("--minutes=1", "--epochs=1"):
         code, _, err = run(["train", "--resume", f"--output={output}", option], capsys)
         assert code == 2 and "leave out --minutes and --epochs" in err

@@ -18,7 +18,7 @@ NETWORK = ["--model.depth=3", "--model.base_channels=4", "--model.stem_channels=
 DATA = ["--data.image_size=[48,64]", "--data.crop=[32,64]", "--data.train_images=4", "--data.val_images=3"]
 RECIPE = ["--recipe.validate_every=2", "--recipe.precise_bn_batches=1", "--recipe.precision=32-true"]
 LINE = re.compile(
-    r"^step (\d+) of 4: mIoU [\d.]+ %, cost of the full network [\d.]+ %, loss \d+\.\d{3}; "
+    r"^step (\d+) of 4: mIoU [\d.]+ %, cost [\d.]+ % of full, loss \d+\.\d{3}; "
     r"(the best|best [\d.]+ % at step 2)(; [\d.]+ minutes left)?$",
     re.MULTILINE,
 )

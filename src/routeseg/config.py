@@ -49,7 +49,7 @@ class NetworkConfig:
                      paths down the diagonal (model/backbone.py); stem_channels means nothing then
     zeros_arrive     closed paths send zeros that arrive, as in the authors' networks (`space.step`): those need it
     class_names      of each class; by default "class 0" and so on
-    palette          RGB 0..255 of each class; by default colours far from each other
+    palette          RGB 0..255 of each class; by default far from each other; grey for a class 0 called background
     pixel_mean, pixel_std   input normalisation of RGB in 0..1
 
     Raises ValueError, naming the field, if they make no network.
@@ -102,7 +102,7 @@ class NetworkConfig:
         self._set("zeros_arrive", self.zeros_arrive and self.route is None)
         names = self.class_names or [f"class {k}" for k in range(self.num_classes)]
         self._set("class_names", _per_class("class_names", names, self.num_classes, _class_name))
-        colours = self.palette or default_palette(self.num_classes)
+        colours = self.palette or default_palette(self.class_names)
         self._set("palette", _per_class("palette", colours, self.num_classes, _colour))
         self._set("pixel_mean", _three_numbers("pixel_mean", self.pixel_mean))
         self._set("pixel_std", _three_numbers("pixel_std", self.pixel_std))

@@ -229,7 +229,7 @@ def _draw_contact_sheet(
     classes, pixels = counted[0].classes, np.sum([check.pixels[:-1] for check in counted], axis=0)
     path = output / "contact_sheet.png"
     title = f"{' '.join(filter(None, (data.name, data.root)))}: pictures and their labels"
-    palette = classes.palette or default_palette(len(classes))
+    palette = classes.palette or default_palette(classes.names)
     contact_sheet(path, title, sections, classes.names, palette, pixels / max(pixels.sum(), 1))
     return path
 

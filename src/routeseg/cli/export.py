@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from routeseg.cli.common import Parser, progress_bar, read_route
+from routeseg.cli.common import Parser, best_of_run, progress_bar, read_route
 from routeseg.files import check_writable
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ MEGABYTE = 1e6
 
 def export_command(words: Sequence[str]) -> int:
     parser = Parser(prog="routeseg export")
-    parser.add_argument("checkpoint", type=str, help="a checkpoint folder")
+    parser.add_argument("checkpoint", type=str, help="a checkpoint folder, or that of a run")
     parser.add_argument("output", type=str, help="the file to write, NAME.onnx")
     parser.add_argument("--routed", action="store_true", help="with gates: the route is chosen for each image")
     parser.add_argument(
@@ -30,6 +30,7 @@ def export_command(words: Sequence[str]) -> int:
         "--int8", type=str | None, default=None, help="quantise: images to calibrate with, a folder, glob, URL or @LIST"
     )
     args = parser.parse_args(list(words))
+    args.checkpoint = best_of_run(args.checkpoint)
 
     from routeseg.model import checkpoints
 

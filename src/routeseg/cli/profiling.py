@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 from routeseg.cli.common import (
     PRECISION_HELP,
     Parser,
+    best_of_run,
     config_parser,
     enough_memory,
     find_device,
@@ -56,6 +57,7 @@ def profile_command(words: Sequence[str]) -> int:
     )
     parser.add_argument("--json", type=str | None, default=None, help="also write the table to this file")
     args = parser.parse_args(list(words))
+    args.checkpoint = args.checkpoint and best_of_run(args.checkpoint)
     size = parse_size("--size", args.size)
     for option in ("routes", "repeats"):
         _check_positive(option, args[option])

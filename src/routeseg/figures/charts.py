@@ -29,6 +29,7 @@ from routeseg.figures.common import (
     plain_axes,
     save_figure,
 )
+from routeseg.figures.words import drawable
 
 Look = tuple[str, str, Any]  # label, colour, line style
 LOSS_LINES: dict[str, Look] = {
@@ -210,7 +211,7 @@ def class_iou_bars(path: str | Path, names: Sequence[str], iou: Sequence[float] 
             bbox=shade,
             zorder=4,
         )
-    ax.set_yticks(where, names, color=INK, parse_math=False)
+    ax.set_yticks(where, [drawable(name)[0] for name in names], color=INK, parse_math=False)
     ax.tick_params(axis="y", length=0)
     ax.set(xlim=(0, 107), ylim=(len(names) - 0.4, -0.6), xticks=range(0, 101, 20))
     ax.set_xlabel("IoU in percent", color=INK)
@@ -250,9 +251,9 @@ def confusion_matrix(path: str | Path, names: Sequence[str], confusion: np.ndarr
         value, weight = percent[row, column], "bold" if row == column else "normal"
         style = {"ha": "center", "va": "center", "fontsize": letters, "weight": weight}
         ax.text(column, row, f"{value:.0f}", color="white" if value > 28 else INK, **style)
-    where, name_letters = range(count), letters if numbered else 60 * cell
-    ax.set_yticks(where, names, color=INK, fontsize=name_letters, parse_math=False)
-    ax.set_xticks(where, names, color=INK, fontsize=name_letters, parse_math=False)
+    said, name_letters = [drawable(name)[0] for name in names], letters if numbered else 60 * cell
+    for set_ticks in (ax.set_xticks, ax.set_yticks):
+        set_ticks(range(count), said, color=INK, fontsize=name_letters, parse_math=False)
     ax.xaxis.tick_top()
     for label in ax.get_xticklabels():
         label.set(

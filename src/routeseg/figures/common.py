@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from routeseg.figures.words import make_drawable
 from routeseg.files import write_atomically
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def picture_kind(path: str | Path) -> str:
 
 def figure_bytes(figure: Figure, kind: str) -> bytes:
     """The figure as the bytes of a file, `kind` "png" or "svg"."""
+    make_drawable(figure)
     data = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else None  # the same figure gives the same text
     figure.savefig(data, format=kind, bbox_inches="tight", pad_inches=0.12, metadata=metadata)

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from routeseg.figures.common import INK, MUTED
-from routeseg.labels import IGNORE
+from routeseg.figures.words import fitted, text_font
+from routeseg.labels import IGNORE, see_through
 
 MIN_PICTURE = 480  # pixels of the longer side below which an overlay is enlarged
 SIDE_LEGEND_RATIO = 1.8  # taller than this: the legend stands beside the picture
@@ -58,6 +57,7 @@ def overlay(
 ) -> np.ndarray:
     """The image tinted with its segmentation, class borders drawn in, and a legend: uint8 [H', W', 3], RGB.
 
+    The image shows through a class 0 called background, unless it has a colour of its own (`labels.see_through`).
     The legend names the classes present, largest first, with their share of the picture; it stands below the
     picture, or beside it if the picture is tall. Pictures smaller than MIN_PICTURE are enlarged by a whole
     factor so that the legend can be read. `alpha` is the strength of the tint, 0 to 1; with `legend` False
@@ -79,7 +79,9 @@ def overlay(
         factor = max(1, math.ceil(MIN_PICTURE / max(labels.shape)))
         image, labels, colors = (a.repeat(factor, 0).repeat(factor, 1) for a in (image, labels, colors))
     picture = cv2.addWeighted(colors, alpha, image, 1 - alpha, 0)
-    inner = _inner_border(labels)
+    clear = (labels == 0) & see_through(class_names, palette)
+    picture[clear] = image[clear]
+    inner = _inner_border(labels) & ~clear
     picture[inner] = cv2.addWeighted(colors, 0.7, np.full_like(colors, 255), 0.3, 0)[inner]
     return _with_legend(picture, labels, class_names, palette) if legend else picture
 
@@ -91,14 +93,6 @@ def _inner_border(labels: np.ndarray) -> np.ndarray:
     kernel = np.ones((window, window), dtype=np.uint8)
     values = labels.astype(np.uint8)
     return cv2.dilate(values, kernel) != cv2.erode(values, kernel)
-
-
-@cache
-def text_font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    import matplotlib  # its fonts are at hand everywhere
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
 
 
 def legend_entries(labels: np.ndarray, class_names: Sequence[str], palette: Any) -> list[tuple[str, tuple, float]]:
@@ -124,8 +118,8 @@ def _with_legend(picture: np.ndarray, labels: np.ndarray, class_names: Sequence[
     entries = [(name, color, percent(share)) for name, color, share in legend_entries(labels, class_names, palette)]
     share_width = max(font.getlength(share) for _, _, share in entries)
     room = (20 * size if beside else width - 2 * margin) - swatch - 2 * gap - share_width
-    names = [shorten(name, font, room) for name, _, _ in entries]
-    name_width = max(font.getlength(name) for name in names)
+    names = [fitted(name, size, room) for name, _, _ in entries]
+    name_width = max(letters.getlength(name) for name, letters in names)
     column = math.ceil(swatch + 2 * gap + name_width + share_width)
     if beside:
         columns = math.ceil(len(entries) * line / max(line, height - 2 * margin))
@@ -142,19 +136,18 @@ def _with_legend(picture: np.ndarray, labels: np.ndarray, class_names: Sequence[
         left, top = margin, height + margin
     canvas.paste(Image.fromarray(picture), (0, 0))
     draw = ImageDraw.Draw(canvas)
-    for index, (name, (_, color, share)) in enumerate(zip(names, entries, strict=True)):
-        x, y = left + index // rows * (column + space), top + index % rows * line + line // 2
+    places = even_columns(len(entries), columns)
+    clear = (class_names[0], tuple(map(int, palette[0]))) if see_through(class_names, palette) else None
+    for (number, row), (name, letters), (whole, color, share) in zip(places, names, entries, strict=True):
+        x, y = left + number * (column + space), top + row * line + line // 2
         box = (x, y - swatch // 2, x + swatch, y - swatch // 2 + swatch)
-        draw.rounded_rectangle(box, radius=swatch // 5, fill=color, outline=MUTED, width=max(1, size // 16))
-        draw.text((x + swatch + gap, y), name, fill=INK, font=font, anchor="lm")
+        fill = "white" if (whole, color) == clear else color
+        draw.rounded_rectangle(box, radius=swatch // 5, fill=fill, outline=MUTED, width=max(1, size // 16))
+        draw.text((x + swatch + gap, y), name, fill=INK, font=letters, anchor="lm")
         draw.text((x + column, y), share, fill=MUTED, font=font, anchor="rm")
     return np.array(canvas)
 
 
-def shorten(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
-    text = " ".join(str(text).split())
-    if font.getlength(text) <= room:
-        return text
-    while len(text) > 1 and font.getlength(text + "…") > room:
-        text = text[:-1]
-    return text.rstrip() + "…"
+def even_columns(count: int, columns: int) -> list[tuple[int, int]]:
+    """(column, row) of each of so many entries, column by column; no column has two more than another."""
+    return [(column, row) for column in range(columns) for row in range(len(range(column, count, columns)))]

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from routeseg.figures.common import INK, MUTED, png_bytes
-from routeseg.figures.labels import text_font
+from routeseg.figures.words import text_font
 from routeseg.files import write_atomically
 
 CELL = 280  # pixels, of the longer side of a picture

@@ -33,6 +33,7 @@ from routeseg.figures.common import (
     picture_kind,
     save_figure,
 )
+from routeseg.figures.words import drawable
 from routeseg.files import write_atomically
 from routeseg.space import DOWN, KEEP, SCALE_STEP, STEM_STRIDE, RoutingSpace
 
@@ -167,7 +168,7 @@ def draw_frame(ax: Axes, space: RoutingSpace, title: str | None = None) -> float
     if title:
         title_size = 9 if small else 11
         wide = max(12, int(box.width * points / (0.56 * title_size)))
-        lines = [textwrap.fill(line, wide) for line in title.splitlines()]
+        lines = [textwrap.fill(drawable(line)[0], wide) for line in title.splitlines()]
         ax.set_title("\n".join(lines), fontsize=title_size, color=INK, pad=5, parse_math=False)
     return unit
 

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from routeseg.figures.common import FAINT, INK, MUTED, ORANGE, png_bytes
-from routeseg.figures.labels import overlay, percent, shorten, text_font
+from routeseg.figures.labels import even_columns, overlay, percent
+from routeseg.figures.words import fitted, text_font
 from routeseg.files import write_atomically
 from routeseg.labels import IGNORE
 
@@ -67,8 +68,7 @@ def contact_sheet(
 
 def _heading(text: str, size: int, bold: bool = False) -> Image.Image:
     strip = Image.new("RGB", (WIDTH, round(2.1 * size)), "white")
-    letters = text_font(size, bold)
-    text = shorten(_printable(text), letters, WIDTH - 2 * MARGIN)
+    text, letters = fitted(text, size, WIDTH - 2 * MARGIN, bold)
     ImageDraw.Draw(strip).text((MARGIN, strip.height // 2), text, fill=INK, font=letters, anchor="lm")
     return strip
 
@@ -86,8 +86,7 @@ def _tile(
     _stripe(tinted, (labels == IGNORE) | (labels == len(names) - 1))
     tile = Image.new("RGB", (cell, size[1] + 2 * CAPTION), "white")
     tile.paste(Image.fromarray(tinted), ((cell - size[0]) // 2, 0))
-    letters = text_font(CAPTION)
-    caption = shorten(f"{_printable(name)}   {width}x{height}", letters, cell)
+    caption, letters = fitted(f"{name}   {width}x{height}", CAPTION, cell)
     ImageDraw.Draw(tile).text((0, size[1] + CAPTION), caption, fill=MUTED, font=letters, anchor="lm")
     return tile
 
@@ -119,12 +118,13 @@ def _legend(names: Sequence[str], colours: Any, shares: Sequence[float], seen: s
     width = (WIDTH - 2 * MARGIN - (columns - 1) * 2 * GAP) // columns
     legend = Image.new("RGB", (WIDTH, rows * LEGEND_LINE), "white")
     draw, letters = ImageDraw.Draw(legend), text_font(TEXT)
-    for index, (name, colour, share) in enumerate(entries):
-        x = MARGIN + index // rows * (width + 2 * GAP)
-        y = index % rows * LEGEND_LINE + LEGEND_LINE // 2
+    for (column, row), (name, colour, share) in zip(even_columns(len(entries), columns), entries, strict=True):
+        x = MARGIN + column * (width + 2 * GAP)
+        y = row * LEGEND_LINE + LEGEND_LINE // 2
         draw.rounded_rectangle((x, y - 9, x + 26, y + 9), radius=4, fill=tuple(map(int, colour)), outline=FAINT)
         room = width - 38 - letters.getlength(share) - GAP
-        draw.text((x + 38, y), shorten(_printable(name), letters, room), fill=INK, font=letters, anchor="lm")
+        words, font = fitted(name, TEXT, room)
+        draw.text((x + 38, y), words, fill=INK, font=font, anchor="lm")
         if not share:
             swatch = np.array(legend.crop((x, y - 9, x + 27, y + 10)))
             _stripe(swatch, (swatch == colour).all(-1))
@@ -132,8 +132,3 @@ def _legend(names: Sequence[str], colours: Any, shares: Sequence[float], seen: s
         fill = ORANGE if share == "never" else MUTED
         draw.text((x + width, y), share, fill=fill, font=letters, anchor="rm")
     return legend
-
-
-def _printable(text: str) -> str:
-    """The text with backslashes for what is no character, as in file names that are not UTF-8."""
-    return text.encode("utf-8", "backslashreplace").decode()

@@ -32,12 +32,12 @@ SHOWN = (  # in the progress bar: a number of the task, its name there, its fact
     ("val_top1", "top1%", 100),
     ("skipped_images", "skipped", 1),
 )
-VALIDATED = (  # in the line of a validation: what it logged, and its name there
-    ("val_miou", "mIoU"),
-    ("val_top1", "top-1"),
-    ("val_top5", "top-5"),
-    ("val_cost", "cost of the full network"),
-)
+VALIDATED = {  # in the line of a validation: what it logged, and how it says so
+    "val_miou": "mIoU {:.1f} %",
+    "val_top1": "top-1 {:.1f} %",
+    "val_top5": "top-5 {:.1f} %",
+    "val_cost": "cost {:.1f} % of full",
+}
 
 
 class ValidateAndSave(Callback):
@@ -136,7 +136,8 @@ class ValidateAndSave(Callback):
     def _line(self, step: int, validation: Validation, loss: float) -> str:
         """A validation in words: its numbers, the best one so far, and how long the rest of the run takes if it goes on
         like this."""
-        scores = [f"{name} {100 * validation.logged[key]:.1f} %" for key, name in VALIDATED if key in validation.logged]
+        found = validation.logged
+        scores = [words.format(100 * found[key]) for key, words in VALIDATED.items() if key in found]
         best = "the best" if self.best_step == step else f"best {100 * self.best_score:.1f} % at step {self.best_step}"
         line = f"step {step} of {self.recipe.iterations}: {', '.join(scores)}, loss {loss:.3f}; {best}"
         if step == self.recipe.iterations:
