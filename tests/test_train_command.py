@@ -4,10 +4,12 @@ import errno
 import json
 import os
 import re
+import sys
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch import loggers
 from PIL import Image
 
 import routeseg
@@ -19,6 +21,7 @@ from routeseg.engine import SkipEngine
 from routeseg.files import not_written
 from routeseg.model import checkpoints
 from routeseg.training.pace import Pace
+from routeseg.training.trackers import is_installed
 from routeseg.training.trial import Choice
 
 TINY = [
@@ -165,6 +168,65 @@ def test_a_report_that_cannot_be_drawn_is_one_line(layouts, tmp_path, capsys, mo
         (line,) = [line for line in err.splitlines() if line.startswith("routeseg: no ")]
         assert message.format(output=output) in line
         assert (output / "report.html").exists() == ("worst and best" in message)
+
+
+class Tracker:
+    """Stands for Lightning's logger of a package that need not be installed."""
+
+    made: list["Tracker"] = []
+
+    def __init__(self, *words, **how):
+        self.how, self.parameters, self.steps = how, {}, {}
+        Tracker.made.append(self)
+
+    name, version, save_dir, root_dir, log_dir = "tracker", "0", None, None, None
+    group_separator = "/"
+
+    def log_hyperparams(self, parameters):
+        self.parameters = parameters
+
+    def log_metrics(self, metrics, step=None):
+        self.steps.setdefault(step, set()).update(metrics)
+
+    def log_graph(self, *_):
+        pass
+
+    save = finalize = after_save_checkpoint = log_graph
+
+
+@pytest.mark.parametrize("trackers", ["wandb", "mlflow,tensorboard", " wandb, mlflow"])
+def test_trackers(layouts, tmp_path, capsys, monkeypatch, trackers):
+    """They are told the configuration, each logged step and each validation; the CSV file is there as always."""
+    names = [name.strip() for name in trackers.split(",")]
+    monkeypatch.setattr(loggers, "WandbLogger", Tracker)
+    monkeypatch.setattr(loggers, "MLFlowLogger", Tracker)
+    monkeypatch.setattr("routeseg.training.trackers.is_installed", lambda name: True)
+    monkeypatch.setattr(Tracker, "made", [])
+    output = tmp_path / "run"
+    words = ["train", "--config=small", "--data.name=folder", f"--data.root={layouts('folder')}", *TINY, *TWO_STEPS]
+    code, _, err = run([*words, "--output", output, f"--logger={trackers}"], capsys)
+    assert code == 0, err
+    assert len(Tracker.made) == len(names) - ("tensorboard" in names)
+    for tracker in Tracker.made:
+        assert tracker.parameters["model"]["depth"] == 4
+        assert "run" in (tracker.how.get("name"), tracker.how.get("run_name"))
+        logged = set().union(*tracker.steps.values())
+        assert {"loss", "lr", "val_miou", "val_cost"} <= logged and "val_miou" in tracker.steps[2]
+    assert (output / "tensorboard").exists() == ("tensorboard" in names)
+    assert (output / "logs" / "version_0" / "metrics.csv").exists()
+
+
+def test_a_tracker_that_is_not_there(capsys, monkeypatch, tmp_path):
+    (tmp_path / "wandb").mkdir()  # a folder is no package
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "path", [str(tmp_path)])
+        assert not is_installed("wandb")
+    monkeypatch.setattr("routeseg.training.trackers.is_installed", lambda name: False)
+    for command in (["train", "--config=scenes/small"], ["pretrain", "--config=imagenet/base"]):
+        code, _, err = run([*command, "--logger=wandb"], capsys)
+        assert code == 2 and err.count("\n") == 1 and "pip install wandb" in err
+    code, _, err = run(["train", "--config=scenes/small", "--logger=neptune"], capsys)
+    assert code == 2 and "choose from tensorboard, wandb, mlflow" in err
 
 
 def test_minutes(layouts, tmp_path, capsys, monkeypatch):

@@ -30,6 +30,7 @@ from routeseg.cli.common import (
 )
 from routeseg.errors import only_warned_of
 from routeseg.files import RUN_CONFIG_FILE
+from routeseg.training.trackers import read_trackers
 
 if TYPE_CHECKING:
     from routeseg.data.config import DataConfig
@@ -98,6 +99,7 @@ def train_by(words: Sequence[str], parser: Parser) -> tuple[RunResult[Evaluation
             "`routeseg train --config scenes/small`"
         )
     args, data, recipe, budget = read_parts(parser, words)
+    read_trackers(args.logger)  # a mistake is told before PyTorch is imported
     for name in ("minutes", "epochs"):
         if args[name] is not None and not args[name] > 0:
             raise ValueError(f"--{name} is {args[name]}: it must be positive")
@@ -221,6 +223,7 @@ def pretrain_command(words: Sequence[str]) -> int:
     parser.add_class_arguments(PretrainingRecipe, "recipe")
     _add_run_arguments(parser, "runs/pretrain")
     args = parser.parse_args(list(words))
+    read_trackers(args.logger)
     data, recipe = ClassificationConfig(**vars(args.data)), PretrainingRecipe(**vars(args.recipe))
     _, _, classes = open_sources(data)
     config = NetworkConfig(num_classes=len(classes), class_names=classes, **network_options(args))
@@ -254,13 +257,20 @@ def _add_run_arguments(parser: Parser, output: str) -> None:
         help="processes on this machine, each with one GPU; auto: all GPUs, or those that torchrun started",
     )
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
+    parser.add_argument(
+        "--logger",
+        type=str,
+        default="tensorboard",
+        help="who keeps the numbers beside OUTPUT/logs: tensorboard, wandb, mlflow, or several with commas",
+    )
 
 
 def run_options(args: Namespace) -> RunOptions:
     """The options of `_add_run_arguments`."""
     from routeseg.training.run import RunOptions
 
-    return RunOptions(Path(args.output), args.resume, args.devices, args.accelerator)
+    trackers = read_trackers(args.logger)
+    return RunOptions(Path(args.output), args.resume, args.devices, args.accelerator, trackers=trackers)
 
 
 def demo_command(words: Sequence[str]) -> int:

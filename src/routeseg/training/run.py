@@ -20,7 +20,6 @@ import yaml
 from filelock import BaseFileLock, FileLock, Timeout
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -46,6 +45,7 @@ from routeseg.training.processes import (
 )
 from routeseg.training.recipe import Precision, TrainingRecipe
 from routeseg.training.task import Found, RecipeTask
+from routeseg.training.trackers import check_trackers, make_loggers
 from routeseg.training.trial import SettlePrecision
 
 LOCK_FILE = ".lock"  # in the folder of a run
@@ -61,6 +61,7 @@ class RunOptions:
     accelerator  cpu, gpu or auto
     progress     show how it goes: a progress bar, a line for each validation, OUTPUT/progress.png
     configuration   the sections that `routeseg train` was given: a run keeps them in OUTPUT/config.yaml
+    trackers     who keeps the numbers of the run beside its CSV file: tensorboard, wandb, mlflow (trackers.py)
     """
 
     output: Path
@@ -69,6 +70,7 @@ class RunOptions:
     accelerator: str = "auto"
     progress: bool = True
     configuration: Mapping[str, Any] | None = None
+    trackers: tuple[str, ...] = ("tensorboard",)
 
     @property
     def on_gpu(self) -> bool:
@@ -120,6 +122,7 @@ class Run:
         cls, model: RoutedNetwork, recipe: TrainingRecipe, options: RunOptions, batch_size: int, crop: tuple[int, int]
     ) -> Run:
         """Checks what was asked for, makes the folder, and seeds. Raises as `train` does."""
+        check_trackers(options.trackers)
         processes, machines = count_processes(options.devices, options.on_gpu)
         world = processes * machines
         batch_norm = choose_mode(recipe.batch_norm, options.on_gpu, world)
@@ -200,11 +203,8 @@ class Run:
                 limit_val_batches=0,
                 num_sanity_val_steps=0,
                 log_every_n_steps=recipe.log_every,
-                logger=[
-                    CSVLogger(options.output, name="logs", flush_logs_every_n_steps=recipe.log_every),
-                    TensorBoardLogger(options.output, name="tensorboard", version=""),
-                ],
                 callbacks=[SettlePrecision(), *callbacks, *([Progress()] if options.progress else [])],
+                logger=make_loggers(options.trackers, options.output, recipe.log_every, options.configuration),
                 enable_progress_bar=options.progress,
                 enable_checkpointing=False,
                 enable_model_summary=False,

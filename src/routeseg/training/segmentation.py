@@ -174,7 +174,7 @@ def train(
 
     Raises ValueError for a folder that already holds a run (unless resuming), or another network's, or cannot be
     written, for a single class, for a budget without gates, and for processes or a kind of BatchNorm that the machine
-    does not have; NonFiniteLoss; ProcessLost.
+    does not have, and for a tracker that is not installed; NonFiniteLoss; ProcessLost.
     """
     if budget.weight and model.exits is not None:
         raise ValueError("a network with exits is asked for its budget afterwards: set --budget.weight 0")
