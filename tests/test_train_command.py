@@ -21,7 +21,7 @@ from routeseg.engine import SkipEngine
 from routeseg.files import not_written
 from routeseg.model import checkpoints
 from routeseg.training.pace import Pace
-from routeseg.training.trackers import is_installed
+from routeseg.training.trackers import is_installed, make_loggers
 from routeseg.training.trial import Choice
 
 TINY = [
@@ -225,6 +225,11 @@ def test_a_tracker_that_is_not_there(capsys, monkeypatch, tmp_path):
     for command in (["train", "--config=scenes/small"], ["pretrain", "--config=imagenet/base"]):
         code, _, err = run([*command, "--logger=wandb"], capsys)
         assert code == 2 and err.count("\n") == 1 and "pip install wandb" in err
+    with monkeypatch.context() as patch:  # installed, but without a server
+        patch.setattr("routeseg.training.trackers.is_installed", lambda name: True)
+        patch.setattr(loggers, "MLFlowLogger", lambda *_, **__: 1 / 0)
+        with pytest.raises(ValueError, match="--logger mlflow cannot be used: division by zero"):
+            make_loggers(["mlflow"], tmp_path, 10)
     code, _, err = run(["train", "--config=scenes/small", "--logger=neptune"], capsys)
     assert code == 2 and "choose from tensorboard, wandb, mlflow" in err
 

@@ -16,13 +16,14 @@ from routeseg.data.config import DataConfig
 from routeseg.evaluation import Evaluation, machine_facts
 from routeseg.evaluation.ranking import Judged, Ranking
 from routeseg.figures.report import Report
-from routeseg.labels import IGNORE
+from routeseg.labels import IGNORE, see_through
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.training.recipe import Recipe
 from routeseg.training.run import RunResult
 
 REPORT_FILE = "report.html"
 FIGURES_FOLDER = "figures"  # of a run: those of its report
+WHITE = (255, 255, 255)  # in a legend: what one sees through
 CONFUSIONS = 8  # that are listed
 CONFUSED = 0.01  # share of a class's pixels from which a confusion is listed
 
@@ -175,7 +176,10 @@ def _add_pictures(
     names = ("image", "label", "prediction")
     figures.routes_side_by_side(path, run.network.space, panels, config.backbone_stages, names)
     report.heading(title)
-    entries = [(config.class_names[k], config.palette[k]) for k in sorted(seen - {IGNORE})]
+    colours = list(config.palette)
+    if see_through(config.class_names, colours):
+        colours[0] = WHITE
+    entries = [(config.class_names[k], colours[k]) for k in sorted(seen - {IGNORE})]
     report.legend([*entries, *([("ignored", (0, 0, 0))] if IGNORE in seen else [])])
     report.figure(path, "Image, label, prediction and route. The mIoU of a picture is over the classes of its label")
 

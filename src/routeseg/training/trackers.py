@@ -44,24 +44,29 @@ def make_loggers(
     Biases and MLflow are told its configuration, too.
 
     log_every  steps until the CSV file is written again
-    Raises ValueError as `check_trackers` does.
+    Raises ValueError as `check_trackers` does, and if a tracker cannot be reached.
     """
     from lightning.pytorch import loggers
 
     check_trackers(names)
     found: list[Logger] = [loggers.CSVLogger(output, name="logs", flush_logs_every_n_steps=log_every)]
+    run = output.resolve().name
     for name in names:
         if name == "tensorboard":
             found.append(loggers.TensorBoardLogger(output, name="tensorboard", version=""))
             continue
-        run = output.resolve().name
-        if name == "wandb":
-            project = os.environ.get("WANDB_PROJECT", PROJECT)
-            found.append(loggers.WandbLogger(name=run, save_dir=output, project=project))
-        else:
-            experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-            folder = str(output / "mlruns")  # unless MLFLOW_TRACKING_URI names a server
-            found.append(loggers.MLFlowLogger(experiment, run_name=run, save_dir=folder))
-        if configuration is not None:
-            found[-1].log_hyperparams(dict(configuration))
+        try:
+            if name == "wandb":
+                project = os.environ.get("WANDB_PROJECT", PROJECT)
+                tracker: Logger = loggers.WandbLogger(name=run, save_dir=output, project=project)
+            else:
+                experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+                place = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{output.resolve()}/mlflow.db")
+                tracker = loggers.MLFlowLogger(experiment, run_name=run, tracking_uri=place)
+            if configuration is not None:
+                tracker.log_hyperparams(dict(configuration))
+        except Exception as error:  # no server, no account, no access: each fails in its own way
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"--logger {name} cannot be used: {reason}") from error
+        found.append(tracker)
     return found
