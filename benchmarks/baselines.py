@@ -386,7 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.clock:
         ours = {name: folder for name, _, folder in (one.partition("=") for one in args.ours)}
         found = clock(ours, args.seconds) | {"command": ["benchmarks/baselines.py", *command]}
-        write_json(args.output, known | {"clock": found})
+        write_json(args.output, known | {"clock": found} | machine_facts())
         for name, ms in found["ms"].items():
             print(f"{name}: {ms:.1f} ms")
         return 0
@@ -398,7 +398,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in asked:
         row = train(name, data, recipe, args.minutes) | {"command": ["benchmarks/baselines.py", *command]}
         known["rows"] = [*(other for other in known["rows"] if other["name"] != name), row]
-        write_json(args.output, known)
+        write_json(args.output, known | machine_facts())
         print(f"{name}: mIoU {100 * row['miou']:.1f} %, {row['gmacs']:.2f} GMACs", flush=True)
     return 0
 
