@@ -17,7 +17,7 @@ from PIL import Image
 import routeseg
 from routeseg.engine import compiled
 
-SIZE, CLASSES = 64, ("road", "sky")
+SIZE = 64
 
 
 def draw(folder: Path) -> None:
@@ -33,7 +33,6 @@ def draw(folder: Path) -> None:
             Image.fromarray(np.broadcast_to(rows, (SIZE, SIZE)).astype(np.uint8)).save(
                 folder / "masks" / part / f"{index}.png"
             )
-    (folder / "classes.yaml").write_text(f"names: [{', '.join(CLASSES)}]\n")
 
 
 def command(*words: object) -> None:
@@ -51,7 +50,7 @@ def main() -> None:
         folder = Path(name)
         draw(folder / "my")
         small = ["--data.crop", f"{SIZE}x{SIZE}", "--data.batch_size", 2, "--recipe.precise_bn_batches", 1]
-        command("check-data", "--data.name", "folder", "--data.root", folder / "my")
+        command("check-data", folder / "my")
         command("train", folder / "my", *small, "--recipe.iterations", 2, "--output", folder / "run")
         command("evaluate", folder / "run")
         command("predict", folder / "run", folder / "my" / "images" / "val", "--output", folder / "predictions")
