@@ -310,9 +310,11 @@ def test_writes_logs_and_networks(tmp_path):
 
 
 def test_the_example_of_the_documentation(tmp_path, monkeypatch, capsys):
-    example = re.search(r"```python\n(.*?)```", (DOCS / "training.md").read_text(), re.S)[1]
+    short, pieces = re.findall(r"```python\n(.*?)```", (DOCS / "training.md").read_text(), re.S)[:2]
     monkeypatch.chdir(tmp_path)
-    exec(example, {})
+    exec(short, {})
+    assert (tmp_path / "runs" / "tried" / "report.html").is_file()
+    exec(pieces, {})
     miou, steps, _ = capsys.readouterr().out.splitlines()[-1].split()
     assert 0 <= float(miou) <= 1 and int(steps) == 4 and (tmp_path / "runs" / "small" / "last").is_dir()
 
@@ -340,7 +342,7 @@ def test_the_best_network_keeps_the_budget(tmp_path, monkeypatch, weight, best_s
     kept = {}
     scores = {2: 0.2, 4: 0.9, 6: 0.5}
 
-    def scored(model, *args):
+    def scored(model, *args, **how):
         step = 2 * len(kept) + 2
         kept[step] = copy.deepcopy(model.state_dict())
         return SimpleNamespace(miou=scores[step], cost_macs=np.ones(1), full_macs=np.ones(1))
