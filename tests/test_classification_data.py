@@ -333,7 +333,7 @@ class TestShards:
 
     def test_without_the_extra(self, shards, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, "webdataset", None)
-        with pytest.raises(ValueError, match=r"routeseg\[tars\]"):
+        with pytest.raises(ValueError, match=r"pip install .*\[tars\]"):
             ClassificationDataModule(shard_config(shards), 1)
 
 
