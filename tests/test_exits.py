@@ -21,7 +21,7 @@ from routeseg.engine.profiling import profile
 from routeseg.evaluation import evaluate
 from routeseg.evaluation.choice import AllExits, mean_iou
 from routeseg.model.exits import TABLE
-from routeseg.model.request import Request
+from routeseg.model.request import Request, exit_of
 from routeseg.training.calibration import calibrate, choose, price_table, ridge
 from routeseg.training.callbacks import ValidateAndSave
 from routeseg.training.fused import Fused
@@ -156,9 +156,19 @@ class TestNetwork:
         result.logits.square().mean().backward()
         assert not result.earlier and all(decoder.predictor.weight.grad is not None for decoder in model.exits.decoders)
 
-    def test_other_routes_are_refused(self, model, images):
-        with pytest.raises(ValueError, match="behind the layers 0, 2, 4, 6"):
-            model(images, Route(model.space, [edge for edge in model.route.edges if edge[0] <= 1]))
+    def test_any_route_runs_to_the_exit_behind_it(self, model, images):
+        engine, rng = SkipEngine(model), np.random.default_rng(0)
+        for last, exit in ((0, 0), (1, 2), (3, 4), (5, 6), (8, 8)):
+            some = [edge for edge in model.route.edges if edge[0] <= last and rng.random() < 0.8]
+            route = Route(model.space, {*some, *[edge for edge in model.route.edges if edge[0] == last]})
+            with torch.no_grad():
+                dense, skipping = model(images, route), engine(images, route)
+            assert torch.equal(dense.gates[0] > 0, torch.from_numpy(route.to_gates() > 0))
+            assert torch.equal(dense.gates, skipping.gates)
+            assert torch.allclose(dense.logits, skipping.logits, atol=1e-4)
+            assert exit_of(model.config, route) == model.config.exits.index(exit)
+
+    def test_a_route_and_a_budget_are_refused(self, model, images):
         with pytest.raises(ValueError, match="a route or a budget, not both"):
             model(images, model.route, budget=0.5)
 

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from routeseg.cli.app import app_command
 from routeseg.cli.analysis import architectures_command, evaluate_command, routes_command
 from routeseg.cli.common import USAGE_ERROR, log_to_stderr
 from routeseg.cli.data import check_data_command, convert_data_command, download_command, make_data_command
@@ -115,6 +116,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "latency": (latency_command, "predict the milliseconds of a route from a table that profile wrote"),
     "architectures": (architectures_command, "the known networks as routes: size, cost, and a picture"),
     "predict": (predict_command, "segment image files: labels, overlays and routes"),
+    "app": (app_command, "see it choose: the explorer in the browser, [CHECKPOINT]"),
     "export": (export_command, "write a network as an ONNX file: static, or routed, with its gates"),
     "import-checkpoint": (import_command, "read one of the authors' released networks"),
     "check-data": (check_data_command, "look a data set over before training: files, labels, classes; a verdict"),

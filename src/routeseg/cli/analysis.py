@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,6 +239,7 @@ def routes_command(words: Sequence[str]) -> int:
     figures = draw_survey(survey, model, engine, output)
     worth: Worth | None = None
     facts: dict[str, Any] = {"command": ["routes", *words], "data": data.name, "split": args.split, "seed": args.seed}
+    facts["data_config"] = asdict(replace(data, root=data.root and os.path.abspath(data.root)))  # for `routeseg app`
     if model.exits is not None and survey.observation.evaluation.has_labels:
         observation = survey.observation
         costs = exit_costs(model, observation.pictures.read(0)[1].shape)

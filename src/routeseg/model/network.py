@@ -58,8 +58,7 @@ class DynamicRoutingNetwork(
         weights. Trainable; its outputs are those of `self(images, route)`.
 
         Gates that were below 1 are now 1, so train it anew, or on, before you use it; a network with exits needs none
-        of that. Raises ValueError for a route of another space, with edges that this network lacks, with dead ends, or
-        that does not end at an exit of a network that has them.
+        of that. Raises ValueError for a route of another space, with edges that this network lacks, or with dead ends.
         """
         check_route(self.route, route)
         edges = route.check().named_edges

@@ -1,0 +1,403 @@
+"""What the explorer shows, without its page: pictures that are held for a while, and what a network makes of them.
+
+Everything here takes and gives what JSON can hold, since a browser is on the other side. Pictures live in memory
+alone, the last few of them, under names that nobody can guess.
+
+Legend: H, W picture size, K classes, L depth, S scales.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import secrets
+import threading
+import time
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, wraps
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+from routeseg.architectures import ARCHITECTURES
+from routeseg.cost.macs import exit_costs, model_cost
+from routeseg.data.pairs import UnreadableImage, decode_image
+from routeseg.data.scenes import CLASSES, PRESETS, draw_scene
+from routeseg.errors import BudgetNotKept
+from routeseg.evaluation.ranking import picture_score
+from routeseg.figures.common import png_bytes
+from routeseg.figures.routes import ACTIVATION_COLORS
+from routeseg.labels import IGNORE
+from routeseg.model import DynamicRoutingNetwork
+from routeseg.prediction.files import class_shares, pad_small, padded_size
+from routeseg.prediction.torch_runner import TorchNetwork, open_network
+from routeseg.space import Route
+
+MAX_BYTES = 20_000_000  # of a file that is sent
+MAX_PIXELS = 50_000_000  # of a picture that is decoded
+SIDE = 1024  # a larger picture is shrunk: one looks at it live
+HELD = 32  # pictures, the last ones
+EXAMPLE_SIZE = (256, 512)
+EXAMPLE_SEED = 7
+GIGA, MS = 1e9, 1000.0
+COLOURS = 16  # of the scale of activations
+
+
+class Refused(ValueError):
+    """What the user gave cannot be shown; the message is a sentence for them."""
+
+
+@dataclass(eq=False)
+class Picture:
+    """A picture that is looked at.
+
+    image   uint8 [H,W,3]; labels uint8 [H,W], IGNORE where unknown, or None
+    exit_ms what each exit's route takes at this size, ms [K], once it was measured
+    seen    (engine, precision, route or budget) -> what the network made of it, the last few
+    """
+
+    name: str
+    image: np.ndarray
+    labels: np.ndarray | None = None
+    exit_ms: np.ndarray | None = None
+    seen: OrderedDict[Any, dict[str, Any]] = field(default_factory=OrderedDict)
+
+
+def answered(method: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """What the browser calls: one at a time, and a mistake of the user is an answer, `{"error": sentence}`."""
+
+    @wraps(method)
+    def call(self: Explorer, question: Any) -> dict[str, Any]:
+        try:
+            if not isinstance(question, Mapping):
+                raise Refused("a question is an object")
+            with self.lock:
+                return method(self, question)
+        except (Refused, UnreadableImage, BudgetNotKept) as error:
+            return {"error": str(error)}
+
+    return call
+
+
+class Explorer:
+    """A network, and the pictures that are looked at with it.
+
+    name     what the page calls the network
+    survey   what `routeseg routes` wrote of a data set, and how its pictures are read: a page of its own
+    """
+
+    def __init__(self, model: DynamicRoutingNetwork, name: str, survey: Survey | None = None) -> None:
+        self.model, self.name, self.survey = model.eval(), name, survey
+        self.config = model.config
+        self.lock = threading.Lock()
+        self._runners: dict[tuple[str, str], TorchNetwork] = {}
+        self._pictures: OrderedDict[str, Picture] = OrderedDict()
+        self.known = known_routes(model)
+
+    # --- What the page asks ---------------------------------------------------------------------------------------
+
+    def about(self) -> dict[str, Any]:
+        """What the page must know of the network before there is a picture."""
+        space = self.config.space
+        ramp = (255 * ACTIVATION_COLORS(np.linspace(0, 1, COLOURS))[:, :3]).round().astype(int)
+        return {
+            "name": self.name,
+            "depth": space.depth,
+            "scales": space.num_scales,
+            "edges": sorted(self.config.whole_route.edges),
+            "nodes": space.nodes,
+            "stages": self.config.backbone_stages,
+            "classes": list(self.config.class_names),
+            "palette": [list(colour) for colour in self.config.palette],
+            "ramp": ["#{:02x}{:02x}{:02x}".format(*colour) for colour in ramp],
+            "budgets": self.model.exits is not None and self.model.exits.calibrated,
+            "gated": self.config.gated,
+            "known": [{"key": key, "name": known.name} for key, known in self.known.items()],
+            "precisions": ["auto", "float32", "bfloat16"],
+            "engines": ["skip", "dense"],
+            "examples": [
+                {"key": preset, "name": f"{preset} things", "thumbnail": _jpeg_url(cv2.resize(image, (128, 64)))}
+                for preset, (image, _) in self.examples.items()
+            ],
+            "survey": None if self.survey is None else self.survey.about(),
+            "max_bytes": MAX_BYTES,
+        }
+
+    @answered
+    def open(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """A picture: {"file": base64, "name"}, {"example": preset} or {"survey": number}; with "labels", base64 of a
+        label map, its labels. -> what `look` calls it, its size, what each exit costs there."""
+        picture = self._picture(question)
+        if question.get("labels"):
+            picture.labels = self._labels(_bytes(question["labels"]), picture)
+        token = secrets.token_urlsafe(16)
+        self._pictures[token] = picture
+        while len(self._pictures) > HELD:
+            self._pictures.popitem(last=False)
+        return {
+            "picture": token,
+            "name": picture.name,
+            "height": picture.image.shape[0],
+            "width": picture.image.shape[1],
+            "image": _jpeg_url(picture.image),
+            "labelled": picture.labels is not None,
+            "range": self._range(picture),
+        }
+
+    @answered
+    def look(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """What the network makes of a picture.
+
+        picture    what `open` called it
+        budget     {"value", "unit": share, gmacs or ms}: the mean cost that is asked for
+        route      edges [layer, scale, direction] that may be used; then no budget
+        engine, precision  as `build_engine` takes them
+        against    a known route (`about`), or edges: what it makes of the picture stands beside
+        """
+        picture = self._pictures.get(str(question.get("picture")))
+        if picture is None:
+            raise Refused("this picture is no longer held: open it again")
+        if str(question.get("picture")) in self._pictures:
+            self._pictures.move_to_end(str(question["picture"]))
+        engine, precision = str(question.get("engine", "skip")), str(question.get("precision", "auto"))
+        route = None if question.get("route") is None else self._route(question["route"])
+        budget = None if route is not None else self._share(picture, question.get("budget"))
+        view, labels = self._view(picture, engine, precision, route, budget)
+        against = question.get("against")
+        if against:
+            named = self.known.get(against) if isinstance(against, str) else None
+            other = self._route(against) if named is None else named.route
+            view["against"], theirs = self._view(picture, engine, precision, other, None, remembered=True)
+            view["changed"] = float((labels != theirs).mean())
+        return view
+
+    # --- Pictures ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def examples(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """A drawn street of each preset, and its labels."""
+        return {preset: draw_scene(EXAMPLE_SEED, 0, EXAMPLE_SIZE, preset) for preset in PRESETS}
+
+    def _picture(self, question: Mapping[str, Any]) -> Picture:
+        if question.get("example") in self.examples:
+            image, labels = self.examples[question["example"]]
+            same = list(self.config.class_names) == list(CLASSES)
+            return Picture(f"drawn street, {question['example']} things", image, labels if same else None)
+        if question.get("survey") is not None:
+            if self.survey is None:
+                raise Refused("there is no data set here")
+            name, image, known = self.survey.read(question["survey"])
+        else:
+            name, known = str(question.get("name") or "picture")[:200], None
+            image = decode_image(io.BytesIO(_bytes(question.get("file"))), name, MAX_PIXELS)
+        height, width = image.shape[:2]
+        if max(height, width) > SIDE:
+            size = tuple(max(1, round(side * SIDE / max(height, width))) for side in (width, height))
+            image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+            known = None if known is None else cv2.resize(known, size, interpolation=cv2.INTER_NEAREST)
+        return Picture(name, np.ascontiguousarray(image), known)
+
+    def _labels(self, data: bytes, picture: Picture) -> np.ndarray:
+        """A label map of the picture, shrunk as it was."""
+        try:
+            with Image.open(io.BytesIO(data), formats=["PNG"]) as file:
+                if file.width * file.height > MAX_PIXELS or file.mode not in ("L", "P"):
+                    raise Refused("labels are a PNG file with one number of a class for each pixel")
+                labels = np.asarray(file).astype(np.uint8)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise error if isinstance(error, Refused) else Refused(f"cannot read the labels: {error}") from error
+        worst = int(labels[labels != IGNORE].max(initial=0))
+        if worst >= self.config.num_classes:
+            raise Refused(f"the labels have a class {worst}, the network knows 0 to {self.config.num_classes - 1}")
+        height, width = picture.image.shape[:2]
+        if abs(labels.shape[1] / labels.shape[0] / (width / height) - 1) > 0.02:
+            raise Refused("the labels have other proportions than the picture")
+        return cv2.resize(labels, (width, height), interpolation=cv2.INTER_NEAREST)
+
+    # --- The network -----------------------------------------------------------------------------------------------
+
+    def _runner(self, engine: str, precision: str) -> TorchNetwork:
+        if (engine, precision) not in self._runners:
+            try:
+                wanted = "auto" if engine == "dense" else precision
+                self._runners[engine, precision] = open_network(self.model, engine, wanted)
+            except ValueError as error:
+                raise Refused(str(error)) from error
+        return self._runners[engine, precision]
+
+    def _view(
+        self,
+        picture: Picture,
+        engine: str,
+        precision: str,
+        route: Route | None,
+        budget: float | None,
+        remembered: bool = False,
+    ) -> tuple[dict[str, Any], np.ndarray]:
+        """What a forward gives, for the page, and its labels [H,W]. With `remembered` it need not be a new one."""
+        key = (engine, precision, route, budget)
+        if remembered and key in picture.seen:
+            return dict(picture.seen[key]["view"]), picture.seen[key]["labels"]
+        runner = self._runner(engine, precision)
+        padded = pad_small(picture.image)
+        how: dict[str, Any] = {} if budget is None else {"budget": budget}
+        if route is not None:
+            how = {"route": route, "activation": "own" if self.config.gated else "one"}
+        start = time.perf_counter()
+        found, gates = runner(padded, **how)
+        ms = MS * (time.perf_counter() - start)
+        height, width = picture.image.shape[:2]
+        labels = np.ascontiguousarray(found[:height, :width])
+        table = model_cost(self.model, padded_size(self.config.space, *padded.shape[:2]))
+        cost, space = float(table.of_gates(gates)), self.config.space
+        runs, arrived = (gates > 0).any(-1), space.reached(gates)
+        view = {
+            "labels": base64.b64encode(zlib.compress(labels.tobytes(), 1)).decode(),
+            "shares": class_shares(labels, self.config.class_names),
+            "ms": ms,
+            "gmacs": cost / GIGA,
+            "share": cost / table.full,
+            "asked": budget,
+            "precision": runner.precision,
+            "open": [[*edge, round(float(gates[edge]), 3)] for edge in space.edges if gates[edge] > 0],
+            "runs": [list(node) for node in space.nodes if runs[node]],
+            "passes": [list(node) for node in space.nodes if arrived[node] and not runs[node]],
+            "score": None if picture.labels is None else picture_score(picture.labels, labels),
+        }
+        picture.seen[key] = {"view": view, "labels": labels}
+        while len(picture.seen) > len(self.known) + 2:
+            picture.seen.popitem(last=False)
+        return dict(view), labels
+
+    def _route(self, edges: Any) -> Route:
+        """The route of these edges. Raises Refused for what is none of this network's."""
+        try:
+            route = Route(self.config.space, [tuple(int(part) for part in edge) for edge in edges])
+        except (ValueError, TypeError) as error:
+            raise Refused(f"no route: {error}") from error
+        if not route.edges <= self.config.whole_route.edges:
+            raise Refused("the network does not have all of these paths")
+        return route
+
+    # --- Budgets -------------------------------------------------------------------------------------------------
+
+    def _exit_costs(self, picture: Picture, unit: str) -> np.ndarray:
+        """[K] of the exits' routes at the size of the picture, ascending: shares, GMACs or ms of this machine."""
+        assert self.model.exits is not None
+        if unit == "ms":
+            if picture.exit_ms is None:
+                runner, padded = self._runner("skip", "auto"), pad_small(picture.image)
+                picture.exit_ms = np.maximum.accumulate(
+                    [_best_ms(lambda r=route: runner(padded, route=r)) for route in self.config.exit_routes]
+                )
+            return picture.exit_ms
+        costs = exit_costs(self.model, padded_size(self.config.space, *pad_small(picture.image).shape[:2]))
+        return costs / GIGA if unit == "gmacs" else costs / costs[-1]
+
+    def _range(self, picture: Picture) -> dict[str, list[float]] | None:
+        """What can be asked for, in each unit: lowest and highest."""
+        if self.model.exits is None or not self.model.exits.calibrated:
+            return None
+        costs = {unit: self._exit_costs(picture, unit) for unit in ("share", "gmacs", "ms")}
+        return {unit: [float(some[0]), float(some[-1])] for unit, some in costs.items()}
+
+    def _share(self, picture: Picture, budget: Any) -> float | None:
+        """The share of the full network that a budget stands for; None leaves it to the network."""
+        if budget is None or self.model.exits is None or not self.model.exits.calibrated:
+            return None
+        try:
+            value, unit = float(budget["value"]), str(budget["unit"])
+        except (TypeError, KeyError, ValueError) as error:
+            raise Refused("a budget is a number and its unit: share, gmacs or ms") from error
+        if unit not in ("share", "gmacs", "ms") or not 0 < value < float("inf"):
+            raise Refused("a budget is a number above 0, and its unit: share, gmacs or ms")
+        costs = self._exit_costs(picture, unit)
+        price = self.model.exits.price_of(np.array(max(value, costs[0])), costs, f" {unit}")
+        return min(1.0, self.model.exits.share_at(float(price)))
+
+
+@dataclass(frozen=True)
+class Known:
+    """A route that the page knows by name."""
+
+    name: str
+    route: Route
+
+
+def known_routes(model: DynamicRoutingNetwork) -> dict[str, Known]:
+    """The routes that a network can be compared with: all of it, where its exits are, and the known networks that it
+    has the paths of."""
+    config = model.config
+    found = {"all": Known("the full network", config.whole_route)}
+    for name, route in list(config.named_routes.items())[:-1]:
+        found[name] = Known(f"up to the exit behind layer {name.rsplit('-', 1)[-1]}", route)
+    for key, architecture in ARCHITECTURES.items():
+        try:
+            route = architecture(config.space)
+        except ValueError:
+            continue
+        if route.edges <= config.whole_route.edges:
+            found[key] = Known(architecture.name, route)
+    return found
+
+
+class Survey:
+    """A data set as `routeseg routes` saw it: what each picture costs, and how large its objects are."""
+
+    def __init__(self, facts: Mapping[str, Any], pictures: Any, folder: Path | None = None) -> None:
+        """`facts` are those of routes.json, `pictures` the data set that they are of."""
+        self.pictures, self.title = pictures, f"{facts.get('data', 'data set')} {facts.get('split', '')}".strip()
+        self.rows: Sequence[Mapping[str, Any]] = facts["per_image"]
+        self.words = list(facts.get("in_words", []))
+        self._places = {pictures.name(index): index for index in range(len(pictures))}
+
+    def about(self) -> dict[str, Any]:
+        """Title, what the tests say, and (name, cost share, object size) of each picture that can be opened."""
+        return {
+            "title": self.title,
+            "words": self.words,
+            "pictures": [
+                [row["name"], row["cost_share"], row["object_size"]] for row in self.rows if row["name"] in self._places
+            ],
+        }
+
+    def read(self, name: Any) -> tuple[str, np.ndarray, np.ndarray]:
+        """Name, image and labels of a picture."""
+        if name not in self._places:
+            raise Refused("the data set has no such picture")
+        return str(name), *self.pictures.read(self._places[name])
+
+
+def _best_ms(forward: Callable[[], Any], rounds: int = 2) -> float:
+    times = []
+    for _ in range(1 + rounds):
+        start = time.perf_counter()
+        forward()
+        times.append(MS * (time.perf_counter() - start))
+    return min(times[1:])
+
+
+def _bytes(text: Any) -> bytes:
+    """The file that a text in base64 holds."""
+    if not isinstance(text, str) or not text:
+        raise Refused("no file came: choose a picture")
+    if len(text) * 3 // 4 > MAX_BYTES:
+        raise Refused(f"the file is larger than {MAX_BYTES // 1_000_000} MB")
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise Refused("the file came damaged: choose it again") from error
+
+
+def _jpeg_url(image: np.ndarray) -> str:
+    """uint8 [H,W,3] as an address that holds the picture itself."""
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, format="JPEG", quality=92, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
