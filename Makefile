@@ -10,7 +10,7 @@ NATIVE_TESTS ?= tests/test_compiled.py tests/test_fused.py tests/test_kernels_be
 PYTEST := $(VENV)/bin/pytest -q
 DEMO := $(VENV)/bin/routeseg demo --config $(DATA)/small --output $(OUTPUT)
 
-.PHONY: demo test test-all check check-native bench docs clean
+.PHONY: demo test test-all browser check check-native bench docs clean
 
 demo: $(READY)  ## train, evaluate, report: make demo [DATA=camvid ROOT=folder] [MINUTES=5]
 	$(DEMO) $(if $(ROOT),--data.root "$(ROOT)") --minutes $(MINUTES)
@@ -20,6 +20,9 @@ test: $(READY)  ## the tests, some minutes on 2 cores
 
 test-all: $(READY)  ## also the slow ones
 	$(PYTEST) -m ""
+
+browser:  ## Debian's Chromium, in which the explorer is tested; needs root
+	command -v chromium || { apt-get -q update && apt-get -q install -y --no-install-recommends chromium fonts-dejavu-core; }
 
 check: $(READY)  ## lint, format and types
 	$(VENV)/bin/ruff check .

@@ -277,3 +277,32 @@ def small_batch(facts: Sequence[Facts], words: str) -> str:
 def _loss(row: Facts) -> str:
     (run,) = row["runs"]
     return f"{run['final_loss']:.2f} ({row['lr']:g})"
+
+
+def explorer(facts: Sequence[Facts], words: str) -> str:
+    """How often the explorer answers while the budget is dragged."""
+    (found,) = facts
+    return (
+        f"{found['answers_per_second']:.1f} answers a second, of which the network takes "
+        f"{found['network_ms_median']:.0f} ms each (median); {found['answers_after_the_last_move']} came after the "
+        f"last move. {how(facts, words)}"
+    )
+
+
+def busy(facts: Sequence[Facts], words: str) -> str:
+    """Work beside other work: PyTorch's threads spinning or asleep while they wait for each other."""
+    (found,) = facts
+    names = {
+        "training": "a training step of PyTorch's operations",
+        "training_kernels": "a training step on the kernels",
+        "forward": "a forward of PyTorch's operations",
+    }
+    head = ["steps a second, spinning / asleep", "idle machine", "one of two cores busy"]
+    cells = {
+        machine: {
+            work: f"{one['spinning']:.3g} / {one['asleep']:.3g} ({one['ratio']:.3g}x)" for work, one in rows.items()
+        }
+        for machine, rows in found["steps_per_second"].items()
+    }
+    rows = [[name, cells["idle"][work], cells["one_core_busy"][work]] for work, name in names.items()]
+    return table(head, rows)

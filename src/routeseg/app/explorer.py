@@ -17,13 +17,12 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, wraps
+from functools import cached_property, partial, wraps
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-import torch
 from PIL import Image
 
 from routeseg.architectures import ARCHITECTURES
@@ -32,7 +31,6 @@ from routeseg.data.pairs import UnreadableImage, decode_image
 from routeseg.data.scenes import CLASSES, PRESETS, draw_scene
 from routeseg.errors import BudgetNotKept
 from routeseg.evaluation.ranking import picture_score
-from routeseg.figures.common import png_bytes
 from routeseg.figures.routes import ACTIVATION_COLORS
 from routeseg.labels import IGNORE
 from routeseg.model import DynamicRoutingNetwork
@@ -257,7 +255,7 @@ class Explorer:
         labels = np.ascontiguousarray(found[:height, :width])
         table = model_cost(self.model, padded_size(self.config.space, *padded.shape[:2]))
         cost, space = float(table.of_gates(gates)), self.config.space
-        runs, arrived = (gates > 0).any(-1), space.reached(gates)
+        runs, arrived = np.any(gates > 0, axis=-1), space.reached(gates)
         view = {
             "labels": base64.b64encode(zlib.compress(labels.tobytes(), 1)).decode(),
             "shares": class_shares(labels, self.config.class_names),
@@ -267,8 +265,8 @@ class Explorer:
             "asked": budget,
             "precision": runner.precision,
             "open": [[*edge, round(float(gates[edge]), 3)] for edge in space.edges if gates[edge] > 0],
-            "runs": [list(node) for node in space.nodes if runs[node]],
-            "passes": [list(node) for node in space.nodes if arrived[node] and not runs[node]],
+            "runs": [node for node in space.nodes if runs[node]],
+            "passes": [node for node in space.nodes if arrived[node] and not runs[node]],
             "score": None if picture.labels is None else picture_score(picture.labels, labels),
         }
         picture.seen[key] = {"view": view, "labels": labels}
@@ -294,9 +292,8 @@ class Explorer:
         if unit == "ms":
             if picture.exit_ms is None:
                 runner, padded = self._runner("skip", "auto"), pad_small(picture.image)
-                picture.exit_ms = np.maximum.accumulate(
-                    [_best_ms(lambda r=route: runner(padded, route=r)) for route in self.config.exit_routes]
-                )
+                times = [_best_ms(partial(runner, padded, route=route)) for route in self.config.exit_routes]
+                picture.exit_ms = np.maximum.accumulate(times)
             return picture.exit_ms
         costs = exit_costs(self.model, padded_size(self.config.space, *pad_small(picture.image).shape[:2]))
         return costs / GIGA if unit == "gmacs" else costs / costs[-1]

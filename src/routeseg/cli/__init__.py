@@ -16,8 +16,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from routeseg.cli.app import app_command
 from routeseg.cli.analysis import architectures_command, evaluate_command, routes_command
+from routeseg.cli.app import app_command
 from routeseg.cli.common import USAGE_ERROR, log_to_stderr
 from routeseg.cli.data import check_data_command, convert_data_command, download_command, make_data_command
 from routeseg.cli.export import export_command
@@ -35,8 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     for stream in (sys.stdout, sys.stderr):
         _print_any_name(stream)
-    if arguments is None:  # the process is the command's own: at its end nobody needs Python to look for garbage
-        atexit.register(gc.freeze)
+    if arguments is None:  # the process is the command's own
+        atexit.register(gc.freeze)  # at its end nobody needs Python to look for garbage
+        # PyTorch's threads sleep while they wait for each other. By default they spin, and if something else needs the
+        # core as well, they come to a halt (benchmarks/busy.py). Read when torch is imported.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())

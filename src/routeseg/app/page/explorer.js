@@ -310,20 +310,20 @@ function survey(facts) {
   $("tabs").hidden = false;
   $("survey-title").textContent = facts.title + ": " + facts.pictures.length + " pictures";
   $("words").replaceChildren(...facts.words.map((words) => Object.assign(document.createElement("p"), { textContent: words })));
-  const sized = facts.pictures.filter(([, , size]) => size !== null), W = 640, H = 360, pad = 46;
+  const sized = facts.pictures.filter(([, , size]) => size !== null), W = 640, H = 372, box = { left: 46, right: 616, top: 30, bottom: 324 };
   const svg = make("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": "Cost of each picture against the size of its objects" }, $("scatter"));
-  const range = (values) => { const low = Math.min(...values), high = Math.max(...values), more = (high - low || 0.1) * 0.06; return [low - more, high + more]; };
   if (sized.length) {
-    const [x0, x1] = range(sized.map(([, , size]) => size)), [y0, y1] = range(sized.map(([, cost]) => cost));
-    const at = (size, cost) => [pad + ((size - x0) / (x1 - x0)) * (W - pad - 10), H - pad - ((cost - y0) / (y1 - y0)) * (H - pad - 12)];
-    for (let tick = 0; tick <= 4; tick++) {
-      const cost = y0 + (tick / 4) * (y1 - y0), size = x0 + (tick / 4) * (x1 - x0), y = at(x0, cost)[1], x = at(size, y0)[0];
-      make("line", { x1: pad, x2: W - 10, y1: y, y2: y }, svg);
-      make("text", { x: pad - 6, y: y + 4, "text-anchor": "end" }, svg, (100 * cost).toFixed(0) + " %");
-      make("text", { x, y: H - pad + 16, "text-anchor": "middle" }, svg, (100 * size).toFixed(1) + " %");
+    const sizes = ticks(sized.map(([, , size]) => size)), costs = ticks(sized.map(([, cost]) => cost));
+    const x = (size) => box.left + ((size - sizes.low) / (sizes.high - sizes.low)) * (box.right - box.left);
+    const y = (cost) => box.bottom - ((cost - costs.low) / (costs.high - costs.low)) * (box.bottom - box.top);
+    const at = (size, cost) => [x(size), y(cost)], percent = (value) => +(100 * value).toFixed(2) + " %";
+    for (const cost of costs.at) {
+      make("line", { x1: box.left, x2: box.right, y1: y(cost), y2: y(cost) }, svg);
+      make("text", { x: box.left - 6, y: y(cost) + 4, "text-anchor": "end" }, svg, percent(cost));
     }
-    make("text", { x: (W + pad) / 2, y: H - 6, "text-anchor": "middle" }, svg, "mean side of the objects, of the picture's");
-    make("text", { x: 2, y: 10 }, svg, "cost, of the full network");
+    for (const size of sizes.at) make("text", { x: x(size), y: box.bottom + 18, "text-anchor": "middle" }, svg, percent(size));
+    make("text", { x: (box.left + box.right) / 2, y: H - 8, "text-anchor": "middle" }, svg, "mean side of the objects, of the picture's");
+    make("text", { x: 4, y: 14 }, svg, "cost, of the full network's");
     for (const [name, cost, size] of sized) {
       const [cx, cy] = at(size, cost), dot = make("circle", { cx, cy, r: 5, "data-name": name }, svg);
       make("title", {}, dot, `${name}: ${(100 * cost).toFixed(0)} % of the full network`);
@@ -341,6 +341,14 @@ function survey(facts) {
   }));
   fill($("cheapest"), byCost.slice(0, 8));
   fill($("dearest"), byCost.slice(-8).reverse());
+}
+
+// Round numbers around these values, about five.
+function ticks(values) {
+  const least = Math.min(...values), most = Math.max(...values), rough = (most - least || Math.abs(most) || 1) / 4;
+  const power = 10 ** Math.floor(Math.log10(rough)), step = [1, 2, 5, 10].find((n) => n * power >= rough) * power;
+  const low = Math.floor(least / step) * step, high = Math.max(Math.ceil(most / step) * step, low + step);
+  return { low, high, at: Array.from({ length: Math.round((high - low) / step) + 1 }, (_, n) => low + n * step) };
 }
 
 function fromSurvey(name) { tab("picture"); open({ survey: name }); }
