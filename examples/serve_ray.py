@@ -11,6 +11,8 @@ It needs the extra `routeseg[serve]`.
 import argparse
 import asyncio
 import os
+import signal
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -35,6 +37,7 @@ from routeseg.prediction.image import SegmentedImage
 BATCH, BATCH_SECONDS = 8, 0.005  # images that run as one, and how long the first waits for others
 BATCH_PIXELS = 20_000_000  # of them; what is beyond that runs next
 RUNNING, QUEUED = 16, 16  # requests inside a replica, and in front of it; one more gets 503
+ENDING_SECONDS = 60.0  # for what is inside when the server is told to end
 app = FastAPI(title="routeseg")
 
 
@@ -85,7 +88,9 @@ class Batches:
         return made
 
 
-@serve.deployment(max_ongoing_requests=RUNNING, max_queued_requests=QUEUED)
+@serve.deployment(
+    max_ongoing_requests=RUNNING, max_queued_requests=QUEUED, graceful_shutdown_timeout_s=ENDING_SECONDS
+)
 @serve.ingress(app)
 class Replica:
     """A process with a network of its own."""
@@ -130,7 +135,14 @@ def main() -> None:
     replica = Replica.options(
         num_replicas=args.replicas, max_queued_requests=args.waiting, ray_actor_options=resources
     )
-    serve.run(replica.bind(checkpoint), blocking=True)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    serve.run(replica.bind(checkpoint))
+    stop.wait()
+    serve.delete("default")  # answers what is inside; shutdown alone ends the process that would pass it on
+    serve.shutdown()
+    ray.shutdown()
 
 
 if __name__ == "__main__":
