@@ -88,9 +88,7 @@ class Batches:
         return made
 
 
-@serve.deployment(
-    max_ongoing_requests=RUNNING, max_queued_requests=QUEUED, graceful_shutdown_timeout_s=ENDING_SECONDS
-)
+@serve.deployment(max_ongoing_requests=RUNNING, max_queued_requests=QUEUED, graceful_shutdown_timeout_s=ENDING_SECONDS)
 @serve.ingress(app)
 class Replica:
     """A process with a network of its own."""
@@ -132,9 +130,7 @@ def main() -> None:
     ray.init(include_dashboard=False)
     serve.start(http_options=HTTPOptions(host=args.host, port=args.port))
     resources = {"num_cpus": max(1, cores // args.replicas), "num_gpus": gpus / args.replicas}
-    replica = Replica.options(
-        num_replicas=args.replicas, max_queued_requests=args.waiting, ray_actor_options=resources
-    )
+    replica = Replica.options(num_replicas=args.replicas, max_queued_requests=args.waiting, ray_actor_options=resources)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
