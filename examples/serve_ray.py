@@ -5,7 +5,7 @@
 
 What it takes and answers is that of serve_fastapi.py, which must lie beside it. A batch may hold images of any sizes
 and budgets: images of one size run together, each for its own budget, and each leaves the network where it wants to.
-It needs the extra `routeseg[serve]`.
+It needs the extra `routeseg[serve]` and `ray[serve]`.
 """
 
 import argparse
@@ -124,10 +124,11 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--replicas", type=int, default=1, help="processes, which share the cores of this machine")
     parser.add_argument("--waiting", type=int, default=QUEUED, help="requests before the replicas; one more gets 503")
+    parser.add_argument("--ray_address", default="local", help="local: a Ray that ends with this; auto, or HOST:PORT")
     args = parser.parse_args()
     checkpoint = None if args.checkpoint is None else str(Path(args.checkpoint).resolve())
     cores, gpus = os.cpu_count() or 1, torch.cuda.device_count()
-    ray.init(include_dashboard=False)
+    ray.init(args.ray_address, **({"include_dashboard": False} if args.ray_address == "local" else {}))
     serve.start(http_options=HTTPOptions(host=args.host, port=args.port))
     resources = {"num_cpus": max(1, cores // args.replicas), "num_gpus": gpus / args.replicas}
     replica = Replica.options(num_replicas=args.replicas, max_queued_requests=args.waiting, ray_actor_options=resources)
