@@ -210,6 +210,41 @@ def workers(facts: Sequence[Facts], words: str) -> str:
     return table(["images a second", *in_words], rows)
 
 
+def serving(facts: Sequence[Facts], words: str) -> str:
+    """Images a second of benchmarks/serving.py by the number of clients, and their milliseconds."""
+    (found,) = facts
+    rows = [row for row in found["rows"] if "clients" in row]
+    cells = {
+        (row["server"], row["budget"], row["clients"]): f"{row['images_per_s']:.1f} "
+        f"({row['p50_ms']:.0f} / {row['p99_ms']:.0f})"
+        for row in rows
+    }
+    clients = sorted({row["clients"] for row in rows})
+    kinds = dict.fromkeys((row["server"], row["budget"]) for row in rows)
+    head = [f"{number} {_plural('client', number)}" for number in clients]
+    return table(
+        ["server", "budget", *head], [[*kind, *(cells[*kind, number] for number in clients)] for kind in kinds]
+    )
+
+
+def overload(facts: Sequence[Facts], words: str) -> str:
+    """What became of more requests than the servers of benchmarks/serving.py can answer."""
+    rows = [
+        [
+            row["server"],
+            f"{row['offered_per_s']:.1f}",
+            f"{row['images_per_s']:.1f}",
+            f"{100 * row['refused']:.0f}",
+            f"{row['p50_ms']:.0f} / {row['p99_ms']:.0f}",
+            f"{row['lost']}, {row['wrong']}",
+        ]
+        for row in facts[0]["rows"]
+        if "offered_per_s" in row
+    ]
+    head = ["server", "requests a second", "images a second", "refused (503), %", "ms: p50 / p99", "lost, wrong"]
+    return table(head, rows)
+
+
 def loaders(facts: Sequence[Facts], words: str) -> str:
     """Images a second of the loader in benchmarks/data.py."""
     rates = {(row["workers"], row["cache"]): row["images_per_s"] for row in facts[0]["loaders"]}

@@ -324,7 +324,7 @@ def write_results(
 ) -> list[str]:
     """Writes the files of one image; returns what their names have behind NAME."""
     config, prediction, name = network.config, found.prediction, found.prediction.name
-    files = {LABELS: _label_png(found.labels, config.palette)}
+    files = {LABELS: label_png(found.labels, config.palette)}
     if target.pictures:
         cost = f"{prediction.cost_macs / GIGA:.4g} GMACs, {_percent(prediction.share)} of the full network"
         shown = os.fsencode(file_name(prediction.image)).decode(errors="replace")
@@ -417,7 +417,8 @@ def pad_small(image: np.ndarray) -> np.ndarray:
     return padded
 
 
-def _label_png(labels: np.ndarray, palette: Iterable[Iterable[int]]) -> bytes:
+def label_png(labels: np.ndarray, palette: Iterable[Iterable[int]]) -> bytes:
+    """Labels uint8 [H,W] as a palette PNG: its bytes are the class ids, its colours those of the classes."""
     picture = Image.fromarray(labels)
     picture.putpalette([part for colour in palette for part in colour])
     return figures.png_bytes(picture)
