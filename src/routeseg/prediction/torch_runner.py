@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from routeseg.description import describe
 from routeseg.engine import build_engine
@@ -47,9 +48,14 @@ class TorchNetwork:
         finally:
             if was_training:
                 self.model.train()
-        if not result.logits.isfinite().all() or not result.gates.isfinite().all():
+        if not (_finite(result.logits) and _finite(result.gates)):
             raise ValueError(DIVERGED)
         return result.labels[0].cpu().numpy().astype(np.uint8), result.gates[0].float().cpu().numpy()
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether all are. Their sum tells it, in a tenth of the time, unless it overflows."""
+    return bool(values.sum().isfinite() or values.isfinite().all())
 
 
 def open_network(
