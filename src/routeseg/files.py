@@ -32,8 +32,8 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path`, for whoever writes a file bit by bit: the file gets its own name at the end of the
-    block, and is gone if an error ended it. As `write_atomically` otherwise."""
+    """A temporary name beside `path`, for whoever writes a file bit by bit: the file gets its own name at the end of
+    the block, and is gone if an error ended it. As `write_atomically` otherwise."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(_temporary_name())

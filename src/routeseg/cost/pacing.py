@@ -1,9 +1,9 @@
 """A frame time that holds: how far each frame of a video may go through a network with exits. Nothing is measured here,
 and torch is not imported.
 
-A budget keeps the mean of many images (model/exits.py). A deadline is about each frame, so here a frame is told where it
-leaves: it runs as far as that exit, takes the same time as the frame before, and pays for no decision. Which exit that
-is, the last WINDOW frames say:
+A budget keeps the mean of many images (model/exits.py). A deadline is about each frame, so here a frame is told where
+it leaves: it runs as far as that exit, takes the same time as the frame before, and pays for no decision. Which exit
+that is, the last WINDOW frames say:
 
     the dearest exit at which every one of them would have been in time.
 
@@ -15,8 +15,8 @@ What a frame would have taken at another exit:
 
     rest + pace * weight of the exit
 
-where `rest` is all but the network (decoding, drawing, writing), `pace` what the network took for a weight of 1, and the
-weights say how the exits' times compare on this machine when nothing else runs.
+where `rest` is all but the network (decoding, drawing, writing), `pace` what the network took for a weight of 1, and
+the weights say how the exits' times compare on this machine when nothing else runs.
 
 Legend: K exits.
 """

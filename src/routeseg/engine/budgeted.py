@@ -41,8 +41,8 @@ class Budgeted:
 
 
 class Steered:
-    """A network with exits, or an engine of it, whose images all leave at one exit, which may change from one forward to
-    the next: no image goes further, and none decides anything.
+    """A network with exits, or an engine of it, whose images all leave at one exit, which may change from one forward
+    to the next: no image goes further, and none decides anything.
 
     exit  the number of the exit, 0 the cheapest
 
