@@ -131,8 +131,9 @@ class VideoFile:
             raise UnreadableVideo(f"cannot read {source}: {_reason(error)}") from error
         streams = self._container.streams
         if not streams.video:
+            alone = ", sound alone" if streams.audio else ""
             self._container.close()
-            raise UnreadableVideo(f"{source} holds no video{', sound alone' if streams.audio else ''}")
+            raise UnreadableVideo(f"{source} holds no video{alone}")
         self._stream = streams.video[0]
         if not self.live:
             self._stream.thread_type = "AUTO"  # several frames at once; they come later, which only matters if live
