@@ -399,7 +399,7 @@ class TestCommand:
             (["IMAGE", "--source=0"], "--source is 0: leave out IMAGE, or --source"),
             (["nowhere.mp4"], "no file or folder nowhere.mp4"),
             (["--source=nowhere"], "no file or folder nowhere"),
-            ([], "no images given"),
+            ([], "no inputs: name image files"),
         ],
     )
     def test_mistakes(self, tmp_path, capsys, words, message):

@@ -70,6 +70,8 @@ def predict_command(words: Sequence[str]) -> int:
 
     inputs = [best_of_run(word) if number == 0 else word for number, word in enumerate(args.inputs or ())]
     network = inputs.pop(0) if inputs and _is_network(inputs[0]) else None
+    if not args.inputs and args.source is None:
+        raise ValueError("no inputs: name image files, folders, globs, URLs or videos, or a camera with --source")
     if network is not None and not inputs and args.source is None:
         raise ValueError(f"{network} is a network: name the images to segment behind it")
     for word in inputs:
