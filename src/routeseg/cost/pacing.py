@@ -7,11 +7,11 @@ that is, the frames before it say:
 
     the dearest exit at which each of the last n frames would have been in time.
 
-So one slow frame counts at once, and it is forgotten once n others were faster. If times only scatter, the next frame is
-the slowest of n + 1 with a chance of 1 in n + 1, whatever their distribution. A few frames are enough where the exits
-lie far apart, and they let a frame go far again soon after a load has gone; where a time lies just at what was asked,
-more are needed. So n learns: it grows by LESSON with each frame that was late and need not have been, and shrinks by 1
-with each other. It stands still if 1 frame in LESSON + 1 is late, whatever the times do: fewer than 5 in 100, without a
+So one slow frame counts at once, and it is forgotten once n others were faster. If times only scatter, the next frame
+is the slowest of n + 1 with a chance of 1 in n + 1, whatever their distribution. Where exits lie far apart a few frames
+are enough, and they let a frame go far again soon after a load has gone; where a time lies just at what was asked, more
+are needed. So n learns: it grows by LESSON with each frame that was late and need not have been, and shrinks by 1 with
+each other. It stands still if 1 frame in LESSON + 1 is late, whatever the times do: fewer than 5 in 100, without a
 margin that somebody would have to choose. A load that begins makes one frame late each time.
 
 What a frame would have taken at another exit:
