@@ -245,6 +245,22 @@ def overload(facts: Sequence[Facts], words: str) -> str:
     return table(head, rows)
 
 
+def video(facts: Sequence[Facts], words: str) -> str:
+    """A frame time that is to hold while a load comes and goes, as benchmarks/video.py found it."""
+    (found,) = facts
+    names = {"paced": "`--frame_ms {:.0f}`", "fixed": "a budget of the same mean cost", "whole": "the whole network"}
+    names["cheapest"] = "the cheapest exit"
+    rows = []
+    for target in found["pace"]["targets"]:
+        asked = f"{target['asked_ms']:.0f} ms ({target['asked_fps']:.1f} fps)"
+        for way, row in target["ways"].items():
+            cells = [f"{row['p95_ms']:.0f}", f"{100 * row['late']:.1f}", f"{1000 / row['mean_ms']:.1f}"]
+            cells += [f"{100 * row['share']:.0f}", f"{100 * row['miou']:.1f}"]
+            rows.append([asked if way == "paced" else "", names[way].format(target["asked_ms"]), *cells])
+    head = ["asked", "", "95th percentile, ms", "late frames, %", "frames a second", "mean cost, %", "mIoU, %"]
+    return table(head, rows)
+
+
 def loaders(facts: Sequence[Facts], words: str) -> str:
     """Images a second of the loader in benchmarks/data.py."""
     rates = {(row["workers"], row["cache"]): row["images_per_s"] for row in facts[0]["loaders"]}

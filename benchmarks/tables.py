@@ -47,6 +47,7 @@ MAKERS: dict[str, Callable[[Sequence[Facts], str], str]] = {
     "steps": result_tables.steps,
     "trainings": result_tables.trainings,
     "trials": result_tables.trials,
+    "video": result_tables.video,
     "workers": result_tables.workers,
 } | inference_tables.ACROSS_FILES
 

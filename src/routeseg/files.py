@@ -8,7 +8,8 @@ import os
 import re
 import secrets
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,19 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
     Its folder is made if missing. Raises OSError with the name of the file, also if the disk is full.
     """
+    with written_whole(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """A temporary name beside `path`, for whoever writes a file bit by bit: the file gets its own name at the end of
+    the block, and is gone if an error ended it. As `write_atomically` otherwise."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(_temporary_name())
     try:
-        temporary.write_bytes(data)
+        yield temporary
         temporary.replace(path)
     except OSError as error:
         raise not_written(path, error) from error

@@ -513,9 +513,9 @@ def enough_memory(remedy: str) -> Iterator[None]:
 
 
 class progress_bar:
-    """A progress bar as a context; entering gives a function that advances it by one."""
+    """A progress bar as a context; entering gives a function that advances it by one. A total of None is not known."""
 
-    def __init__(self, title: str, total: int) -> None:
+    def __init__(self, title: str, total: int | None) -> None:
         from rich.progress import Progress
 
         self.bar = Progress(transient=True)

@@ -20,6 +20,7 @@ from routeseg.cli.common import (
     read_budget,
     say_precision,
 )
+from routeseg.cli.video import add_video_arguments, find_videos, frame_ms, predict_videos
 from routeseg.files import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def predict_command(words: Sequence[str]) -> int:
 
     parser = Parser(prog="routeseg predict")
     parser.add_argument(
-        "inputs", nargs="+", help="[CHECKPOINT or FILE.onnx] then image files, folders, globs, URLs, or @LIST"
+        "inputs", nargs="*", help="[CHECKPOINT or FILE.onnx] then image files, folders, globs, URLs, @LIST; or videos"
     )
     parser.add_argument("--output", type=str, default="predictions", help="folder for the results, or a URL")
     parser.add_argument(
@@ -61,18 +62,23 @@ def predict_command(words: Sequence[str]) -> int:
         help="predict on a Ray cluster, auto or HOST:PORT; --workers are then by default one for each core",
     )
     add_budget_arguments(parser)
+    add_video_arguments(parser)
     args = parser.parse_args(list(words))
 
     from routeseg.prediction.files import predict_files
     from routeseg.prediction.sources import find_inputs
 
-    inputs = [best_of_run(args.inputs[0]), *args.inputs[1:]]
-    network = inputs.pop(0) if _is_network(inputs[0]) else None
-    if network is not None and not inputs:
+    inputs = [best_of_run(word) if number == 0 else word for number, word in enumerate(args.inputs or ())]
+    network = inputs.pop(0) if inputs and _is_network(inputs[0]) else None
+    if not args.inputs and args.source is None:
+        raise ValueError("no inputs: name image files, folders, globs, URLs or videos, or a camera with --source")
+    if network is not None and not inputs and args.source is None:
         raise ValueError(f"{network} is a network: name the images to segment behind it")
     for word in inputs:
         if _is_onnx(word):
             raise ValueError(f"{word} is a network: name one, before the images")
+    if videos := find_videos(inputs, args):
+        return predict_videos(videos, args, partial(_open, network, args))
     images = find_inputs(inputs)
     several = args.workers is not None or args.ray_address is not None
     common = {"resume": args.resume, "pictures": args.pictures, "max_pixels": args.max_pixels}
@@ -109,7 +115,14 @@ def _open(network: str | None, args: Namespace) -> Runner:
 
     from routeseg.prediction.torch_runner import open_network
 
-    runner = open_network(model, args.engine or "skip", args.precision, find_device(args.device), budget=budget)
+    runner = open_network(
+        model,
+        args.engine or "skip",
+        args.precision,
+        find_device(args.device),
+        budget=budget,
+        steered=frame_ms(args) is not None,
+    )
     say_precision(runner.forward)
     return runner
 
@@ -141,7 +154,10 @@ def _open_onnx(file: str, args: Namespace) -> OnnxNetwork:
     from routeseg.prediction.onnx_runner import OnnxNetwork
 
     for option, given, why in (
-        ("budget", args.budget is not None, f"{file} has its own cost"),
+        *(
+            (name, getattr(args, name) is not None, f"{file} has its own cost")
+            for name in ("budget", "fps", "frame_ms")
+        ),
         ("engine", args.engine is not None, f"ONNX Runtime runs {file}"),
         ("device", args.device != "cpu", f"{file} runs on the CPU"),
         ("precision", args.precision != "auto", f"{file} has its own (`routeseg export --int8` writes int8)"),

@@ -1,4 +1,4 @@
-"""A forward that is asked for a budget each time."""
+"""A forward that is asked for a budget each time, or told where to leave."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from routeseg.cost.macs import exit_costs
 from routeseg.cost.request import Asked, check_exits
 from routeseg.model.grid import RoutedNetwork
 
@@ -37,3 +38,28 @@ class Budgeted:
         if size not in self._shares:
             self._shares[size] = self.asked.share(self.model, size)
         return self.forward(images, budget=self._shares[size], **how)
+
+
+class Steered:
+    """A network with exits, or an engine of it, whose images all leave at one exit, which may change from one forward
+    to the next: no image goes further, and none decides anything.
+
+    exit  the number of the exit, 0 the cheapest
+
+    Raises ValueError for a network without exits.
+    """
+
+    def __init__(self, forward: Any, model: RoutedNetwork) -> None:
+        check_exits(model)
+        self.forward, self.model, self.exit = forward, model, 0
+        self.precision = getattr(forward, "precision", str(next(model.parameters()).dtype).removeprefix("torch."))
+        self.precision_reason = getattr(forward, "precision_reason", None)
+        self.routes = model.config.exit_routes
+
+    def costs(self, size: tuple[int, int]) -> np.ndarray:
+        """What the exits cost for images (height, width), as shares of the full network's: float64 [K]."""
+        macs = exit_costs(self.model, size)
+        return macs / macs[-1]
+
+    def __call__(self, images: Tensor, **how: Any) -> Any:
+        return self.forward(images, route=self.routes[self.exit], **how)

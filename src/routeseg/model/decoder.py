@@ -44,7 +44,7 @@ class Segmentation:
     @property
     def labels(self) -> Tensor:
         """The most likely class of every pixel, int64 [B,H,W]."""
-        return self.logits.max(dim=1).indices  # argmax, in a fifth of its time on a CPU
+        return self.logits.max(dim=1).indices  # in a sixth of the time of `argmax` on a CPU, ties as there
 
 
 torch.export.register_dataclass(Segmentation)  # so that `torch.export` takes a network as it is
