@@ -167,8 +167,8 @@ def _number_mapping(values: Sequence[int], names: Sequence[str]) -> str:
     if min(plain) == 0 and max(plain) == count:
         shifted = _mapping(range(count + 1), [IGNORE, *range(count)])
         return (
-            f"one more name, in front if value 0 lacks one (`names: [background, {names[0]}, ...]`); or, if {count} is no "
-            f"class, {_mapping([count], [IGNORE])}; or, if 0 is none, {shifted}"
+            f"one more name, in front if value 0 lacks one (`names: [background, {names[0]}, ...]`); or, if {count} is "
+            f"no class, {_mapping([count], [IGNORE])}; or, if 0 is none, {shifted}"
         )
     for some in (list(values), plain):
         if len(some) == count:
