@@ -44,7 +44,8 @@ from jsonargparse import Namespace
 from result_tables import comparison
 from routeseg import figures
 from routeseg.architectures import ARCHITECTURES, common_route
-from routeseg.cli.common import SECTIONS, config_parser, new_network, read_parts
+from routeseg.cli.common import config_parser, new_network, read_parts
+from routeseg.cli.parser import SECTIONS
 from routeseg.cost.budget import Budget
 from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig, open_data

@@ -12,7 +12,8 @@ import yaml
 from conftest import run
 from routeseg import ARCHITECTURES, DynamicRoutingNetwork
 from routeseg.cli import main
-from routeseg.cli.common import PRESETS, config_parser
+from routeseg.cli.common import config_parser
+from routeseg.cli.parser import PRESETS
 from routeseg.space import RoutingSpace
 
 BUDGETS = {"dynamic_a": (0.8, 0.1), "dynamic_b": (0.5, 0.1), "dynamic_c": (0.5, 0.2)}  # weight, target: the paper's

@@ -17,7 +17,7 @@ import inference_figure
 import routeseg
 import tables
 from routeseg.cli import main
-from routeseg.cli.common import Parser
+from routeseg.cli.parser import Parser
 from routeseg.data import config
 from routeseg.data.scenes import draw_scene
 

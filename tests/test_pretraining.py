@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import routeseg
 from conftest import run, spread_gates
 from routeseg import DynamicRoutingNetwork
-from routeseg.cli.common import PRESETS
+from routeseg.cli.parser import PRESETS
 from routeseg.cost.macs import model_cost
 from routeseg.data.classification import ClassificationConfig
 from routeseg.data.classification_loaders import ClassificationDataModule

@@ -15,7 +15,7 @@ from PIL import Image
 import routeseg
 from conftest import run
 from routeseg.cli import training
-from routeseg.cli.common import PRESETS
+from routeseg.cli.parser import PRESETS
 from routeseg.data.config import layout_of
 from routeseg.engine import SkipEngine
 from routeseg.files import not_written

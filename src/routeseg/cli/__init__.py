@@ -18,9 +18,10 @@ from typing import Any
 
 from routeseg.cli.analysis import architectures_command, evaluate_command, routes_command
 from routeseg.cli.app import app_command
-from routeseg.cli.common import USAGE_ERROR, log_to_stderr
+from routeseg.cli.common import log_to_stderr
 from routeseg.cli.data import check_data_command, convert_data_command, download_command, make_data_command
 from routeseg.cli.export import export_command
+from routeseg.cli.parser import USAGE_ERROR
 from routeseg.cli.prediction import import_command, predict_command
 from routeseg.cli.profiling import latency_command, profile_command
 from routeseg.cli.training import calibrate_command, demo_command, pretrain_command, train_command

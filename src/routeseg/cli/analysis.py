@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from routeseg.cli.common import (
     PRECISION_HELP,
-    USAGE_ERROR,
-    Parser,
     add_budget_arguments,
     check_classes,
     config_parser,
@@ -26,6 +24,7 @@ from routeseg.cli.common import (
     say_precision,
     with_budget,
 )
+from routeseg.cli.parser import USAGE_ERROR, Parser
 from routeseg.files import check_writable, write_atomically, write_json
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from routeseg.cli.common import USAGE_ERROR, Parser, config_parser, of_folder, progress_bar, read_data
+from routeseg.cli.common import config_parser, of_folder, progress_bar, read_data
+from routeseg.cli.parser import USAGE_ERROR, Parser
 from routeseg.files import check_writable, expand_user, write_json
 
 if TYPE_CHECKING:

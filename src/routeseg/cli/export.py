@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from routeseg.cli.common import Parser, best_of_run, progress_bar, read_route
+from routeseg.cli.common import best_of_run, progress_bar, read_route
+from routeseg.cli.parser import Parser
 from routeseg.files import check_writable
 
 if TYPE_CHECKING:

@@ -11,8 +11,6 @@ from jsonargparse import Namespace
 
 from routeseg.cli.common import (
     PRECISION_HELP,
-    USAGE_ERROR,
-    Parser,
     add_budget_arguments,
     best_of_run,
     find_device,
@@ -20,6 +18,7 @@ from routeseg.cli.common import (
     read_budget,
     say_precision,
 )
+from routeseg.cli.parser import USAGE_ERROR, Parser
 from routeseg.cli.video import add_video_arguments, find_videos, frame_ms, predict_videos
 from routeseg.files import CONFIG_FILE
 

@@ -10,7 +10,6 @@ from jsonargparse import Namespace
 
 from routeseg.cli.common import (
     PRECISION_HELP,
-    Parser,
     best_of_run,
     config_parser,
     enough_memory,
@@ -21,6 +20,7 @@ from routeseg.cli.common import (
     quiet_libraries,
     read_route,
 )
+from routeseg.cli.parser import Parser
 from routeseg.files import check_writable, write_json
 
 if TYPE_CHECKING:

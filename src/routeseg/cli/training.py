@@ -13,7 +13,6 @@ from jsonargparse import Namespace
 
 from routeseg.cli.common import (
     NETWORK_SKIP,
-    Parser,
     add_config_argument,
     check_classes,
     config_parser,
@@ -28,6 +27,7 @@ from routeseg.cli.common import (
     read_parts,
     start_from,
 )
+from routeseg.cli.parser import Parser
 from routeseg.errors import only_warned_of
 from routeseg.files import RUN_CONFIG_FILE
 from routeseg.training.trackers import read_trackers

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jsonargparse import Namespace
 
-from routeseg.cli.common import USAGE_ERROR, Parser, progress_bar
+from routeseg.cli.common import progress_bar
+from routeseg.cli.parser import USAGE_ERROR, Parser
 from routeseg.errors import require
 
 if TYPE_CHECKING:
