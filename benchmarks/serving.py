@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ SERVERS = {
     "Ray Serve, 2 replicas": ["serve_ray.py", "--replicas", "2"],
 }
 UNITS = {"closed": "clients", "open": "offered_per_s"}
+PACKAGES = ("fastapi", "uvicorn", "ray")  # whose versions the results name, too
 MS = 1000.0
 
 
@@ -197,7 +199,9 @@ def main() -> None:
         "offered": OFFERED,
         "rows": rows,
     }
-    write_json(args.output, {**facts, **machine_facts()})
+    machine = machine_facts()
+    machine["versions"] |= {name: version(name) for name in PACKAGES}
+    write_json(args.output, {**facts, **machine})
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-CODE = [path.as_posix() for part in ("src", "benchmarks", "tests") for path in (ROOT / part).glob("**/*.py")]
+CODE = [
+    path.as_posix() for part in ("src", "benchmarks", "tests", "examples") for path in (ROOT / part).glob("**/*.py")
+]
 # Named in a document, and no files of ours: what a command writes or the benchmark of VOC expects.
 NOT_HERE = (
     "results/VOC2012/Segmentation/comp6_test_cls/NAME.png",
