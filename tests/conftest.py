@@ -1,6 +1,5 @@
 """Networks and pictures that several tests need."""
 
-import multiprocessing
 import os
 import shutil
 import threading
@@ -26,13 +25,6 @@ from routeseg.engine import skip
 
 GOLDEN = Path(__file__).parent / "golden"
 CAMVID = Path(os.environ.get("ROUTESEG_CAMVID") or Path(__file__).parents[2] / "shared" / "camvid")
-
-
-def pytest_unconfigure():
-    """A loader process that was forked beside threads (those of Ray and gRPC) can stand still before it heeds a signal;
-    Python would wait for it at the end, for ever."""
-    for child in multiprocessing.active_children():
-        child.kill()
 
 
 @pytest.fixture(autouse=True)

@@ -238,7 +238,7 @@ def test_a_second_signal_ends_at_once(tmp_path, capsys, monkeypatch, default_sig
 
 
 TOLD_ALL_OF_THE_GROUP = """
-import os, sys
+import os, subprocess, sys
 from routeseg.cli import main
 from routeseg.training.task import RecipeTask
 
@@ -247,7 +247,7 @@ finish = RecipeTask._finish
 def tell_all(task, *args):
     finish(task, *args)
     if task.global_step == 3:
-        os.killpg(0, int(sys.argv[1]))
+        subprocess.run(["kill", "-s", sys.argv[1], "--", f"-{os.getpgid(0)}"])
 
 RecipeTask._finish = tell_all
 sys.exit(main(sys.argv[2:]))
@@ -267,6 +267,18 @@ def test_a_signal_to_the_loaders_too(tmp_path):
     )
     assert done.returncode == 128 + signal.SIGTERM
     assert "saved at step 3" in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_a_leftover_loader_does_not_hold_up_the_end():
+    """As after an error whose traceback is kept: Python ends the loader process, and waits for it."""
+    script = """
+import sys
+from torch.utils.data import DataLoader
+from routeseg.data.loaders import loader_process
+sys.kept = iter(DataLoader(range(100), num_workers=1, worker_init_fn=loader_process))
+next(sys.kept)
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]])

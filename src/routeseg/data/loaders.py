@@ -5,7 +5,9 @@ Batch number n is a pure function of (seed, n): a run that is interrupted goes o
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -112,11 +114,20 @@ def evaluation_loader(data: SegmentationData, workers: int = 0, rank: int = 0, w
     )
 
 
+def _heed(parent: int) -> None:
+    """Ends this process at a SIGTERM of its parent, and passes over those of others."""
+    while (told := signal.sigwaitinfo({signal.SIGTERM})) and told.si_pid != parent:
+        pass
+    os._exit(0)
+
+
 def loader_process(worker: int) -> None:
     """For `worker_init_fn`: a loader process uses one core, and leaves signals that go to the whole group to the one
-    that it works for."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    that it works for. If that one ends it, it ends: Python does so at its exit, and waits."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_heed, args=(os.getppid(),), daemon=True).start()
     import cv2
 
     cv2.setNumThreads(0)
