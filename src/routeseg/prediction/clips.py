@@ -157,7 +157,8 @@ class VideoFile:
         start, last = None, 0.0
         for frame in self._decoded():
             self._check(frame.width, frame.height)
-            now = last + 1 / float(self.rate) if frame.time is None else frame.time
+            # What comes out of a decoder at the end lacks `frame.time`.
+            now = last + 1 / float(self.rate) if frame.pts is None else float(frame.pts * self._stream.time_base)
             pixels, turns = frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)
             if turns % 4:
                 pixels = np.ascontiguousarray(np.rot90(pixels, turns))
