@@ -44,7 +44,9 @@ def late(times, target=TARGET_MS):
 
 
 def coming_and_going(frames=1200, period=100, load=2.0):
-    return np.where(np.arange(frames) // period % 2, load, 1.0)
+    """The frame in which a load begins, or ends, feels half of it."""
+    loads = np.where(np.arange(frames) // period % 2, load, 1.0)
+    return np.where(loads == np.roll(loads, 1), loads, (1 + load) / 2)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -111,9 +113,11 @@ def test_one_slow_frame_counts_at_once_and_is_forgotten():
     pacer.saw(5, 90.0, 95.0)
     assert pacer.next() == (5, 1.0)
     pacer.saw(5, 180.0, 185.0)
+    assert pacer.next() == (0, COSTS[0])
+    pacer.saw(0, 90.0 * COSTS[0], 5 + 90.0 * COSTS[0])
     exit, share = pacer.next()
     assert exit == 0 and share == pytest.approx(np.interp(95 / 180, COSTS, COSTS)) and share < COSTS[1]
-    remembered = 0
+    remembered = 1
     while pacer.next().exit == 0:
         pacer.saw(0, 90.0 * COSTS[0], 5 + 90.0 * COSTS[0])
         remembered += 1

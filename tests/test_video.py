@@ -135,6 +135,23 @@ class TestReading:
         with pytest.raises(UnreadableVideo, match="it is no video, or a damaged one"):
             open_clip(truncate(write_video(tmp_path / "a.mp4")))
 
+    def test_a_file_that_cannot_be_read_on(self, tmp_path):
+        """What was read until then is not lost."""
+        clip = open_clip(write_video(tmp_path / "a.mp4"))
+
+        class Breaking:
+            def __init__(self, container):
+                self.container = container
+
+            def demux(self, stream):
+                for number, packet in enumerate(self.container.demux(stream)):
+                    if number == 4:
+                        raise av.InvalidDataError(1, "broken")
+                    yield packet
+
+        clip._container = Breaking(clip._container)
+        assert len(list(clip)) == 4 and clip.broken == 1
+
     def test_what_is_no_video(self, tmp_path):
         (tmp_path / "a.mp4").write_bytes(b"no video at all" * 50)
         with pytest.raises(UnreadableVideo, match="cannot read .*a.mp4: it is no video, or a damaged one"):

@@ -12,7 +12,8 @@ is the slowest of n + 1 with a chance of 1 in n + 1, whatever their distribution
 are enough, and they let a frame go far again soon after a load has gone; where a time lies just at what was asked, more
 are needed. So n learns: it grows by LESSON with each frame that was late and need not have been, and shrinks by 1 with
 each other. It stands still if 1 frame in LESSON + 1 is late, whatever the times do: fewer than 5 in 100, without a
-margin that somebody would have to choose. A load that begins makes one frame late each time.
+margin that somebody would have to choose. A load that begins makes one frame late each time; that frame has felt only
+the end of what comes, so the one behind a late frame leaves at the first exit, and shows how slow the machine is now.
 
 What a frame would have taken at another exit:
 
@@ -56,9 +57,13 @@ class Pacer:
         self.weights = self.costs if weights is None else np.asarray(weights, float)
         self._seen: deque[tuple[float, float]] = deque(maxlen=MOST)  # pace and rest of a frame, ms; the newest first
         self._memory = FEWEST  # n
+        self._was_late = False  # the last frame, and need not have been
 
     def next(self) -> Leave:
-        """Where the next frame leaves: at the cheapest exit as long as nothing is known, and if no other is in time."""
+        """Where the next frame leaves: at the cheapest exit as long as nothing is known, behind a late frame, and if no
+        other is in time."""
+        if self._was_late:
+            return Leave(0, float(self.costs[0]))
         last = itertools.islice(self._seen, self._memory)
         room = min(((self.frame_ms - rest) / pace for pace, rest in last), default=0.0)
         exit = int(np.searchsorted(self.weights, room, side="right")) - 1
@@ -66,8 +71,8 @@ class Pacer:
 
     def saw(self, exit: int, network_ms: float, frame_ms: float) -> None:
         """What a frame that left there took: the network, and all in all."""
-        late = frame_ms > self.frame_ms and exit > 0
-        self._memory = int(np.clip(self._memory + (LESSON if late else -1), FEWEST, MOST))
+        self._was_late = frame_ms > self.frame_ms and exit > 0
+        self._memory = int(np.clip(self._memory + (LESSON if self._was_late else -1), FEWEST, MOST))
         self._seen.appendleft((max(network_ms, 1e-6) / self.weights[exit], max(frame_ms - network_ms, 0.0)))
 
 

@@ -96,10 +96,8 @@ class Clip(Protocol):
 
 def is_video(word: str) -> bool:
     """Whether a word names a video: by its suffix, or as a stream."""
-    return (
-        is_stream(word)
-        or PurePosixPath(file_name(word if is_url(word) else Path(word))).suffix.lower() in VIDEO_SUFFIXES
-    )
+    name = file_name(word if is_url(word) else Path(word))
+    return is_stream(word) or PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES
 
 
 def is_stream(word: Source) -> bool:
@@ -159,7 +157,8 @@ class VideoFile:
         start, last = None, 0.0
         for frame in self._decoded():
             self._check(frame.width, frame.height)
-            now = last + 1 / float(self.rate) if frame.time is None else frame.time
+            # What comes out of a decoder at the end lacks `frame.time`.
+            now = last + 1 / float(self.rate) if frame.pts is None else float(frame.pts * self._stream.time_base)
             pixels, turns = frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)
             if turns % 4:
                 pixels = np.ascontiguousarray(np.rot90(pixels, turns))
@@ -171,25 +170,28 @@ class VideoFile:
 
     def _decoded(self) -> Iterator[Any]:
         """The frames that are whole."""
-        packets = self._container.demux(self._stream)
-        while True:
+        for packet in self._packets():
             try:
-                packet = next(packets, None)
-                frames = [] if packet is None else packet.decode()
+                frames = self._stream.codec_context.decode(packet)
             except self._av.EOFError:
                 return
             except self._av.FFmpegError:
                 self.broken += 1
-                if packet is None:  # the file itself cannot be read on: what is in the decoder is still good
-                    return
                 continue
-            if packet is None:
-                return
             for frame in frames:
                 if frame.is_corrupt:
                     self.broken += 1
                 else:
                     yield frame
+
+    def _packets(self) -> Iterator[Any]:
+        """What is to be decoded; None has the decoder give what it still holds."""
+        try:
+            for packet in self._container.demux(self._stream):
+                yield packet if packet.size else None
+        except self._av.FFmpegError:  # the file cannot be read on
+            self.broken += 1
+            yield None
 
     def close(self) -> None:
         self._container.close()
@@ -290,7 +292,7 @@ class VideoWriter:
     """An MP4 file that grows by one picture after another, uint8 [H,W,3], each at its own time: H.264 in yuv420p,
     as all browsers play it. A side that is odd grows by one pixel, as the format wants it.
 
-    Raises OSError if the file cannot be written.
+    Raises OSError if the file cannot be written, and ValueError for a size that the encoder does not take.
     """
 
     def __init__(self, path: Path, size: tuple[int, int], rate: Fraction, aspect: Fraction = Fraction(1)) -> None:
@@ -318,7 +320,14 @@ class VideoWriter:
         frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
         self._last = max(self._last + 1, round(time_s * TICKS))  # times that go back or stand still are none
         frame.pts, frame.time_base = self._last, Fraction(1, TICKS)
-        self._container.mux(self._stream.encode(frame))
+        try:
+            self._container.mux(self._stream.encode(frame))
+        except self._av.FFmpegError as error:
+            if isinstance(error, OSError):
+                raise
+            raise ValueError(
+                f"cannot encode frames of {width}x{height} ({error}): leave the video out with --pictures false"
+            ) from error
 
     def finish(self) -> None:
         """Writes what the encoder still holds, and the index."""

@@ -125,14 +125,14 @@ class Pace:
         self.steering, self.frame_ms = steering, frame_ms
         self._pacer: Pacer | None = None
 
-    def begin(self, size: tuple[int, int], run: Callable[[], object], clock: Callable[[], float]) -> None:
+    def begin(self, size: tuple[int, int], run: Callable[[], object]) -> None:
         """Finds out how the times of the exits compare; `run` segments the first frame, of this size."""
         costs = self.steering.costs(size)
         found: dict[int, list[float]] = {0: [], len(costs) - 1: []}
         for exit in list(found) * PROBES:
-            self.steering.exit, start = exit, clock()
+            self.steering.exit, start = exit, time.perf_counter()
             run()
-            found[exit].append(clock() - start)
+            found[exit].append(time.perf_counter() - start)
         cheapest, dearest = min(found[0]), min(found[len(costs) - 1])
         self._pacer = Pacer(costs, self.frame_ms, time_weights(costs, cheapest, dearest))
 
@@ -158,7 +158,6 @@ def predict_video(
     pace: Pace | None = None,
     most: int | None = None,
     on_frame: Callable[[], None] | None = None,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> VideoSummary:
     """Segments a video frame by frame and writes its files into the folder `output`, replacing older ones.
 
@@ -167,7 +166,6 @@ def predict_video(
     pace      what keeps the time of each frame; None: all take what they take
     most      frames after which it ends; None: at the end of the video
     on_frame  called after each frame (for a progress bar)
-    clock     seconds; only differences count
 
     Each file is written whole or not at all: Ctrl-C leaves none, but for a live video, which ends by it. The video is
     closed in any case. Raises UnreadableVideo for one without a frame, or too large for the memory or the budget;
@@ -175,11 +173,11 @@ def predict_video(
     """
     with ExitStack() as stack:
         stack.callback(clip.close)
-        folder, rows, began = video_folder(output), list[Row](), clock()
+        folder, rows, began = video_folder(output), list[Row](), time.perf_counter()
         _keep_input(clip.source, folder, name)
         overlays = _Overlays(stack, folder / name, clip, runner.network.config) if pictures else None
         try:
-            for row in _rows(runner, clip, name, overlays, pace, clock):
+            for row in _rows(runner, clip, name, overlays, pace):
                 rows.append(row)
                 if on_frame is not None:
                     on_frame()
@@ -196,7 +194,8 @@ def predict_video(
             raise UnreadableVideo(f"{clip.source} is too large for the memory") from error
         if not rows:
             raise UnreadableVideo(f"no frame of {clip.source} can be decoded ({clip.broken} are broken)")
-        size, seconds = clip.size, clock() - began
+        size, seconds = clip.size, time.perf_counter() - began
+        _named(folder, name, SUMMARY).unlink(missing_ok=True)  # while the others change, nothing says they fit together
         if overlays is not None:
             overlays.finish()
     write_atomically(_named(folder, name, FRAMES), _csv(rows))
@@ -249,27 +248,26 @@ def _rows(
     name: str,
     overlays: _Overlays | None,
     pace: Pace | None,
-    clock: Callable[[], float],
 ) -> Iterator[Row]:
     """Works through the frames."""
     frames, config = iter(clip), runner.network.config
     routes = [] if config.exits is None else [route.to_gates() > 0 for route in config.exit_routes]
     for number in itertools.count():
-        start = clock()
+        start = time.perf_counter()
         frame = next(frames, None)
         if frame is None:
             return
         if clip.live:  # waiting for a frame is no work
-            start = clock()
+            start = time.perf_counter()
         run = partial(segment, runner, frame.pixels, clip.source, name)
         if pace is not None and number == 0:
-            pace.begin(frame.pixels.shape[:2], run, clock)
-            start = clock()
+            pace.begin(frame.pixels.shape[:2], run)
+            start = time.perf_counter()
         leave = None if pace is None else pace.next()
         found = run()
         if overlays is not None:
             overlays.add(frame, found.labels)
-        frame_ms = MS * (clock() - start)
+        frame_ms = MS * (time.perf_counter() - start)
         row = Row(
             number,
             frame.time_s,
