@@ -3,8 +3,9 @@ and beside a process that keeps one core busy.
 
     python benchmarks/busy.py
 
-A step of training with PyTorch's operations (depth 4, 8 channels, 4 crops of 96x128), the same on the training kernels,
-and a forward of PyTorch's operations; steps a second in processes of their own, taking turns.
+A step of training with PyTorch's operations (depth 8, 16 channels, 4 crops of 240x320), the same on the training
+kernels, and a forward of PyTorch's operations at 360x480; then the three of a small network (depth 4, 8 channels,
+96x128). Steps a second in processes of their own, taking turns.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ import numpy as np
 OUTPUT = Path("results/busy_cpu.json")
 POLICIES = ("spinning", "asleep")
 BUSY = "while True: pass"
+WORKS = ("training", "training_kernels", "forward", "small_training", "small_training_kernels", "small_forward")
 
 
 def measure(seconds: float) -> dict[str, float]:
@@ -32,23 +35,25 @@ def measure(seconds: float) -> dict[str, float]:
     from routeseg.training.fused import Fused
 
     torch.manual_seed(0)
-    images, labels = torch.rand(4, 3, 96, 128), torch.randint(0, 5, (4, 96, 128))
-    plain, fused = (DynamicRoutingNetwork(depth=4, base_channels=8, stem_channels=8, num_classes=5) for _ in range(2))
-    fused.compute = Fused()
 
-    def train(model: DynamicRoutingNetwork) -> None:
-        torch.nn.functional.cross_entropy(model(images).logits, labels).backward()
+    def works(depth: int, channels: int, size: tuple[int, int], whole: tuple[int, int]) -> list[Callable[[], object]]:
+        images, labels = torch.rand(4, 3, *size), torch.randint(0, 5, (4, *size))
+        shape = {"depth": depth, "base_channels": channels, "stem_channels": channels, "num_classes": 5}
+        plain, fused = (DynamicRoutingNetwork(**shape) for _ in range(2))
+        fused.compute = Fused()
 
-    def infer() -> None:
-        with torch.no_grad():
-            plain(images[:1])
+        def train(model: DynamicRoutingNetwork) -> None:
+            torch.nn.functional.cross_entropy(model(images).logits, labels).backward()
+
+        return [
+            lambda: train(plain),
+            lambda: train(fused),
+            torch.no_grad()(lambda: plain(torch.rand(1, 3, *whole))),
+        ]
 
     found = {}
-    for name, work in (
-        ("training", lambda: train(plain)),
-        ("training_kernels", lambda: train(fused)),
-        ("forward", infer),
-    ):
+    both = [*works(8, 16, (240, 320), (360, 480)), *works(4, 8, (96, 128), (96, 128))]
+    for name, work in zip(WORKS, both, strict=True):
         work()
         steps, start = 0, time.perf_counter()
         while (took := time.perf_counter() - start) < seconds:

@@ -348,6 +348,7 @@ def busy(facts: Sequence[Facts], words: str) -> str:
         "training_kernels": "a training step on the kernels",
         "forward": "a forward of PyTorch's operations",
     }
+    names |= {f"small_{work}": f"{name}, small" for work, name in names.items()}
     head = ["steps a second, spinning / asleep", "idle machine", "one of two cores busy"]
     cells = {
         machine: {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands do it: read when torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # beside other work, too: read when torch is imported
 import torch  # noqa: E402
 
 import routeseg

@@ -12,7 +12,7 @@ from PIL import Image
 import routeseg
 from conftest import run, scenes_checkpoint
 from pictures import noise, save
-from routeseg import DynamicRoutingNetwork, Route
+from routeseg import DynamicRoutingNetwork, Route, cli
 from routeseg.data.scenes import CLASSES
 from routeseg.errors import how_to_install
 from routeseg.model.checkpoints import PRETRAINED
@@ -293,3 +293,17 @@ def test_demo(tmp_path, capsys):
     assert set(facts["cost_by_preset"]) == {"large", "small", "mixed"}
     for name in ("routes", "curves", "class_iou", "cost"):
         assert Image.open(tmp_path / f"{name}.png").width > 300
+
+
+@pytest.mark.parametrize(
+    "load, before, after",
+    [(0.1, None, None), (2.0, None, "PASSIVE"), (2.0, "ACTIVE", "ACTIVE")],
+    ids=["idle", "busy", "told"],
+)
+def test_threads_sleep_beside_other_work(monkeypatch, load, before, after):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if before:
+        monkeypatch.setenv("OMP_WAIT_POLICY", before)
+    cli._let_threads_sleep()
+    assert os.environ.get("OMP_WAIT_POLICY") == after
