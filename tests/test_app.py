@@ -52,14 +52,14 @@ def street() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def survey() -> Survey:
-    """What drawn streets cost at a budget of a half, and how large their objects are, as `routeseg routes` says it."""
+    """What drawn streets cost at a budget of 40 %, and how large their objects are, as `routeseg routes` says it."""
     model = routeseg.load()
     engine, table = SkipEngine(model), model_cost(model, SIZE)
     pictures = open_data(DataConfig(name="scenes", image_size=SIZE, val_images=SURVEYED), "val", 0)
     rows = []
     for index in range(SURVEYED):
         image, labels = pictures.read(index)
-        gates = engine(torch.from_numpy(image).permute(2, 0, 1)[None], budget=0.5).gates
+        gates = engine(torch.from_numpy(image).permute(2, 0, 1)[None], budget=0.4).gates
         cost = float(table.of_gates(gates)[0]) / table.full
         rows.append({"name": pictures.name(index), "cost_share": cost, "object_size": object_size(labels)})
     return Survey({"data": "scenes", "split": "val", "per_image": rows, "in_words": []}, pictures)
