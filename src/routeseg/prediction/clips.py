@@ -204,7 +204,10 @@ class Camera:
 
     def __init__(self, number: int) -> None:
         self.source, self.broken = f"camera-{number}", 0
+        before = cv2.utils.logging.getLogLevel()
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what it tried in vain
         self._camera = cv2.VideoCapture(number)
+        cv2.utils.logging.setLogLevel(before)
         if not self._camera.isOpened():
             raise UnreadableVideo(f"no camera {number}: check its number, and that no other program uses it")
         rate = self._camera.get(cv2.CAP_PROP_FPS)
