@@ -122,6 +122,19 @@ class DataSetContract:
                 self.open(root)
             (tmp_path / "gone").rename(base / path)
 
+    def test_a_report_has_all_that_is_absent(self, copied):
+        """As check-data asks: what has no partner is told, file by file, and the other pictures open."""
+        root, left_out = copied(self.NAME), []
+        whole = self.open(root).pairs
+        gone = [whole[0].labels, whole[1].image]
+        for path in gone:
+            path.unlink()
+        kept = open_data(DataConfig(name=self.NAME, root=str(root)), "train", left_out=left_out).pairs
+        assert [pair.name for pair in kept] == [pair.name for pair in whole[2:]]
+        told = {Path(path).stem for some in left_out for path in some.files}
+        assert told & {whole[0].image.stem, whole[0].labels.stem} and told & {whole[1].image.stem, whole[1].labels.stem}
+        assert all(some.remedy and some.message for some in left_out)
+
     def test_an_empty_split(self, copied):
         root = copied(self.NAME)
         base = root / self.INSIDE

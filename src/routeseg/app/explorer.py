@@ -18,7 +18,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial, wraps
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -27,7 +26,7 @@ from PIL import Image
 
 from routeseg.architectures import ARCHITECTURES
 from routeseg.cost.macs import exit_costs, model_cost
-from routeseg.data.pairs import UnreadableImage, decode_image
+from routeseg.data.pairs import SegmentationData, UnreadableImage, decode_image
 from routeseg.data.scenes import CLASSES, PRESETS, draw_scene
 from routeseg.errors import BudgetNotKept
 from routeseg.evaluation.ranking import picture_score
@@ -162,8 +161,7 @@ class Explorer:
         picture = self._pictures.get(str(question.get("picture")))
         if picture is None:
             raise Refused("this picture is no longer held: open it again")
-        if str(question.get("picture")) in self._pictures:
-            self._pictures.move_to_end(str(question["picture"]))
+        self._pictures.move_to_end(str(question["picture"]))
         engine, precision = str(question.get("engine", "skip")), str(question.get("precision", "auto"))
         route = None if question.get("route") is None else self._route(question["route"])
         budget = None if route is not None else self._share(picture, question.get("budget"))
@@ -348,7 +346,7 @@ def known_routes(model: DynamicRoutingNetwork) -> dict[str, Known]:
 class Survey:
     """A data set as `routeseg routes` saw it: what each picture costs, and how large its objects are."""
 
-    def __init__(self, facts: Mapping[str, Any], pictures: Any, folder: Path | None = None) -> None:
+    def __init__(self, facts: Mapping[str, Any], pictures: SegmentationData) -> None:
         """`facts` are those of routes.json, `pictures` the data set that they are of."""
         self.pictures, self.title = pictures, f"{facts.get('data', 'data set')} {facts.get('split', '')}".strip()
         self.rows: Sequence[Mapping[str, Any]] = facts["per_image"]

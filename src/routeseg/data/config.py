@@ -134,8 +134,7 @@ def known_classes(config: DataConfig, say: Callable[[str], None] = lambda line: 
 def open_data(config: DataConfig, split: str, seed: int = 0, left_out: list[LeftOut] | None = None) -> SegmentationData:
     """The split (train, val or test) of the data set that the configuration names.
 
-    left_out  takes files that make no picture, for a report; without it they are a ValueError (voc and cityscapes:
-              always)
+    left_out  takes files that make no picture, for a report; without it they are a ValueError
     """
     if config.name == "scenes":
         if split not in SEED_OFFSETS:
@@ -151,12 +150,11 @@ def open_data(config: DataConfig, split: str, seed: int = 0, left_out: list[Left
         raise ValueError(f"data.root is not set: give the folder of the {config.name} data with --data.root FOLDER")
     root = expand_user(config.root)
     if config.name == "voc":
-        return open_voc(root, split, None if config.sbd_root is None else expand_user(config.sbd_root))
+        return open_voc(root, split, None if config.sbd_root is None else expand_user(config.sbd_root), left_out)
     if config.name == "folder":
         return open_folder(root, split, config.classes, left_out)
-    if config.name == "cityscapes":
-        return open_cityscapes(root, split)
-    return {"camvid": open_camvid, "ade20k": open_ade20k}[config.name](root, split, left_out)
+    open_layout = {"ade20k": open_ade20k, "camvid": open_camvid, "cityscapes": open_cityscapes}[config.name]
+    return open_layout(root, split, left_out)
 
 
 LAYOUTS = {  # what a folder has if its pictures lie in a layout of this name, one of these

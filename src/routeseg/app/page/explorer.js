@@ -10,7 +10,7 @@ const CHANGED = [213, 94, 0];
 
 const state = {
   about: null, picture: null, image: null, unit: "share", asks: false, route: null, own: null, kept: null, against: "",
-  view: null, labels: null, other: null, busy: false, stale: false, marked: null, focus: null, answers: 0,
+  source: null, view: null, labels: null, other: null, busy: false, stale: false, marked: null, answers: 0,
 };
 element.routeseg = state; // for tests, and for the curious
 
@@ -37,7 +37,7 @@ function against() {
   return state.against || null;
 }
 
-async function open(question, name) {
+async function open(question) {
   complain("");
   element.classList.add("rs-waiting");
   let answer;
@@ -351,7 +351,7 @@ function ticks(values) {
   return { low, high, at: Array.from({ length: Math.round((high - low) / step) + 1 }, (_, n) => low + n * step) };
 }
 
-function fromSurvey(name) { tab("picture"); open({ survey: name }); }
+function fromSurvey(name) { tab("picture"); open(state.source = { survey: name }); }
 
 function tab(name) {
   for (const page of element.querySelectorAll(".rs-page")) page.hidden = page.dataset.page !== name;
@@ -372,8 +372,7 @@ function base64(file) {
 async function take(file) {
   if (!file) return;
   if (file.size > state.about.max_bytes) { complain(`${file.name} is larger than ${state.about.max_bytes / 1e6} MB: give a smaller picture.`); return; }
-  state.source = { file: await base64(file), name: file.name || "pasted picture" };
-  await open(state.source);
+  await open((state.source = { file: await base64(file), name: file.name || "pasted picture" }));
 }
 
 async function camera() {
@@ -421,7 +420,7 @@ function wire(about) {
     image.src = thumbnail;
     image.alt = "";
     button.append(image, Object.assign(document.createElement("span"), { textContent: name }));
-    button.onclick = () => { state.source = { example: key }; open(state.source); };
+    button.onclick = () => open((state.source = { example: key }));
     button.dataset.example = key;
     return button;
   }));

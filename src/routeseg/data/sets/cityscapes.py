@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from routeseg.data.pairs import LabelMap, Pair, PairedFiles
+from routeseg.data.pairs import LabelMap, LeftOut, Pair, PairedFiles, leave_out
 from routeseg.data.sets.roots import check_names, expected, files_of, need_folders, no_split, read_class_numbers
 from routeseg.labels import IGNORE, Classes
 
@@ -103,41 +103,53 @@ LABEL_IDS = CityscapesLabels(
 )
 
 
-def open_cityscapes(root: Path, split: str) -> PairedFiles:
+def open_cityscapes(root: Path, split: str, left_out: list[LeftOut] | None = None) -> PairedFiles:
     """A split of Cityscapes, or several joined with "+", such as train+train_extra; see SPLITS.
 
     Pictures of `test` have no labels if the file is not there. Raises ValueError, showing the expected tree, if
     something is missing.
+
+    left_out  takes files without a partner; without it they are an error, too
     """
     parts = split.split("+")
     for part in parts:
         if part not in SPLITS:
             raise no_split("Cityscapes", part, SPLITS, ", or several joined with +")
-    pairs = [pair for part in parts for pair in _pairs(root, SPLITS[part])]
+    pairs = [pair for part in parts for pair in _pairs(root, SPLITS[part], left_out)]
     return PairedFiles(
         check_names(pairs, f"the split {split}"), CLASSES, LABEL_IDS, partial(read_class_numbers, remedy=REMEDY)
     )
 
 
-def _pairs(root: Path, part: Part) -> list[Pair]:
+def _pairs(root: Path, part: Part, left_out: list[LeftOut] | None) -> list[Pair]:
     images, labels = f"leftImg8bit/{part.folder}", f"{part.kind}/{part.folder}"
     need_folders(root, [images, labels] if part.labelled else [images], "Cityscapes", TREE)
-    pairs = []
+    pictures: dict[tuple[str, str], Path] = {}  # city and name
+    found: dict[tuple[str, str], Path] = {}
     for city in sorted(path for path in (root / images).iterdir() if path.is_dir()):
         label_folder = root / labels / city.name
-        found = files_of(label_folder, f"_{part.kind}_labelIds.png")
-        found |= files_of(label_folder, f"_{part.kind}{TRAIN_IDS_SUFFIX}")
-        pictures = files_of(city, IMAGE_SUFFIX)
-        for name in pictures:
-            if name not in found and part.labelled:
-                raise ValueError(
-                    f"{pictures[name]} has no label: {label_folder} has no {name}_{part.kind}_labelIds.png; "
-                    + expected(TREE)
-                )
-        for name in found:
-            if name not in pictures:
-                raise ValueError(f"{found[name]} has no picture: {city} has no {name}{IMAGE_SUFFIX}; {expected(TREE)}")
-        pairs += [Pair(name, pictures[name], found.get(name)) for name in pictures]
-    if not pairs:
+        named = files_of(label_folder, f"_{part.kind}_labelIds.png")
+        named |= files_of(label_folder, f"_{part.kind}{TRAIN_IDS_SUFFIX}")
+        pictures |= {(city.name, name): path for name, path in files_of(city, IMAGE_SUFFIX).items()}
+        found |= {(city.name, name): path for name, path in named.items()}
+    for what, some, others, lacking in (
+        (
+            "pictures without a label",
+            pictures,
+            found,
+            f"label: there is no {root / labels}/{{}}/{{}}_{part.kind}_labelIds.png",
+        ),
+        ("labels without a picture", found, pictures, f"picture: there is no {root / images}/{{}}/{{}}{IMAGE_SUFFIX}"),
+    ):
+        alone = [key for key in some if key not in others]
+        if alone and (part.labelled or some is found):
+            message = (
+                f"{some[alone[0]]} has no {lacking.format(*alone[0])} ({len(alone)} of {len(some)} are so, `routeseg "
+                f"check-data` names them); {expected(TREE)}"
+            )
+            remedy = "unpack the data set again, or remove them"
+            leave_out(LeftOut(what, tuple(str(some[key]) for key in alone), len(some), message, remedy), left_out)
+    if not pictures:
         raise ValueError(f"{root / images} holds no pictures; {expected(TREE)}")
-    return pairs
+    kept = [key for key in pictures if key in found or not part.labelled]
+    return [Pair(key[1], pictures[key], found.get(key)) for key in kept]

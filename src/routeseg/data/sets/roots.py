@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from routeseg.data.pairs import Pair, read_label_file
+from routeseg.data.pairs import LeftOut, Pair, leave_out, read_label_file
 
 
 def need_folders(root: Path, folders: Iterable[str], data_set: str, tree: str) -> None:
@@ -62,16 +62,25 @@ def files_of(folder: Path, suffix: str) -> dict[str, Path]:
 
 
 def look_up(
-    names: Sequence[str], files: dict[str, Path], listed_in: Path | str, folder: Path, suffix: str
-) -> list[Path]:
-    """The file of each name. Raises ValueError, naming the first that is absent and how many are."""
+    names: Sequence[str],
+    files: dict[str, Path],
+    listed_in: Path | str,
+    folder: Path,
+    suffix: str,
+    left_out: list[LeftOut] | None = None,
+) -> dict[str, Path]:
+    """Name -> file, of those that are there. Without `left_out`, which takes the others, an absent one is a ValueError
+    that names the first and how many there are."""
     absent = [name for name in names if name not in files]
     if absent:
-        raise ValueError(
-            f"{folder / (absent[0] + suffix)} is not there, though {listed_in} lists it ({len(absent)} of {len(names)} "
-            "are absent): unpack the data set again, or take the names out of the list"
+        remedy = "unpack the data set again, or take the names out of the list"
+        first = folder / (absent[0] + suffix)
+        text = f"{first} is not there, though {listed_in} lists it ({len(absent)} of {len(names)} are absent): {remedy}"
+        lost = tuple(str(folder / (name + suffix)) for name in absent)
+        leave_out(
+            LeftOut(f"files of {folder.name} that are listed and absent", lost, len(names), text, remedy), left_out
         )
-    return [files[name] for name in names]
+    return {name: files[name] for name in names if name in files}
 
 
 def check_names(pairs: Sequence[Pair], what: str) -> list[Pair]:

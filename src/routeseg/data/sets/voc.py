@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from routeseg.data.pairs import LabelMap, Pair, PairedFiles, UnreadableImage
+from routeseg.data.pairs import LabelMap, LeftOut, Pair, PairedFiles, UnreadableImage
 from routeseg.data.sets.roots import (
     check_names,
     expected,
@@ -78,10 +78,13 @@ def voc_palette() -> list[tuple[int, int, int]]:
 CLASSES = Classes(NAMES, tuple(voc_palette()[: len(NAMES)]))
 
 
-def open_voc(root: Path, split: str, sbd_root: Path | None = None) -> PairedFiles:
+def open_voc(
+    root: Path, split: str, sbd_root: Path | None = None, left_out: list[LeftOut] | None = None
+) -> PairedFiles:
     """A split of VOC 2012: train, val, trainval, test (no labels), or train_aug, which needs SBD.
 
     sbd_root  where SBD lies; None: beside VOCdevkit
+    left_out  takes files that are listed and absent; without it they are an error, too
     Raises ValueError, showing the expected tree, if something is missing.
     """
     if split not in SPLITS:
@@ -91,9 +94,9 @@ def open_voc(root: Path, split: str, sbd_root: Path | None = None) -> PairedFile
         need_folders(root, ["VOCdevkit/VOC2012"], "VOC 2012", TREE)
     need_folders(voc, ("ImageSets/Segmentation", "JPEGImages"), "VOC 2012", TREE)
     if split == "train_aug":
-        pairs = _train_aug(voc, voc.absolute().parents[1] if sbd_root is None else sbd_root)
+        pairs = _train_aug(voc, voc.absolute().parents[1] if sbd_root is None else sbd_root, left_out)
     else:
-        pairs = _listed(voc, split)
+        pairs = _listed(voc, split, left_out)
     return PairedFiles(check_names(pairs, f"the split {split}"), CLASSES, LABELS, read_labels)
 
 
@@ -137,20 +140,20 @@ def read_sbd(path: Path) -> np.ndarray:
     return segmentation
 
 
-def _listed(voc: Path, split: str) -> list[Pair]:
+def _listed(voc: Path, split: str, left_out: list[LeftOut] | None) -> list[Pair]:
     """The pictures that ImageSets/Segmentation/SPLIT.txt lists."""
     listed_in = voc / "ImageSets" / "Segmentation" / f"{split}.txt"
     names = read_names(listed_in)
-    images = look_up(names, files_of(voc / "JPEGImages", ".jpg"), listed_in, voc / "JPEGImages", ".jpg")
+    images = look_up(names, files_of(voc / "JPEGImages", ".jpg"), listed_in, voc / "JPEGImages", ".jpg", left_out)
     if split == "test":
-        return [Pair(name, image, None) for name, image in zip(names, images, strict=True)]
+        return [Pair(name, image, None) for name, image in images.items()]
     folder = voc / "SegmentationClass"
     need_folders(voc, [folder.name], "VOC 2012", TREE)
-    labels = look_up(names, files_of(folder, ".png"), listed_in, folder, ".png")
-    return [Pair(*each) for each in zip(names, images, labels, strict=True)]
+    labels = look_up(names, files_of(folder, ".png"), listed_in, folder, ".png", left_out)
+    return [Pair(name, images[name], labels[name]) for name in images if name in labels]
 
 
-def _train_aug(voc: Path, sbd_root: Path) -> list[Pair]:
+def _train_aug(voc: Path, sbd_root: Path, left_out: list[LeftOut] | None) -> list[Pair]:
     """VOC's train as VOC annotates it, and the rest of SBD as SBD does."""
     places = (sbd_root / place for place in ("benchmark_RELEASE/dataset", "dataset", "."))
     sbd = next((place for place in places if (place / "cls").is_dir()), sbd_root)
@@ -159,14 +162,16 @@ def _train_aug(voc: Path, sbd_root: Path) -> list[Pair]:
             f"no SBD in {sbd_root}, and train_aug needs its folder cls/: give its place with --data.sbd_root; "
             + expected(SBD_TREE)
         )
-    train = {pair.name: pair for pair in _listed(voc, "train")}
+    train = {pair.name: pair for pair in _listed(voc, "train", left_out)}
     sbd_names = read_names(sbd / "train.txt") + read_names(sbd / "val.txt")
     val = read_names(voc / "ImageSets" / "Segmentation" / "val.txt")
     names = train_aug_names(train, val, sbd_names)
     added = [name for name in names if name not in train]
     images = files_of(sbd / "img", ".jpg") | files_of(voc / "JPEGImages", ".jpg")  # SBD's pictures are VOC's
     lists = f"{sbd}/train.txt or val.txt"
-    image_paths = look_up(added, images, lists, sbd / "img", ".jpg")
-    label_paths = look_up(added, files_of(sbd / "cls", ".mat"), lists, sbd / "cls", ".mat")
-    new = {name: Pair(name, *paths) for name, *paths in zip(added, image_paths, label_paths, strict=True)}
-    return [(train | new)[name] for name in names]
+    images = look_up(added, images, lists, sbd / "img", ".jpg", left_out)
+    labels = look_up(added, files_of(sbd / "cls", ".mat"), lists, sbd / "cls", ".mat", left_out)
+    pairs = train | {
+        name: Pair(name, images[name], labels[name]) for name in added if name in images and name in labels
+    }
+    return [pairs[name] for name in names if name in pairs]
