@@ -7,6 +7,7 @@ to keep what the tests see there: the pictures of the documents come from here.
 import asyncio
 import base64
 import io
+import itertools
 import json
 import os
 import shutil
@@ -89,7 +90,10 @@ class TestAnswers:
         assert json.loads(json.dumps(view))["shares"] == view["shares"]
 
     @pytest.mark.parametrize("unit", ["share", "gmacs", "ms"])
-    def test_a_budget_is_kept_in_each_unit(self, explorer, opened, unit):
+    def test_a_budget_is_kept_in_each_unit(self, explorer, street, monkeypatch, unit):
+        clock = itertools.count(5)
+        monkeypatch.setattr("routeseg.app.explorer._best_ms", lambda _: next(clock))
+        opened = explorer.open({"file": text(png(street))})
         low, high = opened["range"][unit]
         spent = [
             explorer.look({"picture": opened["picture"], "budget": {"value": value, "unit": unit}})

@@ -314,6 +314,8 @@ class Explorer:
         if unit not in ("share", "gmacs", "ms") or not 0 < value < float("inf"):
             raise Refused("a budget is a number above 0, and its unit: share, gmacs or ms")
         costs = self._exit_costs(picture, unit)
+        if value >= costs[-1]:
+            return 1.0
         price = self.model.exits.price_of(np.array(max(value, costs[0])), costs, f" {unit}")
         return min(1.0, self.model.exits.share_at(float(price)))
 
