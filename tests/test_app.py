@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import os
+import runpy
 import shutil
 import socket
 import zlib
@@ -271,6 +272,14 @@ class TestCommand:
         facts = {"data_config": asdict(data), "data": "scenes", "split": "val", "seed": 0, "per_image": []}
         (tmp_path / "routes.json").write_text(json.dumps(facts))
         assert len(_survey(tmp_path).pictures) == 2
+
+
+def test_the_space_shows_the_same_explorer(monkeypatch):
+    shown = []
+    monkeypatch.setattr("routeseg.app.launch", lambda *given, **how: shown.append((given, how)))
+    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "space" / "app.py"))
+    ((model, name), how) = shown[0]
+    assert model.exits is not None and "CamVid" in name and how == {"host": "0.0.0.0", "port": 7860}
 
 
 @pytest.fixture(scope="module")
