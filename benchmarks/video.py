@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ from routeseg.data.sets.camvid import open_camvid
 from routeseg.engine import SkipEngine
 from routeseg.engine.budgeted import Budgeted, Steered
 from routeseg.evaluation import machine_facts
+from routeseg.evaluation.scores import count_pairs
 from routeseg.files import write_json
-from routeseg.labels import IGNORE
 from routeseg.model import DynamicRoutingNetwork, checkpoints
 from routeseg.prediction.clips import VideoWriter, open_clip
 from routeseg.prediction.torch_runner import TorchNetwork
@@ -100,9 +100,8 @@ def mean_iou(found: Sequence[np.ndarray], truth: Sequence[np.ndarray], classes: 
     counts = np.zeros((classes, classes), np.int64)
     for number, labels in enumerate(found):
         known = truth[number % len(truth)]
-        there = known != IGNORE
-        pairs = classes * known[there].astype(int) + labels[there]
-        counts += np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+        pair = (torch.from_numpy(one.astype(np.int64)) for one in (known, labels))
+        counts += count_pairs(*pair, classes).numpy()
     union = counts.sum(0) + counts.sum(1) - np.diag(counts)
     return float((np.diag(counts)[union > 0] / union[union > 0]).mean())
 
@@ -127,10 +126,7 @@ def run(
     """One walk through the video: times of its frames, cost, score."""
     pace = None if frame_ms is None else Pace(scored.forward, frame_ms)
     with tempfile.TemporaryDirectory() as output:
-        if loaded:
-            with load():
-                summary = predict_video(scored, open_clip(clip), output, "clip", pace=pace)
-        else:
+        with load() if loaded else nullcontext():
             summary = predict_video(scored, open_clip(clip), output, "clip", pace=pace)
         rows = [line.split(",") for line in (Path(output) / "clip_frames.csv").read_text().splitlines()]
     column = {name: place for place, name in enumerate(rows[0])}

@@ -12,7 +12,6 @@ import base64
 import io
 import secrets
 import threading
-import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from routeseg.architectures import ARCHITECTURES
-from routeseg.cost.macs import exit_costs, model_cost
+from routeseg.cost.macs import exit_costs
 from routeseg.data.pairs import SegmentationData, UnreadableImage, decode_image
 from routeseg.data.scenes import CLASSES, PRESETS, draw_scene
 from routeseg.errors import BudgetNotKept
@@ -33,9 +32,9 @@ from routeseg.evaluation.ranking import picture_score
 from routeseg.figures.routes import ACTIVATION_COLORS
 from routeseg.labels import IGNORE
 from routeseg.model import DynamicRoutingNetwork
-from routeseg.prediction.files import class_shares, pad_small, padded_size
+from routeseg.prediction.files import GIGA, Segmented, class_shares, pad_small, segment
 from routeseg.prediction.torch_runner import TorchNetwork, open_network
-from routeseg.space import Route
+from routeseg.space import Route, padded_size
 
 MAX_BYTES = 20_000_000  # of a file that is sent
 MAX_PIXELS = 50_000_000  # of a picture that is decoded
@@ -43,7 +42,7 @@ SIDE = 1024  # a larger picture is shrunk: one looks at it live
 HELD = 32  # pictures, the last ones
 EXAMPLE_SIZE = (256, 512)
 EXAMPLE_SEED = 7
-GIGA, MS = 1e9, 1000.0
+MS = 1000.0
 COLOURS = 16  # of the scale of activations
 
 
@@ -129,7 +128,7 @@ class Explorer:
 
     @answered
     def open(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """A picture: {"file": base64, "name"}, {"example": preset} or {"survey": number}; with "labels", base64 of a
+        """A picture: {"file": base64, "name"}, {"example": preset} or {"survey": name}; with "labels", base64 of a
         label map, its labels. -> what `look` calls it, its size, what each exit costs there."""
         picture = self._picture(question)
         if question.get("labels"):
@@ -228,6 +227,11 @@ class Explorer:
                 raise Refused(str(error)) from error
         return self._runners[engine, precision]
 
+    def _segment(self, picture: Picture, runner: TorchNetwork, **how: Any) -> Segmented:
+        """The picture, segmented as `predict` does it; `how`: a route or a budget, as the forward takes them."""
+        asked = TorchNetwork(partial(runner.forward, **how), self.model, runner.network)
+        return segment(asked, picture.image, picture.name, picture.name)
+
     def _view(
         self,
         picture: Picture,
@@ -242,24 +246,18 @@ class Explorer:
         if remembered and key in picture.seen:
             return dict(picture.seen[key]["view"]), picture.seen[key]["labels"]
         runner = self._runner(engine, precision)
-        padded = pad_small(picture.image)
         how: dict[str, Any] = {} if budget is None else {"budget": budget}
         if route is not None:
             how = {"route": route, "activation": "own" if self.config.gated else "one"}
-        start = time.perf_counter()
-        found, gates = runner(padded, **how)
-        ms = MS * (time.perf_counter() - start)
-        height, width = picture.image.shape[:2]
-        labels = np.ascontiguousarray(found[:height, :width])
-        table = model_cost(self.model, padded_size(self.config.space, *padded.shape[:2]))
-        cost, space = float(table.of_gates(gates)), self.config.space
+        found = self._segment(picture, runner, **how)
+        labels, gates, space = found.labels, found.gates, self.config.space
         runs, arrived = np.any(gates > 0, axis=-1), space.reached(gates)
         view = {
             "labels": base64.b64encode(zlib.compress(labels.tobytes(), 1)).decode(),
             "shares": class_shares(labels, self.config.class_names),
-            "ms": ms,
-            "gmacs": cost / GIGA,
-            "share": cost / table.full,
+            "ms": MS * found.seconds,
+            "gmacs": found.prediction.cost_macs / GIGA,
+            "share": found.prediction.share,
             "asked": budget,
             "precision": runner.precision,
             "open": [[*edge, round(float(gates[edge]), 3)] for edge in space.edges if gates[edge] > 0],
@@ -289,8 +287,8 @@ class Explorer:
         assert self.model.exits is not None
         if unit == "ms":
             if picture.exit_ms is None:
-                runner, padded = self._runner("skip", "auto"), pad_small(picture.image)
-                times = [_best_ms(partial(runner, padded, route=route)) for route in self.config.exit_routes]
+                run = partial(self._segment, picture, self._runner("skip", "auto"))
+                times = [_best_ms(partial(run, route=route)) for route in self.config.exit_routes]
                 picture.exit_ms = np.maximum.accumulate(times)
             return picture.exit_ms
         costs = exit_costs(self.model, padded_size(self.config.space, *pad_small(picture.image).shape[:2]))
@@ -316,8 +314,7 @@ class Explorer:
         costs = self._exit_costs(picture, unit)
         if value >= costs[-1]:
             return 1.0
-        price = self.model.exits.price_of(np.array(max(value, costs[0])), costs, f" {unit}")
-        return min(1.0, self.model.exits.share_at(float(price)))
+        return min(1.0, self.model.exits.share_for(max(value, costs[0]), costs, f" {unit}"))
 
 
 @dataclass(frozen=True)
@@ -372,13 +369,9 @@ class Survey:
         return str(name), *self.pictures.read(self._places[name])
 
 
-def _best_ms(forward: Callable[[], Any], rounds: int = 2) -> float:
-    times = []
-    for _ in range(1 + rounds):
-        start = time.perf_counter()
-        forward()
-        times.append(MS * (time.perf_counter() - start))
-    return min(times[1:])
+def _best_ms(run: Callable[[], Segmented], rounds: int = 2) -> float:
+    """What the network takes at best, but for the first time."""
+    return MS * min([run().seconds for _ in range(1 + rounds)][1:])
 
 
 def _bytes(text: Any) -> bytes:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from routeseg.cost.latency import LatencyTable
 from routeseg.cost.macs import exit_costs
 from routeseg.errors import NO_EXITS, BudgetNotKept
@@ -78,9 +76,9 @@ class Asked:
             except ValueError as error:
                 raise BudgetNotKept(str(error)) from error
             costs = self.latency.of_exits(network.config)
-            return exits.share_at(float(exits.price_of(np.array(self.value), costs, " ms")))
+            return exits.share_for(self.value, costs, " ms")
         costs = exit_costs(network, size) / MMACS
-        return exits.share_at(float(exits.price_of(np.array(self.value / MMACS), costs, " MMACs")))
+        return exits.share_for(self.value / MMACS, costs, " MMACs")
 
 
 def check_exits(network: RoutedNetwork) -> Exits:

@@ -12,7 +12,18 @@ from routeseg.cost.request import Asked, check_exits
 from routeseg.model.grid import RoutedNetwork
 
 
-class Budgeted:
+class _Asked:
+    """A network with exits, or an engine of it, that is asked for something in each forward. Raises ValueError for a
+    network without exits."""
+
+    def __init__(self, forward: Any, model: RoutedNetwork) -> None:
+        check_exits(model)
+        self.forward, self.model = forward, model
+        self.precision = getattr(forward, "precision", str(next(model.parameters()).dtype).removeprefix("torch."))
+        self.precision_reason = getattr(forward, "precision_reason", None)
+
+
+class Budgeted(_Asked):
     """A network with exits, or an engine of it, that keeps a budget: `Budgeted(engine, model, Asked.parse("40%"))`.
 
     Raises ValueError for a network that takes no budget and for a latency table of another precision, and BudgetNotKept
@@ -20,12 +31,10 @@ class Budgeted:
     """
 
     def __init__(self, forward: Any, model: RoutedNetwork, asked: Asked) -> None:
-        exits = check_exits(model)
-        self.forward, self.model, self.asked = forward, model, asked
-        self.precision = getattr(forward, "precision", str(next(model.parameters()).dtype).removeprefix("torch."))
-        self.precision_reason = getattr(forward, "precision_reason", None)
+        super().__init__(forward, model)
+        self.asked = asked
         if asked.unit == "share":
-            exits.price_of(np.array(asked.value))
+            check_exits(model).price_of(np.array(asked.value))
         if asked.latency is not None and asked.latency.precision != self.precision:
             raise ValueError(
                 f"{asked.file} is for {asked.latency.precision}, the network runs in {self.precision}: measure it with "
@@ -40,7 +49,7 @@ class Budgeted:
         return self.forward(images, budget=self._shares[size], **how)
 
 
-class Steered:
+class Steered(_Asked):
     """A network with exits, or an engine of it, whose images all leave at one exit, which may change from one forward
     to the next: no image goes further, and none decides anything.
 
@@ -50,10 +59,8 @@ class Steered:
     """
 
     def __init__(self, forward: Any, model: RoutedNetwork) -> None:
-        check_exits(model)
-        self.forward, self.model, self.exit = forward, model, 0
-        self.precision = getattr(forward, "precision", str(next(model.parameters()).dtype).removeprefix("torch."))
-        self.precision_reason = getattr(forward, "precision_reason", None)
+        super().__init__(forward, model)
+        self.exit = 0
         self.routes = model.config.exit_routes
 
     def costs(self, size: tuple[int, int]) -> np.ndarray:

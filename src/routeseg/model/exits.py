@@ -116,6 +116,11 @@ class Exits(nn.Module):
         means = (self.frequencies.double() @ self.costs.double()).cpu().numpy()
         return float(np.interp(price, self.prices.double().cpu().numpy(), means))
 
+    def share_for(self, budget: float, costs: np.ndarray, unit: str) -> float:
+        """The share of the full network that is asked for by a mean cost in another unit; `costs` and `unit`, and what
+        is raised, as for `price_of`."""
+        return self.share_at(float(self.price_of(np.array(budget), costs, unit)))
+
     def glance(self, exit: int, features: Sequence[Tensor | None]) -> Tensor:
         """What the decoder of an exit makes of features by scale (`Decoder.glance`): the share of each class, and the
         entropy where it is: float32 [B,F]."""

@@ -38,14 +38,13 @@ class TorchNetwork:
         self.precision = getattr(forward, "precision", str(weight.dtype).removeprefix("torch."))
 
     @torch.no_grad()
-    def __call__(self, image: np.ndarray, **how: Any) -> tuple[np.ndarray, np.ndarray]:
-        """`how`: a route or a budget, as the forward takes them."""
+    def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         pixels = torch.from_numpy(image.transpose(2, 0, 1).copy())[None].to(self.device)  # [1,3,H,W]
         was_training = self.model.training
         if was_training:
             self.model.eval()
         try:
-            result = self.forward(pixels, **how)
+            result = self.forward(pixels)
         finally:
             if was_training:
                 self.model.train()
