@@ -190,7 +190,7 @@ def test_what_it_does_not_know_runs_as_it_is(monkeypatch):
     call = fused._call
     monkeypatch.setattr(fused, "_call", lambda name, *rest, **named: (called.append(name), call(name, *rest, **named)))
     agree(model, images())
-    assert {"unit", "sum", "mean", "enlarged"} <= set(called)
+    assert {"unit", "sum", "mean"} <= set(called)
 
 
 def test_hooks_are_called():
@@ -234,17 +234,21 @@ def test_images_that_need_a_gradient():
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("classes", "height", "width"), [(5, 24, 40), (19, 3, 7), (1, 64, 96)])
-def test_cross_entropy(classes, height, width, weighted):
-    """Also of logits that are large, of pixels without a label, with weights, and of fewer than a whole vector."""
+@pytest.mark.parametrize(
+    ("classes", "size", "image"),
+    [(5, (6, 10), (24, 40)), (19, (40, 33), (157, 130)), (3, (1, 1), (4, 3)), (1, (16, 32), (64, 128))],
+    ids=str,
+)
+def test_cross_entropy(classes, size, image, weighted):
+    """Of scores that are large, unlabelled pixels, weights, a cut at the edge of the image, and several bands."""
     generator = torch.Generator().manual_seed(0)
-    logits = 30 * torch.randn(2, classes, height, width, generator=generator)
-    labels = torch.randint(0, classes, (2, height, width), generator=generator)
+    scores = 30 * torch.randn(2, classes, *size, generator=generator)
+    labels = torch.randint(0, classes, (2, *image), generator=generator)
     labels[0, :2] = IGNORE
-    weights = torch.rand(2, height, width, generator=generator) if weighted else None
+    weights = torch.rand(2, *image, generator=generator) if weighted else None
     found = []
     for compute, kind in ((PLAIN, torch.float64), (PLAIN, torch.float32), (Fused(), torch.float32)):
-        asked = logits.to(kind, copy=True).requires_grad_()
+        asked = scores.to(kind, copy=True).requires_grad_()
         own = None if weights is None else weights.to(kind)
         loss = compute.cross_entropy_sum(asked, labels, own)
         (3 * loss).backward()
@@ -253,16 +257,42 @@ def test_cross_entropy(classes, height, width, weighted):
     assert (found[2][1] - found[0][1]).abs().max() <= 2 * (found[1][1] - found[0][1]).abs().max() + 1e-6
 
 
+@pytest.mark.parametrize("exits", [None, [0, 2]], ids=["one", "exits"])
+@pytest.mark.parametrize("size", [(96, 128), (70, 90)], ids=str)
+def test_the_loss_of_coarse_logits(size, exits):
+    """A forward that is asked for it leaves logits at a quarter of the padded size, and their loss is the same."""
+    model, batch = network(gate="fixed", exits=exits), images(2, *size)
+    labels = torch.randint(0, 5, (2, *size))
+    found = []
+    for compute, kind in ((PLAIN, torch.float64), (Fused(), torch.float32)):
+        trial = copy.deepcopy(model).to(kind)
+        trial.compute = compute
+        result = trial(batch.to(kind), coarse=True)
+        outputs = (*result.earlier, result.logits)
+        padded = [-(-side // 32) * 8 for side in size]
+        assert all(list(one.shape[-2:]) == (list(size) if compute is PLAIN else padded) for one in outputs)
+        loss = sum(compute.cross_entropy_sum(one, labels) for one in outputs)
+        loss.backward()
+        found.append((loss.item(), torch.cat([p.grad.double().flatten() for p in trial.head.parameters()])))
+        assert (
+            trial(batch.to(kind)).logits.shape[-2:]
+            == size
+            == trial.eval()(batch.to(kind), coarse=True).logits.shape[-2:]
+        )
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-3 * found[0][1].abs().max().item())
+
+
 def test_a_label_that_is_no_class():
     with pytest.raises(RuntimeError, match="a label is none of the classes"):
-        Fused().cross_entropy_sum(torch.zeros(1, 3, 8, 8), torch.full((1, 8, 8), 3))
+        Fused().cross_entropy_sum(torch.zeros(1, 3, 8, 8), torch.full((1, 32, 32), 3))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_of_what_is_not_finite(value):
-    logits = torch.zeros(1, 3, 8, 8)
-    logits[0, 1, 4, 4] = value
-    assert Fused().cross_entropy_sum(logits, torch.zeros(1, 8, 8, dtype=torch.int64)).isnan()
+    scores = torch.zeros(1, 3, 8, 8)
+    scores[0, 1, 4, 4] = value
+    assert Fused().cross_entropy_sum(scores, torch.zeros(1, 32, 32, dtype=torch.int64)).isnan()
 
 
 def test_nan_is_not_hidden():
@@ -280,9 +310,7 @@ def test_a_network_that_is_copied_or_pickled_keeps_its_way(tmp_path):
         assert isinstance(again.compute, Fused)
 
 
-@pytest.mark.parametrize(
-    "structure", [fused._Unit, fused._Term, fused._Sum, fused._Mean, fused._Enlarged, fused._Entropy]
-)
+@pytest.mark.parametrize("structure", [fused._Unit, fused._Term, fused._Sum, fused._Mean, fused._Entropy])
 def test_fields_that_lie_elsewhere_are_noticed(structure):
     fields = list(structure._fields_)
     fields[0], fields[1] = fields[1], fields[0]
@@ -298,10 +326,12 @@ def test_fields_that_lie_elsewhere_are_noticed(structure):
 def test_wrong_arguments_of_the_kernels():
     unit = fused._Unit(1, 8, 8, 16, 16, 7, 1, 0, 0, 0)
     with pytest.raises(RuntimeError, match="a unit has another kernel"):
-        fused._call("unit", unit, backward=False)
+        fused._call("unit", unit, False)
     with pytest.raises(RuntimeError, match="a sum has no terms"):
-        fused._call("sum", fused._Sum(1, 8, 8, 16, 0), backward=False)
+        fused._call("sum", fused._Sum(1, 8, 8, 16, 0), False)
     with pytest.raises(RuntimeError, match="a mean lacks memory"):
-        fused._call("mean", fused._Mean(1, 8, 16), backward=False)
-    with pytest.raises(RuntimeError, match="scores lack memory"):
-        fused._call("enlarged", fused._Enlarged(1, 8, 8), backward=False)
+        fused._call("mean", fused._Mean(1, 8, 16), False)
+    with pytest.raises(RuntimeError, match="a cross-entropy has no size"):
+        fused._call("entropy", fused._Entropy(1, 3, 8, 8, 33, 32))
+    with pytest.raises(RuntimeError, match="a cross-entropy lacks memory"):
+        fused._call("entropy", fused._Entropy(1, 3, 8, 8, 32, 32))

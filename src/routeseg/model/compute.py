@@ -19,6 +19,8 @@ from routeseg.config import NetworkConfig
 from routeseg.labels import IGNORE
 from routeseg.model.cell import RoutingNode
 from routeseg.model.head import Head
+from routeseg.model.layers import upsample
+from routeseg.space import STEM_STRIDE
 
 
 class Compute:
@@ -68,19 +70,30 @@ class Compute:
         """What is sent by some images, as one of so many images whose `rows` they are; of the others nothing comes."""
         return spread(arrival, rows, images)
 
-    def head(self, head: Head, features: Sequence[Any]) -> Any:
-        """The output of the head, from the features of every scale; None where nothing arrived at a scale."""
+    def head(self, head: Head, features: Sequence[Any], coarse: bool = False) -> Any:
+        """The output of the head, from the features of every scale; None where nothing arrived at a scale.
+
+        coarse  the logits of a decoder may stay at 1 / STEM_STRIDE of the padded images' size
+        """
         return head(features)
 
     def cross_entropy_sum(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """The sum of the cross-entropies of logits [B,K,H,W] and labels [B,H,W], over the pixels that have a label;
-        each times its weight [B,H,W], if there are weights."""
+        each times its weight [B,H,W], if there are weights. Coarse logits [B,K,h,w] are enlarged first."""
+        logits = enlarged(logits, labels.shape[-2:])
         if weights is None:
             return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
         return (weights * F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")).sum()
 
 
 PLAIN = Compute()
+
+
+def enlarged(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Logits [B,K,H,W] of images of this size, from coarse ones [B,K,h,w], or from themselves."""
+    if tuple(logits.shape[-2:]) == tuple(size):
+        return logits
+    return upsample(logits, STEM_STRIDE)[..., : size[0], : size[1]]
 
 
 def fill_missing(maps: Sequence[Any], stem: Tensor) -> list[Any]:

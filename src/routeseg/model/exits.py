@@ -162,6 +162,7 @@ class Exits(nn.Module):
         gates: Tensor,
         size: tuple[int, int],
         compute: Compute,
+        coarse: bool = False,
     ) -> Segmentation:
         """The segmentation, from the stem's output and what leaves the grid at each scale; `last` is the decoder of the
         last exit."""
@@ -170,7 +171,7 @@ class Exits(nn.Module):
             missing = [None] * len(features)
             parts = [fill_missing([*maps, *missing[len(maps) :]], stem) for maps in leaving.kept]
             logits = [
-                head.result(compute.head(head, some), gates, size).logits
+                head.result(compute.head(head, some, coarse), gates, size).logits
                 for head, some in zip(heads, [*parts, features], strict=True)
             ]
             return Segmentation(logits[-1], gates, tuple(logits[:-1]))

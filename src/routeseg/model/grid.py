@@ -171,6 +171,7 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         activation: Activation = "one",
         drop_path: float = 0.0,
         budget: Shares = None,
+        coarse: bool = False,
     ) -> Any:
         """The head's result for images [B,3,H,W], RGB, uint8 or float in 0..1, any H, W from 32.
 
@@ -189,12 +190,12 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         cannot keep.
         """
         request = Request.of(self.config, len(images), route, activation, budget)
-        return self.answer(images, request, drop_path if self.training else 0.0)
+        return self.answer(images, request, drop_path if self.training else 0.0, coarse and self.training)
 
-    def answer(self, images: Tensor, request: Request, drop_path: float = 0.0) -> Any:
+    def answer(self, images: Tensor, request: Request, drop_path: float = 0.0, coarse: bool = False) -> Any:
         """The head's result for images [B,3,H,W] and a request; `forward` says what it is."""
         leaving = None if self.exits is None else self.exits.leaving(request, len(images), self.training)
-        return self._run(images, request, drop_path, leaving)
+        return self._run(images, request, drop_path, leaving, coarse)
 
     def all_exits(self, images: Tensor) -> tuple[Segmentation, list[Sequence[Any]]]:
         """Of a network with exits: what it gives in training, in the mode that it is in, and the features that arrive
@@ -213,7 +214,9 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         self.walk(stem, request, 0.0, PLAIN, leaving, raw)
         return leaving.kept
 
-    def _run(self, images: Tensor, request: Request, drop_path: float, leaving: Leaving | None) -> Any:
+    def _run(
+        self, images: Tensor, request: Request, drop_path: float, leaving: Leaving | None, coarse: bool = False
+    ) -> Any:
         x, size = prepare(self, images)
         compute = self.compute if self.training and self.compute is not None else PLAIN
         if not compute.usable(self.config, x):
@@ -221,8 +224,8 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         stem, raw = self._stem(x, compute)
         features, gates = self.walk(stem, request, drop_path, compute, leaving, raw)
         if self.exits is None or leaving is None:
-            return self.head.result(compute.head(self.head, features), gates, size)
-        return self.exits.result(self.head, leaving, stem, features, gates, size, compute)
+            return self.head.result(compute.head(self.head, features, coarse), gates, size)
+        return self.exits.result(self.head, leaving, stem, features, gates, size, compute, coarse)
 
     def _stem(self, x: Tensor, compute: Compute) -> tuple[Tensor, Tensor | None]:
         """Prepared images [B,3,H,W] -> [B,C,H/4,W/4], and of a backbone its own features of the same size."""

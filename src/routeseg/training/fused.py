@@ -33,12 +33,12 @@ from routeseg.model.compute import Compute, spread, take
 from routeseg.model.decoder import Decoder
 from routeseg.model.gate import Gate, shrink
 from routeseg.model.head import Head
-from routeseg.model.layers import BatchNorm, Stem, Subsample, Transform, Upsample, single_value
+from routeseg.model.layers import BatchNorm, Stem, Subsample, Transform, Upsample, single_value, upsample
 from routeseg.model.operations import Identity, SepConv3x3, SepConv5x5
 from routeseg.space import DIRECTIONS, KEEP, SMALL_GATE_FACTOR, STEM_STRIDE, UP
 
 LAST: dict[str, Any] = {"memory_format": torch.channels_last}
-LANES, MOST_LANES = 4, 16  # channels must be whole vectors of the first number; no vector is longer than the second
+LANES = 4  # channels must be whole vectors of so many
 
 
 class _Unit(Structure):
@@ -82,29 +82,18 @@ class _Mean(Structure):
     ]
 
 
-class _Enlarged(Structure):
-    """`Enlarged` of kernels/training.h."""
-
-    _fields_ = [
-        *((n, c_int32) for n in "planes h w".split()),
-        *((n, c_void_p) for n in "scores logits dlogits dscores".split()),
-    ]
-
-
 class _Entropy(Structure):
     """`Entropy` of kernels/training.h."""
 
     _fields_ = [
-        *((n, c_int32) for n in "images classes pixels".split()),
-        *((n, c_void_p) for n in "logits labels weights".split()),
+        *((n, c_int32) for n in "images classes h w height width".split()),
+        *((n, c_void_p) for n in "scores labels weights".split()),
         ("ignored", c_int64),
-        *((n, c_void_p) for n in "sums loss".split()),
-        ("dloss", c_float),
-        ("dlogits", c_void_p),
+        *((n, c_void_p) for n in "loss dscores".split()),
     ]
 
 
-STRUCTURES = (_Unit, _Term, _Sum, _Mean, _Enlarged, _Entropy)
+STRUCTURES = (_Unit, _Term, _Sum, _Mean, _Entropy)
 
 
 @cache
@@ -116,8 +105,9 @@ def _library() -> ctypes.CDLL | None:
     library.routeseg_training_layout.restype = library.routeseg_layout.restype
     if first_difference(library.routeseg_training_layout(), STRUCTURES) is not None:
         return None
-    for name in ("unit", "sum", "mean", "enlarged", "entropy"):
+    for name in ("unit", "sum", "mean"):
         getattr(library, f"routeseg_{name}").argtypes = [c_void_p, c_int, c_int]
+    library.routeseg_entropy.argtypes = [c_void_p, c_int]
     if hasattr(os, "RTLD_NOLOAD"):
         try:  # only if PyTorch has loaded it
             threads = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
@@ -127,9 +117,9 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def _call(name: str, structure: Structure, backward: bool) -> None:
+def _call(name: str, structure: Structure, *backward: bool) -> None:
     library = cast(ctypes.CDLL, _library())
-    status = getattr(library, f"routeseg_{name}")(byref(structure), backward, torch.get_num_threads())
+    status = getattr(library, f"routeseg_{name}")(byref(structure), *backward, torch.get_num_threads())
     raise_failure(library, status, "a training step")
 
 
@@ -199,7 +189,7 @@ class _ConvNorm(Function):
             _at(norm.running_mean), _at(norm.running_var), _at(norm.num_batches_tracked), *ctx.numbers,
             _at(z), _at(mean), _at(scale), _at(shift), _at(inverse),
         )  # fmt: skip
-        _call("unit", unit, backward=False)
+        _call("unit", unit, False)
         ctx.save_for_backward(x, center, a, b, taps, weight, gamma, beta, z, mean, scale, shift, inverse)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mean)  # the statistics' share is in what `backward` gives
@@ -221,7 +211,7 @@ class _ConvNorm(Function):
             None, *ctx.numbers, _at(z), _at(mean), _at(scale), _at(shift), _at(inverse), _at(dz), _at(dscale),
             _at(dshift), _at(plus), _at(dx), _at(da), _at(db), _at(dtaps), _at(dweight), _at(dgamma), _at(dbeta),
         )  # fmt: skip
-        _call("unit", unit, backward=True)
+        _call("unit", unit, True)
         return dx, None, da, db, dtaps, dweight, dgamma, dbeta, None, None, None
 
 
@@ -240,7 +230,7 @@ class _Add(Function):
             h, w = 2 * h, 2 * w
         out = torch.empty((images, c, h, w), **LAST)
         terms = (_Term * len(parts))(*(_Term(*map(_at, p), *f) for p, f in zip(parts, flags, strict=True)))
-        _call("sum", _Sum(images, h, w, c, len(terms), terms, _at(out)), backward=False)
+        _call("sum", _Sum(images, h, w, c, len(terms), terms, _at(out)), False)
         ctx.flags, ctx.shape = flags, (images, h, w, c)
         ctx.save_for_backward(*(tensor for part in parts for tensor in part))
         return out
@@ -260,7 +250,7 @@ class _Add(Function):
             terms.append(_Term(*map(_at, part), *flags, *map(_at, (dmap, *others))))
         if terms:
             array = (_Term * len(terms))(*terms)
-            _call("sum", _Sum(*ctx.shape, len(terms), array, None, _at(dout)), backward=True)
+            _call("sum", _Sum(*ctx.shape, len(terms), array, None, _at(dout)), True)
         return None, *gradients
 
 
@@ -271,7 +261,7 @@ class _MeanOf(Function):
     def forward(ctx: Any, z: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         images, c, h, w = z.shape
         out = torch.empty(images, c)
-        _call("mean", _Mean(images, h * w, c, *map(_at, (z, mean, scale, shift, out))), backward=False)
+        _call("mean", _Mean(images, h * w, c, *map(_at, (z, mean, scale, shift, out))), False)
         ctx.save_for_backward(z, mean, scale, shift)
         return out
 
@@ -283,54 +273,26 @@ class _MeanOf(Function):
         dz, dscale, dshift = map(torch.empty_like, (z, scale, shift))
         dout = dout.contiguous()
         own = map(_at, (z, mean, scale, shift, None, dout, dz, dscale, dshift))
-        _call("mean", _Mean(images, h * w, c, *own), backward=True)
+        _call("mean", _Mean(images, h * w, c, *own), True)
         return dz, None, dscale, dshift
 
 
-class _Enlarge(Function):
-    """`upsample` by 4: [B,K,h,w] -> [B,K,4h,4w]."""
-
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor) -> Tensor:
-        scores = scores.contiguous()
-        images, classes, h, w = scores.shape
-        logits = torch.empty(images, classes, STEM_STRIDE * h, STEM_STRIDE * w)
-        _call("enlarged", _Enlarged(images * classes, h, w, _at(scores), _at(logits)), backward=False)
-        ctx.shape = scores.shape
-        return logits
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dlogits: Tensor) -> Tensor:
-        images, classes, h, w = ctx.shape
-        dlogits, dscores = dlogits.contiguous(), torch.empty(ctx.shape)
-        enlarged = _Enlarged(images * classes, h, w, None, None, _at(dlogits), _at(dscores))
-        _call("enlarged", enlarged, backward=True)
-        return dscores
-
-
 class _CrossEntropy(Function):
-    """Logits [B,K,H,W], labels [B,H,W], weights [B,H,W] or None -> the sum over the pixels that have a label."""
+    """Scores [B,K,h,w] of logits four times their size, labels [B,H,W], weights [B,H,W] or None -> the sum over the
+    pixels that have a label. The gradient is found on the way."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Any) -> Tensor:
-        images, classes, h, w = logits.shape
-        sums, loss = torch.empty(images, 2, h, w), torch.empty((), dtype=torch.float64)
-        ctx.shape = (images, classes, h * w)
-        own = map(_at, (logits, labels, weights))
-        entropy = _Entropy(*ctx.shape, *own, IGNORE, _at(sums), _at(loss))
-        _call("entropy", entropy, backward=False)
-        ctx.save_for_backward(logits, labels, weights, sums)
+    def forward(ctx: Any, scores: Tensor, labels: Tensor, weights: Any) -> Tensor:
+        loss, dscores = torch.empty((), dtype=torch.float64), torch.empty_like(scores)
+        own = map(_at, (scores, labels, weights))
+        _call("entropy", _Entropy(*scores.shape, *labels.shape[1:], *own, IGNORE, _at(loss), _at(dscores)))
+        ctx.save_for_backward(dscores)
         return loss.float()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> Any:
-        logits, labels, weights, sums = ctx.saved_tensors
-        dlogits = torch.empty_like(logits)
-        own = map(_at, (logits, labels, weights))
-        _call("entropy", _Entropy(*ctx.shape, *own, IGNORE, _at(sums), None, float(dloss), _at(dlogits)), True)
-        return dlogits, None, None
+        return dloss * ctx.saved_tensors[0], None, None
 
 
 def conv_norm(source: Term, block: nn.Module, shrunk: int = 1) -> Term:
@@ -433,19 +395,20 @@ class Fused(Compute):
         weight = weight.new_zeros(images).index_copy(0, rows, weight)
         return arrival._replace(map=spread(map, rows, images), weight=weight)
 
-    def head(self, head: Head, features: Sequence[Features | Tensor]) -> Any:
+    def head(self, head: Head, features: Sequence[Features | Tensor], coarse: bool = False) -> Any:
         maps = [one if isinstance(one, Tensor) else one.map for one in features]
         if type(head) is not Decoder or not _known(head):
-            return super().head(head, maps)
+            return super().head(head, maps, coarse)
         running: Term | None = None
         for scale in reversed(range(len(maps))):
             own = Term(maps[scale])
             merged = own if running is None else Term(add([own, running]))
             running = conv_norm(merged, head.merge[scale])._replace(halved=scale > 0)
-        return _Enlarge.apply(head.predictor(add([cast(Term, running)])))
+        scores = head.predictor(add([cast(Term, running)]))
+        return scores if coarse else upsample(scores, STEM_STRIDE)
 
     def cross_entropy_sum(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-        if not _taken(logits) or labels.dtype != torch.int64 or labels[0].numel() < MOST_LANES:
+        if logits.shape[-2:] == labels.shape[-2:] or not _taken(logits) or labels.dtype != torch.int64:
             return super().cross_entropy_sum(logits, labels, weights)
         weights = None if weights is None else weights.to(torch.float32).contiguous()
         return _CrossEntropy.apply(logits.contiguous(), labels.contiguous(), weights)

@@ -28,7 +28,7 @@ from routeseg.evaluation.scores import check_class_count
 from routeseg.labels import IGNORE
 from routeseg.model import DynamicRoutingNetwork, Segmentation
 from routeseg.model.backbone import Backbone
-from routeseg.model.compute import PLAIN
+from routeseg.model.compute import PLAIN, enlarged
 from routeseg.training.batch_norm import Mode
 from routeseg.training.calibration import check_enough_pictures
 from routeseg.training.distillation import Teacher, distillation_loss
@@ -115,6 +115,8 @@ class SegmentationTask(RecipeTask[Evaluation]):
         compute, weights = self.model.compute or PLAIN, self.weights(labels)
         outputs = (*result.earlier, result.logits)
         share = self.recipe.hard_pixels
+        if share < 1 or self.recipe.dice or self.teacher is not None:  # these look at every pixel's logits
+            outputs = tuple(enlarged(logits, labels.shape[-2:]) for logits in outputs)
         sums = []
         for logits in outputs:
             counts = weights

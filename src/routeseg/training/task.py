@@ -177,7 +177,8 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
 
     def part(self, images: Tensor, labels: Tensor, labels_in_step: Tensor) -> Part:
         """The loss of one batch of a step: images [B,3,H,W] and their labels."""
-        result = self.model(images.contiguous(memory_format=torch.channels_last), drop_path=self.drop_path)
+        images_last = images.contiguous(memory_format=torch.channels_last)
+        result = self.model(images_last, drop_path=self.drop_path, coarse=True)
         loss, numbers = self.loss(result, images, labels, labels_in_step)
         return Part(loss, {name: value.detach() for name, value in numbers.items()}, result.gates.detach())
 

@@ -743,11 +743,9 @@ constexpr Field TRAINING_LAYOUT[] = {
     STRUCTURE(Mean), FIELD(Mean, images), FIELD(Mean, pixels), FIELD(Mean, c), FIELD(Mean, z), FIELD(Mean, mean), FIELD(Mean, scale),
     FIELD(Mean, shift), FIELD(Mean, out), FIELD(Mean, dout), FIELD(Mean, dz), FIELD(Mean, dscale),
     FIELD(Mean, dshift),
-    STRUCTURE(Enlarged), FIELD(Enlarged, planes), FIELD(Enlarged, h), FIELD(Enlarged, w), FIELD(Enlarged, scores),
-    FIELD(Enlarged, logits), FIELD(Enlarged, dlogits), FIELD(Enlarged, dscores),
-    STRUCTURE(Entropy), FIELD(Entropy, images), FIELD(Entropy, classes), FIELD(Entropy, pixels), FIELD(Entropy, logits),
-    FIELD(Entropy, labels), FIELD(Entropy, weights), FIELD(Entropy, ignored), FIELD(Entropy, sums), FIELD(Entropy, loss),
-    FIELD(Entropy, dloss), FIELD(Entropy, dlogits),
+    STRUCTURE(Entropy), FIELD(Entropy, images), FIELD(Entropy, classes), FIELD(Entropy, h), FIELD(Entropy, w), FIELD(Entropy, height),
+    FIELD(Entropy, width), FIELD(Entropy, scores), FIELD(Entropy, labels), FIELD(Entropy, weights), FIELD(Entropy, ignored),
+    FIELD(Entropy, loss), FIELD(Entropy, dscores),
     {nullptr, 0, 0},
 };
 // clang-format on
@@ -865,17 +863,10 @@ int routeseg_mean(const Mean* mean, int backward, int threads) {
         return true;
     });
 }
-int routeseg_entropy(const Entropy* entropy, int backward, int threads) {
+int routeseg_entropy(const Entropy* e, int threads) {
     return guarded([&] {
-        check(*entropy);
-        (backward ? entropy_backward : entropy_forward)(*entropy, threads);
-        return true;
-    });
-}
-int routeseg_enlarged(const Enlarged* enlarged, int backward, int threads) {
-    return guarded([&] {
-        check(*enlarged);
-        (backward ? enlarge_planes_backward : enlarge_planes)(*enlarged, threads);
+        check(*e);
+        entropy(*e, threads);
         return true;
     });
 }

@@ -800,95 +800,30 @@ void mean_backward(const Mean& mean, int threads) {
     total(dshift, mean.images, c, mean.dshift, threads);
 }
 
-// Planes of scores [h][w] to logits of four times their height and width, bilinear; backward, their gradients.
-struct Enlarged {
-    int32_t planes, h, w;
+// The sum over pixels of the cross-entropy of logits [B][K][height][width] with labels [B][height][width], each times
+// its weight. The logits are scores [B][K][h][w] enlarged by four, bilinear, as far as there are labels. They are made
+// a row at a time; so is their gradient, which becomes that of the scores.
+struct Entropy {
+    int32_t images, classes, h, w, height, width;
     const float* scores;
-    float* logits;
-    const float* dlogits;
+    const int64_t* labels;
+    const float* weights;  // [B][height][width], or null: 1
+    int64_t ignored;       // a label that counts for nothing
+    double* loss;
     float* dscores;
 };
 
-inline void check(const Enlarged& e) {
-    require(e.planes > 0 && e.h > 0 && e.w > 0 && std::max(e.h, e.w) <= MOST_SIDE, "scores have no size");
-}
-
-// Of the four outputs of a score: the share of the score before it, of itself, of the one behind it.
-constexpr float BEFORE[] = {0.375f, 0.125f, 0, 0}, ITSELF[] = {0.625f, 0.875f, 0.875f, 0.625f},
-                BEHIND[] = {0, 0, 0.125f, 0.375f};
-
-inline void enlarge_planes(const Enlarged& e, int threads) {
-    require(e.scores && e.logits, "scores lack memory");
-    const long h = e.h, w = e.w;
-    pool->rows(e.planes * h, threads, [&](long row) {
-        const long y = row % h;
-        const float* at = e.scores + row * w;
-        const float *above = y > 0 ? at - w : at, *below = y + 1 < h ? at + w : at;
-        float* line = reinterpret_cast<float*>(scratch(sizeof(float) * (w + 2))) + 1;  // a pixel more at each end
-        for (int j = 0; j < 4; ++j) {
-            for (long x = 0; x < w; ++x) line[x] = BEFORE[j] * above[x] + ITSELF[j] * at[x] + BEHIND[j] * below[x];
-            line[-1] = line[0];
-            line[w] = line[w - 1];
-            float* out = e.logits + (row * 4 + j) * 4 * w;
-            for (long x = 0; x < w; ++x)
-                for (int i = 0; i < 4; ++i)
-                    out[4 * x + i] = BEFORE[i] * line[x - 1] + ITSELF[i] * line[x] + BEHIND[i] * line[x + 1];
-        }
-    });
-}
-
-inline void enlarge_planes_backward(const Enlarged& e, int threads) {
-    require(e.dlogits && e.dscores, "scores lack memory for their gradients");
-    const long h = e.h, w = e.w, wide = 4 * w;
-    pool->rows(e.planes * h, threads, [&](long row) {
-        const long y = row % h;
-        float* sum = reinterpret_cast<float*>(scratch(sizeof(float) * wide));
-        std::memset(sum, 0, sizeof(float) * wide);
-        const float* g = e.dlogits + row * 4 * wide;
-        const auto add = [&](const float* from, float share) {
-            for (long x = 0; x < wide; ++x) sum[x] += share * from[x];
-        };
-        for (int j = 0; j < 4; ++j) {
-            // At the borders a score stands for the one that is missing, too.
-            add(g + j * wide, ITSELF[j] + (y == 0 ? BEFORE[j] : 0) + (y + 1 == h ? BEHIND[j] : 0));
-            if (y > 0 && BEHIND[j] > 0) add(g + (j - 4) * wide, BEHIND[j]);
-            if (y + 1 < h && BEFORE[j] > 0) add(g + (j + 4) * wide, BEFORE[j]);
-        }
-        float* out = e.dscores + row * w;
-        for (long x = 0; x < w; ++x) {
-            float total = 0;
-            for (int i = 0; i < 4; ++i) {
-                total += ITSELF[i] * sum[4 * x + i];
-                total += BEHIND[i] * (x > 0 ? sum[4 * x - 4 + i] : 0) + BEFORE[i] * (x > 0 ? 0 : sum[i]);
-                total +=
-                    BEFORE[i] * (x + 1 < w ? sum[4 * x + 4 + i] : 0) + BEHIND[i] * (x + 1 < w ? 0 : sum[4 * x + i]);
-            }
-            out[x] = total;
-        }
-    });
-}
-
-// The sum over pixels of the cross-entropy of logits [B][K][pixels] with labels [B][pixels], each times its weight.
-struct Entropy {
-    int32_t images, classes, pixels;
-    const float* logits;
-    const int64_t* labels;
-    const float* weights;  // [B][pixels], or null: 1
-    int64_t ignored;       // a label that counts for nothing
-    float* sums;           // [B][2][pixels]: the largest logit; log of the sum over the classes of exp(logit - largest)
-    double* loss;
-    float dloss;
-    float* dlogits;
-};
-
 inline void check(const Entropy& e) {
-    require(e.images > 0 && e.classes > 0 && e.pixels >= V && e.logits && e.labels && e.sums,
-            "a cross-entropy lacks memory");
+    require(e.images > 0 && e.classes > 0 && e.h > 0 && e.w > 0 && std::max(e.h, e.w) <= MOST_SIDE && e.height > 0 &&
+                e.width > 0 && e.height <= 4 * e.h && e.width <= 4 * e.w,
+            "a cross-entropy has no size");
+    require(e.scores && e.labels && e.loss && e.dscores, "a cross-entropy lacks memory");
 }
+
+typedef int32_t whole __attribute__((vector_size(4 * V), aligned(4), may_alias));
 
 // e^x for x <= 0, to float rounding (polynomial: Cephes); 0 below -87.
 inline vec exponential(vec x) {
-    typedef int32_t whole __attribute__((vector_size(4 * V), aligned(4)));
     const vec bounded = maximum(splat(-87.0f), x);
     const vec shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to a whole number
     const vec n = shifted - 12582912.0f;
@@ -901,74 +836,167 @@ inline vec exponential(vec x) {
     return (vec)((whole)p + power);
 }
 
-constexpr long ENTROPY_PIXELS = 2048;  // of a task
-
-// Calls work(image, first, end) for parts of all pixels.
-template <class Work>
-void over_pixels(const Entropy& e, int threads, const Work& work) {
-    const long parts = (e.pixels + ENTROPY_PIXELS - 1) / ENTROPY_PIXELS;
-    pool->run(e.images * parts, threads, [&](long part) {
-        const long first = part % parts * ENTROPY_PIXELS;
-        work(part / parts, first, std::min<long>(e.pixels, first + ENTROPY_PIXELS), part);
-    });
+// log x for normal x (polynomial: Cephes).
+inline vec logarithm(vec x) {
+    const whole bits = (whole)x;
+    vec m = (vec)((bits & 0x7fffff) | 0x3f800000), n = __builtin_convertvector((bits >> 23) - 127, vec);
+    const auto large = m > splat(1.41421356f);
+    m = large ? m * 0.5f : m;
+    n = large ? n + 1.0f : n;
+    m -= 1.0f;
+    vec p = splat(7.0376836292e-2f);
+    for (const float factor : {-1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,
+                               -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f})
+        p = p * m + factor;
+    return m + (p * m * m * m - n * 2.12194440e-4f - 0.5f * m * m) + n * 0.693359375f;
 }
 
-inline void entropy_forward(const Entropy& e, int threads) {
-    require(e.loss, "a cross-entropy lacks memory");
-    const long pixels = e.pixels;
-    std::vector<double> losses(e.images * ((pixels + ENTROPY_PIXELS - 1) / ENTROPY_PIXELS));
-    over_pixels(e, threads, [&](long image, long first, long end, long part) {
-        const float* logits = e.logits + image * e.classes * pixels;
-        float *largest = e.sums + 2 * image * pixels, *logs = largest + pixels;
-        for (long p = first; p < end; p += V) {
-            p = std::min(p, pixels - V);  // the last ones may be computed twice
-            vec most = load(logits + p), sum = {};
-            for (long k = 1; k < e.classes; ++k) most = maximum(most, load(logits + k * pixels + p));
-            for (long k = 0; k < e.classes; ++k) {
-                const vec x = load(logits + k * pixels + p);
-                sum += exponential(x - most) + x * 0.0f;  // what is not finite stays so
-            }
-            store(largest + p, most);
-            for (int lane = 0; lane < V; ++lane) logs[p + lane] = std::log(sum[lane]);
+// Of the four pixels of a score: the share of the score before it, of itself, of the one behind it.
+constexpr float BEFORE[] = {0.375f, 0.125f, 0, 0}, ITSELF[] = {0.625f, 0.875f, 0.875f, 0.625f},
+                BEHIND[] = {0, 0, 0.125f, 0.375f};
+constexpr long ENTROPY_ROWS = 16;  // of scores, of a task
+
+// The pixels of a row of logits, in four phases: the first pixels of all scores, the second ones, and so on. A phase
+// has `stride` floats, w of them used; what is behind them counts 0.
+class EntropyRow {
+  public:
+    explicit EntropyRow(const Entropy& e)
+        : e(e), stride((e.w + V) / V * V + V), line_floats(e.classes * stride), line(line_floats),
+          logits(4 * line_floats), shares(4 * stride), labels(4 * stride) {
+        std::memset(line, 0, sizeof(float) * line_floats);
+        std::memset(logits, 0, sizeof(float) * 4 * line_floats);
+        std::memset(shares, 0, sizeof(float) * 4 * stride);
+    }
+
+    // The loss of row y of the labels of an image. Afterwards gradient(k) is that of the logits, as one of `j`'s
+    // scores.
+    double loss(long image, long y) {
+        const long h = e.h, w = e.w, at = y / 4, j = y % 4;
+        for (long k = 0; k < e.classes; ++k) {
+            const float* own = e.scores + ((image * e.classes + k) * h + at) * w;
+            const float *above = at > 0 ? own - w : own, *below = at + 1 < h ? own + w : own;
+            float* to = line_of(k);
+            for (long x = 0; x < w; ++x) to[x] = BEFORE[j] * above[x] + ITSELF[j] * own[x] + BEHIND[j] * below[x];
+            to[-1] = to[0];
+            to[w] = to[w - 1];
         }
+        read_labels((image * e.height + y) * e.width);
         double loss = 0;
-        for (long p = first; p < end; ++p) {
-            const int64_t label = e.labels[image * pixels + p];
-            if (label == e.ignored) continue;
-            require(label >= 0 && label < e.classes, "a label is none of the classes");
-            const double own = double(logs[p]) - (logits[label * pixels + p] - largest[p]);
-            loss += e.weights ? own * e.weights[image * pixels + p] : own;
+        for (int i = 0; i < 4; ++i)
+            for (long x = 0; x < w; x += V) loss += of_vector(i, x);
+        return loss;
+    }
+
+    // The gradient of the line of scores that the row was made of, [w]; it lies where the line was.
+    const float* gradient(long k) {
+        const long w = e.w;
+        float* to = line_of(k);
+        const auto g = [&](int i, long x) { return load(logits_of(i, k) + x); };
+        // At the ends a score stands for the one that is missing, too.
+        const float* ends[] = {logits_of(0, k), logits_of(1, k), logits_of(2, k) + w - 1, logits_of(3, k) + w - 1};
+        const float first = BEFORE[0] * *ends[0] + BEFORE[1] * *ends[1];
+        const float last = BEHIND[2] * *ends[2] + BEHIND[3] * *ends[3];
+        for (long x = 0; x < w; x += V)
+            store(to + x, ITSELF[0] * (g(0, x) + g(3, x)) + ITSELF[1] * (g(1, x) + g(2, x)) + BEFORE[0] * g(0, x + 1) +
+                              BEFORE[1] * g(1, x + 1) + BEHIND[2] * g(2, x - 1) + BEHIND[3] * g(3, x - 1));
+        to[0] += first;
+        to[w - 1] += last;
+        return to;
+    }
+
+  private:
+    float* line_of(long k) { return line + k * stride + 1; }  // a pixel before it, V behind it
+    float* logits_of(int i, long k) { return logits + (k * 4 + i) * stride + 1; }
+
+    void read_labels(long offset) {
+        for (long x = 0; x < e.width; ++x) {
+            const int64_t label = e.labels[offset + x];
+            const bool counts = label != e.ignored;
+            require(!counts || (label >= 0 && label < e.classes), "a label is none of the classes");
+            const long place = x % 4 * stride + x / 4;
+            labels[place] = counts ? int32_t(label) : 0;
+            shares[place] = !counts ? 0 : e.weights ? e.weights[offset + x] : 1;
         }
-        losses[part] = loss;
+    }
+
+    double of_vector(int i, long x) {
+        const float* share = shares + i * stride + x;
+        const int32_t* label = labels.data() + i * stride + x;
+        vec most = splat(-INFINITY), sum = {}, own = {}, broken = {};
+        for (long k = 0; k < e.classes; ++k) {
+            const float* from = line_of(k) + x;
+            const vec logit = BEFORE[i] * load(from - 1) + ITSELF[i] * load(from) + BEHIND[i] * load(from + 1);
+            store(logits_of(i, k) + x, logit);
+            most = maximum(most, logit);
+            broken += logit * 0.0f;  // what is not finite stays so
+        }
+        for (int lane = 0; lane < V; ++lane) own[lane] = logits_of(i, label[lane])[x + lane];
+        for (long k = 0; k < e.classes; ++k) {
+            const vec power = exponential(load(logits_of(i, k) + x) - most);
+            store(logits_of(i, k) + x, power);
+            sum += power;
+        }
+        const vec weight = load(share), factor = weight / (sum + broken);
+        for (long k = 0; k < e.classes; ++k) {
+            float* to = logits_of(i, k) + x;
+            store(to, load(to) * factor);
+        }
+        for (int lane = 0; lane < V; ++lane) logits_of(i, label[lane])[x + lane] -= share[lane];
+        const vec losses = (logarithm(sum) + broken + (most - own)) * weight;
+        double loss = 0;
+        for (int lane = 0; lane < V; ++lane) loss += losses[lane];
+        return loss;
+    }
+
+    const Entropy& e;
+    const long stride, line_floats;
+    const Floats line, logits, shares;
+    std::vector<int32_t> labels;
+};
+
+inline void entropy(const Entropy& e, int threads) {
+    const long h = e.h, w = e.w, plane = h * w, bands = (h + ENTROPY_ROWS - 1) / ENTROPY_ROWS;
+    const long parts = e.images * bands, edge = e.classes * w;
+    std::vector<double> losses(parts);
+    std::vector<float> edges(2 * parts * edge);  // what a band adds to the row above it, and to that below
+    pool->run(parts, threads, [&](long part) {
+        const long image = part / bands, first = part % bands * ENTROPY_ROWS, end = std::min(h, first + ENTROPY_ROWS);
+        float* dscores = e.dscores + image * e.classes * plane;
+        for (long k = 0; k < e.classes; ++k)
+            std::memset(dscores + k * plane + first * w, 0, sizeof(float) * (end - first) * w);
+        EntropyRow row(e);
+        for (long y = 4 * first; y < std::min<long>(e.height, 4 * end); ++y) {
+            losses[part] += row.loss(image, y);
+            const long j = y % 4, at = y / 4;
+            for (long k = 0; k < e.classes; ++k) {
+                const float* gradient = row.gradient(k);
+                const auto add = [&](long to, float share) {
+                    if (share == 0) return;
+                    to = std::clamp(to, 0L, h - 1);
+                    float* sum = to < first  ? edges.data() + 2 * part * edge + k * w
+                                 : to >= end ? edges.data() + (2 * part + 1) * edge + k * w
+                                             : dscores + k * plane + to * w;
+                    for (long x = 0; x < w; ++x) sum[x] += share * gradient[x];
+                };
+                add(at - 1, BEFORE[j]);
+                add(at, ITSELF[j]);
+                add(at + 1, BEHIND[j]);
+            }
+        }
     });
     *e.loss = 0;
-    for (const double loss : losses) *e.loss += loss;
-}
-
-inline void entropy_backward(const Entropy& e, int threads) {
-    require(e.dlogits, "a cross-entropy lacks memory for its gradients");
-    const long pixels = e.pixels;
-    over_pixels(e, threads, [&](long image, long first, long end, long) {
-        const long offset = image * e.classes * pixels;
-        const float *logits = e.logits + offset, *largest = e.sums + 2 * image * pixels, *logs = largest + pixels;
-        const int64_t* labels = e.labels + image * pixels;
-        const float* weights = e.weights ? e.weights + image * pixels : nullptr;
-        float* dlogits = e.dlogits + offset;
-        const Floats shares(end - first + V);
-        for (long p = first; p < end; ++p)
-            shares[p - first] = labels[p] == e.ignored ? 0 : weights ? weights[p] * e.dloss : e.dloss;
-        for (long k = 0; k < e.classes; ++k) {
-            long p = first;
-            for (; p + V <= end; p += V)
-                store(dlogits + k * pixels + p,
-                      load(shares + (p - first)) *
-                          exponential(load(logits + k * pixels + p) - load(largest + p) - load(logs + p)));
-            for (; p < end; ++p)
-                dlogits[k * pixels + p] = shares[p - first] * std::exp(logits[k * pixels + p] - largest[p] - logs[p]);
+    for (long part = 0; part < parts; ++part) {
+        *e.loss += losses[part];
+        for (int side = 0; side < 2; ++side) {
+            const long to = side ? (part % bands + 1) * ENTROPY_ROWS : part % bands * ENTROPY_ROWS - 1;
+            if (to < 0 || to >= h) continue;
+            const float* from = edges.data() + (2 * part + side) * edge;
+            for (long k = 0; k < e.classes; ++k) {
+                float* sum = e.dscores + (part / bands * e.classes + k) * plane + to * w;
+                for (long x = 0; x < w; ++x) sum[x] += from[k * w + x];
+            }
         }
-        for (long p = first; p < end; ++p)
-            if (labels[p] != e.ignored) dlogits[labels[p] * pixels + p] -= shares[p - first];
-    });
+    }
 }
 
 // Calls go<W>() with the widest vector that divides both numbers of channels.
