@@ -55,6 +55,7 @@ from routeseg.files import write_json
 from routeseg.labels import IGNORE
 from routeseg.model import checkpoints
 from routeseg.model.backbone import EfficientNetLite0
+from routeseg.model.decoder import most_likely
 from routeseg.model.layers import InputNorm
 from routeseg.training.recipe import Recipe
 from routeseg.training.segmentation import freeze_stages
@@ -285,7 +286,7 @@ def measure(model: Baseline, pictures: Any) -> dict[str, Any]:
     classes = len(pictures.classes)
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
     for picture in evaluation_loader(pictures):
-        confusion += count_pairs(picture["labels"], model(picture["image"]).argmax(1), classes)
+        confusion += count_pairs(picture["labels"], most_likely(model(picture["image"])), classes)
     counts = confusion.double()
     iou = counts.diag() / (counts.sum(0) + counts.sum(1) - counts.diag())
     image = torch.rand(1, 3, *pictures.read(0)[1].shape)

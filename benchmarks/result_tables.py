@@ -278,14 +278,16 @@ def steps(facts: Sequence[Facts], words: str) -> str:
     """Seconds of a training step in benchmarks/training.py: PyTorch's operations and ours, and what is gained."""
     found: dict[tuple, dict[str, float]] = {}
     for row in facts[0]["results"]:
-        setting = (row["depth"], row["channels"], f"{row['batch']} x {row['size'][0]}x{row['size'][1]}")
+        images = f"{row['batch']} x {row['size'][0]}x{row['size'][1]}"
+        setting = (row.get("kind", "gates"), row["depth"], row["channels"], images)
         found.setdefault(setting, {})["ours" if row["ours"] else row["precision"]] = row["step_s"]
     rows = [
         [*map(str, setting), *(f"{times[way]:.3f}" if way in times else "" for way in ("fp32", "bf16", "ours"))]
         + [f"{times['fp32'] / times['ours']:.2f}"]
         for setting, times in found.items()
     ]
-    return table(["depth", "channels", "images", "PyTorch, s", "in bfloat16", "our kernels, s", "times as fast"], rows)
+    head = ["network", "depth", "channels", "images", "PyTorch, s", "in bfloat16", "our kernels, s", "times as fast"]
+    return table(head, rows)
 
 
 def trainings(facts: Sequence[Facts], words: str) -> str:

@@ -36,9 +36,23 @@ from routeseg.training.segmentation import SegmentationTask, train
 from routeseg.training.trial import step_seconds
 
 SETTINGS = {
-    "cpu": [(8, 32, (240, 320), 8), (16, 16, (240, 320), 8), (16, 32, (352, 480), 2), (16, 64, (256, 512), 1)],
-    "cuda": [(16, 32, (352, 480), 8), (16, 64, (768, 768), 8), (33, 64, (768, 768), 8)],
+    "cpu": [
+        ("gates", 8, 32, (240, 320), 8),
+        ("gates", 16, 16, (240, 320), 8),
+        ("gates", 16, 32, (352, 480), 2),
+        ("gates", 16, 64, (256, 512), 1),
+        ("diagonal", 8, 16, (240, 320), 8),
+        ("any budget", 8, 16, (240, 320), 8),
+    ],
+    "cuda": [
+        ("gates", 16, 32, (352, 480), 8),
+        ("gates", 16, 64, (768, 768), 8),
+        ("gates", 33, 64, (768, 768), 8),
+        ("any budget", 16, 32, (352, 480), 8),
+    ],
 }
+STATIC = {"gate": "fixed", "route": "diagonal"}
+KINDS = {"gates": {}, "diagonal": STATIC, "any budget": STATIC | {"exits": [0, 1, 2, 3, 4, 5, 6]}}
 PRECISIONS = {"fp32": FLOAT32, "bf16": BFLOAT16}
 CAMVID_CONFIG = "camvid/small"
 ROUNDS = 3
@@ -46,13 +60,14 @@ CLASSES = 19
 
 
 def measure(
-    depth: int, channels: int, size: tuple[int, int], batch: int, precision: str, ours: bool, device: str
+    kind: str, depth: int, channels: int, size: tuple[int, int], batch: int, precision: str, ours: bool, device: str
 ) -> dict:
     """Seconds of a step (median), images per second, and the peak growth of memory in MiB."""
     torch.manual_seed(0)
-    model = DynamicRoutingNetwork(num_classes=CLASSES, depth=depth, base_channels=channels)
+    model = DynamicRoutingNetwork(num_classes=CLASSES, depth=depth, base_channels=channels, **KINDS[kind])
     model.compute = None if ours else PLAIN
-    task = SegmentationTask(model, Recipe(), Budget(0.5, 0.2, start=0.0, ramp=0.0), size).to(device)
+    budget = Budget(0.5, 0.2 if kind == "gates" else 0.0, start=0.0, ramp=0.0)
+    task = SegmentationTask(model, Recipe(), budget, size).to(device)
     images = torch.rand(batch, 3, *size, device=device)
     labels = torch.randint(0, CLASSES, (batch, *size), device=device)
     before = _memory_mib(device)
@@ -104,9 +119,9 @@ def main() -> None:
     ways += [("fp32", True)] if args.device == "cpu" else []
     rows: dict[tuple, list[dict]] = {}
     for _ in range(ROUNDS):
-        for depth, channels, size, batch in SETTINGS[args.device]:
+        for kind, depth, channels, size, batch in SETTINGS[args.device]:
             for precision, ours in ways:
-                setting = {"depth": depth, "channels": channels, "size": size, "batch": batch}
+                setting = {"kind": kind, "depth": depth, "channels": channels, "size": size, "batch": batch}
                 setting |= {"precision": precision, "ours": ours}
                 command = [sys.executable, __file__, "--device", args.device, "--one", json.dumps(setting)]
                 out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -120,7 +135,8 @@ def main() -> None:
     for row in results:
         size, way = "x".join(map(str, row["size"])), "ours" if row["ours"] else "PyTorch"
         print(
-            f"depth {row['depth']}, {row['channels']} channels, {row['batch']} x {size}, {row['precision']}, {way}: "
+            f"{row['kind']}, depth {row['depth']}, {row['channels']} channels, {row['batch']} x {size}, "
+            f"{row['precision']}, {way}: "
             f"{row['step_s']:.3f} s, {row['images_per_s']:.2f} images/s, {row['peak_mib']:.0f} MiB"
         )
 

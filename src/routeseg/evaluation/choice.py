@@ -21,6 +21,7 @@ from torch import Tensor
 
 from routeseg.evaluation.scores import count_pairs
 from routeseg.model import DynamicRoutingNetwork, Segmentation
+from routeseg.model.decoder import most_likely
 from routeseg.model.request import exit_of
 from routeseg.space import Route
 
@@ -114,7 +115,7 @@ def look_at_exits(
 
 def score_exits(result: Segmentation, labels: Tensor) -> AllExits:
     """What every exit makes of images, given what `all_exits` gives and labels [B,H,W]."""
-    found = [logits.argmax(1) for logits in (*result.earlier, result.logits)]
+    found = [most_likely(logits) for logits in (*result.earlier, result.logits)]
     classes = result.logits.shape[1]
     confusion = [[count_pairs(labels[i], one[i], classes).cpu().numpy() for one in found] for i in range(len(labels))]
     return AllExits.of(np.array(confusion))

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from routeseg.evaluation.windows import OVERLAP, starts
 from routeseg.model import Segmentation
+from routeseg.model.decoder import most_likely
 from routeseg.space import MIN_IMAGE_SIZE
 
 Forward = Callable[[Tensor], Segmentation]
@@ -40,7 +41,7 @@ class Averaged:
     @property
     def labels(self) -> Tensor:
         """The most likely class of every pixel, int64 [1,H,W]."""
-        return self.scores.argmax(dim=1)
+        return most_likely(self.scores)
 
     @property
     def gates(self) -> Tensor:

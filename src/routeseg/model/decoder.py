@@ -44,7 +44,12 @@ class Segmentation:
     @property
     def labels(self) -> Tensor:
         """The most likely class of every pixel, int64 [B,H,W]."""
-        return self.logits.max(dim=1).indices  # in a sixth of the time of `argmax` on a CPU, ties as there
+        return most_likely(self.logits)
+
+
+def most_likely(scores: Tensor) -> Tensor:
+    """The class of the highest score, [B,K,H,W] -> int64 [B,H,W]; in a sixth of the time of `argmax` on a CPU."""
+    return scores.max(dim=1).indices
 
 
 torch.export.register_dataclass(Segmentation)  # so that `torch.export` takes a network as it is
