@@ -126,6 +126,13 @@ def test_killed_and_resumed_ends_with_the_same_weights(tmp_path, one_thread):
     assert same_networks(whole, cut) and not list(cut.glob(".last*"))
 
 
+def test_a_network_in_evaluation_mode_learns_in_training_mode(tmp_path, one_thread):
+    """Such as `routeseg.load` gives it."""
+    fit(tmp_path / "one", recipe())
+    fit(tmp_path / "other", recipe(), tiny_model().eval())
+    assert same_networks(tmp_path / "one", tmp_path / "other")
+
+
 def test_cut_and_resumed_ends_with_the_same_weights(tmp_path, monkeypatch):
     """The same in one process, where the run ends by an exception in the middle of a step; with steps of two batches,
     averaged weights, and only every third step logged."""

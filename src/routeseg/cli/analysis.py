@@ -25,7 +25,7 @@ from routeseg.cli.common import (
     with_budget,
 )
 from routeseg.cli.parser import USAGE_ERROR, Parser
-from routeseg.files import check_writable, write_atomically, write_json
+from routeseg.files import SURVEY_FILE, check_writable, write_atomically, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -247,7 +247,7 @@ def routes_command(words: Sequence[str]) -> int:
             seen = look_at_exits(model, evaluation_loader(observation.pictures, data.workers), step)
         worth = worth_of_choice(seen, exits_of(model, observation.gates), costs, args.seed)
         facts["worth_of_choice"] = worth.as_dict()
-    write_json(output / "routes.json", survey.as_dict() | facts | machine_facts())
+    write_json(output / SURVEY_FILE, survey.as_dict() | facts | machine_facts())
     print_survey(survey)
     if worth is not None:
         print(worth)
@@ -258,7 +258,7 @@ def routes_command(words: Sequence[str]) -> int:
             f"{len(common)} edges open in {100 * args.common:g} % of the images, {static_gmacs:.3f} GMACs as a static "
             f"network: train it with --model.gate fixed --model.route {output}/common_route.json"
         )
-    print(f"{output}/routes.json and {len(figures)} figures beside it: " + ", ".join(path.name for path in figures))
+    print(f"{output}/{SURVEY_FILE} and {len(figures)} figures beside it: " + ", ".join(path.name for path in figures))
     return 0
 
 

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from routeseg.cli.common import best_of_run
 from routeseg.cli.parser import Parser
-from routeseg.files import parse_json
+from routeseg.files import SURVEY_FILE, parse_json
 
 if TYPE_CHECKING:
     from routeseg.app import Survey
-
-SURVEY_FILE = "routes.json"
 
 
 def app_command(words: Sequence[str]) -> int:

@@ -164,7 +164,7 @@ def _of_epochs(recipe: Recipe, data: DataConfig, epochs: float) -> Recipe:
 
 
 def calibrate_command(words: Sequence[str]) -> int:
-    from routeseg.data.subset import CALIBRATION_PICTURES
+    from routeseg.data.subset import CALIBRATION_PICTURES, OFFSET_PICTURES
     from routeseg.files import check_writable
 
     parser = config_parser("calibrate", ["data"])
@@ -180,6 +180,13 @@ def calibrate_command(words: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--images", type=int, default=CALIBRATION_PICTURES, help="at most so many, evenly spread over each split"
+    )
+    parser.add_argument(
+        "--class_offsets",
+        type=bool,
+        default=False,
+        help="first fit an offset of each class to labels of --split, with which the mIoU there is highest; also of a "
+        "network without exits",
     )
     args, data = read_data(parser, of_run(words))
 
@@ -198,14 +205,23 @@ def calibrate_command(words: Sequence[str]) -> int:
     from routeseg.cli.tables import print_exits
     from routeseg.data.loaders import evaluation_loader
     from routeseg.training.calibration import calibrate
+    from routeseg.training.offsets import fit_offsets, shift
 
-    with progress_bar(f"calibrate {data.name}", len(pictures) + len(others)) as step:
-        count = calibrate(
-            model, evaluation_loader(pictures, data.workers), evaluation_loader(others, data.workers), step
-        )
+    if args.class_offsets:
+        some = evenly_spread(pictures, min(args.images, OFFSET_PICTURES))
+        with progress_bar("fit offsets", len(some)) as step:
+            offsets = fit_offsets(model, evaluation_loader(some, data.workers), step)
+        shift(model, offsets)
+        for name, offset in zip(pictures.classes.names, offsets[-1].tolist() if offsets else [], strict=False):
+            print(f"{name}: {offset:+.1f}")
+    if model.exits is not None or not args.class_offsets:
+        with progress_bar(f"calibrate {data.name}", len(pictures) + len(others)) as step:
+            count = calibrate(
+                model, evaluation_loader(pictures, data.workers), evaluation_loader(others, data.workers), step
+            )
+        print_exits(model)
+        print(f"calibrated with {count} images: ask for a budget with --budget")
     model.save(args.checkpoint)
-    print_exits(model)
-    print(f"calibrated with {count} images: ask for a budget with --budget")
     return 0
 
 

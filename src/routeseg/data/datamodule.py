@@ -73,12 +73,12 @@ class SegmentationDataModule(LightningDataModule):
         )
         return self._batches(sampler, NORM_STREAM + step, self.config.workers)
 
-    def calibration_dataloader(self, part: Literal["train", "val"]) -> DataLoader:
-        """Some pictures as they are, one at a time, each once over all processes: to calibrate exits with. If there are
-        too few for validation, the training pictures serve."""
+    def calibration_dataloader(self, part: Literal["train", "val"], count: int = CALIBRATION_PICTURES) -> DataLoader:
+        """At most so many pictures as they are, one at a time, each once over all processes: to calibrate with. If
+        there are too few for validation, the training pictures serve."""
         rank, world = self._rank()
         enough = part == "val" and len(self.val_data) >= LEAST_PICTURES
-        pictures = evenly_spread(self.val_data if enough else self.train_data, CALIBRATION_PICTURES)
+        pictures = evenly_spread(self.val_data if enough else self.train_data, count)
         return evaluation_loader(pictures, self.config.workers, rank, world)
 
     def _batches(self, sampler: StepSampler, stream: int, workers: int) -> DataLoader:

@@ -10,6 +10,7 @@ from routeseg.data.pairs import SegmentationData, SkipLog, UnreadableImage
 from routeseg.labels import IGNORE, Classes
 
 CALIBRATION_PICTURES, LEAST_PICTURES = 300, 8  # at most and at least, to calibrate a network with exits
+OFFSET_PICTURES = 100  # at most, to fit offsets of classes to
 COUNTED_PICTURES = 500  # at most, to see how frequent classes are
 LEAST_SHARE = 1e-4  # of the pixels: a class that is rarer, or is not seen, gains no more than this one
 

@@ -11,13 +11,16 @@ from typing import Any, cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar
+from torch import Tensor
 
 from routeseg.data.classification_loaders import ClassificationDataModule
 from routeseg.data.datamodule import SegmentationDataModule
+from routeseg.data.subset import OFFSET_PICTURES
 from routeseg.files import not_written
 from routeseg.training.batch_norm import average_statistics, precise_batch_norm
 from routeseg.training.calibration import calibrate
-from routeseg.training.recipe import TrainingRecipe
+from routeseg.training.offsets import fit_offsets, shifted
+from routeseg.training.recipe import Recipe, TrainingRecipe
 from routeseg.training.task import RecipeTask, Validation
 
 RESUME_FILE = "last.ckpt"
@@ -41,11 +44,12 @@ VALIDATED = {  # in the line of a validation: what it logged, and how it says so
 
 
 class ValidateAndSave(Callback):
-    """Every `validate_every` steps: precise BatchNorm, calibration of exits, validation, the best network. Every
-    `save_every`: the run.
+    """Every `validate_every` steps: precise BatchNorm, offsets of classes, calibration of exits, validation, the best
+    network. Every `save_every`: the run.
 
     The best network is the one with the highest score among the candidates (see `Validation`). With `ema_decay` the
-    averaged network is validated and saved. With `tells` each validation is a line on the console.
+    averaged network is validated and saved. Offsets are in what is validated and saved, not in what learns. With
+    `tells` each validation is a line on the console.
 
     Writes OUTPUT/last.ckpt (to resume from), OUTPUT/best and OUTPUT/last (networks, with `routeseg.load`).
     """
@@ -64,6 +68,7 @@ class ValidateAndSave(Callback):
         self.best_score, self.best_is_candidate, self.best_step = -1.0, False, 0
         self.started = time.monotonic()
         self.latest: Validation | None = None
+        self.offsets: list[Tensor] | None = None
         self.saved_step = first_step
 
     @property
@@ -76,11 +81,13 @@ class ValidateAndSave(Callback):
             "best_settled": self.best_is_candidate,
             "best_step": self.best_step,
             "images_per_step": self.images_per_step,
+            "offsets": self.offsets,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best_score, self.best_is_candidate = state["best_score"], state["best_settled"]
         self.best_step = state.get("best_step", 0)  # older runs did not keep it
+        self.offsets = state.get("offsets")
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.global_step != self.first_step:
@@ -115,6 +122,14 @@ class ValidateAndSave(Callback):
         if self.recipe.precise_bn_batches and task.batch_norm != "frozen":
             with task.autocast():
                 precise_batch_norm(network, self.data.norm_dataloader(step, self.recipe.precise_bn_batches))
+        if isinstance(self.recipe, Recipe) and self.recipe.class_offsets:
+            pictures = cast(SegmentationDataModule, self.data).calibration_dataloader("train", OFFSET_PICTURES)
+            self.offsets = fit_offsets(network, pictures)
+        with shifted(network, self.offsets):
+            self._validate_as_saved(trainer, task)
+
+    def _validate_as_saved(self, trainer: Trainer, task: RecipeTask) -> None:
+        network, step = task.network, trainer.global_step
         if network.exits is not None:
             data = cast(SegmentationDataModule, self.data)
             calibrate(network, data.calibration_dataloader("train"), data.calibration_dataloader("val"))
@@ -150,7 +165,8 @@ class ValidateAndSave(Callback):
         try:
             trainer.save_checkpoint(scratch)
             if trainer.is_global_zero:
-                task.network.save(self.output / LAST_FOLDER)
+                with shifted(task.network, self.offsets):
+                    task.network.save(self.output / LAST_FOLDER)
                 os.replace(scratch, target)  # last: once it is there, so are the networks of its step
         except OSError as error:
             raise not_written(target, error) from error

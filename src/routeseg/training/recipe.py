@@ -88,6 +88,8 @@ class Recipe(TrainingRecipe):
     backbone_frozen_stages   so many of them, from the first, never learn: the first one costs most of a step
     class_balance   the loss of a pixel counts 1 / (its class's share of the training pixels)^class_balance, relative to
                     the others: 0 all pixels alike, 1 all classes alike; between them rare classes gain
+    class_offsets   the networks that are validated and saved have an offset for the logit of each class, with which the
+                    mIoU of training pictures is highest (offsets.py): what `class_balance` says too often is said less
     hard_pixels     the loss counts this share of the labelled pixels of a batch, those where it is highest (online hard
                     example mining); 1: all
     dice            the loss gains this many times the Dice loss of a batch, the mean over its classes (kornia's): small
@@ -101,6 +103,7 @@ class Recipe(TrainingRecipe):
     backbone_frozen: float = 0.1
     backbone_frozen_stages: int = 1
     class_balance: float = 0.0
+    class_offsets: bool = False
     hard_pixels: float = 1.0
     dice: float = 0.0
     teacher: str | None = None

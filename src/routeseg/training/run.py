@@ -33,6 +33,7 @@ from routeseg.model.grid import RoutedNetwork
 from routeseg.training.batch_norm import Mode, check_enough_values, choose_mode
 from routeseg.training.callbacks import LAST_FOLDER, RESUME_FILE, RUN_STATE, Progress, StopAtSignal, ValidateAndSave
 from routeseg.training.initialization import FREE_FIELDS, differences_of
+from routeseg.training.offsets import shift
 from routeseg.training.processes import (
     LOST,
     TIMEOUT,
@@ -178,6 +179,7 @@ class Run:
         if stopper.signal is not None and trainer.global_step < self.recipe.iterations:
             raise Interrupted(self._goes_on(trainer.global_step), stopper.signal)
         self.model.load_state_dict(task.network.state_dict())
+        shift(self.model, saver.offsets)
         found = saver.latest.found if saver.latest is not None else None
         seconds = time.monotonic() - start
         return RunResult(found, trainer.global_step, seconds, task.precision, trainer.is_global_zero)

@@ -88,6 +88,7 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
     def __init__(self, model: RoutedNetwork, recipe: TrainingRecipe, cost: CostTable, batch_norm: Mode = "own") -> None:
         super().__init__()
         self.automatic_optimization = False  # a step has several batches
+        model.train()  # one that was loaded is in evaluation mode, and Lightning leaves it there
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack memory_format
         if model.compute is None:
             model.compute = Fused()
