@@ -114,6 +114,7 @@ def recipe_of(run: Path) -> str:
     return (
         f"{recipe['iterations']} iterations of {data['batch_size']} crops of {crop}, {recipe['optimizer']}, learning "
         f"rate {recipe['lr']:g}, class balance {recipe['class_balance']:g}, averaged weights ({recipe['ema_decay']:g})"
+        + (", offsets of classes" if recipe.get("class_offsets") else "")
     )
 
 
