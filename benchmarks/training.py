@@ -1,6 +1,7 @@
 """Images per second and peak memory of a training step: dense forward, loss, backward, clipping, SGD step.
 
     python benchmarks/training.py [--device cuda] [--output results/training_cpu.json]
+    python benchmarks/training.py --networks "diagonal,u-net,any budget" --output results/training_exits_cpu.json
     python benchmarks/training.py --camvid FOLDER       # whole trainings, to results/training_camvid_cpu.json
 
 Every setting runs in a process of its own (for its peak memory) and rounds over the settings alternate, so that a
@@ -42,6 +43,7 @@ SETTINGS = {
         ("gates", 16, 32, (352, 480), 2),
         ("gates", 16, 64, (256, 512), 1),
         ("diagonal", 8, 16, (240, 320), 8),
+        ("u-net", 8, 16, (240, 320), 8),
         ("any budget", 8, 16, (240, 320), 8),
     ],
     "cuda": [
@@ -52,7 +54,8 @@ SETTINGS = {
     ],
 }
 STATIC = {"gate": "fixed", "route": "diagonal"}
-KINDS = {"gates": {}, "diagonal": STATIC, "any budget": STATIC | {"exits": [0, 1, 2, 3, 4, 5, 6]}}
+KINDS = {"gates": {}, "diagonal": STATIC, "u-net": STATIC | {"route": "u-net"}}
+KINDS |= {"any budget": STATIC | {"exits": [0, 1, 2, 3, 4, 5, 6]}}
 PRECISIONS = {"fp32": FLOAT32, "bf16": BFLOAT16}
 CAMVID_CONFIG = "camvid/small"
 ROUNDS = 3
@@ -102,6 +105,7 @@ def whole_trainings(camvid: Path, iterations: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=SETTINGS)
+    parser.add_argument("--networks", default=",".join(KINDS), help="which of them, comma-separated")
     parser.add_argument("--camvid", type=Path, help="folder of CamVid: train on it instead")
     parser.add_argument("--iterations", type=int, default=240, help="of a training on CamVid")
     parser.add_argument("--output", type=Path)
@@ -118,8 +122,9 @@ def main() -> None:
     ways = [("fp32", False)] + ([("bf16", False)] if not emulates else [])
     ways += [("fp32", True)] if args.device == "cpu" else []
     rows: dict[tuple, list[dict]] = {}
+    kinds = args.networks.split(",")
     for _ in range(ROUNDS):
-        for kind, depth, channels, size, batch in SETTINGS[args.device]:
+        for kind, depth, channels, size, batch in [one for one in SETTINGS[args.device] if one[0] in kinds]:
             for precision, ours in ways:
                 setting = {"kind": kind, "depth": depth, "channels": channels, "size": size, "batch": batch}
                 setting |= {"precision": precision, "ours": ours}
