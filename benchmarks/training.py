@@ -54,8 +54,12 @@ SETTINGS = {
     ],
 }
 STATIC = {"gate": "fixed", "route": "diagonal"}
-KINDS = {"gates": {}, "diagonal": STATIC, "u-net": STATIC | {"route": "u-net"}}
-KINDS |= {"any budget": STATIC | {"exits": [0, 1, 2, 3, 4, 5, 6]}}
+KINDS = {
+    "gates": {},
+    "diagonal": STATIC,
+    "u-net": STATIC | {"route": "u-net"},
+    "any budget": STATIC | {"exits": [0, 1, 2, 3, 4, 5, 6]},
+}
 PRECISIONS = {"fp32": FLOAT32, "bf16": BFLOAT16}
 CAMVID_CONFIG = "camvid/small"
 ROUNDS = 3

@@ -72,7 +72,7 @@ def precise_batch_norm(model: RoutedNetwork, batches: Iterable[dict[str, Tensor]
         norm.num_batches_tracked = torch.zeros_like(cast(Tensor, norm.num_batches_tracked))
     model.train()
     for batch in batches:
-        images = images_of_norms(model, model(batch["image"].to(device)).gates).to(device)
+        images = images_of_norms(model, model(batch["image"].to(device), coarse=True).gates).to(device)
         sums += torch.cat(statistics) * _for_each_value(images, sizes)
         seen += images
     sums, seen = total(sums), total(seen)

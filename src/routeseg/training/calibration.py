@@ -51,8 +51,8 @@ def calibrate(
     model.eval()
     found = copy.deepcopy(exits)  # all of it is new, or nothing
     try:
-        count = _fit(model, found, _readable(batches, on_batch))
-        _set_budgets(model, found, _readable(others, on_batch))
+        count = _fit(model, found, readable(batches, on_batch))
+        _set_budgets(model, found, readable(others, on_batch))
     finally:
         model.train(was_training)
     for own, new in zip(exits.calibration(), found.calibration(), strict=True):
@@ -103,7 +103,8 @@ def check_enough_pictures(count: int, kind: str = "pictures with labels") -> Non
         raise ValueError(f"{count} {kind} are too few to calibrate a network with exits: give {LEAST_PICTURES} or more")
 
 
-def _readable(batches: Iterable[dict[str, Any]], on_batch: Callable[[], None]) -> Iterator[dict[str, Any]]:
+def readable(batches: Iterable[dict[str, Any]], on_batch: Callable[[], None]) -> Iterator[dict[str, Any]]:
+    """The batches whose images could be read; `on_batch` is called for each."""
     for batch in batches:
         on_batch()
         if not torch.as_tensor(batch["skipped"]).any():

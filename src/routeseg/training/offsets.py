@@ -20,9 +20,11 @@ from torch import Tensor
 
 from routeseg.collectives import gather
 from routeseg.engine import SkipEngine
+from routeseg.evaluation.scores import count_pairs
 from routeseg.labels import IGNORE
 from routeseg.model.decoder import Decoder
 from routeseg.model.grid import RoutedNetwork
+from routeseg.training.calibration import readable
 
 PIXELS = 2600  # that are looked at, of a picture
 STEPS = (-0.8, -0.4, -0.2, 0.2, 0.4, 0.8)  # by which an offset changes
@@ -49,10 +51,7 @@ def fit_offsets(
     model.eval()
     engine = None if model.exits is not None else SkipEngine(model)
     generator, seen = torch.Generator().manual_seed(0), []
-    for batch in batches:
-        on_batch()
-        if batch["skipped"]:
-            continue
+    for batch in readable(batches, on_batch):
         image, labels = batch["image"].to(device), batch["labels"].flatten()
         known = torch.nonzero(labels != IGNORE).flatten()
         if not len(known):
@@ -76,7 +75,7 @@ def best_offsets(logits: Tensor, labels: Tensor) -> Tensor:
     present = np.flatnonzero(np.bincount(labels.numpy(), minlength=classes))
 
     def miou(predicted: Tensor) -> float:
-        pairs = torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes).double()
+        pairs = count_pairs(labels, predicted, classes).double()
         iou = pairs.diag() / (pairs.sum(0) + pairs.sum(1) - pairs.diag())
         return float(iou[torch.from_numpy(present)].mean())
 
