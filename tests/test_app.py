@@ -187,7 +187,6 @@ class TestRefusals:
             ({"route": [[0, 9, 9]]}, "no route"),
             ({"route": "all"}, "no route"),
             ({"route": [[4, 0, 1], [0, 0, 1], [1, 0, 1]]}, "does not have all"),
-            ({"engine": "fast"}, "skip or dense"),
             ({"precision": "int3"}, "choose one of"),
             ({"against": "best"}, "no route"),
         ],

@@ -214,7 +214,7 @@ class TestStaticNetworks:
         static = tiny_network.specialize(route)
         images, routes = torch.rand(2, 3, 64, 96), [route, Route(space)]
         expected = tiny_network(images, routes)
-        for forward in (static, SkipEngine(static), SkipEngine(static, backend="batched")):
+        for forward in (static, SkipEngine(static), SkipEngine(static, backend="eager")):
             result = forward(images, routes)
             torch.testing.assert_close(result.logits, expected.logits, rtol=1e-5, atol=1e-5)
             assert torch.equal(result.gates, expected.gates)

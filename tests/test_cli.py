@@ -65,10 +65,6 @@ def test_evaluate(tmp_path, checkpoint, capsys):
     assert cost["min"] <= cost["mean"] <= cost["max"] <= cost["full"]
     present = [v for v in result["iou"].values() if v is not None]
     assert result["miou"] == pytest.approx(np.mean(present))
-    dense = tmp_path / "dense.json"
-    assert run(["evaluate", checkpoint, *SCENES, "--json", dense, "--engine=dense"], capsys)[0] == 0
-    assert json.loads(dense.read_text())["miou"] == pytest.approx(result["miou"], abs=1e-3)
-    assert json.loads(dense.read_text())["precision"] == "float32"
 
 
 def test_evaluate_counts_by_hand(tmp_path, checkpoint):
@@ -99,7 +95,6 @@ def test_evaluate_mistakes(tmp_path, checkpoint, capsys):
         (["evaluate", tmp_path / "nothing", *SCENES], "no checkpoint folder"),
         (["evaluate", checkpoint, "--data.name=camvid", f"--data.root={tmp_path}"], "the expected tree is"),
         (["evaluate", checkpoint, "--data.name=folder", f"--data.root={tmp_path}"], "classes.yaml"),
-        (["evaluate", checkpoint, *SCENES, "--engine=fast"], "skip or dense"),
         (["evaluate", checkpoint, *SCENES, "--convention=mine"], "authors"),
         (["evaluate", checkpoint, "--data.nmae=camvid"], "data.name"),
     ):
@@ -218,8 +213,6 @@ class TestPredictOptions:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["--engine", "fast"], "engine 'fast': choose"),
-            (["--engine", "ray"], "engine 'ray': choose"),
             (["--output", "nonsense://x"], "cannot open nonsense://x"),
             (["--device", "cuda:99"], "--device cuda:99"),
         ],

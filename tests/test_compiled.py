@@ -19,7 +19,7 @@ from routeseg.config import NetworkConfig
 from routeseg.data.pairs import read_image
 from routeseg.engine import compiled, skip
 from routeseg.engine.compiled import BUILDS, STEPS, CompiledForward, find_library, is_compiled
-from routeseg.engine.eager import EagerForward
+from routeseg.engine.folding import FoldedForward
 from routeseg.engine.skip import kernels_ms as measured_kernels  # conftest.py puts another in its place
 from routeseg.model.checkpoints import GATED
 from routeseg.model.classifier import DynamicRoutingClassifier
@@ -427,7 +427,7 @@ class TestBfloat16:
         monkeypatch.setattr(bfloat16, "product_ratio", lambda: 0.4)
         model = network()
         engine, batch = SkipEngine(model, "bfloat16"), images(1, 64, 96)
-        assert engine.precision == "bfloat16" and isinstance(engine.forward, EagerForward)
+        assert engine.precision == "bfloat16" and isinstance(engine.forward, FoldedForward)
         assert relative_error(engine(batch, model.route), SkipEngine(model)(batch, model.route)) < 0.05
 
     def test_auto_takes_the_faster_one(self, monkeypatch):
@@ -679,7 +679,7 @@ class TestBadInput:
     def test_compiled_where_it_cannot_be(self, monkeypatch):
         with pytest.raises(ValueError, match="take float32 networks, not float64"):
             SkipEngine(network().double(), backend="kernels")
-        with pytest.raises(ValueError, match="backend 'fast': choose one of auto, kernels, eager, batched"):
+        with pytest.raises(ValueError, match="backend 'fast': choose one of auto, kernels, eager"):
             SkipEngine(network(), backend="fast")
         monkeypatch.setattr(compiled, "find_library", lambda dtype: None)
         with pytest.raises(ValueError, match="need a C\\+\\+ compiler when routeseg is installed"):

@@ -17,6 +17,7 @@ from routeseg.data.config import DataConfig, open_data
 from routeseg.data.loaders import evaluation_loader
 from routeseg.engine.budgeted import Budgeted
 from routeseg.engine.compiled import CompiledForward, is_compiled
+from routeseg.engine.folding import FoldedForward
 from routeseg.engine.profiling import profile
 from routeseg.evaluation import evaluate
 from routeseg.evaluation.choice import AllExits, mean_iou
@@ -226,6 +227,26 @@ class TestNetwork:
                 engine(images, budget=budget).gates, SkipEngine(model)(images, budget=budget).gates, strict=True
             )
         ]
+        assert np.mean(same) > 0.8
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_without_kernels(self, model, images, dtype):
+        """Maps are rounded; what decides at the exits, and its prices, are not."""
+        half, forward = FoldedForward(model, dtype), SkipEngine(model)
+        assert {node.cell["sep_conv_3x3"][0][0].weight.dtype for node in half.model.nodes.values()} == {dtype}
+        for name, values in model.exits.state_dict().items():
+            if not name.startswith("decoders"):
+                assert torch.equal(half.model.exits.state_dict()[name], values)
+        same = []
+        for budget in budgets(model):
+            result = half(images, Request.of(model.config, len(images), budget=budget))
+            expected = forward(images, budget=budget)
+            assert result.logits.dtype == result.gates.dtype == torch.float32
+            for number, gates in enumerate(result.gates):
+                same.append(torch.equal(gates, expected.gates[number]))
+                if same[-1]:
+                    error = (result.logits[number] - expected.logits[number]).abs().max()
+                    assert error < 0.05 * expected.logits[number].abs().max()
         assert np.mean(same) > 0.8
 
     @pytest.mark.parametrize("backend", ["auto", "eager"])

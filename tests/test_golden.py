@@ -13,7 +13,7 @@ import routeseg
 from conftest import GOLDEN, authors_report
 from routeseg.cost.budget import budget_loss
 from routeseg.cost.macs import model_cost
-from routeseg.engine import build_engine
+from routeseg.engine import SkipEngine
 from routeseg.space import DOWN, KEEP, UP
 
 NAMES = ("tiny_open", "tiny_mixed", "tiny_small_gate")
@@ -34,11 +34,11 @@ def authors_table(model, facts):
     return authors_report(model_cost(model, tuple(facts["image_size"])))
 
 
-@pytest.mark.parametrize("engine", ["dense", "skip"])
+@pytest.mark.parametrize("engine", ["network", "kernels", "eager"])
 def test_logits_and_gates(golden, engine):
     model, values, _ = golden
     with torch.no_grad():
-        result = build_engine(model, engine)(values["input"])
+        result = (model.eval() if engine == "network" else SkipEngine(model, backend=engine))(values["input"])
     error = (result.logits - values["logits"]).abs().max() / values["logits"].abs().max()
     assert error < 1e-5
     reached = model.space.reached(result.gates.numpy(), model.config.zeros_arrive)

@@ -9,7 +9,7 @@ import torch
 
 import routeseg
 from conftest import spread_gates
-from routeseg import DynamicRoutingNetwork, Route, RoutingSpace, SkipEngine, build_engine
+from routeseg import DynamicRoutingNetwork, Route, RoutingSpace, SkipEngine
 from routeseg.architectures import architecture
 from routeseg.space import DIRECTIONS, DOWN, KEEP
 
@@ -17,7 +17,6 @@ ENGINES = {
     "dense": DynamicRoutingNetwork.eval,
     "skip": SkipEngine,
     "skip eager": lambda m: SkipEngine(m, backend="eager"),
-    "skip together": lambda m: SkipEngine(m, backend="batched"),
 }
 
 
@@ -122,7 +121,7 @@ def test_skip_engine_equals_dense(changes, size, activation):
     model.eval()
     batch = images(3, *size)
     some = [random_route(model.space, seed, share) for seed, share in enumerate((0.2, 0.5, 0.9))]
-    engines = [ENGINES[name](model) for name in ("skip", "skip eager", "skip together")]
+    engines = [ENGINES[name](model) for name in ("skip", "skip eager")]
     for route in (None, Route(model.space), Route.all_open(model.space), some):
         with torch.no_grad():
             dense = model(batch, route, activation)
@@ -141,10 +140,10 @@ def test_skip_engine_is_as_exact_as_dense_when_deep(seed):
     batch = images(2, 96, 128, seed)
     with torch.no_grad():
         truth = exact(batch.double())
-        assert close(build_engine(exact)(batch.double()).logits, truth.logits, 1e-12)
+        assert close(SkipEngine(exact)(batch.double()).logits, truth.logits, 1e-12)
         scale = truth.logits.abs().max()
         dense = (model(batch).logits - truth.logits).abs().max() / scale
-        skip = (build_engine(model)(batch).logits - truth.logits).abs().max() / scale
+        skip = (SkipEngine(model)(batch).logits - truth.logits).abs().max() / scale
     assert skip <= max(3 * dense, 1e-5)
 
 
@@ -163,7 +162,7 @@ def count_images(model) -> list[tuple[str, int]]:
 
 def test_skip_engine_does_not_compute_what_is_closed(tiny_network):
     """It runs the cells of the open nodes, for the images that open them, and no other; likewise the transforms."""
-    engine, space = SkipEngine(tiny_network, backend="batched"), tiny_network.space
+    engine, space = SkipEngine(tiny_network, backend="eager"), tiny_network.space
     routes = [random_route(space, 1, 0.4), random_route(space, 2, 0.4)]
     ran = count_images(engine.forward.model)
     gates = engine(images(2), route=routes).gates.numpy() > 0
@@ -204,7 +203,7 @@ def test_one_image_that_reaches_a_pixel():
 def test_skip_engine_is_faster_with_half_of_the_paths_closed():
     """At a size where convolutions dominate, in turns, in processor time: other programs do not lengthen it."""
     model = DynamicRoutingNetwork(num_classes=5, depth=8, base_channels=32, stem_channels=8).eval()
-    engine, batch = build_engine(model), images(1, 256, 384)
+    engine, batch = SkipEngine(model), images(1, 256, 384)
     # Half of the edges: every keep, and the way down to each scale; so every cell runs, here and there.
     half = [(layer, s, d) for layer, s, d in model.space.edges if d == KEEP or (d == DOWN and s == layer)]
     route = Route(model.space, half)
@@ -245,7 +244,7 @@ def test_cell_operations(operations):
         num_classes=3, depth=3, base_channels=8, stem_channels=8, cell_operations=operations
     ).eval()
     with torch.no_grad():
-        assert close(build_engine(model)(images()).logits, model(images()).logits)
+        assert close(SkipEngine(model)(images()).logits, model(images()).logits)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +325,7 @@ def test_saving_where_one_cannot(tmp_path, tiny_network):
         tiny_network.save(tmp_path / "file" / "net")
 
 
-@pytest.mark.parametrize("engine", ["skip", "skip eager", "skip together"])
+@pytest.mark.parametrize("engine", ["skip", "skip eager"])
 def test_zeros_that_arrive_in_all_engines(engine):
     """As in the authors' networks: nodes behind closed paths run on zeros, in the dense and in the skip forward."""
     torch.manual_seed(1)

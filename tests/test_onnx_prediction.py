@@ -294,8 +294,6 @@ class TestWrongFiles:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["--engine", "dense", "--workers", "2"], "--engine only applies to checkpoints"),
-            (["--engine", "skip"], "--engine only applies to checkpoints"),
             (["--device", "cuda"], "--device only applies to checkpoints"),
             (["--precision", "bfloat16"], "--precision only applies to checkpoints"),
         ],

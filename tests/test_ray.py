@@ -18,7 +18,6 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import routeseg
@@ -158,8 +157,6 @@ class TestMistakes:
             (["--workers", "0"], "--workers is 0"),
             (["--workers", "2", "--device", "tpu"], "--device is tpu"),
             (["--workers", "2", "--device", "cuda:1"], "--device is cuda:1"),
-            (["--workers", "2", "--engine", "fast"], "engine 'fast': choose"),
-            (["--workers", "2", "--engine", "ray"], "engine 'ray': choose"),
             (["--workers", "2", "--precision", "float8"], "float8"),
             (["--ray_address", "nonsense"], "--ray_address is 'nonsense': give auto, or HOST:PORT"),
             (["--ray_address", "127.0.0.1:9", "--workers", "2"], "cannot reach a Ray cluster at 127.0.0.1:9"),
@@ -204,7 +201,6 @@ class TestOptionsOfTheCommand:
         forward = asked(checkpoint, "--workers", "2")["runner"].forward
         assert isinstance(forward, SkipEngine) and forward.precision == "float32"
         assert forward.precision_reason is None, "the command decides for all workers"
-        assert isinstance(asked(checkpoint, "--workers", "2", "--engine", "dense")["runner"].forward, torch.nn.Module)
 
     def test_an_onnx_file_travels_by_its_content(self, onnx_file, asked):
         content = onnx_file.read_bytes()

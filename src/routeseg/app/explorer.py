@@ -56,7 +56,7 @@ class Picture:
 
     image   uint8 [H,W,3]; labels uint8 [H,W], IGNORE where unknown, or None
     exit_ms what each exit's route takes at this size, ms [K], once it was measured
-    seen    (engine, precision, route or budget) -> what the network made of it, the last few
+    seen    (precision, route or budget) -> what the network made of it, the last few
     """
 
     name: str
@@ -93,7 +93,7 @@ class Explorer:
         self.model, self.name, self.survey = model.eval(), name, survey
         self.config = model.config
         self.lock = threading.Lock()
-        self._runners: dict[tuple[str, str], TorchNetwork] = {}
+        self._runners: dict[str, TorchNetwork] = {}
         self._pictures: OrderedDict[str, Picture] = OrderedDict()
         self.known = known_routes(model)
 
@@ -117,7 +117,6 @@ class Explorer:
             "gated": self.config.gated,
             "known": [{"key": key, "name": known.name} for key, known in self.known.items()],
             "precisions": ["auto", "float32", "bfloat16"],
-            "engines": ["skip", "dense"],
             "examples": [
                 {"key": preset, "name": f"{preset} things", "thumbnail": _jpeg_url(cv2.resize(image, (128, 64)))}
                 for preset, (image, _) in self.examples.items()
@@ -154,22 +153,22 @@ class Explorer:
         picture    what `open` called it
         budget     {"value", "unit": share, gmacs or ms}: the mean cost that is asked for
         route      edges [layer, scale, direction] that may be used; then no budget
-        engine, precision  as `build_engine` takes them
+        precision  as `SkipEngine` takes it
         against    a known route (`about`), or edges: what it makes of the picture stands beside
         """
         picture = self._pictures.get(str(question.get("picture")))
         if picture is None:
             raise Refused("this picture is no longer held: open it again")
         self._pictures.move_to_end(str(question["picture"]))
-        engine, precision = str(question.get("engine", "skip")), str(question.get("precision", "auto"))
+        precision = str(question.get("precision", "auto"))
         route = None if question.get("route") is None else self._route(question["route"])
         budget = None if route is not None else self._share(picture, question.get("budget"))
-        view, labels = self._view(picture, engine, precision, route, budget)
+        view, labels = self._view(picture, precision, route, budget)
         against = question.get("against")
         if against:
             named = self.known.get(against) if isinstance(against, str) else None
             other = self._route(against) if named is None else named.route
-            view["against"], theirs = self._view(picture, engine, precision, other, None, remembered=True)
+            view["against"], theirs = self._view(picture, precision, other, None, remembered=True)
             view["changed"] = float((labels != theirs).mean())
         return view
 
@@ -218,14 +217,13 @@ class Explorer:
 
     # --- The network -----------------------------------------------------------------------------------------------
 
-    def _runner(self, engine: str, precision: str) -> TorchNetwork:
-        if (engine, precision) not in self._runners:
+    def _runner(self, precision: str) -> TorchNetwork:
+        if precision not in self._runners:
             try:
-                wanted = "auto" if engine == "dense" else precision
-                self._runners[engine, precision] = open_network(self.model, engine, wanted)
+                self._runners[precision] = open_network(self.model, precision)
             except ValueError as error:
                 raise Refused(str(error)) from error
-        return self._runners[engine, precision]
+        return self._runners[precision]
 
     def _segment(self, picture: Picture, runner: TorchNetwork, **how: Any) -> Segmented:
         """The picture, segmented as `predict` does it; `how`: a route or a budget, as the forward takes them."""
@@ -235,17 +233,16 @@ class Explorer:
     def _view(
         self,
         picture: Picture,
-        engine: str,
         precision: str,
         route: Route | None,
         budget: float | None,
         remembered: bool = False,
     ) -> tuple[dict[str, Any], np.ndarray]:
         """What a forward gives, for the page, and its labels [H,W]. With `remembered` it need not be a new one."""
-        key = (engine, precision, route, budget)
+        key = (precision, route, budget)
         if remembered and key in picture.seen:
             return dict(picture.seen[key]["view"]), picture.seen[key]["labels"]
-        runner = self._runner(engine, precision)
+        runner = self._runner(precision)
         how: dict[str, Any] = {} if budget is None else {"budget": budget}
         if route is not None:
             how = {"route": route, "activation": "own" if self.config.gated else "one"}
@@ -287,7 +284,7 @@ class Explorer:
         assert self.model.exits is not None
         if unit == "ms":
             if picture.exit_ms is None:
-                run = partial(self._segment, picture, self._runner("skip", "auto"))
+                run = partial(self._segment, picture, self._runner("auto"))
                 times = [_best_ms(partial(run, route=route)) for route in self.config.exit_routes]
                 picture.exit_ms = np.maximum.accumulate(times)
             return picture.exit_ms

@@ -57,7 +57,6 @@ def evaluate_command(words: Sequence[str]) -> int:
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder")
     parser.add_argument("--json", type=str | None, default=None, help="also write the result to this file")
     _add_split(parser)
-    parser.add_argument("--engine", type=str, default="skip", help="skip (closed paths cost nothing) or dense")
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
     parser.add_argument("--precision", type=str, default="auto", help=PRECISION_HELP)
     parser.add_argument("--convention", type=str, default="authors", help="how cost is counted: authors or full")
@@ -99,14 +98,14 @@ def evaluate_command(words: Sequence[str]) -> int:
 
     from routeseg.cli.tables import print_evaluation
     from routeseg.data.loaders import evaluation_loader
-    from routeseg.engine import build_engine
+    from routeseg.engine import SkipEngine
     from routeseg.evaluation import MultiPass, evaluate, machine_facts
     from routeseg.evaluation.ranking import Ranking
     from routeseg.evaluation.submission import Submission
 
     quiet_libraries()
     model = model.to(find_device(args.device))
-    engine = with_budget(build_engine(model, args.engine, args.precision), model, args)
+    engine = with_budget(SkipEngine(model, args.precision), model, args)
     say_precision(engine)
     forward = MultiPass(engine, args.scales, args.flip, window, args.overlap, args.window_batch)
     check_classes(args.checkpoint, model, data, len(pictures.classes))
@@ -138,7 +137,7 @@ def evaluate_command(words: Sequence[str]) -> int:
         _draw_worst(args.worst, ranking, result, model.config.palette)
     if args.json is not None:
         how = {key: args[key] for key in ("split", "scales", "flip", "window", "overlap", "boundary_width", "budget")}
-        how["precision"] = getattr(engine, "precision", "float32")  # the dense forward has that of the weights
+        how["precision"] = engine.precision
         write_json(Path(args.json), result.as_dict() | how | {"command": ["evaluate", *words]} | machine_facts())
     if submission is not None:
         return _report_submission(submission, result.skipped)
@@ -217,7 +216,7 @@ def routes_command(words: Sequence[str]) -> int:
     from routeseg.cost.macs import exit_costs, model_cost
     from routeseg.data.loaders import evaluation_loader
     from routeseg.data.subset import evenly_spread
-    from routeseg.engine import build_engine
+    from routeseg.engine import SkipEngine
     from routeseg.evaluation import machine_facts
     from routeseg.evaluation.choice import exits_of, look_at_exits, worth_of_choice
     from routeseg.evaluation.routes import draw_survey, pictures_to_see, survey_routes
@@ -228,7 +227,7 @@ def routes_command(words: Sequence[str]) -> int:
     if args.common is not None and not 0 < args.common <= 1:
         raise ValueError(f"--common is {args.common}: it is a share of the images, above 0 and at most 1")
     check_writable(output)
-    engine = with_budget(build_engine(model), model, args)
+    engine = with_budget(SkipEngine(model), model, args)
     total = pictures_to_see(data, len(evenly_spread(pictures, args.images)))
     with enough_memory("give smaller images"), progress_bar(f"routes over {data.name} {args.split}", total) as step:
         survey = survey_routes(

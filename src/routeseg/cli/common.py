@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from routeseg.training.recipe import Recipe
 
 PRECISION_HELP = (
-    "engine skip computes in float32, bfloat16 (GPUs, CPUs with AVX512_BF16), float16 (GPUs), or auto: float32 or "
+    "float32, bfloat16 (GPUs, CPUs with AVX512_BF16), float16 (GPUs), or auto: float32 or "
     "bfloat16, the one in which this machine is faster"
 )
 NETWORK_SKIP = {"num_classes", "class_names", "palette", "pixel_mean", "pixel_std"}  # the data decide these

@@ -38,12 +38,6 @@ def predict_command(words: Sequence[str]) -> int:
         "inputs", nargs="*", help="[CHECKPOINT or FILE.onnx] then image files, folders, globs, URLs, @LIST; or videos"
     )
     parser.add_argument("--output", type=str, default="predictions", help="folder for the results, or a URL")
-    parser.add_argument(
-        "--engine",
-        type=str | None,
-        default=None,
-        help="how a checkpoint runs: skip (closed paths cost nothing; the default) or dense",
-    )
     parser.add_argument("--device", type=str, default="cpu", help="cpu; a checkpoint also runs on cuda")
     parser.add_argument("--precision", type=str, default="auto", help=PRECISION_HELP)
     parser.add_argument("--pictures", type=bool, default=True, help="false: labels and JSON alone, which is faster")
@@ -115,12 +109,7 @@ def _open(network: str | None, args: Namespace) -> Runner:
     from routeseg.prediction.torch_runner import open_network
 
     runner = open_network(
-        model,
-        args.engine or "skip",
-        args.precision,
-        find_device(args.device),
-        budget=budget,
-        steered=frame_ms(args) is not None,
+        model, args.precision, find_device(args.device), budget=budget, steered=frame_ms(args) is not None
     )
     say_precision(runner.forward)
     return runner
@@ -137,15 +126,15 @@ def _opener(network: str | None, args: Namespace) -> tuple[OpenRunner, NetworkDe
 
     from routeseg.prediction.torch_runner import open_network
 
-    engine, precision, budget = args.engine or "skip", args.precision, read_budget(args)
+    precision, budget = args.precision, read_budget(args)
     if args.device != "cpu":  # only a worker has the GPU
-        opener = partial(open_network, model, engine, precision, args.device, budget=budget)
-        return opener, open_network(model, "dense", budget=budget).network
-    runner = open_network(model, engine, precision, budget=budget)
+        opener = partial(open_network, model, precision, args.device, budget=budget)
+        return opener, open_network(model, budget=budget).network
+    runner = open_network(model, precision, budget=budget)
     say_precision(runner.forward)
-    if precision == "auto" and engine == "skip":
+    if precision == "auto":
         precision = runner.precision  # one for all workers
-    return partial(open_network, model, engine, precision, budget=budget), runner.network
+    return partial(open_network, model, precision, budget=budget), runner.network
 
 
 def _open_onnx(file: str, args: Namespace) -> OnnxNetwork:
@@ -157,7 +146,6 @@ def _open_onnx(file: str, args: Namespace) -> OnnxNetwork:
             (name, getattr(args, name) is not None, f"{file} has its own cost")
             for name in ("budget", "fps", "frame_ms")
         ),
-        ("engine", args.engine is not None, f"ONNX Runtime runs {file}"),
         ("device", args.device != "cpu", f"{file} runs on the CPU"),
         ("precision", args.precision != "auto", f"{file} has its own (`routeseg export --int8` writes int8)"),
     ):

@@ -1,7 +1,7 @@
 """kernels/forward.cpp, as Python calls it: weights folded and packed once, then one call for each image.
 
 The library is built when the package is installed, once for each instruction set, if there is a C++ compiler; without
-one the engine runs on PyTorch's operations (eager.py).
+one the engine runs on PyTorch's operations (folding.py).
 
 Legend: C channels, padded with zeros to whole vectors; L depth, S scales.
 """

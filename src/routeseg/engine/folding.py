@@ -1,17 +1,47 @@
-"""BatchNorm folded into the convolutions before it."""
+"""A network's own walk with folded weights, in any precision: on GPUs, and where no kernels know the network."""
 
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from routeseg.errors import NOT_FINITE
+from routeseg.model.gate import Gate
 from routeseg.model.grid import RoutedNetwork
 from routeseg.model.layers import running_statistics
+from routeseg.model.request import Request
 
 Network = TypeVar("Network", bound=RoutedNetwork)
+
+
+class FoldedForward:
+    """A network's forward on PyTorch's operations, with its BatchNorm folded, in channels_last.
+
+    dtype  of weights and feature maps. What normalises images, scores paths and decides at exits is in float32 or more
+    """
+
+    def __init__(self, model: RoutedNetwork, dtype: torch.dtype) -> None:
+        self.model = fold_batch_norm(model)
+        exact = {self.model.normalize, *(gate.score for gate in self.model.modules() if isinstance(gate, Gate))}
+        if self.model.exits is not None:
+            exact |= {self.model.exits, *self.model.exits.gates}
+        wide = torch.promote_types(dtype, torch.float32)
+        for module in self.model.modules():
+            own = wide if module in exact else dtype
+            module._apply(lambda x, own=own: x.to(own) if x.is_floating_point() else x, recurse=False)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+
+    def __call__(self, images: Tensor, request: Request) -> Any:
+        """What the head makes of images [B,3,H,W].
+
+        Raises ValueError for images on a CPU with values that are not finite.
+        """
+        if images.device.type == "cpu" and images.is_floating_point() and not torch.isfinite(images).all():
+            raise ValueError(NOT_FINITE)
+        return self.model.answer(images, request)
 
 
 def fold_batch_norm(model: Network) -> Network:

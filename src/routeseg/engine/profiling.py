@@ -9,8 +9,7 @@ clocked  if the engine has compiled kernels (engine/compiled.py), they take the 
 fitted   otherwise (GPUs, CPUs without a compiler) the parts' times are the non-negative ones that explain best, in
          relative error, what whole forwards took. Stem and decoder always run together and cannot be told apart, nor
          can a path up and what its arrival costs. The sum is more reliable than its parts, which trade time among each
-         other: read those as rough. On a GPU the times belong to routes that it sees for the first time, so that no
-         forward is replayed (engine/graphs.py).
+         other: read those as rough.
 
 Legend: L depth, S scales, P parts of a node, N routes.
 """

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from routeseg import bfloat16
 from routeseg.engine.compiled import CompiledForward
-from routeseg.engine.eager import EagerForward, LeavingForward
+from routeseg.engine.folding import FoldedForward
 from routeseg.model.grid import RoutedNetwork, check_images
 from routeseg.model.network import DynamicRoutingNetwork
 from routeseg.model.request import Activation, Request, Routes, Shares
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
-Backend = Literal["auto", "kernels", "eager", "batched"]
+Backend = Literal["auto", "kernels", "eager"]
 PROBE_SIZE, PROBE_ROUNDS = (128, 256), 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,7 +39,7 @@ class SkipEngine:
     precision_reason  why it is this one, if that was left to the machine ("auto"); else None
     """
 
-    forward: CompiledForward | EagerForward | LeavingForward
+    forward: CompiledForward | FoldedForward
 
     def __init__(self, model: RoutedNetwork, precision: Precision = "float32", backend: Backend = "auto") -> None:
         """The engine on the device where the model is.
@@ -50,22 +50,16 @@ class SkipEngine:
                    place, and a warning is logged, once. auto: on GPUs bfloat16, on CPUs float32 or, if the kernels
                    are faster in it on this machine (measured once in a process), bfloat16
         backend    kernels: those built at installation, for CPUs, one image after the other. eager: PyTorch's
-                   operations, one image after the other, which spares copies. batched: PyTorch's operations, the images
-                   layer by layer together, choosing rows if routes differ. auto: kernels on CPUs if they can run the
-                   network, else eager, with the reason logged once; batched on GPUs
+                   operations, the images layer by layer together. auto: kernels on CPUs if they can run the network,
+                   else eager, with the reason logged once; eager on GPUs
 
         Raises ValueError for another precision or backend, and if kernels are demanded that cannot run the network.
         """
         self.model = model
         parameter = next(model.parameters())
         self.device = parameter.device
-        if backend not in ("auto", "kernels", "eager", "batched"):
-            raise ValueError(f"backend {backend!r}: choose one of auto, kernels, eager, batched")
-        on_its_own = model.exits is not None or model.backbone is not None  # EagerForward does not know these
-        if on_its_own and (backend in ("eager", "batched") or CompiledForward.supports(model, DTYPES["float32"])):
-            if precision not in ("auto", "float32"):
-                _say_once(f"networks with exits or a backbone run in {_name(parameter.dtype)} on PyTorch's operations")
-            precision = "float32"  # that of the network
+        if backend not in ("auto", "kernels", "eager"):
+            raise ValueError(f"backend {backend!r}: choose one of auto, kernels, eager")
         self.precision_reason: str | None = None
         if precision == "auto":
             precision, self.precision_reason = _faster(model, backend)
@@ -74,18 +68,13 @@ class SkipEngine:
         if self.precision_reason is not None:
             _say_once(f"precision: {self.precision} ({self.precision_reason})", logging.INFO)
         if backend == "auto" and self.device.type != "cpu":
-            backend = "batched"
+            backend = "eager"
         elif backend == "auto":
             reason = CompiledForward.supports(model, dtype)
             backend = "eager" if reason else "kernels"
             if reason and parameter.dtype == torch.float32:
                 _say_once(f"running on PyTorch's operations, which is slower: {reason}")
-        if backend == "kernels":
-            self.forward = CompiledForward(model, dtype)
-        elif on_its_own:
-            self.forward = LeavingForward(model)
-        else:
-            self.forward = EagerForward(model, dtype, together=backend == "batched")
+        self.forward = (CompiledForward if backend == "kernels" else FoldedForward)(model, dtype)
 
     @torch.inference_mode()
     def __call__(
@@ -127,7 +116,7 @@ def _faster(model: RoutedNetwork, backend: Backend) -> tuple[Precision, str]:
     if parameter.device.type != "cpu":
         fast = bfloat16.on_gpu(parameter.device)
         return ("bfloat16", "this GPU computes in it") if fast else ("float32", "this GPU does not compute in bfloat16")
-    if backend in ("eager", "batched") or CompiledForward.supports(model, torch.bfloat16) is not None:
+    if backend == "eager" or CompiledForward.supports(model, torch.bfloat16) is not None:
         return "float32", "without kernels for bfloat16"
     float32_ms, bfloat16_ms = kernels_ms()
     if bfloat16.pays(float32_ms, bfloat16_ms):

@@ -54,11 +54,11 @@ class RoutingNode(nn.Module):
         self.transforms = nn.ModuleDict({DIRECTIONS[d]: Transform(channels, d) for d in self.directions})
         self.gate: Gate | None = None if gate is None else GATES[gate](channels, len(self.directions), small_gate)
 
-    def activations(self, features: Tensor, budget: Tensor | None = None) -> Tensor:
+    def activations(self, features: Tensor) -> Tensor:
         """alpha [B,3], float32: 0 if the node lacks the direction, 1 on the others if it has no gate."""
         if self.gate is None:
             return self.by_direction(features.new_ones(len(features), len(self.directions), dtype=torch.float32))
-        return self.by_direction(self.gate(features, budget))
+        return self.by_direction(self.gate(features))
 
     def by_direction(self, alpha: Tensor) -> Tensor:
         """Activations of the node's directions [B,D] as [B,3], 0 for those that it lacks."""

@@ -38,9 +38,9 @@ class Compute:
         """Normalised images [B,3,H,W] -> the features of the first node."""
         return stem(images)
 
-    def activations(self, node: RoutingNode, features: Any, budget: Tensor | None) -> Tensor:
+    def activations(self, node: RoutingNode, features: Any) -> Tensor:
         """`RoutingNode.activations`: [B,3]."""
-        return node.activations(features, budget)
+        return node.activations(features)
 
     def cell(self, node: RoutingNode, features: Any, drop_path: float) -> Any:
         """Eq. 1: the features that the node's cell makes."""

@@ -19,7 +19,7 @@ from routeseg.config import NetworkConfig
 from routeseg.counting import DECODER, Macs, each
 from routeseg.model.graph import Graph
 from routeseg.model.head import Head
-from routeseg.model.layers import conv_norm, upsample
+from routeseg.model.layers import conv_norm, upsample, widened
 from routeseg.space import STEM_STRIDE
 
 GLANCE = 4  # by which a glance shrinks both sides of the features
@@ -76,7 +76,8 @@ class Decoder(Head):
             running = self.merge[scale](x)
             if scale > 0:
                 running = upsample(running)
-        return upsample(self.predictor(running), STEM_STRIDE)
+        scores = self.predictor(running)
+        return upsample(scores if self.training else widened(scores), STEM_STRIDE)  # classes are told apart in float32
 
     def glance(self, features: Sequence[Tensor | None]) -> Tensor:
         """Rough logits [B,K,h,w], of features by scale that are shrunk by the factor GLANCE: `forward` on small maps.

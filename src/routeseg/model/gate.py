@@ -43,14 +43,11 @@ class Gate(nn.Module):
         nn.init.normal_(self.score.weight, std=0.01)
         nn.init.constant_(self.score.bias, GATE_BIAS)
 
-    def forward(self, features: Tensor, budget: Tensor | None = None) -> Tensor:
-        return self.activate(self.scores(features, budget))
+    def forward(self, features: Tensor) -> Tensor:
+        return self.activate(self.scores(features))
 
-    def scores(self, features: Tensor, budget: Tensor | None = None) -> Tensor:
-        """G of Eq. 2-3: [B,C,h,w] -> [B,D], float32.
-
-        budget  the cost that is requested for each image [B]; a gate that takes no request ignores it
-        """
+    def scores(self, features: Tensor) -> Tensor:
+        """G of Eq. 2-3: [B,C,h,w] -> [B,D], float32."""
         return self.score(self.pool(features))
 
     def pool(self, features: Tensor) -> Tensor:

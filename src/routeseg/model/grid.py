@@ -31,7 +31,7 @@ from routeseg.model.decoder import Segmentation
 from routeseg.model.exits import Exits, Leaving
 from routeseg.model.gate import Gate
 from routeseg.model.head import Head
-from routeseg.model.layers import InputNorm, Stem, Transform
+from routeseg.model.layers import InputNorm, Stem, Transform, widened
 from routeseg.model.request import Activation, Request, Routes, Shares
 from routeseg.registry import BACKBONES, GATES, OPERATIONS
 from routeseg.space import (
@@ -224,7 +224,8 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         stem, raw = self._stem(x, compute)
         features, gates = self.walk(stem, request, drop_path, compute, leaving, raw)
         if self.exits is None or leaving is None:
-            return self.head.result(compute.head(self.head, features, coarse), gates, size)
+            output = compute.head(self.head, features, coarse)
+            return self.head.result(output if self.training else widened(output), gates, size)
         return self.exits.result(self.head, leaving, stem, features, gates, size, compute, coarse)
 
     def _stem(self, x: Tensor, compute: Compute) -> tuple[Tensor, Tensor | None]:
@@ -322,15 +323,13 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
     ) -> Tensor:
         """alpha [B,S',3] of the nodes of the layer: 0 for an image that is not `there`, at the node."""
         device = next(self.parameters()).device
-        budget = None if request.budget is None else torch.from_numpy(request.budget).to(device).expand(batch)
         alphas = []
         for scale in self.space.scales(layer):
             features = maps[scale]
             alpha = torch.zeros(batch, len(DIRECTIONS), device=device)
             if features is not None:
                 images = torch.from_numpy(there[scale]).to(device)
-                own = None if budget is None else budget[images]
-                asked = compute.activations(self.node(layer, scale), features, own)
+                asked = compute.activations(self.node(layer, scale), features)
                 alpha = asked if len(images) == batch else alpha.index_copy(0, images, asked)
             alphas.append(alpha)
         return torch.stack(alphas, dim=1)
@@ -390,13 +389,15 @@ def part_macs(config: NetworkConfig, head: type[Head]) -> PartMacs:
 
 
 def prepare(model: RoutedNetwork, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Normalised images, zero-padded right and below to the space's stride, and their own size (H, W).
+    """Normalised images, zero-padded right and below to the space's stride, in the dtype of the stem's weights, and
+    their own size (H, W).
 
     The padding depends on the image's size alone. Raises ValueError for images that are not [B,3,H,W], H, W >= 32.
     """
     height, width = check_images(images)
     padded_height, padded_width = padded_size(model.space, height, width)
     x = F.pad(model.normalize(images), (0, padded_width - width, 0, padded_height - height))
+    x = x.to(next(model.stem.parameters()).dtype)
     return x.contiguous(memory_format=torch.channels_last), (height, width)
 
 

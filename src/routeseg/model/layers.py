@@ -87,6 +87,11 @@ def upsample(features: Tensor, factor: int = 2) -> Tensor:
     return F.interpolate(features, scale_factor=float(factor), mode="bilinear", align_corners=False)
 
 
+def widened(values: Tensor) -> Tensor:
+    """Values in float32 at least."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 class Transform(nn.Sequential):
     """T_j of Eq. 5: takes a node's output to the node one scale up, at the same scale (keep) or one scale down.
 

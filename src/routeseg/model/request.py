@@ -66,15 +66,6 @@ class Request:
         exits = None if config.exits is None else np.array([exit_of(config, one) for one in routes])
         return cls(mask, config.gated and activation == "own", exits=exits)
 
-    def of_image(self, number: int) -> Request:
-        """The request for one of the images."""
-
-        def row(values: np.ndarray) -> np.ndarray:
-            return values if len(values) == 1 else values[number : number + 1]
-
-        budget, exits = (None if values is None else row(values) for values in (self.budget, self.exits))
-        return Request(row(self.mask), self.gated, budget, exits)
-
 
 def _shares(config: NetworkConfig, images: int, route: Routes, budget: Shares) -> np.ndarray:
     """Checked budgets, float32 [N]."""

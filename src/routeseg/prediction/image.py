@@ -166,7 +166,7 @@ def _runner(model: DynamicRoutingNetwork, precision: str) -> TorchNetwork:
     known, runner = _runners.get(model, (None, None))
     if runner is None or known != now:
         was_training = model.training
-        runner = open_network(model, "skip", precision, device)
+        runner = open_network(model, precision, device)
         model.train(was_training)
         _runners[model] = now, runner
     return runner

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from routeseg.description import describe
-from routeseg.engine import build_engine
+from routeseg.engine import SkipEngine
 from routeseg.engine.budgeted import Budgeted, Steered
 from routeseg.errors import DIVERGED
 from routeseg.model import DynamicRoutingNetwork
@@ -60,25 +60,24 @@ def _finite(values: Tensor) -> bool:
 
 def open_network(
     model: DynamicRoutingNetwork,
-    engine: Any = "skip",
     precision: Any = "float32",
     device: torch.device | str = "cpu",
     threads: int | None = None,
     budget: Asked | None = None,
     steered: bool = False,
 ) -> TorchNetwork:
-    """The runner of a network with this engine (`build_engine`), on this device.
+    """The runner of a network in this precision, on this device.
 
     threads  of PyTorch, in this process; None: as they are
     budget   what images may cost in the mean, for a network with exits; None: what helps
     steered  images of a network with exits leave where `forward.exit` says (`Steered`)
 
-    Raises ValueError for an engine or precision that there is not, and if a network without exits is steered.
+    Raises ValueError for a precision that there is not, and if a network without exits is steered.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     model = model.to(device).eval()
-    forward = build_engine(model, engine, precision)
+    forward = SkipEngine(model, precision)
     if steered:
         return TorchNetwork(Steered(forward, model), model)
     return TorchNetwork(forward if budget is None else Budgeted(forward, model, budget), model)

@@ -342,10 +342,10 @@ class Fused(Compute):
             term = conv_norm(term, layers)
         return add([term])
 
-    def activations(self, node: RoutingNode, features: Features, budget: Tensor | None) -> Tensor:
+    def activations(self, node: RoutingNode, features: Features) -> Tensor:
         gate = node.gate
         if gate is None or type(gate).scores is not Gate.scores or type(gate).pool is not Gate.pool or not _known(gate):
-            return super().activations(node, features.map, budget)
+            return super().activations(node, features.map)
         if not gate.small:
             squeezed = conv_norm(Term(features), gate.squeeze)
         elif min(features.map.shape[-2:]) >= SMALL_GATE_FACTOR:

@@ -23,7 +23,7 @@ async function ask() {
   do {
     state.stale = false;
     const question = {
-      picture: state.picture.picture, engine: $("engine").value, precision: $("precision").value,
+      picture: state.picture.picture, precision: $("precision").value,
       route: state.route && [...state.route].map(edgeOf), budget: state.asks && !state.route ? budget() : null, against: against(),
     };
     try { await show(await server.look(question)); } catch (error) { complain("The server does not answer: " + (error.message || error)); }
@@ -404,7 +404,6 @@ function option(select, value, text) { select.append(Object.assign(document.crea
 
 function wire(about) {
   $("network").textContent = about.name;
-  for (const name of about.engines) option($("engine"), name, name === "skip" ? "skip what is closed" : "dense");
   for (const name of about.precisions) option($("precision"), name, name);
   option($("against"), "", "nothing");
   option($("against"), "own", "the network's own choice");
@@ -445,7 +444,7 @@ function wire(about) {
 
   $("range").oninput = () => { state.asks = true; state.route = null; setRange(); ask(); };
   for (const unit of element.querySelectorAll('[name="rs-unit"]')) unit.onchange = () => { state.unit = unit.value; setRange(); if (state.asks) ask(); };
-  $("engine").onchange = $("precision").onchange = ask;
+  $("precision").onchange = ask;
   $("alpha").oninput = $("changes").onchange = paint;
   $("against").onchange = (event) => { state.against = event.target.value; ask(); };
   $("keep").onclick = () => {
