@@ -6,7 +6,7 @@
 
 Sections, each a run in which its methods take turns (inference_methods.py):
     latency   a network with random weights: plain (every path computed, as the authors' code); SkipEngine without its
-              kernels, and with them on routes of 100, 75, 50, 25, 0 % of the nodes; static and routed files in ONNX
+              kernels, and with them on routes of 100, 75, 50, 25, 0 % of the nodes; static files in ONNX
               Runtime and OpenVINO; and the rate of matrix products, which bounds them all
     skipping  does a route save in full what it leaves out: its time against t(0) + f * (t(1) - t(0)); f is the share
               of MACs that it keeps
@@ -68,7 +68,6 @@ from routeseg.model.checkpoints import GATED
 
 RESULTS = Path("results")
 BATCHES = {"cpu": [1, 4], "cuda": [1, 8]}
-ROUTED_PIXELS = 2**20  # of images for routed files: at 1024x2048 their six sessions take more than 24 GB
 SHARES = (0.75, 0.5, 0.25)  # of the nodes, on drawn routes
 DRAWS = {"latency": 2, "skipping": 4, "equality": 2}  # routes of each share
 
@@ -106,10 +105,6 @@ def latency_of(model: DynamicRoutingNetwork, size: tuple[int, int], batch: int, 
             pixels = images.numpy()
             file, shape = export(static, Path(folder) / "static.onnx"), facts(whole)
             methods += file_methods("static", file, pixels, args, shape, precisions("cpu"))
-            with_routed = batch == 1 and size[0] * size[1] <= ROUTED_PIXELS
-            for words, route in gate_routes.items() if with_routed else ():
-                file = export(gated_to(model, route), Path(folder) / f"{words}.onnx", routed=True)
-                methods += file_methods(f"routed, {words}", file, pixels, args, facts(route, gated=True))
         found = alternate(methods, args.seconds, args.device, args.seed)
     for row in found.values():
         product = found.get(f"product {row['precision']}", {})

@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from routeseg.figures.common import (
     BLUE,
     FAINT,
-    GREEN,
     INK,
     MUTED,
     ORANGE,
@@ -33,7 +32,6 @@ ALL_OPEN = (
     ("engine bfloat16, all open", "SkipEngine, bfloat16", ORANGE),
     ("static, OpenVINO bfloat16", "OpenVINO, bfloat16", OTHERS),
 )
-ROUTED = [f"routed, {words}, ONNX Runtime" for words in ("closed", "half open", "all open")]
 
 
 def time_against_macs(path: str | Path, facts: Mapping[str, Any]) -> None:
@@ -103,13 +101,6 @@ def _against_macs(ax: Axes, methods: Mapping[str, Any]) -> None:
         note = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 8.5}
         ax.annotate(f"SkipEngine,\n{precision}", (100, top["median_ms"]), color=colour, **note)
         ax.annotate("bound", (100, top["bound_ms"]), color=colour, **note)
-    if all(name in methods for name in ROUTED):
-        rows = [methods[name] for name in ROUTED]
-        xs, ys = [100 * row["open_share"] for row in rows], [row["median_ms"] for row in rows]
-        ax.plot(xs, ys, "s-", color=GREEN, linewidth=1.2, markersize=6, markeredgecolor="white", alpha=0.85, zorder=3,
-                clip_on=False)  # fmt: skip
-        ax.annotate("exported with gates,\nONNX Runtime", (100, ys[-1]), (6, 0), textcoords="offset points",
-                    va="center", fontsize=8.5, color=GREEN)  # fmt: skip
     ax.set(xlim=(-1, 100), ylim=(0, None))
     ax.xaxis.set_major_formatter("{x:g} %")
     ax.set_xlabel("MACs of cells and transforms that the route keeps", color=INK)

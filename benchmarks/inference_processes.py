@@ -78,7 +78,7 @@ def startup(args: Namespace) -> dict[str, Any]:
     """program -> seconds from the start of the process to its first labels; the programs take turns."""
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        file = export(routeseg.load(GATED), Path(folder) / "net.onnx", routed=True)
+        file = export(routeseg.load(GATED), Path(folder) / "net.onnx")
         places = {
             "network": str(GATED),
             "device": args.device,

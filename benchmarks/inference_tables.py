@@ -11,7 +11,7 @@ from result_tables import Facts
 from result_tables import table as _table
 
 DRAW = re.compile(r" \(\d+\)$")  # behind the name of a drawn route
-EXPORTED = ("all open", "half open", "closed")
+OPENED = ("all open", "half open", "closed")
 
 
 def tables(facts: Mapping[str, Any]) -> dict[str, str]:
@@ -19,8 +19,7 @@ def tables(facts: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for size, by_batch in facts.get("latency", {}).items():
         found |= {f"latency {size}, batch {batch}": _latency(methods) for batch, methods in by_batch.items()}
-        if "1" in by_batch and "routed, closed, ONNX Runtime" in by_batch["1"]:
-            found[f"export {size}"] = _export(by_batch["1"])
+        if "1" in by_batch:
             found[f"summary {size}"] = _summary(by_batch["1"], size)
     for size, by_precision in facts.get("skipping", {}).items():
         found[f"skipping {size}"] = _skipping(by_precision)
@@ -72,33 +71,12 @@ def _latency(methods: Mapping[str, Mapping[str, Any]]) -> str:
     return _table(head + (["MiB"] if on_gpu else []), rows)
 
 
-def _export(methods: Mapping[str, Mapping[str, Any]]) -> str:
-    """Seconds of the fastest round, the ratio to the static file, and seconds of loading."""
-    static, columns = (
-        methods["static, ONNX Runtime"],
-        ["static, all paths", *(f"routed, {words}" for words in EXPORTED)],
-    )
-    routed = [methods[f"routed, {words}, ONNX Runtime"] for words in EXPORTED]
-    rows = [["GMACs", *(f"{row['gmacs']:.1f}" for row in (static, *routed))]]
-    rows.append(["MB", *(f"{row['file_mb']:.0f}" for row in (static, *routed))])
-    for runtime, static_name in (("ONNX Runtime", "ONNX Runtime"), ("OpenVINO", "OpenVINO float32")):
-        if f"static, {static_name}" not in methods:
-            continue
-        files = [methods[f"static, {static_name}"], *(methods[f"routed, {words}, {runtime}"] for words in EXPORTED)]
-        for words, key in (("median", "median_ms"), ("fastest", "min_ms")):
-            cells = [f"{row[key]:.0f} ({row[key] / files[0][key]:.2f})" for row in files]
-            rows.append([f"{runtime}, ms, {words}", *cells])
-        rows.append([f"{runtime}, s to load", *(f"{row['load_s']:.1f}" for row in files)])
-    return _table(["", *columns], rows)
-
-
 def _summary(methods: Mapping[str, Mapping[str, Any]], size: str) -> str:
     """Median milliseconds, and times as fast as the plain forward, with gates that open everything, half, nothing."""
     named = {
         "plain PyTorch, every path computed": ["plain"],
-        "`SkipEngine`, float32": [f"engine float32, gates {words}" for words in EXPORTED],
-        "`SkipEngine`, bfloat16": [f"engine bfloat16, gates {words}" for words in EXPORTED],
-        "exported with its gates, ONNX Runtime": [f"routed, {words}, ONNX Runtime" for words in EXPORTED],
+        "`SkipEngine`, float32": [f"engine float32, gates {words}" for words in OPENED],
+        "`SkipEngine`, bfloat16": [f"engine bfloat16, gates {words}" for words in OPENED],
         "exported without gates, ONNX Runtime": ["static, ONNX Runtime"],
         "exported without gates, OpenVINO, float32": ["static, OpenVINO float32"],
         "exported without gates, OpenVINO, bfloat16": ["static, OpenVINO bfloat16"],
@@ -107,8 +85,8 @@ def _summary(methods: Mapping[str, Mapping[str, Any]], size: str) -> str:
     for words, names in named.items():
         times = [methods[name]["median_ms"] for name in names if name in methods]
         cells = [f"{time:.0f} ({plain_ms / time:.1f}x)" for time in times]
-        rows += [[words, *cells, *[""] * (len(EXPORTED) - len(cells))]] if times else []
-    return _table([f"ms, one image of {size}", *EXPORTED], rows)
+        rows += [[words, *cells, *[""] * (len(OPENED) - len(cells))]] if times else []
+    return _table([f"ms, one image of {size}", *OPENED], rows)
 
 
 def _skipping(by_precision: Mapping[str, Any]) -> str:

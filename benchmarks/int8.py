@@ -2,10 +2,9 @@
 
     python benchmarks/int8.py --root path/to/camvid [--output results/int8_camvid_cpu.json]
 
-The network that is shipped, with its gates: routed in float32 (closed paths skipped), dense in float32 and in int8
-(every path computed). Calibrated with training images, scored on the validation set. Then a network of full size,
-static and with random weights, for time alone: what int8 gains depends on the width. Times are medians of files in
-turns, each made for the image's size, as benchmarks/inference.py takes them.
+A network with gates, in float32 and in int8, calibrated with training images, scored on the validation set. Then a
+network of full size, static and with random weights, for time alone: what int8 gains depends on the width. Times are
+medians of files in turns, each made for the image's size, as benchmarks/inference.py takes them.
 
 Processors with VNNI and without differ in time: the results name the processor's instructions (`machine.isa`). Give
 --output on a machine of another kind than that of the results at hand, to keep both.
@@ -29,7 +28,7 @@ from inference_methods import alternate, onnxruntime_method, random_network
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.loaders import evaluation_loader
 from routeseg.evaluation import evaluate, machine_facts
-from routeseg.export import build_onnx, export
+from routeseg.export import export
 from routeseg.export.int8 import chosen, export_int8
 from routeseg.files import write_json
 from routeseg.model import Segmentation
@@ -53,11 +52,6 @@ def as_forward(network: OnnxNetwork) -> Callable[[torch.Tensor], Segmentation]:
     return forward
 
 
-def write_dense(model: routeseg.DynamicRoutingNetwork, path: Path) -> Path:
-    path.write_bytes(build_onnx(model, dense=True).SerializeToString())
-    return path
-
-
 def median_ms(files: dict[str, Path], images: list[np.ndarray]) -> dict[str, float]:
     """Milliseconds a forward of each file, the mean over images [1,3,H,W] uint8 of one size: medians, all in turns."""
     network = OnnxNetwork(next(iter(files.values()))).network
@@ -79,8 +73,7 @@ def on_camvid(root: str, folder: Path) -> list[dict]:
     model, data = routeseg.load(GATED), open_data(DataConfig(name="camvid", root=root), "val")
     training = find_inputs([f"{root}/train"])
     files = {
-        "float32, routed": export(model, folder / "routed.onnx", routed=True),
-        "float32, dense": write_dense(model, folder / "dense.onnx"),
+        "float32, dense": export(model, folder / "dense.onnx"),
         "int8, dense": export_int8(model, folder / "int8.onnx", training),
     }
     networks = {name: OnnxNetwork(file, THREADS) for name, file in files.items()}

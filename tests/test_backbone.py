@@ -266,9 +266,9 @@ class TestExport:
         np.testing.assert_allclose(logits, expected.logits.detach(), rtol=1e-3, atol=1e-3)
         assert np.array_equal(gates, expected.gates)
 
-    def test_a_routed_file_is_refused(self):
-        with pytest.raises(ValueError, match="backbone has no routed file"):
-            build_onnx(network(), routed=True)
+    def test_gates_and_a_backbone_are_refused(self):
+        with pytest.raises(ValueError, match="no file holds a network with gates and a backbone: name one route"):
+            build_onnx(network())
 
     def test_a_backbone_without_an_export(self):
         with pytest.raises(ValueError, match="give it a method `onnx`"):

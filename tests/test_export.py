@@ -1,4 +1,4 @@
-"""Exported files: outputs of the dense forward, closed paths that are not run, one clear message for each mistake."""
+"""Exported files: outputs of the dense forward, one clear message for each mistake."""
 
 from __future__ import annotations
 
@@ -118,9 +118,9 @@ VARIANTS = {
 
 @pytest.mark.parametrize("bias", [ALWAYS, 0.0, -1.0, None, -ALWAYS])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_routed(name, bias):
+def test_with_gates(name, bias):
     model = network(bias, **VARIANTS[name])
-    file = build_onnx(model, routed=True)
+    file = build_onnx(model)
     onnx.checker.check_model(file)
     for gates in compare(with_ort(file), model):
         if abs(bias or 0.0) == ALWAYS and not name.startswith("softmax"):
@@ -133,7 +133,7 @@ def test_routes_of_different_seeds_and_what_they_reach():
     for seed in range(4):
         for zeros_arrive in (False, True):
             model = network(None, seed=seed, zeros_arrive=zeros_arrive)
-            (gates,) = compare(with_ort(build_onnx(model, routed=True)), model, [(64, 96)])
+            (gates,) = compare(with_ort(build_onnx(model)), model, [(64, 96)])
             is_open = gates[0].numpy() > 0
             runs = is_open.any(-1)
             reached = model.space.reached(gates[0].numpy(), zeros_arrive)
@@ -143,33 +143,11 @@ def test_routes_of_different_seeds_and_what_they_reach():
     assert all(kinds[kind] > 0 for kind in ("on zeros", "dropped", "no map at the end")), kinds
 
 
-def convolutions(model: DynamicRoutingNetwork, folder: Path, bias: float) -> int:
-    """How many convolutions one image runs, as ONNX Runtime's profile counts them."""
-    for node in model.nodes.values():
-        node.gate.score.weight.data.zero_()
-        node.gate.score.bias.data.fill_(bias)
-    made = session(build_onnx(model, routed=True), folder / "profile")
-    made.run(None, {"images": np.zeros((1, 3, 64, 64), dtype=np.float32)})
-    events = json.loads(Path(made.end_profiling()).read_text())
-    return sum(e.get("args", {}).get("op_name") == "Conv" and e["name"].endswith("kernel_time") for e in events)
-
-
-def test_closed_paths_are_not_run(tmp_path):
-    model = network(depth=4)
-    space = model.space
-    stem, decoder, cell, gate = 5, space.num_scales + 1, 4, 1
-    strided = sum(direction != routeseg.space.KEEP for _, _, direction in space.edges)
-    everything = stem + decoder + len(space.nodes) * (cell + gate) + strided
-    assert convolutions(model, tmp_path, 1.5) == everything
-    # The stem's features are kept along scale 0, whose gates are asked; in the decoder coarser scales are constants.
-    assert convolutions(model, tmp_path, -1.5) == stem + 2 + (space.depth + 1) * gate
-
-
 def test_the_shipped_network(tmp_path):
     if not GATED.is_dir():
         pytest.skip("this copy comes without the small network")
     model = routeseg.load(GATED)
-    (gates,) = compare(with_ort(build_onnx(model, routed=True)), model, [(96, 128)])
+    (gates,) = compare(with_ort(build_onnx(model)), model, [(96, 128)])
     assert 0 < float((gates > 0).float().mean()) < float(model.space.legal.mean())
 
 
@@ -178,7 +156,7 @@ def test_openvino(tmp_path):
     gated = network(None, zeros_arrive=True)
     small = network(-1.0, small_gate=True, gate="softmax", num_scales=3)
     for name, model in (("static", gated.specialize(Route.all_open(gated.space))), ("zeros", gated), ("small", small)):
-        file = export(model, tmp_path / f"{name}.onnx", routed=model.config.gated)
+        file = export(model, tmp_path / f"{name}.onnx")
         compiled = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
         def with_openvino(images, compiled=compiled):
@@ -191,8 +169,8 @@ def test_openvino(tmp_path):
 def test_metadata():
     gated = network(zeros_arrive=True, small_gate=True, class_names=list("abcde"))
     static = gated.specialize(Route(gated.space, [(0, 0, 1)]))
-    for model, kind in ((gated, "routed"), (static, "static")):
-        file = build_onnx(model, routed=kind == "routed")
+    for model, kind in ((gated, "dense"), (static, "static")):
+        file = build_onnx(model)
         (entry,) = file.metadata_props
         data = json.loads(entry.value)
         assert entry.key == "routeseg" and data == json.loads(json.dumps(metadata(model, kind)))
@@ -202,7 +180,7 @@ def test_metadata():
         )
         assert NetworkDescription.from_metadata(data).fingerprint == describe(model).fingerprint
         assert file.ir_version <= 10 and [(o.domain, o.version) for o in file.opset_import] == [("", 18)]
-    assert metadata(gated, "routed")["config"]["route"] is None
+    assert metadata(gated, "dense")["config"]["route"] is None
     assert metadata(static, "static")["config"]["route"] == ((0, 0, "keep"),)
 
 
@@ -220,24 +198,28 @@ def test_cost_in_the_metadata_is_the_cost_table():
 
 
 def test_weights_stand_once():
-    """A routed file is hardly larger than the weights, though branches use a weight several times."""
     model = network(base_channels=32, depth=6)
     weights = sum(p.numel() * 4 for p in model.parameters())
-    assert weights < len(build_onnx(model, routed=True).SerializeToString()) < 1.35 * weights + 1e6
+    assert weights < len(build_onnx(model).SerializeToString()) < 1.35 * weights + 1e6
 
 
 def test_the_network_is_left_as_it_is():
     model = network().double().train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    build_onnx(model, routed=True)
+    build_onnx(model)
     assert model.training and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_command(tmp_path, capsys):
     checkpoint = scenes_checkpoint(tmp_path / "net")
     model = routeseg.load(checkpoint)
-    code, out, _ = run(["export", checkpoint, tmp_path / "new" / "a.onnx", "--routed"], capsys)
-    assert code == 0 and "a routed network" in out and "GMACs at 1024x2048" in out and "routeseg predict" in out
+    code, out, _ = run(["export", checkpoint, tmp_path / "new" / "a.onnx"], capsys)
+    assert (
+        code == 0
+        and "a network with gates, all paths computed" in out
+        and "GMACs at 1024x2048" in out
+        and "routeseg predict" in out
+    )
     compare(with_ort(onnx.load(tmp_path / "new" / "a.onnx")), model, [(64, 64)])
     route = Route(model.space, [(0, 0, 1), (0, 0, 2)])
     (tmp_path / "route.json").write_text(route.to_json())
@@ -259,16 +241,16 @@ def test_command_mistakes(tmp_path, capsys, monkeypatch):
     (tmp_path / "folder.onnx").mkdir()
     out = tmp_path / "out.onnx"
     for words, expected in (
-        ([checkpoint, out], "--routed"),
-        ([checkpoint, out], "--route FILE"),
-        ([static, out, "--routed"], "static"),
+        (
+            [checkpoint, out, "--routed"],
+            "name one route for all images with --route (of a network with exits: --route exit-",
+        ),
         ([static, out, "--route", tmp_path / "whole.json"], "whole.json: the network has no "),
-        ([checkpoint, out, "--routed", "--route", "u-net"], "one of them"),
-        ([checkpoint, tmp_path / "out.pb", "--routed"], ".onnx"),
-        ([checkpoint, tmp_path / "folder.onnx", "--routed"], "is a folder"),
-        ([checkpoint, "s3://bucket/net.onnx", "--routed"], "written to a disk"),
-        ([checkpoint, tmp_path / "file" / "x.onnx", "--routed"], "cannot write"),
-        ([tmp_path / "nothing", out, "--routed"], "no checkpoint folder"),
+        ([checkpoint, tmp_path / "out.pb"], ".onnx"),
+        ([checkpoint, tmp_path / "folder.onnx"], "is a folder"),
+        ([checkpoint, "s3://bucket/net.onnx"], "written to a disk"),
+        ([checkpoint, tmp_path / "file" / "x.onnx"], "cannot write"),
+        ([tmp_path / "nothing", out], "no checkpoint folder"),
         ([checkpoint, out, "--route", "resnet"], "u-net"),
         ([checkpoint, out, "--route", tmp_path / "other.json"], "depth=7"),
         ([checkpoint, out, "--route", tmp_path / "dead.json"], "that no path leads to"),
@@ -277,5 +259,5 @@ def test_command_mistakes(tmp_path, capsys, monkeypatch):
         code, _, err = run(["export", *words], capsys)
         assert code == 2 and expected in err and not out.exists(), (words, err)
     monkeypatch.setitem(sys.modules, "onnx", None)
-    code, _, err = run(["export", checkpoint, out, "--routed"], capsys)
+    code, _, err = run(["export", checkpoint, out], capsys)
     assert code == 2 and '[onnx]"' in err and not out.exists()

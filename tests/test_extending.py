@@ -247,14 +247,14 @@ def test_it_is_saved_and_loaded(kind, tmp_path):
         assert torch.equal(output(loaded(images())), output(model(images())))
 
 
-@pytest.mark.parametrize("routed", [True, False])
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("kind", ["gate", "operation"])
-def test_it_is_exported(kind, routed):
+def test_it_is_exported(kind, gated):
     onnxruntime = pytest.importorskip("onnxruntime")
     model = network(kind)
-    if not routed:
+    if not gated:
         model = model.specialize(Route.all_open(model.space))
-    session = onnxruntime.InferenceSession(build_onnx(model, routed=routed).SerializeToString())
+    session = onnxruntime.InferenceSession(build_onnx(model).SerializeToString())
     for image in images(3):
         logits, gates = session.run(["logits", "gates"], {"images": image[None].numpy()})
         with torch.no_grad():
@@ -266,13 +266,13 @@ def test_it_is_exported(kind, routed):
 def test_what_has_no_export_is_refused_with_a_reason(monkeypatch):
     pytest.importorskip("onnx")
     with pytest.raises(NotExportable, match="the head MeanHead has no"):
-        build_onnx(network("head"), routed=True)
+        build_onnx(network("head"))
     monkeypatch.delattr(HardGate, "onnx")
     monkeypatch.delattr(MaxPool3x3, "onnx")
     with pytest.raises(NotExportable, match="the gate HardGate has no export: give it a method `onnx`"):
-        build_onnx(network("gate"), routed=True)
+        build_onnx(network("gate"))
     with pytest.raises(NotExportable, match="the cell operation MaxPool3x3 has no export"):
-        build_onnx(network("operation"), routed=True)
+        build_onnx(network("operation"))
 
 
 def test_a_backbone_brings_its_weights(tmp_path, monkeypatch):

@@ -135,7 +135,7 @@ def test_a_whole_run(facts):
     engines = [f"engine {precision}, gates half open" for precision in methods.precisions("cpu")]
     for name in ("plain", "eager, all open", "engine float32, 50 % (2)", *engines):
         assert one[name]["median_ms"] >= one[name]["min_ms"] > 0 and one[name]["bound_ms"] > 0, name
-    assert one["routed, closed, ONNX Runtime"]["load_s"] > 0 and "routed, closed, ONNX Runtime" not in two
+    assert one["static, ONNX Runtime"]["load_s"] > 0
     assert two["static, ONNX Runtime"]["bound_ms"] == pytest.approx(
         2 * one["static, ONNX Runtime"]["product_gmacs"] * two["product float32"]["min_ms"] / (64**3 / 1e9)
     )

@@ -23,12 +23,12 @@ from routeseg.prediction.torch_runner import TorchNetwork
 
 onnx = pytest.importorskip("onnx", reason="the extra routeseg[onnx]")
 pytest.importorskip("onnxruntime", reason="the extra routeseg[onnx]")
-from routeseg.export import build_onnx, export  # noqa: E402
+from routeseg.export import export  # noqa: E402
 from routeseg.prediction.onnx_runner import OnnxNetwork, most_likely  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-KINDS = ["static", "routed", "dense"]
+KINDS = ["static", "dense"]
 SIZES = [(64, 96), (33, 47), (20, 100), (1, 1), (97, 130)]
 # One process in which torch and others cannot be imported runs all commands: [words, ...] -> [[code, out, err], ...].
 NO_TORCH = """
@@ -73,17 +73,12 @@ def static_model(checkpoint) -> routeseg.DynamicRoutingNetwork:
 def files(checkpoint, static_model, tmp_path_factory) -> dict[str, Path]:
     """The exported file of each kind."""
     folder, model = tmp_path_factory.mktemp("files"), routeseg.load(checkpoint)
-    (folder / "dense.onnx").write_bytes(build_onnx(model, dense=True).SerializeToString())
-    return {
-        "static": export(static_model, folder / "static.onnx"),
-        "routed": export(model, folder / "routed.onnx", routed=True),
-        "dense": folder / "dense.onnx",
-    }
+    return {"static": export(static_model, folder / "static.onnx"), "dense": export(model, folder / "dense.onnx")}
 
 
 @pytest.fixture
 def models(checkpoint, static_model):
-    return {"static": static_model, "routed": routeseg.load(checkpoint), "dense": routeseg.load(checkpoint)}
+    return {"static": static_model, "dense": routeseg.load(checkpoint)}
 
 
 @pytest.fixture
@@ -164,7 +159,7 @@ class TestSameFiles:
         summary = predict_files(OnnxNetwork(files["static"]), images, tmp_path / "out", resume=True)
         assert summary.resumed == 2 and len(summary.predictions) == len(images)
         with pytest.raises(ValueError, match="another network"):
-            predict_files(OnnxNetwork(files["routed"]), images, tmp_path / "out", resume=True)
+            predict_files(OnnxNetwork(files["dense"]), images, tmp_path / "out", resume=True)
 
     @pytest.mark.parametrize("classes", [1, 2, 7])
     def test_most_likely_is_the_argmax(self, classes):
@@ -179,10 +174,7 @@ class TestSameFiles:
 class TestNoTorch:
     def test_predict_runs_to_its_end_and_what_needs_torch_says_so(self, files, checkpoint, images, tmp_path):
         images[0].write_text("no image")
-        segment = {
-            kind: ["predict", files[kind], tmp_path / "in", "--output", tmp_path / kind]
-            for kind in ("static", "routed")
-        }
+        segment = {kind: ["predict", files[kind], tmp_path / "in", "--output", tmp_path / kind] for kind in KINDS}
         predict = (["predict", checkpoint, tmp_path / "in"], ["predict", tmp_path / "in"])
         refused = (*predict, ["evaluate", checkpoint], ["download", "camvid", tmp_path / "data"])
         results = without_torch([*segment.values(), *([*words, "--resume"] for words in segment.values()), *refused])

@@ -107,7 +107,7 @@ def test_no_sum_of_two_products_saturates(name, images, tmp_path):
 
 def test_it_is_smaller_and_another_network(images, tmp_path):
     model = gated()
-    float_model = build_onnx(model, dense=True)
+    float_model = build_onnx(model)
     (tmp_path / "float.onnx").write_bytes(float_model.SerializeToString())
     files = [export_int8(model, tmp_path / f"{k}.onnx", images[k : k + 3]) for k in (0, 0, 3)]
     prints = [OnnxNetwork(file).network.fingerprint for file in (*files, tmp_path / "float.onnx")]
@@ -154,9 +154,9 @@ class TestCommand:
 
     def test_export_and_predict(self, checkpoint, images, tmp_path, capsys):
         file, folder = tmp_path / "net.onnx", images[0].parent
-        code, out, err = run_command(["export", checkpoint, file, "--routed", "--int8", folder], capsys)
+        code, out, err = run_command(["export", checkpoint, file, "--int8", folder], capsys)
         assert code == 0 and not err
-        assert "calibrated with 6 images" in out and "all paths computed" in out and "spare nothing" in out
+        assert "calibrated with 6 images" in out and "all paths computed" in out
         code, out, err = run_command(["predict", file, images[0], "--output", tmp_path / "out"], capsys)
         assert code == 0 and len(list((tmp_path / "out").iterdir())) == 4
         route = tmp_path / "route.json"
@@ -169,8 +169,6 @@ class TestCommand:
         static.save(tmp_path / "static")
         (tmp_path / "bad.png").write_text("no image")
         for words, message in (
-            ([checkpoint, "--int8", images[0]], "--routed, gates and all, or name one route"),
-            ([tmp_path / "static", "--routed", "--int8", images[0]], "it has no gates"),
             ([tmp_path / "static", "--int8", tmp_path / "nothing"], "no file or folder"),
             ([tmp_path / "static", "--int8", tmp_path / "bad.png"], "bad.png"),
         ):

@@ -72,7 +72,7 @@ def checkpoint(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def onnx_file(checkpoint, tmp_path_factory) -> Path:
     """The network with its gates."""
-    return export(routeseg.load(checkpoint), tmp_path_factory.mktemp("file") / "routed.onnx", routed=True)
+    return export(routeseg.load(checkpoint), tmp_path_factory.mktemp("file") / "gates.onnx")
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ class TestOptionsOfTheCommand:
         content = onnx_file.read_bytes()
         found = asked(onnx_file, "--workers", "3")
         assert (found["workers"], found["address"], found["device"]) == (3, None, "cpu")
-        assert found["runner"].kind == "routed" and found["runner"].file == onnx_file
+        assert found["runner"].kind == "dense" and found["runner"].file == onnx_file
         assert OnnxNetwork("gone.onnx", content=content).network == found["runner"].network
 
     def test_a_cluster_tells_how_many_workers(self, onnx_file, asked):

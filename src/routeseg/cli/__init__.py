@@ -129,7 +129,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "architectures": (architectures_command, "the known networks as routes: size, cost, and a picture"),
     "predict": (predict_command, "segment image files: labels, overlays and routes"),
     "app": (app_command, "see it choose: the explorer in the browser, [CHECKPOINT]"),
-    "export": (export_command, "write a network as an ONNX file: static, or routed, with its gates"),
+    "export": (export_command, "write a network as an ONNX file: of one route, or with its gates"),
     "import-checkpoint": (import_command, "read one of the authors' released networks"),
     "check-data": (check_data_command, "look a data set over before training: files, labels, classes; a verdict"),
     "convert-data": (convert_data_command, "make a COCO or VOC export of a labelling tool loadable: coco or voc"),

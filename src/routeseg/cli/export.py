@@ -20,7 +20,6 @@ def export_command(words: Sequence[str]) -> int:
     parser = Parser(prog="routeseg export")
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder, or that of a run")
     parser.add_argument("output", type=str, help="the file to write, NAME.onnx")
-    parser.add_argument("--routed", action="store_true", help="with gates: the route is chosen for each image")
     parser.add_argument(
         "--route",
         type=str | None,
@@ -30,13 +29,16 @@ def export_command(words: Sequence[str]) -> int:
     parser.add_argument(
         "--int8", type=str | None, default=None, help="quantise: images to calibrate with, a folder, glob, URL or @LIST"
     )
+    if "--routed" in words:
+        raise ValueError(
+            "--routed is gone, for it saved no time: without it the file of a network with gates computes all paths; or "
+            "name one route for all images with --route (of a network with exits: --route exit-LAYER)"
+        )
     args = parser.parse_args(list(words))
     args.checkpoint = best_of_run(args.checkpoint)
 
     from routeseg.model import checkpoints
 
-    if args.routed and args.route is not None:
-        raise ValueError("--routed keeps every route, --route keeps one: give one of them")
     checkpoints.read_config(Path(args.checkpoint))  # a wrong folder is told before PyTorch is imported
 
     from routeseg.export import check_kind, check_name, export, require_onnx
@@ -48,12 +50,12 @@ def export_command(words: Sequence[str]) -> int:
     if args.route is not None:
         route = model.config.named_routes.get(args.route)
         model = model.specialize(read_route(args.route, model.route) if route is None else route)
-    check_kind(model, args.routed)
+    check_kind(model)
     if args.int8 is None:
-        export(model, path, args.routed)
+        export(model, path)
     else:
         _export_int8(model, path, args.int8)
-    summary, size_mb = _summary(model, skips=args.int8 is None), path.stat().st_size / MEGABYTE
+    summary, size_mb = _summary(model), path.stat().st_size / MEGABYTE
     print(f"{path}: {summary}, {size_mb:.1f} MB\nrun it: routeseg predict {path} IMAGES")
     return 0
 
@@ -65,21 +67,15 @@ def _export_int8(model: DynamicRoutingNetwork, path: Path, images: str) -> None:
     sources = chosen(find_inputs([images]))
     with progress_bar("calibrate", len(sources)) as step:
         export_int8(model, path, sources, step)
-    note = ". Closed paths are computed as well: in this file the gates spare nothing" if model.config.gated else ""
-    print(f"int8, calibrated with {len(sources)} images{note}")
+    print(f"int8, calibrated with {len(sources)} images")
 
 
-def _summary(model: DynamicRoutingNetwork, skips: bool) -> str:
-    """Kind and cost of what is written; `skips`: closed paths are not computed."""
+def _summary(model: DynamicRoutingNetwork) -> str:
+    """Kind and cost of what is written."""
     from routeseg.cost.macs import model_cost
     from routeseg.export.metadata import COST_SIZE
-    from routeseg.space import Route
 
-    table, size = model_cost(model, COST_SIZE), "x".join(map(str, COST_SIZE))
-    full = f"{table.full / 1e9:.2f} GMACs at {size}"
-    if not model.config.gated:
-        return f"a static network of {len(model.route)} edges, {full}"
-    if not skips:
-        return f"a network with gates, all paths computed, {full}"
-    least = float(table.of_gates(Route(model.space).to_gates()))
-    return f"a routed network, from {least / 1e9:.2f} (all paths closed) to {full}"
+    what = f"a static network of {len(model.route)} edges"
+    if model.config.gated:
+        what = "a network with gates, all paths computed"
+    return f"{what}, {model_cost(model, COST_SIZE).full / 1e9:.2f} GMACs at {'x'.join(map(str, COST_SIZE))}"

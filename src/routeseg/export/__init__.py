@@ -1,4 +1,4 @@
-"""ONNX files of a network: static ones, and routed ones whose closed paths are skipped at run time (docs/export.md)."""
+"""ONNX files of a network: of one route, or with its gates (docs/export.md)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ SUFFIX = ".onnx"
 __all__ = ["build_onnx", "export", "metadata", "require_onnx"]
 
 
-def export(model: RoutedNetwork, path: str | Path, routed: bool = False) -> Path:
-    """Writes a network as an ONNX file, whole or not at all; `routed`: with its gates, closed paths skipped.
+def export(model: RoutedNetwork, path: str | Path) -> Path:
+    """Writes a network as an ONNX file, whole or not at all.
 
-    Raises ValueError if the name does not end in .onnx, the network is not of that kind, or onnx is not installed.
+    Raises ValueError if the name does not end in .onnx, no file holds the network, or onnx is not installed.
     """
     path = check_name(path)
-    write_atomically(path, build_onnx(model, routed).SerializeToString())
+    write_atomically(path, build_onnx(model).SerializeToString())
     return path
 
 
@@ -44,25 +44,21 @@ def check_name(path: str | Path) -> Path:
     return path
 
 
-def build_onnx(model: RoutedNetwork, routed: bool = False, dense: bool = False) -> onnx.ModelProto:
-    """The ONNX model of a network. Input `images` [B,3,H,W], outputs `logits` [B,K,H,W] and `gates` [B,L+1,S,3].
+def build_onnx(model: RoutedNetwork) -> onnx.ModelProto:
+    """The ONNX model of a network. Input `images` [B,3,H,W], outputs `logits` [B,K,H,W] and `gates` [B,L+1,S,3]. With
+    gates it takes one image at a time, and closed paths are computed and multiplied by 0.
 
-    dense  with its gates, too, but without `If`: closed paths are computed, and multiplied by 0
-
-    Raises ValueError if the network is not of that kind, or onnx is not installed.
+    Raises ValueError if no file holds the network, or onnx is not installed.
     """
     require_onnx()
     from onnx import TensorProto, helper
 
     from routeseg.export.dense import dense_outputs
     from routeseg.export.graph import Graph
-    from routeseg.export.routed import routed_outputs
     from routeseg.export.static import static_outputs
 
-    kind, outputs = "static", static_outputs
-    if routed or dense:
-        kind, outputs = ("dense", dense_outputs) if dense else ("routed", routed_outputs)
-    check_kind(model, kind != "static")
+    kind, outputs = ("dense", dense_outputs) if model.config.gated else ("static", static_outputs)
+    check_kind(model)
     graph, folded, space = Graph(), fold_batch_norm(model).float().cpu(), model.space
     logits, gates = outputs(graph, folded, "images")
     batch: int | str = "batch" if kind == "static" else 1
@@ -77,25 +73,18 @@ def build_onnx(model: RoutedNetwork, routed: bool = False, dense: bool = False) 
     )
 
 
-def check_kind(model: RoutedNetwork, routed: bool) -> None:
-    """Raises ValueError, naming the option, unless `routed` says whether the network has gates."""
+def check_kind(model: RoutedNetwork) -> None:
+    """Raises ValueError, with the remedy, if no file holds the network."""
     if model.exits is not None:
         raise ValueError(
             "the network chooses an exit for each image, and no file holds that: name one for all images with --route "
             f"{' or '.join(model.config.named_routes)}"
         )
-    if model.config.gated and not routed:
+    if model.config.gated and model.backbone is not None:
         raise ValueError(
-            "the network chooses its route for each image: export it with --routed, gates and all, or name one route "
-            "for all images with --route FILE or an architecture's NAME"
+            "no file holds a network with gates and a backbone: name one route for all images with --route FILE or an "
+            "architecture's NAME"
         )
-    if routed and model.backbone is not None:
-        raise ValueError(
-            "a network with gates and a backbone has no routed file: name one route for all images with --route FILE "
-            "or an architecture's NAME"
-        )
-    if routed and not model.config.gated:
-        raise ValueError("the network is static, it has no gates to route by: leave --routed out")
 
 
 def require_onnx() -> None:

@@ -1,7 +1,7 @@
-"""A network with its gates as an ONNX graph without `If`: closed paths are computed as well, and multiplied by 0.
+"""A network with its gates as an ONNX graph for one image: closed paths are computed as well, and multiplied by 0.
 
-It is the dense forward of `routeseg.model`, for one image. A quantiser wants it so (int8.py): it sees every
-operator on every image, and enters no branches.
+Branches of `If` that are not taken would leave them out, but runtimes lay maps out anew at the border of each: such a
+file with half of the paths open took longer than one that computes all of them.
 
 Legend: S scales, C channels of a scale, h, w the size of its map.
 """

@@ -6,9 +6,6 @@ the resizing of the logits stay float32; so do the gates behind their convolutio
 
 Why 7 bits: x86 processors without VNNI add two products of uint8 by int8 in 16 bits (`vpmaddubsw`). 8-bit weights
 saturate that sum, and the logits are far off; 2 * 255 * 64 fits.
-
-The quantiser enters no branches of an `If`, so a network with gates becomes a "dense" file, whose closed paths are
-computed and multiplied by 0 (export/dense.py).
 """
 
 from __future__ import annotations
@@ -46,7 +43,7 @@ def export_int8(
     images: Sequence[Source],
     on_image: Callable[[], None] | None = None,
 ) -> Path:
-    """Writes a network as an int8 ONNX file, whole or not at all: a static one, or with its gates, as a dense one.
+    """Writes a network as an int8 ONNX file, whole or not at all.
 
     images    to calibrate with, such as the network will see; CALIBRATION_IMAGES of them at most are read
     on_image  called after each image (for a progress bar)
@@ -58,7 +55,7 @@ def export_int8(
     if not images:
         raise ValueError("no image to calibrate with: give some such as the network will see")
     require("onnxruntime", "onnx", "--int8")
-    float_model = build_onnx(model, dense=model.config.gated)
+    float_model = build_onnx(model)
     network, step = describe(model), on_image or (lambda: None)
 
     def calibration() -> Iterator[np.ndarray]:
@@ -78,7 +75,7 @@ def chosen(images: Sequence[Source]) -> list[Source]:
 
 
 def quantize(model: onnx.ModelProto, images: Iterator[np.ndarray]) -> onnx.ModelProto:
-    """An exported float32 network without `If`, in int8; `images` float32 [1,3,H',W'] as the graph takes them."""
+    """An exported float32 network in int8; `images` float32 [1,3,H',W'] as the graph takes them."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 

@@ -29,7 +29,7 @@ class OnnxNetwork:
     content  the file's bytes, if this machine does not have the file
 
     network    its NetworkDescription
-    kind       "static"; "routed": with gates, closed paths are skipped; "dense": with gates, all paths are computed
+    kind       "static", or "dense": with gates, all paths are computed
     precision  "float32" or "int8"
     session    ONNX Runtime's
 
