@@ -31,7 +31,7 @@ def export_command(words: Sequence[str]) -> int:
     )
     if "--routed" in words:
         raise ValueError(
-            "--routed is gone, for it saved no time: without it the file of a network with gates computes all paths; or "
+            "--routed is gone, for it saved no time: without it a file with gates computes all paths; or "
             "name one route for all images with --route (of a network with exits: --route exit-LAYER)"
         )
     args = parser.parse_args(list(words))
