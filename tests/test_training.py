@@ -29,9 +29,7 @@ from routeseg.model import DynamicRoutingNetwork, Segmentation
 from routeseg.model.compute import Compute
 from routeseg.training import callbacks, segmentation
 from routeseg.training.batch_norm import precise_batch_norm
-from routeseg.training.distillation import Teacher, distillation_loss
 from routeseg.training.fused import Fused
-from routeseg.training.losses import dice_loss, hardest
 from routeseg.training.recipe import Recipe, lr_factor
 from routeseg.training.run import RunOptions
 from routeseg.training.segmentation import SegmentationTask, train
@@ -645,7 +643,7 @@ class TestClassBalance:
         logits, labels = torch.randn(2, 10, 8, 8), torch.randint(0, 10, (2, 8, 8))
         labels[0, 0] = IGNORE
         result = Segmentation(logits, torch.zeros(2, 4, 4, 3))
-        _, numbers = task.loss(result, torch.zeros(2, 3, 8, 8), labels, task.count(labels))
+        _, numbers = task.loss(result, labels, task.count(labels))
         expected = torch.nn.functional.cross_entropy(logits, labels, torch.from_numpy(weights), ignore_index=IGNORE)
         assert numbers["cross_entropy"].item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -655,112 +653,3 @@ class TestClassBalance:
     def test_mistake(self):
         with pytest.raises(ValueError, match="class_balance"):
             Recipe(class_balance=2.0)
-
-
-class TestLosses:
-    def test_the_hardest_pixels(self):
-        """Of eight labelled pixels the two that it is least sure of; a pixel without a label never."""
-        logits, labels = torch.zeros(1, 2, 2, 5), torch.zeros(1, 2, 5, dtype=torch.int64)
-        logits[0, 0] = torch.tensor([[5.0, 4, 3, 2, -9], [1, 0.5, 6, 7, -9]])
-        labels[..., 4] = IGNORE
-        assert hardest(logits, labels, 0.25).nonzero().tolist() == [[0, 1, 0], [0, 1, 1]]
-        assert hardest(logits, labels, 0.001).sum() == 1
-        assert hardest(logits, torch.full_like(labels, IGNORE), 0.5).sum() == 0
-
-    def test_the_loss_counts_the_hardest_pixels_alone(self):
-        model = DynamicRoutingNetwork(num_classes=10, depth=3, base_channels=8, stem_channels=8, gate="fixed")
-        weights = np.linspace(0.5, 2, 10).astype(np.float32)
-        logits, labels = torch.randn(2, 10, 8, 8), torch.randint(0, 10, (2, 8, 8))
-        labels[0, 0] = IGNORE
-        result = Segmentation(logits, torch.zeros(2, 4, 4, 3))
-        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE)
-        hard = losses >= losses[labels != IGNORE].sort(descending=True).values[29]  # of 120 with a label
-        for given, of_pixel in ((None, hard.float()), (weights, hard * torch.from_numpy(weights)[labels % 10])):
-            task = SegmentationTask(model, Recipe(hard_pixels=0.25), Budget(), (64, 64), class_weights=given)
-            count = task.count(labels)
-            _, numbers = task.loss(result, torch.zeros(2, 3, 8, 8), labels, count)
-            expected = (of_pixel * losses).sum() / (0.25 * count)
-            assert numbers["cross_entropy"].item() == pytest.approx(expected.item(), rel=1e-5)
-
-    def test_dice(self):
-        """0 for what is right everywhere, 1 for what is wrong everywhere; small classes count as large ones do."""
-        pytest.importorskip("kornia")
-        labels = torch.zeros(1, 8, 8, dtype=torch.int64)
-        labels[0, 0, 0], labels[0, 7] = 1, IGNORE
-        right = 50.0 * torch.nn.functional.one_hot(labels.clamp(max=1), 2).movedim(-1, 1)
-        assert dice_loss(right, labels).item() == pytest.approx(0, abs=1e-5)
-        assert dice_loss(-right, labels).item() == pytest.approx(1, abs=1e-5)
-        missed = right.clone()
-        missed[0, :, 0, 0] = torch.tensor([50.0, 0])
-        assert 0.5 < dice_loss(missed, labels).item() < 0.52
-        task = SegmentationTask(tiny_model(), Recipe(dice=2.0), Budget(), (64, 64))
-        result = Segmentation(right, torch.zeros(1, 3, 3, 3))
-        loss, numbers = task.loss(result, torch.zeros(1, 3, 8, 8), labels, task.count(labels))
-        assert loss.item() == pytest.approx((numbers["cross_entropy"] + 2 * numbers["dice"]).item())
-
-    def test_a_run_uses_them(self, tmp_path):
-        assert main(words(tmp_path / "run", 2, "--recipe.hard_pixels=0.5", "--recipe.dice=0.5")) == 0
-
-    def test_mistakes(self, monkeypatch):
-        for wrong in ({"hard_pixels": 0.0}, {"hard_pixels": 1.5}, {"dice": -1.0}):
-            with pytest.raises(ValueError, match=f"recipe.{next(iter(wrong))}"):
-                Recipe(**wrong)
-        monkeypatch.setitem(sys.modules, "kornia", None)
-        with pytest.raises(ValueError, match=r"pip install .*\[losses\]"):
-            Recipe(dice=1.0)
-
-
-class TestDistillation:
-    def networks(self):
-        torch.manual_seed(0)
-        options = dict(num_classes=10, depth=3, base_channels=8, stem_channels=8, gate="fixed")
-        return [DynamicRoutingNetwork(**options) for _ in range(2)]
-
-    def test_the_loss_is_least_where_the_student_says_the_same(self):
-        teacher, other = torch.randn(2, 2, 10, 16, 16)
-        labels = torch.zeros(2, 16, 16, dtype=torch.int64)
-        same, different = (distillation_loss([logits], teacher, labels).item() for logits in (teacher, other))
-        entropy = torch.distributions.Categorical(logits=teacher.movedim(1, -1)).entropy()
-        assert same == pytest.approx(entropy.mean().item(), rel=0.2) and different > same + 0.3
-
-    def test_pixels_without_a_label_do_not_count(self):
-        teacher, student = torch.randn(2, 1, 10, 16, 16)
-        labels = torch.zeros(1, 16, 16, dtype=torch.int64)
-        labels[:, :8] = IGNORE
-        student.requires_grad_()
-        distillation_loss([student], teacher, labels).backward()
-        assert (student.grad[:, :, :8] == 0).all() and (student.grad[:, :, 8:] != 0).any()
-
-    def test_a_student_comes_near_its_teacher(self, tmp_path):
-        """With labels that say nothing, what it learns is the teacher's."""
-        teacher, student = self.networks()
-        with torch.no_grad():
-            teacher.decoder.predictor.weight.mul_(100)  # says something
-        teacher.save(tmp_path / "teacher")
-        plan = recipe(teacher=str(tmp_path / "teacher"), teacher_weight=10.0)
-        task = SegmentationTask(student, plan, Budget(), (32, 64), teacher=Teacher(plan.teacher, student))
-        images, labels = torch.rand(4, 3, 32, 64), torch.randint(0, 10, (4, 32, 64))
-        optimizer, found = torch.optim.AdamW(student.parameters(), 0.01), []
-        for _ in range(30):
-            torch.manual_seed(0)
-            part = task.part(images, labels, task.count(labels))
-            optimizer.zero_grad()
-            part.loss.backward()
-            optimizer.step()
-            found.append(part.numbers["distillation"].item())
-        assert found[-1] < 0.7 * found[0]
-
-    def test_a_run_with_a_teacher(self, tmp_path, capsys):
-        torch.manual_seed(1)
-        data = open_data(DataConfig(**DATA), "train")
-        tiny_model(class_names=data.classes.names).save(tmp_path / "teacher")
-        teacher = f"--recipe.teacher={tmp_path}/teacher"
-        assert main(words(tmp_path / "run", 2, teacher, "--recipe.log_every=1")) == 0
-        header = next((tmp_path / "run" / "logs").glob("*/metrics.csv")).read_text().splitlines()[0]
-        assert "distillation" in header
-        capsys.readouterr()
-        tiny_model().save(tmp_path / "other")
-        assert main(words(tmp_path / "run2", 2, f"--recipe.teacher={tmp_path}/other")) == 2
-        assert "other classes" in capsys.readouterr().err
-        assert main(words(tmp_path / "run3", 2, f"--recipe.teacher={tmp_path}/none")) == 2
-        assert "no checkpoint folder" in capsys.readouterr().err

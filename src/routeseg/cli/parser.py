@@ -28,6 +28,10 @@ KINDS = {  # what values must be, by the name of their type; of several the firs
     "bool": "true or false",
     "str": "a text",
 }
+REMOVED = (  # which files of earlier runs have
+    *("recipe.hard_pixels", "recipe.dice", "recipe.teacher", "recipe.teacher_weight"),
+    *("data.num_classes", "data.buffer"),
+)
 SYNONYMS = {  # what other tools call it
     "max_epochs": "epochs",
     "epochs": "epochs",
@@ -83,6 +87,9 @@ class Parser(ArgumentParser):
             if wrong.partition(".")[0] in self.passed_over:
                 remedy = "give --seed instead" if wrong == SEED_KEY else "leave it out"
                 message = f"`{self.prog}` does not take --{wrong}: {remedy}"
+                break
+            if wrong in REMOVED:
+                message = f"no key {wrong!r} in the configuration any more: leave it out"
                 break
             known += [f"{name}.{wrong.partition('.')[2]}" for name in self.passed_over]
             near = [key for key in known if key == SYNONYMS.get(wrong.rpartition(".")[2])]

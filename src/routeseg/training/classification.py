@@ -63,9 +63,7 @@ class ClassificationTask(RecipeTask[Accuracy]):
         """The images."""
         return labels.new_tensor(len(labels))
 
-    def loss(
-        self, result: Classification, images: Tensor, labels: Tensor, labels_in_step: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, result: Classification, labels: Tensor, labels_in_step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         logits = result.logits.float()
         loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing) / labels_in_step
         hits = (logits.argmax(dim=1) == labels).sum() / labels_in_step

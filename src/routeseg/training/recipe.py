@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from routeseg.errors import require
-
 Precision = Literal["32-true", "bf16-mixed"]
 FLOAT32: Precision = "32-true"
 BFLOAT16: Precision = "bf16-mixed"
@@ -90,12 +88,6 @@ class Recipe(TrainingRecipe):
                     the others: 0 all pixels alike, 1 all classes alike; between them rare classes gain
     class_offsets   the networks that are validated and saved have an offset for the logit of each class, with which the
                     mIoU of training pictures is highest (offsets.py): what `class_balance` says too often is said less
-    hard_pixels     the loss counts this share of the labelled pixels of a batch, those where it is highest (online hard
-                    example mining); 1: all
-    dice            the loss gains this many times the Dice loss of a batch, the mean over its classes (kornia's): small
-                    classes weigh as much as large ones
-    teacher         folder of a trained network of the same classes: the loss gains `teacher_weight` times the
-                    cross-entropy with what that one says (distillation)
     """
 
     pretrained: bool = True
@@ -104,10 +96,6 @@ class Recipe(TrainingRecipe):
     backbone_frozen_stages: int = 1
     class_balance: float = 0.0
     class_offsets: bool = False
-    hard_pixels: float = 1.0
-    dice: float = 0.0
-    teacher: str | None = None
-    teacher_weight: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,14 +105,6 @@ class Recipe(TrainingRecipe):
             raise ValueError(f"recipe.backbone_frozen is {self.backbone_frozen}: it must be from 0 to 1")
         if self.backbone_frozen_stages < 0:
             raise ValueError(f"recipe.backbone_frozen_stages is {self.backbone_frozen_stages}: it must not be negative")
-        if not 0 < self.hard_pixels <= 1:
-            raise ValueError(f"recipe.hard_pixels is {self.hard_pixels}: it must be above 0, and at most 1 (all)")
-        if not 0 <= self.dice < math.inf:
-            raise ValueError(f"recipe.dice is {self.dice}: it must not be negative")
-        if self.dice:
-            require("kornia", "losses", "--recipe.dice")
-        if not self.teacher_weight > 0:
-            raise ValueError(f"recipe.teacher_weight is {self.teacher_weight}: it must be positive")
         if not 0 <= self.class_balance <= 1:
             raise ValueError(f"recipe.class_balance is {self.class_balance}: it must be from 0 (off) to 1")
 

@@ -28,11 +28,9 @@ from routeseg.evaluation.scores import check_class_count
 from routeseg.labels import IGNORE
 from routeseg.model import DynamicRoutingNetwork, Segmentation
 from routeseg.model.backbone import Backbone
-from routeseg.model.compute import PLAIN, enlarged
+from routeseg.model.compute import PLAIN
 from routeseg.training.batch_norm import Mode
 from routeseg.training.calibration import check_enough_pictures
-from routeseg.training.distillation import Teacher, distillation_loss
-from routeseg.training.losses import dice_loss, hardest
 from routeseg.training.recipe import Recipe
 from routeseg.training.run import Run, RunOptions, RunResult
 from routeseg.training.task import RecipeTask, Validation
@@ -43,8 +41,7 @@ log = logging.getLogger("routeseg")
 
 class SegmentationTask(RecipeTask[Evaluation]):
     """Cross-entropy plus budget (Eq. 10); of a network with exits, the sum of all exits' cross-entropies (whose mean is
-    logged as cross_entropy). `class_weights` [K] weigh the pixels by their classes; None: all count 1. With a `teacher`
-    the loss gains what distillation.py says; hard pixels and Dice: losses.py.
+    logged as cross_entropy). `class_weights` [K] weigh the pixels by their classes; None: all count 1.
 
     With P processes, A batches of each in a step (`accumulate`), N labelled pixels i in all of these batches (the sum
     of their weights), and M_a the mean of the expected costs of the images in the batches a of all processes,
@@ -76,10 +73,9 @@ class SegmentationTask(RecipeTask[Evaluation]):
         crop: tuple[int, int],
         batch_norm: Mode = "own",
         class_weights: np.ndarray | None = None,
-        teacher: Teacher | None = None,
     ) -> None:
         super().__init__(model, recipe, model_cost(model, crop), batch_norm)
-        self.budget, self.teacher = budget, teacher
+        self.budget = budget
         of_label = None
         if class_weights is not None:
             of_label = torch.zeros(IGNORE + 1)
@@ -107,24 +103,13 @@ class SegmentationTask(RecipeTask[Evaluation]):
         """What each pixel of labels [B,H,W] counts in the loss; None: all that have a label count 1."""
         return None if self.of_label is None else self.of_label[labels]
 
-    def loss(
-        self, result: Segmentation, images: Tensor, labels: Tensor, labels_in_step: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, result: Segmentation, labels: Tensor, labels_in_step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         count, (_, world) = self.recipe.accumulate, rank_and_world()
         weight = self.budget.weight_at(self.global_step / self.recipe.iterations)
         compute, weights = self.model.compute or PLAIN, self.weights(labels)
         outputs = (*result.earlier, result.logits)
-        share = self.recipe.hard_pixels
-        if share < 1 or self.recipe.dice or self.teacher is not None:  # these look at every pixel's logits
-            outputs = tuple(enlarged(logits, labels.shape[-2:]) for logits in outputs)
-        sums = []
-        for logits in outputs:
-            counts = weights
-            if share < 1:
-                hard = hardest(logits.float(), labels, share)
-                counts = hard if weights is None else weights * hard
-            sums.append(compute.cross_entropy_sum(logits.float(), labels, counts))
-        cross_entropy = torch.stack(sums).sum() / (share * labels_in_step).clamp(min=1)
+        sums = [compute.cross_entropy_sum(logits.float(), labels, weights) for logits in outputs]
+        cross_entropy = torch.stack(sums).sum() / labels_in_step.clamp(min=1)
         expected = self.cost.expected(result.gates).mean()
         mean = total(expected.detach()) / world
         # M_a: the value of all processes, the gradient of this one's images.
@@ -135,14 +120,6 @@ class SegmentationTask(RecipeTask[Evaluation]):
             "budget_loss": budget / world,
             "expected_cost": expected / self.cost.budgeted / count / world,
         }
-        if self.recipe.dice:
-            dice = torch.stack([dice_loss(logits.float(), labels) for logits in outputs]).sum() / count
-            total_loss = total_loss + self.recipe.dice * dice
-            numbers["dice"] = dice / len(sums) / world
-        if self.teacher is not None:
-            distillation = distillation_loss(outputs, self.teacher(images), labels) / count
-            total_loss = total_loss + self.recipe.teacher_weight * distillation
-            numbers["distillation"] = distillation / len(sums) / world
         return total_loss, {"loss": total_loss / world, **numbers}
 
     def validate(self, batches: Iterable[dict[str, Any]]) -> Validation[Evaluation]:
@@ -185,7 +162,6 @@ def train(
             "a network without gates cannot keep a budget: set --budget.weight 0, or --model.gate soft to give it gates"
         )
     check_class_count(model.config.num_classes)
-    teacher = None if recipe.teacher is None else Teacher(recipe.teacher, model)
     run = Run.begin(model, recipe, options, data.batch_size, pair(data.crop))
     module = SegmentationDataModule(data, recipe.iterations, recipe.seed, run.first_step, recipe.accumulate)
     if model.exits is not None:
@@ -197,7 +173,7 @@ def train(
                 len(module.val_data),
             )
     weights = class_weights(module.train_data, recipe.class_balance) if recipe.class_balance else None
-    task = SegmentationTask(model, recipe, budget, pair(data.crop), run.batch_norm, weights, teacher)
+    task = SegmentationTask(model, recipe, budget, pair(data.crop), run.batch_norm, weights)
     progress = options.output / PROGRESS_FILE if options.progress else None
     task.watch = Watch(module.val_data, recipe.iterations, model.config, progress)
     result = run.fit(task, module)

@@ -106,9 +106,7 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
         """How many labels the loss is a mean over; a scalar on the device."""
 
     @abstractmethod
-    def loss(
-        self, result: Any, images: Tensor, labels: Tensor, labels_in_step: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, result: Any, labels: Tensor, labels_in_step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and numbers of `Part`, from what the network gave for the images of one batch.
 
         `labels_in_step` is `count` over all batches of the step, of all processes.
@@ -180,7 +178,7 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
         """The loss of one batch of a step: images [B,3,H,W] and their labels."""
         images_last = images.contiguous(memory_format=torch.channels_last)
         result = self.model(images_last, drop_path=self.drop_path, coarse=True)
-        loss, numbers = self.loss(result, images, labels, labels_in_step)
+        loss, numbers = self.loss(result, labels, labels_in_step)
         return Part(loss, {name: value.detach() for name, value in numbers.items()}, result.gates.detach())
 
     def _seed(self, rank: int, part: int) -> None:
