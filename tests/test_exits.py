@@ -2,7 +2,9 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,9 +23,10 @@ from routeseg.engine.folding import FoldedForward
 from routeseg.engine.profiling import profile
 from routeseg.evaluation import evaluate
 from routeseg.evaluation.choice import AllExits, mean_iou
+from routeseg.model.choice import LossChoice, ridge
 from routeseg.model.exits import TABLE
 from routeseg.model.request import Request, exit_of
-from routeseg.training.calibration import calibrate, choose, price_table, ridge
+from routeseg.training.calibration import calibrate, choose, price_table
 from routeseg.training.callbacks import ValidateAndSave
 from routeseg.training.fused import Fused
 from routeseg.training.recipe import Recipe
@@ -193,7 +196,7 @@ class TestNetwork:
     @needs_kernels
     @pytest.mark.parametrize("part", ["glance", "features", "weight", "classes"])
     def test_kernels_refuse_what_they_cannot_glance_at(self, model, images, part):
-        forward, request = CompiledForward(model, torch.float32), Request.of(model.config, 1, budget=0.6)
+        forward, request = CompiledForward(model, torch.float32), model.request(1, budget=0.6)
         forward(images[:1], request)
         exit = forward._packed.network.exit[0]
         if part == "classes":  # fewer scores than classes
@@ -239,7 +242,7 @@ class TestNetwork:
                 assert torch.equal(half.model.exits.state_dict()[name], values)
         same = []
         for budget in budgets(model):
-            result = half(images, Request.of(model.config, len(images), budget=budget))
+            result = half(images, model.request(len(images), budget=budget))
             expected = forward(images, budget=budget)
             assert result.logits.dtype == result.gates.dtype == torch.float32
             for number, gates in enumerate(result.gates):
@@ -296,7 +299,7 @@ class TestNetwork:
         """The share of each class, near that of the whole logits, and the entropy where it is."""
         model.exits.decoders[2].glance = lambda maps: logits
         logits = torch.tensor([[[[0.0, 9.0]], [[0.0, -9.0]]]])
-        share, entropy = model.exits.glance(2, [])[0].split(2)
+        share, entropy = model.exits.see(2, [])[0].split(2)
         sure = torch.tensor([9.0, -9.0]).softmax(0)
         assert torch.allclose(share, (torch.tensor([0.5, 0.5]) + sure) / 2)
         rest = -(sure * sure.log()).sum()
@@ -304,9 +307,17 @@ class TestNetwork:
         del model.exits.decoders[2].glance
         with torch.no_grad():
             result, kept = model.all_exits(images)
-            seen = model.exits.glance(2, kept[2])[:, :10]
+            seen = model.exits.see(2, kept[2])[:, :10]
         whole = result.earlier[2].softmax(1).mean((2, 3))
         assert np.corrcoef(seen.flatten(), whole.flatten())[0, 1] > 0.9
+
+
+def predicting(exits: int) -> SimpleNamespace:
+    """So many exits and the last one, whose rule sees the losses themselves."""
+    choice = LossChoice(replace(network().config, exits=range(exits)))
+    for exit in range(exits):
+        choice[exit] = torch.nn.Identity()
+    return SimpleNamespace(gates=choice)
 
 
 class TestCalibration:
@@ -320,19 +331,16 @@ class TestCalibration:
         assert np.abs(found).max() < 0.05 and (found[:, 4] == 0).all()
 
     def test_a_picture_leaves_where_nothing_later_is_worth_its_price(self):
-        predicted = [np.array([[3.0, 2.0, 1.0], [1.0, 1.0, 1.0]]), np.array([[2.0, 1.0], [1.0, 0.5]])]
-        costs = np.array([0.2, 0.5, 1.0])
-        assert choose(predicted, costs, 0.0).tolist() == [2, 0]
-        assert choose(predicted, costs, 1.5).tolist() == [2, 0] and choose(predicted, costs, 3.0).tolist() == [1, 0]
-        assert choose(predicted, costs, 100.0).tolist() == [0, 0] and choose(predicted, costs, -100.0).tolist() == [
-            2,
-            2,
-        ]
+        predicted = [torch.tensor([[3.0, 2.0, 1.0], [1.0, 1.0, 1.0]]), torch.tensor([[2.0, 1.0], [1.0, 0.5]])]
+        costs, exits = np.array([0.2, 0.5, 1.0]), predicting(2)
+        for price, at in ((0.0, [2, 0]), (1.5, [2, 0]), (3.0, [1, 0]), (100.0, [0, 0]), (-100.0, [2, 2])):
+            assert choose(exits, predicted, costs, price).tolist() == at
 
     def test_the_table_goes_from_the_dearest_to_the_cheapest(self):
         rng = np.random.default_rng(0)
         losses = rng.normal(size=(200, 3)) * 0.1 + (0.9, 0.6, 0.5)
-        prices, frequencies = price_table([losses, losses[:, 1:]], np.array([0.2, 0.5, 1.0]))
+        predicted, costs, exits = list(map(torch.from_numpy, (losses, losses[:, 1:]))), np.array([0.2, 0.5, 1.0]), predicting(2)
+        prices, frequencies = price_table(lambda price: choose(exits, predicted, costs, price), costs)
         assert prices.shape == (TABLE,) and (np.diff(prices) >= 0).all()
         assert np.allclose(frequencies.sum(1), 1) and frequencies[0, 2] == 1 and frequencies[-1, 0] == 1
         means = frequencies @ (0.2, 0.5, 1.0)
@@ -421,8 +429,8 @@ class TestAsked:
         """The share that costs so many MACs in the mean, at each size of image."""
         for size in (SIZE, (128, 160)):
             full = model_cost(model, size).full
-            share = Asked.parse(f"{0.7 * full / 1e6}MMACs").share(model, size)
-            assert share == pytest.approx(0.7, abs=0.01)
+            price = Asked.parse(f"{0.7 * full / 1e6}MMACs").price(model, size)
+            assert model.exits.share_at(price) == pytest.approx(0.7, abs=0.01)
 
     def test_milliseconds_of_a_machine_of_another_speed(self, model, tmp_path):
         """Twice the time of everything, and the same share for twice the milliseconds; the cheapest and the dearest
@@ -436,18 +444,19 @@ class TestAsked:
         ms = table.of_exits(model.config)
         middle = (min(ms) + max(ms)) / 2
         shares = [
-            Asked.parse(f"{factor * middle}ms", one, "t.json").share(model, SIZE)
+            model.exits.share_at(Asked.parse(f"{factor * middle}ms", one, "t.json").price(model, SIZE))
             for factor, one in ((1, table), (2, slower))
         ]
         assert shares[0] == pytest.approx(shares[1]) and model.exits.costs[0] < shares[0] < 1
-        assert Asked.parse(f"{2 * max(ms)}ms", table).share(model, SIZE) == 1, "more than it can spend"
+        most = Asked.parse(f"{2 * max(ms)}ms", table).price(model, SIZE)
+        assert model.exits.share_at(most) == 1, "more than it can spend"
         with pytest.raises(ValueError, match="ms cannot be kept"):
-            Asked.parse(f"{min(ms) / 2}ms", table).share(model, SIZE)
+            Asked.parse(f"{min(ms) / 2}ms", table).price(model, SIZE)
         half = LatencyTable(table.size, "cpu", "bfloat16", table.network, table.fixed_ms, table.part_ms)
         with pytest.raises(ValueError, match="is for bfloat16, the network runs in float32"):
             Budgeted(SkipEngine(model), model, Asked.parse("9ms", half, "t.json"))
         with pytest.raises(ValueError, match="is for images of"):
-            Asked.parse("1ms", table, "t.json").share(model, (128, 128))
+            Asked.parse("1ms", table, "t.json").price(model, (128, 128))
 
     def test_milliseconds_of_decisions(self, model, tmp_path):
         """An image that leaves at an exit has decided there and before; at the last one nothing is to decide."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from routeseg.architectures import architecture
 from routeseg.labels import Colour, default_palette
-from routeseg.registry import BACKBONES, GATES, OPERATIONS
+from routeseg.registry import BACKBONES, CHOICES, GATES, OPERATIONS
 from routeseg.space import DOWN, MAX_DEPTH, MAX_EDGES, Route, RoutingSpace, brief
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -23,6 +23,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 NO_GATE = "fixed"
 # Far beyond any real network: what is larger is a mistake, and asks for more memory than there is.
 MAX_CHANNELS, MAX_CLASSES, MAX_OPERATIONS = 1024, 1 << 15, 8
+LEAST_PLACE, MAX_PLACE = 16, 1024  # pixels
 MAX_NAME = 256  # characters of a class name
 MAX_PIXEL, MIN_STD = 1e6, 1e-6  # of the input normalisation
 NamedEdge = tuple[int, int, str]
@@ -45,6 +46,10 @@ class NetworkConfig:
                      `architectures.DRAWN`, or its edges (layer, scale, "up" | "keep" | "down"). Needs gate "fixed"
     exits            layers behind which an image may leave the grid, for a network of any budget (model/exits.py): all
                      that lies behind them is closed then. The last layer is one of them in any case. Needs gate "fixed"
+    choice           a name in registry.CHOICES, what decides at the exits (model/choice.py): loss, or entropy; by default
+                     loss for whole images, entropy for places
+    place            side of the squares of an image that leave by themselves (model/places.py), in pixels; a multiple of the
+                     coarsest stride, and of 16. None: images leave as wholes
     backbone         a name in registry.BACKBONES: a pretrained network in the stem's place, whose stages run beside the
                      paths down the diagonal (model/backbone.py); stem_channels means nothing then
     zeros_arrive     closed paths send zeros that arrive, as in the authors' networks (`space.step`): those need it
@@ -65,6 +70,8 @@ class NetworkConfig:
     small_gate: bool = False
     route: str | Sequence[NamedEdge] | None = None
     exits: Sequence[int] | None = None
+    choice: str | None = None
+    place: int | None = None
     backbone: str | None = None
     zeros_arrive: bool = False
     class_names: Sequence[str] = ()
@@ -92,6 +99,7 @@ class NetworkConfig:
             raise ValueError(f"gate is {brief(self.gate)}: choose one of {', '.join((*GATES, NO_GATE))}")
         self._set("route", _route(space, self.gate, self.route))
         self._set("exits", _exits(space, self.gate, self.whole_route, self.exits))
+        self._check_choice()
         if self.backbone is not None and (not isinstance(self.backbone, str) or self.backbone not in BACKBONES):
             raise ValueError(
                 f"backbone is {brief(self.backbone)}: choose one of {', '.join(BACKBONES)}, or leave it out"
@@ -108,6 +116,21 @@ class NetworkConfig:
         self._set("pixel_std", _three_numbers("pixel_std", self.pixel_std))
         if min(self.pixel_std) < MIN_STD:
             raise ValueError(f"pixel_std is {list(self.pixel_std)}: its numbers must be at least {MIN_STD:g}")
+
+    def _check_choice(self) -> None:
+        place, least = self.place, max(self.space.stride, LEAST_PLACE)
+        if self.exits is None:
+            for name in ("choice", "place"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} is {brief(getattr(self, name))}, but there are no exits: give their layers")
+            return
+        if place is not None and (
+            isinstance(place, bool) or not isinstance(place, int) or not 0 < place <= MAX_PLACE or place % least
+        ):
+            raise ValueError(f"place is {brief(place)}: it must be a multiple of {least} up to {MAX_PLACE}")
+        self._set("choice", self.choice or ("loss" if place is None else "entropy"))
+        if not isinstance(self.choice, str) or self.choice not in CHOICES:
+            raise ValueError(f"choice is {brief(self.choice)}: choose one of {', '.join(CHOICES)}")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

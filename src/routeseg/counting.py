@@ -141,6 +141,7 @@ class PartMacs:
     gate         by scale, then by the number of directions (less one), for a node that something arrives at
     transform    by scale, then direction, for an open path
     stages       of a backbone: what the paths down the diagonal, from (0,0) on, cost beside their transforms
+    decision     at an exit, for whoever decides there
     """
 
     stem: Macs
@@ -149,6 +150,7 @@ class PartMacs:
     gate: tuple[tuple[Macs, ...], ...]
     transform: tuple[tuple[Macs, ...], ...]
     stages: tuple[Macs, ...] = ()
+    decision: Macs = NOTHING
 
     def as_json(self) -> dict[str, Any]:
         """The parts as JSON has them."""
@@ -178,6 +180,7 @@ class PartMacs:
                 tuple(parts(row, 3) for row in listed(data["gate"], num_scales)),
                 tuple(parts(row, 3) for row in listed(data["transform"], num_scales)),
                 parts(data.get("stages", ()), len(data.get("stages", ()))),
+                Macs.from_json(data.get("decision", ())),
             )
         except (KeyError, TypeError) as error:
             raise ValueError("costs of its parts are missing") from error

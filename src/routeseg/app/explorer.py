@@ -311,7 +311,8 @@ class Explorer:
         costs = self._exit_costs(picture, unit)
         if value >= costs[-1]:
             return 1.0
-        return min(1.0, self.model.exits.share_for(max(value, costs[0]), costs, f" {unit}"))
+        exits = self.model.exits
+        return min(1.0, exits.share_at(float(exits.price_of(np.array(max(value, costs[0])), costs, f" {unit}"))))
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ ROUTES = 50
 REPEATS = 11  # with 5, the median of a route was off by 6 % on a restless machine
 GLANCE = "glance_ms"  # of the facts: what the decision at an exit takes
 # Fields that the time does not depend on; decisions at exits are timed for themselves.
-UNTIMED = ("gate", "exits", "class_names", "palette", "pixel_mean", "pixel_std")
+UNTIMED = ("gate", "exits", "choice", "place", "class_names", "palette", "pixel_mean", "pixel_std")
 
 
 @dataclass(frozen=True)

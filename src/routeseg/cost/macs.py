@@ -34,6 +34,8 @@ class CostTable:
     cell [L+1,S]    paid by every node with an open path
     edge [L+1,S,3]  paid by every open path
     zeros_arrive    zeros of closed paths arrive, too (`space.step`)
+    exits [K]       cost of an image that leaves at an exit by its own choice: the route as far as there, and the decisions
+                    on the way; None without exits
     """
 
     space: RoutingSpace
@@ -43,6 +45,7 @@ class CostTable:
     cell: np.ndarray
     edge: np.ndarray
     zeros_arrive: bool = False
+    exits: np.ndarray | None = None
 
     @property
     def full(self) -> float:
@@ -66,6 +69,14 @@ class CostTable:
             + (open_edges.any(-1) * self.cell).sum((-1, -2))
             + (open_edges * self.edge).sum((-1, -2, -3))
         )
+
+    def of_result(self, gates: Tensor | np.ndarray, exits: Tensor | np.ndarray | None) -> np.ndarray:
+        """Real cost of images from what a forward returns, MACs, float64 [B]: gates [B,L+1,S,3] and, if places have left by
+        themselves, where: [B,hb,wb]. Each place pays its share of the image."""
+        if exits is None:
+            return self.of_gates(gates)
+        assert self.exits is not None
+        return self.exits[np.asarray(exits)].mean((-1, -2))
 
     def of_route(self, route: Route, count_gates: bool = False) -> float:
         """Cost of a fixed route in MACs. Its gates need not run, so they are counted only if asked: then those of every
@@ -114,7 +125,7 @@ def model_cost(
     for scale, part in enumerate(macs.stages):  # a backbone's stage runs with the path down beside it
         edge[scale, scale, DOWN] += part.count(size, unit)
     there = config.whole_route.to_gates() > 0
-    return CostTable(
+    table = CostTable(
         space,
         macs.stem.count(size, unit),
         macs.head.count(size, unit),
@@ -123,12 +134,19 @@ def model_cost(
         edge * there,
         config.zeros_arrive,
     )
+    if config.exits is None:
+        return table
+    routes = [table.of_route(route) for route in config.exit_routes]
+    decisions = np.minimum(np.arange(1, len(routes) + 1), len(routes) - 1) * macs.decision.count(size, unit)
+    return replace(table, exits=np.array(routes) + decisions)
 
 
 def exit_costs(network: RoutedNetwork, image_size: tuple[int, int]) -> np.ndarray:
-    """MACs of a network with exits as far as each of them, float64 [K]; the last one is the full network's."""
+    """MACs of a network with exits for an image that leaves at each of them, float64 [K]. Of a network whose places
+    decide the last is more than the full network's (`CostTable.exits`)."""
     table = model_cost(network, image_size)
-    return np.array([table.of_route(route) for route in network.config.exit_routes])
+    assert table.exits is not None
+    return table.exits
 
 
 def _segmenter_macs(config: NetworkConfig) -> PartMacs:

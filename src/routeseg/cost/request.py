@@ -1,7 +1,7 @@
 """A budget as users name it: a share of the full network (40%, 0.4), MACs (0.5GMACs) or milliseconds (25ms).
 
-A network with exits (model/exits.py) is asked for a share; `Asked.share` is the one that keeps a budget at an image
-size. No torch here.
+A network with exits (model/exits.py) knows prices; `Asked.price` is the one that keeps a budget at an image size. No
+torch here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from routeseg.cost.latency import LatencyTable
 from routeseg.cost.macs import exit_costs
@@ -60,15 +62,15 @@ class Asked:
             raise ValueError(f"--budget is {text!r}, more than the full network: {FORMS}")
         return cls(value, "macs" if unit.endswith("MACS") else "share")
 
-    def share(self, network: RoutedNetwork, size: tuple[int, int]) -> float:
-        """The share of the full network's MACs that keeps the budget for images (height, width).
+    def price(self, network: RoutedNetwork, size: tuple[int, int]) -> float:
+        """The price that keeps the budget for images (height, width).
 
         Raises BudgetNotKept for a budget that cannot be kept at this size, or that no table tells, and ValueError for a
         network without exits or calibration.
         """
         exits = check_exits(network)
         if self.unit == "share":
-            return self.value
+            return float(exits.price_of(np.array(self.value)))
         if self.unit == "ms":
             assert self.latency is not None
             try:
@@ -76,9 +78,9 @@ class Asked:
             except ValueError as error:
                 raise BudgetNotKept(str(error)) from error
             costs = self.latency.of_exits(network.config)
-            return exits.share_for(self.value, costs, " ms")
+            return float(exits.price_of(np.array(self.value), costs, " ms"))
         costs = exit_costs(network, size) / MMACS
-        return exits.share_for(self.value / MMACS, costs, " MMACs")
+        return float(exits.price_of(np.array(self.value / MMACS), costs, " MMACs"))
 
 
 def check_exits(network: RoutedNetwork) -> Exits:

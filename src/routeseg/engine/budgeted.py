@@ -40,13 +40,13 @@ class Budgeted(_Asked):
                 f"{asked.file} is for {asked.latency.precision}, the network runs in {self.precision}: measure it with "
                 f"`routeseg profile --precision {self.precision}`, or choose --precision {asked.latency.precision}"
             )
-        self._shares: dict[tuple[int, int], float] = {}
+        self._prices: dict[tuple[int, int], float] = {}
 
     def __call__(self, images: Tensor, **how: Any) -> Any:
         size = (images.shape[-2], images.shape[-1])
-        if size not in self._shares:
-            self._shares[size] = self.asked.share(self.model, size)
-        return self.forward(images, budget=self._shares[size], **how)
+        if size not in self._prices:
+            self._prices[size] = self.asked.price(self.model, size)
+        return self.forward(images, price=self._prices[size], **how)
 
 
 class Steered(_Asked):

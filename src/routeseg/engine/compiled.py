@@ -8,7 +8,6 @@ Legend: C channels, padded with zeros to whole vectors; L depth, S scales.
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import logging
 import math
@@ -31,7 +30,8 @@ from routeseg.model import Segmentation
 from routeseg.model.backbone import Backbone, EfficientNetLite0, FrozenNormConv, InvertedResidual
 from routeseg.model.cell import Cell, RoutingNode
 from routeseg.model.decoder import Decoder
-from routeseg.model.exits import ExitGate, Exits
+from routeseg.model.choice import LossChoice, LossGate
+from routeseg.model.exits import Exits
 from routeseg.model.gate import Gate, SoftGate, SoftmaxGate
 from routeseg.model.grid import RoutedNetwork
 from routeseg.model.layers import BatchNorm, InputNorm, Stem, Subsample, Transform, Upsample
@@ -46,7 +46,7 @@ STEPS = ("gather", "gate", "cell", "up", "down", "stage")  # of a node: each can
 # The only layers that the kernels compute, by their exact type: a subclass may do something else.
 LAYERS = (
     *(InputNorm, Stem, RoutingNode, Cell, SepConv3x3, SepConv5x5, Identity, SoftGate, SoftmaxGate),
-    *(Transform, Upsample, Subsample, Decoder, Exits, ExitGate),
+    *(Transform, Upsample, Subsample, Decoder, Exits, LossChoice, LossGate),
     *(EfficientNetLite0, InvertedResidual, FrozenNormConv, nn.BatchNorm2d, nn.ReLU6, nn.ZeroPad2d),
     *(nn.Conv2d, BatchNorm, nn.SyncBatchNorm, nn.ReLU, nn.Identity, nn.Linear),
     *(nn.Sequential, nn.ModuleDict, nn.ModuleList),
@@ -191,8 +191,8 @@ class CompiledForward:
         self.config, self.space = model.config, model.space
         self._forward = getattr(library, f"routeseg_forward_{_name(dtype)}")
         self._packed = _Packed(fold_batch_norm(model), dtype, library.routeseg_vector(), library.routeseg_panel())
-        self._exits = copy.deepcopy(model.exits)
-        self._last_prices: tuple[Any, np.ndarray | None] = (None, None)
+        exits = model.exits
+        self._costs = None if exits is None or not exits.calibrated else exits.costs.float().numpy().copy()
         self._workspace = library.routeseg_open()
         if self._workspace is None:
             raise MemoryError("not enough memory for an engine")
@@ -231,15 +231,10 @@ class CompiledForward:
 
     def _prices(self, request: Request, images: int) -> np.ndarray | None:
         """Price times cost of each exit for each image, float32 [B,K]; None if the images do not decide."""
-        if self._exits is None or request.exits is not None:
+        if self._costs is None or request.exits is not None:
             return None
-        asked = (images, None if request.budget is None else request.budget.tobytes())
-        known, prices = self._last_prices  # most forwards ask for what the one before asked for
-        if known != asked:
-            price = self._exits.leaving(request, images, training=False).price
-            prices = None if price is None else (price[:, None] * self._exits.costs).numpy()
-            self._last_prices = asked, prices
-        return prices
+        price = np.zeros(1) if request.price is None else request.price
+        return np.broadcast_to(price, images).astype(np.float32)[:, None] * self._costs
 
 
 def raise_failure(library: ctypes.CDLL, status: int, what: str) -> None:
@@ -265,6 +260,8 @@ def _unknown_parts(model: RoutedNetwork, library: ctypes.CDLL) -> Iterator[str]:
             yield f"there is no kernel for the {what} {kind} ({name})"
         if isinstance(layer, nn.Conv2d) and most < max(layer.weight.shape[:2]):
             yield f"the kernels hold {most} channels, {name} has {max(layer.weight.shape[:2])}"
+    if model.exits is not None and not model.exits.gates.kernels:
+        yield f"there is no kernel for the choice {model.config.choice} at exits"
     if len(gates) > 1:
         yield f"the kernels know one kind of gate in a network, this one has {' and '.join(sorted(gates))}"
     if (scales := model.space.num_scales) > (most := library.routeseg_most_scales()):
@@ -436,7 +433,7 @@ class _Packed(Weights):
         packed.depthwise = self.conv([*_layers(block.depthwise), *_layers(block.project)])
         return packed
 
-    def _exit(self, layer: int, decoder: Decoder, gate: ExitGate | None) -> _Exit:
+    def _exit(self, layer: int, decoder: Decoder, gate: LossGate | None) -> _Exit:
         merges, predictor = [self.conv(_layers(merge)) for merge in decoder.merge], [decoder.predictor]
         packed = _Exit(layer, merges=self._convs(merges), predictor=self.conv(predictor, wide=True))
         if gate is not None:
@@ -468,7 +465,7 @@ class _Packed(Weights):
         return packed
 
 
-def _heads(model: RoutedNetwork) -> list[tuple[int, Decoder, ExitGate | None]]:
+def _heads(model: RoutedNetwork) -> list[tuple[int, Decoder, LossGate | None]]:
     """What is at each exit: the layer before it, its decoder and its gate. The last one is the end of the grid."""
     found: list[Any] = [(model.space.depth, model.head, None)]
     if model.exits is not None:

@@ -27,7 +27,7 @@ class FoldedForward:
         self.model = fold_batch_norm(model)
         exact = {self.model.normalize, *(gate.score for gate in self.model.modules() if isinstance(gate, Gate))}
         if self.model.exits is not None:
-            exact |= {self.model.exits, *self.model.exits.gates}
+            exact |= {self.model.exits, *self.model.exits.gates.modules()}
         wide = torch.promote_types(dtype, torch.float32)
         for module in self.model.modules():
             own = wide if module in exact else dtype

@@ -22,7 +22,7 @@ from routeseg.engine.compiled import CompiledForward
 from routeseg.engine.folding import FoldedForward
 from routeseg.model.grid import RoutedNetwork, check_images
 from routeseg.model.network import DynamicRoutingNetwork
-from routeseg.model.request import Activation, Request, Routes, Shares
+from routeseg.model.request import Activation, Routes, Shares
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Backend = Literal["auto", "kernels", "eager"]
@@ -78,14 +78,19 @@ class SkipEngine:
 
     @torch.inference_mode()
     def __call__(
-        self, images: Tensor, route: Routes = None, activation: Activation = "one", budget: Shares = None
+        self,
+        images: Tensor,
+        route: Routes = None,
+        activation: Activation = "one",
+        budget: Shares = None,
+        price: Shares = None,
     ) -> Any:
         """See `RoutedNetwork.forward`. Raises ValueError also for images on another device than the engine, and for
         images on a CPU with NaN or infinity."""
         check_images(images)
         if images.device != self.device:
             raise ValueError(f"the images are on {images.device}, the engine is on {self.device}: move them there")
-        return self.forward(images, Request.of(self.model.config, len(images), route, activation, budget))
+        return self.forward(images, self.model.request(len(images), route, activation, budget, price))
 
 
 def _supported(precision: str, model: RoutedNetwork) -> torch.dtype:

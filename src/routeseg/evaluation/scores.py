@@ -223,8 +223,8 @@ def count_pairs(truth: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
 
 def _costs(result: Averaged, table: Callable[[tuple[int, int]], CostTable]) -> tuple[float, float]:
     """Real cost and full cost of all passes over a picture, each at its own size, MACs."""
-    real = sum(float(table(size).of_gates(gates).sum()) for size, gates in result.passes)
-    return real, sum(table(size).full * len(gates) for size, gates in result.passes)
+    real = sum(one.cost_macs(table(one.size)) for one in result.passes)
+    return real, sum(table(one.size).full * len(one.gates) for one in result.passes)
 
 
 def _check_labels(labels: Tensor, num_classes: int, name: str) -> None:

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from routeseg.cost.macs import CostTable
 from routeseg.evaluation.windows import OVERLAP, starts
 from routeseg.model import Segmentation
 from routeseg.model.decoder import most_likely
@@ -26,17 +28,30 @@ MAX_SCALE = 16
 View = tuple[int, int, bool]  # top and left of a window in the scaled picture, and whether it is mirrored
 
 
+class Passes(NamedTuple):
+    """n passes at one size (h, w): what they opened, [n,L+1,S,3], and where places left, [n,hb,wb], if they did so by
+    themselves."""
+
+    size: tuple[int, int]
+    gates: Tensor
+    exits: Tensor | None = None
+
+    def cost_macs(self, table: CostTable) -> float:
+        """What they cost together, by the table of their size."""
+        return float(table.of_result(self.gates, self.exits).sum())
+
+
 @dataclass(frozen=True)
 class Averaged:
     """What all passes over one picture say together.
 
     scores  [1,K,H,W]: the logits of a single pass over the whole picture as it is; otherwise class probabilities,
             float32, the mean over windows, flips and scales
-    passes  what the network saw, for each scale: the size (h, w), and the gates [n,L+1,S,3] of n passes at that size
+    passes  what the network saw and did, for each scale
     """
 
     scores: Tensor
-    passes: tuple[tuple[tuple[int, int], Tensor], ...]
+    passes: tuple[Passes, ...]
 
     @property
     def labels(self) -> Tensor:
@@ -46,12 +61,12 @@ class Averaged:
     @property
     def gates(self) -> Tensor:
         """The mean activations over the passes, [L+1,S,3]."""
-        return torch.cat([gates for _, gates in self.passes]).mean(dim=0)
+        return torch.cat([one.gates for one in self.passes]).mean(dim=0)
 
     @property
     def count(self) -> int:
         """How often the network ran."""
-        return sum(len(gates) for _, gates in self.passes)
+        return sum(len(one.gates) for one in self.passes)
 
 
 @dataclass(frozen=True)
@@ -104,13 +119,13 @@ class MultiPass:
         height, width = image.shape[-2:]
         if self._is_plain(height, width):
             result = self.forward(image)
-            return Averaged(result.logits, (((height, width), result.gates),))
+            return Averaged(result.logits, (Passes((height, width), result.gates, result.exits),))
         mean: Tensor | None = None
         passes = []
         for factor in self.scales:
             scaled = _resize(image, (round(height * factor), round(width * factor)), factor)
-            probabilities, size, gates = self._at_one_scale(scaled)
-            passes.append((size, gates))
+            probabilities, seen = self._at_one_scale(scaled)
+            passes.append(seen)
             if probabilities.shape[-2:] != (height, width):
                 probabilities = F.interpolate(probabilities, (height, width), mode="bilinear")
             mean = probabilities if mean is None else mean.add_(probabilities)
@@ -122,21 +137,21 @@ class MultiPass:
         whole = self.window is None or (height <= self.window[0] and width <= self.window[1])
         return whole and not self.flip and list(self.scales) == [1.0]
 
-    def _at_one_scale(self, image: Tensor) -> tuple[Tensor, tuple[int, int], Tensor]:
-        """A scaled picture [1,3,h',w'] -> mean probabilities [1,K,h',w'], the size (h, w) of a view, the gates of all
-        views [n,L+1,S,3]."""
+    def _at_one_scale(self, image: Tensor) -> tuple[Tensor, Passes]:
+        """A scaled picture [1,3,h',w'] -> mean probabilities [1,K,h',w'], and all views of it."""
         height, width = image.shape[-2:]
         window = self.window or (height, width)
         h, w = min(window[0], height), min(window[1], width)
         total: Tensor | None = None
         cover = torch.zeros(height, width, device=image.device)
-        gates = []
+        gates, exits = [], []
         all_views = self._views((height, width), (h, w))
         for first in range(0, len(all_views), self.batch):
             views = all_views[first : first + self.batch]
             crops = [_mirror(image[..., top : top + h, left : left + w], flip) for top, left, flip in views]
             result = self.forward(torch.cat(crops))
             gates.append(result.gates)
+            exits.append(result.exits)
             for logits, (top, left, flip) in zip(result.logits, views, strict=True):
                 probabilities = _mirror(logits.float().softmax(dim=0), flip)  # [K,h,w]
                 if total is None:
@@ -144,7 +159,8 @@ class MultiPass:
                 total[0, :, top : top + h, left : left + w] += probabilities
                 cover[top : top + h, left : left + w] += 1
         assert total is not None
-        return total.div_(cover), (h, w), torch.cat(gates)
+        left = None if any(one is None for one in exits) else torch.cat(exits)
+        return total.div_(cover), Passes((h, w), torch.cat(gates), left)
 
     def _views(self, size: tuple[int, int], window: tuple[int, int]) -> list[View]:
         tops, lefts = (starts(side, part, self.overlap) for side, part in zip(size, window, strict=True))

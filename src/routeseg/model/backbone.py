@@ -28,6 +28,7 @@ from routeseg.counting import Macs
 from routeseg.errors import NotExportable, how_to_install
 from routeseg.model.graph import Graph
 from routeseg.model.layers import conv_norm, running_statistics
+from routeseg.model.places import Running
 from routeseg.space import STEM_STRIDE
 
 
@@ -61,6 +62,14 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images [B,3,H,W] -> the features of the first stage, not yet projected."""
         return self.stages[0](images)
+
+    def run(self, s: int, features: Tensor, running: Running | None = None) -> Tensor:
+        """Stage s, of the features of the stage before; `running` tells which pixels run (model/places.py)."""
+        if running is None:
+            return self.stages[s](features)
+        for part in self.stages[s].children():
+            features = part(features, running) if isinstance(part, InvertedResidual) else part(features)
+        return features
 
     def train(self, mode: bool = True) -> Backbone:
         """The stages stay in eval mode, so that their BatchNorm keeps its statistics."""
@@ -135,10 +144,13 @@ class InvertedResidual(nn.Module):
         self.expand = FrozenNormConv(inputs, hidden) if expand > 1 else nn.Identity()
         self.depthwise = FrozenNormConv(hidden, hidden, kernel, stride, groups=hidden)
         self.project = FrozenNormConv(hidden, outputs, relu=False)
-        self.residual = stride == 1 and inputs == outputs
+        self.residual, self.reach = stride == 1 and inputs == outputs, kernel // 2
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.project(self.depthwise(self.expand(x)))
+    def forward(self, x: Tensor, running: Running | None = None) -> Tensor:
+        hidden = self.expand(x)
+        if running is not None:
+            hidden = running.filled(hidden, self.reach)
+        out = self.project(self.depthwise(hidden))
         return out + x if self.residual else out
 
 

@@ -6,6 +6,7 @@ Legend: B images, C channels, h, w the size of a feature map; alpha [B,3] activa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from routeseg.model.gate import Gate
 from routeseg.model.layers import Transform
 from routeseg.model.operations import Operation
+from routeseg.model.places import Running
 from routeseg.registry import GATES, OPERATIONS
 from routeseg.space import DIRECTIONS
 
@@ -28,12 +30,13 @@ class Cell(nn.ModuleDict):
         """The operations by name."""
         return dict(self.items())  # type: ignore[arg-type]  # which ModuleDict takes for any modules
 
-    def forward(self, features: Tensor, drop_path: float = 0.0) -> Tensor:
+    def forward(self, features: Tensor, drop_path: float = 0.0, running: Running | None = None) -> Tensor:
         """With `drop_path` each operation but identity is dropped per image with this probability, and the others are
-        divided by the keep probability (scheduled drop path; training only)."""
+        divided by the keep probability (scheduled drop path; training only). `running` tells which pixels run; None: all.
+        """
         total: Tensor | None = None
         for operation in self.operations.values():
-            out = operation(features)
+            out = operation(features) if running is None else operation.among(features, running)
             if drop_path > 0 and operation.droppable:
                 keep = torch.rand(len(out), 1, 1, 1, device=out.device) >= drop_path
                 out = out * (keep / (1.0 - drop_path)).to(out.dtype)
@@ -68,6 +71,6 @@ class RoutingNode(nn.Module):
         all_of_them[:, self.directions] = alpha
         return all_of_them
 
-    def transform(self, direction: int, features: Tensor) -> Tensor:
+    def transform(self, direction: int, features: Tensor, running: Running | None = None) -> Tensor:
         """T_j(H) of Eq. 5."""
-        return self.transforms[DIRECTIONS[direction]](features)
+        return cast(Transform, self.transforms[DIRECTIONS[direction]])(features, running)

@@ -20,6 +20,7 @@ from routeseg.labels import IGNORE
 from routeseg.model.cell import RoutingNode
 from routeseg.model.head import Head
 from routeseg.model.layers import upsample
+from routeseg.model.places import Running
 from routeseg.space import STEM_STRIDE
 
 
@@ -42,13 +43,15 @@ class Compute:
         """`RoutingNode.activations`: [B,3]."""
         return node.activations(features)
 
-    def cell(self, node: RoutingNode, features: Any, drop_path: float) -> Any:
-        """Eq. 1: the features that the node's cell makes."""
-        return node.cell(features, drop_path)
+    def cell(self, node: RoutingNode, features: Any, drop_path: float, running: Running | None = None) -> Any:
+        """Eq. 1: the features that the node's cell makes, where pixels run; None: everywhere."""
+        return node.cell(features, drop_path, running)
 
-    def send(self, node: RoutingNode, direction: int, hidden: Any, alpha: Tensor | None) -> Any:
+    def send(
+        self, node: RoutingNode, direction: int, hidden: Any, alpha: Tensor | None, running: Running | None = None
+    ) -> Any:
         """Eq. 5: what leaves a node in a direction, each image times its activation; None: 1 for all."""
-        out = node.transform(direction, hidden)
+        out = node.transform(direction, hidden, running)
         return out if alpha is None else each(alpha).to(out.dtype) * out
 
     def skip(self, features: Any, images: Tensor | None) -> Any:
@@ -62,6 +65,14 @@ class Compute:
             total = total + one
         return total
 
+    def map(self, features: Any) -> Tensor:
+        """Features as a map [B,C,h,w], without a gradient."""
+        return features
+
+    def kept(self, new: Any, before: Any, running: Running) -> Any:
+        """`Running.kept`, of features; None where nothing arrived."""
+        return running.kept(new, before)
+
     def take(self, features: Any, rows: Tensor) -> Any:
         """The features of some of the images."""
         return take(features, rows)
@@ -70,12 +81,14 @@ class Compute:
         """What is sent by some images, as one of so many images whose `rows` they are; of the others nothing comes."""
         return spread(arrival, rows, images)
 
-    def head(self, head: Head, features: Sequence[Any], coarse: bool = False) -> Any:
-        """The output of the head, from the features of every scale; None where nothing arrived at a scale.
+    def head(
+        self, head: Head, features: Sequence[Any], coarse: bool = False, running: Running | None = None
+    ) -> Any:
+        """The output of the head, from the features of every scale.
 
-        coarse  the logits of a decoder may stay at 1 / STEM_STRIDE of the padded images' size
+        coarse  as it is before it is enlarged (`Head.coarse`), where pixels run
         """
-        return head(features)
+        return head.coarse(features, running) if coarse else head(features)
 
     def cross_entropy_sum(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """The sum of the cross-entropies of logits [B,K,H,W] and labels [B,H,W], over the pixels that have a label;

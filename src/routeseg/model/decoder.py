@@ -18,11 +18,10 @@ from routeseg import counting
 from routeseg.config import NetworkConfig
 from routeseg.counting import DECODER, Macs, each
 from routeseg.model.graph import Graph
-from routeseg.model.head import Head
+from routeseg.model.head import GLANCE, Head
 from routeseg.model.layers import conv_norm, upsample, widened
+from routeseg.model.places import Running
 from routeseg.space import STEM_STRIDE
-
-GLANCE = 4  # by which a glance shrinks both sides of the features
 
 Vector = np.ndarray  # one value per channel, float64 [C]: a map that is the same everywhere
 
@@ -35,11 +34,13 @@ class Segmentation:
     gates   [B,L+1,S,3] in [0,1] (those of soft gates are below 1): exactly 0 on illegal edges, closed paths and nodes
             that nothing reached. `routeseg.model_cost` turns them into MACs, `Route.from_gates` into a route.
     earlier in training, of a network with exits: the logits of each exit before the last
+    exits   where places have decided: the exit at which each of them left, int64 [B,H/b,W/b] (rounded up); else None
     """
 
     logits: Tensor
     gates: Tensor
     earlier: tuple[Tensor, ...] = ()
+    exits: Tensor | None = None
 
     @property
     def labels(self) -> Tensor:
@@ -70,32 +71,35 @@ class Decoder(Head):
         nn.init.normal_(self.predictor.weight, std=0.01)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        running: Tensor | None = None
-        for scale in reversed(range(len(self.merge))):
-            x = features[scale] if running is None else features[scale] + running
-            running = self.merge[scale](x)
-            if scale > 0:
-                running = upsample(running)
-        scores = self.predictor(running)
+        scores = self.coarse(features)
         return upsample(scores if self.training else widened(scores), STEM_STRIDE)  # classes are told apart in float32
 
-    def glance(self, features: Sequence[Tensor | None]) -> Tensor:
-        """Rough logits [B,K,h,w], of features by scale that are shrunk by the factor GLANCE: `forward` on small maps.
+    def coarse(self, features: Sequence[Tensor], running: Running | None = None) -> Tensor:
+        total: Tensor | None = None
+        for scale in reversed(range(len(self.merge))):
+            x = features[scale] if total is None else features[scale] + total
+            total = self.merge[scale](x)
+            if scale > 0:
+                total = upsample(total if running is None else running.filled(total))
+        assert total is not None
+        return self.predictor(total if running is None else running.filled(total))
 
-        features  as `forward` reads them; None, or missing at the end, where nothing arrives
-        """
+    def glance(self, features: Sequence[Tensor | None], even: bool = False) -> Tensor:
         scale, some = next((s, map) for s, map in enumerate(features) if map is not None)
         height, width = (side << scale for side in some.shape[-2:])
         running: Tensor | None = None
         for scale in reversed(range(len(self.merge))):
             map = features[scale] if scale < len(features) else None
+            factor = max(GLANCE >> scale, 1) if even else GLANCE
             if map is None:
-                sides = [-(-(side >> scale) // GLANCE) for side in (height, width)]
+                sides = [-(-(side >> scale) // factor) for side in (height, width)]
                 x = some.new_zeros(len(some), self.channels[scale], *sides)
             else:  # what lies beyond the edge does not count
-                x = F.avg_pool2d(map, GLANCE, ceil_mode=True, count_include_pad=False)
+                x = F.avg_pool2d(map, factor, ceil_mode=True, count_include_pad=False)
             if running is not None:
-                x = x + F.interpolate(running, scale_factor=2.0)[..., : x.shape[-2], : x.shape[-1]]
+                sides = x.shape[-2:]
+                larger = running if running.shape[-2:] == sides else F.interpolate(running, scale_factor=2.0)
+                x = x + larger[..., : sides[0], : sides[1]]
             running = self.merge[scale](x)
         assert running is not None
         return F.conv2d(running, self.glance_weight, self.predictor.bias)
@@ -108,6 +112,14 @@ class Decoder(Head):
 
     def result(self, output: Tensor, gates: Tensor, size: tuple[int, int]) -> Segmentation:
         return Segmentation(output[..., : size[0], : size[1]], gates)
+
+    @classmethod
+    def glance_macs(cls, config: NetworkConfig) -> Macs:
+        total, finest = Macs(), STEM_STRIDE * GLANCE
+        for scale in range(config.num_scales):
+            channels, stride = config.channels(scale), max(STEM_STRIDE * 2**scale, finest)
+            total += counting.conv_norm(channels, channels // 2 if scale else channels, stride, place=DECODER)
+        return total + each("conv", config.base_channels * config.num_classes, finest, DECODER)
 
     @classmethod
     def macs(cls, config: NetworkConfig) -> Macs:

@@ -1,24 +1,21 @@
-"""Exits: one network for any budget. Behind some layers an image may leave the grid. All that lies behind is closed for
+"""Exits: one network for any budget. Behind some layers an image, or a place of it, may leave the grid. All that lies behind is closed for
 it then, so that its features pass to a decoder for free (Eq. 5: no path is open).
 
 Each exit has a decoder of its own. Routes are nested, and in training all images run all layers: what a node computes,
 and its BatchNorm's statistics, do not depend on where others leave.
 
-At an exit the network glances at an image: its decoder, on features a quarter of the size, says which classes are
-there and how sure it is of each. A linear map of that predicts what part of the mIoU the image loses at this exit and
-at each later one. The image goes on if that is worth the price,
+At an exit the network glances at an image: its decoder, on small features, says which classes are there and how sure it
+is. A rule (model/choice.py) lets the image go on if that is worth the price, or each of its places by itself
+(model/places.py). The price is what a budget comes down to: `calibrate` (training/calibration.py) fits the rule, and
+keeps what every price costs, as the share of images or places that leave at each exit.
 
-    leaves at k  <=>  loss_k + price * cost_k <= loss_j + price * cost_j   for all later exits j.
-
-The price is what a budget comes down to: `calibrate` (training/calibration.py) fits the predictions, and keeps what
-every price costs, as the share of images that leave at each exit.
-
-Legend: B images, K exits, F features of a glance, T prices of the table, C classes, h, w the size of a map.
+Legend: B images, K exits, T prices of the table, hb, wb places of an image, h, w the size of a map.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -27,56 +24,50 @@ from torch import Tensor, nn
 
 from routeseg.config import NetworkConfig
 from routeseg.errors import BudgetNotKept
-from routeseg.model.compute import Compute, choose, fill_missing
-from routeseg.model.decoder import Decoder, Segmentation
+from routeseg.model.choice import Choice
+from routeseg.model.compute import Compute, choose, enlarged, fill_missing
+from routeseg.model.decoder import Segmentation
 from routeseg.model.head import Head
+from routeseg.model.layers import widened
+from routeseg.model.places import Running, enlarge
 from routeseg.model.request import Request
-from routeseg.space import walk
+from routeseg.registry import CHOICES
+from routeseg.space import STEM_STRIDE, walk
 
 TABLE = 67  # prices
 TOLERANCE = 1e-3  # by which a budget may be below the cheapest route: what is shown of that is rounded
 
 
-class ExitGate(nn.Module):
-    """What a glance sees [B,F] -> the loss that it predicts at its exit and at each later one, [B,later]."""
-
-    center: Tensor
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, features: int, later: int) -> None:
-        super().__init__()
-        self.register_buffer("center", torch.zeros(features))
-        self.register_buffer("weight", torch.zeros(later, features))
-        self.register_buffer("bias", torch.zeros(later))
-
-    def forward(self, seen: Tensor) -> Tensor:
-        center, weight, bias = (values.float() for values in (self.center, self.weight, self.bias))
-        return nn.functional.linear(seen - center, weight, bias)
-
-
 class Exits(nn.Module):
-    """The exits of a network: decoders and gates of all but the last, whose decoder is the network's head.
+    """The exits of a network: decoders of all but the last, whose decoder is the network's head, and what decides there.
 
     layers       the layers behind which they are
     reached      [K][S]: whether features arrive at each scale of each exit
-    costs        [K] of each route, as a share of the full network's, where the table was made
-    prices       [T], ascending; frequencies [T,K]: the share of images that leave at each exit at this price. All zeros
-                 before a calibration
+    gates        the rule (model/choice.py)
+    costs        [K] of leaving at each exit, as a share of the full network's, where the table was made
+    prices       [T], ascending; frequencies [T,K]: the share of images, or of their places, that leave at each exit at
+                 this price. All zeros before a calibration
+
+    Raises ValueError if places cannot decide by the network's rule.
     """
 
+    gates: Choice
     costs: Tensor
     prices: Tensor
     frequencies: Tensor
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: NetworkConfig, head: type[Head]) -> None:
         super().__init__()
-        assert config.exits is not None
-        self.layers, count = config.exits, len(config.exits)
+        assert config.exits is not None and config.choice is not None
+        self.layers, self.place, self.scales = config.exits, config.place, config.num_scales
+        count = len(self.layers)
         reached = [now.reached for now in walk(config.space, config.whole_route.to_gates())]
         self.reached = [reached[layer] for layer in self.layers]
-        self.decoders = nn.ModuleList(Decoder(config) for _ in self.layers[:-1])
-        self.gates = nn.ModuleList(ExitGate(2 * config.num_classes, count - k) for k in range(count - 1))
+        self.decoders = nn.ModuleList(head(config) for _ in self.layers[:-1])
+        choice = CHOICES[config.choice]
+        if self.place is not None and not choice.by_place:
+            raise ValueError(f"choice is {config.choice}, which is about whole images: choose another, or leave place out")
+        self.gates = choice(config)
         self.register_buffer("costs", torch.zeros(count))
         self.register_buffer("prices", torch.zeros(TABLE))
         self.register_buffer("frequencies", torch.zeros(TABLE, count))
@@ -100,6 +91,7 @@ class Exits(nn.Module):
         """
         if not self.calibrated:
             raise ValueError("the network was not calibrated, so it knows no budget: run `routeseg calibrate`")
+        whole = 1.0 if costs is None else costs[-1]
         costs = self.costs.double().cpu().numpy() if costs is None else costs
         for asked in np.ravel(budget):
             if not asked >= costs[0] * (1 - TOLERANCE):
@@ -109,6 +101,7 @@ class Exits(nn.Module):
                 )
         means, prices = self.frequencies.double().cpu().numpy() @ costs, self.prices.double().cpu().numpy()
         found = np.interp(budget, means[::-1], prices[::-1])
+        found = np.where(np.asarray(budget) >= whole, prices[0], found)  # nobody decides then
         return np.where(np.asarray(budget) <= costs[0] * (1 + TOLERANCE), prices[-1], found)
 
     def share_at(self, price: float) -> float:
@@ -116,42 +109,33 @@ class Exits(nn.Module):
         means = (self.frequencies.double() @ self.costs.double()).cpu().numpy()
         return float(np.interp(price, self.prices.double().cpu().numpy(), means))
 
-    def share_for(self, budget: float, costs: np.ndarray, unit: str) -> float:
-        """The share of the full network that is asked for by a mean cost in another unit; `costs` and `unit`, and what
-        is raised, as for `price_of`."""
-        return self.share_at(float(self.price_of(np.array(budget), costs, unit)))
-
-    def glance(self, exit: int, features: Sequence[Tensor | None]) -> Tensor:
-        """What the decoder of an exit makes of features by scale (`Decoder.glance`): the share of each class, and the
-        entropy where it is: float32 [B,F]."""
-        logits = cast(Decoder, self.decoders[exit]).glance(features).float().flatten(2)
-        share = logits.softmax(1)
-        entropy = -(share * logits.log_softmax(1)).sum(1, keepdim=True)
-        return torch.cat([share.mean(2), (share * entropy).mean(2)], dim=1)
-
-    def expected(self, exit: int, features: Sequence[Tensor | None]) -> Tensor:
-        """The losses that an exit expects of images here and at each later exit, given features by scale: [B,later]."""
-        found: Tensor = self.gates[exit](self.glance(exit, features))
-        return found
+    def see(self, exit: int, features: Sequence[Tensor | None]) -> Tensor:
+        """What decides at an exit, given all features by scale (`Choice.see`)."""
+        there = [map if flag else None for map, flag in zip(features, self.reached[exit], strict=False)]
+        return self.gates.see(cast(Head, self.decoders[exit]), there)
 
     def leaves(self, exit: int, features: Sequence[Tensor | None], price: Tensor) -> Tensor:
-        """Which images leave at this exit, given their features by scale and prices [B]: bool [B]."""
-        total = self.expected(exit, features) + price[:, None] * self.costs[exit:]
-        return total[:, 0] <= total[:, 1:].amin(dim=1)
+        """Who leaves at this exit, given features by scale and prices [B]: bool [B], of places [B,hb,wb]."""
+        seen = self.see(exit, features)
+        return self.gates.leaves(exit, seen, price if self.place is None else price[:, None, None], self.costs)
 
-    def leaving(self, request: Request, images: int, training: bool) -> Leaving:
-        """What happens at the exits in a forward of so many images.
+    def leaving(self, request: Request, images: int, size: tuple[int, int], training: bool) -> Leaving:
+        """What happens at the exits in a forward of so many images of this padded size.
 
         Raises ValueError for a budget that cannot be kept.
         """
+        last = len(self.layers) - 1
         if request.exits is not None:
             return Leaving(self, np.array(np.broadcast_to(request.exits, images)))
-        last = np.full(images, len(self.layers) - 1)
-        if training:
-            return Leaving(self, last, keeps=True)
-        price = np.zeros(1) if request.budget is None else self.price_of(request.budget)
+        price = request.price
+        if price is None:
+            if training:
+                return Leaving(self, np.full(images, last), keeps=True)
+            price = np.zeros(1)
         on_device = torch.from_numpy(np.broadcast_to(price, images).astype(np.float32)).to(self.prices.device)
-        return Leaving(self, last, on_device if self.calibrated else None)
+        if self.place is not None:
+            return LeavingPlaces(self, on_device, size, training)
+        return Leaving(self, np.full(images, last), on_device if self.calibrated else None)
 
     def result(
         self,
@@ -167,6 +151,8 @@ class Exits(nn.Module):
         """The segmentation, from the stem's output and what leaves the grid at each scale; `last` is the decoder of the
         last exit."""
         heads = [*self.decoders, last]
+        if isinstance(leaving, LeavingPlaces):
+            return leaving.result(last, features, gates, size, compute, coarse)
         if leaving.keeps:
             missing = [None] * len(features)
             parts = [fill_missing([*maps, *missing[len(maps) :]], stem) for maps in leaving.kept]
@@ -190,20 +176,30 @@ class Exits(nn.Module):
 class Leaving:
     """A walk through the grid, as it passes the exits: which images leave there.
 
-    at     [B]: the exits at which images leave, at the last unless they decide otherwise
-    price  [B]; None: they do not decide
-    keeps  whether the features of each exit but the last are kept, by scale
+    at       [B]: the exits at which images leave, at the last unless they decide otherwise
+    price    [B]; None: they do not decide
+    keeps    whether the features of each exit but the last are kept, by scale
+    running  which places are still in; None: images leave as wholes
     """
+
+    running: Running | None = None
 
     def __init__(self, exits: Exits, at: np.ndarray, price: Tensor | None = None, keeps: bool = False) -> None:
         self.exits, self.at, self.price, self.keeps = exits, at, price, keeps
         self.kept: list[Sequence[Any]] = []
 
-    def __call__(self, layer: int, maps: Sequence[Any], places: Sequence[np.ndarray], compute: Compute) -> np.ndarray:
-        """Which images [B] have left, once these maps, of images at these places, have come to a layer's nodes."""
-        layers = self.exits.layers
-        exit = int(np.searchsorted(layers, layer)) - 1  # the last one that lies before the layer
-        if exit < 0 or layers[exit] != layer - 1:
+    def exit_before(self, layer: int) -> tuple[int, bool]:
+        """The last exit that lies before a layer, -1 if there is none; and whether it lies right before it."""
+        exit = int(np.searchsorted(self.exits.layers, layer)) - 1
+        return exit, exit >= 0 and self.exits.layers[exit] == layer - 1
+
+    def __call__(
+        self, layer: int, maps: Sequence[Any], there: Sequence[np.ndarray], compute: Compute, stem: Tensor
+    ) -> np.ndarray:
+        """Which images [B] have left, once these maps, of the images that are `there`, have come to a layer's nodes; the
+        stem's output tells the sizes of all maps."""
+        exit, is_here = self.exit_before(layer)
+        if not is_here:
             return self.at <= exit
         if self.keeps:
             self.kept.append(maps)
@@ -211,7 +207,69 @@ class Leaving:
         if self.price is not None and len(here):
             # Not what images that have left bring along at other scales.
             reached = self.exits.reached[exit]
-            seen = [choose(compute, maps[s], places[s], here) if flag else None for s, flag in enumerate(reached)]
+            seen = [choose(compute, maps[s], there[s], here) if flag else None for s, flag in enumerate(reached)]
             price = self.price[torch.from_numpy(here).to(self.price.device)]
             self.at[here[self.exits.leaves(exit, seen, price).cpu().numpy()]] = exit
         return self.at <= exit
+
+
+class LeavingPlaces(Leaving):
+    """The same for places, which decide at each exit; images run as far as one of their places does.
+
+    price    [B]; at 0 or less nobody leaves, and if it is so for all images nobody looks
+    left     int64 [B,hb,wb]: the exit at which each place leaves
+    outputs  what the decoder of each exit but the last made, where somebody left there (in training, all of them)
+    """
+
+    running: Running
+
+    def __init__(self, exits: Exits, price: Tensor, size: tuple[int, int], training: bool) -> None:
+        assert exits.place is not None
+        last, sides = len(exits.layers) - 1, [-(-side // exits.place) for side in size]
+        super().__init__(exits, np.full(len(price), last), price)
+        self.size, self.training, self.looks = size, training, bool((price > 0).any())
+        self.left = torch.full((len(price), *sides), last, device=price.device)
+        self.running = Running(torch.ones_like(self.left, dtype=torch.bool), size, exits.place)
+        self.outputs: list[Any] = []
+
+    def __call__(
+        self, layer: int, maps: Sequence[Any], there: Sequence[np.ndarray], compute: Compute, stem: Tensor
+    ) -> np.ndarray:
+        exit, is_here = self.exit_before(layer)
+        if is_here and exit < len(self.exits.decoders):
+            assert self.price is not None and self.exits.place is not None
+            leaves, running = None, self.running
+            if self.looks and running.flags.any():
+                with torch.no_grad():
+                    seen = [None if one is None else compute.map(one) for one in maps]
+                    leaves = running.flags & (self.price > 0)[:, None, None] & self.exits.leaves(exit, seen, self.price)
+            output = None
+            if self.training or (leaves is not None and leaves.any()):
+                missing = [None] * (self.exits.scales - len(maps))
+                head = cast(Head, self.exits.decoders[exit])
+                output = compute.head(head, fill_missing([*maps, *missing], stem), True, running)
+            self.outputs.append(output)
+            if leaves is not None and leaves.any():
+                self.left[leaves] = exit
+                self.running = Running(running.flags & ~leaves, self.size, self.exits.place)
+        return ~self.running.flags.flatten(1).any(1).cpu().numpy()
+
+    def result(
+        self, last: Head, features: Sequence[Any], gates: Tensor, size: tuple[int, int], compute: Compute, coarse: bool
+    ) -> Segmentation:
+        """The segmentation in which each place has the logits of the exit at which it left; in training the logits of
+        every exit."""
+        if not self.training and not bool(self.running.flags.any()):  # nobody is left
+            output = next(one for one in self.outputs if one is not None)
+        else:
+            output = compute.head(last, features, True, self.running)
+        if self.training:
+            outputs = [one if coarse else enlarged(one, self.size) for one in (*self.outputs, output)]
+            logits = [last.result(one, gates, size).logits for one in outputs]
+            return Segmentation(logits[-1], gates, tuple(logits[:-1]), self.left)
+        at = enlarge(self.left[:, None], self.running.place // STEM_STRIDE, output.shape[-2:])
+        for exit, one in enumerate(self.outputs):
+            if one is not None:
+                output = torch.where(at == exit, one, output)
+        found = last.result(enlarged(widened(output), self.size), gates, size)
+        return replace(found, exits=self.left) if self.looks else found

@@ -32,8 +32,9 @@ from routeseg.model.exits import Exits, Leaving
 from routeseg.model.gate import Gate
 from routeseg.model.head import Head
 from routeseg.model.layers import InputNorm, Stem, Transform, widened
+from routeseg.model.places import Running
 from routeseg.model.request import Activation, Request, Routes, Shares
-from routeseg.registry import BACKBONES, GATES, OPERATIONS
+from routeseg.registry import BACKBONES, CHOICES, GATES, OPERATIONS
 from routeseg.space import (
     DIRECTIONS,
     MIN_IMAGE_SIZE,
@@ -86,7 +87,7 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
             }
         )
         self._modules[self.head_class.key] = self.head_class(config)  # `head` may be both its key and the property
-        self.exits = None if config.exits is None else Exits(config)
+        self.exits = None if config.exits is None else Exits(config, self.head_class)
         self._reset_parameters()
 
     @property
@@ -172,6 +173,7 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         drop_path: float = 0.0,
         budget: Shares = None,
         coarse: bool = False,
+        price: Shares = None,
     ) -> Any:
         """The head's result for images [B,3,H,W], RGB, uint8 or float in 0..1, any H, W from 32.
 
@@ -183,35 +185,57 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
                     other layers, in proportion to their number (scheduled drop path)
         budget      of a network with exits: the mean cost of the images, as a share of the full network's; a number,
                     or one for each image. None: what helps
+        price       of the same, in the budget's place: what its rule compares with (model/choice.py), a number or one for
+                    each image. In training places leave by it, and the logits of all exits come with where they left
 
         In training a network with exits gives the logits of all of them, unless routes are given.
         The result for an image does not depend on the other images of the batch (in eval mode).
         Raises ValueError for images of another shape, for a route of another space, and for a budget that the network
         cannot keep.
         """
-        request = Request.of(self.config, len(images), route, activation, budget)
+        request = self.request(len(images), route, activation, budget, price)
         return self.answer(images, request, drop_path if self.training else 0.0, coarse and self.training)
+
+    def request(
+        self,
+        images: int,
+        route: Routes = None,
+        activation: Activation = "one",
+        budget: Shares = None,
+        price: Shares = None,
+    ) -> Request:
+        """What a forward of so many images is asked, as `forward` takes it; raises what it raises."""
+        request = Request.of(self.config, images, route, activation, budget, price)
+        if request.budget is None or self.exits is None:
+            return request
+        return replace(request, budget=None, price=self.exits.price_of(request.budget))
 
     def answer(self, images: Tensor, request: Request, drop_path: float = 0.0, coarse: bool = False) -> Any:
         """The head's result for images [B,3,H,W] and a request; `forward` says what it is."""
-        leaving = None if self.exits is None else self.exits.leaving(request, len(images), self.training)
+        leaving = None
+        if self.exits is not None:
+            size = padded_size(self.space, images.shape[-2], images.shape[-1])
+            leaving = self.exits.leaving(request, len(images), size, self.training)
         return self._run(images, request, drop_path, leaving, coarse)
 
     def all_exits(self, images: Tensor) -> tuple[Segmentation, list[Sequence[Any]]]:
         """Of a network with exits: what it gives in training, in the mode that it is in, and the features that arrive
         at each exit but the last, by scale; None where nothing arrives."""
         assert self.exits is not None
-        request = Request(self.config.mask, gated=False)
-        leaving = self.exits.leaving(request, len(images), training=True)
-        return self._run(images, request, 0.0, leaving), leaving.kept
+        leaving = self._keeping(images)
+        return self._run(images, Request(self.config.mask, gated=False), 0.0, leaving), leaving.kept
+
+    def _keeping(self, images: Tensor) -> Leaving:
+        """All layers for all images, and the features of each exit are kept."""
+        assert self.exits is not None
+        return Leaving(self.exits, np.full(len(images), len(self.exits.decoders)), keeps=True)
 
     def exit_features(self, images: Tensor) -> list[Sequence[Any]]:
         """The features of `all_exits` alone, without the layers behind them."""
-        assert self.exits is not None
-        request = Request(self.config.mask, gated=False)
-        leaving = Leaving(self.exits, np.full(len(images), len(self.exits.decoders) - 1), keeps=True)
+        leaving = self._keeping(images)
+        leaving.at -= 1  # no layer behind the last one but one
         stem, raw = self._stem(prepare(self, images)[0], PLAIN)
-        self.walk(stem, request, 0.0, PLAIN, leaving, raw)
+        self.walk(stem, Request(self.config.mask, gated=False), 0.0, PLAIN, leaving, raw)
         return leaving.kept
 
     def _run(
@@ -249,7 +273,9 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         those that run them. So in training BatchNorm normalises over these. If zeros arrive, each part is computed for
         the whole batch as soon as one image needs it, as in the authors' networks.
         """
-        space, batch, together = self.space, len(x), self.config.zeros_arrive
+        space, batch = self.space, len(x)
+        # Of an image whose places run everything is computed, and what belongs to others is dropped again.
+        together = self.config.zeros_arrive or (leaving is not None and leaving.running is not None)
         everyone = np.arange(batch)
 
         def places(flags: np.ndarray) -> np.ndarray:
@@ -259,13 +285,19 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         arrivals: list[list[Arrival]] = [[Arrival(x, everyone)]] + [[] for _ in range(space.num_scales - 1)]
         pretrained = None if raw is None else Arrival(raw, everyone)
         gates = []
+        maps: list[Any] = []
         for layer in range(space.depth + 1):
             there = [places(flags) for flags in arrived]
+            before = maps
             maps = [_gather(compute, *one) if one[0] else None for one in zip(arrivals, there, strict=False)]
+            still = None if leaving is None else leaving.running
+            if still is not None:
+                maps = _kept(compute, maps, before, still)
             scales = space.scales(layer)
             is_open = request.mask[:, layer, : len(scales)] & np.stack(arrived, axis=1)[..., None]
             if leaving is not None:
-                is_open &= ~leaving(layer, maps, there, compute)[:, None, None]
+                is_open &= ~leaving(layer, maps, there, compute, x)[:, None, None]
+                still = leaving.running
             alphas = torch.from_numpy(is_open).to(x.device)
             if request.gated:
                 alphas = self._activations(layer, maps, there, request, compute, batch) * alphas
@@ -282,7 +314,7 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
                 if some.runs[scale]:
                     node, running = self.node(layer, scale), places(now.runs[scale])
                     chosen = choose(compute, features, there[scale], running)
-                    hidden = compute.cell(node, chosen, drop_path * layer / space.depth)
+                    hidden = compute.cell(node, chosen, drop_path * layer / space.depth, still)
                     for direction in node.directions:
                         if some.sends[scale, direction]:
                             images = places(now.sends[scale, direction])
@@ -290,10 +322,10 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
                             if request.gated or not is_open[images, scale, direction].all():
                                 alpha = alphas[torch.from_numpy(images).to(x.device), scale, direction]
                             chosen = choose(compute, hidden, running, images)
-                            sent = compute.send(node, direction, chosen, alpha)
+                            sent = compute.send(node, direction, chosen, alpha, still)
                             arrivals[scale + SCALE_STEP[direction]].append(Arrival(sent, images))
                             if pretrained is not None and is_diagonal(layer, scale, direction):
-                                sent, pretrained = self._beside(scale + 1, pretrained, images, alpha)
+                                sent, pretrained = self._beside(scale + 1, pretrained, images, alpha, still)
                                 arrivals[scale + 1].append(Arrival(sent, images))
                 if some.passes[scale]:  # the images that drop the cell keep the input itself, for free
                     passes = now.passes[scale]
@@ -303,12 +335,16 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
                     arrivals[scale].append(Arrival(compute.skip(chosen, only), images))
             arrived = now.reached
         left = [_gather(compute, some, everyone) if some else None for some in arrivals]
+        if leaving is not None and leaving.running is not None:
+            left = _kept(compute, left, maps, leaving.running)
         return fill_missing(left, x), _stack_gates(space, gates)
 
-    def _beside(self, stage: int, before: Arrival, images: np.ndarray, alpha: Tensor | None) -> tuple[Tensor, Arrival]:
+    def _beside(
+        self, stage: int, before: Arrival, images: np.ndarray, alpha: Tensor | None, running: Running | None
+    ) -> tuple[Tensor, Arrival]:
         """What a stage of the backbone sends beside a path down the diagonal, and its features, given those before."""
         assert self.backbone is not None
-        features = self.backbone.stages[stage](choose(PLAIN, before.sent, before.images, images))
+        features = self.backbone.run(stage, choose(PLAIN, before.sent, before.images, images), running)
         sent = self.backbone.project[stage](features)
         return sent if alpha is None else each(alpha).to(sent.dtype) * sent, Arrival(features, images)
 
@@ -385,7 +421,8 @@ def part_macs(config: NetworkConfig, head: type[Head]) -> PartMacs:
         stem, stages = Stem.macs(config.stem_channels, config.base_channels), ()
     else:
         stem, *stages = BACKBONES[config.backbone].macs(config)
-    return PartMacs(stem, head.macs(config), tuple(cell), tuple(gate), tuple(transform), tuple(stages))
+    decision = Macs() if config.choice is None else CHOICES[config.choice].macs(config, head)
+    return PartMacs(stem, head.macs(config), tuple(cell), tuple(gate), tuple(transform), tuple(stages), decision)
 
 
 def prepare(model: RoutedNetwork, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -418,6 +455,15 @@ class Arrival(NamedTuple):
 
     sent: Any
     images: np.ndarray
+
+
+def _kept(compute: Compute, maps: Sequence[Any], before: Sequence[Any], running: Running) -> list[Any]:
+    """The maps that arrive at a layer: where a place has left, those of the layer before."""
+    missing = [None] * (len(maps) - len(before))
+    return [
+        old if new is None else compute.kept(new, old, running)
+        for new, old in zip(maps, [*before, *missing], strict=True)
+    ]
 
 
 def _gather(compute: Compute, arrivals: Sequence[Arrival], images: np.ndarray) -> Any:

@@ -17,6 +17,9 @@ from routeseg.config import NetworkConfig
 from routeseg.counting import Macs
 from routeseg.errors import NotExportable
 from routeseg.model.graph import Graph
+from routeseg.model.places import Running
+
+GLANCE = 4  # by which a glance shrinks both sides of the features
 
 
 class Head(nn.Module):
@@ -31,6 +34,26 @@ class Head(nn.Module):
         super().__init__()
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def coarse(self, features: Sequence[Tensor], running: Running | None = None) -> Tensor:
+        """The output before it is enlarged to the size of the images, if the head enlarges it: of a decoder at
+        1 / STEM_STRIDE of the padded size. `running` tells which pixels run (model/places.py); None: all."""
+        return self(features)
+
+    def glance(self, features: Sequence[Tensor | None], even: bool = False) -> Tensor:
+        """Rough logits [B,K,h,w] for who decides at an exit, of features by scale that are shrunk by the factor GLANCE:
+        `coarse` on small maps.
+
+        features  as `forward` reads them; None, or missing at the end, where nothing arrives
+        even      no map is shrunk beyond 1 / (GLANCE * STEM_STRIDE) of the image's size, the one that the logits have: for
+                  places, of which the coarsest map has few pixels
+        """
+        raise NotImplementedError(f"the head {type(self).__name__} has no glance, so no network with exits can have it")
+
+    @classmethod
+    def glance_macs(cls, config: NetworkConfig) -> Macs:
+        """MACs of an `even` glance, for any image size."""
         raise NotImplementedError
 
     def result(self, output: Tensor, gates: Tensor, size: tuple[int, int]) -> Any:

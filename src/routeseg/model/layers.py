@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from routeseg import counting
 from routeseg.counting import UNPADDED, Macs, each
+from routeseg.model.places import Running
 from routeseg.space import DOWN, KEEP, STEM_STRIDE, UP
 
 
@@ -95,7 +96,8 @@ def widened(values: Tensor) -> Tensor:
 class Transform(nn.Sequential):
     """T_j of Eq. 5: takes a node's output to the node one scale up, at the same scale (keep) or one scale down.
 
-    up: [B,C,h,w] -> [B,C/2,2h,2w]; keep: the shape stays; down: [B,C,h,w] -> [B,2C,h/2,w/2].
+    up: [B,C,h,w] -> [B,C/2,2h,2w]; keep: the shape stays; down: [B,C,h,w] -> [B,2C,h/2,w/2]. `running` tells which pixels
+    run (model/places.py); None: all.
     """
 
     def __init__(self, channels: int, direction: int) -> None:
@@ -105,6 +107,13 @@ class Transform(nn.Sequential):
             DOWN: [Subsample(), nn.ReLU(), *conv_norm(channels, channels * 2)],
         }
         super().__init__(*layers[direction])
+
+    def forward(self, features: Tensor, running: Running | None = None) -> Tensor:
+        for layer in self:
+            if running is not None and isinstance(layer, Upsample):
+                features = running.filled(features)
+            features = layer(features)
+        return features
 
     @staticmethod
     def macs(channels: int, direction: int, stride: int) -> Macs:

@@ -16,6 +16,7 @@ from routeseg.counting import NOTHING, Macs
 from routeseg.errors import NotExportable
 from routeseg.model.graph import Graph
 from routeseg.model.layers import separable_conv
+from routeseg.model.places import Running
 
 
 class Operation(nn.Module):
@@ -25,6 +26,11 @@ class Operation(nn.Module):
     """
 
     droppable: ClassVar[bool] = True
+
+    def among(self, features: Tensor, running: Running) -> Tensor:
+        """`forward` where only some pixels run (model/places.py). An operation of one layer that reads neighbours needs
+        nothing else: what it reads is there. One of several gives the later ones `running.filled` maps."""
+        return self(features)
 
     @classmethod
     def macs(cls, channels: int, stride: int) -> Macs:
@@ -68,6 +74,10 @@ class SepConv(nn.Sequential, Operation):
             separable_conv(channels, channels, self.kernel_size),
             separable_conv(channels, channels, self.kernel_size, relu=False),
         )
+
+    def among(self, features: Tensor, running: Running) -> Tensor:
+        first, second = self
+        return second(running.filled(first(features), self.kernel_size // 2))
 
     @classmethod
     def macs(cls, channels: int, stride: int) -> Macs:

@@ -16,7 +16,7 @@ from routeseg.errors import NO_EXITS
 from routeseg.space import Route, brief, edge_name
 
 Routes = Route | Sequence[Route] | None
-Shares = float | Sequence[float] | np.ndarray | None  # of the full network's cost
+Shares = float | Sequence[float] | np.ndarray | None  # of the full network's cost; or prices
 Activation = Literal["one", "own"]
 
 
@@ -26,7 +26,9 @@ class Request:
 
     mask    bool [N,L+1,S,3]: the edges that may be used
     gated   gates decide which of them are open, and how far; otherwise all of them are, with activation 1
-    budget  the mean cost that is requested, as a share of the full network's, float32 [N]; None: what helps
+    price   of a network with exits: what its rule compares with, float64 [N]; None: what helps
+    budget  the mean cost that is requested, as a share of the full network's, float64 [N], as long as nobody has looked
+            up its price (`RoutedNetwork.request`)
     exits   of given routes in a network with exits: the exits [N] at which they end; None: the network decides
     """
 
@@ -34,6 +36,7 @@ class Request:
     gated: bool
     budget: np.ndarray | None = None
     exits: np.ndarray | None = None
+    price: np.ndarray | None = None
 
     @classmethod
     def of(
@@ -43,8 +46,9 @@ class Request:
         route: Routes = None,
         activation: Activation = "one",
         budget: Shares = None,
+        price: Shares = None,
     ) -> Request:
-        """The request for a forward of so many images; `route`, `activation` and `budget` as
+        """The request for a forward of so many images; `route`, `activation`, `budget` and `price` as
         `DynamicRoutingNetwork.forward` takes them.
 
         Raises ValueError for a route that the network does not have, for another number of routes or budgets than of
@@ -54,9 +58,12 @@ class Request:
             raise ValueError(
                 f"activation is {activation!r}: choose one (1 on open edges) or own (that of the network's gates)"
             )
+        if budget is not None and price is not None:
+            raise ValueError("give a budget or a price, not both")
         shares = None if budget is None else _shares(config, images, route, budget)
+        prices = None if price is None else _prices(config, images, route, price)
         if route is None:
-            return cls(config.mask, config.gated, shares)
+            return cls(config.mask, config.gated, shares, price=prices)
         routes = [route] if isinstance(route, Route) else list(route)
         if not isinstance(route, Route) and len(routes) != images:
             raise ValueError(f"{len(routes)} routes for {images} images: give one route, or one for each image")
@@ -67,22 +74,36 @@ class Request:
         return cls(mask, config.gated and activation == "own", exits=exits)
 
 
-def _shares(config: NetworkConfig, images: int, route: Routes, budget: Shares) -> np.ndarray:
-    """Checked budgets, float32 [N]."""
+def _numbers(config: NetworkConfig, images: int, route: Routes, values: Shares, what: str, hint: str) -> np.ndarray:
+    """Checked budgets or prices, float64 [N]."""
     if config.exits is None:
         raise ValueError(NO_EXITS)
     if route is not None:
-        raise ValueError("give a route or a budget, not both: a route has its cost")
+        raise ValueError(f"give a route or a {what}, not both: a route has its cost")
     try:
-        shares = np.atleast_1d(np.asarray(budget, dtype=np.float32))
+        numbers = np.atleast_1d(np.asarray(values, dtype=np.float64))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"a budget of {brief(budget)} is no number: give a share such as 0.4") from error
-    if shares.ndim != 1 or len(shares) not in (1, images):
-        raise ValueError(f"{shares.size} budgets for {images} images: give one budget, or one for each image")
+        raise ValueError(f"a {what} of {brief(values)} is no number{hint}") from error
+    if numbers.ndim != 1 or len(numbers) not in (1, images):
+        raise ValueError(f"{numbers.size} {what}s for {images} images: give one {what}, or one for each image")
+    return numbers
+
+
+def _shares(config: NetworkConfig, images: int, route: Routes, budget: Shares) -> np.ndarray:
+    """Checked budgets, float64 [N]."""
+    shares = _numbers(config, images, route, budget, "budget", ": give a share such as 0.4")
     for share in shares:
         if not 0 < share <= 1:  # NaN is not
             raise ValueError(f"a budget of {share:g} is no share of the full network: give a number above 0, up to 1")
     return shares
+
+
+def _prices(config: NetworkConfig, images: int, route: Routes, price: Shares) -> np.ndarray:
+    """Checked prices, float64 [N]."""
+    prices = _numbers(config, images, route, price, "price", "")
+    if not np.isfinite(prices).all():
+        raise ValueError(f"a price of {prices[~np.isfinite(prices)][0]} is none: give finite numbers")
+    return prices
 
 
 def exit_of(config: NetworkConfig, route: Route) -> int:

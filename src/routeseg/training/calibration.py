@@ -1,9 +1,9 @@
-"""Calibration of a network with exits (model/exits.py): what each exit expects, and what a budget costs.
+"""Calibration of a network with exits (model/exits.py): what decides there, and what a budget costs.
 
-What an exit expects is the loss in mIoU, since that is what a network is judged by (`AllExits.lost`): an image of rare
+What the rule is fitted to is the loss in mIoU, since that is what a network is judged by (`AllExits.lost`): an image of rare
 classes may lose more by leaving early than one of which half the pixels are wrong.
 
-Predictions are a ridge regression, whose strength the left-out pictures decide. The table of prices comes from other
+The table of prices comes from other
 pictures, which the network was not trained on and whose labels are not read: of those that it knows it is surer than of
 new ones, which would cost more than was asked.
 
@@ -13,21 +13,21 @@ Legend: N pictures, K exits, F features of a glance, T prices of the table.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from routeseg.collectives import gather
-from routeseg.cost.macs import exit_costs
+from routeseg.cost.macs import exit_costs, model_cost
 from routeseg.data.subset import LEAST_PICTURES
 from routeseg.evaluation.choice import LARGEST_PRICE, AllExits, price_between, score_exits
 from routeseg.model.exits import TABLE, Exits
 from routeseg.model.grid import RoutedNetwork
 
-RIDGES = 10.0 ** np.arange(-2, 7)  # strengths, for standardised features
-LEAST_SPREAD = 1e-2  # of a feature over the pictures, as a share of the largest: a class that hardly occurs
+PLACE_PRICES = (1e-7, 1e-5, *np.geomspace(3e-4, 0.9, 12))  # of places, as shares of the entropy of all classes alike
 ROUNDING = 1e-9  # of a mean
 
 
@@ -61,11 +61,13 @@ def calibrate(
 
 
 def _fit(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]]) -> int:
-    """Sets what each exit expects; the number of pictures with labels."""
+    """Fits the rule to pictures with labels, if there is anything to fit; the number of them."""
+    if not exits.gates.fits:
+        return 0
     seen: list[tuple[list[np.ndarray], AllExits]] = []
     for batch in batches:
         result, kept = model.all_exits(batch["image"].to(exits.costs.device))
-        glances = [exits.glance(exit, maps).double().cpu().numpy() for exit, maps in enumerate(kept)]
+        glances = [exits.see(exit, maps).double().cpu().numpy() for exit, maps in enumerate(kept)]
         scores = score_exits(result, batch["labels"].to(exits.costs.device))
         known = np.flatnonzero(scores.either.any(axis=(1, 2)))  # pictures with labels
         seen.append(([features[known] for features in glances], scores.chosen(known)))
@@ -73,28 +75,61 @@ def _fit(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]]) 
     count = sum(len(scores.both) for _, scores in seen)
     check_enough_pictures(count)
     losses = AllExits.joined([scores for _, scores in seen]).lost()
-    for exit, gate in enumerate(exits.gates):
-        center, weight = ridge(np.concatenate([glances[exit] for glances, _ in seen]), losses[:, exit:])
-        for name, value in (("center", center), ("weight", weight), ("bias", losses[:, exit:].mean(0))):
-            getattr(gate, name).copy_(torch.from_numpy(value))
+    exits.gates.fit([np.concatenate([glances[k] for glances, _ in seen]) for k in range(len(exits.decoders))], losses)
     return count
 
 
 def _set_budgets(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]]) -> None:
-    """Sets costs, prices and frequencies by what the exits expect of pictures."""
-    predicted, size = [], (0, 0)
+    """Sets costs, prices and frequencies by where pictures leave."""
+    look = _images_leave if exits.place is None else _places_leave
+    seen, size = [], (0, 0)
     for batch in batches:
         size = (batch["image"].shape[-2], batch["image"].shape[-1])
-        kept = model.exit_features(batch["image"].to(exits.costs.device))
-        predicted.append([exits.expected(exit, maps).double().cpu().numpy() for exit, maps in enumerate(kept)])
-    shares = gather((predicted, size))
-    predicted, size = [one for share, _ in shares for one in share], max(size for _, size in shares)
-    check_enough_pictures(sum(len(one[-1]) for one in predicted), "pictures to set budgets with")
+        seen.append(look(model, exits, batch["image"].to(exits.costs.device)))
+    shares = gather((seen, size))
+    seen, size = [one for share, _ in shares for one in share], max(size for _, size in shares)
+    check_enough_pictures(sum(len(one[-1]) for one in seen), "pictures to set budgets with")
     costs = exit_costs(model, size)
-    costs /= costs[-1]
-    prices, frequencies = price_table([np.concatenate(of_exit) for of_exit in zip(*predicted, strict=True)], costs)
+    costs /= model_cost(model, size).full
+    if exits.place is None:
+        glances = [torch.from_numpy(np.concatenate(of_exit)) for of_exit in zip(*seen, strict=True)]
+        prices, frequencies = price_table(lambda price: choose(exits, glances, costs, price), costs)
+    else:
+        prices, frequencies = _between(place_prices(model), np.concatenate(seen).mean(0), costs)
     for buffer, values in ((exits.costs, costs), (exits.prices, prices), (exits.frequencies, frequencies)):
         buffer.copy_(torch.from_numpy(values))
+
+
+def _images_leave(model: RoutedNetwork, exits: Exits, images: Tensor) -> list[np.ndarray]:
+    """What decides about images at each exit but the last, [B,...]: all layers run."""
+    return [exits.see(exit, maps).cpu().numpy() for exit, maps in enumerate(model.exit_features(images))]
+
+
+def _places_leave(model: RoutedNetwork, exits: Exits, images: Tensor) -> np.ndarray:
+    """The share of the places of images that leave at each exit at each of `place_prices`: [B,P,K]. Those that have left
+    change what the others see, so that there is a forward for each price."""
+    found = []
+    for price in place_prices(model):
+        left = model(images, price=price).exits
+        assert left is not None
+        found.append([np.bincount(one, minlength=len(exits.layers)) / len(one) for one in left.flatten(1).cpu().numpy()])
+    return np.array(found).swapaxes(0, 1)
+
+
+def place_prices(model: RoutedNetwork) -> np.ndarray:
+    """Prices [P] at which places are watched, ascending; they are entropies."""
+    return np.array(PLACE_PRICES) * np.log(model.config.num_classes)
+
+
+def _between(prices: np.ndarray, frequencies: np.ndarray, costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A table [T], [T,K] from frequencies [P,K] at prices [P], and beyond them none or all leave at once."""
+    for row in range(1, len(frequencies)):  # chance may let a higher price cost more
+        if frequencies[row] @ costs > frequencies[row - 1] @ costs:
+            frequencies[row] = frequencies[row - 1]
+    inner = np.geomspace(prices[0], prices[-1], TABLE - 2)
+    rows = np.stack([np.interp(np.log(inner), np.log(prices), column) for column in frequencies.T], axis=1)
+    ends = np.eye(len(costs))[[-1, 0]]
+    return np.array([0.0, *inner, LARGEST_PRICE]), np.concatenate([ends[:1], rows, ends[1:]])
 
 
 def check_enough_pictures(count: int, kind: str = "pictures with labels") -> None:
@@ -111,54 +146,27 @@ def readable(batches: Iterable[dict[str, Any]], on_batch: Callable[[], None]) ->
             yield batch
 
 
-def ridge(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A ridge regression of targets [N,J] on features [N,F]: the features' centre [F], and weights [J,F].
-
-    The strength is the one of RIDGES that predicts best each picture that is left out.
-    """
-    center, spread = features.mean(0), features.std(0)
-    alive = spread > LEAST_SPREAD * spread.max()  # what hardly changes tells nothing
-    scale = np.divide(1.0, spread, out=np.zeros_like(spread), where=alive)
-    mean = targets.mean(0)
-    left, singular, right = np.linalg.svd((features - center) * scale, full_matrices=False)
-    along = left.T @ (targets - mean)
-    best: tuple[float, float] | None = None
-    for strength in RIDGES:
-        share = singular**2 / (singular**2 + strength)
-        leverage = (left**2 @ share)[:, None]  # the mean stays: else predictions would vary where features tell nothing
-        predicted = mean + left @ (share[:, None] * along)
-        error = float((((targets - predicted) / np.maximum(1 - leverage, 1e-6)) ** 2).mean())  # of those left out
-        if best is None or error < best[0]:
-            best = (error, strength)
-    assert best is not None
-    weights = right.T @ ((singular / (singular**2 + best[1]))[:, None] * along)
-    return center, (weights * scale[:, None]).T
-
-
-def choose(predicted: list[np.ndarray], costs: np.ndarray, price: float) -> np.ndarray:
-    """The exits [N] at which pictures leave at a price, given the losses [N,K-k] predicted at each exit k < K-1."""
-    at = np.full(len(predicted[0]), len(predicted))
-    for exit in reversed(range(len(predicted))):
-        total = predicted[exit] + price * costs[exit:]
-        at[total[:, 0] <= total[:, 1:].min(axis=1)] = exit
+def choose(exits: Exits, seen: Sequence[Tensor], costs: np.ndarray, price: float) -> np.ndarray:
+    """The exits [N] at which pictures leave at a price, given what decides [N,...] at each exit k < K-1."""
+    at, asked = np.full(len(seen[0]), len(seen)), torch.full((len(seen[0]),), price)
+    for exit in reversed(range(len(seen))):
+        at[exits.gates.leaves(exit, seen[exit], asked, torch.from_numpy(costs)).numpy()] = exit
     return at
 
 
-def price_table(predicted: list[np.ndarray], costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Prices [T], ascending, and how often pictures leave at each exit, [T,K].
+def price_table(at: Callable[[float], np.ndarray], costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Prices [T], ascending, and how often pictures leave at each exit, [T,K], given the exits [N] at a price.
 
     Their mean costs are evenly spaced from the dearest route to the cheapest. The first and the last price are beyond
     all others: there every picture, also a new one, takes the dearest route or the cheapest.
     """
 
     def mean(price: float) -> float:
-        return float(costs[choose(predicted, costs, price)].mean())
+        return float(costs[at(price)].mean())
 
     targets = np.linspace(costs[-1], costs[0], TABLE - 2)
     first, _ = price_between(mean, targets[0] * (1 - ROUNDING))  # the last price at which all take the dearest route
     others = [price_between(mean, target)[1] for target in targets[1:]]
     ascending = np.array([-LARGEST_PRICE, first, *others, LARGEST_PRICE])
-    frequencies = [
-        np.bincount(choose(predicted, costs, price), minlength=len(costs)) / len(predicted[0]) for price in ascending
-    ]
-    return ascending, np.array(frequencies)
+    found = [at(price) for price in ascending]
+    return ascending, np.array([np.bincount(exits, minlength=len(costs)) / len(exits) for exits in found])

@@ -17,10 +17,11 @@ from routeseg.data.classification_loaders import ClassificationDataModule
 from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.data.subset import OFFSET_PICTURES
 from routeseg.files import not_written
+from routeseg.model.grid import RoutedNetwork
 from routeseg.training.batch_norm import average_statistics, precise_batch_norm
 from routeseg.training.calibration import calibrate
 from routeseg.training.offsets import fit_offsets, shifted
-from routeseg.training.recipe import Recipe, TrainingRecipe
+from routeseg.training.recipe import Recipe, TrainingRecipe, places_start
 from routeseg.training.task import RecipeTask, Validation
 
 RESUME_FILE = "last.ckpt"
@@ -99,6 +100,8 @@ class ValidateAndSave(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
         task, step = cast(RecipeTask, module), trainer.global_step
+        if step == places_start(task.model.config, self.recipe):
+            self._set_statistics(task, task.model, step)
         validates = step % self.recipe.validate_every == 0 or step == self.recipe.iterations
         if validates or step % self.recipe.save_every == 0:
             self._write(trainer, task, validates)
@@ -119,14 +122,18 @@ class ValidateAndSave(Callback):
 
     def _validate(self, trainer: Trainer, task: RecipeTask) -> None:
         network, step = task.network, trainer.global_step
-        if self.recipe.precise_bn_batches and task.batch_norm != "frozen":
-            with task.autocast():
-                precise_batch_norm(network, self.data.norm_dataloader(step, self.recipe.precise_bn_batches))
+        if task.norms_learn:
+            self._set_statistics(task, network, step)
         if isinstance(self.recipe, Recipe) and self.recipe.class_offsets:
             pictures = cast(SegmentationDataModule, self.data).calibration_dataloader("train", OFFSET_PICTURES)
             self.offsets = fit_offsets(network, pictures)
         with shifted(network, self.offsets):
             self._validate_as_saved(trainer, task)
+
+    def _set_statistics(self, task: RecipeTask, network: RoutedNetwork, step: int) -> None:
+        if self.recipe.precise_bn_batches and task.batch_norm != "frozen":
+            with task.autocast():
+                precise_batch_norm(network, self.data.norm_dataloader(step, self.recipe.precise_bn_batches))
 
     def _validate_as_saved(self, trainer: Trainer, task: RecipeTask) -> None:
         network, step = task.network, trainer.global_step

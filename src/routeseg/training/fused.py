@@ -34,7 +34,8 @@ from routeseg.model.decoder import Decoder
 from routeseg.model.gate import Gate, shrink
 from routeseg.model.head import Head
 from routeseg.model.layers import BatchNorm, Stem, Subsample, Transform, Upsample, single_value, upsample
-from routeseg.model.operations import Identity, SepConv3x3, SepConv5x5
+from routeseg.model.operations import Identity, SepConv, SepConv3x3, SepConv5x5
+from routeseg.model.places import Running
 from routeseg.space import DIRECTIONS, KEEP, SMALL_GATE_FACTOR, STEM_STRIDE, UP
 
 LAST: dict[str, Any] = {"memory_format": torch.channels_last}
@@ -355,35 +356,51 @@ class Fused(Compute):
         pooled = _MeanOf.apply(*squeezed[:4])
         return node.by_direction(gate.activate(gate.score(pooled)))
 
-    def cell(self, node: RoutingNode, features: Features, drop_path: float) -> Features:
+    def cell(
+        self, node: RoutingNode, features: Features, drop_path: float, running: Running | None = None
+    ) -> Features:
         if not _known(node.cell):
-            return Features(super().cell(node, features.map, drop_path))
+            return Features(super().cell(node, features.map, drop_path, running))
         terms = []
         for operation in node.cell.operations.values():
             term = Term(features)
             if not isinstance(operation, Identity):
                 first, second = cast(nn.Sequential, operation)
-                term = conv_norm(conv_norm(term, first), second)
+                middle = conv_norm(term, first)
+                if running is not None:
+                    middle = Term(running.filled(add([middle]), cast(SepConv, operation).kernel_size // 2))
+                term = conv_norm(middle, second)
             if drop_path > 0 and operation.droppable:
                 keep = torch.rand(len(features.map), 1, 1, 1) >= drop_path  # drawn as Cell does
                 term = term._replace(weight=keep.flatten() / (1.0 - drop_path))
             terms.append(term)
         return Features(add(terms))
 
-    def send(self, node: RoutingNode, direction: int, hidden: Features, alpha: Tensor | None) -> Term:
+    def send(
+        self, node: RoutingNode, direction: int, hidden: Features, alpha: Tensor | None, running: Running | None = None
+    ) -> Term:
         layers = node.transforms[DIRECTIONS[direction]]
         alpha = None if alpha is None else alpha.to(torch.float32)
         if not _known(layers):
-            return Term(node.transform(direction, hidden.map), weight=alpha)
+            return Term(node.transform(direction, hidden.map, running), weight=alpha)
         if direction == KEEP:
             return Term(hidden, weight=alpha, relu=True)
-        return conv_norm(Term(hidden, relu=True), layers)._replace(weight=alpha, halved=direction == UP)
+        sent = conv_norm(Term(hidden, relu=True), layers)
+        if running is not None and direction == UP:
+            sent = Term(running.filled(add([sent])))
+        return sent._replace(weight=alpha, halved=direction == UP)
 
     def skip(self, features: Features, images: Tensor | None) -> Term:
         return Term(features, weight=None if images is None else images.to(torch.float32))
 
     def gather(self, arrivals: Sequence[Term | Tensor]) -> Features:
         return Features(add([Term(one) if isinstance(one, Tensor) else one for one in arrivals]))
+
+    def map(self, features: Features | Tensor) -> Tensor:
+        return (features if isinstance(features, Tensor) else features.map).detach()
+
+    def kept(self, new: Features, before: Features | None, running: Running) -> Features:
+        return Features(running.kept(new.map, None if before is None else before.map))
 
     def take(self, features: Features | Tensor, rows: Tensor) -> Features:
         return Features(take(features if isinstance(features, Tensor) else features.map, rows))
@@ -395,16 +412,24 @@ class Fused(Compute):
         weight = weight.new_zeros(images).index_copy(0, rows, weight)
         return arrival._replace(map=spread(map, rows, images), weight=weight)
 
-    def head(self, head: Head, features: Sequence[Features | Tensor], coarse: bool = False) -> Any:
+    def head(
+        self,
+        head: Head,
+        features: Sequence[Features | Tensor],
+        coarse: bool = False,
+        running: Running | None = None,
+    ) -> Any:
         maps = [one if isinstance(one, Tensor) else one.map for one in features]
         if type(head) is not Decoder or not _known(head):
-            return super().head(head, maps, coarse)
-        running: Term | None = None
+            return super().head(head, maps, coarse, running)
+        total: Term | None = None
         for scale in reversed(range(len(maps))):
             own = Term(maps[scale])
-            merged = own if running is None else Term(add([own, running]))
-            running = conv_norm(merged, head.merge[scale])._replace(halved=scale > 0)
-        scores = head.predictor(add([cast(Term, running)]))
+            total = conv_norm(own if total is None else Term(add([own, total])), head.merge[scale])
+            if running is not None:
+                total = Term(running.filled(add([total])))
+            total = total._replace(halved=scale > 0)
+        scores = head.predictor(add([cast(Term, total)]))
         return scores if coarse else upsample(scores, STEM_STRIDE)
 
     def cross_entropy_sum(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:

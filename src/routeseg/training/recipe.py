@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from routeseg.config import NetworkConfig
+
 Precision = Literal["32-true", "bf16-mixed"]
 FLOAT32: Precision = "32-true"
 BFLOAT16: Precision = "bf16-mixed"
@@ -86,6 +88,8 @@ class Recipe(TrainingRecipe):
     backbone_frozen_stages   so many of them, from the first, never learn: the first one costs most of a step
     class_balance   the loss of a pixel counts 1 / (its class's share of the training pixels)^class_balance, relative to
                     the others: 0 all pixels alike, 1 all classes alike; between them rare classes gain
+    places_from     from this share of the iterations on, places of a network that has them leave while it learns, and
+                    BatchNorm keeps its statistics (training/segmentation.py); 1: never
     class_offsets   the networks that are validated and saved have an offset for the logit of each class, with which the
                     mIoU of training pictures is highest (offsets.py): what `class_balance` says too often is said less
     """
@@ -96,6 +100,7 @@ class Recipe(TrainingRecipe):
     backbone_frozen_stages: int = 1
     class_balance: float = 0.0
     class_offsets: bool = False
+    places_from: float = 0.6
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,6 +110,8 @@ class Recipe(TrainingRecipe):
             raise ValueError(f"recipe.backbone_frozen is {self.backbone_frozen}: it must be from 0 to 1")
         if self.backbone_frozen_stages < 0:
             raise ValueError(f"recipe.backbone_frozen_stages is {self.backbone_frozen_stages}: it must not be negative")
+        if not 0 <= self.places_from <= 1:
+            raise ValueError(f"recipe.places_from is {self.places_from}: it must be from 0 to 1 (never)")
         if not 0 <= self.class_balance <= 1:
             raise ValueError(f"recipe.class_balance is {self.class_balance}: it must be from 0 (off) to 1")
 
@@ -126,6 +133,12 @@ class PretrainingRecipe(TrainingRecipe):
         super().__post_init__()
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"recipe.label_smoothing is {self.label_smoothing}: it must be at least 0 and below 1")
+
+
+def places_start(network: NetworkConfig, recipe: TrainingRecipe) -> int | None:
+    """The step from which places leave while a network learns (`Recipe.places_from`); None: never."""
+    share = getattr(recipe, "places_from", 1.0)
+    return None if network.place is None or share == 1 else round(share * recipe.iterations)
 
 
 def lr_factor(step: int, recipe: TrainingRecipe) -> float:

@@ -8,6 +8,7 @@ Legend: B images, K classes, H, W crop size.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
@@ -29,14 +30,17 @@ from routeseg.labels import IGNORE
 from routeseg.model import DynamicRoutingNetwork, Segmentation
 from routeseg.model.backbone import Backbone
 from routeseg.model.compute import PLAIN
+from routeseg.model.places import enlarge
 from routeseg.training.batch_norm import Mode
 from routeseg.training.calibration import check_enough_pictures
-from routeseg.training.recipe import Recipe
+from routeseg.training.recipe import Recipe, places_start
 from routeseg.training.run import Run, RunOptions, RunResult
 from routeseg.training.task import RecipeTask, Validation
 from routeseg.training.watch import PROGRESS_FILE, WATCH_STATE, Watch
 
 log = logging.getLogger("routeseg")
+PRICES = (0.01, 0.3)  # at which places leave in training, as shares of the entropy of all classes alike
+WHOLE = 0.25  # of the images, whose places all stay
 
 
 class SegmentationTask(RecipeTask[Evaluation]):
@@ -94,6 +98,26 @@ class SegmentationTask(RecipeTask[Evaluation]):
         if self.watch is not None and WATCH_STATE in checkpoint:  # older runs did not keep it
             self.watch.load_state_dict(checkpoint[WATCH_STATE])
 
+    @property
+    def norms_learn(self) -> bool:
+        """Statistics must not mix places that have left with those that run."""
+        return super().norms_learn and not self.places_leave
+
+    @property
+    def places_leave(self) -> bool:
+        """Whether places leave at this step."""
+        start = places_start(self.model.config, self.recipe)
+        return start is not None and self.global_step >= start
+
+    def asked(self, images: int) -> dict[str, Any]:
+        """A price for each image once places leave, of any size; for some of them none, so that all of their places run
+        all layers."""
+        if not self.places_leave:
+            return {}
+        lowest, highest = (math.log(share * math.log(self.model.config.num_classes)) for share in PRICES)
+        prices = torch.exp(lowest + (highest - lowest) * torch.rand(images))
+        return {"price": torch.where(torch.rand(images) < WHOLE, 0.0, prices).numpy()}
+
     def count(self, labels: Tensor) -> Tensor:
         """The labelled pixels, or the sum of their weights."""
         weights = self.weights(labels)
@@ -108,7 +132,16 @@ class SegmentationTask(RecipeTask[Evaluation]):
         weight = self.budget.weight_at(self.global_step / self.recipe.iterations)
         compute, weights = self.model.compute or PLAIN, self.weights(labels)
         outputs = (*result.earlier, result.logits)
-        sums = [compute.cross_entropy_sum(logits.float(), labels, weights) for logits in outputs]
+        counts = [weights] * len(outputs)
+        if result.exits is not None:  # an exit is about the places that come to it
+            assert self.model.config.place is not None
+            at = enlarge(result.exits, self.model.config.place, labels.shape[-2:])
+            ones = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights
+            counts = [ones * (at >= exit) for exit in range(len(outputs))]
+        sums = [
+            compute.cross_entropy_sum(logits.float(), labels, some)
+            for logits, some in zip(outputs, counts, strict=True)
+        ]
         cross_entropy = torch.stack(sums).sum() / labels_in_step.clamp(min=1)
         expected = self.cost.expected(result.gates).mean()
         mean = total(expected.detach()) / world

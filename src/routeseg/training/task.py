@@ -137,7 +137,7 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
         schedule.base_lrs = [given["lr"] for given in groups]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if self.batch_norm == "frozen":
+        if not self.norms_learn:
             for norm in norms_of(self.model):
                 norm.eval()
 
@@ -177,9 +177,18 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
     def part(self, images: Tensor, labels: Tensor, labels_in_step: Tensor) -> Part:
         """The loss of one batch of a step: images [B,3,H,W] and their labels."""
         images_last = images.contiguous(memory_format=torch.channels_last)
-        result = self.model(images_last, drop_path=self.drop_path, coarse=True)
+        result = self.model(images_last, drop_path=self.drop_path, coarse=True, **self.asked(len(images)))
         loss, numbers = self.loss(result, labels, labels_in_step)
         return Part(loss, {name: value.detach() for name, value in numbers.items()}, result.gates.detach())
+
+    def asked(self, images: int) -> dict[str, Any]:
+        """What the forward of a batch of a step is asked besides."""
+        return {}
+
+    @property
+    def norms_learn(self) -> bool:
+        """Whether BatchNorm takes the statistics of the batches at this step."""
+        return self.batch_norm != "frozen"
 
     def _seed(self, rank: int, part: int) -> None:
         """What a batch of a step draws at random depends on these alone, so that a resumed run draws the same."""

@@ -1,0 +1,158 @@
+"""What decides who leaves at the exits of a network (model/exits.py): a rule is a subclass of `Choice` with a name in
+registry.CHOICES.
+
+`loss`     of whole images: a linear map of what a glance sees predicts what part of the mIoU an image loses at this exit
+           and at each later one. It leaves where loss and price of the cost are least:
+
+               leaves at k  <=>  loss_k + price * cost_k <= loss_j + price * cost_j   for all later exits j
+
+`entropy`  of images or places: the mean entropy of the classes, as the glance sees it there, is at most the price (nats).
+           It has nothing to fit, so that it is the same on images of any source
+
+Legend: N images, or places of images, K exits, F features of a glance, B images, hb, wb places of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from routeseg.config import NetworkConfig
+from routeseg.counting import NOTHING, Macs
+from routeseg.model.head import GLANCE, Head
+from routeseg.space import STEM_STRIDE
+
+RIDGES = 10.0 ** np.arange(-2, 7)  # strengths, for standardised features
+LEAST_SPREAD = 1e-2  # of a feature over the images, as a share of the largest: a class that hardly occurs
+
+
+class Choice(nn.ModuleList):
+    """A rule, with a part for each exit but the last. Made of the network's configuration.
+
+    by_place  places can decide by it
+    fits      it is fitted to images with labels
+    kernels   the compiled kernels know it
+    """
+
+    by_place: ClassVar[bool] = False
+    fits: ClassVar[bool] = False
+    kernels: ClassVar[bool] = False
+
+    def see(self, head: Head, features: Sequence[Tensor | None]) -> Tensor:
+        """What decides at an exit, given its head and features by scale, None where nothing arrives: float32
+        [B,...], of places [B,...,hb,wb]."""
+        raise NotImplementedError
+
+    def leaves(self, exit: int, seen: Tensor, price: Tensor, costs: Tensor) -> Tensor:
+        """Who leaves at an exit, given what `see` gave [N,...], prices [N], and the costs [K] of leaving at each exit,
+        shares of the full network's: bool [N]. At a price of 0 or less nobody may leave that would rather not."""
+        raise NotImplementedError
+
+    def fit(self, seen: Sequence[np.ndarray], losses: np.ndarray) -> None:
+        """Fits the rule to images with labels, if it `fits`: what was seen [N,F] at each exit but the last, and what each
+        image loses [N,K] in mIoU at each exit."""
+
+    @classmethod
+    def macs(cls, config: NetworkConfig, head: type[Head]) -> Macs:
+        """MACs of a decision at an exit, for any image size."""
+        return NOTHING
+
+
+class LossGate(nn.Module):
+    """What a glance sees [N,F] -> the loss that it predicts at its exit and at each later one, [N,later]."""
+
+    center: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, features: int, later: int) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(features))
+        self.register_buffer("weight", torch.zeros(later, features))
+        self.register_buffer("bias", torch.zeros(later))
+
+    def forward(self, seen: Tensor) -> Tensor:
+        center, weight, bias = (values.float() for values in (self.center, self.weight, self.bias))
+        return F.linear(seen - center, weight, bias)
+
+
+class LossChoice(Choice):
+    """The head, on features a quarter of the size, tells the share of each class and the entropy where it is. A
+    glance costs 0.2 % of the network, which is not counted."""
+
+    fits, kernels = True, True
+
+    def __init__(self, config: NetworkConfig) -> None:
+        assert config.exits is not None
+        count = len(config.exits)
+        super().__init__(LossGate(2 * config.num_classes, count - k) for k in range(count - 1))
+
+    def see(self, head: Head, features: Sequence[Tensor | None]) -> Tensor:
+        logits = head.glance(features).float().flatten(2)
+        share = logits.softmax(1)
+        entropy = -(share * logits.log_softmax(1)).sum(1, keepdim=True)
+        return torch.cat([share.mean(2), (share * entropy).mean(2)], dim=1)
+
+    def leaves(self, exit: int, seen: Tensor, price: Tensor, costs: Tensor) -> Tensor:
+        total = self[exit](seen) + price[:, None] * costs[exit:]
+        return total[:, 0] <= total[:, 1:].amin(dim=1)
+
+    def fit(self, seen: Sequence[np.ndarray], losses: np.ndarray) -> None:
+        for exit, gate in enumerate(self):
+            center, weight = ridge(seen[exit], losses[:, exit:])
+            for name, value in (("center", center), ("weight", weight), ("bias", losses[:, exit:].mean(0))):
+                getattr(gate, name).copy_(torch.from_numpy(value))
+
+
+class EntropyChoice(Choice):
+    """The mean entropy over an image, or over each of its places."""
+
+    by_place = True
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.place = config.place
+
+    def see(self, head: Head, features: Sequence[Tensor | None]) -> Tensor:
+        logits = head.glance(features, even=True).float()
+        entropy = -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
+        if self.place is None:
+            return entropy.mean((1, 2))
+        pixels = self.place // (STEM_STRIDE * GLANCE)
+        return F.avg_pool2d(entropy[:, None], pixels, ceil_mode=True, count_include_pad=False)[:, 0]
+
+    def leaves(self, exit: int, seen: Tensor, price: Tensor, costs: Tensor) -> Tensor:
+        return seen <= price
+
+    @classmethod
+    def macs(cls, config: NetworkConfig, head: type[Head]) -> Macs:
+        return head.glance_macs(config)
+
+
+def ridge(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A ridge regression of targets [N,J] on features [N,F]: the features' centre [F], and weights [J,F].
+
+    The strength is the one of RIDGES that predicts best each image that is left out.
+    """
+    center, spread = features.mean(0), features.std(0)
+    alive = spread > LEAST_SPREAD * spread.max()  # what hardly changes tells nothing
+    scale = np.divide(1.0, spread, out=np.zeros_like(spread), where=alive)
+    mean = targets.mean(0)
+    left, singular, right = np.linalg.svd((features - center) * scale, full_matrices=False)
+    along = left.T @ (targets - mean)
+    best: tuple[float, float] | None = None
+    for strength in RIDGES:
+        share = singular**2 / (singular**2 + strength)
+        leverage = (left**2 @ share)[:, None]  # the mean stays: else predictions would vary where features tell nothing
+        predicted = mean + left @ (share[:, None] * along)
+        error = float((((targets - predicted) / np.maximum(1 - leverage, 1e-6)) ** 2).mean())  # of those left out
+        if best is None or error < best[0]:
+            best = (error, strength)
+    assert best is not None
+    weights = right.T @ ((singular / (singular**2 + best[1]))[:, None] * along)
+    return center, (weights * scale[:, None]).T
