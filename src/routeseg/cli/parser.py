@@ -28,10 +28,10 @@ KINDS = {  # what values must be, by the name of their type; of several the firs
     "bool": "true or false",
     "str": "a text",
 }
-REMOVED = (  # which files of earlier runs have
-    *("recipe.hard_pixels", "recipe.dice", "recipe.teacher", "recipe.teacher_weight"),
-    *("data.num_classes", "data.buffer"),
-)
+REMOVED = {  # keys in the files of earlier runs, and the values that asked for nothing
+    **{"recipe.hard_pixels": "1.0", "recipe.dice": "0.0", "recipe.teacher": "null", "recipe.teacher_weight": "1.0"},
+    **{"data.num_classes": "null", "data.buffer": "1000"},
+}
 SYNONYMS = {  # what other tools call it
     "max_epochs": "epochs",
     "epochs": "epochs",
@@ -142,13 +142,21 @@ class ConfigFile(ActionConfigFile):
                 if key.value in SECTIONS and not isinstance(value, yaml.MappingNode):
                     parser.error(f"section {key.value!r} of {values} is no mapping: give its keys, a line each")
                 if key.value not in parser.passed_over:
-                    kept.append((key, value))
+                    kept.append((key, _without_removed(key, value)))
                 elif key.value == "recipe":
                     kept = [pair for pair in value.value if pair[0].value == "seed"] + kept
             if kept != document.value:
                 document.value = kept
                 values = yaml.serialize(document)
         super().__call__(parser, cfg, values, option_string)
+
+
+def _without_removed(section: yaml.Node, keys: yaml.Node) -> yaml.Node:
+    """A section without the keys that there were once, if they ask for nothing."""
+    if not isinstance(keys, yaml.MappingNode):
+        return keys
+    kept = [(key, value) for key, value in keys.value if REMOVED.get(f"{section.value}.{key.value}") != value.value]
+    return keys if len(kept) == len(keys.value) else yaml.MappingNode(keys.tag, kept)
 
 
 def _presets(parser: Any, name: str) -> list[str]:
