@@ -19,7 +19,7 @@ from routeseg.engine.budgeted import Steered
 from routeseg.prediction import clips
 from routeseg.prediction.clips import Frame, Newest, UnreadableVideo, VideoFile, VideoWriter, is_video, open_clip
 from routeseg.prediction.torch_runner import TorchNetwork
-from routeseg.prediction.video import Pace, predict_video
+from routeseg.prediction.video import FramePace, predict_video
 
 SIZE = (48, 64)
 EXITS = {"depth": 3, "gate": "fixed", "route": "diagonal", "exits": [0, 1]}
@@ -85,7 +85,7 @@ def segmented(path, output, model=None, frame_ms=None, **options):
     """The summary of a video, and the rows of its table."""
     model = model or network(depth=3)
     forward = model if frame_ms is None else Steered(model, model)
-    pace = None if frame_ms is None else Pace(forward, frame_ms)
+    pace = None if frame_ms is None else FramePace(forward, frame_ms)
     summary = predict_video(TorchNetwork(forward, model), open_clip(path), output, "clip", pace=pace, **options)
     return summary, list(csv.DictReader((output / "clip_frames.csv").read_text().splitlines()))
 

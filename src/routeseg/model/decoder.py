@@ -115,7 +115,7 @@ class Decoder(Head):
         for scale in range(config.num_scales):
             channels, stride = config.channels(scale), STEM_STRIDE * 2**scale
             out = channels // 2 if scale else channels
-            total += counting.conv_norm(channels, out, stride, place=DECODER)
+            total += counting.conv_norm_macs(channels, out, stride, place=DECODER)
             if scale:
                 total += each("resize", out, stride // 2, DECODER)
         total += each("conv", config.base_channels * 9 * config.num_classes, STEM_STRIDE, DECODER)

@@ -295,7 +295,7 @@ class _CrossEntropy(Function):
         return dloss * ctx.saved_tensors[0], None, None
 
 
-def conv_norm(source: Term, block: nn.Module, shrunk: int = 1) -> Term:
+def convolved(source: Term, block: nn.Module, shrunk: int = 1) -> Term:
     """A convolution, or a depthwise one and a 1x1 behind it, and its BatchNorm; a ReLU behind is left to the reader.
 
     The source has neither a weight nor half the size. It is resized by 1/`shrunk` first: 1 or SMALL_GATE_FACTOR.
@@ -339,7 +339,7 @@ class Fused(Compute):
             return super().stem(stem, images)
         term = Term(images)
         for layers in cast(nn.Sequential, stem):
-            term = conv_norm(term, layers)
+            term = convolved(term, layers)
         return add([term])
 
     def activations(self, node: RoutingNode, features: Features) -> Tensor:
@@ -347,11 +347,11 @@ class Fused(Compute):
         if gate is None or type(gate).scores is not Gate.scores or type(gate).pool is not Gate.pool or not _known(gate):
             return super().activations(node, features.map)
         if not gate.small:
-            squeezed = conv_norm(Term(features), gate.squeeze)
+            squeezed = convolved(Term(features), gate.squeeze)
         elif min(features.map.shape[-2:]) >= SMALL_GATE_FACTOR:
-            squeezed = conv_norm(Term(features), gate.squeeze, SMALL_GATE_FACTOR)
+            squeezed = convolved(Term(features), gate.squeeze, SMALL_GATE_FACTOR)
         else:
-            squeezed = conv_norm(Term(shrink(features.map)), gate.squeeze)
+            squeezed = convolved(Term(shrink(features.map)), gate.squeeze)
         pooled = _MeanOf.apply(*squeezed[:4])
         return node.by_direction(gate.activate(gate.score(pooled)))
 
@@ -363,7 +363,7 @@ class Fused(Compute):
             term = Term(features)
             if not isinstance(operation, Identity):
                 first, second = cast(nn.Sequential, operation)
-                term = conv_norm(conv_norm(term, first), second)
+                term = convolved(convolved(term, first), second)
             if drop_path > 0 and operation.droppable:
                 keep = torch.rand(len(features.map), 1, 1, 1) >= drop_path  # drawn as Cell does
                 term = term._replace(weight=keep.flatten() / (1.0 - drop_path))
@@ -377,7 +377,7 @@ class Fused(Compute):
             return Term(node.transform(direction, hidden.map), weight=alpha)
         if direction == KEEP:
             return Term(hidden, weight=alpha, relu=True)
-        return conv_norm(Term(hidden, relu=True), layers)._replace(weight=alpha, halved=direction == UP)
+        return convolved(Term(hidden, relu=True), layers)._replace(weight=alpha, halved=direction == UP)
 
     def skip(self, features: Features, images: Tensor | None) -> Term:
         return Term(features, weight=None if images is None else images.to(torch.float32))
@@ -403,7 +403,7 @@ class Fused(Compute):
         for scale in reversed(range(len(maps))):
             own = Term(maps[scale])
             merged = own if running is None else Term(add([own, running]))
-            running = conv_norm(merged, head.merge[scale])._replace(halved=scale > 0)
+            running = convolved(merged, head.merge[scale])._replace(halved=scale > 0)
         scores = head.predictor(add([cast(Term, running)]))
         return scores if coarse else upsample(scores, STEM_STRIDE)
 
