@@ -21,7 +21,6 @@ from routeseg.engine import compiled, skip
 from routeseg.engine.compiled import BUILDS, STEPS, CompiledForward, find_library, is_compiled
 from routeseg.engine.folding import FoldedForward
 from routeseg.engine.skip import kernels_ms as measured_kernels  # conftest.py puts another in its place
-from routeseg.model.checkpoints import GATED
 from routeseg.model.classifier import DynamicRoutingClassifier
 from routeseg.model.decoder import Decoder
 from routeseg.model.gate import SoftGate, SoftmaxGate
@@ -60,7 +59,6 @@ FREE = Request.of(network().config, 1)  # of the plain network: its gates decide
 CHANGES = {
     "plain": {},
     "small gate": {"small_gate": True},
-    "softmax": {"gate": "softmax"},
     "no gates": {"gate": "fixed"},
     "zeros arrive": {"zeros_arrive": True},
     "all operations": {"cell_operations": ["sep_conv_5x5", "identity", "sep_conv_3x3"]},
@@ -277,7 +275,7 @@ class TestSupports:
             (change_operation, "no kernel for the cell operation OtherOperation (nodes.2-1.cell.sep_conv_3x3)"),
             (change_layer, "no kernel for the layer GELU (nodes.2-1.transforms.down.1)"),
             (change_gate, "no kernel for the gate OtherGate (nodes.2-1.gate)"),
-            (change_one_gate, "know one kind of gate in a network, this one has SoftGate and SoftmaxGate"),
+            (change_one_gate, "no kernel for the gate SoftmaxGate (nodes.2-1.gate)"),
             (change_decoder, "no kernel for the head OtherDecoder"),
             (torch.nn.Module.double, "take float32 networks, not float64"),
             (lambda model: model.to("meta"), "run on CPUs, the network is on meta"),
@@ -401,7 +399,7 @@ class TestBfloat16:
     @needs_bfloat16
     @torch.no_grad()
     def test_agrees_with_float32_on_real_images(self, camvid_root):
-        model = load(GATED).eval()
+        model = load()
         engine = SkipEngine(model, "bfloat16")
         paths = sorted((camvid_root / "val").iterdir())[::20]
         pictures = [torch.from_numpy(read_image(path).transpose(2, 0, 1).copy())[None] for path in paths]
