@@ -186,7 +186,7 @@ def predictions(facts: Sequence[Facts], words: str) -> str:
 
 
 def int8(facts: Sequence[Facts], words: str) -> str:
-    """Files of benchmarks/int8.py: the shipped network's on CamVid, then those of full size."""
+    """Files of benchmarks/int8.py: a network with gates on CamVid, then those of full size."""
     (found,) = facts
     rows = [
         [row["file"], f"{row['mb']:.1f}", f"{100 * row['miou']:.2f} %", f"{100 * row['same_labels']:.1f} %"]

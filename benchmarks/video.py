@@ -32,6 +32,7 @@ import cv2
 import numpy as np
 import torch
 
+from inference_methods import GATED
 from routeseg.cost.request import Asked
 from routeseg.data.sets.camvid import open_camvid
 from routeseg.engine import SkipEngine
@@ -42,7 +43,7 @@ from routeseg.files import write_json
 from routeseg.model import DynamicRoutingNetwork, checkpoints
 from routeseg.prediction.clips import VideoWriter, open_clip
 from routeseg.prediction.torch_runner import TorchNetwork
-from routeseg.prediction.video import Pace, predict_video
+from routeseg.prediction.video import FramePace, predict_video
 from routeseg.space import Route
 
 RATE = 15  # frames a second of the video that is written; nothing waits for it
@@ -124,7 +125,7 @@ def run(
     loaded: bool = True,
 ) -> dict[str, Any]:
     """One walk through the video: times of its frames, cost, score."""
-    pace = None if frame_ms is None else Pace(scored.forward, frame_ms)
+    pace = None if frame_ms is None else FramePace(scored.forward, frame_ms)
     with tempfile.TemporaryDirectory() as output:
         with load() if loaded else nullcontext():
             summary = predict_video(scored, open_clip(clip), output, "clip", pace=pace)
@@ -286,13 +287,13 @@ def main(words: Sequence[str] | None = None) -> None:
     pictures = open_camvid(args.root, args.split)
     pairs = [pictures.read(number) for number in range(len(pictures))[: args.frames]]
     images, truth = [image for image, _ in pairs], [labels for _, labels in pairs]
-    model, gated = (checkpoints.load(path).eval() for path in (None, checkpoints.GATED))
+    model, gated = (checkpoints.load(path).eval() for path in (None, GATED))
     facts: dict[str, Any] = {"split": args.split, "frames": len(images), "rounds": args.rounds, "load_s": LOAD_S}
     facts["decoding"] = measure_decoding(images[:40])
     facts["pace"] = measure_pace(images, args.rounds, model, truth)
     facts["keeping"] = [
         {"network": name, **row}
-        for name, one in ((checkpoints.PRETRAINED.name, model), (checkpoints.GATED.name, gated))
+        for name, one in ((checkpoints.PRETRAINED.name, model), (GATED.name, gated))
         for row in measure_keeping(images, one, truth)
     ]
     write_json(args.output, facts | machine_facts())

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from routeseg.model import DynamicRoutingNetwork
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained" / "camvid"  # benchmarks/ship.py makes it
-GATED = PRETRAINED.parent / "camvid_small"  # one with the paper's gates, to try and to measure routes with
 LENGTH_BYTES = 8  # at the start of a safetensors file: the length of its header
 FLOATS, COUNTS = ("F64", "F32", "F16", "BF16"), ("I64",)  # safetensors' dtypes for weights, and for counts
 
