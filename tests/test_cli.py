@@ -213,6 +213,7 @@ class TestPredictOptions:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
+            (["--engine", "dense"], "there is no engine any more: leave it out"),
             (["--output", "nonsense://x"], "cannot open nonsense://x"),
             (["--device", "cuda:99"], "--device cuda:99"),
         ],

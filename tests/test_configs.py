@@ -175,4 +175,4 @@ def test_files_of_earlier_runs_may_have_keys_that_are_gone(tmp_path, capsys):
     file.write_text("recipe: {dice: 0.5, lr: 0.3}\n")
     with pytest.raises(SystemExit):
         parser.parse_args(["--config", str(file)])
-    assert "no key 'recipe.dice' in the configuration any more: leave it out" in capsys.readouterr().err
+    assert "there is no recipe.dice any more: leave it out" in capsys.readouterr().err

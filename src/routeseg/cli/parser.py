@@ -28,7 +28,8 @@ KINDS = {  # what values must be, by the name of their type; of several the firs
     "bool": "true or false",
     "str": "a text",
 }
-REMOVED = {  # keys in the files of earlier runs, and the values that asked for nothing
+REMOVED = {  # keys that there were, also in the files of earlier runs, and the values that asked for nothing
+    "engine": "skip",
     **{"recipe.hard_pixels": "1.0", "recipe.dice": "0.0", "recipe.teacher": "null", "recipe.teacher_weight": "1.0"},
     **{"data.num_classes": "null", "data.buffer": "1000"},
 }
@@ -89,7 +90,7 @@ class Parser(ArgumentParser):
                 message = f"`{self.prog}` does not take --{wrong}: {remedy}"
                 break
             if wrong in REMOVED:
-                message = f"no key {wrong!r} in the configuration any more: leave it out"
+                message = f"there is no {wrong} any more: leave it out"
                 break
             known += [f"{name}.{wrong.partition('.')[2]}" for name in self.passed_over]
             near = [key for key in known if key == SYNONYMS.get(wrong.rpartition(".")[2])]
