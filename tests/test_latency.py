@@ -178,7 +178,6 @@ def test_command(tmp_path, capsys):
     code, out, err = run([*words, f"--json={tmp_path / 'result.json'}"], capsys)
     assert code == 0, err
     file = tmp_path / "net" / "latency_cpu_64x96_float32.json"
-    assert file.with_suffix(".png").stat().st_size > 10_000
     assert "cells" in out and "ms per GMAC" in out and "4 random routes" in out
     stored = json.loads(file.read_text())
     assert stored["machine"]["threads"] == 1 and stored["command"][:2] == ["profile", checkpoint]

@@ -67,7 +67,6 @@ def profile_command(words: Sequence[str]) -> int:
     from routeseg.cost.macs import model_cost
     from routeseg.engine.profiling import forwards, profile
     from routeseg.evaluation import machine_facts
-    from routeseg.figures import latency_scatter
 
     quiet_libraries()
     model = model.to(find_device(args.device))
@@ -87,9 +86,8 @@ def profile_command(words: Sequence[str]) -> int:
     path = output / f"{table.name}.json"
     table.write(path)
     title = f"{args.size}, {table.device}, {table.precision}"
-    latency_scatter(path.with_suffix(".png"), table.facts["test"]["routes"], title)
     print_latency(table.facts["all_open_by_part"], table.facts, title)
-    print(f"{path}, and a figure beside it")
+    print(path)
     if args.json is not None:
         write_json(args.json, table.as_dict())
     return 0
