@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from conftest import run, scenes_checkpoint
-from pictures import noise, save, truncate
+from pictures import ORIENTATION_TAG, ROTATED_RIGHT, noise, save, truncate
 from routeseg.cli import main
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.sets.folder import open_folder
@@ -163,7 +163,8 @@ class TestWhatIsWrong:
             Image.fromarray(blocks([(9, 99, 200), (200, 9, 9)], seed=k).astype(np.uint8)).save(
                 root / "masks" / "train" / f"p{k}.jpg"
             )
-        assert "they are JPEGs" in only(findings(root), "train: colours without a class").remedy
+        finding = only(findings(root), "train: 3 of 3 labels are no label images")
+        assert finding.level == "error" and "is of the format JPEG, which does not keep" in finding.files[0]
 
     def test_unreadable_and_missing_files_are_named(self, tmp_path, capsys):
         root = folder(tmp_path / "mine", count=4)
@@ -189,12 +190,16 @@ class TestWhatIsWrong:
         root = folder(tmp_path)
         save(root / "masks" / "train" / "p0.png", blocks([0, 1], 40, 32).astype(np.uint8))
         finding = only(findings(root), "train: 1 of 3 labels have another size")
-        assert (
-            finding.level == "error" and "p0.png is 40x32, its label" in finding.files[0] and "EXIF" in finding.remedy
-        )
-        save(root / "masks" / "train" / "p1.png", noise(32, 40)[..., :2])
+        assert finding.level == "error" and "p0.png is 40x32, its label" in finding.files[0]
+        assert "width and height are swapped" in finding.remedy and "EXIF" not in finding.remedy
+        exif = Image.Exif()
+        exif[ORIENTATION_TAG] = ROTATED_RIGHT
+        save(root / "images" / "train" / "p0.png", noise(40, 32), exif=exif)
+        assert "width and height are swapped: a note in the images (EXIF)" in only(findings(root), "size").remedy
+        (root / "masks" / "train" / "p1.png").unlink()
+        save(root / "masks" / "train" / "p1.tif", np.full((32, 40), 0.5, np.float32))
         finding = only(findings(root), "train: 1 of 3 labels are no label images")
-        assert "p1.png is no label image" in finding.files[0] and "EXIF" not in finding.remedy
+        assert "p1.tif is no label image" in finding.files[0] and "EXIF" not in finding.remedy
 
     def test_all_kinds_of_errors_come_in_one_run(self, tmp_path, capsys):
         """Each with its count, its files and its remedy; what one picture is wrong in hides none of the others."""
