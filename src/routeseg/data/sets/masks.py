@@ -38,15 +38,15 @@ RARE_VALUE = 0.001  # share of pixels below which a value may be a slip
 FILLED, BETWEEN = 0.1, 0.15
 SLIP_PIXELS = 8  # of a value in a mask, without an area: no more are a slip
 VIEWING_STEP = 16  # between numbers that are grey levels to be looked at, rather than numbers of classes
-NEAR_WHITE = 3  # steps from 255, at which a number is hardly a class beside it
+NEAR = 3  # steps between two values, of which one is hardly a class beside the other
 IGNORED_16 = 65535  # what 255 is in masks of 16 bits
 CHUNK = 64  # masks that are looked at together
 BLACK, WHITE = 0, 0xFFFFFF
 BACKGROUND, FOREGROUND = "background", "foreground"
 BY_HAND = "or say in a classes.yaml what they mean (docs/data.md)"
 LOOSE = (
-    "fill no area of their own, as borders of a mask that was resized or drawn with soft edges: make the masks again "
-    "from the originals, as PNG with hard edges, and resize them with nearest neighbours"
+    "fill no area of their own, as borders do in a mask that was resized, drawn with soft edges or saved as JPEG: make "
+    "the masks again from the originals, as PNG with hard edges, and resize them with nearest neighbours"
 )
 
 
@@ -173,7 +173,7 @@ def _of_loose(survey: _Survey, loose: set[int]) -> list[str]:
     if not loose:
         return []
     names = ", ".join(_hex(value) if survey.coloured else str(value) for value in sorted(loose))
-    return [f"{names} ({survey.share(loose)}) fill no area of their own, as soft borders and slips: ignored"]
+    return [f"{names} ({survey.share(loose)}) without an area of their own, as soft borders and slips: ignored"]
 
 
 def _of_numbers(
@@ -194,7 +194,7 @@ def _of_numbers(
     alone, beside = white_alone(survey.masks, white)
     if alone > beside:
         why = f"in {alone} of {len(survey.masks)} masks it is all that there is beside 0"
-    elif white - plain[-1] <= NEAR_WHITE:
+    elif white - plain[-1] <= NEAR:
         why = f"{plain[-1]} is hardly a class beside it"
     elif np.diff(numbers).min() >= VIEWING_STEP:
         why = f"{', '.join(map(str, numbers))} look like grey levels, not like numbers of classes"
@@ -284,19 +284,28 @@ class _Survey:
         """How much of the masks has one of these values, in words."""
         count = sum(self.values[value].pixels for value in values)
         total = sum(found.pixels for found in self.values.values())
-        return f"{count} pixels" if count < RARE_VALUE * total else f"{100 * count / total:.1f} % of the pixels"
+        if count < RARE_VALUE * total:
+            return f"{count} pixel{'s' * (count > 1)}"
+        return f"{100 * count / total:.1f} % of the pixels"
 
     def loose(self) -> set[int]:
-        """The values that fill no area: borders between others, unless all numbers are counted from 0, and slips. None,
-        if fewer than two others are left."""
+        """The values that fill no area: slips, and, unless all numbers are counted from 0, what lies between others or
+        hardly differs from one that has an area. None, if fewer than two others are left."""
         numbers = set(self.values) - {IGNORE}
         counted = not self.coloured and numbers == set(range(len(numbers)))
+        areas = [value for value, found in self.values.items() if found.is_area]
         loose = set()
         for value, found in self.values.items():
             slip = not found.filled and found.pixels <= SLIP_PIXELS * sum(value in mask for mask in self.masks)
-            if slip or (not found.is_area and found.is_between and not counted):
+            border = not found.is_area and (found.is_between or any(self._are_near(value, area) for area in areas))
+            if slip or (border and not counted):
                 loose.add(value)
         return loose if len(self.values) - len(loose) > 1 else set()
+
+    def _are_near(self, one: int, other: int) -> bool:
+        parts = (0, 8, 16) if self.coloured else ()
+        steps = [abs((one >> k & 255) - (other >> k & 255)) for k in parts] or [abs(one - other)]
+        return max(steps) <= NEAR
 
     def as_grey(self, values: Sequence[int]) -> _Survey:
         """Those of its colours that are all grey, by their levels."""
