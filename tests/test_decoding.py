@@ -550,6 +550,14 @@ class TestTransparency:
         got = read_label_file(tmp_path / "x.png")
         assert np.array_equal(got if mode == "LA" else got[..., 0], alpha)
 
+    def test_black_beside_transparent_pixels_is_said(self, tmp_path, caplog):
+        pairs._say_black.cache_clear()
+        rgba = np.dstack([SMALL * (SMALL[..., :1] > 99), 255 * self.HERE]).astype(np.uint8)
+        Image.fromarray(rgba).save(tmp_path / "x.png")
+        for _ in range(2):
+            assert not read_label_file(tmp_path / "x.png")[~self.HERE].any()
+        assert [record.getMessage()[:33] for record in caplog.records] == ["masks have transparent pixels, an"]
+
     def test_numbers_beside_alpha(self, tmp_path):
         numbers = SMALL[..., 0]
         for alpha, expected in ((np.full((32, 40), 255), numbers), (255 * self.HERE, numbers * self.HERE)):

@@ -317,6 +317,13 @@ class TestWhite:
         out = run(["check-data", root, "--output", tmp_path / "o"], capsys)[1]
         assert "`mapping: {65535: 255}` if 65535 stands for what is ignored" in out
 
+    def test_what_is_below_0_is_ignored(self, tmp_path):
+        for k in range(2):
+            save(tmp_path / "masks" / f"{k}.tif", blobs(k, (0, 1, 2)).astype(np.int32) - 1)
+        found = find_classes(tmp_path / "masks")
+        assert found.description == {"names": ["class 0", "class 1"], "mapping": {0: 0, 1: 1, 255: IGNORE, -1: IGNORE}}
+        assert "-1 is ignored" in str(found)
+
     def test_in_a_classes_file_too(self, tmp_path, capsys):
         root = drawn(tmp_path / "mine", lambda k: blobs(k, (0, 255) if k == 0 else (0, 1)))
         describe(root, "names: [a, b]")

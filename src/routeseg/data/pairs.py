@@ -395,8 +395,16 @@ def _stored(file: ImageFile.ImageFile, palette: bool, grey: bool) -> np.ndarray 
         return values
     values = np.where(alpha[..., None] if values.ndim == 3 else alpha, values, 0)
     if values.any():
+        black = ~values.any(axis=-1) if values.ndim == 3 else values == 0
+        if not alpha.all() and (black & (alpha > 0)).any():
+            _say_black()
         return values
     return np.repeat(alpha[..., None], 3, axis=2) if values.ndim == 3 else alpha
+
+
+@functools.cache  # so it is said once
+def _say_black() -> None:
+    log.warning("masks have transparent pixels, and others that are black, or 0: both are read as black, or 0")
 
 
 def _stretch(file: ImageFile.ImageFile) -> float:

@@ -181,16 +181,18 @@ def _of_numbers(
 ) -> tuple[dict[str, Any], list[str]]:
     """Names, and a mapping unless the classes are numbered from 0 without a gap; and what is to be said. Both kinds of
     numbers are in order. Raises UnclearMasks if 255 may be a class."""
-    ignored = {number: IGNORE for number in loose}
+    ignored = {number: IGNORE for number in (*loose, *(number for number in numbers if number < 0))}
+    notes = [f"{number} is ignored" for number in numbers if number < 0]
+    numbers = [number for number in numbers if number >= 0]
     white = IGNORED_16 if IGNORED_16 in numbers else IGNORE
     if list(numbers) == [0, white]:
-        return {"names": [BACKGROUND, FOREGROUND], "mapping": {0: 0, white: 1} | ignored}, []
+        return {"names": [BACKGROUND, FOREGROUND], "mapping": {0: 0, white: 1} | ignored}, notes
     plain = [number for number in numbers if number != white]
     if white not in numbers or len(plain) < 2:
-        return _named(plain, {IGNORE: IGNORE} | ignored), []
+        return _named(plain, {IGNORE: IGNORE} | ignored), notes
     steps = np.linspace(0, white, len(numbers))
     if np.abs(steps - numbers).max() <= 1:
-        return _named(numbers, ignored), [f"{white} is a class, for the values are even steps up to it"]
+        return _named(numbers, ignored), [*notes, f"{white} is a class, for the values are even steps up to it"]
     alone, beside = white_alone(survey.masks, white)
     if alone > beside:
         why = f"in {alone} of {len(survey.masks)} masks it is all that there is beside 0"
@@ -199,7 +201,7 @@ def _of_numbers(
     elif np.diff(numbers).min() >= VIEWING_STEP:
         why = f"{', '.join(map(str, numbers))} look like grey levels, not like numbers of classes"
     else:
-        notes = [f"{white} is ignored"] if white != IGNORE else []
+        notes += [f"{white} is ignored"] if white != IGNORE else []
         return _named(plain, {white: IGNORE} | ignored), notes
     readings = [("if it is ignored", _mapped(plain, {white: IGNORE} | ignored))]
     if len(plain) == 2:
