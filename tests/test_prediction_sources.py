@@ -13,7 +13,7 @@ import pytest
 from pictures import noise, save
 from predicting import run, sharpen
 from routeseg.prediction.files import LABELS, OUTPUTS, OVERLAY
-from routeseg.prediction.sources import find_inputs, output_names
+from routeseg.prediction.sources import find_inputs, other_inputs, output_names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,6 +47,12 @@ class TestFindInputs:
     def test_a_folder_gives_its_images_sorted_and_not_its_subfolders(self):
         assert self.found(".") == ["a.JPG", "b.png", "c.webp"]
         assert self.found("sub/") == ["sub/d.tiff"]
+
+    def test_what_lies_beside_images_is_counted(self, tmp_path):
+        (tmp_path / "x.heic").touch()
+        (tmp_path / "sub" / "y.mov").touch()
+        assert other_inputs(["sub", "b.png", "sub/*"]) == "1 .mov"
+        assert "1 .heic" in other_inputs(["."])
 
     def test_globs(self):
         assert self.found("*") == ["a.JPG", "b.png", "c.webp"]
