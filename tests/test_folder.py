@@ -267,6 +267,27 @@ class TestWhereFilesLie:
         ):
             open_folder(folder_root, "train")
 
+    @pytest.mark.parametrize(("image", "mask"), [("webp", "tif"), ("tiff", "bmp"), ("gif", "gif"), ("bmp", "jp2")])
+    def test_every_format_that_is_decoded(self, tmp_path, image, mask):
+        root = describe(tmp_path, "names: [a, b]")
+        for split in ("train", "val"):
+            save(root / "images" / split / f"x.{image}", noise(32, 40))
+            save(root / "masks" / split / f"x.{mask}", blocks([0, 1]).astype(np.uint8))
+        for split in ("train", "val"):
+            assert np.array_equal(open_folder(root, split).read(0)[1], blocks([0, 1]))
+
+    def test_files_that_are_no_images(self, tmp_path, capsys):
+        """They are counted; if there is nothing else, they are named."""
+        root = write_pictures(describe(tmp_path / "mine", "names: [a, b]"), ["train/x", "val/y"])
+        for name in ("a.heic", "b.HEIC", "c.mov", ".hidden.txt"):
+            (root / "images" / "train" / name).write_bytes(b"x")
+        code, out, _ = run(["check-data", root, "--output", tmp_path / "o"], capsys)
+        assert code == 0 and "that are no images (2 .heic, 1 .mov): 3 of 4" in out.replace("\n", " ")
+        assert names_of(root, "train") == ["x"]
+        (root / "images" / "train" / "x.png").unlink()
+        with pytest.raises(ValueError, match=r"images/train holds no images .* but 2 \.heic, 1 \.mov: convert to PNG"):
+            open_folder(root, "train")
+
 
 class TestSplits:
     def test_lists(self, tmp_path):

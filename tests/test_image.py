@@ -3,6 +3,7 @@
 import io
 import json
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,10 @@ import routeseg
 from conftest import spread_gates
 from routeseg import DynamicRoutingNetwork, SkipEngine
 from routeseg.cli import main
+from routeseg.data.pairs import LabelMap, Pair, PairedFiles, read_image
+from routeseg.labels import Classes
 from routeseg.prediction import image as images_in_python
+from routeseg.prediction.clips import open_clip
 from routeseg.prediction.torch_runner import open_network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,6 +54,38 @@ class TestWhatHoldsAnImage:
             found = model.predict(image)
             assert np.array_equal(found.labels, expected) and np.array_equal(found.image, picture)
         assert model.predict(path).name == "photo" and model.predict(picture).name == "image"
+
+    @pytest.mark.parametrize("kind", ["grey 16 bits", "colour 12 bits", "grey float"])
+    def test_of_other_ranges_too(self, model, tmp_path, web_server, kind):
+        """Also as training reads it."""
+        rng = np.random.default_rng(0)
+        if kind == "grey float":
+            values, path = rng.random((50, 70), np.float32), tmp_path / "photo.tif"
+        else:
+            shape, most = ((50, 70), 65536) if kind == "grey 16 bits" else ((50, 70, 3), 4096)
+            values, path = rng.integers(0, most, shape).astype(np.uint16), tmp_path / "photo.png"
+        cv2.imwrite(str(path), values[..., ::-1] if values.ndim == 3 else values)
+        colours = values if values.ndim == 3 else np.stack([values] * 3, axis=-1)
+        expected = model.predict(path)
+        assert expected.image.max() == 255 and expected.image.std() > 70, "neither dark nor cut off"
+        held = colours if values.dtype == np.float32 else colours.astype(np.int32)
+        for image in (f"{web_server(tmp_path)}/{path.name}", Image.open(path), colours, tensor(held), expected.image):
+            found = model.predict(image)
+            assert np.array_equal(found.image, expected.image) and np.array_equal(found.labels, expected.labels)
+        pair = Pair("photo", path, None)
+        trained = PairedFiles([pair], Classes(("a", "b")), LabelMap(2, {}, {})).read(0)[0]
+        assert np.array_equal(trained, expected.image)
+
+    def test_a_frame_of_a_video_is_the_image_that_was_written(self, picture, tmp_path):
+        av = pytest.importorskip("av")
+        with av.open(str(tmp_path / "clip.mkv"), "w") as file:
+            stream = file.add_stream("ffv1", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 70, 50, "bgr0"
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="bgr0")
+            file.mux([*stream.encode(frame), *stream.encode()])
+        Image.fromarray(picture).save(tmp_path / "photo.png")
+        (frame,) = open_clip(tmp_path / "clip.mkv")
+        assert np.array_equal(frame.pixels, read_image(tmp_path / "photo.png"))
 
     def test_several_give_a_list(self, model, picture):
         other = picture[::-1]

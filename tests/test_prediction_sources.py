@@ -13,7 +13,7 @@ import pytest
 from pictures import noise, save
 from predicting import run, sharpen
 from routeseg.prediction.files import LABELS, OUTPUTS, OVERLAY
-from routeseg.prediction.sources import find_inputs, output_names
+from routeseg.prediction.sources import find_inputs, other_inputs, output_names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +27,7 @@ class TestFindInputs:
     @pytest.fixture(autouse=True)
     def _files(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        images = ["b.png", "a.JPG", "c.webp", "f.jp2", "sub/d.tiff", "sub/deep/e.bmp"]
+        images = ["b.png", "a.JPG", "c.webp", "f.psd", "sub/d.tiff", "sub/deep/e.bmp"]
         for name in (*images, "notes.txt", ".hidden.png"):
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,6 +48,12 @@ class TestFindInputs:
         assert self.found(".") == ["a.JPG", "b.png", "c.webp"]
         assert self.found("sub/") == ["sub/d.tiff"]
 
+    def test_what_lies_beside_images_is_counted(self, tmp_path):
+        (tmp_path / "x.heic").touch()
+        (tmp_path / "sub" / "y.mov").touch()
+        assert other_inputs(["sub", "b.png", "sub/*"]) == "1 .mov"
+        assert "1 .heic" in other_inputs(["."])
+
     def test_globs(self):
         assert self.found("*") == ["a.JPG", "b.png", "c.webp"]
         assert self.found("**/*.bmp") == ["sub/deep/e.bmp"]
@@ -55,7 +61,7 @@ class TestFindInputs:
         assert self.found("[bc].*") == ["b.png", "c.webp"]
 
     def test_a_glob_that_names_a_suffix_may_name_any(self):
-        assert self.found("*.jp2") == ["f.jp2"]
+        assert self.found("*.psd") == ["f.psd"]
 
     def test_a_file_whose_name_looks_like_a_glob(self, tmp_path):
         (tmp_path / "x[1].png").touch()
@@ -111,7 +117,7 @@ class TestUrls:
         """A bucket of its own in memory."""
         files = fsspec.filesystem("memory")
         files.rm("/bucket", recursive=True) if files.exists("/bucket") else None
-        for name in ("b.png", "a.JPG", "notes.txt", ".hidden.png", "sub/c.png", "d.jp2"):
+        for name in ("b.png", "a.JPG", "notes.txt", ".hidden.png", "sub/c.png", "d.psd"):
             files.pipe_file(f"/bucket/{name}", b"")
         return files
 
@@ -121,7 +127,7 @@ class TestUrls:
         assert find_inputs(["memory://bucket"]) == ["memory://bucket/a.JPG", "memory://bucket/b.png"]
         assert find_inputs(["memory://bucket/"]) == find_inputs(["memory://bucket"])
         assert find_inputs(["memory://bucket/*"]) == find_inputs(["memory://bucket"])
-        assert find_inputs(["memory://bucket/*.jp2"]) == ["memory://bucket/d.jp2"]
+        assert find_inputs(["memory://bucket/*.psd"]) == ["memory://bucket/d.psd"]
         assert find_inputs(["memory://bucket/**"])[-1] == "memory://bucket/sub/c.png"
 
     @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def predict_command(words: Sequence[str]) -> int:
     args = parser.parse_args(list(words))
 
     from routeseg.prediction.files import predict_files
-    from routeseg.prediction.sources import find_inputs
+    from routeseg.prediction.sources import find_inputs, other_inputs
 
     inputs = [best_of_run(word) if number == 0 else word for number, word in enumerate(args.inputs or ())]
     network = inputs.pop(0) if inputs and _is_network(inputs[0]) else None
@@ -87,6 +87,8 @@ def predict_command(words: Sequence[str]) -> int:
         with progress_bar("predict", len(images)) as step:
             summary = predict_files(runner, images, args.output, step, **common)
     print(summary.table())
+    if others := other_inputs(inputs):
+        print(f"passed over, as no images: {others}")
     return USAGE_ERROR if summary.skipped else 0
 
 

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from routeseg.data.pairs import read_image
+from routeseg.data.pairs import IMAGE_SUFFIXES, read_image
 from routeseg.data.sets.roots import expected
 from routeseg.data.tools.registration import IMAGENET_TREE
 from routeseg.files import expand_user
-
-SUFFIXES = (".jpeg", ".jpg", ".png")
 
 
 @dataclass
@@ -87,9 +85,9 @@ class ImageTree:
 
 
 def _images(folder: Path) -> list[str]:
-    found = sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(SUFFIXES))
+    found = sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(IMAGE_SUFFIXES))
     if not found:
-        raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)}): add some, or remove the folder")
+        raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}): add some, or remove the folder")
     return found
 
 

@@ -12,12 +12,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from routeseg import figures
 from routeseg.cost.latency import LatencyTable
 from routeseg.cost.request import Asked
+from routeseg.data.pairs import as_bytes, read_pillow
 from routeseg.description import NetworkDescription
 from routeseg.engine.budgeted import Budgeted
 from routeseg.model import DynamicRoutingNetwork
@@ -26,7 +27,6 @@ from routeseg.prediction.sources import Source, is_url, locate, open_folder, out
 from routeseg.prediction.torch_runner import TorchNetwork, open_network
 from routeseg.space import Route
 
-ROUNDING = 1e-3  # by which floats may leave 0..1
 MS = 1000.0
 
 
@@ -129,8 +129,8 @@ def predict(
 ) -> SegmentedImage | list[SegmentedImage]:
     """Segments an image, or each of several, on the fastest engine of the device where the network is.
 
-    images     a path or URL, a PIL image, an array [H,W,3] (uint8, or floats in 0..1), a tensor [3,H,W] or [B,3,H,W]
-               (the same); RGB. Or a list or tuple of these. One image gives one result, all others give a list
+    images     a path or URL, a PIL image, an array [H,W,3] (uint8, uint16, or floats in 0..1), a tensor [3,H,W] or
+               [B,3,H,W] (the same); RGB. Or a list or tuple of these. One image gives one result, all others a list
     budget     of a network with exits, what images may cost in the mean: a share such as 0.4, or "40%", "0.5GMACs",
                "25ms"; None: what helps
     latency    the table of this machine (`routeseg profile`) for a budget in ms, or its file
@@ -184,12 +184,12 @@ def _read(image: Any) -> list[tuple[Source, np.ndarray]]:
         source = image if is_url(image) else Path(image)
         return [(source, read_source(source, locate(source)))]
     if isinstance(image, Image.Image):
-        return [("image", np.asarray(ImageOps.exif_transpose(image).convert("RGB")))]
+        return [("image", read_pillow(image))]
     if isinstance(image, Tensor):
         if image.ndim not in (3, 4) or image.shape[-3] != 3:
             raise ValueError(f"a tensor of shape {list(image.shape)} is no image: give [3,H,W] or [B,3,H,W], RGB")
         pixels = image.detach().cpu().movedim(-3, -1).numpy()
-        return [("image", _as_bytes(one)) for one in (pixels if image.ndim == 4 else pixels[None])]
+        return [("image", as_bytes(one)) for one in (pixels if image.ndim == 4 else pixels[None])]
     if isinstance(image, np.ndarray):
         if image.ndim not in (3, 4) or image.shape[-1] != 3:
             hint = ""
@@ -200,22 +200,7 @@ def _read(image: Any) -> list[tuple[Source, np.ndarray]]:
             elif image.ndim == 2:
                 hint = "; yours has no channels: numpy.stack([image] * 3, axis=-1)"
             raise ValueError(f"an array of shape {list(image.shape)} is no image: give [H,W,3], RGB{hint}")
-        return [("image", _as_bytes(one)) for one in (image if image.ndim == 4 else image[None])]
+        return [("image", as_bytes(one)) for one in (image if image.ndim == 4 else image[None])]
     raise ValueError(
         f"{type(image).__name__} is no image: give a path, a URL, a PIL image, an array [H,W,3] or a tensor [3,H,W]"
     )
-
-
-def _as_bytes(image: np.ndarray) -> np.ndarray:
-    """uint8 [H,W,3] of uint8, or of floats in 0..1. Raises ValueError for others."""
-    if image.dtype == np.uint8:
-        return np.ascontiguousarray(image)
-    if image.dtype.kind != "f":
-        raise ValueError(f"an image of {image.dtype}: give uint8, or floats in 0..1")
-    low, high = float(image.min(initial=0)), float(image.max(initial=0))
-    if not (low >= -ROUNDING and high <= 1 + ROUNDING):
-        raise ValueError(
-            f"floats are taken as 0..1, these go from {low:.4g} to {high:.4g}: divide by 255, or give uint8; an image "
-            "that is normalised already must not be"
-        )
-    return (np.clip(image, 0, 1) * 255).round().astype(np.uint8)

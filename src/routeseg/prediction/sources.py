@@ -19,12 +19,11 @@ from urllib.parse import unquote, urlsplit
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from routeseg.data.pairs import IMAGE_SUFFIXES
+from routeseg.data.pairs import IMAGE_SUFFIXES, other_files
 from routeseg.files import check_writable, expand_user, write_atomically
 
 Source = Path | str
 
-INPUT_SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".tif", ".tiff", ".webp", ".gif")
 LIST_SIGN, COMMENT = "@", b"#"
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 GLOB_SIGNS = "*?["
@@ -35,9 +34,9 @@ READ_AT_ONCE = 500  # objects of a remote store
 def find_inputs(inputs: Sequence[str]) -> list[Source]:
     """The images that these words mean, each once, in the order given.
 
-    A file is taken as it is, whatever its suffix. A folder gives the images in it (INPUT_SUFFIXES), sorted, without
+    A file is taken as it is, whatever its suffix. A folder gives the images in it (IMAGE_SUFFIXES), sorted, without
     hidden ones and those in its subfolders. Anything else is a glob (`**` goes through folders), sorted too; it gives
-    images, or any file if it names a suffix itself (`*.jp2`). URLs mean the same in their store; one that ends
+    images, or any file if it names a suffix itself (`*.raw`). URLs mean the same in their store; one that ends
     like an image is taken without a look at the store. `@LIST` is a text file, or a URL of one, with such a word on
     each line; lines that are empty or start with # are passed over.
 
@@ -50,6 +49,12 @@ def find_inputs(inputs: Sequence[str]) -> list[Source]:
         for source in _expand(text):
             found.setdefault(str(locate(source)), source)
     return list(found.values())
+
+
+def other_inputs(inputs: Sequence[str]) -> str:
+    """What lies beside the images in the folders among these words, by suffix; "" if nothing does."""
+    folders = [folder for folder in map(expand_user, inputs) if folder.is_dir()]
+    return other_files(path.name for folder in folders for path in folder.iterdir() if path.is_file())
 
 
 def output_names(sources: Iterable[Source]) -> list[str]:
@@ -265,7 +270,7 @@ def _expand_list(name: str) -> list[Source]:
 
 
 def _expand_path(path: Path) -> list[Path]:
-    known = ", ".join(INPUT_SUFFIXES)
+    known = ", ".join(IMAGE_SUFFIXES)
     if path.is_file():
         return [path]
     if path.is_dir():
@@ -275,7 +280,9 @@ def _expand_path(path: Path) -> list[Path]:
             raise ValueError(f"cannot read the folder {path}: {error.strerror}") from error
         images = [p for p in candidates if _is_image(p.name) and p.is_file()]
         if not images:
-            raise ValueError(f"the folder {path} holds no images ({known}); its subfolders: '{path}/**'")
+            others = other_files(p.name for p in candidates if p.is_file())
+            there = f", but {others}" if others else ""
+            raise ValueError(f"the folder {path} holds no images ({known}){there}; its subfolders: '{path}/**'")
         return images
     if not glob.has_magic(str(path)):
         raise ValueError(f"no file or folder {path}: check the name")
@@ -310,7 +317,7 @@ def _expand_url(url: str, store: Any, path: str) -> list[str]:
     else:
         chosen = [file for file in files if _is_image(file_name(file))]
         if not chosen:
-            raise ValueError(f"{url} holds no images ({', '.join(INPUT_SUFFIXES)}); its subfolders: '{url}/**'")
+            raise ValueError(f"{url} holds no images ({', '.join(IMAGE_SUFFIXES)}); its subfolders: '{url}/**'")
     return [_url_of(url, store, path, file) for file in chosen]
 
 
@@ -323,13 +330,13 @@ def _matching(pattern: str, last: str, files: Sequence[str]) -> list[str]:
     named = suffix and not glob.has_magic(suffix)
     chosen = [file for file in files if named or _is_image(file_name(file))]
     if not chosen:
-        known = ", ".join(INPUT_SUFFIXES)
+        known = ", ".join(IMAGE_SUFFIXES)
         raise ValueError(f"{pattern} matches {len(files)} files, and no image ({known}): check the pattern")
     return chosen
 
 
 def _is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in INPUT_SUFFIXES
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _open_store(url: str) -> tuple[Any, str]:
