@@ -285,7 +285,7 @@ class TestSplits:
             ("x\ngone\n", r"images/gone\.\* is not there, though .*t\.txt lists it \(1 of 2"),
             ("x\nunlabelled\n", r"masks/unlabelled\.\* is not there, though .*t\.txt lists it"),
             ("x\nx\n", r"t\.txt names x more than once"),
-            ("x\nx.png\n", r"t\.txt names a picture with and without its suffix"),
+            ("x\nx.png\n", r"t\.txt names x more than once"),
             ("\n", r"t\.txt is empty"),
             (None, r"no file .*t\.txt"),
         ],

@@ -12,6 +12,7 @@ import logging
 import os
 import struct
 import threading
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from routeseg.errors import CONTROL
 from routeseg.labels import IGNORE, Classes
 
 log = logging.getLogger("routeseg")
@@ -459,7 +461,8 @@ def list_images(folder: Path, nested: bool = False, left_out: list[LeftOut] | No
     """Name -> file. A name is the stem; with `nested`, files of sub-folders count too, and are called city/stem.
 
     left_out  takes what has the name of a file before it; without it that is a ValueError
-    Hidden files and folders are left out. Raises ValueError for a folder that is missing or empty.
+    Names are in one form of Unicode. Hidden files and folders are left out. Raises ValueError for a folder that is
+    missing or empty, and for names with control characters.
     """
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: check the data root and its layout")
@@ -467,7 +470,9 @@ def list_images(folder: Path, nested: bool = False, left_out: list[LeftOut] | No
     twice: list[tuple[Path, Path]] = []
     for path in _files(folder, nested):
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
-            name = path.relative_to(folder).with_name(path.stem).as_posix()
+            name = one_form(path.relative_to(folder).with_name(path.stem).as_posix())
+            if CONTROL.search(name):
+                raise ValueError(f"{folder} has a file whose name has control characters, {ascii(name)}: rename it")
             if name in found:
                 twice.append((found[name], path))
             else:
@@ -480,6 +485,11 @@ def list_images(folder: Path, nested: bool = False, left_out: list[LeftOut] | No
         total = len(found) + len(twice)
         leave_out(LeftOut("files with the name of another one", files, total, message, "keep one of each"), left_out)
     return found
+
+
+def one_form(name: str) -> str:
+    """A name in the composed form of Unicode: macOS and others write the same name in two."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _files(folder: Path, nested: bool) -> list[Path]:

@@ -29,7 +29,6 @@ from typing import Any
 import yaml
 
 from routeseg.data.pairs import (
-    IMAGE_SUFFIXES,
     LabelMap,
     LeftOut,
     Pair,
@@ -213,7 +212,7 @@ def _listed(about: Description, split: str, listed_in: Path, left_out: list[Left
     """The pictures that a list names, with or without the suffix of the file, in its order."""
     images, masks = _list_files(about, split, left_out)
     image_folder, mask_folder = _folders(about, split)
-    names = [_without_suffix(line) if line not in images else line for line in read_names(listed_in)]
+    names = read_names(listed_in, images)
     for found, folder, ending in ((images, image_folder, ""), (masks, mask_folder, about.mask_suffix)):
         absent = [f"{folder / (name + ending)}.*" for name in names if name not in found]
         if absent:
@@ -224,13 +223,7 @@ def _listed(about: Description, split: str, listed_in: Path, left_out: list[Left
             )
             what = f"names in {listed_in} of which {folder} has no file"
             leave_out(LeftOut(what, tuple(absent), len(names), message, remedy), left_out)
-    if len(set(names)) < len(names):
-        raise ValueError(f"{listed_in} names a picture with and without its suffix: keep one line of each")
     return [Pair(name, images[name], masks[name]) for name in names if name in images and name in masks]
-
-
-def _without_suffix(name: str) -> str:
-    return name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in IMAGE_SUFFIXES else name
 
 
 def read_description(path: Path) -> Description:
