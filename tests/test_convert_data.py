@@ -355,7 +355,7 @@ class TestVoc:
             (lambda: None, "has the line 'background:0,0:': expected NAME:R,G,B::"),
             (lambda: (root / "labelmap.txt").write_text("a:0,0,0::\nb:0,0,0::"), "two classes the same colour"),
             (lambda: (root / "labelmap.txt").write_text("# nothing"), "names no classes"),
-            (lambda: (root / "labelmap.txt").unlink(), "neither labelmap.txt nor class_names.txt"),
+            (lambda: (root / "labelmap.txt").unlink(), "no list of the classes, such as labelmap.txt"),
             (lambda: shutil.rmtree(root / "SegmentationClass"), "no SegmentationClass/ with PNGs"),
             (lambda: shutil.rmtree(root), "no folder"),
         ):

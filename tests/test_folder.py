@@ -260,7 +260,7 @@ class TestWhereFilesLie:
 
     def test_a_missing_classes_file_shows_what_is_expected(self, folder_root):
         (folder_root / "classes.yaml").unlink()
-        (folder_root / "masks").rename(folder_root / "labels")
+        (folder_root / "masks").rename(folder_root / "other")
         with pytest.raises(
             ValueError,
             match=r"no file .*classes\.yaml.* no folder .*masks(?s:.*)ROOT/images/train(?s:.*)names: \[road, car\]",

@@ -417,7 +417,11 @@ def pair_folders(images: Path, labels: Path, left_out: list[LeftOut] | None = No
     no partner.
     """
     return pair_files(
-        list_images(images, left_out=left_out), list_images(labels, left_out=left_out), images, labels, "", left_out
+        list_images(images, left_out=left_out),
+        list_images(labels, left_out=left_out),
+        images,
+        labels,
+        left_out=left_out,
     )
 
 
@@ -427,16 +431,17 @@ def pair_files(
     image_folder: Path,
     label_folder: Path,
     suffix: str = "",
+    image_suffix: str = "",
     left_out: list[LeftOut] | None = None,
 ) -> list[Pair]:
     """Name -> image file and name -> label file as pairs, sorted by name.
 
-    suffix    what a label file's name has after the name of its image
+    suffix    what a label file's name has after the name of its image; image_suffix, what that of an image has
     left_out  takes the files that have no partner; without it they are a ValueError that names the first
     """
     for some, others, one, partner, other_folder, ending in (
         (images, labels, "an image", "a label", label_folder, suffix),
-        (labels, images, "a label", "an image", image_folder, ""),
+        (labels, images, "a label", "an image", image_folder, image_suffix),
     ):
         alone = sorted(set(some) - set(others))
         if alone:

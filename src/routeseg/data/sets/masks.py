@@ -79,15 +79,15 @@ class FoundClasses:
         return f"{len(names)} classes, by the {how} in {seen}: {', '.join(names)}{rest}"
 
 
-def find_classes(folder: Path) -> FoundClasses:
-    """The classes of the masks below a folder.
+def find_classes(folder: Path, masks: Sequence[Path] | None = None) -> FoundClasses:
+    """The classes of the masks below a folder, or of these of them.
 
     Each number is a class, "class 0" and so on; 255 is ignored, but 0 and 255 alone are background and foreground.
     Each colour is a class of that name; black is the background, and the first one. Of palette files the numbers
     count, and their colours become the palette; if the files number their colours differently, the colours count.
     Raises UnclearMasks if the masks tell no classes.
     """
-    paths = sorted(list_images(folder, nested=True, left_out=[]).values())
+    paths = sorted(list_images(folder, nested=True, left_out=[]).values() if masks is None else masks)
     for path in paths:
         if _is_jpeg(path):
             raise UnclearMasks(f"{path} does not tell its classes: {never_painted([path])}")

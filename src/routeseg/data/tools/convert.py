@@ -24,22 +24,20 @@ import numpy as np
 from PIL import Image
 
 from routeseg.data.pairs import list_images, one_form
+from routeseg.data.sets.class_lists import BACKGROUNDS, read_class_lists
 from routeseg.data.sets.folder import FILE, write_classes
 from routeseg.data.sets.roots import expected, match_names
+from routeseg.data.sets.undescribed import VAL_FRACTION, divide
 from routeseg.data.sets.voc import voc_palette
 from routeseg.errors import CONTROL, require
 from routeseg.files import check_writable, write_atomically
 from routeseg.labels import IGNORE
 
 FARTHEST = 1e6  # coordinate that is drawn: pycocotools walks along outlines step by step, and never ends at NaN
-VAL_FRACTION = 0.2  # if the export does not say what is for validation
-BACKGROUNDS = ("background", "_background_", "__background__")
-BORDER = "#e0e0c0"  # VOC's border of objects
-SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 VOC_TREE = """
 EXPORT/JPEGImages/NAME.jpg
 EXPORT/SegmentationClass/NAME.png          coloured, or class numbers
-EXPORT/labelmap.txt or class_names.txt     lines NAME:R,G,B:: or lines NAME
+EXPORT/labelmap.txt or class_names.txt     lines NAME:R,G,B:: or lines NAME; other lists of classes serve as well
 EXPORT/ImageSets/Segmentation/LIST.txt     may be left out
 """
 
@@ -394,7 +392,14 @@ def convert_voc(export: Path, images: str | None = None, background: bool = True
     masks = next((m for m in ("SegmentationClass", "SegmentationClassPNG") if any((export / m).rglob("*.png"))), None)
     if masks is None:
         raise ValueError(f"{export} has no SegmentationClass/ with PNGs in it; {expected(VOC_TREE)}")
-    names, mapping, palette = _voc_classes(export)
+    listed = next(read_class_lists(export), None)
+    if listed is None:
+        raise ValueError(
+            f"{export} has no list of the classes, such as labelmap.txt or class_names.txt; {expected(VOC_TREE)}"
+        )
+    in_masks = list_images(export / masks, nested=True)
+    described = listed.describe(sorted(in_masks.values()))
+    names, mapping, palette = described["names"], described.get("mapping", {}), described.get("palette")
     if not background:
         gone = next((k for k, name in enumerate(names) if name in BACKGROUNDS), None)
         if gone is None or len(names) == 1:
@@ -403,54 +408,13 @@ def convert_voc(export: Path, images: str | None = None, background: bool = True
                 f"{' or '.join(BACKGROUNDS)}, and another one; leave --background out"
             )
         mapping = mapping or {k: k for k in range(len(names))}
-        mapping = {key: IGNORE if k == gone else k - (k > gone) for key, k in mapping.items()}
+        mapping = {key: IGNORE if k in (gone, IGNORE) else k - (k > gone) for key, k in mapping.items()}
         names, palette = names[:gone] + names[gone + 1 :], palette and palette[:gone] + palette[gone + 1 :]
-    if palette is not None:
-        mapping |= {BORDER: IGNORE} if BORDER not in mapping else {}
     layout: dict[str, Any] = {"images": _seen_from(pictures, export), "masks": masks}
     if mapping:
         layout["mapping"] = mapping
-    layout["split"] = _voc_split(export)
+    layout["split"], said, left = divide(export, sorted(in_masks.keys() & list_images(pictures, nested=True).keys()))
     check_writable(export, "folder")
     write_classes(export / FILE, names, palette, **layout)
-    return Converted(export / FILE, tuple(names))
-
-
-def _voc_classes(export: Path) -> tuple[list[str], dict[Any, int], list[list[int]] | None]:
-    """Names, mapping, and palette: with a labelmap.txt colours say what a pixel is, with class_names.txt its number."""
-    labelmap, class_names = export / "labelmap.txt", export / "class_names.txt"
-    source = labelmap if labelmap.is_file() else class_names
-    if not source.is_file():
-        raise ValueError(f"{export} has neither labelmap.txt nor class_names.txt; {expected(VOC_TREE)}")
-    lines = [line.strip() for line in source.read_text(encoding="utf-8-sig", errors="replace").split("\n")]
-    lines = [line for line in lines if line and not line.startswith("#")]
-    if not lines:
-        raise ValueError(f"{source} names no classes")
-    if source == class_names:
-        return [line for line in lines if line != "__ignore__"], {}, None
-    names, palette = [], []
-    for line in lines:
-        name, _, rest = line.partition(":")
-        try:
-            red, green, blue = (int(part) for part in rest.split(":")[0].split(","))
-        except ValueError as error:
-            raise ValueError(f"{source} has the line {line!r}: expected NAME:R,G,B::") from error
-        names.append(name)
-        palette.append([red, green, blue])
-    mapping = {"#{:02x}{:02x}{:02x}".format(*colour): k for k, colour in enumerate(palette)}
-    if len(mapping) < len(names):
-        raise ValueError(f"{source} gives two classes the same colour: export with different colours")
-    return names, mapping, palette
-
-
-def _voc_split(export: Path) -> dict[str, Any]:
-    """The lists of the export, if there is one to train and one to validate on; else a fraction of its list."""
-    lists = sorted((export / "ImageSets" / "Segmentation").glob("*.txt"))
-    known = {SPLIT_NAMES[path.stem.lower()]: path for path in lists if path.stem.lower() in SPLIT_NAMES}
-    if {"train", "val"} <= set(known):
-        return {split: path.relative_to(export).as_posix() for split, path in known.items()}
-    fraction: dict[str, Any] = {"val_fraction": VAL_FRACTION, "seed": 0}
-    if lists:
-        whole = next((path for path in lists if path.stem in ("trainval", "default")), lists[0])
-        fraction["list"] = whole.relative_to(export).as_posix()
-    return fraction
+    notes = (said, *([f"left out: {', '.join(left)}"] if left else []))
+    return Converted(export / FILE, tuple(names), notes)
