@@ -118,7 +118,10 @@ def of_folder(folder: str, words: Sequence[str], more: Sequence[str] = ()) -> li
     folder. With a --config of its own it only means the data."""
     from routeseg.data.config import layout_of
 
-    found = [f"--data.name={layout_of(expand_user(folder))}", f"--data.root={folder}"]
+    layout = layout_of(expand_user(folder))
+    if layout != "folder":
+        print(f"{folder} is taken for {layout}, by its folders; if it is other data, a classes.yaml in it says so")
+    found = [f"--data.name={layout}", f"--data.root={folder}"]
     if any(word.partition("=")[0] == "--config" for word in words):
         return [*words, *found]
     return ["--config=small", *found, *more, *words]

@@ -24,18 +24,11 @@ from routeseg.data.sets.roots import read_lines
 from routeseg.labels import IGNORE
 
 FILES = (  # by which goes first
-    *("labelmap.txt", "class_names.txt", "classes.txt", "class.txt", "classnames.txt", "labels.txt", "label_names.txt"),
-    *("names.txt", "codes.txt", "categories.txt", "classes.names", "label_colors.txt", "label_color.txt"),
-    *(
-        "_classes.csv",
-        "class_dict.csv",
-        "class_dict_seg.csv",
-        "classes.csv",
-        "labels_class_dict.csv",
-        "label_colors.csv",
-    ),
-    *("obj_class_to_machine_color.json", "classes.json", "labels.json", "id2label.json", "dataset.json", "meta.json"),
-)
+    "labelmap.txt class_names.txt classes.txt class.txt classnames.txt labels.txt label_names.txt names.txt codes.txt "
+    "categories.txt classes.names label_colors.txt label_color.txt _classes.csv class_dict.csv class_dict_seg.csv "
+    "classes.csv labels_class_dict.csv label_colors.csv obj_class_to_machine_color.json classes.json labels.json "
+    "id2label.json dataset.json meta.json"
+).split()
 BACKGROUNDS = (BACKGROUND, "_background_", "__background__")
 IGNORED = ("__ignore__", "ignore")  # names of what is no class
 BORDER = "#e0e0c0"  # VOC's border of objects

@@ -33,30 +33,19 @@ SPLITS = {  # what a folder or a list is called -> the split that it is
 UNDIVIDED = ("trainval", "default", "all")  # what a list or folder is called that is for training and validation
 LIST_FOLDERS = ("ImageSets/Segmentation", "ImageSets", "splits", "split", "lists", ".")
 IMAGE_FOLDERS = (
-    *(
-        "images",
-        "image",
-        "imgs",
-        "img",
-        "img_dir",
-        "image_dir",
-        "images_png",
-        "jpegimages",
-        "imagestr",
-        "rgb",
-        "photos",
-    ),
-    *("photo", "pictures", "frames", "inputs", "input", "original_images", "x"),
-)
+    "images image imgs img img_dir image_dir images_png jpegimages imagestr rgb photos photo pictures frames inputs "
+    "input original_images leftimg8bit x"
+).split()
 MASK_FOLDERS = (
-    *("masks", "mask", "masks_machine", "labels", "label", "label_images", "labelstr", "masks_png", "annotations"),
-    *("segmentationclass", "segmentationclasspng", "segmentationclassraw", "annotation", "annots", "annot", "ann_dir"),
-    *("anns", "ann", "ground_truth", "groundtruth", "gt", "segmentations", "segmentation", "segs", "seg", "segmaps"),
-    *("targets", "target", "outputs", "output", "y", "gtfine"),
-)
+    "masks mask masks_machine masks_png labels label label_images labelstr annotations annotation annots annot ann_dir "
+    "anns ann segmentationclass segmentationclasspng segmentationclassraw segmentations segmentation segmaps segs seg "
+    "ground_truth groundtruth gt gtfine targets target outputs output y"
+).split()
 # What the name of a mask ends in that lies beside its image, or beside other pictures of its labels.
-MASK_WORDS = {"mask", "masks", "label", "labels", "labelids", "gt", "seg", "segmentation", "groundtruth", "truth"}
-MASK_WORDS |= {"annotation", "anno", "annot", "ann", "matte", "segmap", "target", "l", "p", "m"}
+MASK_WORDS = set(
+    "mask masks label labels labelids gt seg segmentation segmap groundtruth truth annotation anno annot ann matte "
+    "target l p m".split()
+)
 ONE_EACH = (
     "there must be one mask for each image, in which each class has a number or colour: docs/data.md shows how to put "
     "masks of one class each together"
@@ -162,7 +151,8 @@ def find_places(root: Path) -> Places | None:
             lack = "" if split in used else " without masks"
             left.append(f"{_seen(folders[split][0], root)}{lack} ({_count(images[split])})")
     left += _others(root, folders)
-    said = f"images in {_seen(folders[first][0], root)}, masks in {_seen(folders[first][1], root)}; {said}"
+    images_at, masks_at = (f"{_seen(folders[first][k], root)}/NAME{ends[k]}".removeprefix("./") for k in range(2))
+    said = f"images are {images_at}, masks {masks_at}; {said}"
     said += f"; left out: {', '.join(left)}" if left else ""
     return Places(
         keys,
