@@ -142,6 +142,22 @@ class TestPlaces:
         assert code == 2 and re.search(r"has several masks for each image, such as .*docs/data\.md", err), err
         assert err.count("\n") == 1
 
+    def test_the_lines_of_the_documentation_put_them_together(self, tmp_path, monkeypatch):
+        text = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+        (code,) = [block.split("```")[0] for block in text.split("```python\n")[1:] if 'classes = ["cat"' in block]
+        for name in NAMES:
+            save(tmp_path / "images" / f"{name}.png", noise(32, 40))
+        wanted = {name: blocks([0, 1, 2], seed=k) for k, name in enumerate(NAMES)}
+        for name, labels in wanted.items():
+            for number, one in enumerate(("cat", "dog"), 1):
+                save(tmp_path / "masks" / one / f"{name}.png", np.where(labels == number, 255, 0).astype(np.uint8))
+        monkeypatch.chdir(tmp_path)
+        exec(compile(code, "data.md", "exec"), {})
+        shutil.rmtree("masks")
+        assert sorted(sum(divided(tmp_path)[:2], [])) == NAMES
+        for name, labels in wanted.items():
+            assert np.array_equal(np.asarray(Image.open(f"labels/{name}.png")), labels)
+
     def test_numbers_in_names_are_no_ends(self, tmp_path):
         names = [f"seq_1_{k:04d}" for k in range(12)]
         tree(tmp_path, "images/{}.png", "masks/{}_gt.png", names)
