@@ -290,6 +290,7 @@ class TestClasses:
             ("classes.txt", "cat\ndog\n" * 1, r"names 2 classes, and the masks hold 4 numbers, up to 9: say in"),
             ("classes.txt", "cat\ncat\n", "names cat more than once"),
             ("classes.txt", "\n\n", "names no classes"),
+            ("classes.json", '["c\\u001bat", "dog"]', r"has a name with control characters, 'c\\x1bat'"),
             ("classes.txt", "ca\x1b[2Jt\ndog\n", r"classes\.txt, line 1, has control characters, 'ca\\x1b\[2Jt'"),
             ("labelmap.txt", "cat:1,2,900::\n", "has the line 'cat:1,2,900::': expected NAME:R,G,B::"),
             ("_classes.csv", "Pixel Value, Class\n0, cat\n0, dog", "two classes the same number"),
@@ -301,6 +302,14 @@ class TestClasses:
         code, out, err = run(["train", root, "--output", tmp_path / "run"], capsys)
         assert code == 2 and re.search(message, err), err
         assert err.count("\n") == 1 and "\x1b" not in out + err
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+    @pytest.mark.parametrize("file", ["classes.txt", "classes.yaml"])
+    def test_encodings(self, tmp_path, encoding, file):
+        tree(tmp_path, "images/{}.png", "masks/{}.png")
+        text = "Himmel\r\nStraße\r\nBäume\r\n" if file == "classes.txt" else "names: [Himmel, Straße, Bäume]\r\n"
+        (tmp_path / file).write_bytes(text.encode(encoding))
+        assert opened(tmp_path)[0]["train"].classes.names == ("Himmel", "Straße", "Bäume")
 
     def test_coloured_masks_and_names_without_colours(self, tmp_path):
         tree(tmp_path, "images/{}.png", "masks/{}.png", values=[(0, 0, 0), (200, 0, 0)])
@@ -459,19 +468,21 @@ class TestHints:
             save(root / split / "x.jpg", noise(32, 40))
             coco_file(root / split / "_annotations.coco.json")
         assert (
-            f"`routeseg convert-data coco {root}/train/_annotations.coco.json {root}_masks --images {root}/train "
+            f"`routeseg convert-data coco {root}/train/_annotations.coco.json my_masks --images {root}/train "
             f"--val {root}/valid/_annotations.coco.json --val_images {root}/valid`"
         ) in self.hint(root, capsys)
         root = tmp_path / "cvat"
         save(root / "images" / "default" / "x.jpg", noise(32, 40))
         coco_file(root / "annotations" / "instances_default.json")
-        assert f"instances_default.json {root}_masks --images {root}`" in self.hint(root, capsys)
+        assert f"instances_default.json cvat_masks --images {root}`" in self.hint(root, capsys)
 
     def test_others(self, tmp_path, capsys):
         for name, file, text, remedy in (
             ("labelme", "a.json", '{"shapes": [], "imagePath": "a.jpg"}', "labelme2voc"),
             ("cvat", "annotations.xml", "<annotations/>", '"Segmentation mask" or COCO'),
             ("yolo", "a.txt", "0 0.1 0.2 0.3 0.4 0.5 0.6\n", "export as COCO"),
+            ("kaggle", "train.csv", "ImageId,EncodedPixels\na,1 3\n", "run lengths in train.csv, as Kaggle has them"),
+            ("volumes", "a.nii.gz", "", "slices as PNG"),
             ("nothing", "b.md", "", "no masks with their names"),
         ):
             save(tmp_path / name / "a.jpg", noise(32, 40))
@@ -479,6 +490,12 @@ class TestHints:
             assert remedy in self.hint(tmp_path / name, capsys)
         save(tmp_path / "studio" / "task-1-annotation-1-by-1-tag-cat-0.png", noise(32, 40)[..., 0])
         assert "export as COCO with images" in self.hint(tmp_path / "studio", capsys)
+        tree(tmp_path / "one", "{}.jpg", "{}.png")
+        assert "move the masks into a folder masks/" in self.hint(tmp_path / "one", capsys)
+        tree(tmp_path / "before", "images/img_{}.png", "masks/mask_{}.png")
+        assert "begin alike: give each mask the name of its image" in self.hint(tmp_path / "before", capsys)
+        tree(tmp_path / "cvat2", "SegmentationClass/{}.png", "SegmentationObject/{}.png")
+        assert "holds masks in SegmentationClass/ and no images" in self.hint(tmp_path / "cvat2", capsys)
         (tmp_path / "empty").mkdir()
         assert "no layout that is known" in self.hint(tmp_path / "empty", capsys)
 

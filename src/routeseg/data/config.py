@@ -16,6 +16,7 @@ from routeseg.data.sets.folder import describing_file, open_folder, read_descrip
 from routeseg.data.sets.hints import is_archive, what_it_lacks
 from routeseg.data.sets.roots import no_split
 from routeseg.data.sets.undescribed import find_class_list, find_places
+from routeseg.errors import printable
 from routeseg.files import expand_user
 from routeseg.labels import BACKGROUND, Classes
 
@@ -125,13 +126,13 @@ def known_classes(config: DataConfig, say: Callable[[str], None] = lambda line: 
     if describing_file(root).is_file():
         about = read_description(describing_file(root))
         if about.said:
-            say(f"{root}: {about.said}")
+            say(printable(f"{root}: {about.said}"))
         return config
     found = undescribed(root)
     if found is None:
         return config
     for line in found.lines:
-        say(line)
+        say(printable(line))
     return replace(config, classes=found.description)
 
 

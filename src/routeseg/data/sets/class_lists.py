@@ -20,7 +20,8 @@ from typing import Any
 
 from routeseg.data.pairs import GREY_MODES, label_mode, read_label_file
 from routeseg.data.sets.masks import BACKGROUND, UnclearMasks, find_classes
-from routeseg.data.sets.roots import read_lines
+from routeseg.data.sets.roots import in_windows_encoding, read_lines
+from routeseg.errors import CONTROL
 from routeseg.labels import IGNORE
 
 FILES = (  # by which goes first
@@ -135,6 +136,8 @@ def _read(path: Path) -> ClassList | None:
         raise ValueError(f"{path} names no classes")
     if len(names) > IGNORE:
         raise ValueError(f"{path} names {len(names)} classes: a mask holds at most {IGNORE}")
+    if odd := next((name for name in names if CONTROL.search(name)), None):
+        raise ValueError(f"{path} has a name with control characters, {ascii(odd)}: write it without")
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"{path} names {twice} more than once: give each class a name of its own")
     if not numbered:
@@ -151,8 +154,7 @@ def _read(path: Path) -> ClassList | None:
 
 def _of_lines(path: Path) -> list[tuple[str, Any]]:
     """Name and colour, number or None of each line."""
-    lines = [line.encode(errors="surrogateescape").decode("utf-8", errors="replace") for line in read_lines(path)]
-    lines = [line for line in lines if not line.startswith("#")]
+    lines = [in_windows_encoding(line) for line in read_lines(path) if not line.startswith("#")]
     if path.name.lower() == "labelmap.txt":
         return [_of_labelmap(path, line) for line in lines]
     if path.suffix.lower() == ".csv":

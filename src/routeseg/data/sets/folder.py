@@ -40,7 +40,7 @@ from routeseg.data.pairs import (
     read_label_file,
 )
 from routeseg.data.sets.masks import UnclearMasks
-from routeseg.data.sets.roots import expected, no_split, read_names
+from routeseg.data.sets.roots import expected, in_windows_encoding, no_split, read_names, read_text
 from routeseg.data.sets.undescribed import VAL_FRACTION, Undescribed, find_description, find_places
 from routeseg.errors import CONTROL
 from routeseg.files import expand_user, write_atomically
@@ -249,8 +249,8 @@ def read_description(path: Path) -> Description:
         masks = f", and no folder {path.parent / 'masks'} that would tell them" if path.name == FILE else ""
         raise ValueError(f"no file {path}: it names the classes{masks}; {expected(TREE)}")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = yaml.safe_load(in_windows_encoding(read_text(path)))
+    except (yaml.YAMLError, ValueError) as error:
         raise _undescribed(str(path), error) from error
     about = _described(str(path), path, data)
     root = path.parent

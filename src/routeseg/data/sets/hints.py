@@ -11,17 +11,18 @@ from pathlib import Path
 from routeseg.data.pairs import IMAGE_SUFFIXES
 from routeseg.data.sets.folder import TREE
 from routeseg.data.sets.roots import expected
-from routeseg.data.sets.undescribed import ONE_EACH, has_images
+from routeseg.data.sets.undescribed import IMAGE_FOLDERS, MASK_FOLDERS, ONE_EACH, has_images
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
 MOST_FILES = 5000  # that are looked at
 MOST_BYTES = 1 << 26  # of a JSON that is looked into
+VOLUME = ".nii.gz"
 UNPACK = "unpack it, and give the folder that comes out"
 LABEL_STUDIO = re.compile(r"task-\d+-annotation-\d+.*\.png")
 
 
 def is_archive(path: Path) -> bool:
-    return path.is_file() and path.suffix.lower() in ARCHIVES
+    return path.is_file() and path.suffix.lower() in ARCHIVES and not path.name.lower().endswith(VOLUME)
 
 
 def what_it_lacks(root: Path) -> str:
@@ -48,8 +49,26 @@ def what_it_lacks(root: Path) -> str:
     stems = {path.stem for path in images}
     if any(path.suffix == ".txt" and path.stem in stems and _is_yolo(path) for path in files):
         return "holds boxes or outlines in text files, as YOLO has them, and no masks: export as COCO, or as masks"
-    if any((path.parent.parent / "masks").is_dir() and path.parent.name == "images" for path in images):
+    if tables := [path for path in files if path.suffix.lower() == ".csv" and _has(path, b"EncodedPixels")]:
+        return f"holds run lengths in {tables[0].relative_to(root)}, as Kaggle has them: write them as PNG masks first"
+    if any(path.name.lower().endswith(VOLUME) for path in files):
+        return "holds volumes (.nii.gz): write their slices as PNG first, images and masks under the same names"
+    apart = [path for path in root.glob("*/images") if path.parent.joinpath("masks").is_dir()]
+    if len(apart) > 1:
         return f"has a folder of images and one of masks for each image: {ONE_EACH}"
+    if twice := [path for path in images if path.suffix.lower() == ".png" and path.with_suffix(".jpg").exists()]:
+        return (
+            f"has images and masks of one name in {twice[0].parent}: move the masks into a folder masks/ beside images/"
+        )
+    names = sorted(path.name for path in root.iterdir() if path.is_dir())
+    with_masks = [name for name in names if name.lower() in MASK_FOLDERS]
+    if images and with_masks and not any(name.lower() in IMAGE_FOLDERS for name in names):
+        return f"holds masks in {with_masks[0]}/ and no images: put the images into images/, each under its mask's name"
+    if images and with_masks:
+        return (
+            f"has images and masks in {' and '.join(names)}, but no two whose names begin alike: give each mask the "
+            "name of its image"
+        )
     if images:
         return f"holds images, and no masks with their names in a folder that is known; {expected(TREE)}"
     return f"has no layout that is known; for your own pictures {expected(TREE)}"
@@ -63,7 +82,15 @@ def _coco(files: Sequence[Path], root: Path) -> str | None:
     if not found:
         return None
     first = (train or found)[0]
-    words = ["routeseg", "convert-data", "coco", str(first), f"{root}_masks", "--images", str(_images_of(first, root))]
+    words = [
+        "routeseg",
+        "convert-data",
+        "coco",
+        str(first),
+        f"{root.absolute().name}_masks",
+        "--images",
+        str(_images_of(first, root)),
+    ]
     if train and val:
         words += ["--val", str(val[0]), "--val_images", str(_images_of(val[0], root))]
     return shlex.join(words)

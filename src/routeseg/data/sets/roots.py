@@ -36,18 +36,29 @@ def no_split(data_set: str, split: str, splits: Iterable[str], hint: str = "") -
     return ValueError(f"{data_set} has no split {split!r}: choose one of {', '.join(splits)}{hint}")
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not empty, without the space around them, in UTF-8, or in UTF-16 with its mark.
-    Bytes that are not UTF-8 are kept, as Python keeps them in paths.
-
-    Raises ValueError if a line is no text.
-    """
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, or in UTF-16 with its mark, as Windows writes it. Bytes that are not UTF-8 are kept, as
+    Python keeps them in paths. Raises ValueError if it is no text."""
     data = path.read_bytes()
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
-        lines = re.split("\r\n|\r|\n", data.decode(encoding, errors="surrogateescape"))
+        return data.decode(encoding, errors="surrogateescape")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: save it as such") from error
+
+
+def in_windows_encoding(text: str) -> str:
+    """A text whose bytes are not UTF-8 as Windows reads it; any other as it is."""
+    odd = any("\udc80" <= char <= "\udcff" for char in text)
+    return text.encode(errors="surrogateescape").decode("cp1252", errors="replace") if odd else text
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of `read_text` that are not empty, without the space around them.
+
+    Raises ValueError if one has control characters.
+    """
+    lines = re.split("\r\n|\r|\n", read_text(path))
     for number, line in enumerate(lines, 1):
         if CONTROL.search(line):
             raise ValueError(
@@ -83,10 +94,7 @@ def match_names(lines: Iterable[str], known: Iterable[str]) -> list[str]:
 def _spellings(line: str) -> Iterator[str]:
     """What a line may call, the likeliest first."""
     yield line
-    texts = [line]
-    if any("\udc80" <= char <= "\udcff" for char in line):  # bytes that are not UTF-8
-        texts.append(line.encode(errors="surrogateescape").decode("cp1252", errors="replace"))
-    for text in texts:
+    for text in dict.fromkeys((line, in_windows_encoding(line))):
         for column in (text, re.split(r"[\t,;]|(?<=\.\w{3})\s|(?<=\.\w{4})\s", text)[0]):
             path = one_form(column.strip(" \"'")).replace("\\", "/").removeprefix("./")
             parts = path.split("/")
