@@ -324,7 +324,7 @@ class TestSplits:
                 train, val = (Fraction(share).takes(names, split) for split in ("train", "val"))
                 assert train and val and sorted(train + val) == names
         root = write_pictures(describe(tmp_path, "names: [a, b]\nsplit: {val_fraction: 0.5}"), ["x"])
-        with pytest.raises(ValueError, match="only one: add more"):
+        with pytest.raises(ValueError, match="only one image to divide into training and validation: add more"):
             open_folder(root, "train")
 
     def test_a_fraction_of_a_list(self, tmp_path):

@@ -96,7 +96,7 @@ class TestPlaces:
         if len(places) == 4:
             assert (train, val) == (TRAIN, VAL) and "drawn" not in said
         else:
-            assert sorted(train + val) == NAMES and val and "20% of them are drawn for validation" in said
+            assert sorted(train + val) == NAMES and val and "they are drawn by name for validation" in said
 
     def test_the_default_tree_needs_no_words(self, tmp_path):
         for split, names in (("train", TRAIN), ("val", VAL)):
@@ -107,11 +107,15 @@ class TestPlaces:
         )
 
     def test_a_split_without_masks_and_other_folders_are_left_out_with_their_number(self, tmp_path):
-        tree(tmp_path, "train/{}_sat.jpg", "train/{}_mask.png")
+        root = tree(tmp_path / "globe", "train/{}_sat.jpg", "train/{}_mask.png")
         for k in range(3):
-            save(tmp_path / "valid" / f"v{k}_sat.jpg", noise(32, 40))
-        train, val, said = divided(tmp_path)
+            save(root / "valid" / f"v{k}_sat.jpg", noise(32, 40))
+        train, val, said = divided(root)
         assert sorted(train + val) == NAMES and "left out: valid without masks (3 images)" in said
+        unet = tree(tmp_path / "unet", "train/image/{}.png", "train/label/{}.png")
+        save(unet / "test" / "0.png", noise(32, 40))
+        train, val, said = divided(unet)
+        assert sorted(train + val) == NAMES and "left out: test without masks (1 image)" in said
         other = tmp_path / "other"
         for split, names in (("train", TRAIN), ("val", VAL), ("test", ["t"]), ("extra", ["e", "f"])):
             tree(other, f"images/{split}/{{}}.png", f"masks/{split}/{{}}.png", names)
@@ -119,7 +123,9 @@ class TestPlaces:
         assert (train, val) == (TRAIN, VAL) and "left out: images/test (1 image), images/extra (2 images)" in said
         shutil.rmtree(other / "images" / "val")
         train, val, said = divided(other)
-        assert sorted(train + val) == TRAIN and "images/test (1 image)" in said and "drawn for validation" in said
+        assert (
+            sorted(train + val) == TRAIN and "images/test (1 image)" in said and "drawn by name for validation" in said
+        )
 
     def test_other_pictures_of_the_labels_are_left_aside(self, tmp_path):
         tree(tmp_path, "images/{}.png", "labels/{}_labelIds.png")
@@ -180,7 +186,7 @@ class TestWrittenDownGoesFirst:
     def test_a_flat_folder_with_names(self, tmp_path):
         tree(describe(tmp_path, "names: [sky, road, tree]"), "images/{}.jpg", "masks/{}.png")
         train, val, said = divided(tmp_path)
-        assert sorted(train + val) == NAMES and "20% of them are drawn" in said
+        assert sorted(train + val) == NAMES and "they are drawn by name for validation" in said
 
     @pytest.mark.parametrize("lists", [("train", "val"), ("default",)])
     @pytest.mark.parametrize("converted", [True, False])
@@ -371,7 +377,7 @@ class TestLists:
             assert (trained, validated) == (train, VAL)
         else:
             known = lists.get("trainval") or lists.get("train") or lists["default"]
-            assert sorted(trained + validated) == sorted(known) and "20% are drawn for validation" in told
+            assert sorted(trained + validated) == sorted(known) and "are drawn by name for validation" in told
         assert (said in told) if said else "left out" not in told
 
     def test_of_train_and_test_the_conversion_says_what_is_left_out(self, tmp_path, capsys):
@@ -493,9 +499,14 @@ class TestHints:
         tree(tmp_path / "one", "{}.jpg", "{}.png")
         assert "move the masks into a folder masks/" in self.hint(tmp_path / "one", capsys)
         tree(tmp_path / "before", "images/img_{}.png", "masks/mask_{}.png")
-        assert "begin alike: give each mask the name of its image" in self.hint(tmp_path / "before", capsys)
+        assert "give each mask the place and the name of its image" in self.hint(tmp_path / "before", capsys)
         tree(tmp_path / "cvat2", "SegmentationClass/{}.png", "SegmentationObject/{}.png")
         assert "holds masks in SegmentationClass/ and no images" in self.hint(tmp_path / "cvat2", capsys)
+        for k in range(4):
+            tree(tmp_path / "halves", f"images/{'train' if k else 'val'}/{{}}.png", "masks/{}.png", [f"p{k}"])
+        assert "give each mask the place and the name of its image" in self.hint(tmp_path / "halves", capsys)
+        tree(tmp_path / "windows", "images\\{}.png", "masks\\{}.png")
+        assert r"with backslashes, such as images\p" in self.hint(tmp_path / "windows", capsys)
         (tmp_path / "empty").mkdir()
         assert "no layout that is known" in self.hint(tmp_path / "empty", capsys)
 

@@ -166,7 +166,7 @@ def _pairs(about: Description, split: str, left_out: list[LeftOut] | None) -> li
         else:
             pairs = {pair.name: pair for pair in _listed(about, split, about.split.names, left_out)}
         if len(pairs) < 2:
-            raise ValueError(f"{about.path} divides its pictures, but there is only one: add more")
+            raise ValueError(f"{about.path.parent} has only one image to divide into training and validation: add more")
         return [pairs[name] for name in about.split.takes(list(pairs), split)]
     if about.split is not None:
         if split not in about.split:

@@ -42,6 +42,10 @@ def what_it_lacks(root: Path) -> str:
             "holds masks of one label each, as Label Studio's brush exports them: export as COCO with images, then "
             "`routeseg convert-data coco FILE.json OUT --images DIR`"
         )
+    if odd := next((path for path in images if "\\" in path.name), None):
+        return (
+            f"has file names with backslashes, such as {odd.name}: unpack them anew with a program that makes folders"
+        )
     if any(path.name == "annotations.xml" for path in files):
         return (
             'holds an annotations.xml of CVAT: export as "Segmentation mask" or COCO, for which there is convert-data'
@@ -66,8 +70,8 @@ def what_it_lacks(root: Path) -> str:
         return f"holds masks in {with_masks[0]}/ and no images: put the images into images/, each under its mask's name"
     if images and with_masks:
         return (
-            f"has images and masks in {' and '.join(names)}, but no two whose names begin alike: give each mask the "
-            "name of its image"
+            f"has images and masks in {' and '.join(names)}, but none that have the same name in the same sub-folder: "
+            "give each mask the place and the name of its image"
         )
     if images:
         return f"holds images, and no masks with their names in a folder that is known; {expected(TREE)}"

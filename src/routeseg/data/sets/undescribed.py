@@ -130,7 +130,8 @@ def find_places(root: Path) -> Places | None:
         return None
     named = {split: _without(images[split], ends[0]) for split in folders}
     masks = {split: _without(masks[split], ends[1]) for split in folders}
-    names = {split: sorted(set(named[split]) & set(masks[split])) for split in folders}
+    apart = [split for split, both in folders.items() if both[0] != both[1] or ends[1]]
+    names = {split: sorted(set(named[split]) & set(masks[split])) if split in apart else [] for split in folders}
     used = [split for split in folders if names[split]]
     first = next((split for split in ("train", "") if split in used), None)
     if first is None:
@@ -306,7 +307,7 @@ def divide(root: Path, names: list[str]) -> tuple[dict[str, Any], str, list[str]
     whole = roles.get("all", roles.get("train", lists[0] if len(lists) == 1 else None))
     seen = {path: _seen(path, root) for path in lists}
     fraction = {"val_fraction": VAL_FRACTION, "seed": 0}
-    drawn = f"{VAL_FRACTION:.0%} of them are drawn for validation, by name"
+    drawn = f"drawn by name for validation, with a chance of {VAL_FRACTION:.0%} each"
     split: dict[str, Any] = {role: seen[roles[role]] for role in ("train", "val", "test") if role in roles}
     if {"train", "val"} <= set(roles):
         used = [roles["train"], roles["val"]]
@@ -324,7 +325,7 @@ def divide(root: Path, names: list[str]) -> tuple[dict[str, Any], str, list[str]
             "say in a classes.yaml how to divide the images, for example `split: {val_fraction: 0.2}`"
         )
     else:
-        used, said, split = [], drawn, fraction
+        used, said, split = [], f"they are {drawn}", fraction
     listed = {path: set(read_names(path, names)) & set(names) for path in lists}
     taken = set().union(*(listed[path] for path in used)) if used else set(names)
     left = [(seen[path], listed[path] - taken) for path in lists if path not in used]
