@@ -315,7 +315,7 @@ def divide(root: Path, names: list[str]) -> tuple[dict[str, Any], str, list[str]
     elif whole is not None and whole not in (roles.get("val"), roles.get("test")):
         used, said, split = (
             [whole],
-            f"of those in {seen[whole]} {drawn[:3]}{drawn[11:]}",
+            f"those in {seen[whole]} are {drawn}",
             fraction | {"list": seen[whole]},
         )
     elif split:
