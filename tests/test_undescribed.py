@@ -211,7 +211,7 @@ class TestWrittenDownGoesFirst:
         assert code == 0 and "aeroplane" not in out and "dog" in out
 
     def test_own_classes_in_the_folders_of_a_benchmark(self, copied, tmp_path):
-        for layout, place in (("camvid", "classes.txt"), ("voc", "VOCdevkit/VOC2012/class_names.txt")):
+        for layout, place in (("camvid", "classes.txt"), ("voc", "VOCdevkit/VOC2012/SegmentationClass/classes.txt")):
             root = copied(layout)
             assert layout_of(root) == layout
             (root / place).write_text("background\ncat\ndog\n")
@@ -333,6 +333,25 @@ class TestClasses:
         for colour, label in zip(colours, (1, 2, 0), strict=True):
             assert (part.read(0)[1][(stored == colour).all(-1)] == label).all()
 
+    @pytest.mark.parametrize("grey", [True, False])
+    def test_colours_in_any_order_without_the_background(self, tmp_path, grey):
+        values = (0, 100, 200) if grey else [(0, 0, 0), (100, 100, 100), (200, 200, 200)]
+        tree(tmp_path, "ds0/img/{}.png", "ds0/masks_machine/{}.png", values=values)
+        (tmp_path / "obj_class_to_machine_color.json").write_text('{"cat": [200, 200, 200], "dog": [100, 100, 100]}')
+        part = opened(tmp_path)[0]["train"]
+        stored = np.asarray(Image.open(part.pairs[0].labels).convert("L"))
+        assert part.classes.names == ("background", "cat", "dog")
+        assert np.array_equal(part.read(0)[1], np.select([stored == 200, stored == 100], [1, 2], 0))
+
+    @pytest.mark.parametrize("wide", [True, False])
+    def test_colours_for_pictures_of_masks_that_hold_numbers(self, tmp_path, wide):
+        tree(tmp_path, "images/{}.png", "masks/{}.png")
+        for path in (tmp_path / "masks").iterdir() if wide else ():
+            save(path, np.asarray(Image.open(path)).astype(np.uint16))
+        (tmp_path / "labelmap.txt").write_text("sky:9,9,200::\nroad:90,90,9::\ntree:9,90,9::\n")
+        divided(tmp_path)
+        assert opened(tmp_path)[0]["val"].classes.palette == ((9, 9, 200), (90, 90, 9), (9, 90, 9))
+
     def test_they_can_be_written_down(self, tmp_path, capsys):
         root = tree(tmp_path / "my", "{}_sat.jpg", "{}_mask.png")
         (root / "classes.txt").write_text("sky\nroad\ntree")
@@ -388,6 +407,13 @@ class TestLists:
         code, out, _ = run(["convert-data", "voc", root], capsys)
         assert code == 0 and "test.txt (3 images), 2 images that no list names" in out
         assert sorted(names_of(root, "train") + names_of(root, "val")) == [f"p{k}" for k in range(7)]
+
+    def test_beside_images_that_lie_deeper(self, tmp_path):
+        inside = "VOCdevkit/VOC2007"
+        root = tree(tmp_path, f"{inside}/JPEGImages/{{}}.jpg", f"{inside}/SegmentationClass/{{}}.png")
+        for name, names in (("train", TRAIN), ("val", VAL)):
+            save_list(root / inside / "ImageSets" / "Segmentation" / f"{name}.txt", names)
+        assert divided(root)[:2] == (TRAIN, VAL)
 
     def test_no_list_to_train_on(self, tmp_path):
         root = tree(tmp_path, "images/{}.jpg", "masks/{}.png")

@@ -199,7 +199,7 @@ def _known_layout(root: Path) -> str | None:
     for name, (signs, classes) in LAYOUTS.items():
         for found in (next(root.glob(sign), None) for sign in signs):
             if found is not None:
-                listed = find_class_list(root) or find_class_list(found if found.is_dir() else found.parent)
+                listed = find_class_list(root) or find_class_list(found if found.is_dir() else root)
                 return name if listed is None or _objects(listed.names) == _objects(classes.names) else None
     return None
 

@@ -12,13 +12,16 @@ _classes.csv, class_dict.csv              of Roboflow and others: tables of the 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from routeseg.data.pairs import GREY_MODES, label_mode, read_label_file
+import numpy as np
+
+from routeseg.data.pairs import count_values, label_mode, pack_colours, read_label_file
 from routeseg.data.sets.masks import BACKGROUND, UnclearMasks, find_classes
 from routeseg.data.sets.roots import in_windows_encoding, read_lines
 from routeseg.errors import CONTROL
@@ -32,6 +35,8 @@ FILES = (  # by which goes first
 ).split()
 BACKGROUNDS = (BACKGROUND, "_background_", "__background__")
 IGNORED = ("__ignore__", "ignore")  # names of what is no class
+NO_COLOUR = -1  # what numbers of 16 bits are
+LOOKED_AT = 20  # masks, to see whether they have the colours of a list
 BORDER = "#e0e0c0"  # VOC's border of objects
 COLOUR_BEHIND = re.compile(r"(.*?)[\s:,;]+(\d{1,3})[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})[\s:,;]*")
 COLOUR_BEFORE = re.compile(r"(\d{1,3})[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})[\s,;]+(.*)")
@@ -59,10 +64,14 @@ class ClassList:
         Raises UnclearMasks if the masks do not tell which class is which.
         """
         palette = {"palette": [list(colour) for colour in self.colours]} if self.colours else {}
-        if self.colours and self._by_colour(masks):
-            mapping = {_hex(colour): k for k, colour in enumerate(self.colours)}
+        coloured, black = self._look(masks[:LOOKED_AT])
+        if coloured:
+            names, colours = self.names, self.colours
+            if black and not self._has_background():
+                names, colours = (BACKGROUND, *names), ((0, 0, 0), *colours)
+            mapping = {_hex(colour): k for k, colour in enumerate(colours)}
             mapping |= {colour: IGNORE for colour in (BORDER, *map(_hex, self.ignored)) if colour not in mapping}
-            return {"names": list(self.names), **palette, "mapping": mapping}
+            return {"names": list(names), "palette": [list(colour) for colour in colours], "mapping": mapping}
         if self.numbers:
             return _numbered(self.names, self.numbers, self.ignored)
         found = find_classes(masks[0].parent, masks)
@@ -80,7 +89,7 @@ class ClassList:
         names, count = self.names, len(self.names)
         if IGNORE not in numbers and max(numbers) < count:
             return {"names": list(names), **palette}
-        if len(numbers) == count + 1 and not min(numbers) and not {name.lower() for name in names} & set(BACKGROUNDS):
+        if len(numbers) == count + 1 and not min(numbers) and not self._has_background():
             return _numbered((BACKGROUND, *names), numbers)
         if len(numbers) == count:
             return _numbered(names, numbers) | palette
@@ -89,16 +98,25 @@ class ClassList:
             "in a classes.yaml what each means, `mapping: {7: road}` (docs/data.md)"
         )
 
-    def _by_colour(self, masks: Sequence[Path]) -> bool:
-        """Whether masks have these colours: palette files and coloured ones do, grey ones if they have nothing else."""
-        try:
-            mode, _ = label_mode(masks[0])
-            if mode not in GREY_MODES:
-                return mode in ("P", "PA", "RGB", "RGBA")
-            levels = {colour[0] for colour in self.colours if len(set(colour)) == 1}
-            return set(read_label_file(masks[0]).ravel().tolist()) <= levels
-        except ValueError:  # it is damaged, which is said elsewhere
-            return True
+    def _has_background(self) -> bool:
+        return (0, 0, 0) in (*self.colours, *self.ignored) or not {name.lower() for name in self.names}.isdisjoint(
+            BACKGROUNDS
+        )
+
+    def _look(self, masks: Sequence[Path]) -> tuple[bool, bool]:
+        """Whether masks have the colours of the list, and not numbers; and whether they have black."""
+        found: set[int] = set()
+        plain = False
+        for path in masks if self.colours else ():
+            try:
+                plain |= label_mode(path)[0] not in ("RGB", "RGBA")
+                values, _ = count_values(read_label_file(path, palette=True, grey=True))
+                found.update(pack_colours(values).tolist() if values.ndim == 2 else [NO_COLOUR])
+            except ValueError:  # it is damaged, or none: that is said elsewhere
+                continue
+        border = tuple(int(BORDER[k : k + 2], 16) for k in (1, 3, 5))
+        known = {0, *pack_colours(np.array([*self.colours, *self.ignored, border])).tolist()} if self.colours else set()
+        return bool(self.colours) and (not plain or found <= known), 0 in found
 
 
 def _numbered(names: Sequence[str], numbers: Sequence[int], ignored: Sequence[int] = ()) -> dict[str, Any]:
@@ -116,9 +134,9 @@ def _hex(colour: Colour) -> str:
 
 def read_class_lists(folder: Path) -> Iterator[ClassList]:
     """The lists of classes in a folder, those of tools first. Raises ValueError for one that cannot be understood."""
-    there = {path.name.lower(): path for path in sorted(folder.iterdir(), reverse=True) if path.is_file()}
+    there = {name.lower(): folder / name for name in sorted(os.listdir(folder), reverse=True)}
     for name in FILES:
-        if name in there and (found := _read(there[name])) is not None:
+        if name in there and there[name].is_file() and (found := _read(there[name])) is not None:
             yield found
 
 

@@ -108,8 +108,9 @@ def _meaning(description: Mapping[str, Any]) -> str:
 
 
 def find_class_list(root: Path, places: Places | None = None) -> ClassList | None:
-    """The list of classes that lies in a folder, or beside its masks; None if there is none."""
-    folders = [root]
+    """The list of classes that lies in a folder, or beside its masks; without `places` in any of its sub-folders. None
+    if there is none."""
+    folders = [root, *(sorted(root.glob("*/")) + sorted(root.glob("*/*/")) if places is None else [])]
     for both in places.folders if places else ():
         for folder in both:
             folders += [folder, *(above for above in folder.parents if root in above.parents)]
@@ -134,19 +135,21 @@ def find_places(root: Path) -> Places | None:
     names = {split: sorted(set(named[split]) & set(masks[split])) if split in apart else [] for split in folders}
     used = [split for split in folders if names[split]]
     first = next((split for split in ("train", "") if split in used), None)
-    if first is None:
+    if first is None or any(ends) and 2 * len(names[first]) < min(len(named[first]), len(masks[first])):
         return None
     keys: dict[str, Any] = {key: end for key, end in zip(("image_suffix", "mask_suffix"), ends, strict=True) if end}
     left: list[str] = []
     if "val" in used:
         default = all(folders[s] == (root / "images" / s, root / "masks" / s) for s in used)
         if not default:
-            keys |= {key: {s: _seen(folders[s][k], root) for s in used} for k, key in enumerate(("images", "masks"))}
+            keys |= {
+                key: {s: _seen(folders[s][k], root) for s in used if s} for k, key in enumerate(("images", "masks"))
+            }
         said = f"{_seen(folders['val'][0], root)} is for validation"
     else:
         default = False
         keys |= {key: _seen(folders[first][k], root) for k, key in enumerate(("images", "masks"))}
-        keys["split"], said, left = divide(root, names[first])
+        keys["split"], said, left = divide(root, names[first], Path(os.path.commonpath(folders[first])))
     for split in folders:
         if split not in (first, "val") or split not in used:
             lack = "" if split in used else " without masks"
@@ -193,7 +196,11 @@ def _folders(root: Path) -> dict[str, Folders]:
 def _below(folder: Path) -> dict[str, Path]:
     """Name, small and with underlines, -> sub-folder with images in it."""
     found = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")}
-    return {re.sub(r"[-. ]", "_", name.lower()): path for name, path in found.items() if has_images(path)}
+    return {_small(name): path for name, path in found.items() if has_images(path)}
+
+
+def _small(name: str) -> str:
+    return re.sub(r"[-. ]", "_", name.lower())
 
 
 def _first(below: Mapping[str, Path], names: Iterable[str]) -> Path | None:
@@ -252,9 +259,7 @@ def _ends(folders: Mapping[str, Folders], images: Mapping, masks: Mapping) -> tu
             _check_one_each(images[split], masks[split])
     if not votes:
         return None
-    (image_end, mask_end), most = max(votes.items(), key=lambda vote: (vote[1], -len(vote[0][0] + vote[0][1])))
-    if 2 * most < min(sum(map(len, some.values())) for some in (images, masks)) / (1 + (images == masks)):
-        return None
+    (image_end, _), most = max(votes.items(), key=lambda vote: (vote[1], -len(vote[0][0] + vote[0][1])))
     rivals = [end for (one, end), count in votes.items() if one == image_end and 2 * count >= most]
     proper = [end for end in rivals if _of_mask(end)] if len(rivals) > 1 else rivals
     if len(proper) != 1:
@@ -294,12 +299,14 @@ def _without(files: Mapping[str, Path], end: str) -> dict[str, Path]:
     return {name.removesuffix(end): path for name, path in files.items() if name.endswith(end)}
 
 
-def divide(root: Path, names: list[str]) -> tuple[dict[str, Any], str, list[str]]:
+def divide(root: Path, names: list[str], inside: Path | None = None) -> tuple[dict[str, Any], str, list[str]]:
     """The split by the lists of a folder, what that is in words, and what it leaves out.
+
+    inside  the sub-folder in which the images lie, whose lists come first
 
     Raises ValueError if there are lists, and none is for training.
     """
-    lists = _lists(root)
+    lists = _lists(inside or root) or _lists(root)
     roles: dict[str, Path] = {}
     for path in lists:
         name = path.stem.lower()
@@ -313,11 +320,7 @@ def divide(root: Path, names: list[str]) -> tuple[dict[str, Any], str, list[str]
         used = [roles["train"], roles["val"]]
         said = f"{seen[used[0]]} is for training, {seen[used[1]]} for validation"
     elif whole is not None and whole not in (roles.get("val"), roles.get("test")):
-        used, said, split = (
-            [whole],
-            f"those in {seen[whole]} are {drawn}",
-            fraction | {"list": seen[whole]},
-        )
+        used, said, split = [whole], f"those in {seen[whole]} are {drawn}", fraction | {"list": seen[whole]}
     elif split:
         first = next(iter(split.values()))
         raise ValueError(
@@ -348,10 +351,11 @@ def _lists(root: Path) -> list[Path]:
 def _others(root: Path, folders: Mapping[str, Folders]) -> list[str]:
     """The folders beside those of the splits, with the number of their images."""
     inside = {images for images, _ in folders.values()}
-    above = {images.parent for images in inside if images.parent != root} if "" not in folders else set()
+    above = (
+        {images.parent for images in inside if _small(images.parent.name) in IMAGE_FOLDERS} if "" not in folders else ()
+    )
     others = [folder for one in sorted(above) for folder in _below(one).values() if folder not in inside]
-    masks = {part for both in folders.values() for part in (both[1], both[1].parent)}
-    return [f"{_seen(one, root)} ({_count(list_images(one, True, []))})" for one in others if one not in masks]
+    return [f"{_seen(one, root)} ({_count(list_images(one, True, []))})" for one in others]
 
 
 def _seen(path: Path, root: Path) -> str:
