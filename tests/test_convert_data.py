@@ -129,7 +129,10 @@ class TestCoco:
             ({"annotations": [{"id": 1, "image_id": 8, "category_id": 5}]}, "annotations of an image 8"),
             ({"annotations": [{"id": 1, "image_id": 7, "category_id": 6}]}, "annotations of a category 6"),
             ({"annotations": [{"id": 1, "image_id": 7}]}, "not as COCO writes it.*category_id"),
-            ({"images": [image_entry(7, "../no.jpg")]}, r"has no no\.\*, which .*ann.json lists .*1 of 1.*--images"),
+            (
+                {"images": [image_entry(7, "..\\..\\no.jpg")]},
+                r"has no no\.\*, which .*ann.json lists .*1 of 1.*--images",
+            ),
             ({"images": [image_entry(7, "no.jpg")]}, "has no no.*, which .*ann.json lists"),
             ({"annotations": [BOX]}, "ann.json has 1 annotations and no outlines.*there are no masks"),
             ({"annotations": [BOX | {"segmentation": []}]}, "there are no masks"),

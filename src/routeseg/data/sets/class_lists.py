@@ -63,7 +63,7 @@ class ClassList:
 
         Raises UnclearMasks if the masks do not tell which class is which.
         """
-        palette = {"palette": [list(colour) for colour in self.colours]} if self.colours else {}
+        palette = [list(colour) for colour in self.colours] or None
         coloured, black = self._look(masks[:LOOKED_AT])
         if coloured:
             names, colours = self.names, self.colours
@@ -87,12 +87,15 @@ class ClassList:
             else range(len(known["names"]))
         )
         names, count = self.names, len(self.names)
-        if IGNORE not in numbers and max(numbers) < count:
-            return {"names": list(names), **palette}
         if len(numbers) == count + 1 and not min(numbers) and not self._has_background():
-            return _numbered((BACKGROUND, *names), numbers)
+            names, count = (BACKGROUND, *names), count + 1
+        if palette is None and len(known.get("palette", ())) == count:
+            palette = known["palette"]
+        drawn = {} if palette is None or len(palette) != count else {"palette": palette}
+        if IGNORE not in numbers and max(numbers) < count:
+            return {"names": list(names)} | drawn
         if len(numbers) == count:
-            return _numbered(names, numbers) | palette
+            return _numbered(names, numbers) | drawn
         raise UnclearMasks(
             f"{self.path} names {count} classes, and the masks hold {len(numbers)} numbers, up to {max(numbers)}: say "
             "in a classes.yaml what each means, `mapping: {7: road}` (docs/data.md)"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 from urllib.parse import unquote
 
@@ -108,7 +108,7 @@ class Annotations:
         for name in self.files:
             below[name.rpartition("/")[2]].append(name)
         for path, found in zip(paths, match_names(paths, self.files), strict=True):
-            base = PurePosixPath(one_form(path).replace("\\", "/"))
+            base = PureWindowsPath(one_form(path))  # / ends a folder as well
             ends = [found] if found in self.files else below.get(base.stem, [found])
             if len(ends) > 1:
                 raise ValueError(
@@ -122,7 +122,7 @@ class Annotations:
         lost = [name for name in names if name not in self.files]
         if lost:
             raise ValueError(
-                f"{self.folder} has no {PurePosixPath(lost[0]).stem}.*, which {self.path} lists as {lost[0]} "
+                f"{self.folder} has no {PureWindowsPath(lost[0]).stem}.*, which {self.path} lists as {lost[0]} "
                 f"({len(lost)} of {len(names)} are absent): give the folder that holds the images with --images"
             )
         for name, count in Counter(names).items():
