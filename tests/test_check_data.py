@@ -77,6 +77,16 @@ class TestWhatIsThere:
             code, out, _ = run(["check-data", "--data.crop", "[32, 32]", *words, "--output", tmp_path], capsys)
             assert code == 0 and "\nready" in out and (tmp_path / "contact_sheet.png").is_file()
 
+    def test_no_run_overwrites_the_contact_sheet_of_another(self, tmp_path, capsys):
+        for k, name in enumerate(("one", "two", "one")):
+            root = folder(tmp_path / name, count=k + 1)
+            command = ["check-data", root, "--data.crop", "[32, 32]", "--output", tmp_path / "out"]
+            code, printed, _ = run(command, capsys)
+            sheet = tmp_path / "out" / ("contact_sheet.png" if k == 0 else f"contact_sheet_{k + 1}.png")
+            assert code == 0 and f"{sheet}: some pictures" in printed
+            assert Image.open(sheet).height > 0
+        assert len(list((tmp_path / "out").iterdir())) == 3
+
     def test_a_split_by_name_and_twice(self, tmp_path, capsys):
         root = folder(tmp_path / "mine")
         shutil.move(root / "images" / "val", root / "images" / "test")

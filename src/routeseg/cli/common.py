@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 
 from routeseg.cli.parser import SECTIONS, SEED_KEY, ConfigFile, Parser, field_texts
-from routeseg.errors import lacks_memory
+from routeseg.errors import lacks_memory, printable
 from routeseg.files import CONFIG_FILE, RUN_CONFIG_FILE, expand_user
 
 if TYPE_CHECKING:
@@ -41,6 +41,14 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"lightning\.|torch\.|lightning_utilities\.")
 
 
+class _Plain(logging.Formatter):
+    """Lines without control characters, which a file name may have."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
 @contextmanager
 def log_to_stderr() -> Iterator[None]:
     """What the package logs, such as unreadable pictures that are skipped, goes to stderr: a line each.
@@ -50,7 +58,7 @@ def log_to_stderr() -> Iterator[None]:
     log, stream = logging.getLogger("routeseg"), sys.stderr
     over_a_bar = "\r\x1b[K" if stream.isatty() else ""  # back to the line's start, and erase the bar that stands there
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(logging.Formatter(over_a_bar + "routeseg: %(message)s"))
+    handler.setFormatter(_Plain(over_a_bar + "routeseg: %(message)s"))
     log.addHandler(handler)
     try:
         yield
@@ -118,7 +126,10 @@ def of_folder(folder: str, words: Sequence[str], more: Sequence[str] = ()) -> li
     folder. With a --config of its own it only means the data."""
     from routeseg.data.config import layout_of
 
-    found = [f"--data.name={layout_of(expand_user(folder))}", f"--data.root={folder}"]
+    layout = layout_of(expand_user(folder))
+    if layout != "folder":
+        print(f"{folder} is taken for {layout}, by its folders; if it is other data, a classes.yaml in it says so")
+    found = [f"--data.name={layout}", f"--data.root={folder}"]
     if any(word.partition("=")[0] == "--config" for word in words):
         return [*words, *found]
     return ["--config=small", *found, *more, *words]

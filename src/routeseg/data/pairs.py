@@ -14,6 +14,7 @@ import os
 import re
 import struct
 import threading
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from routeseg.errors import CONTROL
 from routeseg.labels import IGNORE, Classes
 
 log = logging.getLogger("routeseg")
@@ -630,7 +632,11 @@ def pair_folders(images: Path, labels: Path, left_out: list[LeftOut] | None = No
     no partner.
     """
     return pair_files(
-        list_images(images, left_out=left_out), list_images(labels, left_out=left_out), images, labels, "", left_out
+        list_images(images, left_out=left_out),
+        list_images(labels, left_out=left_out),
+        images,
+        labels,
+        left_out=left_out,
     )
 
 
@@ -640,16 +646,17 @@ def pair_files(
     image_folder: Path,
     label_folder: Path,
     suffix: str = "",
+    image_suffix: str = "",
     left_out: list[LeftOut] | None = None,
 ) -> list[Pair]:
     """Name -> image file and name -> label file as pairs, sorted by name.
 
-    suffix    what a label file's name has after the name of its image
+    suffix    what a label file's name has after the name of its image; image_suffix, what that of an image has
     left_out  takes the files that have no partner; without it they are a ValueError that names the first
     """
     for some, others, one, partner, other_folder, ending in (
         (images, labels, "an image", "a label", label_folder, suffix),
-        (labels, images, "a label", "an image", image_folder, ""),
+        (labels, images, "a label", "an image", image_folder, image_suffix),
     ):
         alone = sorted(set(some) - set(others))
         if alone:
@@ -681,7 +688,8 @@ def list_images(folder: Path, nested: bool = False, left_out: list[LeftOut] | No
     """Name -> file. A name is the stem; with `nested`, files of sub-folders count too, and are called city/stem.
 
     left_out  takes what has the name of a file before it; without it that is a ValueError
-    Hidden files and folders are left out. Raises ValueError for a folder that is missing or empty.
+    Names are in one form of Unicode. Hidden files and folders are left out. Raises ValueError for a folder that is
+    missing or empty, and for names with control characters.
     """
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: check the data root and its layout")
@@ -694,7 +702,9 @@ def list_images(folder: Path, nested: bool = False, left_out: list[LeftOut] | No
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             others += [str(path)] if path.is_file() else []
             continue
-        name = path.relative_to(folder).with_name(path.stem).as_posix()
+        name = one_form(path.relative_to(folder).with_name(path.stem).as_posix())
+        if CONTROL.search(name):
+            raise ValueError(f"{folder} has a file whose name has control characters, {ascii(name)}: rename it")
         if name in found:
             twice.append((found[name], path))
         else:
@@ -712,6 +722,11 @@ def list_images(folder: Path, nested: bool = False, left_out: list[LeftOut] | No
         total = len(found) + len(twice)
         leave_out(LeftOut("files with the name of another one", files, total, message, "keep one of each"), left_out)
     return found
+
+
+def one_form(name: str) -> str:
+    """A name in the composed form of Unicode: macOS and others write the same name in two."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _files(folder: Path, nested: bool) -> list[Path]:

@@ -131,8 +131,8 @@ class FoundClasses:
         return f"{len(names)} classes, by the {how} in {seen}: {', '.join(names)}{rest}"
 
 
-def find_classes(folder: Path) -> FoundClasses:
-    """The classes of the masks below a folder.
+def find_classes(folder: Path, masks: Sequence[Path] | None = None) -> FoundClasses:
+    """The classes of the masks below a folder, or of these of them.
 
     Each number is a class, "class 0" and so on; 255 is ignored, but 0 and 255 alone are background and foreground.
     Each colour is a class of that name; black is the background, and the first one. Of palette files the numbers
@@ -140,7 +140,7 @@ def find_classes(folder: Path) -> FoundClasses:
     A value that fills no area, as soft borders and slips of the brush, is ignored.
     Raises UnclearMasks if the masks tell no classes, and if 255 may be a class as well as what is ignored.
     """
-    paths = sorted(list_images(folder, nested=True, left_out=[]).values())
+    paths = sorted(list_images(folder, nested=True, left_out=[]).values() if masks is None else masks)
     seen = [paths[k] for k in np.linspace(0, len(paths) - 1, min(MOST_MASKS, len(paths))).round().astype(int)]
     survey = _survey(seen, coloured=False) or _survey(seen, coloured=True)
     if survey is None or not survey.values:
