@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import secrets
 import threading
 import zlib
@@ -25,7 +26,7 @@ from PIL import Image
 
 from routeseg.architectures import ARCHITECTURES
 from routeseg.cost.macs import exit_costs
-from routeseg.data.pairs import SegmentationData, UnreadableImage, decode_image
+from routeseg.data.pairs import BAD_IMAGE, SegmentationData, UnreadableImage, decode_image
 from routeseg.data.scenes import CLASSES, PRESETS, draw_scene
 from routeseg.errors import BudgetNotKept
 from routeseg.evaluation.ranking import picture_score
@@ -157,11 +158,12 @@ class Explorer:
         engine, precision  as `build_engine` takes them
         against    a known route (`about`), or edges: what it makes of the picture stands beside
         """
-        picture = self._pictures.get(str(question.get("picture")))
+        token = _text(question, "picture")
+        picture = self._pictures.get(token)
         if picture is None:
             raise Refused("this picture is no longer held: open it again")
-        self._pictures.move_to_end(str(question["picture"]))
-        engine, precision = str(question.get("engine", "skip")), str(question.get("precision", "auto"))
+        self._pictures.move_to_end(token)
+        engine, precision = _text(question, "engine", "skip"), _text(question, "precision", "auto")
         route = None if question.get("route") is None else self._route(question["route"])
         budget = None if route is not None else self._share(picture, question.get("budget"))
         view, labels = self._view(picture, engine, precision, route, budget)
@@ -181,16 +183,16 @@ class Explorer:
         return {preset: draw_scene(EXAMPLE_SEED, 0, EXAMPLE_SIZE, preset) for preset in PRESETS}
 
     def _picture(self, question: Mapping[str, Any]) -> Picture:
-        if question.get("example") in self.examples:
-            image, labels = self.examples[question["example"]]
+        if (example := _text(question, "example")) in self.examples:
+            image, labels = self.examples[example]
             same = list(self.config.class_names) == list(CLASSES)
-            return Picture(f"drawn street, {question['example']} things", image, labels if same else None)
-        if question.get("survey") is not None:
+            return Picture(f"drawn street, {example} things", image, labels if same else None)
+        if surveyed := _text(question, "survey"):
             if self.survey is None:
                 raise Refused("there is no data set here")
-            name, image, known = self.survey.read(question["survey"])
+            name, image, known = self.survey.read(surveyed)
         else:
-            name, known = str(question.get("name") or "picture")[:200], None
+            name, known = _text(question, "name", "picture")[:200], None
             image = decode_image(io.BytesIO(_bytes(question.get("file"))), name, MAX_PIXELS)
         height, width = image.shape[:2]
         if max(height, width) > SIDE:
@@ -206,7 +208,7 @@ class Explorer:
                 if file.width * file.height > MAX_PIXELS or file.mode not in ("L", "P"):
                     raise Refused("labels are a PNG file with one number of a class for each pixel")
                 labels = np.asarray(file).astype(np.uint8)
-        except (OSError, ValueError, SyntaxError) as error:
+        except BAD_IMAGE as error:
             raise error if isinstance(error, Refused) else Refused(f"cannot read the labels: {error}") from error
         worst = int(labels[labels != IGNORE].max(initial=0))
         if worst >= self.config.num_classes:
@@ -273,7 +275,9 @@ class Explorer:
     def _route(self, edges: Any) -> Route:
         """The route of these edges. Raises Refused for what is none of this network's."""
         try:
-            route = Route(self.config.space, [tuple(int(part) for part in edge) for edge in edges])
+            if not isinstance(edges, list | tuple) or any(len(edge) != 3 for edge in edges):
+                raise ValueError("give a list of [layer, scale, direction]")
+            route = Route(self.config.space, edges)
         except (ValueError, TypeError) as error:
             raise Refused(f"no route: {error}") from error
         if not route.edges <= self.config.whole_route.edges:
@@ -306,10 +310,10 @@ class Explorer:
         if budget is None or self.model.exits is None or not self.model.exits.calibrated:
             return None
         try:
-            value, unit = float(budget["value"]), str(budget["unit"])
-        except (TypeError, KeyError, ValueError) as error:
+            value, unit = float(budget["value"]), budget["unit"]
+        except (TypeError, LookupError, ValueError, OverflowError) as error:
             raise Refused("a budget is a number and its unit: share, gmacs or ms") from error
-        if unit not in ("share", "gmacs", "ms") or not 0 < value < float("inf"):
+        if unit not in ("share", "gmacs", "ms") or not 0 < value < math.inf:
             raise Refused("a budget is a number above 0, and its unit: share, gmacs or ms")
         costs = self._exit_costs(picture, unit)
         if value >= costs[-1]:
@@ -362,16 +366,24 @@ class Survey:
             ],
         }
 
-    def read(self, name: Any) -> tuple[str, np.ndarray, np.ndarray]:
+    def read(self, name: str) -> tuple[str, np.ndarray, np.ndarray]:
         """Name, image and labels of a picture."""
         if name not in self._places:
             raise Refused("the data set has no such picture")
-        return str(name), *self.pictures.read(self._places[name])
+        return name, *self.pictures.read(self._places[name])
 
 
 def _best_ms(run: Callable[[], Segmented], rounds: int = 2) -> float:
     """What the network takes at best, but for the first time."""
     return MS * min([run().seconds for _ in range(1 + rounds)][1:])
+
+
+def _text(question: Mapping[str, Any], key: str, default: str = "") -> str:
+    """A text of a question. Raises Refused for what is none."""
+    value = question.get(key)
+    if not isinstance(value, str | None):
+        raise Refused(f"{key} is no text")
+    return value or default
 
 
 def _bytes(text: Any) -> bytes:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from routeseg.config import NetworkConfig
-from routeseg.files import CONFIG_FILE, MAX_JSON, WEIGHTS_FILE, parse_json
+from routeseg.files import CONFIG_FILE, MAX_JSON, WEIGHTS_FILE, parse_json, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,8 +70,8 @@ def read_config(folder: Path) -> NetworkConfig:
             hint = f"Did you mean {inside[0]}?" if inside else "`routeseg train` writes such folders"
             raise ValueError(f"{folder} is no checkpoint: {name} is missing. {hint}")
     try:
-        return NetworkConfig.from_dict(parse_json((folder / CONFIG_FILE).read_bytes()))
-    except ValueError as error:
+        return NetworkConfig.from_dict(read_json(folder / CONFIG_FILE))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG_FILE} describes no network: {error}") from error
 
 
