@@ -26,6 +26,11 @@ BLOCK_BYTES = 1 << 20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def sample() -> Path:
+    """A picture to try a network on: a street, drawn as `routeseg.data.scenes` draws it."""
+    return Path(__file__).parent / "street.jpg"
+
+
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Write `data` to a temporary name beside `path`, then rename: the file is there whole or not at all.
 
