@@ -85,13 +85,14 @@ def read_header(folder: Path) -> dict[str, Stored]:
             header = parse_json(file.read(min(length, MAX_JSON + 1)))
         end = path.stat().st_size - LENGTH_BYTES - length
         return {name: _stored(one, end) for name, one in header.items() if name != "__metadata__"}
-    except (OSError, struct.error, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, struct.error, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"cannot read {path}: it is no safetensors file, or cut off ({error})") from error
 
 
 def _stored(entry: Mapping[str, Any], end: int) -> Stored:
-    """A tensor's entry in the header. Raises ValueError, TypeError or KeyError if it is none, or beyond the end."""
-    if entry["data_offsets"][1] > end:
+    """A tensor's entry in the header. Raises ValueError, TypeError or LookupError if it is none, or beyond the end."""
+    first, last = entry["data_offsets"]
+    if not 0 <= first <= last <= end:
         raise ValueError("its tensors are not all there")
     return Stored(tuple(operator.index(side) for side in entry["shape"]), str(entry["dtype"]))
 
