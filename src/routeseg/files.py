@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ SURVEY_FILE = "routes.json"  # of what `routeseg routes` found
 SAVING = ".saving-"  # what a folder begins with in which files are written before they are moved
 TEMPORARY = re.compile(rf"\.(\d+-[0-9a-f]{{8}}|last\.ckpt)\.tmp|{re.escape(SAVING)}\w+")
 MAX_JSON = 1 << 24  # characters of a configuration or a route
+MAX_YAML_NODES = 20_000  # values of a configuration, each alias written out
 MAX_READ_BYTES, MAX_READ_SECONDS = 400_000_000, 60.0  # of a file or a URL, unless told otherwise
 BLOCK_BYTES = 1 << 20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -112,6 +114,43 @@ def parse_json(text: str | bytes, limit: int = MAX_JSON) -> Any:
         return json.loads(text, parse_int=_whole_number, parse_float=_finite_number, parse_constant=_finite_number)
     except RecursionError:
         raise ValueError("its lists are nested too deeply") from None
+
+
+def compose_yaml(text: str) -> Any:
+    """The nodes of a YAML text, as `yaml.compose` gives them. Raises ValueError if it is none, is too deeply nested, or
+    has more than MAX_YAML_NODES values once its aliases are written out."""
+    import yaml
+
+    sizes: dict[int, float] = {}  # by the identity of a node; infinite while it is inside itself
+
+    def size(node: Any) -> float:
+        if id(node) not in sizes:
+            sizes[id(node)] = math.inf
+            parts = node.value if isinstance(node, yaml.CollectionNode) else []
+            inner = itertools.chain.from_iterable(parts) if isinstance(node, yaml.MappingNode) else parts
+            sizes[id(node)] = 1 + sum(map(size, inner))
+        return sizes[id(node)]
+
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is not None and size(node) > MAX_YAML_NODES:
+            raise ValueError(f"it has more than {MAX_YAML_NODES} values, with its aliases written out")
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError:
+        raise ValueError("its lists are nested too deeply") from None
+    return node
+
+
+def parse_yaml(text: str) -> Any:
+    """What the text says. Raises ValueError as `compose_yaml` does."""
+    import yaml
+
+    node = compose_yaml(text)
+    try:
+        return None if node is None else yaml.SafeLoader("").construct_document(node)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def _finite_number(text: str) -> float:

@@ -94,7 +94,7 @@ class Guard:
             await self._ask(scope, headers.get(b"content-length", b"0"), receive, send)
 
     async def _ask(self, scope: Any, length: bytes, receive: Any, send: Any) -> None:
-        body, more, started = bytearray(), True, False
+        body, more, given, started = bytearray(), True, False, False
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 while more and length.isdigit() and max(int(length), len(body)) <= self.body_bytes:
@@ -111,11 +111,11 @@ class Guard:
             return
 
         async def replayed() -> Any:
-            nonlocal body
-            if body is None:
+            nonlocal given
+            if given:
                 return await receive()
-            message, body = {"type": "http.request", "body": bytes(body)}, None
-            return message
+            given = True
+            return {"type": "http.request", "body": bytes(body)}
 
         async def noted(message: Any) -> None:
             nonlocal started

@@ -41,7 +41,7 @@ from routeseg.data.pairs import (
 )
 from routeseg.data.sets.masks import FoundClasses, UnclearMasks, find_classes
 from routeseg.data.sets.roots import expected, no_split, read_names
-from routeseg.files import expand_user, write_atomically
+from routeseg.files import expand_user, parse_yaml, write_atomically
 from routeseg.labels import IGNORE, Classes
 
 FILE = "classes.yaml"
@@ -239,9 +239,10 @@ def read_description(path: Path) -> Description:
         masks = f", and no folder {path.parent / 'masks'} that would tell them" if path.name == FILE else ""
         raise ValueError(f"no file {path}: it names the classes{masks}; {expected(TREE)}")
     try:
-        return _described(str(path), path, yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise _undescribed(str(path), error) from error
+    return _described(str(path), path, data)
 
 
 def _described(name: str, path: Path, data: Any) -> Description:

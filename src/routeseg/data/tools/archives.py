@@ -28,8 +28,9 @@ MAX_MEMBERS = 1_000_000
 MAX_NAME_BYTES, MAX_PATH_BYTES = 200, 1000  # of a part of a path and of all of it: what every disk takes
 # What the readers of archives raise, the last ones for headers whose numbers are none; OSError without an errno, or of
 # a place before the file's start, is theirs too, and not the disk's.
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, zlib.error, lzma.LZMAError, RuntimeError)
-DAMAGED += (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error)
+DAMAGED: tuple[type[Exception], ...] = (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, zlib.error)
+DAMAGED += (lzma.LZMAError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+DAMAGED += (struct.error,)
 
 
 class BadArchive(ValueError):
