@@ -128,6 +128,37 @@ class TestAnswers:
         view = gated.look({"picture": example["picture"], "budget": {"value": 0.5, "unit": "share"}})
         assert 0 <= view["score"] <= 1 and view["asked"] is None
 
+    def test_examples_are_what_the_network_is_for(self, explorer, tmp_path):
+        from routeseg import DynamicRoutingNetwork
+
+        assert [one["key"] for one in explorer.about()["examples"]] == ["large", "small", "mixed"]
+        cells = {"num_classes": 2, "class_names": ("background", "cell")}
+        model = DynamicRoutingNetwork(depth=4, base_channels=4, **cells)
+        alone = Explorer(model, "cells")
+        assert alone.about()["examples"] == [] and "no such example" in alone.open({"example": "small"})["error"]
+        for kind in ("images", "masks"):
+            (tmp_path / kind / "val").mkdir(parents=True)
+        for k in range(5):
+            Image.fromarray(np.full((48, 64, 3), 40 * k, np.uint8)).save(tmp_path / "images" / "val" / f"{k}.png")
+            Image.fromarray(np.full((48, 64), k % 2, np.uint8)).save(tmp_path / "masks" / "val" / f"{k}.png")
+        (tmp_path / "classes.yaml").write_text("names: [background, cell]\n")
+        pictures = open_data(DataConfig(name="folder", root=str(tmp_path)), "val", 0)
+        known = Explorer(model, "cells", pictures=pictures)
+        assert [one["name"] for one in known.about()["examples"]] == ["0", "2", "4"]
+        opened = known.open({"example": "2"})
+        assert opened["labelled"] and opened["height"] == 48
+        for path in (tmp_path / "images" / "val").iterdir():
+            path.write_bytes(b"gone")
+        assert Explorer(model, "cells", pictures=pictures).about()["examples"] == []
+
+    def test_a_background_is_clear_as_in_an_overlay(self, explorer):
+        from routeseg import DynamicRoutingNetwork
+
+        assert explorer.about()["clear"] is False
+        for names, clear in ((("background", "cell"), True), (("cell", "background"), False)):
+            model = DynamicRoutingNetwork(depth=4, base_channels=4, num_classes=2, class_names=names)
+            assert Explorer(model, "cells").about()["clear"] is clear
+
     def test_labels_give_a_score(self, explorer, street, opened):
         found = labels_of(explorer.look({"picture": opened["picture"]}))
         known = explorer.open({"file": text(png(street)), "labels": text(png(found))})
@@ -371,6 +402,17 @@ class TestCommand:
         (tmp_path / "routes.json").write_text('{"split": "val"}')
         assert main(["app", "--survey", str(tmp_path)]) == 2
         assert "run `routeseg routes` again" in capsys.readouterr().err
+
+    def test_a_run_tells_its_data(self, tmp_path, capsys):
+        from routeseg.cli.app import _data_of_run
+
+        assert main(["make-data", "scenes", str(tmp_path / "data"), "--train=1", "--val=2", "--size=[48,64]"]) == 0
+        (tmp_path / "run" / "best").mkdir(parents=True)
+        config = tmp_path / "run" / "config.yaml"
+        config.write_text(f"data: {{name: folder, root: {tmp_path}/data}}\nrecipe: {{seed: 3}}\nmodel: {{depth: 4}}\n")
+        assert len(_data_of_run(str(tmp_path / "run" / "best"))) == 2
+        config.write_text(f"data: {{name: folder, root: {tmp_path}/gone}}\n")
+        assert _data_of_run(str(tmp_path / "run" / "best")) is None
 
     def test_a_survey_tells_its_data_set(self, tmp_path):
         from routeseg.cli.app import _survey

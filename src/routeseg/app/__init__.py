@@ -17,6 +17,7 @@ from routeseg.app.guard import Guard
 from routeseg.errors import require
 
 if TYPE_CHECKING:
+    from routeseg.data.pairs import SegmentationData
     from routeseg.model import DynamicRoutingNetwork
 
 __all__ = ["Explorer", "Survey", "build", "launch"]
@@ -60,6 +61,7 @@ def launch(
     port: int | None = None,
     wait: bool = True,
     names: Sequence[str] = (),
+    pictures: SegmentationData | None = None,
     **options: Any,
 ) -> Any:
     """Serves the explorer of a network, by default of the one that is shipped.
@@ -69,13 +71,15 @@ def launch(
     names other names that it is reached under, such as that of a proxy in front of it; all else is refused
     wait  until it is stopped; else it runs beside, and `.close()` of what comes back ends it
 
+    pictures  a data set that the network is for, of which the page shows examples
+
     `options` go to Gradio's `launch`. Raises ValueError if Gradio is not installed, or the port is taken.
     """
     if model is None:
         from routeseg.model import checkpoints
 
         model = checkpoints.load()
-    page = build(Explorer(model, name, survey))
+    page = build(Explorer(model, name, survey, pictures))
     import gradio
     from starlette.middleware import Middleware
 

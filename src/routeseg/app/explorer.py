@@ -16,6 +16,7 @@ import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial, wraps
 from typing import Any
@@ -28,10 +29,11 @@ from routeseg.architectures import ARCHITECTURES
 from routeseg.cost.macs import exit_costs
 from routeseg.data.pairs import BAD_IMAGE, SegmentationData, UnreadableImage, decode_image
 from routeseg.data.scenes import CLASSES, PRESETS, draw_scene
+from routeseg.data.subset import evenly_spread
 from routeseg.errors import BudgetNotKept
 from routeseg.evaluation.ranking import picture_score
 from routeseg.figures.routes import ACTIVATION_COLORS
-from routeseg.labels import IGNORE
+from routeseg.labels import IGNORE, see_through
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.prediction.files import GIGA, Segmented, class_shares, pad_small, segment
 from routeseg.prediction.torch_runner import TorchNetwork, open_network
@@ -43,6 +45,8 @@ SIDE = 1024  # a larger picture is shrunk: one looks at it live
 HELD = 32  # pictures, the last ones
 EXAMPLE_SIZE = (256, 512)
 EXAMPLE_SEED = 7
+EXAMPLES = 3
+STREET = {"road", "building", "car"}  # what drawn streets are for: a network of these classes
 MS = 1000.0
 COLOURS = 16  # of the scale of activations
 
@@ -88,10 +92,17 @@ class Explorer:
 
     name     what the page calls the network
     survey   what `routeseg routes` wrote of a data set, and how its pictures are read: a page of its own
+    pictures those that the network is for: some are its examples. None: drawn streets, if it knows streets
     """
 
-    def __init__(self, model: DynamicRoutingNetwork, name: str, survey: Survey | None = None) -> None:
-        self.model, self.name, self.survey = model.eval(), name, survey
+    def __init__(
+        self,
+        model: DynamicRoutingNetwork,
+        name: str,
+        survey: Survey | None = None,
+        pictures: SegmentationData | None = None,
+    ) -> None:
+        self.model, self.name, self.survey, self.pictures = model.eval(), name, survey, pictures
         self.config = model.config
         self.lock = threading.Lock()
         self._runners: dict[tuple[str, str], TorchNetwork] = {}
@@ -119,9 +130,10 @@ class Explorer:
             "known": [{"key": key, "name": known.name} for key, known in self.known.items()],
             "precisions": ["auto", "float32", "bfloat16"],
             "engines": ["skip", "dense"],
+            "clear": see_through(self.config.class_names, self.config.palette),
             "examples": [
-                {"key": preset, "name": f"{preset} things", "thumbnail": _jpeg_url(cv2.resize(image, (128, 64)))}
-                for preset, (image, _) in self.examples.items()
+                {"key": key, "name": one.name, "thumbnail": _jpeg_url(_thumbnail(one.image))}
+                for key, one in self.examples.items()
             ],
             "survey": None if self.survey is None else self.survey.about(),
             "max_bytes": MAX_BYTES,
@@ -178,16 +190,29 @@ class Explorer:
     # --- Pictures ------------------------------------------------------------------------------------------------
 
     @cached_property
-    def examples(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """A drawn street of each preset, and its labels."""
-        return {preset: draw_scene(EXAMPLE_SEED, 0, EXAMPLE_SIZE, preset) for preset in PRESETS}
+    def examples(self) -> dict[str, Picture]:
+        """Some pictures that the network is for: of its data, or a drawn street of each preset."""
+        if self.pictures is not None:
+            some = evenly_spread(self.pictures, min(EXAMPLES, len(self.pictures)))
+            with suppress(UnreadableImage, ValueError, OSError):  # they are gone, or of other classes by now
+                return {some.name(k): Picture(some.name(k), *some.read(k)) for k in range(len(some))}
+            return {}
+        if not STREET <= set(self.config.class_names):
+            return {}
+        same = list(self.config.class_names) == list(CLASSES)
+        drawn = {preset: draw_scene(EXAMPLE_SEED, 0, EXAMPLE_SIZE, preset) for preset in PRESETS}
+        return {
+            preset: Picture(f"drawn street, {preset} things", image, labels if same else None)
+            for preset, (image, labels) in drawn.items()
+        }
 
     def _picture(self, question: Mapping[str, Any]) -> Picture:
-        if (example := _text(question, "example")) in self.examples:
-            image, labels = self.examples[example]
-            same = list(self.config.class_names) == list(CLASSES)
-            return Picture(f"drawn street, {example} things", image, labels if same else None)
-        if surveyed := _text(question, "survey"):
+        if example := _text(question, "example"):
+            if example not in self.examples:
+                raise Refused("there is no such example")
+            one = self.examples[example]
+            name, image, known = one.name, one.image, one.labels
+        elif surveyed := _text(question, "survey"):
             if self.survey is None:
                 raise Refused("there is no data set here")
             name, image, known = self.survey.read(surveyed)
@@ -396,6 +421,14 @@ def _bytes(text: Any) -> bytes:
         return base64.b64decode(text, validate=True)
     except ValueError as error:
         raise Refused("the file came damaged: choose it again") from error
+
+
+def _thumbnail(image: np.ndarray) -> np.ndarray:
+    """The middle of an image, twice as wide as high."""
+    height, width = image.shape[:2]
+    tall, wide = min(height, max(1, width // 2)), min(width, 2 * height)
+    top, left = (height - tall) // 2, (width - wide) // 2
+    return cv2.resize(image[top : top + tall, left : left + wide], (128, 64), interpolation=cv2.INTER_AREA)
 
 
 def _jpeg_url(image: np.ndarray) -> str:

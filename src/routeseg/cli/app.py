@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from routeseg.cli.common import best_of_run
+from routeseg.cli.common import best_of_run, config_parser, of_run, read_data
 from routeseg.cli.parser import Parser
-from routeseg.files import SURVEY_FILE, read_json
+from routeseg.files import RUN_CONFIG_FILE, SURVEY_FILE, read_json
 
 if TYPE_CHECKING:
     from routeseg.app import Survey
+    from routeseg.data.pairs import SegmentationData
 
 
 def app_command(words: Sequence[str]) -> int:
@@ -39,6 +40,8 @@ def app_command(words: Sequence[str]) -> int:
     checkpoint = None if args.checkpoint is None else best_of_run(args.checkpoint)
     model = checkpoints.load(checkpoint)
     about: dict[str, Any] = {} if checkpoint is None else {"name": str(args.checkpoint)}
+    if checkpoint is not None and (Path(checkpoint).parent / RUN_CONFIG_FILE).is_file():
+        about["pictures"] = _data_of_run(checkpoint)
     page = launch(
         model,
         survey=survey,
@@ -52,6 +55,20 @@ def app_command(words: Sequence[str]) -> int:
     print(f"the explorer is at {page.local_url} (Ctrl-C ends it)", flush=True)
     page.block_thread()
     return 0
+
+
+def _data_of_run(checkpoint: str) -> SegmentationData | None:
+    """What a run was validated on, if it is still there."""
+    from routeseg.data.config import open_data
+
+    parser = config_parser("app", ["data"])
+    parser.add_argument("checkpoint", type=str)
+    parser.in_python = True
+    try:
+        args, data = read_data(parser, of_run([checkpoint]))
+        return open_data(data, data.val_split, args.seed)
+    except (ValueError, OSError):
+        return None
 
 
 def _survey(folder: Path) -> Survey:
