@@ -25,7 +25,7 @@ import torch
 from fastapi import FastAPI, HTTPException, Request, Response
 from ray import serve
 from ray.serve.config import HTTPOptions
-from serve_fastapi import Answer, decode, parse, read, respond
+from serve_fastapi import Answer, admit, decode, parse, read, respond
 
 import routeseg
 from routeseg.cost.macs import model_cost
@@ -91,14 +91,15 @@ class Batches:
 @serve.deployment(max_ongoing_requests=RUNNING, max_queued_requests=QUEUED, graceful_shutdown_timeout_s=ENDING_SECONDS)
 @serve.ingress(app)
 class Replica:
-    """A process with a network of its own."""
+    """A process with a network of its own; `host` and `names` as `admit` takes them."""
 
-    def __init__(self, checkpoint: str | None) -> None:
-        model = routeseg.load(checkpoint)
+    def __init__(self, checkpoint: str | None, host: str, names: Sequence[str]) -> None:
+        model, self.host, self.names = routeseg.load(checkpoint), host, names
         self.segment_all = Batches(model.cuda() if torch.cuda.is_available() else model)
 
     @app.post("/segment")
     async def segment(self, request: Request, budget: str | None = None, answer: Answer = "json") -> Response:
+        await admit(request, self.host, self.names)
         body, model = await read(request), self.segment_all.model
         asked = parse(budget, model)
         image = await asyncio.to_thread(decode, body)
@@ -113,7 +114,8 @@ class Replica:
         return await asyncio.to_thread(self.segment_all, jobs)
 
     @app.get("/health")
-    async def health(self) -> dict[str, list[str]]:
+    async def health(self, request: Request) -> dict[str, list[str]]:
+        await admit(request, self.host, self.names)
         return {"classes": list(self.segment_all.model.config.class_names)}
 
 
@@ -122,6 +124,7 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?", help="a folder; the network that comes along, if there is none")
     parser.add_argument("--host", default="127.0.0.1", help="this machine alone, unless it is another address")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--names", nargs="*", default=[], help="others that it is reached under, as of a proxy")
     parser.add_argument("--replicas", type=int, default=1, help="processes, which share the cores of this machine")
     parser.add_argument("--waiting", type=int, default=QUEUED, help="requests before the replicas; one more gets 503")
     parser.add_argument("--ray_address", default="local", help="local: a Ray that ends with this; auto, or HOST:PORT")
@@ -135,7 +138,7 @@ def main() -> None:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    serve.run(replica.bind(checkpoint))
+    serve.run(replica.bind(checkpoint, args.host, args.names))
     stop.wait()
     serve.delete("default")  # answers what is inside; shutdown alone ends the process that would pass it on
     serve.shutdown()

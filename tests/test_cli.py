@@ -2,6 +2,7 @@
 
 import json
 import os
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -105,6 +106,12 @@ def test_evaluate_mistakes(tmp_path, checkpoint, capsys):
     assert code == 2 and "cannot write" in err
 
 
+# A list of a list of ... of words, by aliases: 10 ** 11 words in a few lines.
+BOMB = "a: &a [x]\n" + "".join(
+    f"{one}: &{one} [{', '.join([f'*{before}'] * 10)}]\n" for before, one in pairwise("abcdefghijk")
+)
+
+
 class TestSections:
     """A command takes the sections that it uses, and passes over the others of a file that was made for training."""
 
@@ -158,6 +165,16 @@ class TestSections:
             ("recipe: 3", "section 'recipe' of FILE is no mapping"),
             ("data: [", "FILE is no YAML"),
             (None, "FILE"),
+            (BOMB + "data: {name: *k}", "FILE is no YAML that can be used: it has more than 20000 values"),
+            (BOMB + "data: {? *k : 1}", "FILE is no YAML that can be used: it has more than 20000 values"),
+            ("data: &a {name: *a}", "FILE is no YAML that can be used: it has more than 20000 values"),
+            ("data: " + "[" * 5000, "FILE is no YAML that can be used: its lists are nested too deeply"),
+            ("data: {name: *nowhere}", "FILE is no YAML that can be used: found undefined alias"),
+            ("data: !!python/object/apply:os.getcwd []", "FILE is no YAML that can be used"),
+            ("data: {name: !!python/object/apply:os.getcwd []}", "FILE"),
+            ("? [data]\n: 1", "FILE"),
+            ("data: {? [a]\n: 1}", "FILE"),
+            ("data: {workers: 1e400}", "data.workers"),
         ],
     )
     def test_mistakes_in_a_file_are_named(self, commands, tmp_path, capsys, text, message):

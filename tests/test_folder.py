@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,9 @@ from routeseg.data.pairs import LabelMap, UnreadableImage
 from routeseg.data.sets.folder import Fraction, open_folder, read_description, write_classes
 from routeseg.data.sets.voc import voc_palette
 from routeseg.labels import IGNORE
+
+# A list of a list of ... of words, by aliases: 10 ** 11 words in a few lines.
+BOMB = "a: &a [x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in pairwise("abcdefghijk"))
 
 
 def blocks(values, height: int = 32, width: int = 40, seed: int = 0) -> np.ndarray:
@@ -369,6 +373,11 @@ class TestDescription:
             ("names: [a, b, a]", "`names` has a more than once"),
             (f"names: [{', '.join(map(str, range(300)))}]", "300 names"),
             ("names: [a", "line 1"),
+            ("names: &a [*a]", "more than 20000 values"),
+            ("names: " + "[" * 5000, "nested too deeply"),
+            (f"names: [a]\n{BOMB}mask_suffix: *k", "more than 20000 values"),
+            (f"names: [a]\n{BOMB}? *k\n: 1", "more than 20000 values"),
+            ("names: [a]\n? [a]\n: 1", "unhashable key"),
             ("names: [a]\nmapping: {x: 0}", "`mapping` has 'x': give a label value .* or a colour"),
             ('names: [a]\nmapping: {"#80408": 0}', "`mapping` has '#80408'"),
             ("names: [a]\nmapping: [0, 1]", "`mapping` must be of the form"),

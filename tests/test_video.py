@@ -390,6 +390,18 @@ class TestCommand:
         for name in ("a", "b"):
             assert len(read_video(tmp_path / "out" / f"{name}_overlay.mp4")[0]) == 2
 
+    def test_a_codec_that_nobody_knows(self, tmp_path, checkpoint, capsys):
+        paths = [write_video(tmp_path / name) for name in ("a.mp4", "b.mp4")]
+        strange = paths[0].read_bytes()
+        assert strange.count(b"avc1") == 2  # among the brands of the file, and of the stream
+        paths[0].write_bytes(b"zzzz".join(strange.rsplit(b"avc1", 1)))
+        code, out, err = run(["predict", checkpoint, *paths, "--output", tmp_path / "out"], capsys)
+        reason = f"cannot read {paths[0]}: it is coded in a way that FFmpeg does not know"
+        assert code == 2 and f"skipped: {reason}" in out and not err
+        assert (tmp_path / "out" / "b_overlay.mp4").exists() and not (tmp_path / "out" / "a_overlay.mp4").exists()
+        code, _, err = run(["predict", checkpoint, paths[0], "--output", tmp_path / "out"], capsys)
+        assert code == 2 and err == f"routeseg: error: {reason}\n"
+
     def test_a_budget(self, tmp_path, capsys):
         """As for images, a calibration is needed for it."""
         net = network(**EXITS).save(tmp_path / "net")

@@ -16,7 +16,7 @@ from jsonargparse import Namespace
 
 from routeseg.cli.parser import SECTIONS, SEED_KEY, ConfigFile, Parser, field_texts
 from routeseg.errors import lacks_memory, printable
-from routeseg.files import CONFIG_FILE, RUN_CONFIG_FILE, expand_user
+from routeseg.files import CONFIG_FILE, MAX_JSON, RUN_CONFIG_FILE, expand_user, read_file
 
 if TYPE_CHECKING:
     import torch
@@ -243,7 +243,7 @@ def read_route(name: str, whole: Route) -> Route:
         if name in DRAWN:
             route = architecture(name, whole.space)
         elif Path(name).is_file():
-            route = Route.from_json(Path(name).read_text())
+            route = Route.from_json(read_file(name, MAX_JSON))
         else:
             raise ValueError(f"no such file, and no route of this name: choose one of {', '.join(DRAWN)}")
         if route.space != whole.space:

@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
+from routeseg.files import MAX_JSON, compose_yaml, parse_yaml, read_file
+
 USAGE_ERROR = 2
 PRESETS = Path(__file__).parents[1] / "presets"
 SECTIONS = ("model", "data", "recipe", "budget")  # of a configuration
@@ -130,11 +132,14 @@ class ConfigFile(ActionConfigFile):
         *before, values = _presets(parser, values)
         for one in before:
             self(parser, cfg, one, option_string)
-        text = Path(values).read_text() if os.path.isfile(values) else values
+        name = values if os.path.isfile(values) else "this text"
+        document: Any = None
         try:
-            document: Any = yaml.compose(text)  # and not `load`, so that every value stays as it is written
-        except yaml.YAMLError as error:
-            parser.error(f"{values} is no YAML: {error}")
+            text = read_file(values, MAX_JSON).decode() if os.path.isfile(values) else values
+            parse_yaml(text)  # for its errors; what is used are the nodes, so that every value stays as it is written
+            document = compose_yaml(text)
+        except (OSError, ValueError) as error:
+            parser.error(f"{name} is no YAML that can be used: {getattr(error, 'strerror', None) or error}")
         if not isinstance(document, yaml.MappingNode):
             parser.error(f"--config {values} has no sections: it must be a YAML file with {', '.join(SECTIONS)}")
         else:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from routeseg.config import NO_GATE, NetworkConfig
-from routeseg.files import parse_json, write_json
+from routeseg.files import read_json, write_json
 from routeseg.space import DOWN, KEEP, SCALE_STEP, UP, Route, RoutingSpace, is_diagonal, walk
 
 if TYPE_CHECKING:
@@ -144,10 +144,10 @@ class LatencyTable:
         """The inverse of `write`. Raises ValueError, naming the file, if it is damaged or no latency table."""
         remedy = "write it anew with `routeseg profile`"
         try:
-            return cls.from_dict(parse_json(Path(path).read_bytes()))
+            return cls.from_dict(read_json(path))
         except FileNotFoundError as error:
             raise ValueError(f"no latency table {path}: {remedy}") from error
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, OSError, ValueError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path} is no latency table, or damaged ({reason}): {remedy}") from error
 

@@ -127,16 +127,17 @@ def exits_of(model: DynamicRoutingNetwork, gates: np.ndarray) -> np.ndarray:
 
 
 def worth_of_choice(seen: AllExits, exits: np.ndarray, costs: np.ndarray, seed: int = 0) -> Worth:
-    """What leaving at these exits [N] is worth; `costs` [K] of the routes, ascending, are shares of the full
-    network's."""
+    """What leaving at these exits [N] is worth; `costs` of the routes, ascending, are shares of the full network's:
+    [K], or [N,K] if pictures have several sizes."""
     rng, count = np.random.default_rng(seed), len(exits)
-    spent = float(costs[exits].mean())
-    fixed = [mean_iou(seen, np.full(count, exit)) for exit in range(len(costs))]
+    costs = np.broadcast_to(costs, (count, costs.shape[-1]))
+    spent = float(costs[np.arange(count), exits].mean())
+    fixed = [mean_iou(seen, np.full(count, exit)) for exit in range(costs.shape[1])]
     return Worth(
         spent,
         mean_iou(seen, exits),
         float(np.mean([mean_iou(seen, rng.permutation(exits)) for _ in range(SHUFFLES)])),
-        float(np.interp(spent, costs, fixed)),
+        float(np.interp(spent, costs.mean(0), fixed)),
         mean_iou(seen, oracle(seen.lost(), costs, spent)),
     )
 
@@ -148,12 +149,14 @@ def mean_iou(seen: AllExits, exits: np.ndarray) -> float:
 
 
 def oracle(lost: np.ndarray, costs: np.ndarray, cost: float) -> np.ndarray:
-    """The exits [N] of least loss [N,K] and price, at the price at which they cost so much in the mean."""
+    """The exits [N] of least loss [N,K] and price, at the price at which they cost so much in the mean; `costs` are
+    [K] or [N,K]."""
+    costs = np.broadcast_to(costs, lost.shape)
 
     def exits(price: float) -> np.ndarray:
         return (lost + price * costs).argmin(1)
 
-    return exits(price_between(lambda price: float(costs[exits(price)].mean()), cost)[1])
+    return exits(price_between(lambda price: float(costs[np.arange(len(lost)), exits(price)].mean()), cost)[1])
 
 
 def price_between(spent: Callable[[float], float], cost: float) -> tuple[float, float]:

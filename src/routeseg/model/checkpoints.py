@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from routeseg.config import NetworkConfig
-from routeseg.files import CONFIG_FILE, MAX_JSON, WEIGHTS_FILE, parse_json
+from routeseg.files import CONFIG_FILE, MAX_JSON, WEIGHTS_FILE, parse_json, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,8 +69,8 @@ def read_config(folder: Path) -> NetworkConfig:
             hint = f"Did you mean {inside[0]}?" if inside else "`routeseg train` writes such folders"
             raise ValueError(f"{folder} is no checkpoint: {name} is missing. {hint}")
     try:
-        return NetworkConfig.from_dict(parse_json((folder / CONFIG_FILE).read_bytes()))
-    except ValueError as error:
+        return NetworkConfig.from_dict(read_json(folder / CONFIG_FILE))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG_FILE} describes no network: {error}") from error
 
 
@@ -84,13 +84,14 @@ def read_header(folder: Path) -> dict[str, Stored]:
             header = parse_json(file.read(min(length, MAX_JSON + 1)))
         end = path.stat().st_size - LENGTH_BYTES - length
         return {name: _stored(one, end) for name, one in header.items() if name != "__metadata__"}
-    except (OSError, struct.error, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, struct.error, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"cannot read {path}: it is no safetensors file, or cut off ({error})") from error
 
 
 def _stored(entry: Mapping[str, Any], end: int) -> Stored:
-    """A tensor's entry in the header. Raises ValueError, TypeError or KeyError if it is none, or beyond the end."""
-    if entry["data_offsets"][1] > end:
+    """A tensor's entry in the header. Raises ValueError, TypeError or LookupError if it is none, or beyond the end."""
+    first, last = entry["data_offsets"]
+    if not 0 <= first <= last <= end:
         raise ValueError("its tensors are not all there")
     return Stored(tuple(operator.index(side) for side in entry["shape"]), str(entry["dtype"]))
 

@@ -54,6 +54,7 @@ LABELS, OVERLAY, ROUTE_PICTURE, ROUTE = "_labels.png", "_overlay.png", "_route.p
 OUTPUTS = (LABELS, OVERLAY, ROUTE_PICTURE, ROUTE)
 PASS_BYTES = 4 << 30  # a pass that would take more is made in windows: 20 million pixels of 11 classes
 PIXEL_BYTES, CLASS_BYTES = 150, 5  # that a pass takes for each pixel, and for each of its logits (measured on a CPU)
+FILE_BYTES = 4  # a pixel, of the largest file that is read: RGBA without compression
 WINDOW, WINDOW_OVERLAP = 2048, 0.125  # side of a window, and the share of it that the next one has, too
 SKIPS_NAMED = 20  # in the summary; beyond that they are counted
 GIGA = 1e9
@@ -398,7 +399,7 @@ def read_source(image: Source, location: Source, max_pixels: int = MAX_PIXELS) -
     """The image at this location, uint8 [H,W,3]. Raises UnreadableImage, naming `image`, if there is none, or if it has
     more than `max_pixels`."""
     try:
-        data = read_bytes(location)
+        data = read_bytes(location, FILE_BYTES * max_pixels)
     except OSError as error:
         raise UnreadableImage(f"cannot read {image}: {error.strerror or error}") from error
     try:

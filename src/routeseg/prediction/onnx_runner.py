@@ -5,7 +5,6 @@ Legend: B images, H, W image size, K classes, L depth, S scales.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from routeseg.description import FORMAT, METADATA_KEY, NetworkDescription
 from routeseg.errors import DIVERGED, NOT_FINITE, require
+from routeseg.files import parse_json
 from routeseg.space import MIN_IMAGE_SIZE, padded_size
 
 FATAL_ONLY = 4  # of the log of ONNX Runtime, which also raises its errors
@@ -137,7 +137,7 @@ def _read_metadata(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if METADATA_KEY not in metadata:
         raise ValueError(f"{file} is an ONNX file, but `routeseg export` did not write it: give one that it wrote")
     try:
-        data = json.loads(metadata[METADATA_KEY])
+        data = parse_json(metadata[METADATA_KEY])
         written = data["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
@@ -20,7 +21,17 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from routeseg.data.pairs import IMAGE_SUFFIXES, other_files
-from routeseg.files import check_writable, expand_user, write_atomically
+from routeseg.files import (
+    MAX_READ_BYTES,
+    MAX_READ_SECONDS,
+    check_writable,
+    expand_user,
+    read_file,
+    read_up_to,
+    too_large,
+    too_slow,
+    write_atomically,
+)
 
 Source = Path | str
 
@@ -100,13 +111,22 @@ def locate(source: Source) -> Source:
     return source if isinstance(source, str) else Path(os.path.abspath(source))
 
 
-def read_bytes(source: Source) -> bytes:
-    """What the file or object holds. Raises OSError, of whatever kind, if it cannot be read."""
+def read_bytes(source: Source, limit: int = MAX_READ_BYTES) -> bytes:
+    """What the file or object holds, once it is decompressed. Raises OSError, of whatever kind, if it cannot be read,
+    has more than `limit` bytes, or takes too long."""
     if isinstance(source, Path):
-        return source.read_bytes()
-    store, path = _open_store(source)
+        return read_file(source, limit)
+    store, path = _open_store(source, limit)
     try:
-        return store.cat_file(path)
+        if source.startswith(HTTP):
+            return store.cat_file(path)  # within the limits of `_web_session`
+        if store.async_impl:
+            data = store.cat_file(path, start=0, end=limit + 1)
+            if len(data) > limit:
+                raise too_large(limit)
+            return data
+        with store.open(path, "rb") as file:
+            return read_up_to(file, limit)
     except Exception as error:  # every store has errors of its own
         raise OSError(_reason(error)) from error
 
@@ -339,12 +359,37 @@ def _is_image(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
-def _open_store(url: str) -> tuple[Any, str]:
-    """The store of a URL, and what it calls the object. Raises ValueError if it is not known or not installed."""
+def _open_store(url: str, limit: int = MAX_READ_BYTES) -> tuple[Any, str]:
+    """The store of a URL, and what it calls the object; no answer of a web server is longer than `limit`. Raises
+    ValueError if the store is not known or not installed."""
+    web = {part.partition("://")[0] for part in url.split("::") if part.startswith(HTTP)}
     try:
-        return fsspec.core.url_to_fs(url)
+        return fsspec.core.url_to_fs(url, **{name: {"get_client": partial(_web_session, limit)} for name in web})
     except Exception as error:  # an unknown protocol, a missing package, no credentials
         raise ValueError(f"cannot open {url}: {_reason(error)}") from error
+
+
+async def _web_session(limit: int, **options: Any) -> Any:
+    """aiohttp's session for fsspec, in which no answer is longer than `limit`, decompressed, or takes too long."""
+    import aiohttp
+
+    class Answer(aiohttp.ClientResponse):
+        async def read(self) -> bytes:
+            if self._body is None:  # as aiohttp keeps it
+                if (self.content_length or 0) > limit:
+                    raise too_large(limit)
+                blocks, left = list[bytes](), limit
+                async for block in self.content.iter_any():
+                    left -= len(block)
+                    if left < 0:
+                        self.close()
+                        raise too_large(limit)
+                    blocks.append(block)
+                self._body = b"".join(blocks)
+            return await super().read()
+
+    timeout = aiohttp.ClientTimeout(total=MAX_READ_SECONDS)
+    return aiohttp.ClientSession(response_class=Answer, timeout=timeout, **options)
 
 
 def _url_of(url: str, store: Any, path: str, other: str) -> str:
@@ -366,6 +411,8 @@ def _reason(error: Exception) -> str:
     """An error of a disk or a store in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, TimeoutError):
+        return str(too_slow().strerror)
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

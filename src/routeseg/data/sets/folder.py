@@ -43,7 +43,7 @@ from routeseg.data.sets.masks import UnclearMasks
 from routeseg.data.sets.roots import expected, in_windows_encoding, no_split, read_names, read_text
 from routeseg.data.sets.undescribed import VAL_FRACTION, Undescribed, find_description, find_places
 from routeseg.errors import CONTROL
-from routeseg.files import expand_user, write_atomically
+from routeseg.files import expand_user, parse_yaml, write_atomically
 from routeseg.labels import IGNORE, Classes
 
 FILE = "classes.yaml"
@@ -249,8 +249,8 @@ def read_description(path: Path) -> Description:
         masks = f", and no folder {path.parent / 'masks'} that would tell them" if path.name == FILE else ""
         raise ValueError(f"no file {path}: it names the classes{masks}; {expected(TREE)}")
     try:
-        data = yaml.safe_load(in_windows_encoding(read_text(path)))
-    except (yaml.YAMLError, ValueError) as error:
+        data = parse_yaml(in_windows_encoding(read_text(path)))
+    except ValueError as error:
         raise _undescribed(str(path), error) from error
     about = _described(str(path), path, data)
     root = path.parent
