@@ -2,6 +2,7 @@
 
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ import routeseg
 from conftest import spread_gates
 from routeseg import DynamicRoutingNetwork, SkipEngine
 from routeseg.cli import main
+from routeseg.engine import build_engine
 from routeseg.prediction import image as images_in_python
-from routeseg.prediction.torch_runner import open_network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -119,16 +120,92 @@ class TestWhatComesBack:
         assert data["class_shares"] == routeseg.load(tmp_path / "net").predict(tmp_path / "photo.png").shares
 
 
+def by_data(model):
+    model.decoder.predictor.bias.data.add_(torch.tensor([0.0, 0.0, 100.0, 0.0, 0.0]))
+
+
+def by_an_array(model):
+    model.decoder.predictor.bias.detach().numpy()[2] += 100
+
+
+def in_place(model):
+    with torch.no_grad():
+        model.decoder.predictor.bias[2] += 100
+
+
+def by_a_state(model):
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    state["decoder.predictor.bias"][2] += 100
+    model.load_state_dict(state)
+
+
+def by_assigning_a_state(model):
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    state["decoder.predictor.bias"][2] += 100
+    model.load_state_dict(state, assign=True)
+
+
+def by_a_new_parameter(model):
+    model.decoder.predictor.bias = torch.nn.Parameter(model.decoder.predictor.bias + 100 * torch.eye(5)[2])
+
+
+def by_an_order(model):
+    """The same numbers, elsewhere."""
+    model.decoder.predictor.weight.data.copy_(model.decoder.predictor.weight.flip(0))
+
+
+def by_a_statistic(model):
+    model.stem[0][1].running_mean.data.numpy()[:] += 3
+
+
+def by_no_number(model):
+    model.decoder.predictor.bias.data[0] = torch.nan
+
+
+CHANGES = [by_data, by_an_array, in_place, by_a_state, by_assigning_a_state, by_a_new_parameter, by_an_order]
+
+
 class TestTheEngine:
-    def test_it_is_built_once_and_anew_after_training(self, model, picture, monkeypatch):
+    def test_it_is_built_once(self, model, picture, monkeypatch):
         built = []
-        monkeypatch.setattr(images_in_python, "open_network", lambda *args: built.append(1) or open_network(*args))
-        before = model.predict(picture).labels
-        model.predict(picture)
+        monkeypatch.setattr(images_in_python, "build_engine", lambda *args: built.append(1) or build_engine(*args))
+        model.predict(picture), model.predict(picture)
         assert len(built) == 1
-        with torch.no_grad():
-            model.decoder.predictor.bias += torch.tensor([0.0, 0.0, 100.0, 0.0, 0.0])
-        assert (model.predict(picture).labels == 2).all() and len(built) == 2 and not (before == 2).all()
+
+    @pytest.mark.parametrize("change", [*CHANGES, by_a_statistic])
+    def test_it_is_built_anew_however_weights_change(self, model, picture, change):
+        before = model.predict(picture).labels
+        change(model)
+        expected = model.forward(tensor(picture)[None]).labels[0].numpy()
+        assert not np.array_equal(before, expected)
+        assert np.array_equal(model.predict(picture).labels, expected)
+
+    def test_weights_that_are_no_numbers_are_seen_too(self, model, picture):
+        model.predict(picture)
+        by_no_number(model)
+        with pytest.raises(ValueError, match="NaN"):
+            model.predict(picture)
+
+    def test_threads_with_images_of_different_sizes(self):
+        model = routeseg.load()
+        random = np.random.default_rng(0)
+        images = [
+            random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((40, 70), (70, 40), (64, 64), (33, 99))
+        ]
+        budgets = ("30%", None)  # that of few scales, and that of all
+        expected = [[model.predict(image, budget).labels for budget in budgets] for image in images]
+        model.train()  # however it stands: it is left so
+        images_in_python._runners.clear()  # they also build it
+
+        def work(number: int) -> None:
+            for turn in range(12):
+                place = (number + turn) % len(images)
+                for budget, labels in zip(budgets, expected[place], strict=True):
+                    assert np.array_equal(model.predict(images[place], budget).labels, labels)
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))  # raises what a thread raised
+        assert model.training
 
     def test_a_network_in_training_stays_so(self, model, picture):
         model.train()

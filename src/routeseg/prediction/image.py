@@ -5,6 +5,9 @@ Legend: B images, H, W image size, K classes, L depth, S scales.
 
 from __future__ import annotations
 
+import ctypes
+import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -19,11 +23,12 @@ from routeseg import figures
 from routeseg.cost.latency import LatencyTable
 from routeseg.cost.request import Asked
 from routeseg.description import NetworkDescription
+from routeseg.engine import build_engine
 from routeseg.engine.budgeted import Budgeted
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.prediction.files import GIGA, Segmented, Target, class_shares, read_source, segment, write_results
 from routeseg.prediction.sources import Source, is_url, locate, open_folder, output_names
-from routeseg.prediction.torch_runner import TorchNetwork, open_network
+from routeseg.prediction.torch_runner import TorchNetwork
 from routeseg.space import Route
 
 ROUNDING = 1e-3  # by which floats may leave 0..1
@@ -153,23 +158,66 @@ def predict(
     return found if several else found[0]
 
 
-# Of each network the runner that was built last, and what it was built from.
-_runners: WeakKeyDictionary[DynamicRoutingNetwork, tuple[Any, TorchNetwork]] = WeakKeyDictionary()
+# Of each network the runner that was built last, and what it was built from. Threads may ask for it at the same time.
+_runners: WeakKeyDictionary[DynamicRoutingNetwork, tuple[_Known, TorchNetwork]] = WeakKeyDictionary()
+_building = threading.Lock()
 
 
-def _runner(model: DynamicRoutingNetwork, precision: str) -> TorchNetwork:
+def _runner(model: DynamicRoutingNetwork, precision: Any) -> TorchNetwork:
     """The runner of a network; built anew once its weights have changed."""
-    device = next(model.parameters()).device
+    known, runner = _runners.get(model, (None, None))
+    if runner is None or known is None or not known.same(model, precision):
+        with _building:
+            known, runner = _runners.get(model, (None, None))
+            if runner is None or known is None or not known.same(model, precision):
+                known = _Known(model, precision)  # first: what changes from here on is noticed at the next image
+                runner = TorchNetwork(build_engine(model, "skip", precision), model)
+                _runners[model] = known, runner
+    return runner
+
+
+class _Known:
+    """What an engine was built from: the precision that was asked for, the network's configuration, and a copy of its
+    weights. Weights can change without a trace (`.data`, arrays that share their memory), so they are compared byte by
+    byte, which takes a thirtieth of the bundled network's time for a photo of 360x480."""
+
+    def __init__(self, model: DynamicRoutingNetwork, precision: Any) -> None:
+        self.asked = precision, model.config
+        self.weights = [tensor.clone() for tensor in _weights(model)]
+
+    def same(self, model: DynamicRoutingNetwork, precision: Any) -> bool:
+        weights = _weights(model)
+        return (
+            self.asked == (precision, model.config)
+            and len(weights) == len(self.weights)
+            and all(map(_same, weights, self.weights))
+        )
+
+
+def _weights(model: DynamicRoutingNetwork) -> list[Tensor]:
+    """Parameters and buffers; on a GPU as one tensor of bytes, since each comparison there is waited for."""
     # By module: `parameters()` and `buffers()` take ten milliseconds of a large network, at every image.
     tensors = [tensor for one in model.modules() for tensor in (*one._parameters.values(), *one._buffers.values())]
-    now = (precision, device, [(tensor.data_ptr(), tensor._version) for tensor in tensors if tensor is not None])
-    known, runner = _runners.get(model, (None, None))
-    if runner is None or known != now:
-        was_training = model.training
-        runner = open_network(model, "skip", precision, device)
-        model.train(was_training)
-        _runners[model] = now, runner
-    return runner
+    found = [tensor.detach() for tensor in tensors if tensor is not None]
+    if found[0].device.type == "cpu":
+        return found
+    return [torch.cat([tensor.flatten().view(torch.uint8) for tensor in found])]
+
+
+def _same(now: Tensor, then: Tensor) -> bool:
+    """Whether two tensors have the same bytes, NaN or not; `then` is a clone, and so without gaps in its memory."""
+    if (now.shape, now.dtype, now.device) != (then.shape, then.dtype, then.device):
+        return False
+    if now.device.type != "cpu":
+        return torch.equal(now, then)
+    if now.stride() != then.stride():
+        now = now.clone()
+    return _memcmp(now.data_ptr(), then.data_ptr(), then.nbytes) == 0
+
+
+# `torch.equal` and NumPy take four times as long, most of it for the many small tensors.
+_memcmp = ctypes.PyDLL("msvcrt" if os.name == "nt" else None).memcmp
+_memcmp.argtypes, _memcmp.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t], ctypes.c_int
 
 
 def _table(latency: LatencyTable | str | Path | None) -> tuple[LatencyTable | None, str]:

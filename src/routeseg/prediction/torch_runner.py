@@ -40,7 +40,7 @@ class TorchNetwork:
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         pixels = torch.from_numpy(image.transpose(2, 0, 1).copy())[None].to(self.device)  # [1,3,H,W]
-        was_training = self.model.training
+        was_training = self.forward is self.model and self.model.training  # engines do not care
         if was_training:
             self.model.eval()
         try:
