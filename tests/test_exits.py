@@ -362,6 +362,11 @@ class TestCalibration:
             assert lost[number, exit] == pytest.approx(200 * (scores[1] - mean_iou(seen, alone)))
         unseen = np.pad(confusion, ((0, 0), (0, 0), (0, 1), (0, 1)))
         assert np.allclose(AllExits.of(unseen).lost(), lost), "a class that never occurs does not count"
+        unseen[:, :, 0, 3] = 5  # it is predicted, though
+        everywhere = np.ones(200, dtype=int)
+        total = unseen[:, 1].sum(0)[:3]
+        expected = np.diag(total) / (total.sum(0)[:3] + total.sum(1) - np.diag(total))
+        assert mean_iou(AllExits.of(unseen), everywhere) == pytest.approx(expected.mean()), "nor does it count"
 
     def test_pictures_without_labels_do_not_count(self, model):
         pictures = list(evaluation_loader(open_data(DATA, "val")))

@@ -51,14 +51,15 @@ class Evaluation:
 
     @property
     def iou(self) -> np.ndarray:
-        """Intersection over union of each class, pixels summed over the set; nan if a class never occurs."""
+        """Intersection over union of each class, pixels summed over the set; nan for a class that no label has: it is
+        no part of any mean. Where it is predicted, the classes that are there lose."""
         hits = np.diag(self.confusion)
-        return _share(hits, self.confusion.sum(0) + self.confusion.sum(1) - hits)
+        return self._share(hits, self.confusion.sum(0) + self.confusion.sum(1) - hits)
 
     @property
     def boundary_iou(self) -> np.ndarray | None:
         """Boundary IoU of each class, pixels summed over the set as in `iou`; None if it was not asked for."""
-        return None if self.boundary is None else _share(*self.boundary)
+        return None if self.boundary is None else self._share(*self.boundary)
 
     @property
     def has_labels(self) -> bool:
@@ -67,12 +68,12 @@ class Evaluation:
 
     @property
     def miou(self) -> float:
-        """Mean of `iou` over the classes that occur."""
+        """Mean of `iou` over the classes that labels have."""
         return _mean(self.iou)
 
     @property
     def boundary_miou(self) -> float:
-        """Mean of `boundary_iou` over the classes that occur."""
+        """Mean of `boundary_iou` over the classes that labels have."""
         return math.nan if self.boundary_iou is None else _mean(self.boundary_iou)
 
     @property
@@ -82,7 +83,7 @@ class Evaluation:
 
     @property
     def majority_miou(self) -> float:
-        """The score of predicting the most frequent class everywhere, to compare with."""
+        """The `miou` of predicting the most frequent class everywhere, to compare with."""
         truth = self.confusion.sum(1)
         present = int((truth > 0).sum())
         return float(truth.max() / truth.sum() / present) if present else math.nan
@@ -114,13 +115,13 @@ class Evaluation:
             "passes_per_image": 1.0 if self.passes is None else float(self.passes.mean()),
         }
 
+    def _share(self, part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+        """part / whole of each class that labels have; nan for the others."""
+        there = (self.confusion.sum(1) > 0) & (whole > 0)
+        return np.divide(part, whole, out=np.full(len(whole), np.nan), where=there)
+
     def _by_class(self, values: np.ndarray) -> dict[str, float | None]:
         return {name: _finite(value) for name, value in zip(self.class_names, values, strict=True)}
-
-
-def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """part / whole, nan if the whole is 0."""
-    return np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
 
 
 def _mean(values: np.ndarray) -> float:
