@@ -1,5 +1,6 @@
 """Evaluation: several passes over a picture, boundary IoU, official outputs and the official Cityscapes script."""
 
+import base64
 import json
 import shutil
 import sys
@@ -12,10 +13,14 @@ from PIL import Image
 from torch.nn import functional as F
 
 from conftest import run, spread_gates
-from routeseg import DynamicRoutingNetwork, SkipEngine
+from routeseg import DynamicRoutingNetwork, SkipEngine, load
+from routeseg.app.explorer import Explorer
 from routeseg.cost.macs import model_cost
+from routeseg.data import scenes
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.loaders import evaluation_loader
+from routeseg.engine import skip
+from routeseg.engine.compiled import is_compiled
 from routeseg.evaluation import evaluate, machine_facts
 from routeseg.evaluation.boundary import boundary_counts
 from routeseg.evaluation.ranking import Ranking
@@ -388,6 +393,38 @@ def test_command_mistakes(tmp_path, networks, capsys, monkeypatch):
     monkeypatch.setattr(MultiPass, "__call__", too_large)
     code, _, err = run(["evaluate", checkpoint, *SCENES], capsys)
     assert code == 2 and "--window 768x768" in err
+
+
+def test_no_clock_decides_on_a_result(tmp_path, networks, capsys, monkeypatch):
+    """All compute in float32, say so, and measure nothing; unless they are asked for something else."""
+    checkpoint = networks(len(scenes.CLASSES), gate="fixed", route="diagonal", exits=[1, 2])
+    photo, file = tmp_path / "a.png", tmp_path / "a.json"
+    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(photo)
+    monkeypatch.setattr(skip, "_faster", lambda *_: pytest.fail("the machine is asked what is faster"))
+    results = []
+    for words in (
+        ["evaluate", checkpoint, *SCENES, "--json", file],
+        ["routes", checkpoint, *SCENES, "--output", tmp_path / "routes"],
+        ["profile", checkpoint, "--size=64x64", "--routes=2", "--repeats=1", "--json", file],
+        ["predict", checkpoint, photo, "--output", tmp_path / "out"],
+    ):
+        code, out, err = run(words, capsys)
+        assert code == 0, err
+        written = (
+            file
+            if "--json" in words
+            else tmp_path / ("routes/routes.json" if "routes" in words else "out/a_route.json")
+        )
+        results.append(json.loads(written.read_text())["precision"])
+    model = load(checkpoint)
+    results += [model.predict(photo).precision, model(photo).precision, SkipEngine(model).precision]
+    explorer = Explorer(model, "x")
+    picture = explorer.open({"file": base64.b64encode(photo.read_bytes()).decode()})["picture"]
+    results.append(explorer.look({"picture": picture})["precision"])
+    assert results == ["float32"] * 8 and explorer.about()["precisions"][0] == "float32"
+    code, out, _ = run(["evaluate", checkpoint, *SCENES, "--precision=bfloat16", "--json", file], capsys)
+    asked = json.loads(file.read_text())["precision"]
+    assert code == 0 and asked == ("bfloat16" if is_compiled(torch.bfloat16) else "float32") and asked in out
 
 
 OFFICIAL_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]

@@ -13,8 +13,10 @@ import routeseg
 from conftest import spread_gates
 from routeseg import DynamicRoutingNetwork, SkipEngine
 from routeseg.cli import main
+from routeseg.cost.macs import exit_costs
 from routeseg.engine import build_engine
 from routeseg.prediction import image as images_in_python
+from routeseg.training.initialization import initialize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -65,6 +67,26 @@ class TestWhatHoldsAnImage:
         """A tensor is segmented as ever, so that training and engines see no difference."""
         assert np.array_equal(model(picture).labels, model.predict(picture).labels)
         assert isinstance(model(tensor(picture)[None]), routeseg.Segmentation)
+
+    def test_a_tensor_of_one_image_is_for_predict(self, model, picture):
+        for forward in (model, SkipEngine(model)):
+            with pytest.raises(ValueError, match=r"\[3, 50, 70\].*`.predict\(image\)` takes \[3,H,W\]"):
+                forward(tensor(picture))
+        assert np.array_equal(model([tensor(picture)])[0].labels, model.predict(tensor(picture)).labels)
+
+    @pytest.mark.parametrize(
+        "image",
+        [np.zeros((0, 0, 3), np.uint8), np.zeros((0, 70, 3)), np.zeros((50, 0, 3), np.uint8), torch.zeros(3, 0, 70)]
+        + [
+            np.zeros((2, 50, 0, 3), np.uint8),
+            torch.zeros(2, 3, 0, 0),
+            Image.new("RGB", (0, 0)),
+            Image.new("RGB", (0, 9)),
+        ],
+    )
+    def test_an_image_without_pixels(self, model, image):
+        with pytest.raises(ValueError, match="an image of .*0.* has no pixels"):
+            model.predict(image)
 
     def test_an_image_smaller_than_the_network_takes(self, model, picture):
         assert model.predict(picture[:10, :20]).labels.shape == (10, 20)
@@ -165,6 +187,56 @@ def by_no_number(model):
 CHANGES = [by_data, by_an_array, in_place, by_a_state, by_assigning_a_state, by_a_new_parameter, by_an_order]
 
 
+class TestFiles:
+    def test_the_name_of_an_image_gets_the_overlay(self, model, picture, tmp_path):
+        found = model.predict(picture)
+        for name in ("x.png", "deep/x.PNG", "x.jpg", "x.webp"):
+            assert found.save(str(tmp_path / name)) == [tmp_path / name]
+            assert Image.open(tmp_path / name).size == found.overlay().size
+        assert np.array_equal(Image.open(tmp_path / "x.png"), found.overlay())
+
+    def test_other_names_are_folders(self, model, picture, tmp_path):
+        (tmp_path / "there.png").mkdir()
+        for name in ("plain", "v1.2", "there.png"):
+            paths = model.predict(picture).save(tmp_path / name)
+            assert len(paths) == 4 and {path.parent for path in paths} == {tmp_path / name}
+
+    def test_what_cannot_be_written(self, model, picture, tmp_path):
+        (tmp_path / "file").touch()
+        for name in ("file/x.png", "x.mpg"):
+            with pytest.raises(ValueError, match="file|x.mpg"):
+                model.predict(picture).save(tmp_path / name)
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    def test_a_run_stands_for_its_best_network(self, model, picture, tmp_path):
+        model.save(tmp_path / "my" / "best")
+        expected = model.predict(picture).labels
+        for folder in (tmp_path / "my", str(tmp_path / "my"), tmp_path / "my" / "best"):
+            assert np.array_equal(routeseg.load(folder)(picture).labels, expected)
+        assert initialize(model, tmp_path / "my").used
+        DynamicRoutingNetwork(num_classes=3, depth=3, base_channels=8).save(tmp_path / "my")  # it is one itself
+        assert routeseg.load(tmp_path / "my").config.num_classes == 3
+
+
+@pytest.mark.slow
+def test_type_checkers_see_what_comes_back(tmp_path):
+    mypy = pytest.importorskip("mypy.api")
+    (tmp_path / "user.py").write_text(
+        "from pathlib import Path\nimport numpy as np, torch, routeseg\nfrom PIL import Image\n"
+        "model: routeseg.DynamicRoutingNetwork = routeseg.load('runs/my')\n"
+        "one: list[routeseg.SegmentedImage] = [model('a.jpg'), model(Path('a.jpg'), budget='40%'),\n"
+        "    model.predict('a.jpg'), model(Image.new('L', (9, 9))), model(np.zeros((9, 9, 3)), budget=np.float32(0.4)),\n"
+        "    model.predict(torch.zeros(3, 9, 9), precision='bfloat16')]\n"
+        "several: list[routeseg.SegmentedImage] = model(['a', 'b']) + model.predict(('a', Path('b')))\n"
+        "batch: routeseg.Segmentation = model(torch.zeros(1, 3, 64, 64), budget=0.4)\n"
+        "model('a.jpg').nonsense\nmodel(batch)\n"
+    )
+    out, err, _ = mypy.run(["--strict", "--config-file=", str(tmp_path / "user.py")])
+    assert "2 errors" in out and '"SegmentedImage" has no attribute "nonsense"' in out and ":11: error" in out, (
+        out + err
+    )
+
+
 class TestTheEngine:
     def test_it_is_built_once(self, model, picture, monkeypatch):
         built = []
@@ -224,9 +296,16 @@ class TestTheEngine:
             model.exits.frequencies[:, 3], model.exits.frequencies[-1] = 1.0, torch.tensor([1.0, 0, 0, 0])
             for k, gate in enumerate(model.exits.gates):
                 gate.bias.copy_(torch.tensor([0.3, 0.2, 0.1, 0.0])[k:])  # each exit is better than the one before
-        for budget in (0.3, "30%"):
+        assert model.predict(picture).levels == pytest.approx(
+            exit_costs(model, (64, 96)) / exit_costs(model, (64, 96))[-1]
+        )
+        for budget in (0.3, "30%", np.float32(0.3), torch.tensor(0.3)):
             cheap = model.predict(picture, budget=budget)
-            assert cheap.cost_gmacs < model.predict(picture, budget=1.0).cost_gmacs
+            assert cheap.cost_gmacs < model.predict(picture, budget=np.int64(1)).cost_gmacs
+            assert cheap.cost_gmacs / cheap.full_gmacs == pytest.approx(cheap.levels[0])
+            assert f"(it can be {100 * cheap.levels[0]:.3g}, " in repr(cheap)
+        with pytest.raises(ValueError, match='budget 40: .*the text "40%"'):
+            model.predict(picture, budget=40)
         with pytest.raises(ValueError, match="cannot be kept"):
             model.predict(picture, budget=0.1)
         with pytest.raises(ValueError, match="no gates|exits|budget"):

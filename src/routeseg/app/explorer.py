@@ -116,7 +116,7 @@ class Explorer:
             "budgets": self.model.exits is not None and self.model.exits.calibrated,
             "gated": self.config.gated,
             "known": [{"key": key, "name": known.name} for key, known in self.known.items()],
-            "precisions": ["auto", "float32", "bfloat16"],
+            "precisions": ["float32", "bfloat16", "auto"],
             "engines": ["skip", "dense"],
             "examples": [
                 {"key": preset, "name": f"{preset} things", "thumbnail": _jpeg_url(cv2.resize(image, (128, 64)))}
@@ -161,7 +161,7 @@ class Explorer:
         if picture is None:
             raise Refused("this picture is no longer held: open it again")
         self._pictures.move_to_end(str(question["picture"]))
-        engine, precision = str(question.get("engine", "skip")), str(question.get("precision", "auto"))
+        engine, precision = str(question.get("engine", "skip")), str(question.get("precision", "float32"))
         route = None if question.get("route") is None else self._route(question["route"])
         budget = None if route is not None else self._share(picture, question.get("budget"))
         view, labels = self._view(picture, engine, precision, route, budget)
@@ -287,7 +287,7 @@ class Explorer:
         assert self.model.exits is not None
         if unit == "ms":
             if picture.exit_ms is None:
-                run = partial(self._segment, picture, self._runner("skip", "auto"))
+                run = partial(self._segment, picture, self._runner("skip", "float32"))
                 times = [_best_ms(partial(run, route=route)) for route in self.config.exit_routes]
                 picture.exit_ms = np.maximum.accumulate(times)
             return picture.exit_ms

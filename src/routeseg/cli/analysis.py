@@ -51,7 +51,7 @@ def evaluate_command(words: Sequence[str]) -> int:
         "worst FILE.png": "draw the pictures with the lowest scores there",
         "scales [S,...]": "sizes of each image whose predictions are averaged [[1.0]]",
         "window HxW": "size of windows that slide over large images",
-        "precision P": "float32, bfloat16, float16, or auto: what is faster here [auto]",
+        "precision P": "float32, bfloat16, float16, or auto: what is faster here [float32]",
         "device DEVICE": "cpu or cuda [cpu]",
     }
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder")
@@ -59,7 +59,7 @@ def evaluate_command(words: Sequence[str]) -> int:
     _add_split(parser)
     parser.add_argument("--engine", type=str, default="skip", help="skip (closed paths cost nothing) or dense")
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
-    parser.add_argument("--precision", type=str, default="auto", help=PRECISION_HELP)
+    parser.add_argument("--precision", type=str, default="float32", help=PRECISION_HELP)
     parser.add_argument("--convention", type=str, default="authors", help="how cost is counted: authors or full")
     parser.add_argument("--scales", type=list[float], default=[1.0], help="several sizes of each image, averaged")
     parser.add_argument("--flip", type=bool, default=False, help="each view mirrored too, averaged")
@@ -138,7 +138,6 @@ def evaluate_command(words: Sequence[str]) -> int:
         _draw_worst(args.worst, ranking, result, model.config.palette)
     if args.json is not None:
         how = {key: args[key] for key in ("split", "scales", "flip", "window", "overlap", "boundary_width", "budget")}
-        how["precision"] = getattr(engine, "precision", "float32")  # the dense forward has that of the weights
         write_json(Path(args.json), result.as_dict() | how | {"command": ["evaluate", *words]} | machine_facts())
     if submission is not None:
         return _report_submission(submission, result.skipped)

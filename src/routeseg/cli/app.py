@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from routeseg.cli.common import best_of_run
 from routeseg.cli.parser import Parser
-from routeseg.files import SURVEY_FILE, parse_json
+from routeseg.files import SURVEY_FILE, best_of_run, parse_json
 
 if TYPE_CHECKING:
     from routeseg.app import Survey

@@ -45,7 +45,7 @@ def predict_command(words: Sequence[str]) -> int:
         help="how a checkpoint runs: skip (closed paths cost nothing; the default) or dense",
     )
     parser.add_argument("--device", type=str, default="cpu", help="cpu; a checkpoint also runs on cuda")
-    parser.add_argument("--precision", type=str, default="auto", help=PRECISION_HELP)
+    parser.add_argument("--precision", type=str | None, default=None, help=PRECISION_HELP)
     parser.add_argument("--pictures", type=bool, default=True, help="false: labels and JSON alone, which is faster")
     parser.add_argument("--resume", action="store_true", help="leave the results that are there as they are")
     parser.add_argument(
@@ -93,6 +93,11 @@ def predict_command(words: Sequence[str]) -> int:
         with progress_bar("predict", len(images)) as step:
             summary = predict_files(runner, images, args.output, step, **common)
     print(summary.table())
+    if args.budget is not None and summary.predictions:
+        from routeseg.cost.request import in_words, levels
+
+        steps = in_words(levels(description if several else runner.network, summary.predictions[0].size))
+        print(f"an image costs one of {steps} of the full network: a budget is kept in the mean of many")
     return USAGE_ERROR if summary.skipped else 0
 
 
@@ -117,7 +122,7 @@ def _open(network: str | None, args: Namespace) -> Runner:
     runner = open_network(
         model,
         args.engine or "skip",
-        args.precision,
+        args.precision or "float32",
         find_device(args.device),
         budget=budget,
         steered=frame_ms(args) is not None,
@@ -137,7 +142,7 @@ def _opener(network: str | None, args: Namespace) -> tuple[OpenRunner, NetworkDe
 
     from routeseg.prediction.torch_runner import open_network
 
-    engine, precision, budget = args.engine or "skip", args.precision, read_budget(args)
+    engine, precision, budget = args.engine or "skip", args.precision or "float32", read_budget(args)
     if args.device != "cpu":  # only a worker has the GPU
         opener = partial(open_network, model, engine, precision, args.device, budget=budget)
         return opener, open_network(model, "dense", budget=budget).network
@@ -159,7 +164,7 @@ def _open_onnx(file: str, args: Namespace) -> OnnxNetwork:
         ),
         ("engine", args.engine is not None, f"ONNX Runtime runs {file}"),
         ("device", args.device != "cpu", f"{file} runs on the CPU"),
-        ("precision", args.precision != "auto", f"{file} has its own (`routeseg export --int8` writes int8)"),
+        ("precision", args.precision is not None, f"{file} has its own (`routeseg export --int8` writes int8)"),
     ):
         if given:
             raise ValueError(f"--{option} only applies to checkpoints, {why}: leave it out")

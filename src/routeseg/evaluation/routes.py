@@ -148,6 +148,7 @@ class RouteSurvey:
         return {
             "images": scores["images"],
             "skipped": scores["skipped"],
+            "precision": scores["precision"],
             "miou": scores["miou"],
             "cost_gmacs": scores["cost_gmacs"] | {"std": float(seen.evaluation.cost_macs.std() / 1e9)},
             "depth": space.depth,

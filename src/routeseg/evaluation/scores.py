@@ -37,6 +37,7 @@ class Evaluation:
     passes      int64 [images], how often the network ran on each image
     boundary    int64 [2,K], intersection and union of the boundary bands (boundary.py), pixels; None: not asked for
     names       of the images, in the order of `gates`
+    precision   that the network ran in
     """
 
     class_names: tuple[str, ...]
@@ -48,6 +49,7 @@ class Evaluation:
     passes: np.ndarray | None = None
     boundary: np.ndarray | None = None
     names: tuple[str, ...] = ()
+    precision: str = "float32"
 
     @property
     def iou(self) -> np.ndarray:
@@ -113,6 +115,7 @@ class Evaluation:
             "images": len(gmacs),
             "skipped": self.skipped,
             "passes_per_image": 1.0 if self.passes is None else float(self.passes.mean()),
+            "precision": self.precision,
         }
 
     def _share(self, part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -212,6 +215,7 @@ def evaluate(
         passes=np.array(counts),
         boundary=np.sum([counts for _, counts, _ in shares], axis=0) if boundary_width else None,
         names=names,
+        precision=getattr(segment.forward, "precision", str(next(model.parameters()).dtype).removeprefix("torch.")),
     )
 
 

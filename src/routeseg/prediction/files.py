@@ -32,6 +32,7 @@ from PIL import Image, UnidentifiedImageError
 
 from routeseg import figures
 from routeseg.cost.macs import model_cost
+from routeseg.cost.request import levels
 from routeseg.data.pairs import MAX_PIXELS, UnreadableImage, decode_image
 from routeseg.data.transforms import PADDING_RGB
 from routeseg.description import NetworkDescription
@@ -353,6 +354,7 @@ def _route_json(target: Target, network: NetworkDescription, found: Segmented, p
         "cost_gmacs": prediction.cost_macs / GIGA,
         "full_gmacs": prediction.full_macs / GIGA,
         "share_of_full": prediction.share,
+        **({} if network.config.exits is None else {"levels_of_full": levels(network, prediction.size).tolist()}),
         "pictures": target.pictures,
         "network": target.network,
         "precision": precision,
