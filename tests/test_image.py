@@ -1,7 +1,9 @@
 """Images in Python: whatever holds one, and what comes back."""
 
+import base64
 import io
 import json
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,11 +13,16 @@ from PIL import Image
 
 import routeseg
 from conftest import spread_gates
-from routeseg import DynamicRoutingNetwork, SkipEngine
+from routeseg import DynamicRoutingNetwork, Segmentation, SkipEngine, figures
+from routeseg.app.explorer import Explorer
 from routeseg.cli import main
 from routeseg.cost.macs import exit_costs
 from routeseg.engine import build_engine
+from routeseg.evaluation import evaluate
+from routeseg.figures.labels import legend_entries
+from routeseg.model.request import Request
 from routeseg.prediction import image as images_in_python
+from routeseg.prediction.onnx_runner import most_likely
 from routeseg.training.initialization import initialize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -187,6 +194,73 @@ def by_no_number(model):
 CHANGES = [by_data, by_an_array, in_place, by_a_state, by_assigning_a_state, by_a_new_parameter, by_an_order]
 
 
+@pytest.mark.parametrize(
+    ("classes", "dtype", "mode"),
+    [(255, np.uint8, "P"), (256, np.uint8, "P"), (300, np.uint16, "I;16")],
+)
+class TestManyClasses:
+    """Each pixel gets its class, whatever its number: the left half the last one, the right half 255 or 254."""
+
+    @pytest.fixture
+    def made(self, classes, picture, monkeypatch):
+        model = DynamicRoutingNetwork(num_classes=classes, depth=3, base_channels=8, stem_channels=8).eval()
+        expected = np.full((50, 70), classes - 1)
+        expected[:, 40:] = min(255, classes - 2)
+        forward = model.answer
+
+        def answer(images, request):
+            found = forward(images, request)
+            height, width = images.shape[-2:]
+            labels = torch.from_numpy(np.pad(expected, ((0, 0), (0, 999)))[:height, :width].copy())
+            return Segmentation(
+                torch.nn.functional.one_hot(labels, classes).permute(2, 0, 1)[None].float(), found.gates
+            )
+
+        monkeypatch.setattr(
+            SkipEngine, "__call__", lambda self, images, **how: answer(images, Request.of(model.config, 1))
+        )
+        return model, expected
+
+    def test_in_python_and_files(self, made, picture, tmp_path, dtype, mode):
+        model, expected = made
+        found = model.predict(picture)
+        assert found.labels.dtype == dtype and np.array_equal(found.labels, expected)
+        names = [f"class {expected[0, 0]}", f"class {expected[0, -1]}"]
+        assert list(found.shares) == names
+        found.save(tmp_path)
+        with Image.open(tmp_path / "image_labels.png") as stored:
+            assert stored.mode == mode and np.array_equal(np.asarray(stored), expected)
+        colours = np.array(model.config.palette)
+        assert np.array_equal(figures.colorize(found.labels, colours), colours[expected])
+        assert [name for name, _, _ in legend_entries(found.labels, found.class_names, colours)] == names
+        assert np.asarray(found.overlay(alpha=1.0, legend=False))[25, 5].tolist() == colours[expected[25, 5]].tolist()
+
+    def test_in_the_explorer(self, made, picture, tmp_path, dtype, mode):
+        model, expected = made
+        Image.fromarray(picture).save(tmp_path / "a.png")
+        explorer = Explorer(model, "x")
+        question = {"file": base64.b64encode((tmp_path / "a.png").read_bytes()).decode()}
+        view = explorer.look({"picture": explorer.open(question)["picture"]})
+        sent = np.frombuffer(zlib.decompress(base64.b64decode(view["labels"])), dtype)
+        assert np.array_equal(sent.reshape(50, 70), expected)
+
+    def test_in_onnx(self, dtype, mode, classes):
+        logits = np.zeros((classes, 2, 2), np.float32)
+        logits[classes - 1] = 1
+        labels, _ = most_likely(logits)
+        assert labels.dtype == dtype and (labels == classes - 1).all()
+
+    def test_labels_of_data_sets_hold_255(self, made, classes, dtype, mode):
+        model, expected = made
+        labels = torch.from_numpy(np.minimum(expected, 254))[None]
+        example = {"image": torch.zeros(1, 3, 50, 70), "labels": labels, "name": "a", "skipped": 0}
+        if classes == 255:
+            assert evaluate(model, [example], SkipEngine(model)).pixel_accuracy > 0.5
+        else:
+            with pytest.raises(ValueError, match=f"{classes} classes: labels hold at most 255"):
+                evaluate(model, [example], SkipEngine(model))
+
+
 class TestFiles:
     def test_the_name_of_an_image_gets_the_overlay(self, model, picture, tmp_path):
         found = model.predict(picture)
@@ -225,7 +299,8 @@ def test_type_checkers_see_what_comes_back(tmp_path):
         "from pathlib import Path\nimport numpy as np, torch, routeseg\nfrom PIL import Image\n"
         "model: routeseg.DynamicRoutingNetwork = routeseg.load('runs/my')\n"
         "one: list[routeseg.SegmentedImage] = [model('a.jpg'), model(Path('a.jpg'), budget='40%'),\n"
-        "    model.predict('a.jpg'), model(Image.new('L', (9, 9))), model(np.zeros((9, 9, 3)), budget=np.float32(0.4)),\n"
+        "    model.predict('a.jpg'), model(Image.new('L', (9, 9))), \n"
+        "    model(np.zeros((9, 9, 3)), budget=np.float32(0.4)),\n"
         "    model.predict(torch.zeros(3, 9, 9), precision='bfloat16')]\n"
         "several: list[routeseg.SegmentedImage] = model(['a', 'b']) + model.predict(('a', Path('b')))\n"
         "batch: routeseg.Segmentation = model(torch.zeros(1, 3, 64, 64), budget=0.4)\n"

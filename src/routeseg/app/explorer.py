@@ -201,6 +201,8 @@ class Explorer:
 
     def _labels(self, data: bytes, picture: Picture) -> np.ndarray:
         """A label map of the picture, shrunk as it was."""
+        if self.config.num_classes > IGNORE:
+            raise Refused(f"the network has {self.config.num_classes} classes: labels hold at most {IGNORE}")
         try:
             with Image.open(io.BytesIO(data), formats=["PNG"]) as file:
                 if file.width * file.height > MAX_PIXELS or file.mode not in ("L", "P"):

@@ -21,7 +21,7 @@ from routeseg.cost.macs import CostTable, model_cost
 from routeseg.errors import DIVERGED
 from routeseg.evaluation.boundary import boundary_counts
 from routeseg.evaluation.test_time import Averaged, Forward, MultiPass
-from routeseg.labels import IGNORE
+from routeseg.labels import IGNORE, label_map
 from routeseg.model import DynamicRoutingNetwork
 
 
@@ -137,7 +137,9 @@ def _finite(value: float) -> float | None:
 
 
 def check_class_count(classes: int) -> None:
-    """Raises ValueError if there is nothing to tell apart."""
+    """Raises ValueError if there is nothing to tell apart, or more than labels can hold."""
+    if classes > IGNORE:
+        raise ValueError(f"{classes} classes: labels hold at most {IGNORE}, for {IGNORE} means that a pixel has none")
     if classes < 2:
         raise ValueError("one class only: name the rest of the picture as a class, too")
 
@@ -190,7 +192,7 @@ def evaluate(
             costs = _costs(result, table)
             per_image.append((picture["name"], *costs, result.count, result.gates.float().cpu().numpy()))
             if boundary_width or on_prediction is not None:
-                prediction = found[0].cpu().numpy().astype(np.uint8)
+                prediction = label_map(found[0].cpu().numpy(), model.config.num_classes)
             if boundary_width:
                 truth = picture["labels"][0].numpy()
                 boundary += boundary_counts(truth, prediction, model.config.num_classes, boundary_width)

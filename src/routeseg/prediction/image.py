@@ -54,7 +54,7 @@ class SegmentedImage:
     """What a network made of one image. In a notebook it shows itself.
 
     image         uint8 [H,W,3], RGB
-    labels        the class of each pixel, uint8 [H,W]
+    labels        the class of each pixel, uint8 [H,W]; uint16 for more than 256 classes
     gates         what it opened, float32 [L+1,S,3]
     milliseconds  that the network took, without reading the image
     network       the network, without its weights; `precision` it computed in

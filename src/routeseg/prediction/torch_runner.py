@@ -12,6 +12,7 @@ from routeseg.description import describe
 from routeseg.engine import build_engine
 from routeseg.engine.budgeted import Budgeted, Steered
 from routeseg.errors import DIVERGED
+from routeseg.labels import label_map
 from routeseg.model import DynamicRoutingNetwork
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ class TorchNetwork:
                 self.model.train()
         if not (_finite(result.logits) and _finite(result.gates)):
             raise ValueError(DIVERGED)
-        return result.labels[0].cpu().numpy().astype(np.uint8), result.gates[0].float().cpu().numpy()
+        labels = label_map(result.labels[0].cpu().numpy(), self.model.config.num_classes)
+        return labels, result.gates[0].float().cpu().numpy()
 
 
 def _finite(values: Tensor) -> bool:
