@@ -97,14 +97,14 @@ class Scored:
 
 
 def mean_iou(found: Sequence[np.ndarray], truth: Sequence[np.ndarray], classes: int) -> float:
-    """Of frames that repeat the labelled ones; pixels summed over all, mean over the classes that occur."""
+    """Of frames that repeat the labelled ones; pixels summed over all, mean over the classes that labels have."""
     counts = np.zeros((classes, classes), np.int64)
     for number, labels in enumerate(found):
         known = truth[number % len(truth)]
         pair = (torch.from_numpy(one.astype(np.int64)) for one in (known, labels))
         counts += count_pairs(*pair, classes).numpy()
-    union = counts.sum(0) + counts.sum(1) - np.diag(counts)
-    return float((np.diag(counts)[union > 0] / union[union > 0]).mean())
+    union, there = counts.sum(0) + counts.sum(1) - np.diag(counts), counts.sum(1) > 0
+    return float((np.diag(counts)[there] / union[there]).mean())
 
 
 def write_clip(path: Path, images: Sequence[np.ndarray], size: tuple[int, int] | None = None) -> Path:

@@ -31,6 +31,7 @@ import routeseg
 from routeseg.cost.macs import model_cost
 from routeseg.description import describe
 from routeseg.errors import DIVERGED, BudgetNotKept
+from routeseg.labels import label_map
 from routeseg.prediction.files import Prediction, Segmented, pad_small
 from routeseg.prediction.image import SegmentedImage
 
@@ -77,7 +78,10 @@ class Batches:
         result = self.engine(torch.from_numpy(images.copy()).to(self.engine.device), budget=shares)
         if not result.logits.isfinite().all():
             raise ValueError(DIVERGED)
-        labels, gates = result.labels.cpu().numpy().astype(np.uint8), result.gates.float().cpu().numpy()
+        labels, gates = (
+            label_map(result.labels.cpu().numpy(), result.logits.shape[1]),
+            result.gates.float().cpu().numpy(),
+        )
         seconds, table = time.perf_counter() - start, model_cost(self.network, images.shape[2:])
         made = []
         for job, label, gate in zip(jobs, labels, gates, strict=True):

@@ -33,6 +33,12 @@ def sample() -> Path:
     return Path(__file__).parent / "street.jpg"
 
 
+def best_of_run(folder: str | Path) -> str:
+    """The folder of a run stands for its best network; anything else for itself."""
+    best = Path(folder) / "best"
+    return str(best if (best / CONFIG_FILE).is_file() and not (Path(folder) / CONFIG_FILE).is_file() else folder)
+
+
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Write `data` to a temporary name beside `path`, then rename: the file is there whole or not at all.
 

@@ -128,7 +128,7 @@ class Explorer:
             "budgets": self.model.exits is not None and self.model.exits.calibrated,
             "gated": self.config.gated,
             "known": [{"key": key, "name": known.name} for key, known in self.known.items()],
-            "precisions": ["auto", "float32", "bfloat16"],
+            "precisions": ["float32", "bfloat16", "auto"],
             "clear": see_through(self.config.class_names, self.config.palette),
             "examples": [
                 {"key": key, "name": one.name, "thumbnail": _jpeg_url(_thumbnail(one.image))}
@@ -174,7 +174,7 @@ class Explorer:
         if picture is None:
             raise Refused("this picture is no longer held: open it again")
         self._pictures.move_to_end(token)
-        precision = _text(question, "precision", "auto")
+        precision = _text(question, "precision", "float32")
         route = None if question.get("route") is None else self._route(question["route"])
         budget = None if route is not None else self._share(picture, question.get("budget"))
         view, labels = self._view(picture, precision, route, budget)
@@ -227,6 +227,8 @@ class Explorer:
 
     def _labels(self, data: bytes, picture: Picture) -> np.ndarray:
         """A label map of the picture, shrunk as it was."""
+        if self.config.num_classes > IGNORE:
+            raise Refused(f"the network has {self.config.num_classes} classes: labels hold at most {IGNORE}")
         try:
             with Image.open(io.BytesIO(data), formats=["PNG"]) as file:
                 if file.width * file.height > MAX_PIXELS or file.mode not in ("L", "P"):
@@ -313,7 +315,7 @@ class Explorer:
         assert self.model.exits is not None
         if unit == "ms":
             if picture.exit_ms is None:
-                run = partial(self._segment, picture, self._runner("auto"))
+                run = partial(self._segment, picture, self._runner("float32"))
                 times = [_best_ms(partial(run, route=route)) for route in self.config.exit_routes]
                 picture.exit_ms = np.maximum.accumulate(times)
             return picture.exit_ms

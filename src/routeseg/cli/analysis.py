@@ -52,14 +52,14 @@ def evaluate_command(words: Sequence[str]) -> int:
         "worst FILE.png": "draw the pictures with the lowest scores there",
         "scales [S,...]": "sizes of each image whose predictions are averaged [[1.0]]",
         "window HxW": "size of windows that slide over large images",
-        "precision P": "float32, bfloat16, float16, or auto: what is faster here [auto]",
+        "precision P": "float32, bfloat16, float16, or auto: what is faster here [float32]",
         "device DEVICE": "cpu or cuda [cpu]",
     }
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder")
     parser.add_argument("--json", type=str | None, default=None, help="also write the result to this file")
     _add_split(parser)
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
-    parser.add_argument("--precision", type=str, default="auto", help=PRECISION_HELP)
+    parser.add_argument("--precision", type=str, default="float32", help=PRECISION_HELP)
     parser.add_argument("--convention", type=str, default="authors", help="how cost is counted: authors or full")
     parser.add_argument("--scales", type=list[float], default=[1.0], help="several sizes of each image, averaged")
     parser.add_argument("--flip", type=bool, default=False, help="each view mirrored too, averaged")

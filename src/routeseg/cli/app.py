@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from routeseg.cli.common import best_of_run, config_parser, of_run, read_data
+from routeseg.cli.common import config_parser, of_run, read_data
 from routeseg.cli.parser import Parser
-from routeseg.files import RUN_CONFIG_FILE, SURVEY_FILE, read_json
+from routeseg.files import RUN_CONFIG_FILE, SURVEY_FILE, best_of_run, read_json
 
 if TYPE_CHECKING:
     from routeseg.app import Survey

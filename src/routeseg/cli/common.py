@@ -16,7 +16,7 @@ from jsonargparse import Namespace
 
 from routeseg.cli.parser import SECTIONS, SEED_KEY, ConfigFile, Parser, field_texts
 from routeseg.errors import lacks_memory, printable
-from routeseg.files import CONFIG_FILE, MAX_JSON, RUN_CONFIG_FILE, expand_user, read_file
+from routeseg.files import MAX_JSON, RUN_CONFIG_FILE, best_of_run, expand_user, read_file
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from routeseg.training.recipe import Recipe
 
 PRECISION_HELP = (
-    "float32, bfloat16 (GPUs, CPUs with AVX512_BF16), float16 (GPUs), or auto: float32 or "
-    "bfloat16, the one in which this machine is faster"
+    "float32 (the default), bfloat16 (GPUs, CPUs with AVX512_BF16), float16 (GPUs), or auto: float32 or bfloat16, the "
+    "one in which this machine is faster, measured anew each time"
 )
 NETWORK_SKIP = {"num_classes", "class_names", "palette", "pixel_mean", "pixel_std"}  # the data decide these
 
@@ -64,13 +64,6 @@ def log_to_stderr() -> Iterator[None]:
         yield
     finally:
         log.removeHandler(handler)
-
-
-def best_of_run(word: str) -> str:
-    """The folder of a run stands for its best network; any other word for itself."""
-    folder = Path(word)
-    best = folder / "best"
-    return str(best) if (best / CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file() else word
 
 
 def of_run(words: Sequence[str]) -> list[str]:
@@ -301,7 +294,10 @@ def add_budget_arguments(parser: Parser) -> None:
         help="what a pass may cost in the mean, for a network with exits: 40%%, 0.5GMACs, or 25ms with --latency",
     )
     parser.add_argument(
-        "--latency", type=str | None, default=None, help="table of this machine for --budget in ms, from `profile`"
+        "--latency",
+        type=str | None,
+        default=None,
+        help="table of this machine for --budget in ms, from `profile`; or a folder with tables of several sizes",
     )
 
 
@@ -314,9 +310,9 @@ def read_budget(args: Namespace) -> Asked | None:
         if args.latency is not None:
             raise ValueError("--latency only applies to --budget in ms: give one, or leave it out")
         return None
-    table = None if args.latency is None else LatencyTable.read(args.latency)
-    asked = Asked.parse(args.budget, table, args.latency or "")
-    if table is not None and asked.unit != "ms":
+    tables = [] if args.latency is None else LatencyTable.read_all(args.latency)
+    asked = Asked.parse(args.budget, tables, args.latency or "")
+    if tables and asked.unit != "ms":
         raise ValueError("--latency only applies to --budget in ms: leave it out")
     return asked
 

@@ -39,7 +39,7 @@ def predict_command(words: Sequence[str]) -> int:
     )
     parser.add_argument("--output", type=str, default="predictions", help="folder for the results, or a URL")
     parser.add_argument("--device", type=str, default="cpu", help="cpu; a checkpoint also runs on cuda")
-    parser.add_argument("--precision", type=str, default="auto", help=PRECISION_HELP)
+    parser.add_argument("--precision", type=str | None, default=None, help=PRECISION_HELP)
     parser.add_argument("--pictures", type=bool, default=True, help="false: labels and JSON alone, which is faster")
     parser.add_argument("--resume", action="store_true", help="leave the results that are there as they are")
     parser.add_argument(
@@ -89,6 +89,11 @@ def predict_command(words: Sequence[str]) -> int:
     print(summary.table())
     if others := other_inputs(inputs):
         print(f"passed over, as no images: {others}")
+    if args.budget is not None and summary.predictions:
+        from routeseg.cost.request import in_words, levels
+
+        steps = in_words(levels(description if several else runner.network, summary.predictions[0].size))
+        print(f"an image costs one of {steps} of the full network: a budget is kept in the mean of many")
     return USAGE_ERROR if summary.skipped else 0
 
 
@@ -111,7 +116,11 @@ def _open(network: str | None, args: Namespace) -> Runner:
     from routeseg.prediction.torch_runner import open_network
 
     runner = open_network(
-        model, args.precision, find_device(args.device), budget=budget, steered=frame_ms(args) is not None
+        model,
+        args.precision or "float32",
+        find_device(args.device),
+        budget=budget,
+        steered=frame_ms(args) is not None,
     )
     say_precision(runner.forward)
     return runner
@@ -128,7 +137,7 @@ def _opener(network: str | None, args: Namespace) -> tuple[OpenRunner, NetworkDe
 
     from routeseg.prediction.torch_runner import open_network
 
-    precision, budget = args.precision, read_budget(args)
+    precision, budget = args.precision or "float32", read_budget(args)
     if args.device != "cpu":  # only a worker has the GPU
         opener = partial(open_network, model, precision, args.device, budget=budget)
         return opener, open_network(model, budget=budget).network
@@ -149,7 +158,7 @@ def _open_onnx(file: str, args: Namespace) -> OnnxNetwork:
             for name in ("budget", "fps", "frame_ms")
         ),
         ("device", args.device != "cpu", f"{file} runs on the CPU"),
-        ("precision", args.precision != "auto", f"{file} has its own (`routeseg export --int8` writes int8)"),
+        ("precision", args.precision is not None, f"{file} has its own (`routeseg export --int8` writes int8)"),
     ):
         if given:
             raise ValueError(f"--{option} only applies to checkpoints, {why}: leave it out")

@@ -46,7 +46,7 @@ def profile_command(words: Sequence[str]) -> int:
     )
     parser.add_argument("--size", type=str, default="1024x2048", help="HEIGHTxWIDTH of the image")
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
-    parser.add_argument("--precision", type=str, default="auto", help=PRECISION_HELP)
+    parser.add_argument("--precision", type=str, default="float32", help=PRECISION_HELP)
     parser.add_argument(
         "--num_classes", type=int | None, default=None, help=f"classes of a network without a checkpoint; {CLASSES}"
     )
@@ -184,7 +184,7 @@ def _measured(table: LatencyTable, route: Route, args: Namespace) -> list[dict[s
     from routeseg.engine.profiling import measure_route
 
     quiet_libraries()
-    table.check(model.config, table.size, args.table)
+    table.check(model.config, args.table)
     _check_machine(table, args.table)
     with enough_memory("measure a table of smaller images with `routeseg profile --size`"):
         return measure_route(model.to(table.device), table, route, args.repeats or REPEATS)

@@ -39,6 +39,7 @@ def print_evaluation(result: Evaluation) -> None:
     summary.add_row("images", f"{data['images']}" + (f" ({data['skipped']} skipped)" if data["skipped"] else ""))
     if data["passes_per_image"] != 1:
         summary.add_row("passes over an image", f"{data['passes_per_image']:.4g}, whose costs are added up")
+    summary.add_row("precision", data["precision"])
     _add_costs(summary, data["cost_gmacs"])
     console.print(summary)
 

@@ -125,7 +125,7 @@ def model_cost(
     )
 
 
-def exit_costs(network: RoutedNetwork, image_size: tuple[int, int]) -> np.ndarray:
+def exit_costs(network: RoutedNetwork | NetworkDescription, image_size: tuple[int, int]) -> np.ndarray:
     """MACs of a network with exits as far as each of them, float64 [K]; the last one is the full network's."""
     table = model_cost(network, image_size)
     return np.array([table.of_route(route) for route in network.config.exit_routes])

@@ -37,6 +37,7 @@ from routeseg.evaluation.route_statistics import (
     size_group_name,
     size_groups,
 )
+from routeseg.labels import label_map
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.space import RoutingSpace
 
@@ -151,6 +152,7 @@ class RouteSurvey:
         return {
             "images": scores["images"],
             "skipped": scores["skipped"],
+            "precision": scores["precision"],
             "miou": scores["miou"],
             "cost_gmacs": scores["cost_gmacs"] | {"std": float(seen.evaluation.cost_macs.std() / 1e9)},
             "depth": space.depth,
@@ -324,7 +326,7 @@ def _panel(
     """Image [H,W,3], segmentation [H,W,3], gates [L+1,S,3] and title of a picture."""
     image, _ = seen.pictures.read(int(seen.indices[place]))
     pixels = image_tensor(image)[None].to(next(model.parameters()).device)
-    labels = forward(pixels).labels[0].cpu().numpy().astype(np.uint8)
+    labels = label_map(forward(pixels).labels[0].cpu().numpy(), model.config.num_classes)
     cost, share = seen.evaluation.cost_macs[place] / 1e9, seen.cost_share[place]
     title = f"{seen.names[place]}: {cost:.3f} GMACs, {100 * share:.1f} % of full"
     tinted = figures.overlay(image, labels, model.config.class_names, model.config.palette, legend=False)

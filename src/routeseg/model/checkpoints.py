@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from routeseg.config import NetworkConfig
-from routeseg.files import CONFIG_FILE, MAX_JSON, WEIGHTS_FILE, parse_json, read_json
+from routeseg.files import CONFIG_FILE, MAX_JSON, WEIGHTS_FILE, best_of_run, parse_json, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,11 +35,12 @@ class Stored:
 
 
 def load(folder: str | Path | None = None) -> DynamicRoutingNetwork:
-    """The network of a checkpoint folder, in eval mode; without a folder, the CamVid network that is shipped.
+    """The network of a checkpoint folder, or the best one of a run, in eval mode; without a folder, the CamVid network
+    that is shipped.
 
     Raises ValueError, naming the file, if the folder is no checkpoint, is damaged, or does not fit its config.
     """
-    folder = Path(folder) if folder is not None else PRETRAINED
+    folder = Path(best_of_run(folder)) if folder is not None else PRETRAINED
     config, stored = read_config(folder), read_header(folder)
     if any(key.startswith("head.") for key in stored):
         raise ValueError(

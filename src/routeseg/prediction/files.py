@@ -1,7 +1,7 @@
 """Images in; label maps, overlays and routes out.
 
 For every image, named NAME below, the output folder gets
-    NAME_labels.png    class of each pixel, a palette PNG: its bytes are the class ids
+    NAME_labels.png    class of each pixel, a palette PNG: its bytes are the class ids (16 bits, greyscale, beyond 256)
     NAME_overlay.png   the image tinted with its segmentation, and a legend
     NAME_route.png     the route as a picture
     NAME_route.json    the route, its activations and its cost; `Route.from_json` reads it
@@ -32,12 +32,13 @@ from PIL import Image, UnidentifiedImageError
 
 from routeseg import figures
 from routeseg.cost.macs import model_cost
+from routeseg.cost.request import levels
 from routeseg.data.pairs import MAX_PIXELS, UnreadableImage, decode_image
 from routeseg.data.transforms import PADDING_RGB
 from routeseg.description import NetworkDescription
 from routeseg.errors import BudgetNotKept, lacks_memory
 from routeseg.evaluation.windows import starts
-from routeseg.labels import IGNORE
+from routeseg.labels import label_type
 from routeseg.prediction.sources import (
     ResultFolder,
     Source,
@@ -67,7 +68,7 @@ class Runner(Protocol):
     precision: str
 
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Image uint8 [H,W,3] RGB, H and W at least 32 -> labels uint8 [H,W], gates float32 [L+1,S,3].
+        """Image uint8 [H,W,3] RGB, H and W at least 32 -> labels [H,W] (`label_map`), gates float32 [L+1,S,3].
 
         Raises ValueError (DIVERGED) if an output is not finite, MemoryError or RuntimeError if memory is short.
         """
@@ -205,8 +206,6 @@ def plan_work(
 ) -> Plan:
     """Which images are to be segmented, into which folder. Raises the ValueErrors that come before any work."""
     start = time.monotonic()
-    if network.config.num_classes > IGNORE:
-        raise ValueError(f"the network has {network.config.num_classes} classes: a label map holds at most {IGNORE}")
     target = Target(open_folder(output), pictures, network.fingerprint, max_pixels)
     sources = [image if is_url(image) else Path(image) for image in images]
     jobs = [Job(source, locate(source), name) for source, name in zip(sources, output_names(sources), strict=True)]
@@ -262,7 +261,7 @@ class Segmenter:
 
 
 class Segmented(NamedTuple):
-    """One image, segmented: labels uint8 [H,W], gates float32 [L+1,S,3], how long the network took, and in how many
+    """One image, segmented: labels [H,W], gates float32 [L+1,S,3], how long the network took, and in how many
     windows, whose mean the gates are."""
 
     prediction: Prediction
@@ -278,7 +277,7 @@ def segment(runner: Runner, image: np.ndarray, source: Source, name: str) -> Seg
     height, width = image.shape[:2]
     padded, config = pad_small(image), runner.network.config
     views = _views(padded.shape[0], padded.shape[1], config.num_classes)
-    labels = np.empty(padded.shape[:2], np.uint8)
+    labels = np.empty(padded.shape[:2], label_type(config.num_classes))
     opened: list[np.ndarray] = []
     cost, full, seconds = 0.0, 0.0, 0.0
     for rows, columns in views:
@@ -354,6 +353,7 @@ def _route_json(target: Target, network: NetworkDescription, found: Segmented, p
         "cost_gmacs": prediction.cost_macs / GIGA,
         "full_gmacs": prediction.full_macs / GIGA,
         "share_of_full": prediction.share,
+        **({} if network.config.exits is None else {"levels_of_full": levels(network, prediction.size).tolist()}),
         "pictures": target.pictures,
         "network": target.network,
         "precision": precision,
@@ -419,9 +419,11 @@ def pad_small(image: np.ndarray) -> np.ndarray:
 
 
 def label_png(labels: np.ndarray, palette: Iterable[Iterable[int]]) -> bytes:
-    """Labels uint8 [H,W] as a palette PNG: its bytes are the class ids, its colours those of the classes."""
+    """A label map [H,W] as a PNG of class ids: a palette PNG with the colours of the classes, or, for more than 256
+    classes, greyscale of 16 bits."""
     picture = Image.fromarray(labels)
-    picture.putpalette([part for colour in palette for part in colour])
+    if labels.dtype == np.uint8:
+        picture.putpalette([part for colour in palette for part in colour])
     return figures.png_bytes(picture)
 
 

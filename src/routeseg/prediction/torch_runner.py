@@ -12,6 +12,7 @@ from routeseg.description import describe
 from routeseg.engine import SkipEngine
 from routeseg.engine.budgeted import Budgeted, Steered
 from routeseg.errors import DIVERGED
+from routeseg.labels import label_map
 from routeseg.model import DynamicRoutingNetwork
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class TorchNetwork:
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         pixels = torch.from_numpy(image.transpose(2, 0, 1).copy())[None].to(self.device)  # [1,3,H,W]
-        was_training = self.model.training
+        was_training = self.forward is self.model and self.model.training  # engines do not care
         if was_training:
             self.model.eval()
         try:
@@ -50,7 +51,8 @@ class TorchNetwork:
                 self.model.train()
         if not (_finite(result.logits) and _finite(result.gates)):
             raise ValueError(DIVERGED)
-        return result.labels[0].cpu().numpy().astype(np.uint8), result.gates[0].float().cpu().numpy()
+        labels = label_map(result.labels[0].cpu().numpy(), self.model.config.num_classes)
+        return labels, result.gates[0].float().cpu().numpy()
 
 
 def _finite(values: Tensor) -> bool:

@@ -100,7 +100,8 @@ async function show(view) {
 async function unpack(text) {
   const bytes = Uint8Array.from(atob(text), (sign) => sign.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-  return new Uint8Array(await new Response(stream).arrayBuffer());
+  const data = await new Response(stream).arrayBuffer();
+  return new (state.about.classes.length > 256 ? Uint16Array : Uint8Array)(data);
 }
 
 function pixelsOf(image) {

@@ -100,7 +100,8 @@ struct Held {
 // finds the lock taken does without, and so never waits: in a forked child it may stay taken for ever.
 //
 // It also remembers maps that no image changes: what nodes make of zeros, which is all that reaches them behind closed
-// paths of a network where zeros arrive. Each has a number, and is found by what it was made from.
+// paths of a network where zeros arrive. Each has a number, and is found by what it was made from: zeros by their size,
+// for other threads may be at images of another one, all else by numbers, which are never given twice.
 class Workspace {
   public:
     using Key = std::vector<uint64_t>;  // an operation, and the numbers and weights of what it read
@@ -500,7 +501,7 @@ class Forward {
         if (arrivals.size() == 1 && arrivals[0].weight == 1 && !arrivals[0].halved && !relu) return arrivals[0].from;
         const int h = stem_map.map.h >> scale, w = stem_map.map.w >> scale;
         if (arrivals.empty())
-            return constant({ZEROS, uint64_t(scale)}, h, w, channels, sizeof(T),
+            return constant({ZEROS, uint64_t(h), uint64_t(w), uint64_t(channels)}, h, w, channels, sizeof(T),
                             [&](const Map& out) { std::memset(out.data, 0, sizeof(T) * h * w * channels); });
         require(arrivals.size() <= SIDES, "more arrives at a node than it has sides");
         Summand all[SIDES];
