@@ -15,6 +15,7 @@ from typing import Any
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"  # of a checkpoint: the names of huggingface_hub
 RUN_CONFIG_FILE = "config.yaml"  # of a run: what `routeseg train` was given
+RESUME_FILE = "last.ckpt"  # of a run: what it goes on from
 SURVEY_FILE = "routes.json"  # of what `routeseg routes` found
 SAVING = ".saving-"  # what a folder begins with in which files are written before they are moved
 TEMPORARY = re.compile(rf"\.(\d+-[0-9a-f]{{8}}|last\.ckpt)\.tmp|{re.escape(SAVING)}\w+")

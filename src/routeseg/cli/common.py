@@ -16,7 +16,7 @@ from jsonargparse import Namespace
 
 from routeseg.cli.parser import SECTIONS, SEED_KEY, ConfigFile, Parser, field_texts
 from routeseg.errors import lacks_memory
-from routeseg.files import CONFIG_FILE, RUN_CONFIG_FILE, expand_user
+from routeseg.files import CONFIG_FILE, RESUME_FILE, RUN_CONFIG_FILE, WEIGHTS_FILE, expand_user
 
 if TYPE_CHECKING:
     import torch
@@ -59,10 +59,15 @@ def log_to_stderr() -> Iterator[None]:
 
 
 def best_of_run(word: str) -> str:
-    """The folder of a run stands for its best network; any other word for itself."""
-    folder = Path(word)
-    best = folder / "best"
-    return str(best) if (best / CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file() else word
+    """The folder of the network that a word names: a run stands for its best network, or for its last one as long as
+    there is no other; its last.ckpt for its last one; weights, and the config beside them, for their folder. Any other
+    word stands for itself."""
+    path, names = Path(word), ["best", "last"]
+    if path.is_file() and path.name in (WEIGHTS_FILE, CONFIG_FILE, RESUME_FILE):
+        path, names = path.parent, ["last"] if path.name == RESUME_FILE else []
+    if (path / CONFIG_FILE).is_file():
+        return str(path)
+    return next((str(path / name) for name in names if (path / name / CONFIG_FILE).is_file()), word)
 
 
 def of_run(words: Sequence[str]) -> list[str]:
@@ -96,7 +101,7 @@ def config_parser(command: str, sections: Sequence[str] = SECTIONS) -> Parser:
             texts |= {f"{name}.{field}": text for field, text in field_texts(kind).items()}
     for action in parser._actions:
         if action.dest in texts:
-            action.help = texts[action.dest].replace("%", "%%")
+            action.help = texts[action.dest]
     if "recipe" not in sections:
         parser.add_argument(
             "--seed", type=int, default=0, help=f"for all that is drawn at random; a file has it as {SEED_KEY}"
@@ -199,7 +204,7 @@ def start_from(model: DynamicRoutingNetwork, folder: str | None, output: Path, r
 
     from routeseg.files import check_writable, write_json
     from routeseg.model.checkpoints import read_config
-    from routeseg.training.callbacks import LAST_FOLDER, RESUME_FILE
+    from routeseg.training.callbacks import LAST_FOLDER
     from routeseg.training.initialization import adopt_normalization, initialize
 
     first_process = getattr(rank_zero_only, "rank", 0) == 0
@@ -287,7 +292,7 @@ def add_budget_arguments(parser: Parser) -> None:
         "--budget",
         type=str | None,
         default=None,
-        help="what a pass may cost in the mean, for a network with exits: 40%%, 0.5GMACs, or 25ms with --latency",
+        help="what a pass may cost in the mean, for a network with exits: 40%, 0.5GMACs, or 25ms with --latency",
     )
     parser.add_argument(
         "--latency", type=str | None, default=None, help="table of this machine for --budget in ms, from `profile`"
