@@ -18,6 +18,7 @@ from typing import IO, Any
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"  # of a checkpoint: the names of huggingface_hub
 RUN_CONFIG_FILE = "config.yaml"  # of a run: what `routeseg train` was given
+RESUME_FILE = "last.ckpt"  # of a run: what it goes on from
 SURVEY_FILE = "routes.json"  # of what `routeseg routes` found
 SAVING = ".saving-"  # what a folder begins with in which files are written before they are moved
 TEMPORARY = re.compile(rf"\.(\d+-[0-9a-f]{{8}}|last\.ckpt)\.tmp|{re.escape(SAVING)}\w+")
@@ -33,10 +34,16 @@ def sample() -> Path:
     return Path(__file__).parent / "street.jpg"
 
 
-def best_of_run(folder: str | Path) -> str:
-    """The folder of a run stands for its best network; anything else for itself."""
-    best = Path(folder) / "best"
-    return str(best if (best / CONFIG_FILE).is_file() and not (Path(folder) / CONFIG_FILE).is_file() else folder)
+def best_of_run(word: str | Path) -> str:
+    """The folder of the network that a word names: a run stands for its best network, or for its last one as long as
+    there is no other; its last.ckpt for its last one; weights, and the config beside them, for their folder. Any other
+    word stands for itself."""
+    path, names = Path(word), ["best", "last"]
+    if path.is_file() and path.name in (WEIGHTS_FILE, CONFIG_FILE, RESUME_FILE):
+        path, names = path.parent, ["last"] if path.name == RESUME_FILE else []
+    if (path / CONFIG_FILE).is_file():
+        return str(path)
+    return next((str(path / name) for name in names if (path / name / CONFIG_FILE).is_file()), str(word))
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:

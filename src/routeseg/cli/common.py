@@ -16,7 +16,7 @@ from jsonargparse import Namespace
 
 from routeseg.cli.parser import SECTIONS, SEED_KEY, ConfigFile, Parser, field_texts
 from routeseg.errors import lacks_memory, printable
-from routeseg.files import MAX_JSON, RUN_CONFIG_FILE, best_of_run, expand_user, read_file
+from routeseg.files import MAX_JSON, RESUME_FILE, RUN_CONFIG_FILE, best_of_run, expand_user, read_file
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +97,7 @@ def config_parser(command: str, sections: Sequence[str] = SECTIONS) -> Parser:
             texts |= {f"{name}.{field}": text for field, text in field_texts(kind).items()}
     for action in parser._actions:
         if action.dest in texts:
-            action.help = texts[action.dest].replace("%", "%%")
+            action.help = texts[action.dest]
     if "recipe" not in sections:
         parser.add_argument(
             "--seed", type=int, default=0, help=f"for all that is drawn at random; a file has it as {SEED_KEY}"
@@ -203,7 +203,7 @@ def start_from(model: DynamicRoutingNetwork, folder: str | None, output: Path, r
 
     from routeseg.files import check_writable, write_json
     from routeseg.model.checkpoints import read_config
-    from routeseg.training.callbacks import LAST_FOLDER, RESUME_FILE
+    from routeseg.training.callbacks import LAST_FOLDER
     from routeseg.training.initialization import adopt_normalization, initialize
 
     first_process = getattr(rank_zero_only, "rank", 0) == 0
@@ -291,7 +291,7 @@ def add_budget_arguments(parser: Parser) -> None:
         "--budget",
         type=str | None,
         default=None,
-        help="what a pass may cost in the mean, for a network with exits: 40%%, 0.5GMACs, or 25ms with --latency",
+        help="what a pass may cost in the mean, for a network with exits: 40%, 0.5GMACs, or 25ms with --latency",
     )
     parser.add_argument(
         "--latency",

@@ -57,6 +57,9 @@ class Parser(ArgumentParser):
     in_python = False
     first: Mapping[str, str] = {}
 
+    def __init__(self, *args: Any, **how: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **how)
+
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **how: Any) -> Namespace:  # type: ignore[override]
         """Keys of a section that is passed over are unknown, also if an option has the section's name (--budget). A
         size may be given as HEIGHTxWIDTH."""
@@ -85,7 +88,8 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         message = _wrong_value(message)
-        known = [a.dest for a in self._actions if a.dest not in ("help", "==SUPPRESS==")]
+        options = [name for action in self._actions for name in action.option_strings]
+        known = [name.removeprefix("--") for name in options if name.startswith("--") and name != "--help"]
         for wrong in _unknown_keys(message):
             if wrong.partition(".")[0] in self.passed_over:
                 remedy = "give --seed instead" if wrong == SEED_KEY else "leave it out"
@@ -96,10 +100,14 @@ class Parser(ArgumentParser):
                 break
             known += [f"{name}.{wrong.partition('.')[2]}" for name in self.passed_over]
             near = [key for key in known if key == SYNONYMS.get(wrong.rpartition(".")[2])]
+            near = near or [key for key in known if key.startswith(wrong)][:1]
             near = near or difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
             near = near or [key for key in known if key.rsplit(".", 1)[-1] == wrong.rsplit(".", 1)[-1]][:1]
-            hint = f"did you mean {near[0]}?" if near else f"see `{self.prog} --help`"
-            message = f"no key {wrong!r} in the configuration: {hint}"
+            option = re.search(rf"[Uu]nrecognized arguments: (--?{re.escape(wrong)})", message)
+            what, dashes = f"no key {wrong!r} in the configuration", ""
+            if option and wrong.partition(".")[0] not in SECTIONS:
+                what, dashes = f"no option {option[1]}", "--"
+            message = f"{what}: " + (f"did you mean {dashes}{near[0]}?" if near else f"see `{self.prog} --help`")
             break
         if self.in_python:
             raise ValueError(_first_lines(message))
@@ -201,7 +209,7 @@ def _wrong_value(message: str) -> str:
 def _unknown_keys(message: str) -> list[str]:
     """The names that jsonargparse does not know, from its messages for files and for the command line."""
     pairs = re.findall(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-    alone = re.findall(r"Option '([\w.]+)' is not accepted|[Uu]nrecognized arguments: --([\w.\-]+)", message)
+    alone = re.findall(r"Option '([\w.]+)' is not accepted|[Uu]nrecognized arguments: --?([\w.\-]+)", message)
     return [".".join(pair) for pair in pairs] + ["".join(pair) for pair in alone]
 
 

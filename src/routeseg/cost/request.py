@@ -6,6 +6,8 @@ size. No torch here.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -68,6 +70,16 @@ class Asked:
         if unit in ("", "%") and value > 1:
             raise ValueError(f"budget {text!r} is more than the full network: {FORMS}")
         return cls(value, "macs" if unit.endswith("MACS") else "share")
+
+    def __str__(self) -> str:
+        """The budget in words: the same for those that mean the same. A table counts by its times."""
+        if self.unit == "share":
+            return f"{100 * self.value:.6g}%"
+        if self.latency is None:
+            return f"{self.value / UNITS['GMACS']:.6g}GMACs"
+        tables = [[one.size, one.fixed_ms, one.part_ms.tolist()] for one in self.latency]
+        times = json.dumps(tables, sort_keys=True)
+        return f"{self.value:.6g}ms by the table {hashlib.sha256(times.encode()).hexdigest()[:16]}"
 
     def share(self, network: RoutedNetwork, size: tuple[int, int]) -> float:
         """The share of the full network's MACs that keeps the budget for images (height, width).

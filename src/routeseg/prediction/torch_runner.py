@@ -27,6 +27,7 @@ class TorchNetwork:
     forward    what computes the segmentation: the model itself, or an engine that is built from it
     model      tells classes, colours and cost
     precision  of the engine, or of the model's weights
+    budget     that is asked for, in words; None: there is none
     network    the model's description; None makes one, which reads all weights
     """
 
@@ -37,6 +38,7 @@ class TorchNetwork:
         weight = next(model.parameters())
         self.device = weight.device
         self.precision = getattr(forward, "precision", str(weight.dtype).removeprefix("torch."))
+        self.budget = str(forward.asked) if isinstance(forward, Budgeted) else None
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
