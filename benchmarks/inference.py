@@ -11,8 +11,8 @@ Sections, each a run in which its methods take turns (inference_methods.py):
     skipping  does a route save in full what it leaves out: its time against t(0) + f * (t(1) - t(0)); f is the share
               of MACs that it keeps
     batches   images of different routes in one call, against the sum of their own times
-    equality  logits against the dense forward; the shipped network over CamVid in float32 and bfloat16
-    real      time against cost over real images, each with the route that the shipped network chooses
+    equality  logits against the dense forward; a trained network over CamVid in float32 and bfloat16
+    real      time against cost over real images, each with the route that a trained network chooses
     memory    what one forward adds to the peak of a fresh process
     startup   seconds from the start of a process to its first result
 """
@@ -36,6 +36,7 @@ import torch
 
 import routeseg
 from inference_methods import (
+    GATED,
     PRECISIONS,
     Method,
     alternate,
@@ -64,7 +65,6 @@ from routeseg.evaluation import evaluate, machine_facts
 from routeseg.export import export
 from routeseg.files import write_json
 from routeseg.model import Segmentation
-from routeseg.model.checkpoints import GATED
 
 RESULTS = Path("results")
 BATCHES = {"cpu": [1, 4], "cuda": [1, 8]}
@@ -218,7 +218,7 @@ def difference(ours: Segmentation, expected: Segmentation) -> dict[str, float]:
 
 
 def trained_equality(args: Namespace) -> dict[str, Any]:
-    """The shipped network over CamVid: engine -> accuracy, and labels and gates against the dense forward."""
+    """A trained network over CamVid: engine -> accuracy, and labels and gates against the dense forward."""
     if args.camvid is None:
         return {"note": NO_CAMVID}
     model, data = routeseg.load(GATED).to(args.device), open_camvid(args)

@@ -30,8 +30,9 @@ from routeseg.space import KEEP, SCALE_STEP, Node, RoutingSpace, padded_size
 # Seconds between two calls. The threads of a library's pool spin for a while after a call, and would take a core from
 # the next method: 30 ms in ONNX Runtime 1.32, 4 ms in PyTorch 2.13 and 1 ms in OpenVINO 2026.4, on a 2-core EPYC.
 PAUSE_S = 0.05
+GATED = Path("results/camvid_small")  # a network with the paper's gates, trained on CamVid
 PRECISIONS = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16")}
-WARM_UP = {"cpu": 1, "cuda": 3}  # calls of each method before the rounds; on a GPU one more captures a graph
+WARM_UP = {"cpu": 1, "cuda": 3}  # calls of each method before the rounds
 MIN_ROUNDS = 3
 PRODUCT_SIZE = 2048  # rows and columns of the matrices whose product gives the machine's rate
 SETTLE_SIZE = (128, 256)  # of the random images that BatchNorm takes its statistics from

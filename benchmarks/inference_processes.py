@@ -17,10 +17,9 @@ from typing import Any
 import torch
 
 import routeseg
-from inference_methods import in_words, new_network, plain_forward, precisions, random_images
+from inference_methods import GATED, in_words, new_network, plain_forward, precisions, random_images
 from routeseg import SkipEngine
 from routeseg.export import export
-from routeseg.model.checkpoints import GATED
 
 COMMAND = Path(__file__).with_name("inference.py")
 MEMORY_SIZE, WARM_UP_SIZE = (1024, 2048), (64, 64)

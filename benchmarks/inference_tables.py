@@ -162,7 +162,7 @@ def saved(facts: Sequence[Facts], words: str) -> str:
 
 
 def same(facts: Sequence[Facts], words: str) -> str:
-    """Whether it is the same network: random weights, worst of all routes; the shipped one over CamVid."""
+    """Whether it is the same network: random weights, worst of all routes; a trained one over CamVid."""
     (found,) = facts
     worst, trained = found["equality"]["worst"], found["equality"]["trained"]
     head = ["", "largest difference of a logit / largest logit", "CamVid: mIoU", "labels as dense", "same route"]

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 import routeseg
-from inference_methods import alternate, onnxruntime_method, random_network
+from inference_methods import GATED, alternate, onnxruntime_method, random_network
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.loaders import evaluation_loader
 from routeseg.evaluation import evaluate, machine_facts
@@ -32,7 +32,6 @@ from routeseg.export import export
 from routeseg.export.int8 import chosen, export_int8
 from routeseg.files import write_json
 from routeseg.model import Segmentation
-from routeseg.model.checkpoints import GATED
 from routeseg.prediction.onnx_runner import OnnxNetwork, prepare
 from routeseg.prediction.sources import find_inputs
 
@@ -69,7 +68,7 @@ def median_ms(files: dict[str, Path], images: list[np.ndarray]) -> dict[str, flo
 
 
 def on_camvid(root: str, folder: Path) -> list[dict]:
-    """A row for each file of the shipped network: accuracy over the validation set, and time."""
+    """A row for each file of a network with gates: accuracy over the validation set, and time."""
     model, data = routeseg.load(GATED), open_data(DataConfig(name="camvid", root=root), "val")
     training = find_inputs([f"{root}/train"])
     files = {

@@ -186,7 +186,7 @@ def predictions(facts: Sequence[Facts], words: str) -> str:
 
 
 def int8(facts: Sequence[Facts], words: str) -> str:
-    """Files of benchmarks/int8.py: the shipped network's on CamVid, then those of full size."""
+    """Files of benchmarks/int8.py: a network with gates on CamVid, then those of full size."""
     (found,) = facts
     rows = [
         [row["file"], f"{row['mb']:.1f}", f"{100 * row['miou']:.2f} %", f"{100 * row['same_labels']:.1f} %"]
@@ -306,30 +306,6 @@ def needed(facts: Sequence[Facts], words: str) -> str:
     """Images a second that a training step takes, by what the machine sustains."""
     found = facts[0]["needed"]["images_per_s_at_sustained_tflops"]
     return table(["sustained TFLOP/s", "images a second"], [[tflops, f"{rate:.0f}"] for tflops, rate in found.items()])
-
-
-SMALL_BATCH_KINDS = {
-    "scaled": "rule, clipped, warm-up",
-    "unscaled": "not scaled, clipped, warm-up",
-    "bare": "not scaled, no clipping, no warm-up",
-}
-
-
-def small_batch(facts: Sequence[Facts], words: str) -> str:
-    """Final loss and learning rate of benchmarks/small_batch.py: batches of 2, the rate of the recipe and beyond."""
-    found = {row["name"]: row for row in facts[0]["rows"]}
-    rows = [
-        [name, *(_loss(found[f"{kind}-2{suffix}"]) for kind in SMALL_BATCH_KINDS)]
-        for suffix, name in (("", "that of the recipe"), (" x16", "16 times"), (" x64", "64 times"))
-    ]
-    rows.append(["four batches of 2 make a step", _loss(found["accumulated-2"]), "", ""])
-    rows.append(["batches of 8", _loss(found["reference"]), "", ""])
-    return table(["final loss (learning rate) of batches of 2", *SMALL_BATCH_KINDS.values()], rows)
-
-
-def _loss(row: Facts) -> str:
-    (run,) = row["runs"]
-    return f"{run['final_loss']:.2f} ({row['lr']:g})"
 
 
 def explorer(facts: Sequence[Facts], words: str) -> str:

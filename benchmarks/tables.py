@@ -42,7 +42,6 @@ MAKERS: dict[str, Callable[[Sequence[Facts], str], str]] = {
     "predictions": result_tables.predictions,
     "scores": result_tables.scores,
     "serving": result_tables.serving,
-    "small batch": result_tables.small_batch,
     "stages": result_tables.stages,
     "steps": result_tables.steps,
     "trainings": result_tables.trainings,

@@ -32,6 +32,7 @@ import cv2
 import numpy as np
 import torch
 
+from inference_methods import GATED
 from routeseg.cost.request import Asked
 from routeseg.data.sets.camvid import open_camvid
 from routeseg.engine import SkipEngine
@@ -42,7 +43,7 @@ from routeseg.files import write_json
 from routeseg.model import DynamicRoutingNetwork, checkpoints
 from routeseg.prediction.clips import VideoWriter, open_clip
 from routeseg.prediction.torch_runner import TorchNetwork
-from routeseg.prediction.video import Pace, predict_video
+from routeseg.prediction.video import FramePace, predict_video
 from routeseg.space import Route
 
 RATE = 15  # frames a second of the video that is written; nothing waits for it
@@ -96,14 +97,14 @@ class Scored:
 
 
 def mean_iou(found: Sequence[np.ndarray], truth: Sequence[np.ndarray], classes: int) -> float:
-    """Of frames that repeat the labelled ones; pixels summed over all, mean over the classes that occur."""
+    """Of frames that repeat the labelled ones; pixels summed over all, mean over the classes that labels have."""
     counts = np.zeros((classes, classes), np.int64)
     for number, labels in enumerate(found):
         known = truth[number % len(truth)]
         pair = (torch.from_numpy(one.astype(np.int64)) for one in (known, labels))
         counts += count_pairs(*pair, classes).numpy()
-    union = counts.sum(0) + counts.sum(1) - np.diag(counts)
-    return float((np.diag(counts)[union > 0] / union[union > 0]).mean())
+    union, there = counts.sum(0) + counts.sum(1) - np.diag(counts), counts.sum(1) > 0
+    return float((np.diag(counts)[there] / union[there]).mean())
 
 
 def write_clip(path: Path, images: Sequence[np.ndarray], size: tuple[int, int] | None = None) -> Path:
@@ -124,7 +125,7 @@ def run(
     loaded: bool = True,
 ) -> dict[str, Any]:
     """One walk through the video: times of its frames, cost, score."""
-    pace = None if frame_ms is None else Pace(scored.forward, frame_ms)
+    pace = None if frame_ms is None else FramePace(scored.forward, frame_ms)
     with tempfile.TemporaryDirectory() as output:
         with load() if loaded else nullcontext():
             summary = predict_video(scored, open_clip(clip), output, "clip", pace=pace)
@@ -286,13 +287,13 @@ def main(words: Sequence[str] | None = None) -> None:
     pictures = open_camvid(args.root, args.split)
     pairs = [pictures.read(number) for number in range(len(pictures))[: args.frames]]
     images, truth = [image for image, _ in pairs], [labels for _, labels in pairs]
-    model, gated = (checkpoints.load(path).eval() for path in (None, checkpoints.GATED))
+    model, gated = (checkpoints.load(path).eval() for path in (None, GATED))
     facts: dict[str, Any] = {"split": args.split, "frames": len(images), "rounds": args.rounds, "load_s": LOAD_S}
     facts["decoding"] = measure_decoding(images[:40])
     facts["pace"] = measure_pace(images, args.rounds, model, truth)
     facts["keeping"] = [
         {"network": name, **row}
-        for name, one in ((checkpoints.PRETRAINED.name, model), (checkpoints.GATED.name, gated))
+        for name, one in ((checkpoints.PRETRAINED.name, model), (GATED.name, gated))
         for row in measure_keeping(images, one, truth)
     ]
     write_json(args.output, facts | machine_facts())

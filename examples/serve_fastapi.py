@@ -9,16 +9,18 @@ One image runs at a time, on all threads of PyTorch. It needs the extra `routese
 import argparse
 import asyncio
 import io
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 import routeseg
+from routeseg.app.guard import stranger
 from routeseg.cost.request import Asked, check_exits
 from routeseg.data.pairs import decode_image
 from routeseg.errors import BudgetNotKept
@@ -31,9 +33,16 @@ MAX_PIXELS = 20_000_000  # of an image, about what one pass takes; a larger one 
 Answer = Literal["json", "png"]
 
 
-def service(model: routeseg.DynamicRoutingNetwork, waiting: int = WAITING) -> FastAPI:
-    """POST /segment, with at most `waiting` requests inside, and GET /health."""
-    app, places, worker = FastAPI(title="routeseg"), asyncio.Semaphore(waiting), ThreadPoolExecutor(1)
+def service(
+    model: routeseg.DynamicRoutingNetwork, waiting: int = WAITING, host: str = "127.0.0.1", names: Sequence[str] = ()
+) -> FastAPI:
+    """POST /segment, with at most `waiting` requests inside, and GET /health; `host`, `names`: see `admit`."""
+
+    async def own(request: Request) -> None:
+        await admit(request, host, names)
+
+    app = FastAPI(title="routeseg", dependencies=[Depends(own)])
+    places, worker = asyncio.Semaphore(waiting), ThreadPoolExecutor(1)
 
     def work(body: bytes, budget: str | None, answer: Answer) -> Response:
         image = decode(body)
@@ -57,6 +66,14 @@ def service(model: routeseg.DynamicRoutingNetwork, waiting: int = WAITING) -> Fa
         return {"classes": list(model.config.class_names)}
 
     return app
+
+
+async def admit(request: Request, host: str, names: Sequence[str] = ()) -> None:
+    """Refuses what a page elsewhere in the browser of this machine asks: `host` is the address that the server is bound
+    to, `names` are others that it is reached under."""
+    if why := stranger(request.headers.raw, host, names):
+        await read(request, keep=False)
+        raise HTTPException(403, why)
 
 
 async def read(request: Request, keep: bool = True) -> bytes:
@@ -117,9 +134,11 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?", help="a folder; the network that comes along, if there is none")
     parser.add_argument("--host", default="127.0.0.1", help="this machine alone, unless it is another address")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--names", nargs="*", default=[], help="others that it is reached under, as of a proxy")
     parser.add_argument("--waiting", type=int, default=WAITING, help="requests inside at once; one more gets 503")
     args = parser.parse_args()
-    uvicorn.run(service(routeseg.load(args.checkpoint), args.waiting), host=args.host, port=args.port)
+    app = service(routeseg.load(args.checkpoint), args.waiting, args.host, args.names)
+    uvicorn.run(app, host=args.host, port=args.port)
 
 
 if __name__ == "__main__":

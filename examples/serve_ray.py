@@ -25,12 +25,13 @@ import torch
 from fastapi import FastAPI, HTTPException, Request, Response
 from ray import serve
 from ray.serve.config import HTTPOptions
-from serve_fastapi import Answer, decode, parse, read, respond
+from serve_fastapi import Answer, admit, decode, parse, read, respond
 
 import routeseg
 from routeseg.cost.macs import model_cost
 from routeseg.description import describe
 from routeseg.errors import DIVERGED, BudgetNotKept
+from routeseg.labels import label_map
 from routeseg.prediction.files import Prediction, Segmented, pad_small
 from routeseg.prediction.image import SegmentedImage
 
@@ -42,10 +43,10 @@ app = FastAPI(title="routeseg")
 
 
 class Job(NamedTuple):
-    """An image uint8 [H,W,3], and the share of the full network that it may cost; None: what helps."""
+    """An image uint8 [H,W,3], and the price at which it keeps its budget; None: what helps."""
 
     image: np.ndarray
-    share: float | None
+    price: float | None
 
 
 class Batches:
@@ -60,7 +61,7 @@ class Batches:
         padded = [pad_small(job.image) for job in jobs]
         alike: dict[tuple, list[int]] = defaultdict(list)
         for place, job in enumerate(jobs):
-            alike[padded[place].shape, job.share is None].append(place)
+            alike[padded[place].shape, job.price is None].append(place)
         found: dict[int, SegmentedImage] = {}
         for (shape, free), places in alike.items():
             most = max(1, BATCH_PIXELS // (shape[0] * shape[1]))
@@ -73,11 +74,14 @@ class Batches:
     def run(self, images: np.ndarray, jobs: Sequence[Job], free: bool) -> list[SegmentedImage]:
         """Images uint8 [B,3,H,W], which are those of the jobs or padded; all have a budget, unless they are free."""
         start = time.perf_counter()
-        shares = None if free else [job.share for job in jobs]
-        result = self.engine(torch.from_numpy(images.copy()).to(self.engine.device), budget=shares)
+        prices = None if free else [job.price for job in jobs]
+        result = self.engine(torch.from_numpy(images.copy()).to(self.engine.device), price=prices)
         if not result.logits.isfinite().all():
             raise ValueError(DIVERGED)
-        labels, gates = result.labels.cpu().numpy().astype(np.uint8), result.gates.float().cpu().numpy()
+        labels, gates = (
+            label_map(result.labels.cpu().numpy(), result.logits.shape[1]),
+            result.gates.float().cpu().numpy(),
+        )
         seconds, table = time.perf_counter() - start, model_cost(self.network, images.shape[2:])
         made = []
         for job, label, gate in zip(jobs, labels, gates, strict=True):
@@ -91,29 +95,31 @@ class Batches:
 @serve.deployment(max_ongoing_requests=RUNNING, max_queued_requests=QUEUED, graceful_shutdown_timeout_s=ENDING_SECONDS)
 @serve.ingress(app)
 class Replica:
-    """A process with a network of its own."""
+    """A process with a network of its own; `host` and `names` as `admit` takes them."""
 
-    def __init__(self, checkpoint: str | None) -> None:
-        model = routeseg.load(checkpoint)
+    def __init__(self, checkpoint: str | None, host: str, names: Sequence[str]) -> None:
+        model, self.host, self.names = routeseg.load(checkpoint), host, names
         self.segment_all = Batches(model.cuda() if torch.cuda.is_available() else model)
 
     @app.post("/segment")
     async def segment(self, request: Request, budget: str | None = None, answer: Answer = "json") -> Response:
+        await admit(request, self.host, self.names)
         body, model = await read(request), self.segment_all.model
         asked = parse(budget, model)
         image = await asyncio.to_thread(decode, body)
         try:
-            share = None if asked is None else asked.share(model, pad_small(image).shape[:2])
+            price = None if asked is None else asked.price(model, pad_small(image).shape[:2])
         except BudgetNotKept as error:
             raise HTTPException(400, str(error)) from error
-        return await asyncio.to_thread(respond, await self.batch(Job(image, share)), answer)
+        return await asyncio.to_thread(respond, await self.batch(Job(image, price)), answer)
 
     @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=BATCH_SECONDS)
     async def batch(self, jobs: list[Job]) -> list[SegmentedImage]:
         return await asyncio.to_thread(self.segment_all, jobs)
 
     @app.get("/health")
-    async def health(self) -> dict[str, list[str]]:
+    async def health(self, request: Request) -> dict[str, list[str]]:
+        await admit(request, self.host, self.names)
         return {"classes": list(self.segment_all.model.config.class_names)}
 
 
@@ -122,6 +128,7 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?", help="a folder; the network that comes along, if there is none")
     parser.add_argument("--host", default="127.0.0.1", help="this machine alone, unless it is another address")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--names", nargs="*", default=[], help="others that it is reached under, as of a proxy")
     parser.add_argument("--replicas", type=int, default=1, help="processes, which share the cores of this machine")
     parser.add_argument("--waiting", type=int, default=QUEUED, help="requests before the replicas; one more gets 503")
     parser.add_argument("--ray_address", default="local", help="local: a Ray that ends with this; auto, or HOST:PORT")
@@ -135,7 +142,7 @@ def main() -> None:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    serve.run(replica.bind(checkpoint))
+    serve.run(replica.bind(checkpoint, args.host, args.names))
     stop.wait()
     serve.delete("default")  # answers what is inside; shutdown alone ends the process that would pass it on
     serve.shutdown()

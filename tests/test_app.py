@@ -24,7 +24,7 @@ from PIL import Image
 
 import routeseg
 from routeseg import Route, SkipEngine, model_cost
-from routeseg.app import BODY_BYTES, Guard
+from routeseg.app import Guard, guard
 from routeseg.app.explorer import HELD, SIDE, Explorer, Survey
 from routeseg.cli import main
 from routeseg.data.config import DataConfig, open_data
@@ -128,6 +128,37 @@ class TestAnswers:
         view = gated.look({"picture": example["picture"], "budget": {"value": 0.5, "unit": "share"}})
         assert 0 <= view["score"] <= 1 and view["asked"] is None
 
+    def test_examples_are_what_the_network_is_for(self, explorer, tmp_path):
+        from routeseg import DynamicRoutingNetwork
+
+        assert [one["key"] for one in explorer.about()["examples"]] == ["large", "small", "mixed"]
+        cells = {"num_classes": 2, "class_names": ("background", "cell")}
+        model = DynamicRoutingNetwork(depth=4, base_channels=4, **cells)
+        alone = Explorer(model, "cells")
+        assert alone.about()["examples"] == [] and "no such example" in alone.open({"example": "small"})["error"]
+        for kind in ("images", "masks"):
+            (tmp_path / kind / "val").mkdir(parents=True)
+        for k in range(5):
+            Image.fromarray(np.full((48, 64, 3), 40 * k, np.uint8)).save(tmp_path / "images" / "val" / f"{k}.png")
+            Image.fromarray(np.full((48, 64), k % 2, np.uint8)).save(tmp_path / "masks" / "val" / f"{k}.png")
+        (tmp_path / "classes.yaml").write_text("names: [background, cell]\n")
+        pictures = open_data(DataConfig(name="folder", root=str(tmp_path)), "val", 0)
+        known = Explorer(model, "cells", pictures=pictures)
+        assert [one["name"] for one in known.about()["examples"]] == ["0", "2", "4"]
+        opened = known.open({"example": "2"})
+        assert opened["labelled"] and opened["height"] == 48
+        for path in (tmp_path / "images" / "val").iterdir():
+            path.write_bytes(b"gone")
+        assert Explorer(model, "cells", pictures=pictures).about()["examples"] == []
+
+    def test_a_background_is_clear_as_in_an_overlay(self, explorer):
+        from routeseg import DynamicRoutingNetwork
+
+        assert explorer.about()["clear"] is False
+        for names, clear in ((("background", "cell"), True), (("cell", "background"), False)):
+            model = DynamicRoutingNetwork(depth=4, base_channels=4, num_classes=2, class_names=names)
+            assert Explorer(model, "cells").about()["clear"] is clear
+
     def test_labels_give_a_score(self, explorer, street, opened):
         found = labels_of(explorer.look({"picture": opened["picture"]}))
         known = explorer.open({"file": text(png(street)), "labels": text(png(found))})
@@ -159,6 +190,12 @@ class TestRefusals:
             ({"file": text(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")}, "cannot read"),
             ({"file": text(png(np.zeros((1, 60_000_000), np.uint8)))}, "at most"),
             ({"file": "A" * (4 * 20_000_000 // 3 + 8)}, "larger than 20 MB"),
+            ({"file": ["A"]}, "choose a picture"),
+            ({"example": []}, "no text"),
+            ({"example": {"small": 1}}, "no text"),
+            ({"survey": ["x"]}, "no text"),
+            ({"survey": 10**400}, "no text"),
+            ({"name": {}, "file": "QQ=="}, "no text"),
         ],
     )
     def test_of_pictures(self, explorer, question, words):
@@ -171,6 +208,8 @@ class TestRefusals:
             (png(np.full(SIZE, 40, np.uint8)), "a class 40"),
             (png(np.zeros((96, 96), np.uint8)), "proportions"),
             (png(np.zeros((*SIZE, 3), np.uint8)), "one number"),
+            (png(np.zeros((20_000, 20_000), np.uint8)), "cannot read the labels"),
+            (png(np.zeros((8_000, 8_000), np.uint8)), "one number"),
         ],
     )
     def test_of_labels(self, explorer, street, labels, words):
@@ -189,6 +228,28 @@ class TestRefusals:
             ({"route": [[4, 0, 1], [0, 0, 1], [1, 0, 1]]}, "does not have all"),
             ({"precision": "int3"}, "choose one of"),
             ({"against": "best"}, "no route"),
+            ({"picture": []}, "no text"),
+            ({"engine": {}}, "no text"),
+            ({"precision": 1e400}, "no text"),
+            ({"budget": {"value": 10**400, "unit": "share"}}, "a number"),
+            ({"budget": {"value": 1e400, "unit": "ms"}}, "above 0"),
+            ({"budget": {"value": [], "unit": "ms"}}, "a number"),
+            ({"budget": {"value": 1, "unit": ["ms"]}}, "share, gmacs or ms"),
+            ({"budget": "ms"}, "a number"),
+            ({"budget": []}, "a number"),
+            ({"route": [[1e400, 0, 1]]}, "no route"),
+            ({"route": [[10**400, 0, 1]]}, "no route"),
+            ({"route": [[0.5, 0, 1]]}, "no route"),
+            ({"route": [[[], 0, 1]]}, "no route"),
+            ({"route": 5}, "no route"),
+            ({"route": [[]]}, "no route"),
+            ({"route": [[0, 0]]}, "no route"),
+            ({"route": [[0, 0, 1, 2]]}, "no route"),
+            ({"route": [[0, 0, "1"]]}, "no route"),
+            ({"route": [[10**30, 0, 1]]}, "no route"),
+            ({"route": {}}, "no route"),
+            ({"against": [[1e400, 0, 1]]}, "no route"),
+            ({"against": True}, "no route"),
         ],
     )
     def test_of_questions(self, explorer, opened, question, words):
@@ -198,41 +259,118 @@ class TestRefusals:
 class TestGuard:
     """The guard in front of the server, asked as a server asks it."""
 
-    def ask(self, path: str, headers=(), chunks=(b"",)) -> tuple[int, bytes]:
-        sent, left = [], [{"type": "http.request", "body": chunk} for chunk in chunks]
+    JSON = ((b"host", b"127.0.0.1:7860"), (b"content-type", b"application/json"))
+
+    def ask(self, path="/x", headers=JSON, chunks=(b"{}",), method="POST", bound="127.0.0.1", names=(), kind="http"):
+        sent = []
+        left = [{"type": "http.request", "body": one, "more_body": True} for one in chunks]
+        left.append({"type": "http.request", "body": b"", "more_body": False})
 
         async def app(scope, receive, send):
-            size = 0
-            for _ in chunks:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ConnectionError
-                size += len(message["body"])
+            size = len((await receive())["body"]) if method == "POST" and kind == "http" else 0
+            if b"fail" in b"".join(chunks):
+                raise KeyError("component_id")
             await send({"type": "http.response.start", "status": 200})
             await send({"type": "http.response.body", "body": str(size).encode()})
 
         async def receive():
+            if not left:
+                await asyncio.sleep(10)
             return left.pop(0)
 
         async def send(message):
             sent.append(message)
 
-        asyncio.run(
-            Guard(app)({"type": "http", "method": "POST", "path": path, "headers": list(headers)}, receive, send)
-        )
-        return sent[0]["status"], sent[1]["body"]
+        scope = {"type": kind, "method": method, "path": path, "headers": list(headers)}
+        asyncio.run(Guard(app, 1000, bound, names)(scope, receive, send))
+        return sent[0].get("status", sent[0]["type"]), sent[-1].get("body")
 
     def test_what_is_too_large_is_refused_before_it_is_read(self):
-        assert self.ask("/x", [(b"content-length", str(BODY_BYTES + 1).encode())])[0] == 413
-        assert self.ask("/x", [(b"content-length", b"a lot")])[0] == 413
+        assert self.ask(headers=[*self.JSON, (b"content-length", b"1001")])[0] == 413
+        assert self.ask(headers=[*self.JSON, (b"content-length", b"a lot")])[0] == 413
 
     def test_what_does_not_say_its_size_is_cut_off(self):
-        assert self.ask("/x", chunks=[b"a" * 10] * 3) == (200, b"30")
-        with pytest.raises(ConnectionError):
-            self.ask("/x", chunks=[b"a" * (BODY_BYTES // 2)] * 3)
+        assert self.ask(chunks=[b"1" * 5] * 3) == (200, b"15")
+        assert self.ask(chunks=[b" " * 400] * 3)[0] == 413
+        assert self.ask(headers=[*self.JSON, (b"content-length", b"5")], chunks=[b" " * 400] * 3)[0] == 413
+
+    def test_what_drips_is_cut_off(self, monkeypatch):
+        monkeypatch.setattr(guard, "BODY_SECONDS", 0.05)
+
+        async def receive():
+            await asyncio.sleep(0.02)
+            return {"type": "http.request", "body": b"x", "more_body": True}
+
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/x", "headers": list(self.JSON)}
+        asyncio.run(Guard(None, 1000)(scope, receive, send))
+        assert sent[0]["status"] == 408
 
     def test_no_file_is_written(self):
         assert self.ask("/gradio_api/upload")[0] == 403
+
+    @pytest.mark.parametrize("kind", [b"text/plain", b"", b"multipart/form-data", b"application/x-www-form-urlencoded"])
+    def test_json_alone(self, kind):
+        assert self.ask(headers=[self.JSON[0], (b"content-type", kind)])[0] == 415
+        assert self.ask(headers=[self.JSON[0], (b"Content-Type".lower(), b"Application/JSON; charset=utf-8")])[0] == 200
+
+    @pytest.mark.parametrize(
+        "body", [b"no JSON", b"[" * 900, b'{"a": 1e400}', b'{"a": NaN}', b"1" * 30, b"\xff", b"", b'"fail"']
+    )
+    def test_what_is_no_question_is_refused_in_a_sentence(self, body):
+        status, words = self.ask(chunks=[body])
+        assert status == 400 and words.startswith(b"this question is none: ")
+
+    @pytest.mark.parametrize(
+        "bound, host, allowed",
+        [
+            ("127.0.0.1", "127.0.0.1:7860", True),
+            ("127.0.0.1", "LOCALHOST.:9000", True),  # a tunnel has another port
+            ("localhost", "[::1]:7860", True),
+            ("127.0.0.1", "evil.example:7860", False),
+            ("127.0.0.1", "127.0.0.1.evil.example", False),
+            ("127.0.0.1", "localhost@evil.example", False),
+            ("127.0.0.1", "192.168.1.5", False),
+            ("127.0.0.1", "", False),
+            ("192.168.1.5", "192.168.1.5:7860", True),
+            ("192.168.1.5", "evil.example", False),
+            ("0.0.0.0", "192.168.1.5:7860", True),  # a number cannot be rebound
+            ("0.0.0.0", "[fe80::1]:7860", True),
+            ("0.0.0.0", "localhost", True),
+            ("::", socket.gethostname(), True),
+            ("0.0.0.0", "evil.example", False),
+            ("127.0.0.1", "streets.example.org", True),  # by its name
+        ],
+    )
+    def test_hosts(self, bound, host, allowed):
+        for method, kind in (("GET", "http"), ("POST", "http"), ("GET", "websocket")):
+            headers = [(b"host", host.encode()), self.JSON[1]]
+            status, _ = self.ask(headers=headers, bound=bound, method=method, kind=kind, names=["streets.example.org"])
+            assert (status in (200, "http.response.start")) == allowed, (status, method, kind)
+        assert self.ask(headers=[self.JSON[1]])[0] == 403 and self.ask(headers=[self.JSON[0], *self.JSON])[0] == 403
+
+    @pytest.mark.parametrize(
+        "host, origin, allowed",
+        [
+            ("127.0.0.1:7860", "http://127.0.0.1:7860", True),
+            ("localhost", "http://localhost:80", True),
+            ("streets.example.org", "https://streets.example.org", True),
+            ("127.0.0.1:7860", "https://streets.example.org", True),  # a proxy that names itself
+            ("127.0.0.1:7860", "http://127.0.0.1:7861", False),
+            ("127.0.0.1:7860", "http://localhost:7860", False),
+            ("127.0.0.1:7860", "https://evil.example", False),
+            ("127.0.0.1:7860", "null", False),
+            ("127.0.0.1:7860", "file://127.0.0.1:7860", False),
+            ("127.0.0.1:7860", "", False),
+        ],
+    )
+    def test_origins(self, host, origin, allowed):
+        headers = [(b"host", host.encode()), self.JSON[1], (b"origin", origin.encode())]
+        assert (self.ask(headers=headers, names=["streets.example.org"])[0] == 200) == allowed
 
 
 class TestCommand:
@@ -264,6 +402,17 @@ class TestCommand:
         assert main(["app", "--survey", str(tmp_path)]) == 2
         assert "run `routeseg routes` again" in capsys.readouterr().err
 
+    def test_a_run_tells_its_data(self, tmp_path, capsys):
+        from routeseg.cli.app import _data_of_run
+
+        assert main(["make-data", "scenes", str(tmp_path / "data"), "--train=1", "--val=2", "--size=[48,64]"]) == 0
+        (tmp_path / "run" / "best").mkdir(parents=True)
+        config = tmp_path / "run" / "config.yaml"
+        config.write_text(f"data: {{name: folder, root: {tmp_path}/data}}\nrecipe: {{seed: 3}}\nmodel: {{depth: 4}}\n")
+        assert len(_data_of_run(str(tmp_path / "run" / "best"))) == 2
+        config.write_text(f"data: {{name: folder, root: {tmp_path}/gone}}\n")
+        assert _data_of_run(str(tmp_path / "run" / "best")) is None
+
     def test_a_survey_tells_its_data_set(self, tmp_path):
         from routeseg.cli.app import _survey
 
@@ -275,10 +424,15 @@ class TestCommand:
 
 def test_the_space_shows_the_same_explorer(monkeypatch):
     shown = []
+    monkeypatch.setenv("SPACE_HOST", "a-b.hf.space")
     monkeypatch.setattr("routeseg.app.launch", lambda *given, **how: shown.append((given, how)))
     runpy.run_path(str(Path(__file__).parents[1] / "examples" / "space" / "app.py"))
     ((model, name), how) = shown[0]
-    assert model.exits is not None and "CamVid" in name and how == {"host": "0.0.0.0", "port": 7860}
+    assert (
+        model.exits is not None
+        and "CamVid" in name
+        and how == {"host": "0.0.0.0", "port": 7860, "names": ["a-b.hf.space"]}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +443,27 @@ def address(explorer):
     page = launch(explorer.model, explorer.name, explorer.survey, wait=False)
     yield page.local_url
     page.close()
+
+
+def test_the_server_itself(address, explorer):
+    """Over HTTP: its own page may ask, another may not, and no question is an error of the server."""
+    httpx = pytest.importorskip("httpx", reason="the extra routeseg[dev]")
+    client = httpx.Client(base_url=address, trust_env=False)
+    about = {"session_hash": "x", "fn_name": "about", "data": None}
+    about["component_id"] = next(
+        one["id"] for one in client.get("config").json()["components"] if one["type"] == "html"
+    )
+    url = "gradio_api/component_server"
+    assert client.post(url, json=about).json()["name"] == explorer.name
+    assert client.post(url, json=about, headers={"Origin": "https://evil.example"}).status_code == 403
+    assert client.post(url, json=about, headers={"Host": "evil.example"}).status_code == 403
+    assert client.get("", headers={"Host": "evil.example"}).status_code == 403
+    assert client.post(url, content=json.dumps(about)).status_code == 415
+    assert "no text" in client.post(url, json=about | {"fn_name": "open", "data": {"example": []}}).json()["error"]
+    for wrong in ({"component_id": 10**6}, {"component_id": []}, {"session_hash": {}}, {"fn_name": None}):
+        assert 400 <= client.post(url, json=about | wrong).status_code < 500
+    for body in (b"[]", b"5", b"{}", b"[" * 10_000, b'{"data": 1e400}', b"\xff"):
+        assert client.post(url, content=body, headers={"Content-Type": "application/json"}).status_code == 400
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import stat
 import tarfile
@@ -27,6 +28,37 @@ def link(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarIn
     return info
 
 
+def sparse(name: str, **headers: str) -> bytes:
+    """A tar of one sparse file of GNU tar, in the form of pax headers."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo(name)
+        info.size, info.pax_headers = 4, headers
+        tar.addfile(info, io.BytesIO(b"good"))
+    return file.getvalue()
+
+
+def with_size(data: bytes, size: int) -> bytes:
+    """An uncompressed tar whose first header says another size, in base 256."""
+    info = tarfile.TarInfo.frombuf(data[:512], "utf-8", "surrogateescape")
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + data[512:]
+
+
+def old_sparse(map_of_it: bytes) -> bytes:
+    """A tar of one sparse file in GNU tar's old form, with this map of where its data lie."""
+    info = tarfile.TarInfo(f"{INSIDE}/a")
+    info.type, info.size = tarfile.GNUTYPE_SPARSE, 4
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[386 : 386 + len(map_of_it)] = map_of_it
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + b"good" + bytes(1532)
+
+
 def zip_link(name: str, target: str) -> tuple[zipfile.ZipInfo, bytes]:
     info = zipfile.ZipInfo(name)
     info.external_attr = (stat.S_IFLNK | 0o777) << 16
@@ -47,6 +79,23 @@ HOSTILE = {
     "a file as folder": (tar_of(GOOD, (f"{INSIDE}/img/a.bin/b", b"x")), "twice"),
     "a bomb": (tar_of(GOOD, (f"{INSIDE}/img/big", bytes(LIMIT + 1))), "unpacks to more than 0.0 GB"),
     "a bomb elsewhere": (tar_of(("else/big", bytes(LIMIT + 1)), GOOD), "unpacks to more than"),
+    "a long name": (tar_of(GOOD, (f"{INSIDE}/{'a' * 300}", b"x")), "a name that is too long"),
+    "a long path": (tar_of(GOOD, (f"{INSIDE}/{'a/' * 3000}b", b"x")), "a name that is too long"),
+    "a long name elsewhere": (tar_of(("é" * 150, b"x"), GOOD), "a name that is too long"),
+    "less than nothing": (gzip.compress(with_size(tar_of(GOOD, mode="w"), -(1 << 40))), "is damaged|less than nothing"),
+    "a sparse file": (gzip.compress(sparse(f"{INSIDE}/a", **{"GNU.sparse.map": "0,4"})), "a sparse file"),
+    "a sparse map of words": (gzip.compress(sparse(f"{INSIDE}/a", **{"GNU.sparse.map": "x,y"})), "is damaged"),
+    "a sparse map of one": (gzip.compress(sparse(f"{INSIDE}/a", **{"GNU.sparse.map": "1"})), "sparse|damaged"),
+    "a sparse size of words": (
+        gzip.compress(sparse(f"{INSIDE}/a", **{"GNU.sparse.map": "0,4", "GNU.sparse.size": "x"})),
+        "is damaged",
+    ),
+    "a sparse map in the data": (
+        gzip.compress(sparse(f"{INSIDE}/a", **{"GNU.sparse.major": "1", "GNU.sparse.minor": "0"})),
+        "is damaged",
+    ),
+    "an old sparse file": (gzip.compress(old_sparse(b"00000000000\x0000000000004\0")), "a sparse file"),
+    "an old sparse map of words": (gzip.compress(old_sparse(b"x" * 24)), "is damaged|sparse"),
     "no gzip": (b"<html>404, but politely</html>", "is damaged"),
     "cut off": (ARCHIVE[:100_000], "is damaged"),
     "other contents": (tar_of(("top/other/a", b"x")), "holds no files below top/data/"),
@@ -57,6 +106,15 @@ HOSTILE_ZIPS = {
     "backslashes": (zip_of(GOOD, (r"..\evil", b"x")), "a path that leaves"),
     "a link out": (zip_of(GOOD, zip_link("top/l", "../../etc")), "a link to"),
     "a bomb": (zip_of(GOOD, (f"{INSIDE}/big", bytes(LIMIT + 1))), "unpacks to more than"),
+    "a long name": (zip_of(GOOD, (f"{INSIDE}/{'a' * 300}", b"x")), "a name that is too long"),
+    "a name in no code": (
+        zip_of(GOOD, (f"{INSIDE}/é", b"x")).replace("é".encode(), b"\xff\xff"),
+        "is damaged",
+    ),
+    "a place before the start": (
+        (end := zip_of(GOOD))[:-6] + (len(end) * 9).to_bytes(4, "little") + end[-2:],
+        "is damaged",
+    ),
     "no zip": (b"nothing", "is damaged"),
     "cut off": (zip_of(GOOD, (f"{INSIDE}/b", bytes(100)))[:-30], "is damaged"),
 }

@@ -6,12 +6,13 @@ import json
 import re
 import shutil
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 from conftest import run, scenes_checkpoint
-from pictures import noise, save, truncate
+from pictures import ORIENTATION_TAG, ROTATED_RIGHT, noise, save, truncate
 from routeseg.cli import main
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.sets.folder import open_folder
@@ -75,6 +76,16 @@ class TestWhatIsThere:
         ):
             code, out, _ = run(["check-data", "--data.crop", "[32, 32]", *words, "--output", tmp_path], capsys)
             assert code == 0 and "\nready" in out and (tmp_path / "contact_sheet.png").is_file()
+
+    def test_no_run_overwrites_the_contact_sheet_of_another(self, tmp_path, capsys):
+        for k, name in enumerate(("one", "two", "one")):
+            root = folder(tmp_path / name, count=k + 1)
+            command = ["check-data", root, "--data.crop", "[32, 32]", "--output", tmp_path / "out"]
+            code, printed, _ = run(command, capsys)
+            sheet = tmp_path / "out" / ("contact_sheet.png" if k == 0 else f"contact_sheet_{k + 1}.png")
+            assert code == 0 and f"{sheet}: some pictures" in printed
+            assert Image.open(sheet).height > 0
+        assert len(list((tmp_path / "out").iterdir())) == 3
 
     def test_a_split_by_name_and_twice(self, tmp_path, capsys):
         root = folder(tmp_path / "mine")
@@ -163,7 +174,8 @@ class TestWhatIsWrong:
             Image.fromarray(blocks([(9, 99, 200), (200, 9, 9)], seed=k).astype(np.uint8)).save(
                 root / "masks" / "train" / f"p{k}.jpg"
             )
-        assert "they are JPEGs" in only(findings(root), "train: colours without a class").remedy
+        finding = only(findings(root), "train: 3 of 3 labels are no label images")
+        assert finding.level == "error" and "is of the format JPEG, which does not keep" in finding.files[0]
 
     def test_unreadable_and_missing_files_are_named(self, tmp_path, capsys):
         root = folder(tmp_path / "mine", count=4)
@@ -189,12 +201,54 @@ class TestWhatIsWrong:
         root = folder(tmp_path)
         save(root / "masks" / "train" / "p0.png", blocks([0, 1], 40, 32).astype(np.uint8))
         finding = only(findings(root), "train: 1 of 3 labels have another size")
-        assert (
-            finding.level == "error" and "p0.png is 40x32, its label" in finding.files[0] and "EXIF" in finding.remedy
-        )
-        save(root / "masks" / "train" / "p1.png", noise(32, 40)[..., :2])
+        assert finding.level == "error" and "p0.png is 40x32, its label" in finding.files[0]
+        assert "width and height are swapped" in finding.remedy and "EXIF" not in finding.remedy
+        exif = Image.Exif()
+        exif[ORIENTATION_TAG] = ROTATED_RIGHT
+        save(root / "images" / "train" / "p0.png", noise(40, 32), exif=exif)
+        assert "width and height are swapped: a note in the images (EXIF)" in only(findings(root), "size").remedy
+        (root / "masks" / "train" / "p1.png").unlink()
+        save(root / "masks" / "train" / "p1.tif", np.full((32, 40), 0.5, np.float32))
         finding = only(findings(root), "train: 1 of 3 labels are no label images")
-        assert "p1.png is no label image" in finding.files[0] and "EXIF" not in finding.remedy
+        assert "p1.tif is no label image" in finding.files[0] and "EXIF" not in finding.remedy
+
+    @pytest.mark.parametrize(
+        ("turn", "height", "width", "on_mask", "said"),
+        [
+            (3, 32, 40, 1, True),
+            (2, 32, 40, 1, True),
+            (4, 32, 40, 1, True),
+            (6, 40, 40, 1, True),
+            (3, 32, 40, 3, False),
+            (6, 32, 40, 1, False),  # only a mask that was drawn upright has this size
+            (1, 32, 40, 1, False),
+        ],
+    )
+    @pytest.mark.parametrize("suffix", ["png", "jpg"])
+    def test_a_note_that_turns_an_image_and_changes_no_size(self, tmp_path, suffix, turn, height, width, on_mask, said):
+        root = folder(tmp_path)
+        (root / "images" / "train" / "p0.png").unlink()
+        notes = Image.Exif(), Image.Exif()
+        notes[0][ORIENTATION_TAG], notes[1][ORIENTATION_TAG] = turn, on_mask
+        size = (width, height) if turn == 6 else (height, width)
+        save(root / "images" / "train" / f"p0.{suffix}", noise(*size), exif=notes[0])
+        save(root / "masks" / "train" / "p0.png", blocks([0, 1], height, width).astype(np.uint8), exif=notes[1])
+        found = [one for one in findings(root) if "EXIF" in one.text]
+        assert [one.files for one in found] == [(str(root / "images" / "train" / f"p0.{suffix}"),)] * said
+        assert verdict(found) == ("warnings" if said else "ready")
+
+    def test_borders_of_a_mask_that_was_resized(self, tmp_path):
+        """Beside classes that have names: what fills no area is told from what was painted."""
+        root = folder(tmp_path, text="names: [a, b]\nmapping: {255: b}")
+        mask = cv2.blur(blocks([0, 255]).astype(np.uint8), (2, 2))
+        for k in range(3):
+            save(root / "masks" / "train" / f"p{k}.png", mask)
+        finding = only(findings(root), "train: label values without a class")
+        assert "fill no area of their own" in finding.remedy and ": ignore" in finding.remedy
+        save(root / "masks" / "train" / "p0.png", np.repeat([[0, 1, 7, 255]], 32, 0).repeat(10, 1).astype(np.uint8))
+        save(root / "masks" / "train" / "p1.png", blocks([0, 1]).astype(np.uint8))
+        save(root / "masks" / "train" / "p2.png", blocks([0, 1]).astype(np.uint8))
+        assert "`mapping: {7: 255}` to ignore" in only(findings(root), "without a class").remedy
 
     def test_all_kinds_of_errors_come_in_one_run(self, tmp_path, capsys):
         """Each with its count, its files and its remedy; what one picture is wrong in hides none of the others."""
@@ -395,6 +449,11 @@ class TestCommand:
         code, out, err = run(["check-data", root, "--config", "camvid/small", "--output", tmp_path / "o"], capsys)
         assert code == 0 and "train" in out and not err
         assert run(["check-data", tmp_path / "none"], capsys)[0] == 2
+
+    @pytest.mark.parametrize("words", [[], ["--workers", "1"]])
+    def test_without_a_folder_it_asks_for_one(self, words, tmp_path, capsys):
+        code, out, err = run(["check-data", *words, "--output", tmp_path / "o"], capsys)
+        assert code == 2 and "nothing to check: give the folder" in err and not out and not (tmp_path / "o").exists()
 
 
 class TestContactSheet:

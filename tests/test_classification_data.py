@@ -1,8 +1,6 @@
-"""Labelled images to pre-train on: trees of class folders and tar shards, their crops, and their bad files by name."""
+"""Labelled images to pre-train on: trees of class folders, their crops, and their bad files by name."""
 
 import io
-import json
-import tarfile
 from itertools import islice
 
 import numpy as np
@@ -13,7 +11,6 @@ from PIL import Image
 from routeseg.data.classification import ClassificationConfig, ImageTree
 from routeseg.data.classification_loaders import ClassificationDataModule
 from routeseg.data.crops import CentreCrop, RandomResizedCrop
-from routeseg.data.shards import ShuffledShards, count_samples, find_shards, read_shard
 
 SMALL = dict(crop=32, resize=36, batch_size=4, workers=0)
 
@@ -42,34 +39,6 @@ def write_tree(root, classes=("apple", "leaf", "sea"), train=6, val=2):
     return root
 
 
-def write_shard(path, samples, as_json=False):
-    """samples: (key, image bytes, label)."""
-    with tarfile.open(path, "w") as tar:
-        for key, image, label in samples:
-            label_file = ("json", json.dumps({"label": label})) if as_json else ("cls", str(label))
-            for suffix, data in (("png", image), (label_file[0], label_file[1].encode())):
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    return path
-
-
-def write_shards(root, shards=4, each=5):
-    root.mkdir(exist_ok=True)
-    for s in range(shards):
-        samples = [(f"im{s}_{i}", png(i % 3, 10 * s + i), i % 3) for i in range(each + s)]
-        write_shard(root / f"train-{s:06d}.tar", samples, as_json=s % 2 == 1)
-    write_shard(root / "val-000000.tar", [(f"v{i}", png(i % 3, 500 + i), i % 3) for i in range(7)])
-    return root
-
-
-def shard_config(root, **changes):
-    values = dict(
-        root=str(root), train_split="train-*.tar", val_split="val-{000000..000000}.tar", num_classes=3, buffer=4
-    )
-    return ClassificationConfig(**{**SMALL, **values, **changes})
-
-
 def batches(module, count=None):
     return list(islice(module.train_dataloader(), count))
 
@@ -83,11 +52,6 @@ def same(some, other):
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     return write_tree(tmp_path_factory.mktemp("tree"))
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return write_shards(tmp_path_factory.mktemp("shards"))
 
 
 class TestCrops:
@@ -218,14 +182,6 @@ def _empty_class(root):
         path.unlink()
 
 
-def _wrong_count(root):
-    return {"num_classes": 10}
-
-
-def _mixed(root):
-    return {"val_split": "val-000.tar"}
-
-
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
@@ -235,8 +191,6 @@ def _mixed(root):
         (_one_class, "only one class, apple"),
         (_other_classes, "val has the class ocean, .*train has not"),
         (_empty_class, "leaf holds no images"),
-        (_wrong_count, "num_classes is 10, .* has 3 classes"),
-        (_mixed, "give two folders, or shards"),
     ],
 )
 def test_a_tree_that_is_none(tmp_path, spoil, expected):
@@ -249,136 +203,8 @@ def test_a_tree_that_is_none(tmp_path, spoil, expected):
 @pytest.mark.parametrize(
     "changes",
     [{"batch_size": 0}, {"workers": -1}, {"crop": 16}, {"resize": 20}, {"area": (0, 1)}, {"area": (0.5, 2)},
-     {"aspect": (2, 1)}, {"num_classes": 1}, {"buffer": 0}],
+     {"aspect": (2, 1)}],
 )  # fmt: skip
 def test_settings_that_make_no_sense(changes):
     with pytest.raises(ValueError, match=f"data.{next(iter(changes))}"):
         ClassificationConfig(**{**SMALL, **changes})
-
-
-class TestShards:
-    def test_patterns(self, shards):
-        four = [str(shards / f"train-{s:06d}.tar") for s in range(4)]
-        for pattern in ("train-*.tar", "train-{000000..000003}.tar", "train-{000000..000001}.tar::train-00000[23].tar"):
-            found = find_shards(pattern, str(shards))
-            assert found[:2] == four[:2] and len(found) == (2 if "::" in pattern else 4)
-        with pytest.raises(ValueError, match=r"train-000004\.tar does not exist \(2 of 6 shards\)"):
-            find_shards("train-{000000..000005}.tar", str(shards))
-        with pytest.raises(ValueError, match=r"no shards .*test-\*\.tar: no such file"):
-            find_shards("test-*.tar", str(shards))
-
-    def test_a_shard_gives_its_samples(self, shards):
-        for s in range(4):
-            found = list(read_shard(str(shards / f"train-{s:06d}.tar"), s))
-            assert len(found) == count_samples(str(shards / f"train-{s:06d}.tar")) == 5 + s
-            assert [sample.place for sample in found] == [(s, i) for i in range(5 + s)]
-            for sample in found:
-                assert sample.image().mean((0, 1)).argmax() == sample.label(3)
-
-    @pytest.mark.parametrize("readers", [1, 2, 4])
-    def test_an_epoch_has_every_sample_once(self, shards, readers):
-        names = find_shards("train-*.tar", str(shards))
-        for epoch in range(2):
-            seen, orders = [], []
-            for reader in range(readers):
-                stream = ShuffledShards(names, 7, 4).samples(reader, readers)
-                while (entry := next(stream))[0] <= epoch:
-                    if entry[0] == epoch:
-                        seen.append(entry[1].name)
-            orders.append(seen)
-            assert len(seen) == len(set(seen)) == 26 and seen != sorted(seen)
-        assert len({tuple(order) for order in orders}) == len(orders)
-
-    @pytest.mark.parametrize("skip", [0, 1, 9, 26, 40, 60])
-    def test_a_stream_goes_on_where_it_stopped(self, shards, skip):
-        names = find_shards("train-*.tar", str(shards))
-        whole = [(e, s.name) for e, s in islice(ShuffledShards(names, 7, 4).samples(0, 1), skip + 10)]
-        assert [(e, s.name) for e, s in islice(ShuffledShards(names, 7, 4).samples(0, 1, skip), 10)] == whole[skip:]
-
-    @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-    @pytest.mark.parametrize("workers", [0, 3])
-    @pytest.mark.parametrize("first", [1, 4, 11])
-    def test_resumed_batches_are_those_of_the_whole_run(self, shards, workers, first):
-        config = shard_config(shards, workers=workers)
-        whole = batches(ClassificationDataModule(config, 14, seed=1))
-        assert len(whole) == 14
-        assert same(whole[first:], batches(ClassificationDataModule(config, 14, seed=1, first_step=first)))
-
-    @pytest.mark.parametrize("workers", [0, 2])
-    def test_validation_has_every_sample_once(self, shards, workers):
-        config = shard_config(shards, workers=workers, val_split="train-*.tar")
-        found = list(ClassificationDataModule(config, 1).val_dataloader())
-        assert sum(len(batch["label"]) for batch in found) == 26
-        for batch in found:
-            assert batch["image"].shape[1:] == (3, 32, 32)
-            assert (batch["image"].float().mean((2, 3)).argmax(1) == batch["label"]).all()
-
-    def test_unreadable_images_are_counted(self, tmp_path, caplog):
-        samples = [(f"im{i}", png(i % 3, i)[: 60 if i == 2 else None], i % 3) for i in range(8)]
-        for name in ("train-0.tar", "val-000000.tar"):
-            write_shard(tmp_path / name, samples)
-        module = ClassificationDataModule(shard_config(tmp_path), 2)
-        for found, left in ((batches(module), 8), (list(module.val_dataloader()), 7)):
-            assert sum(int(batch["skipped"]) for batch in found) == 1
-            assert sum(len(batch["label"]) for batch in found) == left
-        assert "cannot read im2 in " in caplog.text and "0x" not in caplog.text
-
-    def test_more_readers_than_shards(self, shards):
-        with pytest.raises(ValueError, match="4 training shards for 5 readers .*data.workers"):
-            ClassificationDataModule(shard_config(shards, workers=5), 1).train_dataloader()
-
-    def test_number_of_classes_is_needed(self, shards):
-        with pytest.raises(ValueError, match="set --data.num_classes"):
-            ClassificationDataModule(shard_config(shards, num_classes=None), 1)
-
-    def test_without_the_extra(self, shards, monkeypatch):
-        monkeypatch.setitem(__import__("sys").modules, "webdataset", None)
-        with pytest.raises(ValueError, match=r"pip install .*\[tars\]"):
-            ClassificationDataModule(shard_config(shards), 1)
-
-
-SECOND = 512 * (1 + -(-len(png(0, 0)) // 512) + 2)  # where the header of the second sample is
-
-
-def _cut_in_a_file(data):
-    return data[: SECOND + 2000]
-
-
-def _cut_at_a_header(data):
-    return data[:SECOND]
-
-
-def _end_is_missing(data):
-    used = len(data.rstrip(b"\0"))
-    return data[: used + -used % 512]
-
-
-def _hole(data):
-    return data[:SECOND] + b"x" * 512 + data[SECOND + 512 :]
-
-
-@pytest.mark.parametrize("spoil", [_cut_in_a_file, _cut_at_a_header, _end_is_missing, _hole, lambda data: b"no tar"])
-def test_a_damaged_shard_is_named(tmp_path, spoil):
-    path = write_shard(tmp_path / "train-0.tar", [(f"im{i}", png(0, i), 0) for i in range(4)])
-    path.write_bytes(spoil(path.read_bytes()))
-    with pytest.raises(ValueError, match=r"train-0\.tar is damaged behind sample \d: .*Fetch it again"):
-        list(read_shard(str(path)))
-
-
-@pytest.mark.parametrize(
-    ("samples", "expected"),
-    [
-        ([("im0", png(0, 0), 3)], r"im0 in .*t\.tar has the label 3, outside 0\.\.2: .*num_classes"),
-        ([("im0", png(0, 0), -1)], "label -1, outside"),
-        ([("im0", png(0, 0), "cat")], "im0 in .* has no label .*'cat'"),
-        ([], "holds no samples"),
-        ([("im.0", png(0, 0), 1)], r"im in .* has no image, only 0\.png, 0\.cls"),
-        ([("im0", png(0, 0), 1), ("im0", png(0, 0), 1)], "damaged .*duplicate"),
-    ],
-)
-def test_samples_that_are_none(tmp_path, samples, expected):
-    path = write_shard(tmp_path / "t.tar", samples)
-    with pytest.raises(ValueError, match=expected):
-        for sample in read_shard(str(path)):
-            sample.image()
-            sample.label(3)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +15,9 @@ import routeseg
 from conftest import run, scenes_checkpoint
 from pictures import noise, save
 from routeseg import DynamicRoutingNetwork, Route, cli
+from routeseg.cli.prediction import _network_first
 from routeseg.data.scenes import CLASSES
+from routeseg.description import fingerprint
 from routeseg.errors import how_to_install
 from routeseg.model.checkpoints import PRETRAINED
 
@@ -105,6 +109,12 @@ def test_evaluate_mistakes(tmp_path, checkpoint, capsys):
     assert code == 2 and "cannot write" in err
 
 
+# A list of a list of ... of words, by aliases: 10 ** 11 words in a few lines.
+BOMB = "a: &a [x]\n" + "".join(
+    f"{one}: &{one} [{', '.join([f'*{before}'] * 10)}]\n" for before, one in pairwise("abcdefghijk")
+)
+
+
 class TestSections:
     """A command takes the sections that it uses, and passes over the others of a file that was made for training."""
 
@@ -158,6 +168,16 @@ class TestSections:
             ("recipe: 3", "section 'recipe' of FILE is no mapping"),
             ("data: [", "FILE is no YAML"),
             (None, "FILE"),
+            (BOMB + "data: {name: *k}", "FILE is no YAML that can be used: it has more than 20000 values"),
+            (BOMB + "data: {? *k : 1}", "FILE is no YAML that can be used: it has more than 20000 values"),
+            ("data: &a {name: *a}", "FILE is no YAML that can be used: it has more than 20000 values"),
+            ("data: " + "[" * 5000, "FILE is no YAML that can be used: its lists are nested too deeply"),
+            ("data: {name: *nowhere}", "FILE is no YAML that can be used: found undefined alias"),
+            ("data: !!python/object/apply:os.getcwd []", "FILE is no YAML that can be used"),
+            ("data: {name: !!python/object/apply:os.getcwd []}", "FILE"),
+            ("? [data]\n: 1", "FILE"),
+            ("data: {? [a]\n: 1}", "FILE"),
+            ("data: {workers: 1e400}", "data.workers"),
         ],
     )
     def test_mistakes_in_a_file_are_named(self, commands, tmp_path, capsys, text, message):
@@ -195,6 +215,94 @@ def test_predict_mistakes(tmp_path, checkpoint, capsys):
         assert code == 2 and expected in err, (words, err)
 
 
+class TestTheFirstWord:
+    """Of `predict`: a network, an image, or one line; never an image by the bundled network in place of another one."""
+
+    @pytest.fixture
+    def made_by(self, checkpoint, tmp_path, capsys):
+        """The fingerprint of the network that segmented an image."""
+        image = save(tmp_path / "photo.jpg", noise(32, 64))
+
+        def predict(word):
+            code, _, err = run(["predict", word, image, "--pictures=false", "--output", tmp_path / "out"], capsys)
+            assert code == 0, err
+            return json.loads((tmp_path / "out" / "photo_route.json").read_text())["network"]
+
+        return predict
+
+    def test_weights_and_runs_are_networks(self, checkpoint, tmp_path, made_by):
+        net = tmp_path / "net"
+        mine = fingerprint(routeseg.load(net))
+        assert made_by(net / "model.safetensors") == made_by(net / "config.json") == made_by(net) == mine
+        runs = tmp_path / "runs"
+        shutil.copytree(net, runs / "last")
+        (runs / "last.ckpt").write_bytes(b"")
+        assert made_by(runs) == made_by(runs / "last.ckpt") == mine, "it has no best network yet"
+        best = fingerprint(routeseg.load(scenes_checkpoint(runs / "best", small_gate=True)))
+        assert made_by(runs) == best != mine and made_by(runs / "last.ckpt") == mine
+
+    @pytest.mark.parametrize(
+        ("word", "message"),
+        [
+            ("net.pth", "no checkpoint folder"),
+            ("other.ckpt", "no checkpoint folder"),
+            ("gone.pt", "no checkpoint folder"),
+            ("half", "half is no checkpoint: config.json is missing"),
+            ("cut", "cut is no checkpoint: model.safetensors is missing"),
+            ("begun", "begun is no checkpoint"),
+            ("notes.txt", "notes.txt is no network and no image: name a folder with model.safetensors"),
+            ("net.pdparams", "net.pdparams is no network and no image"),
+            ("s3://bucket/model.safetensors", "no checkpoint folder"),
+        ],
+    )
+    def test_what_is_no_network_is_one_line(self, checkpoint, tmp_path, capsys, monkeypatch, word, message):
+        monkeypatch.chdir(tmp_path)
+        for name in ("net.pth", "other.ckpt", "notes.txt", "net.pdparams", "half/model.safetensors", "cut/config.json"):
+            os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+            (tmp_path / name).write_bytes(b"weights")
+        (tmp_path / "begun" / "logs").mkdir(parents=True)
+        (tmp_path / "begun" / "config.yaml").write_text("")
+        for path in ("photo.jpg", "begun/progress.png"):
+            save(tmp_path / path, noise(32, 64))
+        code, out, err = run(["predict", word, "photo.jpg"], capsys)
+        assert code == 2 and message in err and err.count("\n") == 1 and "bundled" not in out
+        assert not (tmp_path / "predictions").exists()
+
+    def test_a_second_network_is_refused(self, checkpoint, tmp_path, capsys):
+        image = save(tmp_path / "photo.jpg", noise(32, 64))
+        for word in (checkpoint, f"{checkpoint}/model.safetensors", "x.ckpt"):
+            code, _, err = run(["predict", image, word, "--output", tmp_path / "out"], capsys)
+            assert code == 2 and "is a network: name one, before the images" in err
+
+    def test_an_image_of_any_suffix_is_one(self, checkpoint, tmp_path):
+        save(tmp_path / "a.png", noise(32, 64)).rename(tmp_path / "photo.dat")
+        assert _network_first([str(tmp_path / "photo.dat")]) == (None, [str(tmp_path / "photo.dat")])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["predict", "x.png", "--outp", "p2"], "no option --outp: did you mean --output?"),
+        (["predict", "x.png", "--bud=50%"], "no option --bud: did you mean --budget?"),
+        (["predict", "x.png", "-output", "p2"], "no option -output: did you mean --output?"),
+        (["train", "--config=small", "--recipe.iteration=10"], "did you mean recipe.iterations?"),
+        (["train", "--config=small", "--data.roo", "x"], "did you mean data.root?"),
+        (["demo", "--min=1"], "no option --min: did you mean --minutes?"),
+        (["export", "x", "--ro"], "no option --ro: did you mean --rout"),
+        (["app", "--por=1"], "no option --por: did you mean --port?"),
+    ],
+)
+def test_an_option_is_named_in_full(words, message, capsys):
+    code, _, err = run(words, capsys)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "routes"])
+def test_help_shows_a_percentage_as_it_is_typed(command, capsys):
+    code, out, _ = run([command, "--help"], capsys)
+    assert code == 0 and "%%" not in out and "40%" in out
+
+
 class TestPredictOptions:
     def test_resume_and_lists(self, checkpoint, tmp_path, capsys):
         for seed, name in enumerate("ab"):
@@ -213,6 +321,7 @@ class TestPredictOptions:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
+            (["--engine", "dense"], "there is no engine any more: leave it out"),
             (["--output", "nonsense://x"], "cannot open nonsense://x"),
             (["--device", "cuda:99"], "--device cuda:99"),
         ],

@@ -165,3 +165,14 @@ def test_help_for_people(command, most, capsys):
     for option in re.findall(r"^ +(--[\w.]+)", short, re.MULTILINE):
         assert option in everything
     assert "of the training pictures, evenly spread" in " ".join(everything.split())
+
+
+def test_files_of_earlier_runs_may_have_keys_that_are_gone(tmp_path, capsys):
+    """If they ask for nothing; otherwise the key is named."""
+    parser, file = config_parser("train"), tmp_path / "config.yaml"
+    file.write_text("recipe: {dice: 0.0, hard_pixels: 1.0, teacher: null, teacher_weight: 1.0, lr: 0.3}\n")
+    assert parser.parse_args(["--config", str(file)]).recipe.lr == 0.3
+    file.write_text("recipe: {dice: 0.5, lr: 0.3}\n")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--config", str(file)])
+    assert "there is no recipe.dice any more: leave it out" in capsys.readouterr().err

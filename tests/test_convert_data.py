@@ -27,6 +27,9 @@ def square(top, left, side):
     return [left, top, left + side, top, left + side, top + side, left, top + side]
 
 
+BOX = {"id": 4, "image_id": 7, "category_id": 3, "bbox": [1, 1, 5, 5]}  # an annotation without an outline
+
+
 def image_entry(number, name):
     return {"id": number, "file_name": name, "height": 40, "width": 48}
 
@@ -126,22 +129,90 @@ class TestCoco:
             ({"annotations": [{"id": 1, "image_id": 8, "category_id": 5}]}, "annotations of an image 8"),
             ({"annotations": [{"id": 1, "image_id": 7, "category_id": 6}]}, "annotations of a category 6"),
             ({"annotations": [{"id": 1, "image_id": 7}]}, "not as COCO writes it.*category_id"),
-            ({"images": [image_entry(7, "../one.jpg")]}, "leaves the folder"),
-            ({"images": [image_entry(7, "/one.jpg")]}, "leaves the folder"),
+            (
+                {"images": [image_entry(7, "..\\..\\no.jpg")]},
+                r"has no no\.\*, which .*ann.json lists .*1 of 1.*--images",
+            ),
             ({"images": [image_entry(7, "no.jpg")]}, "has no no.*, which .*ann.json lists"),
+            ({"annotations": [BOX]}, "ann.json has 1 annotations and no outlines.*there are no masks"),
+            ({"annotations": [BOX | {"segmentation": []}]}, "there are no masks"),
+            ({"annotations": [BOX | {"segmentation": [[1, 2, 3, 4]]}]}, "there are no masks"),
+            ({"annotations": [BOX | {"id": "x", "image_id": "seven"}]}, "annotation 'x' has `image_id` 'seven', which"),
+            (
+                {"annotations": [BOX | {"category_id": None}]},
+                "annotation 4 has `category_id` None, which must be a who",
+            ),
+            ({"annotations": ["a box"]}, "the annotation at place 0 has no `image_id`"),
+            ({"images": [image_entry("seven", "one.jpg")]}, "image 'seven' has `id` 'seven', which must be a whole"),
+            ({"images": [image_entry(7.5, "one.jpg")]}, "image 7.5 has `id` 7.5, which must be a whole number"),
+            ({"images": [image_entry(True, "one.jpg")]}, "image True has `id` True, which must be a whole number"),
+            ({"images": [image_entry(7, "one.jpg"), image_entry("7", "sub/two.jpg")]}, "image '7' .* an id of its own"),
+            ({"images": [image_entry(7, None)]}, "image 7 has `file_name` None, which must be a text"),
+            (
+                {"images": [image_entry(7, "one.jpg") | {"height": "tall"}]},
+                "image 7 has `height` 'tall', .* at least 1",
+            ),
+            ({"images": [image_entry(7, "one.jpg") | {"width": 0}]}, "image 7 has `width` 0, .* at least 1"),
+            ({"categories": [{"id": 3}]}, "category 3 has no `name`"),
+            ({"categories": [{"id": 3, "name": ["dog"]}]}, r"category 3 has `name` \['dog'\], which must be a text"),
+            ({"categories": [{"id": 3, "name": "d\x1b[2Jog"}]}, r"category 3 has `name` 'd\\x1b\[2Jog'"),
+            (
+                {"categories": [{"id": 3, "name": "dog", "supercategory": []}]},
+                "`supercategory` \\[\\], which must be a te",
+            ),
+            ({"categories": [{"id": 3, "name": "cat"}, {"id": 3, "name": "dog"}]}, "category 3 .* an id of its own"),
             ({"images": [image_entry(7, "one.jpg"), image_entry(9, "one.jpg")]}, "2 images called one"),
             ({"categories": [{"id": k, "name": "cat"} for k in (3, 5)]}, "two categories called cat"),
         ],
     )
     def test_what_does_not_fit_is_named_and_nothing_written(self, tmp_path, capsys, changes, message):
-        code, _, err = run(self.words(coco(tmp_path, **changes)), capsys)
+        code, out, err = run(self.words(coco(tmp_path, **changes)), capsys)
         assert code == 2 and re.search(message, err), err
+        assert err.count("\n") == 1 and not re.search("[\x00-\x09\x0b-\x1f]", err + out)
         assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("first", "second"),
+        [
+            ("..\\..\\media\\one.jpg", "..\\..\\media\\sub\\two.jpg"),
+            ("C:\\Users\\me\\one.jpg", "C:\\Users\\me\\two.jpg"),
+            ("/data/upload/1/one.jpg", "../two.jpg"),
+            ("http://localhost:8080/data/upload/1/one.jpg", "s3://bucket/a%20b/two.jpg?X-Amz-Expires=3"),
+            ("/data/local-files/?d=x/one.jpg", "http://host/data/local-files/?d=sub%2Ftwo.jpg"),
+            ("./one.jpg", "sub//two.jpg"),
+        ],
+    )
+    def test_file_names_of_another_machine(self, tmp_path, capsys, first, second):
+        root = coco(tmp_path, images=[image_entry("7", first), image_entry(9.0, second)])
+        code, _, err = run(self.words(root), capsys)
+        assert code == 0, err
+        for name, mask in expected_masks().items():
+            assert np.array_equal(np.asarray(Image.open(root / "out" / "masks" / "train" / f"{name}.png")), mask), name
+
+    def test_two_files_that_one_name_may_be(self, tmp_path, capsys):
+        root = coco(tmp_path, images=[image_entry(7, "C:\\a\\two.jpg")])
+        save(root / "images" / "other" / "two.jpg", noise(40, 48))
+        code, _, err = run(self.words(root), capsys)
+        assert (
+            code == 2
+            and "has 2 images called two.jpg" in err
+            and "which of them C:" in err
+            and "two.jpg is: keep one" in err
+        )
+        whole = coco(tmp_path, images=[image_entry(7, "one.jpg"), image_entry(9, "C:\\x\\sub\\two.jpg")])
+        assert run(self.words(whole), capsys)[0] == 0, "the end of the path tells them apart"
+
+    def test_a_polygon_that_is_not_in_a_list_of_its_own(self, tmp_path):
+        entry = {"id": 1, "image_id": 7, "category_id": 5, "segmentation": square(10, 10, 5)}
+        root = coco(tmp_path, annotations=[entry])
+        convert_coco({"train": Annotations(root / "ann.json", root / "images")}, root / "out")
+        mask = np.asarray(Image.open(root / "out/masks/train/one.png"))
+        assert (mask[10:15, 10:15] == 2).all() and (mask > 0).sum() == 25
 
     @pytest.mark.parametrize(
         "segmentation",
         [
-            [[1, 2, 3, 4, 5]],
+            [[1, 2, 3, 4, 5, 6, 7]],
             [["x"] * 6],
             {"size": [40, 48]},
             {"size": [9, 9], "counts": [81]},
@@ -151,12 +222,17 @@ class TestCoco:
             {"size": [40, 48], "counts": None},
             [[1, 2, 3, float("nan"), 5, 6]],
             [[1, 2, 3, 1e300, 5, 6]],
+            {"counts": [40 * 48]},
+            {"size": [40, 48], "counts": [7]},
+            "a polygon",
+            5,
+            [1, 2, "3", 4, 5, 6],
         ],
     )
     def test_a_broken_outline_names_its_annotation(self, tmp_path, capsys, segmentation):
         entry = {"id": 55, "image_id": 7, "category_id": 5, "segmentation": segmentation}
         code, _, err = run(self.words(coco(tmp_path, annotations=[entry])), capsys)
-        assert code == 2 and "annotation 55 has no readable segmentation" in err
+        assert code == 2 and re.search("annotation 55 has no readable segmentation: (it|its|a|`counts`) ", err), err
         assert not (tmp_path / "out" / "classes.yaml").exists()
 
     def test_wrong_words_and_the_missing_extra(self, tmp_path, capsys, monkeypatch):
@@ -167,7 +243,7 @@ class TestCoco:
             (words[:4], "--images DIR"),
             ([*words, "--val_images", root], "--val_images only applies to --val"),
             ([*words[:2], root / "no.json", *words[3:]], "cannot read"),
-            ([*words[:2], root / "text.json", *words[3:]], "is no JSON"),
+            ([*words[:2], root / "text.json", *words[3:]], "is no JSON: it cannot be read from line 1, column 1"),
             ([*words[:-1], root / "nowhere"], "no folder"),
             ([*words, "--background", "red"], "choose class or ignore"),
             (["convert-data", "yolo", root], "choose coco or voc"),
@@ -282,7 +358,7 @@ class TestVoc:
             (lambda: None, "has the line 'background:0,0:': expected NAME:R,G,B::"),
             (lambda: (root / "labelmap.txt").write_text("a:0,0,0::\nb:0,0,0::"), "two classes the same colour"),
             (lambda: (root / "labelmap.txt").write_text("# nothing"), "names no classes"),
-            (lambda: (root / "labelmap.txt").unlink(), "neither labelmap.txt nor class_names.txt"),
+            (lambda: (root / "labelmap.txt").unlink(), "no list of the classes, such as labelmap.txt"),
             (lambda: shutil.rmtree(root / "SegmentationClass"), "no SegmentationClass/ with PNGs"),
             (lambda: shutil.rmtree(root), "no folder"),
         ):

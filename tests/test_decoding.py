@@ -20,9 +20,18 @@ from routeseg.data import cache, pairs
 from routeseg.data.cache import ImageCache
 from routeseg.data.config import DataConfig
 from routeseg.data.datamodule import SegmentationDataModule
-from routeseg.data.pairs import LabelMap, UnreadableImage, decode_image, read_image, read_label_file
+from routeseg.data.pairs import (
+    LabelMap,
+    UnreadableImage,
+    as_bytes,
+    decode_image,
+    read_image,
+    read_label_file,
+    read_pillow,
+)
 from routeseg.data.transforms import LUMA_RGB, jitter
 from routeseg.labels import IGNORE
+from routeseg.prediction.files import read_source
 
 ROTATED = 6  # EXIF orientation
 ENCODINGS = {
@@ -320,3 +329,248 @@ def test_of_several_frames_the_first_is_taken(tmp_path, caplog):
         assert read_image(tmp_path / name).max() < 20
         said = [record.getMessage() for record in caplog.records]
         assert said == ([f"{tmp_path / name} has 2 frames: the first one is taken"] if count == 2 else [])
+
+
+GREY = np.random.default_rng(1).integers(0, 65536, (32, 40)).astype(np.uint16)
+SMALL = np.random.default_rng(2).integers(0, 256, (32, 40, 3), dtype=np.uint8)
+
+
+def of_mode(mode: str) -> Image.Image:
+    """An image of one of Pillow's modes."""
+    if mode.startswith("I;16"):
+        return Image.frombytes(mode, (40, 32), GREY.astype(">u2" if mode == "I;16B" else "<u2").tobytes())
+    if mode == "I":
+        return Image.fromarray(GREY.astype(np.int32))
+    if mode == "F":
+        return Image.fromarray((GREY / 65535).astype(np.float32))
+    before = {"La": "LA", "RGBa": "RGBA", "PA": "P"}.get(mode)
+    base = Image.fromarray(SMALL)
+    return (base.convert(before) if before else base).convert(mode)
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png_of_bits(values: np.ndarray, bits: int, colour_type: int) -> bytes:
+    """A PNG of 1, 2 or 4 bits a pixel: greyscale, or of colour type 3 with a palette."""
+    rows = ("".join(format(int(value), f"0{bits}b") for value in row) for row in values)
+    packed = (int(row + "0" * (-len(row) % 8), 2).to_bytes((len(row) + 7) // 8, "big") for row in rows)
+    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, colour_type, 0, 0, 0)
+    palette = chunk(b"PLTE", bytes(range(3 * 2**bits))) if colour_type == 3 else b""
+    data = zlib.compress(b"".join(b"\0" + row for row in packed))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + palette + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+class TestOneReading:
+    """A path, bytes, an image of Pillow, an array and a tensor of the same image are the same pixels."""
+
+    MODES = ("1", "L", "P", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "LAB", "HSV", "LA", "La", "PA", "I", "F")
+
+    @pytest.mark.parametrize("mode", [*MODES, "I;16", "I;16L", "I;16B"])
+    def test_of_every_mode(self, tmp_path, mode):
+        image, path = of_mode(mode), tmp_path / "x.img"
+        pixels = read_pillow(image)
+        assert pixels.dtype == np.uint8 and pixels.shape == (32, 40, 3) and len(np.unique(pixels)) > 1
+        written = 0
+        for format in ("PNG", "TIFF", "BMP", "PPM", "GIF"):
+            try:
+                image.save(path, format)
+            except (OSError, KeyError, ValueError):
+                continue  # no mode of this format
+            if format in ("GIF", "PPM", "BMP") and mode not in ("1", "L", "P"):
+                continue  # which would write another mode
+            written += 1
+            assert np.array_equal(read_image(path), pixels), format
+            assert np.array_equal(read_source("x", path), pixels), format
+            with Image.open(path) as file:
+                assert np.array_equal(read_pillow(file), pixels), format
+                assert np.array_equal(read_pillow(file), pixels), f"{format}, which is decoded now"
+                values = np.asarray(file)
+            if values.ndim == 2 and file.mode != "P":
+                assert np.array_equal(as_bytes(np.stack([values] * 3, axis=-1)), pixels), format
+        assert written or mode in ("HSV", "La", "RGBa")
+
+    @pytest.mark.parametrize("bits", [16, 14, 12, 10, 8])
+    @pytest.mark.parametrize("suffix", ["png", "tif"])
+    def test_of_16_bits_the_range_is_that_of_the_values(self, tmp_path, caplog, bits, suffix):
+        """Colours and grey; nothing is cut off or black; what was found is said, once."""
+        pairs._say_depth.cache_clear()
+        deep = np.random.default_rng(0).integers(0, 1 << bits, (32, 40, 3)).astype(np.uint16)
+        deep[0, 0] = (1 << bits) - 1
+        expected = deep / ((1 << bits) - 1) * 255
+        for name, values in (("colour", deep), ("grey", deep[..., 0])):
+            path = tmp_path / f"{name}.{suffix}"
+            cv2.imwrite(str(path), values[..., ::-1] if values.ndim == 3 else values)
+            got = read_image(path)
+            assert np.abs(got - (expected if name == "colour" else expected[..., :1])).max() <= 0.51
+            with Image.open(path) as file:
+                assert np.array_equal(read_pillow(file), got)
+        assert np.array_equal(as_bytes(deep), read_image(tmp_path / f"colour.{suffix}"))
+        assert np.array_equal(as_bytes(deep.astype(np.int32)), as_bytes(deep))
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == (bits < 16) and all(f"read as {bits} bits" in line for line in said)
+
+    def test_colours_of_16_bits_are_turned(self, tmp_path):
+        data = cv2.imencode(".png", np.dstack([GREY, GREY // 2, GREY // 3]))[1].tobytes()
+        note = orientation(ROTATED).tobytes().removeprefix(b"Exif\0\0")
+        turned = read_image(written(tmp_path, png_with(data, b"eXIf", note)))
+        assert np.array_equal(turned, np.rot90(read_image(written(tmp_path, data)), -1))
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            (np.full((32, 40), 200, np.float32), "these go from 0 to 200"),
+            (np.full((32, 40), np.nan, np.float32), "these go from nan to nan"),
+            (np.full((32, 40), 70_000, np.int32), "these go from 0 to 70000"),
+            (np.full((32, 40), -5, np.int32), "these go from -5 to 0"),
+        ],
+    )
+    def test_a_range_that_nothing_tells_is_asked_for(self, tmp_path, values, message):
+        path = tmp_path / "x.tif"
+        Image.fromarray(values).save(path)
+        for read in (lambda: read_image(path), lambda: as_bytes(values), lambda: read_pillow(Image.fromarray(values))):
+            with pytest.raises(ValueError, match=message):
+                read()
+
+    def test_heic_is_named(self, tmp_path):
+        path = written(tmp_path, b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+        for read in (read_image, lambda path: read_source(path, path)):
+            with pytest.raises(UnreadableImage, match=r"cannot read .*picture\.img.*it is HEIC.*convert it to JPEG"):
+                read(path)
+
+
+class TestMasksAsStored:
+    @pytest.mark.parametrize("bits", [1, 2, 4])
+    @pytest.mark.parametrize("colour_type", [0, 3], ids=["grey", "palette"])
+    def test_few_bits(self, tmp_path, bits, colour_type):
+        values = np.random.default_rng(0).integers(0, 2**bits, (32, 41))
+        assert np.array_equal(read_label_file(written(tmp_path, png_of_bits(values, bits, colour_type))), values)
+
+    @pytest.mark.parametrize("most", [3, 20, 255, 1000, 65535])
+    @pytest.mark.parametrize("plain", [False, True])
+    def test_a_pgm_that_says_its_largest_value(self, tmp_path, most, plain):
+        values = np.random.default_rng(0).integers(0, min(most, 254) + 1, (32, 40))
+        raw = values.astype(np.uint8 if most < 256 else ">u2").tobytes()
+        data = b"P2 40 32 %d\n" % most + b" ".join(b"%d" % value for value in values.ravel())
+        path = written(tmp_path, data if plain else b"P5 40 32 %d\n" % most + raw)
+        assert np.array_equal(read_label_file(path), values)
+
+    @pytest.mark.parametrize("mode", ["I", "I;16", "I;16B"])
+    def test_16_bits_of_either_order(self, tmp_path, mode):
+        of_mode(mode).save(tmp_path / "x.tif")
+        assert np.array_equal(read_label_file(tmp_path / "x.tif"), GREY)
+
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [
+            ("x.bmp", {}),
+            ("x.gif", {}),
+            ("x.tif", {}),
+            ("x.tif", {"compression": "tiff_lzw"}),
+            ("x.jp2", {}),
+            ("x.pgm", {}),
+        ],
+    )
+    def test_every_format_that_keeps_values(self, tmp_path, name, options):
+        for values in (SMALL[..., 0], np.array([0, 128, 255], np.uint8)[SMALL[..., 0] % 3]):
+            Image.fromarray(values).save(tmp_path / name, **options)
+            assert np.array_equal(read_label_file(tmp_path / name), values)
+
+    @pytest.mark.parametrize("frames", [1, 2])
+    def test_lossless_webp(self, tmp_path, frames):
+        images = [Image.fromarray(SMALL), Image.fromarray(255 - SMALL)][:frames]
+        images[0].save(tmp_path / "x.webp", lossless=True, exact=True, save_all=True, append_images=images[1:])
+        assert np.array_equal(read_label_file(tmp_path / "x.webp"), SMALL)
+
+    @pytest.mark.parametrize(
+        ("name", "options", "what"),
+        [
+            ("x.jpg", {"quality": 100}, "JPEG"),
+            ("x.png", {"format": "JPEG"}, "JPEG"),
+            ("x.webp", {}, "a lossy WebP"),
+            ("x.webp", {"format": "WEBP", "save_all": True, "append_images": [Image.new("L", (40, 32))]}, "lossy WebP"),
+            ("x.jp2", {"irreversible": True}, "a lossy JPEG 2000"),
+            ("x.tif", {"compression": "jpeg"}, "a TIFF with jpeg compression"),
+            ("x.avif", {}, "AVIF"),
+        ],
+    )
+    def test_a_lossy_one_is_refused_with_the_reason(self, tmp_path, name, options, what):
+        Image.fromarray(SMALL[..., 0]).save(tmp_path / name, **options)
+        with pytest.raises(ValueError, match=rf"{name} is .*{what}, which does not keep the values.*as PNG"):
+            read_label_file(tmp_path / name)
+        assert read_image(tmp_path / name).shape == (32, 40, 3), "as an image it will do"
+
+    def test_whole_floats_are_numbers(self, tmp_path):
+        Image.fromarray(GREY.astype(np.float32)).save(tmp_path / "x.tif")
+        assert np.array_equal(read_label_file(tmp_path / "x.tif"), GREY)
+        for value in (0.5, np.nan, np.inf, 1e30):
+            Image.fromarray(np.full((32, 40), value, np.float32)).save(tmp_path / "x.tif")
+            with pytest.raises(ValueError, match=r"x\.tif is no label image.*mode F"):
+                read_label_file(tmp_path / "x.tif")
+
+    @pytest.mark.parametrize("mode", ["CMYK", "LAB"])
+    def test_a_mode_that_holds_neither_numbers_nor_colours_is_named(self, tmp_path, mode):
+        of_mode(mode).save(tmp_path / "x.tif")
+        with pytest.raises(ValueError, match=rf"x\.tif is no label image.*mode {mode}"):
+            read_label_file(tmp_path / "x.tif")
+
+    def test_colours_of_16_bits(self, tmp_path):
+        """They are read if 8 bits were written as 16; else two of them could become one."""
+        cv2.imwrite(str(tmp_path / "x.png"), SMALL[..., ::-1].astype(np.uint16) * 257)
+        assert np.array_equal(read_label_file(tmp_path / "x.png"), SMALL)
+        cv2.imwrite(str(tmp_path / "x.png"), SMALL[..., ::-1].astype(np.uint16))
+        with pytest.raises(ValueError, match=r"x\.png is no label image.*colours of 8 bits"):
+            read_label_file(tmp_path / "x.png")
+
+    def test_a_mask_with_the_note_of_its_image_is_turned_with_it(self, tmp_path):
+        Image.fromarray(SMALL[..., 0]).save(tmp_path / "x.png", exif=orientation(3))
+        assert np.array_equal(read_label_file(tmp_path / "x.png"), SMALL[::-1, ::-1, 0])
+
+
+class TestTransparency:
+    HERE = np.add.outer(np.arange(32), np.arange(40)) < 30
+
+    @pytest.mark.parametrize("below", [(0, 0, 0), (255, 255, 255), (9, 200, 3)])
+    def test_transparent_pixels_are_one_value_whatever_lies_under_them(self, tmp_path, below):
+        colours = np.where(self.HERE[..., None], (200, 10, 10), SMALL if below == (9, 200, 3) else below)
+        rgba = np.dstack([colours, np.where(self.HERE, 255, 0)]).astype(np.uint8)
+        for name in ("x.png", "x.tif", "x.webp"):
+            Image.fromarray(rgba).save(tmp_path / name, **({"lossless": True} if name == "x.webp" else {}))
+            got = read_label_file(tmp_path / name)
+            assert (got[self.HERE] == (200, 10, 10)).all() and not got[~self.HERE].any()
+
+    @pytest.mark.parametrize("below", [0, 255])
+    @pytest.mark.parametrize("mode", ["LA", "RGBA"])
+    def test_a_mask_that_is_alpha_alone(self, tmp_path, mode, below):
+        """Drawn in black on nothing, or on white that nobody sees."""
+        alpha, grey = np.where(self.HERE, 255, 0), np.where(self.HERE, 0, below)
+        pixels = np.dstack([grey] * (1 if mode == "LA" else 3) + [alpha]).astype(np.uint8)
+        Image.fromarray(pixels, mode).save(tmp_path / "x.png")
+        got = read_label_file(tmp_path / "x.png")
+        assert np.array_equal(got if mode == "LA" else got[..., 0], alpha)
+
+    def test_black_beside_transparent_pixels_is_said(self, tmp_path, caplog):
+        pairs._say_black.cache_clear()
+        rgba = np.dstack([SMALL * (SMALL[..., :1] > 99), 255 * self.HERE]).astype(np.uint8)
+        Image.fromarray(rgba).save(tmp_path / "x.png")
+        for _ in range(2):
+            assert not read_label_file(tmp_path / "x.png")[~self.HERE].any()
+        assert [record.getMessage()[:33] for record in caplog.records] == ["masks have transparent pixels, an"]
+
+    def test_numbers_beside_alpha(self, tmp_path):
+        numbers = SMALL[..., 0]
+        for alpha, expected in ((np.full((32, 40), 255), numbers), (255 * self.HERE, numbers * self.HERE)):
+            Image.fromarray(np.dstack([numbers, alpha]).astype(np.uint8), "LA").save(tmp_path / "x.png")
+            assert np.array_equal(read_label_file(tmp_path / "x.png"), expected)
+
+    def test_a_palette_with_alpha(self, tmp_path):
+        image = Image.fromarray(SMALL[..., 0] % 3)
+        image.putpalette([10, 20, 30, 200, 0, 0, 0, 200, 0])
+        numbers, colours = np.asarray(image), np.asarray(image.convert("RGB"))
+        image.save(tmp_path / "x.png", transparency=0)
+        assert np.array_equal(read_label_file(tmp_path / "x.png"), numbers), "numbers stay what they are"
+        expected = np.where(numbers[..., None] > 0, colours, 0)
+        assert np.array_equal(read_label_file(tmp_path / "x.png", palette=True), expected)
+        image.convert("PA").save(tmp_path / "x.tif")
+        assert np.array_equal(read_label_file(tmp_path / "x.tif"), numbers)

@@ -10,6 +10,7 @@ import subprocess
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -18,6 +19,7 @@ import routeseg
 import tables
 from routeseg.cli import main
 from routeseg.cli.parser import Parser
+from routeseg.cost.macs import exit_costs
 from routeseg.data import config
 from routeseg.data.scenes import draw_scene
 
@@ -41,6 +43,9 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$\n?", re.MULTILINE | re.DOTALL)  # lan
 COMMAND = re.compile(r"(?:^|\s)(?:\S*/)?routeseg(?:\.cli)? ([a-z][\w-]+ .*)")
 
 
+BUDGET = re.compile(r"\b([\d.]+)GMACs")
+
+
 def blocks(path: Path, *languages: str) -> list[str]:
     """The code blocks of a document in these languages."""
     return [code for language, code in BLOCK.findall(path.read_text()) if language in languages]
@@ -61,8 +66,6 @@ def test_quoted_files_say_where_they_come_from():
     for name in quoted:
         facts = json.loads((ROOT / name).read_text())
         assert {"machine", "date", "versions"} <= set(facts) and not facts.get("missing"), name
-    small_batch = json.loads((ROOT / "results" / "small_batch_cpu.json").read_text())
-    assert not any(run["diverged"] for row in small_batch["rows"] for run in row["runs"])
 
 
 def test_a_block_is_rewritten_and_a_table_that_is_not_there_is_named(tmp_path):
@@ -194,10 +197,36 @@ def test_the_site(tmp_path):
 
 def test_the_python_of_the_readme(capsys, one_thread, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Image.fromarray(draw_scene(0, 0, (96, 128), "mixed")[0]).save("street.jpg")
     (code,) = blocks(ROOT / "README.md", "python")
     assert len([line for line in code.splitlines() if line]) <= 5
     exec(compile(code, "README.md", "exec"), {})
     classes, cost = capsys.readouterr().out.splitlines()
-    assert classes.startswith("{'") and classes.endswith("} (96, 128)") and len(cost.split()) == 2
-    assert Image.open("overlay.png").width > 128
+    assert classes.startswith("{'") and classes.endswith("} (480, 640)") and len(cost.split()) == 2
+    assert Image.open("overlay.png").width >= 640
+
+
+def test_the_sample_is_drawn_and_small():
+    drawn = draw_scene(11, 0, (480, 640), "small")[0].astype(int)
+    shipped = np.asarray(Image.open(routeseg.sample())).astype(int)
+    assert np.abs(drawn - shipped).mean() < 3 and routeseg.sample().stat().st_size < 200_000
+
+
+def test_budgets_in_macs_are_kept_by_the_network_that_comes_along():
+    """On the sample, and on CamVid's frames: so on a photo of usual size."""
+    model = routeseg.load()
+    said = {
+        float(one)
+        for path in DOCUMENTS
+        if path.stem not in ("lab", "CHANGELOG")
+        for one in BUDGET.findall(path.read_text())
+    }
+    assert said
+    for size in ((360, 480), (480, 640)):
+        costs = exit_costs(model, size) / 1e9
+        assert costs[0] < min(said) and max(said) < costs[-1]
+
+
+def test_the_export_of_the_readme_is_of_the_network_that_it_trains():
+    """From the network that comes along: one with exits, which no file holds yet."""
+    ((name, *_, route),) = [words[1:] for words in commands(ROOT / "README.md") if words[0] == "export"]
+    assert name == "runs/my/best" and route in routeseg.load().config.named_routes

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import math
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ import routeseg
 from routeseg import DynamicRoutingNetwork, LatencyTable, Route, SkipEngine, model_cost
 from routeseg.cli import main
 from routeseg.cost.budget import Budget
+from routeseg.cost.latency import PARTS, exit_ms, network_shape
 from routeseg.cost.request import Asked
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.loaders import evaluation_loader
@@ -25,7 +28,7 @@ from routeseg.evaluation import evaluate
 from routeseg.evaluation.choice import AllExits, mean_iou
 from routeseg.model.choice import LossChoice, ridge
 from routeseg.model.exits import TABLE
-from routeseg.model.request import Request, exit_of
+from routeseg.model.request import exit_of
 from routeseg.training.calibration import calibrate, choose, price_table
 from routeseg.training.callbacks import ValidateAndSave
 from routeseg.training.fused import Fused
@@ -339,7 +342,8 @@ class TestCalibration:
     def test_the_table_goes_from_the_dearest_to_the_cheapest(self):
         rng = np.random.default_rng(0)
         losses = rng.normal(size=(200, 3)) * 0.1 + (0.9, 0.6, 0.5)
-        predicted, costs, exits = list(map(torch.from_numpy, (losses, losses[:, 1:]))), np.array([0.2, 0.5, 1.0]), predicting(2)
+        predicted, costs = list(map(torch.from_numpy, (losses, losses[:, 1:]))), np.array([0.2, 0.5, 1.0])
+        exits = predicting(2)
         prices, frequencies = price_table(lambda price: choose(exits, predicted, costs, price), costs)
         assert prices.shape == (TABLE,) and (np.diff(prices) >= 0).all()
         assert np.allclose(frequencies.sum(1), 1) and frequencies[0, 2] == 1 and frequencies[-1, 0] == 1
@@ -391,6 +395,11 @@ class TestCalibration:
             assert lost[number, exit] == pytest.approx(200 * (scores[1] - mean_iou(seen, alone)))
         unseen = np.pad(confusion, ((0, 0), (0, 0), (0, 1), (0, 1)))
         assert np.allclose(AllExits.of(unseen).lost(), lost), "a class that never occurs does not count"
+        unseen[:, :, 0, 3] = 5  # it is predicted, though
+        everywhere = np.ones(200, dtype=int)
+        total = unseen[:, 1].sum(0)[:3]
+        expected = np.diag(total) / (total.sum(0)[:3] + total.sum(1) - np.diag(total))
+        assert mean_iou(AllExits.of(unseen), everywhere) == pytest.approx(expected.mean()), "nor does it count"
 
     def test_pictures_without_labels_do_not_count(self, model):
         pictures = list(evaluation_loader(open_data(DATA, "val")))
@@ -415,6 +424,22 @@ class TestAsked:
     def test_units(self, text, value, unit):
         asked = Asked.parse(text)
         assert asked.value == pytest.approx(value) and asked.unit == unit
+
+    @pytest.mark.parametrize("number", [0.4, np.float32(0.4), np.array(0.4), torch.tensor(0.4), Fraction(2, 5)])
+    def test_numbers_of_any_kind_are_shares(self, number):
+        asked = Asked.parse(number)
+        assert asked.value == pytest.approx(0.4) and asked.unit == "share"
+        assert Asked.parse(np.int64(1)).value == 1
+
+    @pytest.mark.parametrize("number", [40, np.int64(40), np.float32(40)])
+    def test_percents_are_no_number(self, number):
+        with pytest.raises(ValueError, match='40.*a share of the full network.*40 percent is the text "40%"'):
+            Asked.parse(number)
+
+    @pytest.mark.parametrize("number", [0, -0.5, math.nan, math.inf, 10**400, True, [0.4, 0.5], b"x", np.ones(3)])
+    def test_numbers_that_are_no_share(self, number):
+        with pytest.raises(ValueError, match="is a share of the full network, above 0 up to 1"):
+            Asked.parse(number)
 
     @pytest.mark.parametrize("text", ["", "much", "-1", "0", "0%", "nan", "inf", "120%", "1.5", "1.2.3%", "5 hours"])
     def test_what_is_no_budget(self, text):
@@ -455,8 +480,35 @@ class TestAsked:
         half = LatencyTable(table.size, "cpu", "bfloat16", table.network, table.fixed_ms, table.part_ms)
         with pytest.raises(ValueError, match="is for bfloat16, the network runs in float32"):
             Budgeted(SkipEngine(model), model, Asked.parse("9ms", half, "t.json"))
-        with pytest.raises(ValueError, match="is for images of"):
-            Asked.parse("1ms", table, "t.json").price(model, (128, 128))
+        other = network(exits=[0, 2, 4], base_channels=16)
+        with pytest.raises(ValueError, match="t.json is the latency of another network"):
+            Budgeted(SkipEngine(other), other, Asked.parse("9ms", table, "t.json"))
+
+    def test_milliseconds_at_other_sizes(self, model, tmp_path):
+        """Between two tables in proportion to the pixels, beyond them as all but the call grows."""
+        shape, scales = network_shape(model.config), model.space.num_scales
+
+        def table(size, ms):
+            fixed, parts = {"stem": ms, "call": 5.0}, np.full((scales, len(PARTS)), ms)
+            return LatencyTable(size, "cpu", "float32", shape, fixed, parts, {"glance_ms": 0.0})
+
+        small, large = table((64, 64), 1.0), table((128, 128), 7.0)
+        for number, one in enumerate((large, small, replace(small, precision="bfloat16"))):
+            one.write(tmp_path / f"latency_{number}.json")
+        tables = LatencyTable.read_all(tmp_path)
+        ends = [one.of_exits(model.config) for one in (small, large)]
+        for size, expected in (
+            ((64, 64), ends[0]), ((50, 60), ends[0]), ((128, 128), ends[1]), ((64, 160), ends[0] / 2 + ends[1] / 2),
+            ((256, 128), 5 + 2 * (ends[1] - 5)), ((32, 64), 5 + (ends[0] - 5) / 2),
+        ):  # fmt: skip
+            assert np.allclose(exit_ms(tables[:2], model.config, size, "t"), expected), size
+        engine = Budgeted(SkipEngine(model), model, Asked.parse(f"{ends[1].mean()}ms", tables, tmp_path))
+        assert [one.precision for one in engine.asked.latency] == ["float32"] * 2
+        for size in ((64, 64), (96, 128), (128, 128)):
+            engine(torch.rand(1, 3, *size))
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(ValueError, match="no latency table in .*empty"):
+            LatencyTable.read_all(tmp_path / "empty")
 
     def test_milliseconds_of_decisions(self, model, tmp_path):
         """An image that leaves at an exit has decided there and before; at the last one nothing is to decide."""

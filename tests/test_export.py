@@ -17,7 +17,6 @@ from routeseg import DynamicRoutingNetwork, Route
 from routeseg.config import NetworkConfig
 from routeseg.cost.macs import model_cost
 from routeseg.description import NetworkDescription, describe
-from routeseg.model.checkpoints import GATED
 
 onnx = pytest.importorskip("onnx", reason="the extra routeseg[onnx]")
 ort = pytest.importorskip("onnxruntime", reason="the extra routeseg[onnx]")
@@ -141,14 +140,6 @@ def test_routes_of_different_seeds_and_what_they_reach():
             kinds["dropped"] += (reached & ~runs).sum()
             kinds["no map at the end"] += (~reached[-1]).sum()
     assert all(kinds[kind] > 0 for kind in ("on zeros", "dropped", "no map at the end")), kinds
-
-
-def test_the_shipped_network(tmp_path):
-    if not GATED.is_dir():
-        pytest.skip("this copy comes without the small network")
-    model = routeseg.load(GATED)
-    (gates,) = compare(with_ort(build_onnx(model)), model, [(96, 128)])
-    assert 0 < float((gates > 0).float().mean()) < float(model.space.legal.mean())
 
 
 def test_openvino(tmp_path):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from conftest import spread_gates
 from routeseg import DynamicRoutingNetwork, Route, SkipEngine, load, model_cost
-from routeseg.counting import ONCE, Macs, conv_norm, each
+from routeseg.counting import ONCE, Macs, conv_norm_macs, each
 from routeseg.engine.compiled import CompiledForward, is_compiled
 from routeseg.engine.folding import FoldedForward
 from routeseg.errors import NotExportable
@@ -129,8 +129,8 @@ class PlainBackbone(Backbone):
     @classmethod
     def stage_macs(cls, s: int) -> Macs:
         if s == 0:
-            return conv_norm(3 * 9, 8, stride=2) + conv_norm(8 * 9, 16, stride=4)
-        return conv_norm(cls.channels[s - 1] * 9, cls.channels[s], stride=4 * 2**s)
+            return conv_norm_macs(3 * 9, 8, stride=2) + conv_norm_macs(8 * 9, 16, stride=4)
+        return conv_norm_macs(cls.channels[s - 1] * 9, cls.channels[s], stride=4 * 2**s)
 
     @classmethod
     def weights(cls, stages: int) -> dict[str, Tensor]:

@@ -409,6 +409,18 @@ class TestCharts:
         read(tmp_path / "cost.png")
         assert any(t.startswith(f"mean {np.mean(cost):.3g} GMACs") for t in texts)
 
+    def test_costs_of_several_sizes_are_shares_of_what_each_image_costs_at_most(self, tmp_path, texts, monkeypatch):
+        """Two images, of which the large one costs five times as much and has the smaller share."""
+        drawn = []
+        monkeypatch.setattr("routeseg.figures.charts.save_figure", lambda figure, *_: drawn.append(figure))
+        figures.cost_histogram(tmp_path / "cost.png", [1.0, 5.0], [2.0, 20.0])
+        axis = drawn[0].axes[0]
+        bars = [bar for bar in axis.patches if bar.get_height()]
+        assert bars[0].get_x() == 25 and bars[-1].get_x() + bars[-1].get_width() == 50
+        said = [text.get_text() for text in axis.texts]
+        assert said == ["mean 3 GMACs, 38 % of full"] and axis.get_xlim()[1] < 60 and not axis.child_axes
+        assert [label.get_text() for label in drawn[0].axes[1].get_xticklabels()][2] == "full: 2 to 20 GMACs"
+
     def test_cost_histogram_refuses_what_is_no_cost(self, tmp_path):
         for cost, full in (([], 1), ([float("nan")], 1), ([1], 0)):
             with pytest.raises(ValueError):

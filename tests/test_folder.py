@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,9 @@ from routeseg.data.pairs import LabelMap, UnreadableImage
 from routeseg.data.sets.folder import Fraction, open_folder, read_description, write_classes
 from routeseg.data.sets.voc import voc_palette
 from routeseg.labels import IGNORE
+
+# A list of a list of ... of words, by aliases: 10 ** 11 words in a few lines.
+BOMB = "a: &a [x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in pairwise("abcdefghijk"))
 
 
 def blocks(values, height: int = 32, width: int = 40, seed: int = 0) -> np.ndarray:
@@ -260,12 +264,33 @@ class TestWhereFilesLie:
 
     def test_a_missing_classes_file_shows_what_is_expected(self, folder_root):
         (folder_root / "classes.yaml").unlink()
-        (folder_root / "masks").rename(folder_root / "labels")
+        (folder_root / "masks").rename(folder_root / "other")
         with pytest.raises(
             ValueError,
             match=r"no file .*classes\.yaml.* no folder .*masks(?s:.*)ROOT/images/train(?s:.*)names: \[road, car\]",
         ):
             open_folder(folder_root, "train")
+
+    @pytest.mark.parametrize(("image", "mask"), [("webp", "tif"), ("tiff", "bmp"), ("gif", "gif"), ("bmp", "jp2")])
+    def test_every_format_that_is_decoded(self, tmp_path, image, mask):
+        root = describe(tmp_path, "names: [a, b]")
+        for split in ("train", "val"):
+            save(root / "images" / split / f"x.{image}", noise(32, 40))
+            save(root / "masks" / split / f"x.{mask}", blocks([0, 1]).astype(np.uint8))
+        for split in ("train", "val"):
+            assert np.array_equal(open_folder(root, split).read(0)[1], blocks([0, 1]))
+
+    def test_files_that_are_no_images(self, tmp_path, capsys):
+        """They are counted; if there is nothing else, they are named."""
+        root = write_pictures(describe(tmp_path / "mine", "names: [a, b]"), ["train/x", "val/y"])
+        for name in ("a.heic", "b.HEIC", "c.mov", ".hidden.txt"):
+            (root / "images" / "train" / name).write_bytes(b"x")
+        code, out, _ = run(["check-data", root, "--output", tmp_path / "o"], capsys)
+        assert code == 0 and "that are no images (2 .heic, 1 .mov): 3 of 4" in out.replace("\n", " ")
+        assert names_of(root, "train") == ["x"]
+        (root / "images" / "train" / "x.png").unlink()
+        with pytest.raises(ValueError, match=r"images/train holds no images .* but 2 \.heic, 1 \.mov: convert to PNG"):
+            open_folder(root, "train")
 
 
 class TestSplits:
@@ -285,7 +310,7 @@ class TestSplits:
             ("x\ngone\n", r"images/gone\.\* is not there, though .*t\.txt lists it \(1 of 2"),
             ("x\nunlabelled\n", r"masks/unlabelled\.\* is not there, though .*t\.txt lists it"),
             ("x\nx\n", r"t\.txt names x more than once"),
-            ("x\nx.png\n", r"t\.txt names a picture with and without its suffix"),
+            ("x\nx.png\n", r"t\.txt names x more than once"),
             ("\n", r"t\.txt is empty"),
             (None, r"no file .*t\.txt"),
         ],
@@ -324,7 +349,7 @@ class TestSplits:
                 train, val = (Fraction(share).takes(names, split) for split in ("train", "val"))
                 assert train and val and sorted(train + val) == names
         root = write_pictures(describe(tmp_path, "names: [a, b]\nsplit: {val_fraction: 0.5}"), ["x"])
-        with pytest.raises(ValueError, match="only one: add more"):
+        with pytest.raises(ValueError, match="only one image to divide into training and validation: add more"):
             open_folder(root, "train")
 
     def test_a_fraction_of_a_list(self, tmp_path):
@@ -348,6 +373,11 @@ class TestDescription:
             ("names: [a, b, a]", "`names` has a more than once"),
             (f"names: [{', '.join(map(str, range(300)))}]", "300 names"),
             ("names: [a", "line 1"),
+            ("names: &a [*a]", "more than 20000 values"),
+            ("names: " + "[" * 5000, "nested too deeply"),
+            (f"names: [a]\n{BOMB}mask_suffix: *k", "more than 20000 values"),
+            (f"names: [a]\n{BOMB}? *k\n: 1", "more than 20000 values"),
+            ("names: [a]\n? [a]\n: 1", "unhashable key"),
             ("names: [a]\nmapping: {x: 0}", "`mapping` has 'x': give a label value .* or a colour"),
             ('names: [a]\nmapping: {"#80408": 0}', "`mapping` has '#80408'"),
             ("names: [a]\nmapping: [0, 1]", "`mapping` must be of the form"),

@@ -163,7 +163,7 @@ def test_the_number_of_threads_changes_nothing(monkeypatch):
     for threads in (1, 2, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
         model = network(base_channels=32)
-        for name, value in [("z", fused.conv_norm(fused.Term(images()), model.stem[0]).map)]:
+        for name, value in [("z", fused.convolved(fused.Term(images()), model.stem[0]).map)]:
             found.append((name, value.detach().clone()))
         step(model, images(), Fused())
         found.append([p.grad for p in model.stem.parameters()])

@@ -145,12 +145,10 @@ def test_file(tmp_path, tiny_network):
     table.write(file)
     read = LatencyTable.read(file)
     assert read.as_dict() == table.as_dict() and read.fingerprint == table.fingerprint
-    read.check(tiny_network.config, SIZE, file)
-    with pytest.raises(ValueError, match="64x96.*64x64"):
-        read.check(tiny_network.config, (64, 64), file)
+    read.check(tiny_network.config, file)
     wider = DynamicRoutingNetwork(num_classes=5, depth=4, base_channels=16, stem_channels=8)
     with pytest.raises(ValueError, match="another network: base_channels is 8 there, 16 here"):
-        read.check(wider.config, SIZE, file)
+        read.check(wider.config, file)
     data = json.loads(file.read_text())
     for damage in (
         {"fixed_ms": {"stem": -1}},
@@ -178,7 +176,6 @@ def test_command(tmp_path, capsys):
     code, out, err = run([*words, f"--json={tmp_path / 'result.json'}"], capsys)
     assert code == 0, err
     file = tmp_path / "net" / "latency_cpu_64x96_float32.json"
-    assert file.with_suffix(".png").stat().st_size > 10_000
     assert "cells" in out and "ms per GMAC" in out and "4 random routes" in out
     stored = json.loads(file.read_text())
     assert stored["machine"]["threads"] == 1 and stored["command"][:2] == ["profile", checkpoint]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import yaml
@@ -144,6 +147,195 @@ class TestClasses:
             find_classes(root / "masks")
 
 
+def resized(vals, factor: float, how: int):
+    """What draws masks of these values, resized with soft edges."""
+    return lambda k: cv2.resize(blobs(k, vals), None, fx=factor, fy=factor, interpolation=how)
+
+
+def blobs(seed: int, values, height: int = 96, width: int = 128) -> np.ndarray:
+    """Discs of each value on the first one."""
+    rng, mask = np.random.default_rng(seed), np.zeros((height, width), np.intp)
+    rows, columns = np.ogrid[:height, :width]
+    for kind in list(range(1, len(values))) * 2:
+        row, column, radius = rng.integers(10, height - 10), rng.integers(10, width - 10), rng.integers(8, 20)
+        mask[(rows - row) ** 2 + (columns - column) ** 2 < radius**2] = kind
+    return np.array(values, np.uint16 if np.max(values) > 255 else np.uint8)[mask]
+
+
+def jpeg_and_back(quality: int, values=(0, 255)):
+    def draw(seed: int) -> np.ndarray:
+        data = io.BytesIO()
+        Image.fromarray(blobs(seed, values)).save(data, "JPEG", quality=quality)
+        return np.asarray(Image.open(data))
+
+    return draw
+
+
+def drawn(root: Path, draw, count: int = 4) -> Path:
+    """Masks of `draw(number)`, two of them for validation, and images of their size."""
+    for k in range(count):
+        name, mask = f"{'val' if k >= count - 2 else 'train'}/p{k}.png", draw(k)
+        save(root / "masks" / name, mask)
+        save(root / "images" / name, noise(*mask.shape[:2], k))
+    return root
+
+
+def dabbed(*dabs):
+    """Masks of 0 and 255 with squares of other values, (mask, value, side), in a corner."""
+
+    def draw(seed: int) -> np.ndarray:
+        mask = blobs(seed, (0, 255))
+        mask[:12, :12] = 0
+        for place, (number, value, side) in enumerate(dabs):
+            if number == seed:
+                mask[2 : 2 + side, 2 + 4 * place : 2 + 4 * place + side] = value
+        return mask
+
+    return draw
+
+
+class TestWithoutAnArea:
+    """Values that occur only where others meet, or in a few pixels: nobody painted with them."""
+
+    @pytest.mark.parametrize(
+        ("draw", "strange"),
+        [
+            (resized((0, 255), 0.5, cv2.INTER_AREA), {64, 128, 191}),
+            (resized((0, 255), 2, cv2.INTER_LINEAR), {48, 64, 191, 207}),
+            (jpeg_and_back(95), {1, 2, 253, 254}),
+            (jpeg_and_back(100), {1, 254}),
+            (dabbed((0, 1, 1), (1, 254, 1)), {1, 254}),
+            (dabbed((0, 7, 1)), {7}),
+        ],
+        ids=["area", "bilinear", "JPEG 95", "JPEG 100", "two slips", "one slip"],
+    )
+    def test_they_are_ignored_and_white_is_the_foreground(self, tmp_path, draw, strange):
+        found = find_classes(drawn(tmp_path, draw) / "masks")
+        assert found.description["names"] == ["background", "foreground"]
+        mapping = found.description["mapping"]
+        assert mapping[0] == 0 and mapping[255] == 1 and {v for v in mapping if mapping[v] == IGNORE} >= strange
+        assert "without an area of their own" in str(found) and "255 is ignored" not in str(found)
+        data = open_folder(tmp_path, "train")
+        for index in range(len(data)):
+            stored, labels = draw(index), data.read(index)[1]
+            assert (labels[stored == 255] == 1).all() and (labels[stored == 0] == 0).all()
+            assert (labels[(stored > 0) & (stored < 255)] == IGNORE).all()
+
+    def test_of_colours_too(self, tmp_path):
+        found = find_classes(drawn(tmp_path, resized((BLACK, RED, (0, 255, 0)), 0.5, cv2.INTER_AREA)) / "masks")
+        assert found.description["names"] == ["background", "#00ff00", "#ff0000"]
+        assert found.description["mapping"]["#800000"] == IGNORE
+
+    @pytest.mark.parametrize(
+        "draw",
+        [resized((0, 255), 0.7, cv2.INTER_LINEAR), resized((0, 255), 1.5, cv2.INTER_LANCZOS4), jpeg_and_back(60)],
+        ids=["bilinear", "lanczos", "JPEG"],
+    )
+    def test_many_are_refused(self, tmp_path, draw):
+        with pytest.raises(UnclearMasks, match="fill no area of their own.*nearest neighbours"):
+            find_classes(drawn(tmp_path, draw) / "masks")
+
+    def test_thin_lines_and_dots_are_classes(self, tmp_path):
+        lines = drawn(tmp_path / "lines", lambda k: np.eye(96, 128, k, dtype=np.uint8) * 9)
+        assert find_classes(lines / "masks").description["names"] == ["class 0", "class 9"]
+        dots = np.zeros((96, 128), np.uint8)
+        dots[10::20, 10::20] = 1
+        dots = drawn(tmp_path / "dots", lambda k: dots)
+        assert find_classes(dots / "masks").description["names"] == ["class 0", "class 1"]
+
+    def test_borders_that_are_counted_are_classes(self, tmp_path):
+        """0, 1 and 2, as cells are labelled: 1 is a line around each 2."""
+
+        def draw(k):
+            cells = blobs(k, (0, 2))
+            return np.where((cells == 0) & (cv2.dilate(cells, np.ones((3, 3), np.uint8)) > 0), 1, cells).astype(
+                np.uint8
+            )
+
+        found = find_classes(drawn(tmp_path, draw) / "masks")
+        assert found.description == {"names": ["class 0", "class 1", "class 2"]}
+
+    def test_colours_a_step_apart(self, tmp_path, capsys):
+        """In different masks they may be one class: a warning. Numbers of classes in one channel are not."""
+        root = drawn(tmp_path / "mine", lambda k: blobs(k, (BLACK, (255 - k % 2, 0, 0))))
+        code, out, _ = run(["check-data", root, "--output", tmp_path / "o"], capsys)
+        assert code == 0 and '"#fe0000" and "#ff0000" hardly differ, and no label has both' in out
+        assert "ready, with warnings" in out
+        root = drawn(tmp_path / "ids", lambda k: blobs(k, (BLACK, (1, 0, 0), (2, 0, 0))))
+        assert "hardly differ" not in run(["check-data", root, "--output", tmp_path / "o"], capsys)[1]
+
+
+class TestWhite:
+    """255 is ignored only if nothing says that it is painted."""
+
+    @pytest.mark.parametrize(
+        ("draw", "why"),
+        [
+            (lambda k: blobs(k, (0, 255) if k == 0 else (0, 1)), "in 1 of 4 masks it is all that there is beside 0"),
+            (lambda k: blobs(k, (0, 255) if k == 3 else (0, 1)), "in 1 of 4 masks"),
+            (dabbed((0, 1, 4)), "in 3 of 4 masks"),
+            (lambda k: blobs(k, (0, 100, 200, 255)), "0, 100, 200, 255 look like grey levels"),
+            (lambda k: blobs(k, (0, 7, 254, 255)), "254 is hardly a class beside it"),
+            (lambda k: blobs(k, (0, 65535) if k == 0 else (0, 1, 2)).astype(np.uint16), "is 65535 a class"),
+        ],
+        ids=["a file of train", "a file of val", "a dab", "grey levels", "beside 254", "16 bits"],
+    )
+    def test_it_is_asked_for(self, tmp_path, draw, why):
+        root = drawn(tmp_path / "mine", draw)
+        with pytest.raises(UnclearMasks, match=why) as error:
+            find_classes(root / "masks")
+        assert "% of the pixels" in str(error.value)
+        lines = re.findall(r"(if it is [^:]*): `([^`]*)`", str(error.value))
+        assert len(lines) >= 2
+        for when, line in lines:  # each of them is a whole classes.yaml
+            white = re.search(r"is (\d+) a class", str(error.value))[1]
+            describe(root, line)
+            target = read_description(root / "classes.yaml").values[int(white)]
+            assert (target == IGNORE) == (when == "if it is ignored")
+            train, val = open_folder(root, "train"), open_folder(root, "val")
+            for k, labels in enumerate((train.read(0)[1], train.read(1)[1], val.read(0)[1], val.read(1)[1])):
+                assert (labels[draw(k) == int(white)] == target).all()
+
+    @pytest.mark.parametrize("values", [(0, 128, 255), (0, 127, 255), (0, 85, 170, 255), (0, 32768, 65535)])
+    def test_even_steps_up_to_it_are_classes(self, tmp_path, values):
+        found = find_classes(drawn(tmp_path, lambda k: blobs(k, values)) / "masks")
+        assert found.description["mapping"] == {value: k for k, value in enumerate(values)}
+        assert f"{values[-1]} is a class" in str(found)
+
+    @pytest.mark.parametrize("values", [(0, 1, 255), (0, 5, 9, 255), (1, 2, 255)])
+    def test_beside_other_classes_it_is_ignored(self, tmp_path, values):
+        found = find_classes(drawn(tmp_path, lambda k: blobs(k, values)) / "masks")
+        assert len(found.description["names"]) == len(values) - 1 and "255 is ignored" in str(found)
+
+    def test_65535_is_what_255_is(self, tmp_path, capsys):
+        found = find_classes(drawn(tmp_path / "a", lambda k: blobs(k, (0, 1, 65535))) / "masks")
+        assert found.description["names"] == ["class 0", "class 1"] and "65535 is ignored" in str(found)
+        assert found.description["mapping"][65535] == IGNORE
+        found = find_classes(drawn(tmp_path / "b", lambda k: blobs(k, (0, 65535))) / "masks")
+        assert found.description == {"names": ["background", "foreground"], "mapping": {0: 0, 65535: 1}}
+        root = describe(tmp_path / "a", "names: [a, b, c]")
+        out = run(["check-data", root, "--output", tmp_path / "o"], capsys)[1]
+        assert "`mapping: {65535: 255}` if 65535 stands for what is ignored" in out
+
+    def test_what_is_below_0_is_ignored(self, tmp_path):
+        for k in range(2):
+            save(tmp_path / "masks" / f"{k}.tif", blobs(k, (0, 1, 2)).astype(np.int32) - 1)
+        found = find_classes(tmp_path / "masks")
+        assert found.description == {"names": ["class 0", "class 1"], "mapping": {0: 0, 1: 1, 255: IGNORE, -1: IGNORE}}
+        assert "-1 is ignored" in str(found)
+
+    def test_in_a_classes_file_too(self, tmp_path, capsys):
+        root = drawn(tmp_path / "mine", lambda k: blobs(k, (0, 255) if k == 0 else (0, 1)))
+        describe(root, "names: [a, b]")
+        code, out, _ = run(["check-data", root, "--output", tmp_path / "o"], capsys)
+        assert code == 2 and "in 1 of 2 labels 255 is all that there is beside 0" in out
+        assert f"{root}/masks/train/p0.png" in out and "p1.png" not in out
+        for target in ("ignore", "b"):
+            assert f"`mapping: {{255: {target}}}`" in out
+            describe(root, f"names: [a, b]\nmapping: {{255: {target}}}")
+            assert run(["check-data", root, "--output", tmp_path / "o"], capsys)[0] == 0
+
+
 class TestUnclear:
     def test_soft_borders(self, tmp_path):
         root = unnamed(tmp_path, (BLACK, RED, GREEN))
@@ -159,7 +351,7 @@ class TestUnclear:
             mask = np.array(Image.open(path).resize((400, 320), Image.Resampling.NEAREST))
             mask[0, :50] = np.arange(20, 70)
             save(path, mask)
-        with pytest.raises(UnclearMasks, match="52 different numbers.*never painted"):
+        with pytest.raises(UnclearMasks, match="52 different numbers, of which 50 fill no area of their own"):
             find_classes(root / "masks")
 
     def test_numbers_of_things(self, tmp_path):
@@ -171,7 +363,9 @@ class TestUnclear:
     def test_jpegs(self, tmp_path):
         root = unnamed(tmp_path, (0, 255))
         mask_files(root)[0].rename(root / "masks" / "train" / "p0.jpg")
-        with pytest.raises(UnclearMasks, match=r"train/p0\.jpg does not tell.*JPEGs, which do not keep values.*as PNG"):
+        assert len(find_classes(root / "masks").description["names"]) == 2, "it is a PNG with a wrong name"
+        save(root / "masks" / "train" / "p0.jpg", blocks([0, 255]).astype(np.uint8))
+        with pytest.raises(UnclearMasks, match=r"train/p0\.jpg is of the format JPEG, which does not keep.*as PNG"):
             find_classes(root / "masks")
 
     def test_numbers_beside_colours(self, tmp_path):
@@ -187,11 +381,12 @@ class TestUnclear:
 
     def test_check_data_tells_it_beside_all_else(self, tmp_path, capsys):
         root = unnamed(tmp_path / "mine", (0, 255))
-        mask_files(root)[0].rename(root / "masks" / "train" / "p0.jpg")
-        mask_files(root)[0].unlink()
+        save(root / "masks" / "train" / "p0.jpg", blocks([0, 255]).astype(np.uint8))
+        for path in mask_files(root)[:2]:
+            path.unlink()
         save(root / "masks" / "train" / "p2.png", blocks([0, 255], 24, 24).astype(np.uint8))
         code, out, err = run(["check-data", root, "--output", tmp_path / "o"], capsys)
-        assert code == 2 and not err and "JPEGs, which do not keep values" in out
+        assert code == 2 and not err and "of the format JPEG, which does not keep the values" in out
         assert "images without a label: 1 of 3" in out and "have another size than their image" in out
 
 

@@ -1,7 +1,9 @@
 """The network's contract: shapes, per-image routing, padding, forced routes; engines against the dense forward."""
 
 import copy
+import json
 import random
+import re
 import time
 
 import pytest
@@ -317,6 +319,71 @@ def test_damaged_checkpoints(tmp_path, tiny_network, damage):
     with pytest.raises(ValueError) as error:
         routeseg.load(folder)
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"data_offsets": []},
+        {"data_offsets": [0]},
+        {"data_offsets": [0, 4, 8]},
+        {"data_offsets": [8, 4]},
+        {"data_offsets": [-4, 4]},
+        {"data_offsets": {}},
+        {"data_offsets": "04"},
+        {"data_offsets": [None, None]},
+        {"data_offsets": [0, 10**400]},
+        {"data_offsets": [0, 1e400]},
+        {"shape": 5},
+        {"shape": [1e400]},
+        {"shape": [[]]},
+        {"shape": [10**400]},
+        {"dtype": []},
+        {"dtype": None},
+        [],
+        None,
+        7,
+        "words",
+    ],
+)
+def test_junk_in_the_header_of_weights(tmp_path, tiny_network, entry):
+    path = tiny_network.save(tmp_path / "net") / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    name = next(name for name in header if name != "__metadata__")
+    header[name] = header[name] | entry if isinstance(entry, dict) else entry
+    changed = json.dumps(header).encode()
+    path.write_bytes(len(changed).to_bytes(8, "little") + changed + data[8 + length :])
+    with pytest.raises(ValueError, match=re.escape(str(path))) as error:
+        routeseg.load(path.parent)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        '"depth": 1e400',
+        '"depth": ' + "1" * 400,
+        '"depth": []',
+        '"depth": {}',
+        '"base_channels": NaN',
+        '"exits": [1e400]',
+    ]
+    + [
+        '"palette": [[1e400, 0, 0]]',
+        '"class_names": 5',
+        '"pixel_mean": "abc"',
+        '"depth": ' + "[" * 5000,
+        '"route": [[]]',
+    ],
+)
+def test_junk_in_a_config(tmp_path, tiny_network, change):
+    path = tiny_network.save(tmp_path / "net") / "config.json"
+    path.write_text(f"{{{change}, {path.read_text().lstrip()[1:]}" if change.startswith('"exits') else f"{{{change}}}")
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))) as error:
+        routeseg.load(path.parent)
+    assert "\n" not in str(error.value)
 
 
 def test_saving_where_one_cannot(tmp_path, tiny_network):

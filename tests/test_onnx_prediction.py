@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +32,22 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 KINDS = ["static", "dense"]
 SIZES = [(64, 96), (33, 47), (20, 100), (1, 1), (97, 130)]
-# One process in which torch and others cannot be imported runs all commands: [words, ...] -> [[code, out, err], ...].
-NO_TORCH = """
+CLONE = Path(__file__).parents[1]
+LEAN = re.search(r"lean/bin/pip install (onnxruntime .*)", (CLONE / "docs" / "prediction.md").read_text())[1].split()
+REQUIRED = tomllib.loads((CLONE / "pyproject.toml").read_text())["project"]["dependencies"]
+NAMES = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}  # of which jsonargparse needs the last one
+LEFT_OUT = {re.split(r"[^\w-]", one)[0] for one in REQUIRED} - {*LEAN, "pyyaml"} | {"torchmetrics", "onnx"}
+LEFT_OUT = {NAMES.get(one, one.replace("-", "_")) for one in LEFT_OUT}
+# One process in which torch and all else that docs/prediction.md leaves out cannot be imported runs all commands:
+# [words, ...] -> [[code, out, err], ...].
+NO_TORCH = f"""
 import contextlib, io, json, sys
-LEFT_OUT = "torch lightning torchmetrics safetensors huggingface_hub scipy pooch filelock onnx".split()
+LEFT_OUT = {sorted(LEFT_OUT)}
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
         if top in LEFT_OUT:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=top)
+            raise ModuleNotFoundError("No module named " + repr(name), name=top)
 sys.meta_path.insert(0, Refuse())
 try:
     import torch

@@ -5,6 +5,7 @@ import re
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -108,6 +109,31 @@ class TestChoice:
         choice = choose_precision(*task_and_batch())
         assert str(choice) == said and ran == [FLOAT32, BFLOAT16] * (1 + bfloat16.ROUNDS)
         assert choice.step_s == pytest.approx([bfloat16_s if choice.precision == BFLOAT16 else float32_s] * 3)
+
+    @pytest.mark.parametrize(
+        ("float32_s", "bfloat16_s", "tried"),
+        [
+            (10.0, 90.0, [FLOAT32, BFLOAT16]),  # as long as the patience: one step each
+            (1.0, 3.5, [FLOAT32, BFLOAT16, FLOAT32, FLOAT32]),  # slower beyond what warming up may take
+            (0.1, 0.5, [FLOAT32, BFLOAT16] * 2 + [FLOAT32] * 2),  # slower once both are warm
+            (0.5, 0.1, [FLOAT32, BFLOAT16] * 2 + [BFLOAT16] * 2),
+            (3.0, 2.0, [FLOAT32, BFLOAT16] * 2),  # nobody is clearly slower, but they take long
+        ],
+    )
+    def test_a_trial_ends_once_it_is_clear_or_long(self, machine, float32_s, bfloat16_s, tried):
+        ran = machine.steps(0.3, float32_s, bfloat16_s)
+        choice = choose_precision(*task_and_batch())
+        faster = FLOAT32 if float32_s < bfloat16_s else BFLOAT16
+        assert choice.precision == faster and ran == tried
+        assert choice.step_s and np.allclose(choice.step_s, min(float32_s, bfloat16_s))
+
+    def test_processes_of_a_job_make_the_same_steps(self, machine, monkeypatch):
+        """The clock of the first one says when it is enough, also if their own tell something else."""
+        first = iter([[1.0, 9.0], [1.0]])
+        monkeypatch.setattr(trial, "gather", lambda own: [next(first), own])
+        ran = machine.steps(0.3, 0.5, 0.5)
+        step_seconds(*task_and_batch(), (FLOAT32, BFLOAT16))
+        assert ran == [FLOAT32, BFLOAT16]
 
     @pytest.mark.parametrize(("supported", "expected"), [(True, BFLOAT16), (False, FLOAT32)])
     def test_a_gpu_is_not_measured(self, monkeypatch, supported, expected):

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pictures import noise, save
 from predicting import labels_of, run, sharpen
 from routeseg import load
+from routeseg.cost.latency import LatencyTable
+from routeseg.cost.request import Asked
 from routeseg.description import fingerprint
 from routeseg.prediction.files import OUTPUTS, predict_files
 from routeseg.prediction.torch_runner import TorchNetwork
@@ -99,6 +104,53 @@ class TestResume:
         with pytest.raises(ValueError, match="a_route.json is the result of another network.*--resume"):
             run(network, paths, tmp_path / "out", resume=True)
         assert before == {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+
+    def test_results_of_another_question_are_refused_and_kept(self, network, paths, tmp_path):
+        """Budget, its unit, its table, and precision: all that decides a result is in its JSON."""
+
+        class Runner(TorchNetwork):
+            def __init__(self, budget, precision="float32"):
+                super().__init__(network, network)
+                self.budget, self.precision = budget, precision
+
+        predict_files(Runner("30%"), paths, tmp_path / "out")
+        known = json.loads((tmp_path / "out" / "a_route.json").read_text())
+        assert (known["budget"], known["precision"]) == ("30%", "float32") and len(known["image_content"]) == 16
+        before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+        for budget, precision, message in (
+            ("100%", "float32", "at budget 30%, and 100% is asked"),
+            (None, "float32", "at budget 30%, and none is asked"),
+            ("30%", "bfloat16", "at precision float32, and bfloat16 is asked"),
+        ):
+            with pytest.raises(ValueError, match=f"a_route.json is the result {message}: choose another --output"):
+                predict_files(Runner(budget, precision), paths, tmp_path / "out", resume=True)
+        assert before == {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+        assert predict_files(Runner("30%"), paths, tmp_path / "out", resume=True).resumed == 4
+
+    def test_an_image_that_was_replaced_is_segmented_anew(self, network, paths, tmp_path):
+        """The same name, size and time."""
+        run(network, paths, tmp_path / "out")
+        stat = paths[1].stat()
+        save(paths[1], noise(32, 64, 99))
+        os.utime(paths[1], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert run(network, paths, tmp_path / "out", resume=True).resumed == 3
+        assert run(network, paths, tmp_path / "out", resume=True).resumed == 4
+        fresh = run(network, paths, tmp_path / "fresh")
+        assert (labels_of(tmp_path / "out", "b") == labels_of(tmp_path / "fresh", "b")).all() and fresh.resumed == 0
+
+    def test_a_budget_in_words(self):
+        table = LatencyTable((32, 64), "cpu", "float32", {}, {"stem": 1.0}, np.ones((2, 2)))
+        slower = replace(table, part_ms=np.full((2, 2), 2.0))
+        for one, other, same in (
+            (Asked.parse("30%"), Asked.parse("0.3"), True),
+            (Asked.parse("30%"), Asked.parse("30.01%"), False),
+            (Asked.parse("0.5GMACs"), Asked.parse("500 MMACs"), True),
+            (Asked.parse("0.5GMACs"), Asked.parse("0.5"), False),
+            (Asked.parse("25ms", table, "a"), Asked.parse("25ms", table, "b"), True),
+            (Asked.parse("25ms", table, "a"), Asked.parse("25ms", slower, "a"), False),
+        ):
+            assert (str(one) == str(other)) == same
+        assert str(Asked.parse("0.3")) == "30%" and str(Asked.parse("0.5GMACs")) == "0.5GMACs"
 
     def test_the_result_of_another_image_does_not_count(self, network, paths, tmp_path):
         """Another list of images may give a name to another image."""

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import json
 import os
 import sys
+import threading
+import time
+import zipfile
+import zlib
+from collections.abc import Iterable
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -12,8 +21,10 @@ import pytest
 
 from pictures import noise, save
 from predicting import run, sharpen
+from routeseg import files
+from routeseg.prediction import sources
 from routeseg.prediction.files import LABELS, OUTPUTS, OVERLAY
-from routeseg.prediction.sources import find_inputs, output_names
+from routeseg.prediction.sources import find_inputs, other_inputs, output_names, read_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +38,7 @@ class TestFindInputs:
     @pytest.fixture(autouse=True)
     def _files(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        images = ["b.png", "a.JPG", "c.webp", "f.jp2", "sub/d.tiff", "sub/deep/e.bmp"]
+        images = ["b.png", "a.JPG", "c.webp", "f.psd", "sub/d.tiff", "sub/deep/e.bmp"]
         for name in (*images, "notes.txt", ".hidden.png"):
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,6 +59,12 @@ class TestFindInputs:
         assert self.found(".") == ["a.JPG", "b.png", "c.webp"]
         assert self.found("sub/") == ["sub/d.tiff"]
 
+    def test_what_lies_beside_images_is_counted(self, tmp_path):
+        (tmp_path / "x.heic").touch()
+        (tmp_path / "sub" / "y.mov").touch()
+        assert other_inputs(["sub", "b.png", "sub/*"]) == "1 .mov"
+        assert "1 .heic" in other_inputs(["."])
+
     def test_globs(self):
         assert self.found("*") == ["a.JPG", "b.png", "c.webp"]
         assert self.found("**/*.bmp") == ["sub/deep/e.bmp"]
@@ -55,7 +72,7 @@ class TestFindInputs:
         assert self.found("[bc].*") == ["b.png", "c.webp"]
 
     def test_a_glob_that_names_a_suffix_may_name_any(self):
-        assert self.found("*.jp2") == ["f.jp2"]
+        assert self.found("*.psd") == ["f.psd"]
 
     def test_a_file_whose_name_looks_like_a_glob(self, tmp_path):
         (tmp_path / "x[1].png").touch()
@@ -111,7 +128,7 @@ class TestUrls:
         """A bucket of its own in memory."""
         files = fsspec.filesystem("memory")
         files.rm("/bucket", recursive=True) if files.exists("/bucket") else None
-        for name in ("b.png", "a.JPG", "notes.txt", ".hidden.png", "sub/c.png", "d.jp2"):
+        for name in ("b.png", "a.JPG", "notes.txt", ".hidden.png", "sub/c.png", "d.psd"):
             files.pipe_file(f"/bucket/{name}", b"")
         return files
 
@@ -121,7 +138,7 @@ class TestUrls:
         assert find_inputs(["memory://bucket"]) == ["memory://bucket/a.JPG", "memory://bucket/b.png"]
         assert find_inputs(["memory://bucket/"]) == find_inputs(["memory://bucket"])
         assert find_inputs(["memory://bucket/*"]) == find_inputs(["memory://bucket"])
-        assert find_inputs(["memory://bucket/*.jp2"]) == ["memory://bucket/d.jp2"]
+        assert find_inputs(["memory://bucket/*.psd"]) == ["memory://bucket/d.psd"]
         assert find_inputs(["memory://bucket/**"])[-1] == "memory://bucket/sub/c.png"
 
     @pytest.mark.parametrize(
@@ -265,3 +282,100 @@ class TestLists:
     def test_no_list(self, tmp_path):
         with pytest.raises(ValueError, match="cannot read the list .*list.txt: No such file"):
             find_inputs([f"@{tmp_path}/list.txt"])
+
+
+class TestLimits:
+    """What comes is never larger than the limit, decompressed, and never takes longer."""
+
+    LIMIT = 1 << 20
+
+    @pytest.fixture
+    def hostile(self):
+        """hostile(headers, body) -> address of a server that answers so; the body is blocks of bytes."""
+        servers = []
+
+        def start(headers: dict[str, str], body: Iterable[bytes]) -> str:
+            class Handler(BaseHTTPRequestHandler):
+                def do_GET(self):
+                    self.send_response(206 if "Range" in self.headers else 200)
+                    for name, value in headers.items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    with suppress(OSError):
+                        for block in body:
+                            self.wfile.write(block)
+
+                def do_HEAD(self):
+                    self.send_response(200)
+                    self.send_header("Content-Length", "1000")
+                    self.send_header("Accept-Ranges", "bytes")
+                    self.end_headers()
+
+                def log_message(self, *_):
+                    pass
+
+            server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+            server.daemon_threads = True
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            servers.append(server)
+            return f"http://127.0.0.1:{server.server_port}/a.png"
+
+        yield start
+        for server in servers:
+            server.shutdown()
+            server.server_close()
+
+    @pytest.mark.parametrize("encoding", ["endless", "length", "gzip", "deflate", "br"])
+    def test_a_body_without_end(self, hostile, encoding):
+        headers, body = {}, itertools.repeat(bytes(1 << 16))
+        if encoding == "length":
+            headers = {"Content-Length": str(1 << 40)}
+        elif encoding != "endless":
+            headers, data = {"Content-Encoding": encoding}, bytes(64 * self.LIMIT)
+            if encoding == "br":
+                data = pytest.importorskip("brotli").compress(data)
+            else:
+                data = gzip.compress(data) if encoding == "gzip" else zlib.compress(data)
+            assert len(data) < self.LIMIT
+            body = [data]
+        with pytest.raises(OSError, match="more than 1.049 MB"):
+            read_bytes(hostile(headers, body), self.LIMIT)
+
+    def test_what_a_chain_of_stores_reads(self, hostile):
+        with pytest.raises(ValueError, match="cannot open zip:.*not a zip file"):  # as zipfile says it
+            read_bytes("zip://a.png::" + hostile({}, itertools.repeat(bytes(1 << 16))), self.LIMIT)
+
+    def test_a_list_of_files_without_end(self, hostile, monkeypatch):
+        monkeypatch.setattr(sources._open_store, "__defaults__", (self.LIMIT,))
+        with pytest.raises(ValueError, match="cannot list http.*more than 1.049 MB"):
+            find_inputs([hostile({"Content-Type": "text/html"}, itertools.repeat(bytes(1 << 16))).replace("a", "*")])
+
+    def test_a_body_that_drips(self, hostile, monkeypatch):
+        def drip():
+            while True:
+                yield b"x"
+                time.sleep(0.02)
+
+        monkeypatch.setattr(sources, "MAX_READ_SECONDS", 0.3)
+        monkeypatch.setattr(files, "MAX_READ_SECONDS", 0.3)
+        with pytest.raises(OSError, match="did not come within 0.3 s"):
+            read_bytes(hostile({}, drip()), self.LIMIT + 1)  # its session is a new one
+
+    def test_other_stores(self, tmp_path):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a.png", bytes(4 * self.LIMIT))
+        fsspec.filesystem("memory").pipe_file("/bucket/large.png", bytes(self.LIMIT + 1))
+        (tmp_path / "a.png").write_bytes(bytes(self.LIMIT + 1))
+        wrong = ["memory://bucket/large.png", f"zip://a.png::{tmp_path}/a.zip", tmp_path / "a.png", Path("/dev/zero")]
+        for source in wrong:
+            with pytest.raises(OSError, match="more than 1.049 MB"):
+                read_bytes(source, self.LIMIT)
+            assert len(read_bytes(source, 5 * self.LIMIT)) > self.LIMIT if source != Path("/dev/zero") else True
+
+    def test_an_image_of_the_command(self, network, hostile, tmp_path):
+        url = hostile({}, itertools.repeat(bytes(1 << 16)))
+        summary = run(network, [url, save(tmp_path / "a.png", noise(32, 64))], tmp_path / "out", max_pixels=10_000)
+        assert [skip.reason for skip in summary.skipped] == [
+            f"cannot read {url}: it has more than 0.04 MB, the most that is read"
+        ]
+        assert len(summary.predictions) == 1

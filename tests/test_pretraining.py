@@ -26,7 +26,7 @@ from routeseg.training.classification import ClassificationTask, evaluate_classi
 from routeseg.training.initialization import initialize
 from routeseg.training.recipe import PretrainingRecipe
 from routeseg.training.run import RunOptions
-from test_classification_data import png, shard_config, write_shard, write_shards, write_tree
+from test_classification_data import write_tree
 
 ROOT = Path(__file__).parents[1]
 NETWORK = dict(depth=3, base_channels=8, stem_channels=8)
@@ -162,30 +162,13 @@ class TestPretraining:
         found = evaluate_classifier(best, ClassificationDataModule(data, 1).val_dataloader())
         assert found.top1 == pytest.approx(max(validated))
 
-    def test_tar_shards_give_the_same(self, tmp_path, tree):
-        """The same images as shards: the validation agrees to the last digit, and training learns as well."""
-        root = write_shards(tmp_path / "shards", shards=3, each=8)
-        files = sorted((tree / "val").glob("*/*"))
-        names = ["apple", "leaf", "sea"]
-        write_shard(root / "val-000000.tar", [(p.stem, p.read_bytes(), names.index(p.parent.name)) for p in files])
-        shards = shard_config(root, batch_size=12)
-        quick = dict(iterations=24, validate_every=24, save_every=24)
-        result, _, _ = fit(tmp_path / "run", shards, lr=0.05, precise_bn_batches=4, **quick)
-        assert result.found.top1 >= 0.75
-        model = DynamicRoutingClassifier.from_pretrained(str(tmp_path / "run" / "last"))
-        of_tree = ClassificationDataModule(ClassificationConfig(root=str(tree), **SMALL), 1).val_dataloader()
-        assert evaluate_classifier(model, of_tree) == result.found
-
     @pytest.mark.parametrize(
-        ("source", "changes"),
-        [("tree", {}), ("tree", {"ema_decay": 0.9, "accumulate": 2, "drop_path": 0.3}), ("shards", {})],
+        "changes",
+        [{}, {"ema_decay": 0.9, "accumulate": 2, "drop_path": 0.3}],
     )
-    def test_interrupted_and_resumed_ends_with_the_same_weights(self, tmp_path, tree, monkeypatch, source, changes):
+    def test_interrupted_and_resumed_ends_with_the_same_weights(self, tmp_path, tree, monkeypatch, changes):
         """Cut in the second validation, behind the last checkpoint; bit for bit the run that was not."""
-        if source == "tree":
-            data = ClassificationConfig(root=str(tree), **SMALL)
-        else:
-            data = shard_config(write_shards(tmp_path / "shards"), batch_size=6)
+        data = ClassificationConfig(root=str(tree), **SMALL)
         changes = dict(iterations=8, validate_every=4, save_every=3) | changes
         _, whole, rows = fit(tmp_path / "whole", data, **changes)
         real, calls = ClassificationTask.validate, []
@@ -279,7 +262,6 @@ class TestCommand:
         for extra, expected in (
             ([f"--data.root={tmp_path}"], "ROOT/train/n01440764/NAME.JPEG"),
             (["--data.train_split=training"], "training; the expected tree"),
-            (["--data.train_split=t-{0..2}.tar", "--data.val_split=v.tar", "--data.num_classes=3"], "t-0.tar does not"),
             (["--recipe.label_smoothing=1"], "recipe.label_smoothing"),
             (["--data.bach_size=1"], "did you mean data.batch_size"),
             (["--model.base_channels=7"], "even"),
@@ -289,17 +271,6 @@ class TestCommand:
             code, _, err = run(words(tree, tmp_path / "run", *extra), capsys)
             assert code == 2 and expected in err, (extra, err)
             assert not (tmp_path / "run").exists()
-
-    def test_a_bad_shard_stops_the_run(self, tmp_path, capsys):
-        write_shard(tmp_path / "train-0.tar", [(f"im{i}", png(i % 3, i), i % 3) for i in range(12)])
-        write_shard(tmp_path / "val-0.tar", [("im0", png(0, 0), 5)])
-        shards = ["--data.train_split=train-*.tar", "--data.val_split=val-*.tar", "--data.num_classes=3"]
-        code, _, err = run(words(tmp_path, tmp_path / "run", *shards), capsys)
-        assert code == 2 and "has the label 5, outside 0..2" in err
-        data = (tmp_path / "train-0.tar").read_bytes()
-        (tmp_path / "train-0.tar").write_bytes(data[: len(data) // 2])
-        code, _, err = run(words(tmp_path, tmp_path / "run", *shards, "--data.workers=1"), capsys)
-        assert code == 2 and "train-0.tar is damaged" in err
 
     @pytest.mark.parametrize("depth", [16, pytest.param(33, marks=pytest.mark.slow)])
     def test_configurations(self, tmp_path, tree, capsys, depth):
@@ -447,22 +418,18 @@ class TestInitialize:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["tree", "shards"])
-def test_two_processes(tmp_path, tree, source):
-    """Losses and final scores of two processes: from a tree those of one at the same global batch."""
-    root = tree if source == "tree" else write_shards(tmp_path / "shards")
-    of_shards = ["--data.train_split=train-*.tar", "--data.val_split=train-*.tar", "--data.num_classes=3"]
-    extra = ["--recipe.batch_norm=frozen", "--recipe.lr=0.02", *(of_shards if source == "shards" else [])]
+def test_two_processes(tmp_path, tree):
+    """Losses and final scores of two processes are those of one at the same global batch."""
+    extra = ["--recipe.batch_norm=frozen", "--recipe.lr=0.02"]
     launch = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     found = {}
     for name, start, size in (("two", launch, 3), ("one", [], 6)):
-        command = [*start, "routeseg.cli", *words(root, tmp_path / name, *extra, f"--data.batch_size={size}")]
+        command = [*start, "routeseg.cli", *words(tree, tmp_path / name, *extra, f"--data.batch_size={size}")]
         done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         with open(next((tmp_path / name / "logs").glob("*/metrics.csv"))) as file:
             rows = list(csv.DictReader(file))
         found[name] = [float(row["loss"]) for row in rows if row["loss"]]
-        assert done.stdout.count(f"of {26 if source == 'shards' else 12} validation images") == 1
+        assert done.stdout.count("of 12 validation images") == 1
     assert len(found["two"]) == len(found["one"]) == 4
-    if source == "tree":
-        assert found["two"] == pytest.approx(found["one"], rel=1e-4)
+    assert found["two"] == pytest.approx(found["one"], rel=1e-4)

@@ -1,16 +1,22 @@
 """Routes over a data set: numbers known by hand, tests that find what is there and nothing else, the command."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import routeseg
 from conftest import run, scenes_checkpoint
-from routeseg import DynamicRoutingNetwork, Route, RoutingSpace, figures
+from routeseg import DynamicRoutingNetwork, Route, RoutingSpace, SkipEngine, figures
+from routeseg.cli.tables import print_survey
+from routeseg.cost.macs import exit_costs
+from routeseg.data.config import DataConfig
 from routeseg.data.scenes import CLASSES, PALETTE
 from routeseg.data.subset import evenly_spread
+from routeseg.evaluation import routes
 from routeseg.evaluation.route_statistics import (
     PermutationTest,
     distinct_routes,
@@ -259,6 +265,46 @@ def test_routes_over_your_own_data_by_object_size(tmp_path, checkpoint, own_data
     code, text, _ = run([*command, tmp_path / "one", "--images=1"], capsys)
     assert code == 0 and "Too few pictures" in text
     assert {path.name for path in (tmp_path / "one").iterdir()} == FILES
+
+
+def test_shares_of_images_of_several_sizes(tmp_path, capsys, own_data, monkeypatch):
+    """A share is that of the image's own full cost: in the table, in the order of the cheapest and dearest, in figures,
+    and in what choosing is worth."""
+    folder, words = own_data
+    for kind in ("images", "masks"):
+        for path in sorted((folder / kind / "val").iterdir())[::3]:
+            with Image.open(path) as image:
+                image.resize((160, 128), Image.Resampling.NEAREST).save(path)
+    network = scenes_checkpoint(tmp_path / "exits", gate="fixed", route="diagonal", exits=[0, 1])
+    leave = iter([0, -1] * 20)
+    model = routeseg.load(network)
+    drawn = {}
+    monkeypatch.setattr(routes.figures, "cost_histogram", lambda path, *how: drawn.setdefault("cost", how))
+    monkeypatch.setattr(routes.figures, "extreme_routes", lambda path, space, rows: drawn.setdefault("rows", rows))
+
+    def forward(images):
+        return SkipEngine(model)(images, route=model.config.exit_routes[next(leave)])
+
+    data = DataConfig(name="folder", root=str(folder), workers=0)
+    survey = routes.survey_routes(model, forward, data, permutations=5)
+    routes.draw_survey(survey, model, SkipEngine(model), tmp_path / "out")
+    seen = survey.observation
+    assert len(set(seen.sizes)) == 2 and sorted(seen.cost_share)[4:] == [*sorted(seen.cost_share)[4:5], *[1.0] * 4]
+    full = [exit_costs(model, size)[-1] for size in seen.sizes]
+    assert np.allclose(seen.cost_share, seen.evaluation.cost_macs / full) and np.allclose(
+        drawn["cost"][1], np.divide(full, 1e9)
+    )
+    titles = [[panel[3] for panel in panels] for panels in drawn["rows"].values()]
+    cheap, dear = ([float(re.search(r"([\d.]+) % of full", title)[1]) for title in row] for row in titles)
+    assert max(cheap) < min(dear) == 100
+    code, text, _ = run(["routes", network, *words, "--permutations=5", "--output", tmp_path / "cli"], capsys)
+    assert code == 0
+    result = json.loads((tmp_path / "cli" / "routes.json").read_text())
+    assert result["worth_of_choice"]["spent"] == pytest.approx(result["cost_gmacs"]["mean_share"])
+    print_survey(survey)
+    said = re.sub(r"\s+", " ", capsys.readouterr().out)
+    dearest = max(survey.as_dict()["per_image"], key=lambda one: one["cost_share"])
+    assert f"{dearest['name']}, {dearest['cost_gmacs']:.3f} GMACs (100.0 % of the full network)" in said
 
 
 def test_a_threshold_that_closes_everything(tmp_path, capsys):

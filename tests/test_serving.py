@@ -252,6 +252,22 @@ class TestFastAPI:
             assert client.http.get("/segment").status_code == 405
             assert is_right(client.send(cases[0]), cases[0])
 
+    def test_pages_of_others_are_refused(self, model, cases):
+        case = cases[0]
+        with serving(service(model, names=["streets.example.org"])) as (client, _):
+            for headers, code in (
+                ({"Host": "evil.example"}, 403),
+                ({"Origin": "https://evil.example"}, 403),
+                ({"Origin": "null"}, 403),
+                ({"Origin": str(client.http.base_url).rstrip("/")}, 200),
+                ({"Host": "localhost"}, 200),
+                ({"Host": "streets.example.org", "Origin": "https://streets.example.org"}, 200),
+            ):
+                answer = client.http.post("/segment", params=case.query, content=case.body, headers=headers)
+                assert answer.status_code == code, headers
+                assert client.http.get("/health", headers=headers).status_code == code
+            assert client.http.post("/segment", content=case.body, headers={"Host": "evil.example"}).json()["detail"]
+
     def test_a_network_without_exits(self, tiny_network, cases):
         with serving(service(tiny_network)) as (client, _):
             answer = client.send(cases[1])
@@ -332,7 +348,7 @@ class TestRayServe:
         alone, jobs = routeseg.load(checkpoint), []
         for case in cases:
             asked = serve_fastapi.parse(case.query.get("budget"), alone)
-            jobs.append(serve_ray.Job(case.result.image, asked and asked.share(alone, SIZES[0])))
+            jobs.append(serve_ray.Job(case.result.image, asked and asked.price(alone, SIZES[0])))
         for case, found in zip(cases, serve_ray.Batches(model)(jobs), strict=True):
             assert np.array_equal(found.labels, case.result.labels)
             assert np.array_equal(found.gates, case.result.gates)

@@ -262,7 +262,7 @@ def test_mistakes(layouts, tmp_path, capsys):
         ([tmp_path / "none"], "no folder"),
         ([tmp_path / "empty"], "the expected tree is"),
         (["--config=small", "--recipe.epochs=3"], "did you mean epochs?"),
-        (["--config=small", "--recipe.dice=0"], "no key 'recipe.dice' in the configuration any more: leave it out"),
+        (["--config=small", "--recipe.dice=0"], "there is no recipe.dice any more: leave it out"),
         (["--config=small", "--minutes=0"], "--minutes is 0"),
         (["--config=small", "--epochs=-1"], "--epochs is -1"),
         (["--config=small", "--minutes=1", "--epochs=1"], "leave one of them out"),

@@ -19,7 +19,7 @@ from routeseg.engine.budgeted import Steered
 from routeseg.prediction import clips
 from routeseg.prediction.clips import Frame, Newest, UnreadableVideo, VideoFile, VideoWriter, is_video, open_clip
 from routeseg.prediction.torch_runner import TorchNetwork
-from routeseg.prediction.video import Pace, predict_video
+from routeseg.prediction.video import FramePace, predict_video
 
 SIZE = (48, 64)
 EXITS = {"depth": 3, "gate": "fixed", "route": "diagonal", "exits": [0, 1]}
@@ -85,7 +85,7 @@ def segmented(path, output, model=None, frame_ms=None, **options):
     """The summary of a video, and the rows of its table."""
     model = model or network(depth=3)
     forward = model if frame_ms is None else Steered(model, model)
-    pace = None if frame_ms is None else Pace(forward, frame_ms)
+    pace = None if frame_ms is None else FramePace(forward, frame_ms)
     summary = predict_video(TorchNetwork(forward, model), open_clip(path), output, "clip", pace=pace, **options)
     return summary, list(csv.DictReader((output / "clip_frames.csv").read_text().splitlines()))
 
@@ -389,6 +389,18 @@ class TestCommand:
         assert code == 2 and out.count("asked") == 2 and "skipped: cannot read" in out and not err
         for name in ("a", "b"):
             assert len(read_video(tmp_path / "out" / f"{name}_overlay.mp4")[0]) == 2
+
+    def test_a_codec_that_nobody_knows(self, tmp_path, checkpoint, capsys):
+        paths = [write_video(tmp_path / name) for name in ("a.mp4", "b.mp4")]
+        strange = paths[0].read_bytes()
+        assert strange.count(b"avc1") == 2  # among the brands of the file, and of the stream
+        paths[0].write_bytes(b"zzzz".join(strange.rsplit(b"avc1", 1)))
+        code, out, err = run(["predict", checkpoint, *paths, "--output", tmp_path / "out"], capsys)
+        reason = f"cannot read {paths[0]}: it is coded in a way that FFmpeg does not know"
+        assert code == 2 and f"skipped: {reason}" in out and not err
+        assert (tmp_path / "out" / "b_overlay.mp4").exists() and not (tmp_path / "out" / "a_overlay.mp4").exists()
+        code, _, err = run(["predict", checkpoint, paths[0], "--output", tmp_path / "out"], capsys)
+        assert code == 2 and err == f"routeseg: error: {reason}\n"
 
     def test_a_budget(self, tmp_path, capsys):
         """As for images, a calibration is needed for it."""

@@ -7,4 +7,5 @@ import routeseg
 from routeseg.app import launch
 
 folder = os.environ.get("MODEL")
-launch(routeseg.load(folder), folder or "street scenes, trained on CamVid", host="0.0.0.0", port=7860)
+names = [os.environ[key] for key in ("SPACE_HOST",) if key in os.environ]  # as the Hub calls it
+launch(routeseg.load(folder), folder or "street scenes, trained on CamVid", host="0.0.0.0", port=7860, names=names)

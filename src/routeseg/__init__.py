@@ -1,9 +1,10 @@
 """routeseg: semantic segmentation with a network that picks its own depth and resolution for every image.
 
 import routeseg
-model = routeseg.load()                        # the street-scene network that is shipped; or load("runs/my/best")
-result = model("street.jpg")                   # a path, URL, PIL image, array [H,W,3], tensor; or a list of these
-result.labels, result.shares, result.route, result.cost_gmacs, result.overlay(), result.save("folder")
+model = routeseg.load()                        # the street-scene network that is shipped; or load("runs/my")
+result = model("street.jpg")                   # a path, URL, PIL image, array [H,W,3]; or a list of these
+result = model.predict(tensor)                 # also a tensor [3,H,W]; model(images) is the forward of [B,3,H,W]
+result.labels, result.shares, result.route, result.cost_gmacs, result.overlay(), result.save("folder" or "x.png")
 
 run = routeseg.train("my", minutes=20)         # your pictures, as `routeseg train my --minutes 20`
 run.model("photo.jpg"), run.evaluation.miou

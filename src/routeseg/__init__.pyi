@@ -8,6 +8,7 @@ from .cost.budget import Budget as Budget
 from .cost.latency import LatencyTable as LatencyTable
 from .cost.macs import model_cost as model_cost
 from .engine import SkipEngine as SkipEngine
+from .files import sample as sample
 from .model import DynamicRoutingNetwork as DynamicRoutingNetwork
 from .model import Segmentation as Segmentation
 from .model.authors import import_checkpoint as import_checkpoint

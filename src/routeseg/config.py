@@ -46,10 +46,10 @@ class NetworkConfig:
                      `architectures.DRAWN`, or its edges (layer, scale, "up" | "keep" | "down"). Needs gate "fixed"
     exits            layers behind which an image may leave the grid, for a network of any budget (model/exits.py): all
                      that lies behind them is closed then. The last layer is one of them in any case. Needs gate "fixed"
-    choice           a name in registry.CHOICES, what decides at the exits (model/choice.py): loss, or entropy; by default
-                     loss for whole images, entropy for places
-    place            side of the squares of an image that leave by themselves (model/places.py), in pixels; a multiple of the
-                     coarsest stride, and of 16. None: images leave as wholes
+    choice           a name in registry.CHOICES, what decides at the exits (model/choice.py): loss, or entropy; by
+                     default loss for whole images, entropy for places
+    place            side of the squares of an image that leave by themselves (model/places.py), in pixels; a multiple
+                     of the coarsest stride, and of 16. None: images leave as wholes
     backbone         a name in registry.BACKBONES: a pretrained network in the stem's place, whose stages run beside the
                      paths down the diagonal (model/backbone.py); stem_channels means nothing then
     zeros_arrive     closed paths send zeros that arrive, as in the authors' networks (`space.step`): those need it
@@ -122,7 +122,7 @@ class NetworkConfig:
         if self.exits is None:
             for name in ("choice", "place"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name} is {brief(getattr(self, name))}, but there are no exits: give their layers")
+                    raise ValueError(f"{name} is {brief(getattr(self, name))}, but there are no exits: name them")
             return
         if place is not None and (
             isinstance(place, bool) or not isinstance(place, int) or not 0 < place <= MAX_PLACE or place % least

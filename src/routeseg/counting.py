@@ -52,7 +52,7 @@ PLACES = (MAP, SMALL, UNPADDED, DECODER, ONCE)
 
 
 @dataclass(frozen=True)
-class Term:
+class Count:
     """`amount` of a unit of `Convention` for each element of a map. It has the image's size divided by `stride`."""
 
     unit: str
@@ -78,7 +78,7 @@ class Term:
 class Macs:
     """MACs of a part, for images of any size: `macs.count((H, W), convention)`. Sums of parts are sums of these."""
 
-    terms: tuple[Term, ...] = ()
+    terms: tuple[Count, ...] = ()
 
     def __add__(self, other: Macs) -> Macs:
         return Macs(self.terms + other.terms)
@@ -97,7 +97,7 @@ class Macs:
     def from_json(cls, rows: Any) -> Macs:
         """The inverse of `as_json`. Raises ValueError if it is none."""
         try:
-            terms = tuple(Term(unit, amount, stride, place) for unit, amount, stride, place in rows)
+            terms = tuple(Count(unit, amount, stride, place) for unit, amount, stride, place in rows)
         except TypeError as error:
             raise ValueError(f"costs of a part are damaged: {error}") from error
         for term in terms:
@@ -114,20 +114,20 @@ NOTHING = Macs()
 
 def each(unit: str, amount: float, stride: int, place: str = MAP) -> Macs:
     """So much of a unit for each element of a map."""
-    return Macs((Term(unit, amount, stride, place),))
+    return Macs((Count(unit, amount, stride, place),))
 
 
-def conv_norm(fan_in: int, channels: int, stride: int, relu: bool = True, place: str = MAP) -> Macs:
+def conv_norm_macs(fan_in: int, channels: int, stride: int, relu: bool = True, place: str = MAP) -> Macs:
     """A convolution with `fan_in` weights for each output element, its norm and ReLU; `stride` is the output's."""
-    terms = [Term("conv", fan_in * channels, stride, place), Term("norm", channels, stride, place)]
-    return Macs(tuple(terms + [Term("relu", channels, stride, place)] * relu))
+    terms = [Count("conv", fan_in * channels, stride, place), Count("norm", channels, stride, place)]
+    return Macs(tuple(terms + [Count("relu", channels, stride, place)] * relu))
 
 
 def separable(
     in_channels: int, out_channels: int, kernel: int, stride: int, relu: bool = True, place: str = MAP
 ) -> Macs:
     """A depthwise convolution, then a 1x1 convolution with norm and ReLU; `stride` is the output's."""
-    return each("conv", in_channels * kernel**2, stride, place) + conv_norm(
+    return each("conv", in_channels * kernel**2, stride, place) + conv_norm_macs(
         in_channels, out_channels, stride, relu, place
     )
 

@@ -29,6 +29,7 @@ from routeseg.engine import SkipEngine
 from routeseg.evaluation import Evaluation, evaluate
 from routeseg.figures.report import Report
 from routeseg.files import write_atomically, write_json
+from routeseg.labels import label_map
 from routeseg.model import DynamicRoutingNetwork, checkpoints
 from routeseg.training.pace import Pace, fitted, measure_pace
 from routeseg.training.recipe import Recipe
@@ -252,7 +253,7 @@ def _segment(engine: Any, pictures: SegmentationData, index: int) -> tuple[np.nd
     """Image [H,W,3], labels [H,W] and gates [L+1,S,3] of a picture."""
     image, _ = pictures.read(index)
     result = engine(image_tensor(image)[None])
-    return image, result.labels[0].numpy().astype(np.uint8), result.gates[0].numpy()
+    return image, label_map(result.labels[0].numpy(), result.logits.shape[1]), result.gates[0].numpy()
 
 
 def _shown(

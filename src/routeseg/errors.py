@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 DIVERGED = "the outputs hold NaN or infinite values: the network that made them has diverged"
 NOT_FINITE = "the images contain NaN or infinite values: give RGB, uint8 or float in 0..1"
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "Insufficient memory")  # a GPU says so, a CPU, OpenCV
-
+CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")  # what a terminal obeys, or ends a line at
 
 NO_EXITS = "this network takes no budget: it has no exits. Train one with --model.exits"
 
@@ -23,6 +24,11 @@ class BudgetNotKept(ValueError):
 
 class NotExportable(ValueError):
     """A part of a network has no export."""
+
+
+def printable(text: str) -> str:
+    """The text with its control characters as escapes, such as \\x1b, but for the ends of lines."""
+    return CONTROL.sub(lambda found: found[0] if found[0] == "\n" else ascii(found[0])[1:-1], text)
 
 
 def lacks_memory(error: Exception) -> bool:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-IGNORE = 255
+import numpy as np
+
+IGNORE = 255  # in labels of data sets, which so have 255 classes at most
 Colour = tuple[int, int, int]  # RGB, 0..255
 
 
@@ -19,6 +22,15 @@ class Classes:
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+def label_map(labels: np.ndarray, classes: int) -> np.ndarray:
+    """What a network of so many classes found, in the dtype of label maps: uint8, or uint16 for more than 256."""
+    return labels.astype(label_type(classes), copy=False)
+
+
+def label_type(classes: int) -> np.dtype[Any]:
+    return np.min_scalar_type(classes - 1)
 
 
 BACKGROUND = "background"  # what class 0 is called, in any case, if it is all that is nothing in particular

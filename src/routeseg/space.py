@@ -271,7 +271,7 @@ class Route:
         return json.dumps({"depth": self.space.depth, "num_scales": self.space.num_scales, "open": self.named_edges})
 
     @classmethod
-    def from_json(cls, text: str) -> Route:
+    def from_json(cls, text: str | bytes) -> Route:
         """The inverse of `to_json`. Raises ValueError if the text is no route."""
         try:
             data = parse_json(text)

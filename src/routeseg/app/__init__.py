@@ -1,20 +1,23 @@
 """The explorer in the browser: `routeseg app`, or `routeseg.app.launch(model)`. Needs the extra `app` (Gradio).
 
-explorer.py holds pictures and asks the network; page/ is what the browser runs; this file brings both together, and
-guards what comes in.
+explorer.py holds pictures and asks the network; page/ is what the browser runs; guard.py says who may ask; this file
+brings them together.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from routeseg.app.explorer import MAX_BYTES, Explorer, Survey
+from routeseg.app.guard import Guard
 from routeseg.errors import require
 
 if TYPE_CHECKING:
+    from routeseg.data.pairs import SegmentationData
     from routeseg.model import DynamicRoutingNetwork
 
 __all__ = ["Explorer", "Survey", "build", "launch"]
@@ -57,13 +60,18 @@ def launch(
     host: str = "127.0.0.1",
     port: int | None = None,
     wait: bool = True,
+    names: Sequence[str] = (),
+    pictures: SegmentationData | None = None,
     **options: Any,
 ) -> Any:
     """Serves the explorer of a network, by default of the one that is shipped.
 
     host  the address that it listens on: this machine alone, unless told otherwise ("0.0.0.0": all that reach it)
     port  None: the first free one from 7860 on
+    names other names that it is reached under, such as that of a proxy in front of it; all else is refused
     wait  until it is stopped; else it runs beside, and `.close()` of what comes back ends it
+
+    pictures  a data set that the network is for, of which the page shows examples
 
     `options` go to Gradio's `launch`. Raises ValueError if Gradio is not installed, or the port is taken.
     """
@@ -71,7 +79,7 @@ def launch(
         from routeseg.model import checkpoints
 
         model = checkpoints.load()
-    page = build(Explorer(model, name, survey))
+    page = build(Explorer(model, name, survey, pictures))
     import gradio
     from starlette.middleware import Middleware
 
@@ -87,7 +95,7 @@ def launch(
         share=False,
         ssr_mode=False,
         enable_monitoring=False,
-        app_kwargs={"middleware": [Middleware(Guard)]},
+        app_kwargs={"middleware": [Middleware(Guard, body_bytes=BODY_BYTES, host=host, names=names)]},
         **{"quiet": True, **options},
     )
     return page
@@ -101,36 +109,3 @@ def _is_free(host: str, port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-class Guard:
-    """In front of the server (ASGI): no request is larger than BODY_BYTES, and no file is uploaded to a disk."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
-            await self.app(scope, receive, send)
-            return
-        if scope["path"].rstrip("/").endswith("/upload"):
-            await _refuse(send, 403, b"this server keeps no files")
-            return
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        left = BODY_BYTES
-
-        async def counted() -> Any:
-            nonlocal left
-            message = await receive()
-            left -= len(message.get("body", b""))
-            return message if left >= 0 else {"type": "http.disconnect"}
-
-        if not length.isdigit() or int(length) > BODY_BYTES:
-            await _refuse(send, 413, b"the file is too large")
-            return
-        await self.app(scope, counted, send)
-
-
-async def _refuse(send: Any, status: int, words: bytes) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
-    await send({"type": "http.response.body", "body": words})

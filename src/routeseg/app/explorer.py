@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import secrets
 import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial, wraps
 from typing import Any
@@ -25,12 +27,13 @@ from PIL import Image
 
 from routeseg.architectures import ARCHITECTURES
 from routeseg.cost.macs import exit_costs
-from routeseg.data.pairs import SegmentationData, UnreadableImage, decode_image
+from routeseg.data.pairs import BAD_IMAGE, SegmentationData, UnreadableImage, decode_image
 from routeseg.data.scenes import CLASSES, PRESETS, draw_scene
+from routeseg.data.subset import evenly_spread
 from routeseg.errors import BudgetNotKept
 from routeseg.evaluation.ranking import picture_score
 from routeseg.figures.routes import ACTIVATION_COLORS
-from routeseg.labels import IGNORE
+from routeseg.labels import IGNORE, see_through
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.prediction.files import GIGA, Segmented, class_shares, pad_small, segment
 from routeseg.prediction.torch_runner import TorchNetwork, open_network
@@ -42,6 +45,8 @@ SIDE = 1024  # a larger picture is shrunk: one looks at it live
 HELD = 32  # pictures, the last ones
 EXAMPLE_SIZE = (256, 512)
 EXAMPLE_SEED = 7
+EXAMPLES = 3
+STREET = {"road", "building", "car"}  # what drawn streets are for: a network of these classes
 MS = 1000.0
 COLOURS = 16  # of the scale of activations
 
@@ -87,10 +92,17 @@ class Explorer:
 
     name     what the page calls the network
     survey   what `routeseg routes` wrote of a data set, and how its pictures are read: a page of its own
+    pictures those that the network is for: some are its examples. None: drawn streets, if it knows streets
     """
 
-    def __init__(self, model: DynamicRoutingNetwork, name: str, survey: Survey | None = None) -> None:
-        self.model, self.name, self.survey = model.eval(), name, survey
+    def __init__(
+        self,
+        model: DynamicRoutingNetwork,
+        name: str,
+        survey: Survey | None = None,
+        pictures: SegmentationData | None = None,
+    ) -> None:
+        self.model, self.name, self.survey, self.pictures = model.eval(), name, survey, pictures
         self.config = model.config
         self.lock = threading.Lock()
         self._runners: dict[str, TorchNetwork] = {}
@@ -116,10 +128,11 @@ class Explorer:
             "budgets": self.model.exits is not None and self.model.exits.calibrated,
             "gated": self.config.gated,
             "known": [{"key": key, "name": known.name} for key, known in self.known.items()],
-            "precisions": ["auto", "float32", "bfloat16"],
+            "precisions": ["float32", "bfloat16", "auto"],
+            "clear": see_through(self.config.class_names, self.config.palette),
             "examples": [
-                {"key": preset, "name": f"{preset} things", "thumbnail": _jpeg_url(cv2.resize(image, (128, 64)))}
-                for preset, (image, _) in self.examples.items()
+                {"key": key, "name": one.name, "thumbnail": _jpeg_url(_thumbnail(one.image))}
+                for key, one in self.examples.items()
             ],
             "survey": None if self.survey is None else self.survey.about(),
             "max_bytes": MAX_BYTES,
@@ -156,11 +169,12 @@ class Explorer:
         precision  as `SkipEngine` takes it
         against    a known route (`about`), or edges: what it makes of the picture stands beside
         """
-        picture = self._pictures.get(str(question.get("picture")))
+        token = _text(question, "picture")
+        picture = self._pictures.get(token)
         if picture is None:
             raise Refused("this picture is no longer held: open it again")
-        self._pictures.move_to_end(str(question["picture"]))
-        precision = str(question.get("precision", "auto"))
+        self._pictures.move_to_end(token)
+        precision = _text(question, "precision", "float32")
         route = None if question.get("route") is None else self._route(question["route"])
         budget = None if route is not None else self._share(picture, question.get("budget"))
         view, labels = self._view(picture, precision, route, budget)
@@ -175,21 +189,34 @@ class Explorer:
     # --- Pictures ------------------------------------------------------------------------------------------------
 
     @cached_property
-    def examples(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """A drawn street of each preset, and its labels."""
-        return {preset: draw_scene(EXAMPLE_SEED, 0, EXAMPLE_SIZE, preset) for preset in PRESETS}
+    def examples(self) -> dict[str, Picture]:
+        """Some pictures that the network is for: of its data, or a drawn street of each preset."""
+        if self.pictures is not None:
+            some = evenly_spread(self.pictures, min(EXAMPLES, len(self.pictures)))
+            with suppress(UnreadableImage, ValueError, OSError):  # they are gone, or of other classes by now
+                return {some.name(k): Picture(some.name(k), *some.read(k)) for k in range(len(some))}
+            return {}
+        if not STREET <= set(self.config.class_names):
+            return {}
+        same = list(self.config.class_names) == list(CLASSES)
+        drawn = {preset: draw_scene(EXAMPLE_SEED, 0, EXAMPLE_SIZE, preset) for preset in PRESETS}
+        return {
+            preset: Picture(f"drawn street, {preset} things", image, labels if same else None)
+            for preset, (image, labels) in drawn.items()
+        }
 
     def _picture(self, question: Mapping[str, Any]) -> Picture:
-        if question.get("example") in self.examples:
-            image, labels = self.examples[question["example"]]
-            same = list(self.config.class_names) == list(CLASSES)
-            return Picture(f"drawn street, {question['example']} things", image, labels if same else None)
-        if question.get("survey") is not None:
+        if example := _text(question, "example"):
+            if example not in self.examples:
+                raise Refused("there is no such example")
+            one = self.examples[example]
+            name, image, known = one.name, one.image, one.labels
+        elif surveyed := _text(question, "survey"):
             if self.survey is None:
                 raise Refused("there is no data set here")
-            name, image, known = self.survey.read(question["survey"])
+            name, image, known = self.survey.read(surveyed)
         else:
-            name, known = str(question.get("name") or "picture")[:200], None
+            name, known = _text(question, "name", "picture")[:200], None
             image = decode_image(io.BytesIO(_bytes(question.get("file"))), name, MAX_PIXELS)
         height, width = image.shape[:2]
         if max(height, width) > SIDE:
@@ -200,12 +227,14 @@ class Explorer:
 
     def _labels(self, data: bytes, picture: Picture) -> np.ndarray:
         """A label map of the picture, shrunk as it was."""
+        if self.config.num_classes > IGNORE:
+            raise Refused(f"the network has {self.config.num_classes} classes: labels hold at most {IGNORE}")
         try:
             with Image.open(io.BytesIO(data), formats=["PNG"]) as file:
                 if file.width * file.height > MAX_PIXELS or file.mode not in ("L", "P"):
                     raise Refused("labels are a PNG file with one number of a class for each pixel")
                 labels = np.asarray(file).astype(np.uint8)
-        except (OSError, ValueError, SyntaxError) as error:
+        except BAD_IMAGE as error:
             raise error if isinstance(error, Refused) else Refused(f"cannot read the labels: {error}") from error
         worst = int(labels[labels != IGNORE].max(initial=0))
         if worst >= self.config.num_classes:
@@ -270,7 +299,9 @@ class Explorer:
     def _route(self, edges: Any) -> Route:
         """The route of these edges. Raises Refused for what is none of this network's."""
         try:
-            route = Route(self.config.space, [tuple(int(part) for part in edge) for edge in edges])
+            if not isinstance(edges, list | tuple) or any(len(edge) != 3 for edge in edges):
+                raise ValueError("give a list of [layer, scale, direction]")
+            route = Route(self.config.space, edges)
         except (ValueError, TypeError) as error:
             raise Refused(f"no route: {error}") from error
         if not route.edges <= self.config.whole_route.edges:
@@ -284,7 +315,7 @@ class Explorer:
         assert self.model.exits is not None
         if unit == "ms":
             if picture.exit_ms is None:
-                run = partial(self._segment, picture, self._runner("auto"))
+                run = partial(self._segment, picture, self._runner("float32"))
                 times = [_best_ms(partial(run, route=route)) for route in self.config.exit_routes]
                 picture.exit_ms = np.maximum.accumulate(times)
             return picture.exit_ms
@@ -303,10 +334,10 @@ class Explorer:
         if budget is None or self.model.exits is None or not self.model.exits.calibrated:
             return None
         try:
-            value, unit = float(budget["value"]), str(budget["unit"])
-        except (TypeError, KeyError, ValueError) as error:
+            value, unit = float(budget["value"]), budget["unit"]
+        except (TypeError, LookupError, ValueError, OverflowError) as error:
             raise Refused("a budget is a number and its unit: share, gmacs or ms") from error
-        if unit not in ("share", "gmacs", "ms") or not 0 < value < float("inf"):
+        if unit not in ("share", "gmacs", "ms") or not 0 < value < math.inf:
             raise Refused("a budget is a number above 0, and its unit: share, gmacs or ms")
         costs = self._exit_costs(picture, unit)
         if value >= costs[-1]:
@@ -360,16 +391,24 @@ class Survey:
             ],
         }
 
-    def read(self, name: Any) -> tuple[str, np.ndarray, np.ndarray]:
+    def read(self, name: str) -> tuple[str, np.ndarray, np.ndarray]:
         """Name, image and labels of a picture."""
         if name not in self._places:
             raise Refused("the data set has no such picture")
-        return str(name), *self.pictures.read(self._places[name])
+        return name, *self.pictures.read(self._places[name])
 
 
 def _best_ms(run: Callable[[], Segmented], rounds: int = 2) -> float:
     """What the network takes at best, but for the first time."""
     return MS * min([run().seconds for _ in range(1 + rounds)][1:])
+
+
+def _text(question: Mapping[str, Any], key: str, default: str = "") -> str:
+    """A text of a question. Raises Refused for what is none."""
+    value = question.get(key)
+    if not isinstance(value, str | None):
+        raise Refused(f"{key} is no text")
+    return value or default
 
 
 def _bytes(text: Any) -> bytes:
@@ -382,6 +421,14 @@ def _bytes(text: Any) -> bytes:
         return base64.b64decode(text, validate=True)
     except ValueError as error:
         raise Refused("the file came damaged: choose it again") from error
+
+
+def _thumbnail(image: np.ndarray) -> np.ndarray:
+    """The middle of an image, twice as wide as high."""
+    height, width = image.shape[:2]
+    tall, wide = min(height, max(1, width // 2)), min(width, 2 * height)
+    top, left = (height - tall) // 2, (width - wide) // 2
+    return cv2.resize(image[top : top + tall, left : left + wide], (128, 64), interpolation=cv2.INTER_AREA)
 
 
 def _jpeg_url(image: np.ndarray) -> str:

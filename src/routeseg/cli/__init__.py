@@ -25,6 +25,7 @@ from routeseg.cli.parser import USAGE_ERROR
 from routeseg.cli.prediction import import_command, predict_command
 from routeseg.cli.profiling import latency_command, profile_command
 from routeseg.cli.training import calibrate_command, demo_command, pretrain_command, train_command
+from routeseg.errors import printable
 
 __all__ = ["COMMANDS", "main"]
 
@@ -110,7 +111,7 @@ def _message(error: Exception) -> str:
         text = re.split(r"\n\w*(?:Error|UnreadableImage): ", text)[-1]
     if isinstance(error, OSError) and error.filename:
         text = f"{error.filename}: {error.strerror}"
-    return text.strip()
+    return printable(text).strip()
 
 
 def _overview() -> str:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,14 +52,14 @@ def evaluate_command(words: Sequence[str]) -> int:
         "worst FILE.png": "draw the pictures with the lowest scores there",
         "scales [S,...]": "sizes of each image whose predictions are averaged [[1.0]]",
         "window HxW": "size of windows that slide over large images",
-        "precision P": "float32, bfloat16, float16, or auto: what is faster here [auto]",
+        "precision P": "float32, bfloat16, float16, or auto: what is faster here [float32]",
         "device DEVICE": "cpu or cuda [cpu]",
     }
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder")
     parser.add_argument("--json", type=str | None, default=None, help="also write the result to this file")
     _add_split(parser)
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
-    parser.add_argument("--precision", type=str, default="auto", help=PRECISION_HELP)
+    parser.add_argument("--precision", type=str, default="float32", help=PRECISION_HELP)
     parser.add_argument("--convention", type=str, default="authors", help="how cost is counted: authors or full")
     parser.add_argument("--scales", type=list[float], default=[1.0], help="several sizes of each image, averaged")
     parser.add_argument("--flip", type=bool, default=False, help="each view mirrored too, averaged")
@@ -211,6 +212,8 @@ def routes_command(words: Sequence[str]) -> int:
     pictures = open_data(data, args.split, args.seed)
     model = checkpoints.load(args.checkpoint)
 
+    import numpy as np
+
     from routeseg.architectures import common_route
     from routeseg.cli.tables import print_survey
     from routeseg.cost.macs import exit_costs, model_cost
@@ -240,8 +243,9 @@ def routes_command(words: Sequence[str]) -> int:
     facts["data_config"] = asdict(replace(data, root=data.root and os.path.abspath(data.root)))  # for `routeseg app`
     if model.exits is not None and survey.observation.evaluation.has_labels:
         observation = survey.observation
-        costs = exit_costs(model, observation.pictures.read(0)[1].shape)
-        costs /= costs[-1]
+        costs_at = cache(lambda size: exit_costs(model, size))
+        costs = np.stack([costs_at(size) for size in observation.sizes])
+        costs /= costs[:, -1:]
         with progress_bar("every exit", len(observation.pictures)) as step:
             seen = look_at_exits(model, evaluation_loader(observation.pictures, data.workers), step)
         worth = worth_of_choice(seen, exits_of(model, observation.gates), costs, args.seed)
@@ -252,7 +256,8 @@ def routes_command(words: Sequence[str]) -> int:
         print(worth)
     if common is not None:
         write_atomically(output / "common_route.json", (common.to_json() + "\n").encode())
-        static_gmacs = model_cost(model, survey.observation.pictures.read(0)[1].shape).of_route(common) / 1e9
+        cost_at = cache(lambda size: model_cost(model, size).of_route(common) / 1e9)
+        static_gmacs = sum(map(cost_at, survey.observation.sizes)) / len(survey.observation.sizes)
         print(
             f"{len(common)} edges open in {100 * args.common:g} % of the images, {static_gmacs:.3f} GMACs as a static "
             f"network: train it with --model.gate fixed --model.route {output}/common_route.json"

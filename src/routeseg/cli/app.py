@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from routeseg.cli.common import best_of_run
+from routeseg.cli.common import config_parser, of_run, read_data
 from routeseg.cli.parser import Parser
-from routeseg.files import SURVEY_FILE, parse_json
+from routeseg.files import RUN_CONFIG_FILE, SURVEY_FILE, best_of_run, read_json
 
 if TYPE_CHECKING:
     from routeseg.app import Survey
+    from routeseg.data.pairs import SegmentationData
 
 
 def app_command(words: Sequence[str]) -> int:
@@ -20,6 +21,9 @@ def app_command(words: Sequence[str]) -> int:
     parser.add_argument("--survey", type=str | None, default=None, help="a folder that `routeseg routes` wrote")
     parser.add_argument("--host", type=str, default="127.0.0.1", help="the address to listen on; 0.0.0.0: all")
     parser.add_argument("--port", type=int | None, default=None, help="by default the first free one from 7860 on")
+    parser.add_argument(
+        "--names", type=list[str], default=[], help="others that it is reached under, such as [streets.example.org]"
+    )
     parser.add_argument("--browser", type=bool, default=True, help="false: do not open one")
     args = parser.parse_args(list(words))
     if args.port is not None and not 0 < args.port < 65536:
@@ -36,10 +40,35 @@ def app_command(words: Sequence[str]) -> int:
     checkpoint = None if args.checkpoint is None else best_of_run(args.checkpoint)
     model = checkpoints.load(checkpoint)
     about: dict[str, Any] = {} if checkpoint is None else {"name": str(args.checkpoint)}
-    page = launch(model, survey=survey, host=args.host, port=args.port, wait=False, inbrowser=args.browser, **about)
+    if checkpoint is not None and (Path(checkpoint).parent / RUN_CONFIG_FILE).is_file():
+        about["pictures"] = _data_of_run(checkpoint)
+    page = launch(
+        model,
+        survey=survey,
+        host=args.host,
+        port=args.port,
+        names=args.names,
+        wait=False,
+        inbrowser=args.browser,
+        **about,
+    )
     print(f"the explorer is at {page.local_url} (Ctrl-C ends it)", flush=True)
     page.block_thread()
     return 0
+
+
+def _data_of_run(checkpoint: str) -> SegmentationData | None:
+    """What a run was validated on, if it is still there."""
+    from routeseg.data.config import open_data
+
+    parser = config_parser("app", ["data"])
+    parser.add_argument("checkpoint", type=str)
+    parser.in_python = True
+    try:
+        args, data = read_data(parser, of_run([checkpoint]))
+        return open_data(data, data.val_split, args.seed)
+    except (ValueError, OSError):
+        return None
 
 
 def _survey(folder: Path) -> Survey:
@@ -48,7 +77,7 @@ def _survey(folder: Path) -> Survey:
 
     file = folder / SURVEY_FILE
     try:
-        facts = parse_json(file.read_bytes())
+        facts = read_json(file)
         config = DataConfig(**facts["data_config"])
         split, seed = str(facts["split"]), int(facts["seed"])
     except OSError as error:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 
 from routeseg.cli.parser import SECTIONS, SEED_KEY, ConfigFile, Parser, field_texts
-from routeseg.errors import lacks_memory
-from routeseg.files import CONFIG_FILE, RUN_CONFIG_FILE, expand_user
+from routeseg.errors import lacks_memory, printable
+from routeseg.files import MAX_JSON, RESUME_FILE, RUN_CONFIG_FILE, best_of_run, expand_user, read_file
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from routeseg.training.recipe import Recipe
 
 PRECISION_HELP = (
-    "float32, bfloat16 (GPUs, CPUs with AVX512_BF16), float16 (GPUs), or auto: float32 or "
-    "bfloat16, the one in which this machine is faster"
+    "float32 (the default), bfloat16 (GPUs, CPUs with AVX512_BF16), float16 (GPUs), or auto: float32 or bfloat16, the "
+    "one in which this machine is faster, measured anew each time"
 )
 NETWORK_SKIP = {"num_classes", "class_names", "palette", "pixel_mean", "pixel_std"}  # the data decide these
 
@@ -41,6 +41,14 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"lightning\.|torch\.|lightning_utilities\.")
 
 
+class _Plain(logging.Formatter):
+    """Lines without control characters, which a file name may have."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
 @contextmanager
 def log_to_stderr() -> Iterator[None]:
     """What the package logs, such as unreadable pictures that are skipped, goes to stderr: a line each.
@@ -50,19 +58,12 @@ def log_to_stderr() -> Iterator[None]:
     log, stream = logging.getLogger("routeseg"), sys.stderr
     over_a_bar = "\r\x1b[K" if stream.isatty() else ""  # back to the line's start, and erase the bar that stands there
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(logging.Formatter(over_a_bar + "routeseg: %(message)s"))
+    handler.setFormatter(_Plain(over_a_bar + "routeseg: %(message)s"))
     log.addHandler(handler)
     try:
         yield
     finally:
         log.removeHandler(handler)
-
-
-def best_of_run(word: str) -> str:
-    """The folder of a run stands for its best network; any other word for itself."""
-    folder = Path(word)
-    best = folder / "best"
-    return str(best) if (best / CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file() else word
 
 
 def of_run(words: Sequence[str]) -> list[str]:
@@ -96,7 +97,7 @@ def config_parser(command: str, sections: Sequence[str] = SECTIONS) -> Parser:
             texts |= {f"{name}.{field}": text for field, text in field_texts(kind).items()}
     for action in parser._actions:
         if action.dest in texts:
-            action.help = texts[action.dest].replace("%", "%%")
+            action.help = texts[action.dest]
     if "recipe" not in sections:
         parser.add_argument(
             "--seed", type=int, default=0, help=f"for all that is drawn at random; a file has it as {SEED_KEY}"
@@ -118,7 +119,10 @@ def of_folder(folder: str, words: Sequence[str], more: Sequence[str] = ()) -> li
     folder. With a --config of its own it only means the data."""
     from routeseg.data.config import layout_of
 
-    found = [f"--data.name={layout_of(expand_user(folder))}", f"--data.root={folder}"]
+    layout = layout_of(expand_user(folder))
+    if layout != "folder":
+        print(f"{folder} is taken for {layout}, by its folders; if it is other data, a classes.yaml in it says so")
+    found = [f"--data.name={layout}", f"--data.root={folder}"]
     if any(word.partition("=")[0] == "--config" for word in words):
         return [*words, *found]
     return ["--config=small", *found, *more, *words]
@@ -199,7 +203,7 @@ def start_from(model: DynamicRoutingNetwork, folder: str | None, output: Path, r
 
     from routeseg.files import check_writable, write_json
     from routeseg.model.checkpoints import read_config
-    from routeseg.training.callbacks import LAST_FOLDER, RESUME_FILE
+    from routeseg.training.callbacks import LAST_FOLDER
     from routeseg.training.initialization import adopt_normalization, initialize
 
     first_process = getattr(rank_zero_only, "rank", 0) == 0
@@ -232,7 +236,7 @@ def read_route(name: str, whole: Route) -> Route:
         if name in DRAWN:
             route = architecture(name, whole.space)
         elif Path(name).is_file():
-            route = Route.from_json(Path(name).read_text())
+            route = Route.from_json(read_file(name, MAX_JSON))
         else:
             raise ValueError(f"no such file, and no route of this name: choose one of {', '.join(DRAWN)}")
         if route.space != whole.space:
@@ -287,10 +291,13 @@ def add_budget_arguments(parser: Parser) -> None:
         "--budget",
         type=str | None,
         default=None,
-        help="what a pass may cost in the mean, for a network with exits: 40%%, 0.5GMACs, or 25ms with --latency",
+        help="what a pass may cost in the mean, for a network with exits: 40%, 0.5GMACs, or 25ms with --latency",
     )
     parser.add_argument(
-        "--latency", type=str | None, default=None, help="table of this machine for --budget in ms, from `profile`"
+        "--latency",
+        type=str | None,
+        default=None,
+        help="table of this machine for --budget in ms, from `profile`; or a folder with tables of several sizes",
     )
 
 
@@ -303,9 +310,9 @@ def read_budget(args: Namespace) -> Asked | None:
         if args.latency is not None:
             raise ValueError("--latency only applies to --budget in ms: give one, or leave it out")
         return None
-    table = None if args.latency is None else LatencyTable.read(args.latency)
-    asked = Asked.parse(args.budget, table, args.latency or "")
-    if table is not None and asked.unit != "ms":
+    tables = [] if args.latency is None else LatencyTable.read_all(args.latency)
+    asked = Asked.parse(args.budget, tables, args.latency or "")
+    if tables and asked.unit != "ms":
         raise ValueError("--latency only applies to --budget in ms: leave it out")
     return asked
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -135,12 +136,19 @@ def check_data_command(words: Sequence[str]) -> int:
     parser.usage = "routeseg check-data FOLDER [options], or routeseg check-data --config PRESET [options]"
     parser.add_argument("--split", type=str, action="append", help="may be given again; else the configuration's")
     parser.add_argument("--json", type=str | None, default=None, help="also write all that was found to this file")
-    parser.add_argument("--output", type=str, default="runs/check", help="folder for contact_sheet.png")
+    parser.add_argument(
+        "--output", type=str, default="runs/check", help="folder for contact_sheet.png; none is overwritten"
+    )
     parser.add_argument("--workers", type=int | None, default=None, help="processes that read files; 1: this one")
     parser.add_argument(
         "--write_classes", action="store_true", help="write the classes that the masks tell to classes.yaml, to edit"
     )
     folder = bool(words) and not words[0].startswith("-")
+    if not any(word.startswith(("--config", "--data.", "--help", "-h", "--print")) for word in words) and not folder:
+        raise ValueError(
+            "nothing to check: give the folder of your pictures, as in `routeseg check-data my`, or a preset, as in "
+            "`routeseg check-data --config scenes/small`"
+        )
     args, data = read_data(parser, of_folder(words[0], words[1:]) if folder else words, lenient=True)
 
     from routeseg.cli.tables import print_check
@@ -212,7 +220,7 @@ def _write_classes(data: DataConfig) -> Path:
 def _draw_contact_sheet(
     output: Path, data: DataConfig, checks: Sequence[SplitCheck], opened: Mapping[str, SegmentationData]
 ) -> Path | None:
-    """Pictures of each split; None if no picture could be read."""
+    """Pictures of each split, in a file of a new name; None if no picture could be read."""
     import numpy as np
 
     from routeseg.data.tools.check import pictures_to_show, read_to_show
@@ -228,11 +236,23 @@ def _draw_contact_sheet(
         return None
     counted = [check for check in checks if check.counted]
     classes, pixels = counted[0].classes, np.sum([check.pixels[:-1] for check in counted], axis=0)
-    path = output / "contact_sheet.png"
+    path = _new_file(output, "contact_sheet", ".png")
     title = f"{' '.join(filter(None, (data.name, data.root)))}: pictures and their labels"
     palette = classes.palette or default_palette(classes.names)
     contact_sheet(path, title, sections, classes.names, palette, pixels / max(pixels.sum(), 1))
     return path
+
+
+def _new_file(folder: Path, name: str, suffix: str) -> Path:
+    """An empty file of this name or, if it is there already, of the next number: also if two processes ask at once."""
+    for number in itertools.count(1):
+        path = folder / f"{name}{f'_{number}' if number > 1 else ''}{suffix}"
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError("numbers do not end")
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
+from routeseg.files import MAX_JSON, compose_yaml, parse_yaml, read_file
+
 USAGE_ERROR = 2
 PRESETS = Path(__file__).parents[1] / "presets"
 SECTIONS = ("model", "data", "recipe", "budget")  # of a configuration
@@ -28,10 +30,11 @@ KINDS = {  # what values must be, by the name of their type; of several the firs
     "bool": "true or false",
     "str": "a text",
 }
-REMOVED = (  # which files of earlier runs have
-    *("recipe.hard_pixels", "recipe.dice", "recipe.teacher", "recipe.teacher_weight"),
-    *("data.num_classes", "data.buffer"),
-)
+REMOVED = {  # keys that there were, also in the files of earlier runs, and the values that asked for nothing
+    "engine": "skip",
+    **{"recipe.hard_pixels": "1.0", "recipe.dice": "0.0", "recipe.teacher": "null", "recipe.teacher_weight": "1.0"},
+    **{"data.num_classes": "null", "data.buffer": "1000"},
+}
 SYNONYMS = {  # what other tools call it
     "max_epochs": "epochs",
     "epochs": "epochs",
@@ -53,6 +56,9 @@ class Parser(ArgumentParser):
     passed_over: tuple[str, ...] = ()
     in_python = False
     first: Mapping[str, str] = {}
+
+    def __init__(self, *args: Any, **how: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **how)
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **how: Any) -> Namespace:  # type: ignore[override]
         """Keys of a section that is passed over are unknown, also if an option has the section's name (--budget). A
@@ -82,21 +88,26 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         message = _wrong_value(message)
-        known = [a.dest for a in self._actions if a.dest not in ("help", "==SUPPRESS==")]
+        options = [name for action in self._actions for name in action.option_strings]
+        known = [name.removeprefix("--") for name in options if name.startswith("--") and name != "--help"]
         for wrong in _unknown_keys(message):
             if wrong.partition(".")[0] in self.passed_over:
                 remedy = "give --seed instead" if wrong == SEED_KEY else "leave it out"
                 message = f"`{self.prog}` does not take --{wrong}: {remedy}"
                 break
             if wrong in REMOVED:
-                message = f"no key {wrong!r} in the configuration any more: leave it out"
+                message = f"there is no {wrong} any more: leave it out"
                 break
             known += [f"{name}.{wrong.partition('.')[2]}" for name in self.passed_over]
             near = [key for key in known if key == SYNONYMS.get(wrong.rpartition(".")[2])]
+            near = near or [key for key in known if key.startswith(wrong)][:1]
             near = near or difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
             near = near or [key for key in known if key.rsplit(".", 1)[-1] == wrong.rsplit(".", 1)[-1]][:1]
-            hint = f"did you mean {near[0]}?" if near else f"see `{self.prog} --help`"
-            message = f"no key {wrong!r} in the configuration: {hint}"
+            option = re.search(rf"[Uu]nrecognized arguments: (--?{re.escape(wrong)})", message)
+            what, dashes = f"no key {wrong!r} in the configuration", ""
+            if option and wrong.partition(".")[0] not in SECTIONS:
+                what, dashes = f"no option {option[1]}", "--"
+            message = f"{what}: " + (f"did you mean {dashes}{near[0]}?" if near else f"see `{self.prog} --help`")
             break
         if self.in_python:
             raise ValueError(_first_lines(message))
@@ -129,11 +140,14 @@ class ConfigFile(ActionConfigFile):
         *before, values = _presets(parser, values)
         for one in before:
             self(parser, cfg, one, option_string)
-        text = Path(values).read_text() if os.path.isfile(values) else values
+        name = values if os.path.isfile(values) else "this text"
+        document: Any = None
         try:
-            document: Any = yaml.compose(text)  # and not `load`, so that every value stays as it is written
-        except yaml.YAMLError as error:
-            parser.error(f"{values} is no YAML: {error}")
+            text = read_file(values, MAX_JSON).decode() if os.path.isfile(values) else values
+            parse_yaml(text)  # for its errors; what is used are the nodes, so that every value stays as it is written
+            document = compose_yaml(text)
+        except (OSError, ValueError) as error:
+            parser.error(f"{name} is no YAML that can be used: {getattr(error, 'strerror', None) or error}")
         if not isinstance(document, yaml.MappingNode):
             parser.error(f"--config {values} has no sections: it must be a YAML file with {', '.join(SECTIONS)}")
         else:
@@ -142,13 +156,21 @@ class ConfigFile(ActionConfigFile):
                 if key.value in SECTIONS and not isinstance(value, yaml.MappingNode):
                     parser.error(f"section {key.value!r} of {values} is no mapping: give its keys, a line each")
                 if key.value not in parser.passed_over:
-                    kept.append((key, value))
+                    kept.append((key, _without_removed(key, value)))
                 elif key.value == "recipe":
                     kept = [pair for pair in value.value if pair[0].value == "seed"] + kept
             if kept != document.value:
                 document.value = kept
                 values = yaml.serialize(document)
         super().__call__(parser, cfg, values, option_string)
+
+
+def _without_removed(section: yaml.Node, keys: yaml.Node) -> yaml.Node:
+    """A section without the keys that there were once, if they ask for nothing."""
+    if not isinstance(keys, yaml.MappingNode):
+        return keys
+    kept = [(key, value) for key, value in keys.value if REMOVED.get(f"{section.value}.{key.value}") != value.value]
+    return keys if len(kept) == len(keys.value) else yaml.MappingNode(keys.tag, kept)
 
 
 def _presets(parser: Any, name: str) -> list[str]:
@@ -187,7 +209,7 @@ def _wrong_value(message: str) -> str:
 def _unknown_keys(message: str) -> list[str]:
     """The names that jsonargparse does not know, from its messages for files and for the command line."""
     pairs = re.findall(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-    alone = re.findall(r"Option '([\w.]+)' is not accepted|[Uu]nrecognized arguments: --([\w.\-]+)", message)
+    alone = re.findall(r"Option '([\w.]+)' is not accepted|[Uu]nrecognized arguments: --?([\w.\-]+)", message)
     return [".".join(pair) for pair in pairs] + ["".join(pair) for pair in alone]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
@@ -20,7 +20,7 @@ from routeseg.cli.common import (
 )
 from routeseg.cli.parser import USAGE_ERROR, Parser
 from routeseg.cli.video import add_video_arguments, find_videos, frame_ms, predict_videos
-from routeseg.files import CONFIG_FILE
+from routeseg.files import CONFIG_FILE, RESUME_FILE, RUN_CONFIG_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from routeseg.description import NetworkDescription
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from routeseg.prediction.files import Runner
     from routeseg.prediction.onnx_runner import OnnxNetwork
     from routeseg.prediction.ray import OpenRunner
+
+NETWORK_SUFFIXES = (".onnx", ".safetensors", ".ckpt", ".pt", ".pth")  # of files that hold weights: never an image
+CHECKPOINT_FILES = (WEIGHTS_FILE, CONFIG_FILE, RESUME_FILE)
 
 
 def predict_command(words: Sequence[str]) -> int:
@@ -39,7 +42,7 @@ def predict_command(words: Sequence[str]) -> int:
     )
     parser.add_argument("--output", type=str, default="predictions", help="folder for the results, or a URL")
     parser.add_argument("--device", type=str, default="cpu", help="cpu; a checkpoint also runs on cuda")
-    parser.add_argument("--precision", type=str, default="auto", help=PRECISION_HELP)
+    parser.add_argument("--precision", type=str | None, default=None, help=PRECISION_HELP)
     parser.add_argument("--pictures", type=bool, default=True, help="false: labels and JSON alone, which is faster")
     parser.add_argument("--resume", action="store_true", help="leave the results that are there as they are")
     parser.add_argument(
@@ -59,17 +62,13 @@ def predict_command(words: Sequence[str]) -> int:
     args = parser.parse_args(list(words))
 
     from routeseg.prediction.files import predict_files
-    from routeseg.prediction.sources import find_inputs
+    from routeseg.prediction.sources import find_inputs, other_inputs
 
-    inputs = [best_of_run(word) if number == 0 else word for number, word in enumerate(args.inputs or ())]
-    network = inputs.pop(0) if inputs and _is_network(inputs[0]) else None
+    network, inputs = _network_first(args.inputs or ())
     if not args.inputs and args.source is None:
         raise ValueError("no inputs: name image files, folders, globs, URLs or videos, or a camera with --source")
     if network is not None and not inputs and args.source is None:
         raise ValueError(f"{network} is a network: name the images to segment behind it")
-    for word in inputs:
-        if _is_onnx(word):
-            raise ValueError(f"{word} is a network: name one, before the images")
     if videos := find_videos(inputs, args):
         return predict_videos(videos, args, partial(_open, network, args))
     images = find_inputs(inputs)
@@ -78,15 +77,24 @@ def predict_command(words: Sequence[str]) -> int:
     if several:
         from routeseg.prediction.ray import predict_with_ray
 
-        opener, description = _opener(network, args)
+        opener, description, asked = _opener(network, args)
         where = {"workers": args.workers, "address": args.ray_address, "device": args.device}
         with progress_bar("predict", len(images)) as step:
-            summary = predict_with_ray(opener, description, images, args.output, on_image=step, **where, **common)
+            summary = predict_with_ray(
+                opener, description, images, args.output, on_image=step, asked=asked, **where, **common
+            )
     else:
         runner = _open(network, args)
         with progress_bar("predict", len(images)) as step:
             summary = predict_files(runner, images, args.output, step, **common)
     print(summary.table())
+    if others := other_inputs(inputs):
+        print(f"passed over, as no images: {others}")
+    if args.budget is not None and summary.predictions:
+        from routeseg.cost.request import in_words, levels
+
+        steps = in_words(levels(description if several else runner.network, summary.predictions[0].size))
+        print(f"an image costs one of {steps} of the full network: a budget is kept in the mean of many")
     return USAGE_ERROR if summary.skipped else 0
 
 
@@ -94,9 +102,38 @@ def _is_onnx(network: str | None) -> TypeGuard[str]:
     return network is not None and network.lower().endswith(".onnx")
 
 
+def _network_first(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The network that the first word names, if it names one, and the other words.
+
+    Raises ValueError for a second network, and for a first word that is a file and neither a network nor an image: the
+    bundled network must not take the place of one that was meant.
+    """
+    first = best_of_run(words[0]) if words else ""
+    network = first if _is_network(first) else None
+    inputs = list(words[network is not None :])
+    for word in inputs:
+        if _is_network(best_of_run(word)):
+            raise ValueError(f"{word} is a network: name one, before the images")
+    if network is None and words and Path(words[0]).is_file():
+        from routeseg.data.pairs import IMAGE_SUFFIXES, UnreadableImage, read_image
+        from routeseg.prediction.clips import is_video
+
+        if Path(words[0]).suffix.lower() not in IMAGE_SUFFIXES and not is_video(words[0]):
+            try:
+                read_image(Path(words[0]))
+            except UnreadableImage as error:
+                raise ValueError(
+                    f"{words[0]} is no network and no image: name a folder with {WEIGHTS_FILE} and {CONFIG_FILE}, or "
+                    "an ONNX file, and then the images"
+                ) from error
+    return network, inputs
+
+
 def _is_network(word: str) -> bool:
-    """Whether this names an ONNX file or a checkpoint folder."""
-    return _is_onnx(word) or (Path(word) / CONFIG_FILE).is_file()
+    """Whether this names a file of weights, a folder that holds some or says what network they are of, or a run."""
+    folder = Path(word)
+    is_run = (folder / RUN_CONFIG_FILE).is_file() and (folder / "logs").is_dir()
+    return word.lower().endswith(NETWORK_SUFFIXES) or is_run or any((folder / n).is_file() for n in CHECKPOINT_FILES)
 
 
 def _open(network: str | None, args: Namespace) -> Runner:
@@ -109,32 +146,40 @@ def _open(network: str | None, args: Namespace) -> Runner:
     from routeseg.prediction.torch_runner import open_network
 
     runner = open_network(
-        model, args.precision, find_device(args.device), budget=budget, steered=frame_ms(args) is not None
+        model,
+        args.precision or "float32",
+        find_device(args.device),
+        budget=budget,
+        steered=frame_ms(args) is not None,
     )
     say_precision(runner.forward)
     return runner
 
 
-def _opener(network: str | None, args: Namespace) -> tuple[OpenRunner, NetworkDescription]:
-    """What opens the network in another process, and the network. Wrong options are found here, before Ray starts."""
+def _opener(network: str | None, args: Namespace) -> tuple[OpenRunner, NetworkDescription, Mapping[str, str | None]]:
+    """What opens the network in another process, the network, and what is asked of it. Wrong options are found here,
+    before Ray starts."""
+    from routeseg.prediction.files import asked_of
     from routeseg.prediction.onnx_runner import OnnxNetwork
 
     if _is_onnx(network):
         runner: Runner = _open_onnx(network, args)
-        return partial(OnnxNetwork, network, content=Path(network).read_bytes()), runner.network
+        return partial(OnnxNetwork, network, content=Path(network).read_bytes()), runner.network, asked_of(runner)
     model = _load(network)
 
     from routeseg.prediction.torch_runner import open_network
 
-    precision, budget = args.precision, read_budget(args)
+    precision, budget = args.precision or "float32", read_budget(args)
     if args.device != "cpu":  # only a worker has the GPU
         opener = partial(open_network, model, precision, args.device, budget=budget)
-        return opener, open_network(model, budget=budget).network
+        dense = open_network(model, budget=budget)
+        known = {} if args.precision == "auto" else {"precision": precision}
+        return opener, dense.network, {"budget": dense.budget, **known}
     runner = open_network(model, precision, budget=budget)
     say_precision(runner.forward)
     if precision == "auto":
         precision = runner.precision  # one for all workers
-    return partial(open_network, model, precision, budget=budget), runner.network
+    return partial(open_network, model, precision, budget=budget), runner.network, asked_of(runner)
 
 
 def _open_onnx(file: str, args: Namespace) -> OnnxNetwork:
@@ -147,7 +192,7 @@ def _open_onnx(file: str, args: Namespace) -> OnnxNetwork:
             for name in ("budget", "fps", "frame_ms")
         ),
         ("device", args.device != "cpu", f"{file} runs on the CPU"),
-        ("precision", args.precision != "auto", f"{file} has its own (`routeseg export --int8` writes int8)"),
+        ("precision", args.precision is not None, f"{file} has its own (`routeseg export --int8` writes int8)"),
     ):
         if given:
             raise ValueError(f"--{option} only applies to checkpoints, {why}: leave it out")

@@ -46,7 +46,7 @@ def profile_command(words: Sequence[str]) -> int:
     )
     parser.add_argument("--size", type=str, default="1024x2048", help="HEIGHTxWIDTH of the image")
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
-    parser.add_argument("--precision", type=str, default="auto", help=PRECISION_HELP)
+    parser.add_argument("--precision", type=str, default="float32", help=PRECISION_HELP)
     parser.add_argument(
         "--num_classes", type=int | None, default=None, help=f"classes of a network without a checkpoint; {CLASSES}"
     )
@@ -67,7 +67,6 @@ def profile_command(words: Sequence[str]) -> int:
     from routeseg.cost.macs import model_cost
     from routeseg.engine.profiling import forwards, profile
     from routeseg.evaluation import machine_facts
-    from routeseg.figures import latency_scatter
 
     quiet_libraries()
     model = model.to(find_device(args.device))
@@ -87,9 +86,8 @@ def profile_command(words: Sequence[str]) -> int:
     path = output / f"{table.name}.json"
     table.write(path)
     title = f"{args.size}, {table.device}, {table.precision}"
-    latency_scatter(path.with_suffix(".png"), table.facts["test"]["routes"], title)
     print_latency(table.facts["all_open_by_part"], table.facts, title)
-    print(f"{path}, and a figure beside it")
+    print(path)
     if args.json is not None:
         write_json(args.json, table.as_dict())
     return 0
@@ -186,7 +184,7 @@ def _measured(table: LatencyTable, route: Route, args: Namespace) -> list[dict[s
     from routeseg.engine.profiling import measure_route
 
     quiet_libraries()
-    table.check(model.config, table.size, args.table)
+    table.check(model.config, args.table)
     _check_machine(table, args.table)
     with enough_memory("measure a table of smaller images with `routeseg profile --size`"):
         return measure_route(model.to(table.device), table, route, args.repeats or REPEATS)

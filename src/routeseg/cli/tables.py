@@ -39,6 +39,7 @@ def print_evaluation(result: Evaluation) -> None:
     summary.add_row("images", f"{data['images']}" + (f" ({data['skipped']} skipped)" if data["skipped"] else ""))
     if data["passes_per_image"] != 1:
         summary.add_row("passes over an image", f"{data['passes_per_image']:.4g}, whose costs are added up")
+    summary.add_row("precision", data["precision"])
     _add_costs(summary, data["cost_gmacs"])
     console.print(summary)
 
@@ -85,8 +86,9 @@ def print_survey(survey: RouteSurvey) -> None:
         summary.add_row(f"edges {key} open", f"{edges[key]} of {sum(edges.values())}")
     summary.add_row("different routes", f"{data['distinct_routes']}")
     for key, image in (("cheapest", min), ("dearest", max)):
-        found = image(data["per_image"], key=lambda entry: entry["cost_gmacs"])
-        summary.add_row(f"{key} image", f"{found['name']}, {found['cost_gmacs']:.3f} GMACs")
+        found = image(data["per_image"], key=lambda entry: entry["cost_share"])
+        share = f"{100 * found['cost_share']:.1f} % of the full network"
+        summary.add_row(f"{key} image", f"{found['name']}, {found['cost_gmacs']:.3f} GMACs ({share})")
     console.print(summary)
     units = "object size in % of the picture's side, cost in % of the full network"
     table = Table(title=f"Routes by {survey.grouped_by}\n({units})", title_justify="left")

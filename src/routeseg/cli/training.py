@@ -227,7 +227,7 @@ def calibrate_command(words: Sequence[str]) -> int:
 
 def pretrain_command(words: Sequence[str]) -> int:
     from routeseg.config import NetworkConfig
-    from routeseg.data.classification import ClassificationConfig, open_sources
+    from routeseg.data.classification import ClassificationConfig, open_trees
     from routeseg.training.recipe import PretrainingRecipe
 
     parser = Parser(prog="routeseg pretrain")
@@ -241,7 +241,7 @@ def pretrain_command(words: Sequence[str]) -> int:
     args = parser.parse_args(list(words))
     read_trackers(args.logger)
     data, recipe = ClassificationConfig(**vars(args.data)), PretrainingRecipe(**vars(args.recipe))
-    _, _, classes = open_sources(data)
+    classes = open_trees(data)[0].classes
     config = NetworkConfig(num_classes=len(classes), class_names=classes, **network_options(args))
 
     import torch

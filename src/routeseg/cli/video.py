@@ -92,7 +92,7 @@ def predict_videos(sources: Sequence[Source], args: Namespace, open_runner: Call
 
     from routeseg.prediction.clips import UnreadableVideo, open_clip
     from routeseg.prediction.sources import output_names
-    from routeseg.prediction.video import Pace, predict_video, video_folder
+    from routeseg.prediction.video import FramePace, predict_video, video_folder
 
     video_folder(args.output)
     target, runner, skipped = frame_ms(args), None, list[str]()
@@ -103,7 +103,7 @@ def predict_videos(sources: Sequence[Source], args: Namespace, open_runner: Call
             clip = open_clip(source, args.max_pixels)
             if runner is None:
                 runner = open_runner()
-            pace = None if target is None else Pace(cast(Any, runner).forward, target)
+            pace = None if target is None else FramePace(cast(Any, runner).forward, target)
             with progress_bar(name, clip.frames if args.frames is None else args.frames) as step:
                 summary = predict_video(
                     runner, clip, args.output, name, args.pictures, pace, args.frames, on_frame=step

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from routeseg.config import NO_GATE, NetworkConfig
-from routeseg.files import parse_json, write_json
-from routeseg.space import DOWN, KEEP, SCALE_STEP, UP, Route, RoutingSpace, is_diagonal, walk
+from routeseg.files import read_json, write_json
+from routeseg.space import DOWN, KEEP, SCALE_STEP, UP, Route, RoutingSpace, is_diagonal, padded_size, walk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,8 +109,8 @@ class LatencyTable:
     def _of_counts(self, counts: np.ndarray) -> float:
         return sum(self.fixed_ms.values()) + float((counts.sum(0) * self.part_ms).sum())
 
-    def check(self, config: NetworkConfig, size: tuple[int, int], name: str | Path) -> None:
-        """Raises ValueError, naming the file, if the table belongs to another shape of network or size of image."""
+    def check(self, config: NetworkConfig, name: str | Path) -> None:
+        """Raises ValueError, naming the file, if the table belongs to another shape of network."""
         shape = network_shape(config)
         for key in shape:
             if shape[key] != self.network.get(key):
@@ -118,9 +118,6 @@ class LatencyTable:
                     f"{name} is the latency of another network: {key} is {self.network.get(key)} there, {shape[key]} "
                     "here. Measure this one: `routeseg profile`"
                 )
-        if self.size != tuple(size):
-            there, here = ("x".join(map(str, some)) for some in (self.size, size))
-            raise ValueError(f"{name} is for images of {there}: measure it with `routeseg profile --size {here}`")
 
     def as_dict(self) -> dict[str, Any]:
         """What the file holds."""
@@ -144,12 +141,21 @@ class LatencyTable:
         """The inverse of `write`. Raises ValueError, naming the file, if it is damaged or no latency table."""
         remedy = "write it anew with `routeseg profile`"
         try:
-            return cls.from_dict(parse_json(Path(path).read_bytes()))
+            return cls.from_dict(read_json(path))
         except FileNotFoundError as error:
             raise ValueError(f"no latency table {path}: {remedy}") from error
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, OSError, ValueError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path} is no latency table, or damaged ({reason}): {remedy}") from error
+
+    @classmethod
+    def read_all(cls, path: str | Path) -> list[LatencyTable]:
+        """The table of a file, or those of a folder, such as a checkpoint's. Raises ValueError if there is none."""
+        if not Path(path).is_dir():
+            return [cls.read(path)]
+        if not (files := sorted(Path(path).glob("latency_*.json"))):
+            raise ValueError(f"no latency table in {path}: `routeseg profile` writes one")
+        return [cls.read(file) for file in files]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LatencyTable:
@@ -181,6 +187,28 @@ class LatencyTable:
         if table.fingerprint != fingerprint:
             raise ValueError("network and fingerprint do not belong together")
         return table
+
+
+def exit_ms(
+    tables: Sequence[LatencyTable], config: NetworkConfig, size: tuple[int, int], name: str | Path
+) -> np.ndarray:
+    """Milliseconds of an image (height, width) that leaves at each exit, as `LatencyTable.of_exits`, from tables of any
+    sizes: float64 [K]. Between two of them it is linear in the number of pixels; beyond the last one, all but the call
+    itself grows as the pixels do. Raises ValueError, naming the file, if one belongs to another network."""
+
+    def pixels(image: tuple[int, int]) -> int:
+        return math.prod(padded_size(config.space, *image))
+
+    for table in tables:
+        table.check(config, name)
+    known = {pixels(table.size): table for table in sorted(tables, key=lambda table: table.size == size)}
+    asked, places = pixels(size), sorted(known)
+    if places[0] <= asked <= places[-1]:
+        times = [known[place].of_exits(config) for place in places]
+        return np.array([np.interp(asked, places, exit) for exit in zip(*times, strict=True)])
+    nearest = places[0] if asked < places[0] else places[-1]
+    call = known[nearest].fixed_ms.get(CALL, 0.0)
+    return call + (known[nearest].of_exits(config) - call) * asked / nearest
 
 
 def _checked(network: Mapping[str, Any]) -> dict[str, Any]:

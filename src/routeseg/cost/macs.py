@@ -34,8 +34,8 @@ class CostTable:
     cell [L+1,S]    paid by every node with an open path
     edge [L+1,S,3]  paid by every open path
     zeros_arrive    zeros of closed paths arrive, too (`space.step`)
-    exits [K]       cost of an image that leaves at an exit by its own choice: the route as far as there, and the decisions
-                    on the way; None without exits
+    exits [K]       cost of an image that leaves at an exit by its own choice: the route as far as there, and the
+                    decisions on the way; None without exits
     """
 
     space: RoutingSpace
@@ -71,8 +71,8 @@ class CostTable:
         )
 
     def of_result(self, gates: Tensor | np.ndarray, exits: Tensor | np.ndarray | None) -> np.ndarray:
-        """Real cost of images from what a forward returns, MACs, float64 [B]: gates [B,L+1,S,3] and, if places have left by
-        themselves, where: [B,hb,wb]. Each place pays its share of the image."""
+        """Real cost of images from what a forward returns, MACs, float64 [B]: gates [B,L+1,S,3] and, if places have
+        left by themselves, where: [B,hb,wb]. Each place pays its share of the image."""
         if exits is None:
             return self.of_gates(gates)
         assert self.exits is not None
@@ -141,7 +141,7 @@ def model_cost(
     return replace(table, exits=np.array(routes) + decisions)
 
 
-def exit_costs(network: RoutedNetwork, image_size: tuple[int, int]) -> np.ndarray:
+def exit_costs(network: RoutedNetwork | NetworkDescription, image_size: tuple[int, int]) -> np.ndarray:
     """MACs of a network with exits for an image that leaves at each of them, float64 [K]. Of a network whose places
     decide the last is more than the full network's (`CostTable.exits`)."""
     table = model_cost(network, image_size)

@@ -6,19 +6,24 @@ torch here.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from routeseg.cost.latency import LatencyTable
-from routeseg.cost.macs import exit_costs
-from routeseg.errors import NO_EXITS, BudgetNotKept
+from routeseg.cost.latency import LatencyTable, exit_ms
+from routeseg.cost.macs import exit_costs, model_cost
+from routeseg.errors import NO_EXITS
+from routeseg.space import MIN_IMAGE_SIZE, brief, padded_size
 
 if TYPE_CHECKING:
+    from routeseg.description import NetworkDescription
     from routeseg.model.exits import Exits
     from routeseg.model.grid import RoutedNetwork
 
@@ -29,58 +34,93 @@ FORMS = "give a share of the full network such as 40%, MACs such as 0.5GMACs, or
 
 @dataclass(frozen=True)
 class Asked:
-    """A budget for the mean of the images, in one of three units: a share in 0..1, MACs, or milliseconds by a table.
+    """A budget for the mean of the images, in one of three units: a share in 0..1, MACs, or milliseconds by tables.
 
-    `Asked.parse("40%")`, `Asked.parse("25ms", LatencyTable.read(file), file)`.
+    `Asked.parse("40%")`, `Asked.parse(0.4)`, `Asked.parse("25ms", LatencyTable.read_all(file), file)`.
     """
 
     value: float
     unit: Literal["share", "macs", "ms"]
-    latency: LatencyTable | None = None
+    latency: tuple[LatencyTable, ...] = ()
     file: str | Path = ""
 
     @classmethod
-    def parse(cls, text: str, latency: LatencyTable | None = None, file: str | Path = "") -> Asked:
-        """The budget that a text names. Raises ValueError if it names none, and for milliseconds without a table."""
+    def parse(cls, budget: Any, latency: LatencyTable | Sequence[LatencyTable] = (), file: str | Path = "") -> Asked:
+        """The budget that a text names, or a number of any kind, which is a share. Raises ValueError if it names none,
+        and for milliseconds without a table."""
+        if not isinstance(budget, str):
+            return cls(_share(budget), "share")
+        text = budget
         match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?\d+)?)\s*(%|gmacs|mmacs|ms|)\s*", text, re.IGNORECASE)
         try:
             number = float(match[1]) if match else math.nan
         except ValueError:
             number = math.nan
         if match is None or not 0 < number < math.inf:
-            raise ValueError(f"--budget is {text!r}: {FORMS}")
+            raise ValueError(f"budget {text!r}: {FORMS}")
         unit = match[2].upper()
         value = number * UNITS[unit]
         if unit == "MS":
-            if latency is None:
+            if not latency:
                 raise ValueError(
-                    f"--budget is {text!r}: milliseconds need --latency, a table of this machine. `routeseg profile "
+                    f"budget {text!r}: milliseconds need --latency, a table of this machine. `routeseg profile "
                     "CHECKPOINT --size HEIGHTxWIDTH` writes one"
                 )
-            return cls(value, "ms", latency, file)
+            return cls(value, "ms", (latency,) if isinstance(latency, LatencyTable) else tuple(latency), file)
         if unit in ("", "%") and value > 1:
-            raise ValueError(f"--budget is {text!r}, more than the full network: {FORMS}")
+            raise ValueError(f"budget {text!r} is more than the full network: {FORMS}")
         return cls(value, "macs" if unit.endswith("MACS") else "share")
+
+    def __str__(self) -> str:
+        """The budget in words: the same for those that mean the same. A table counts by its times."""
+        if self.unit == "share":
+            return f"{100 * self.value:.6g}%"
+        if self.latency is None:
+            return f"{self.value / UNITS['GMACS']:.6g}GMACs"
+        tables = [[one.size, one.fixed_ms, one.part_ms.tolist()] for one in self.latency]
+        times = json.dumps(tables, sort_keys=True)
+        return f"{self.value:.6g}ms by the table {hashlib.sha256(times.encode()).hexdigest()[:16]}"
 
     def price(self, network: RoutedNetwork, size: tuple[int, int]) -> float:
         """The price that keeps the budget for images (height, width).
 
-        Raises BudgetNotKept for a budget that cannot be kept at this size, or that no table tells, and ValueError for a
-        network without exits or calibration.
+        Raises BudgetNotKept for a budget that cannot be kept at this size, and ValueError for a network without exits
+        or calibration, and for latency tables of another one.
         """
         exits = check_exits(network)
         if self.unit == "share":
             return float(exits.price_of(np.array(self.value)))
         if self.unit == "ms":
-            assert self.latency is not None
-            try:
-                self.latency.check(network.config, size, self.file)
-            except ValueError as error:
-                raise BudgetNotKept(str(error)) from error
-            costs = self.latency.of_exits(network.config)
+            costs = exit_ms(self.latency, network.config, size, self.file)
             return float(exits.price_of(np.array(self.value), costs, " ms"))
         costs = exit_costs(network, size) / MMACS
         return float(exits.price_of(np.array(self.value / MMACS), costs, " MMACs"))
+
+
+def _share(number: Any) -> float:
+    """A number of any kind as a share of the full network. Raises ValueError if it is none."""
+    try:
+        share = float(number)
+    except (TypeError, ValueError, OverflowError):
+        share = math.nan
+    if isinstance(number, bool) or not 0 < share <= 1:
+        percent = f'; {share:g} percent is the text "{share:g}%"' if 1 < share <= 100 else ""
+        raise ValueError(f"budget {brief(number)}: a number is a share of the full network, above 0 up to 1{percent}")
+    return share
+
+
+def levels(network: RoutedNetwork | NetworkDescription, size: tuple[int, int]) -> np.ndarray:
+    """What an image (height, width) of a network with exits can cost, as shares of the full network's: float64 [K],
+    ascending. A budget between two of them is kept in the mean of many images."""
+    height, width = (max(side, MIN_IMAGE_SIZE) for side in size)
+    table = model_cost(network, padded_size(network.config.space, height, width))
+    assert table.exits is not None
+    return table.exits / table.full
+
+
+def in_words(shares: np.ndarray) -> str:
+    """Shares as percents."""
+    return ", ".join(f"{100 * share:.3g}" for share in shares) + " %"
 
 
 def check_exits(network: RoutedNetwork) -> Exits:

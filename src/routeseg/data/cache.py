@@ -15,7 +15,7 @@ from routeseg.data.pairs import UnreadableImage, read_image
 from routeseg.files import check_writable, write_atomically
 
 SPARE_BYTES = 2 << 30  # of the disk stay free for others, such as checkpoints
-FORMAT = "1"  # counts up when the same file is decoded to other pixels
+FORMAT = "2"  # counts up when the same file is decoded to other pixels
 
 
 class ImageCache:

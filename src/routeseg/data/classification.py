@@ -1,5 +1,5 @@
-"""Images with one label each, to pre-train on: a tree of class folders (as ImageNet's), or tar shards (see shards.py).
-No torch here; their batches: classification_loaders.py."""
+"""Images with one label each, to pre-train on: a tree of class folders, as ImageNet's. No torch here; their batches:
+classification_loaders.py."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from routeseg.data.pairs import read_image
+from routeseg.data.pairs import IMAGE_SUFFIXES, read_image
 from routeseg.data.sets.roots import expected
-from routeseg.data.shards import find_shards
 from routeseg.data.tools.registration import IMAGENET_TREE
 from routeseg.files import expand_user
-
-SUFFIXES = (".jpeg", ".jpg", ".png")
 
 
 @dataclass
@@ -23,22 +20,18 @@ class ClassificationConfig:
     """The `data` section of a configuration of `routeseg pretrain`; the defaults are the usual ones for ImageNet.
 
     root          folder of the data set
-    train_split, val_split   sub-folders of it, with one folder for each class; or tar shards:
-                  train-{000000..000146}.tar, train-*.tar, or URLs, with KEY.jpg and KEY.cls (or KEY.json) in them
-    num_classes   shards only (a tree has its folders): labels are 0 to num_classes - 1
+    train_split, val_split   sub-folders of it, with one folder for each class
     crop          side of the square that the network sees
     resize        evaluation: the shorter side, before the square in the middle is cut out
     area, aspect  training: a crop of this share of the image, and of this width / height, is resized to the square
     flip, colour  mirroring, and strength of the colour augmentation
     batch_size    per process
     workers       loader processes; 0 loads in the training process
-    buffer        shards only: training images are mixed within a buffer of so many
     """
 
     root: str | None = None
     train_split: str = "train"
     val_split: str = "val"
-    num_classes: int | None = None
     crop: int = 224
     resize: int = 256
     area: tuple[float, float] = (0.08, 1.0)
@@ -47,28 +40,20 @@ class ClassificationConfig:
     colour: float = 0.4
     batch_size: int = 32
     workers: int = 4
-    buffer: int = 1000
 
     def __post_init__(self) -> None:
-        for key in ("batch_size", "buffer"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"data.{key} is {getattr(self, key)}: it must be at least 1")
+        if self.batch_size < 1:
+            raise ValueError(f"data.batch_size is {self.batch_size}: it must be at least 1")
         if self.workers < 0:
             raise ValueError(f"data.workers is {self.workers}: it must not be negative")
         if self.crop < 32:
             raise ValueError(f"data.crop is {self.crop}: it must be at least 32")
         if self.resize < self.crop:
             raise ValueError(f"data.resize is {self.resize}: the crop of {self.crop} does not fit in")
-        if self.num_classes is not None and self.num_classes < 2:
-            raise ValueError(f"data.num_classes is {self.num_classes}: there is nothing to tell apart")
         for key, top in (("area", 1.0), ("aspect", float("inf"))):
             low, high = getattr(self, key)
             if not 0 < low <= high <= top:
                 raise ValueError(f"data.{key} is {[low, high]}: give [least, greatest], both positive")
-
-    @property
-    def is_tree(self) -> bool:
-        return ".tar" not in self.train_split
 
 
 class ImageTree:
@@ -100,38 +85,24 @@ class ImageTree:
 
 
 def _images(folder: Path) -> list[str]:
-    found = sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(SUFFIXES))
+    found = sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(IMAGE_SUFFIXES))
     if not found:
-        raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)}): add some, or remove the folder")
+        raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}): add some, or remove the folder")
     return found
 
 
-def open_sources(config: ClassificationConfig) -> tuple[ImageTree | list[str], ImageTree | list[str], tuple[str, ...]]:
-    """The training images, the validation images, and the names of the classes."""
-    if config.is_tree != (".tar" not in config.val_split):
-        raise ValueError(
-            f"data.train_split is {config.train_split}, data.val_split {config.val_split}: give two folders, or shards "
-            "(.tar) for both"
-        )
-    if not config.is_tree:
-        train, val = (find_shards(split, config.root) for split in (config.train_split, config.val_split))
-        if config.num_classes is None:
-            raise ValueError(
-                "tar shards do not say how many classes there are: set --data.num_classes (ImageNet: 1000)"
-            )
-        return train, val, tuple(f"class {k}" for k in range(config.num_classes))
+def open_trees(config: ClassificationConfig) -> tuple[ImageTree, ImageTree]:
+    """The training images and the validation images, of the same classes.
+
+    Raises ValueError for a data set that is missing, incomplete, or of another layout.
+    """
     if config.root is None:
         raise ValueError(
             f"data.root is not set: give the folder of the images with --data.root FOLDER; {expected(IMAGENET_TREE)}"
         )
     root = expand_user(config.root)
-    train_tree, val_tree = ImageTree(root / config.train_split), ImageTree(root / config.val_split)
-    for name in sorted(set(train_tree.classes) ^ set(val_tree.classes)):
-        has, lacks = (train_tree, val_tree) if name in train_tree.classes else (val_tree, train_tree)
+    train, val = ImageTree(root / config.train_split), ImageTree(root / config.val_split)
+    for name in sorted(set(train.classes) ^ set(val.classes)):
+        has, lacks = (train, val) if name in train.classes else (val, train)
         raise ValueError(f"{has.folder} has the class {name}, {lacks.folder} has not; {expected(IMAGENET_TREE)}")
-    if config.num_classes not in (None, len(train_tree.classes)):
-        raise ValueError(
-            f"data.num_classes is {config.num_classes}, {train_tree.folder} has {len(train_tree.classes)} classes: "
-            "leave it out"
-        )
-    return train_tree, val_tree, train_tree.classes
+    return train, val

@@ -11,15 +11,14 @@ import numpy as np
 
 from routeseg.data import scenes
 from routeseg.data.pairs import LeftOut, SegmentationData, SkipLog
-from routeseg.data.sets.ade20k import open_ade20k
-from routeseg.data.sets.camvid import open_camvid
-from routeseg.data.sets.cityscapes import open_cityscapes
-from routeseg.data.sets.folder import TREE as FOLDER_TREE
-from routeseg.data.sets.folder import classes_of_masks, describing_file, open_folder
-from routeseg.data.sets.roots import expected, no_split
-from routeseg.data.sets.voc import open_voc
+from routeseg.data.sets import ade20k, camvid, cityscapes, voc
+from routeseg.data.sets.folder import describing_file, open_folder, read_description, undescribed
+from routeseg.data.sets.hints import is_archive, what_it_lacks
+from routeseg.data.sets.roots import no_split
+from routeseg.data.sets.undescribed import find_class_list, find_places
+from routeseg.errors import printable
 from routeseg.files import expand_user
-from routeseg.labels import Classes
+from routeseg.labels import BACKGROUND, Classes
 
 SEED_OFFSETS = {"train": 0, "val": 1_000_003, "test": 2_000_003}  # scenes: each split is drawn from another seed
 
@@ -31,8 +30,8 @@ class DataConfig:
     name          scenes (procedural, no download), camvid, cityscapes, voc, ade20k, or folder (your own pictures);
                   what each expects is in docs/data.md
     root          folder of the data set (not for scenes)
-    classes       folder only: what a classes.yaml would say (names, palette, mapping), which is not read then; None:
-                  that file, or without one what the masks tell. A run keeps here what they told
+    classes       folder only: what a classes.yaml would say (names, mapping, images, ...), which is not read then.
+                  None: that file, or without one what folders, lists and masks tell. A run keeps here what they told
     sbd_root      folder of SBD, for VOC's split train_aug; None: beside VOCdevkit
     train_split, val_split   which parts to train on and to validate on, as the data set calls them
     train_share   of the training pictures, evenly spread: what would fewer labels do?
@@ -109,9 +108,9 @@ class Scenes:
 
 
 def known_classes(config: DataConfig, say: Callable[[str], None] = lambda line: None) -> DataConfig:
-    """The configuration with the classes that the masks tell, if those of a folder are written nowhere.
+    """The configuration with what a classes.yaml would say of a folder, if there is none.
 
-    say  takes a line that tells what was found, or that a classes.yaml is not read
+    say  takes lines that tell what was found, or that a classes.yaml is not read
     Raises UnclearMasks if the masks tell no classes.
     """
     if config.name != "folder" or config.root is None:
@@ -124,10 +123,16 @@ def known_classes(config: DataConfig, say: Callable[[str], None] = lambda line: 
                 "(--data.classes null: the file does)"
             )
         return config
-    found = classes_of_masks(root)
+    if describing_file(root).is_file():
+        about = read_description(describing_file(root))
+        if about.said:
+            say(printable(f"{root}: {about.said}"))
+        return config
+    found = undescribed(root)
     if found is None:
         return config
-    say(f"{root / 'masks'}: {found}")
+    for line in found.lines:
+        say(printable(line))
     return replace(config, classes=found.description)
 
 
@@ -150,32 +155,54 @@ def open_data(config: DataConfig, split: str, seed: int = 0, left_out: list[Left
         raise ValueError(f"data.root is not set: give the folder of the {config.name} data with --data.root FOLDER")
     root = expand_user(config.root)
     if config.name == "voc":
-        return open_voc(root, split, None if config.sbd_root is None else expand_user(config.sbd_root), left_out)
+        return voc.open_voc(root, split, None if config.sbd_root is None else expand_user(config.sbd_root), left_out)
     if config.name == "folder":
         return open_folder(root, split, config.classes, left_out)
-    open_layout = {"ade20k": open_ade20k, "camvid": open_camvid, "cityscapes": open_cityscapes}[config.name]
+    open_layout = {
+        "ade20k": ade20k.open_ade20k,
+        "camvid": camvid.open_camvid,
+        "cityscapes": cityscapes.open_cityscapes,
+    }[config.name]
     return open_layout(root, split, left_out)
 
 
-LAYOUTS = {  # what a folder has if its pictures lie in a layout of this name, one of these
-    "camvid": ("trainannot",),
-    "cityscapes": ("leftImg8bit",),
-    "voc": ("VOCdevkit", "JPEGImages", "VOC2012"),
-    "ade20k": ("ADEChallengeData2016", "images/training"),
-    "folder": ("classes.yaml", "images"),
+LAYOUTS = {  # what a folder has, one of these, if its pictures lie in a layout of this name; and the classes of it
+    "camvid": (("trainannot",), camvid.CLASSES),
+    "cityscapes": (("leftImg8bit",), cityscapes.CLASSES),
+    "voc": (("VOCdevkit/VOC2012", "VOC2012", "JPEGImages/20[01][0-9]_[0-9][0-9][0-9][0-9][0-9][0-9].jpg"), voc.CLASSES),
+    "ade20k": (("ADEChallengeData2016", "images/training/ADE_*"), ade20k.CLASSES),
 }
 
 
 def layout_of(root: Path) -> str:
     """The name of the layout in which a folder's pictures lie, or of a YAML that describes them.
 
-    Raises ValueError if it is none that is known.
+    What somebody wrote down, a classes.yaml or the classes of a labelling tool, goes before the names of folders.
+    Raises ValueError, with a remedy if it knows one, if it is none that is known.
     """
-    if root.is_file():
-        return "folder"
-    if not root.is_dir():
+    if not root.exists():
         raise ValueError(f"no folder {root}: give the folder of your pictures")
-    for name, signs in LAYOUTS.items():
-        if any((root / sign).exists() for sign in signs):
-            return name
-    raise ValueError(f"{root} has no layout that is known; for your own pictures {expected(FOLDER_TREE)}")
+    if describing_file(root).is_file() and not is_archive(root):
+        return "folder"
+    if known := _known_layout(root):
+        return known
+    inside = [path for path in root.glob("*/") if not path.name.startswith(".")]
+    if len(inside) == 1 and (describing_file(inside[0]).is_file() or _known_layout(inside[0])):
+        raise ValueError(f"{root} holds a data set in {inside[0].name}/: give {inside[0]}")
+    if find_places(root) is None:
+        raise ValueError(f"{root} {what_it_lacks(root)}")
+    return "folder"
+
+
+def _known_layout(root: Path) -> str | None:
+    """The layout whose signs a folder has, unless a list of other classes lies in it."""
+    for name, (signs, classes) in LAYOUTS.items():
+        for found in (next(root.glob(sign), None) for sign in signs):
+            if found is not None:
+                listed = find_class_list(root) or find_class_list(found if found.is_dir() else root)
+                return name if listed is None or _objects(listed.names) == _objects(classes.names) else None
+    return None
+
+
+def _objects(names: Sequence[str]) -> list[str]:
+    return [name.lower() for name in names if name.lower() != BACKGROUND]

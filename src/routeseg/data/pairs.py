@@ -8,26 +8,33 @@ Legend: image uint8 [H,W,3] RGB, labels uint8 [H,W] with IGNORE where there is n
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import re
 import struct
 import threading
+import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawArray, RawValue
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO, Protocol
 
 import cv2
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from routeseg.errors import CONTROL
 from routeseg.labels import IGNORE, Classes
 
 log = logging.getLogger("routeseg")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+IMAGE_SUFFIXES = tuple(
+    ".png .jpg .jpeg .jpe .jfif .bmp .dib .tif .tiff .webp .gif .jp2 .j2k .jpx .avif .ppm .pgm .pbm .pnm .pfm".split()
+)
 # What is decoded: no format that runs programs (PostScript) or fetches other files. Pillow knows the first ones from
 # the start (MPO is among JPEG); for the others it imports all that it has, which takes as long as some pictures.
 FORMATS, RARE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM"), ("TIFF", "WEBP", "JPEG2000", "AVIF")
@@ -42,7 +49,12 @@ BAD_IMAGE = (
     struct.error,
     Image.DecompressionBombError,
 )
-GREY_MODES = ("1", "L", "LA")
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # behind "ftyp" in a file's head
+GREY_MODES = ("1", "L", "LA", "La")
+STRAIGHT = {"La": "LA", "RGBa": "RGBA", "RGBX": "RGB"}  # what premultiplied and padded modes of Pillow become
+DEPTHS = (8, 10, 12, 14, 16)  # bits of what cameras and microscopes give, which files of 16 bits hold
+ROUNDING = 1e-3  # by which floats may leave 0..1
+FEW_BITS = re.compile("L;([24])I?R?")  # how Pillow names grey values of 2 or 4 bits, which it stretches to 8
 ORIENTATION_TAG = 0x0112  # of EXIF
 PLAIN_ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}  # the last bytes of a file that is whole
 # What may turn a PNG, make parts of it transparent or animate it: PNG_SPECIAL are the names that Pillow finds for it in
@@ -111,23 +123,87 @@ def read_image(path: Path) -> np.ndarray:
 def decode_image(source: Path | BinaryIO, name: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """`read_image` of a path or an open file; `name` is what errors call it. An image of more than `max_pixels` is not
     decoded."""
+    with _reading(name), _open(source, max_pixels) as file:
+        pixels = _decode_plain(file)
+        if pixels is None:
+            _take_first(file, name)
+            pixels = _pixels(file)
+        return pixels
+
+
+def read_pillow(image: Image.Image) -> np.ndarray:
+    """`read_image` of an image of Pillow, of any mode; of several frames the one that it shows."""
+    with _reading("the image"):
+        return _pixels(image)
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """Upright uint8 [H,W,3] of an image of any mode. Raises what BAD_IMAGE lists."""
+    deep = _decode_deep(image)
+    if deep is not None:
+        orientation = image.getexif().get(ORIENTATION_TAG, 1)
+        image = Image.fromarray(as_bytes(deep))
+        image.getexif()[ORIENTATION_TAG] = orientation
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        image = Image.fromarray(as_bytes(np.asarray(image)))
+    if image.mode in STRAIGHT:
+        image = image.convert(STRAIGHT[image.mode])
+    return np.asarray(image.convert("RGB"))
+
+
+def as_bytes(values: np.ndarray) -> np.ndarray:
+    """The values of an image as uint8, of the same shape: whatever holds an image comes through here.
+
+    Floats are 0..1. Integers of 16 bits or more hold 0..65535; if the largest value needs fewer bits, as those of a
+    camera of 12 bits do, so many bits are the range, and the log says so.
+    Raises ValueError for other types, and for values beyond that.
+    """
+    if values.dtype == np.uint8:
+        return np.ascontiguousarray(values)
+    if values.dtype == bool:
+        return values.astype(np.uint8) * 255
+    if values.dtype.kind not in "fiu" or values.dtype.itemsize > 4 and values.dtype.kind != "f":
+        raise ValueError(f"an image of {values.dtype}: give uint8, uint16, or floats in 0..1")
+    low, high = float(values.min(initial=0)), float(values.max(initial=0))
+    if values.dtype.kind == "f":
+        if not (low >= -ROUNDING and high <= 1 + ROUNDING):
+            raise ValueError(
+                f"floats are taken as 0..1, these go from {low:.4g} to {high:.4g}: divide by 255, or give uint8; an "
+                "image that is normalised already must not be"
+            )
+        top = 1
+    elif low < 0 or high >= 1 << DEPTHS[-1]:
+        raise ValueError(
+            f"integers are taken as 0..65535, these go from {low:.0f} to {high:.0f}: give uint8, or uint16 of the range"
+        )
+    else:
+        depth = next(depth for depth in DEPTHS if high < 1 << depth)
+        top = (1 << depth) - 1
+        if depth < DEPTHS[-1]:
+            _say_depth(depth)
+    return (np.clip(values.astype(np.float32) / top, 0, 1) * 255).round().astype(np.uint8)
+
+
+@functools.cache  # so it is said once
+def _say_depth(depth: int) -> None:
+    log.warning("images of 16 bits a value whose largest value is below %d are read as %d bits", 1 << depth, depth)
+
+
+@contextmanager
+def _reading(name: str | Path, what: str = "an image") -> Iterator[None]:
+    """In this block whatever Pillow raises is UnreadableImage, which names the file."""
     try:
-        with _open(source, max_pixels) as file:
-            pixels = _decode_plain(file)
-            if pixels is not None:
-                return pixels
-            if getattr(file, "is_animated", False):
-                log.warning("%s has %d frames: the first one is taken", name, getattr(file, "n_frames", 0))
-                file.seek(0)
-            file.load()
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith(("I", "F")):  # 16 bits an integer, 0..1 a float, greyscale
-                values = np.nan_to_num(np.asarray(image).astype(np.float64))
-                top = 1.0 if image.mode.startswith("F") and values.max(initial=0) <= 1 else 65535.0
-                image = Image.fromarray((np.clip(values / top, 0, 1) * 255).round().astype(np.uint8))
-            return np.asarray(image.convert("RGB"))
+        yield
     except BAD_IMAGE as error:
-        raise UnreadableImage(f"cannot read {name} as an image: {_reason(error)}") from error
+        raise UnreadableImage(f"cannot read {name} as {what}: {_reason(error)}") from error
+
+
+def _take_first(file: ImageFile.ImageFile, name: str | Path) -> None:
+    """Of several frames."""
+    if getattr(file, "is_animated", False):
+        log.warning("%s has %d frames: the first one is taken", name, getattr(file, "n_frames", 0))
+        file.seek(0)
 
 
 def _open(source: Path | BinaryIO, max_pixels: int) -> ImageFile.ImageFile:
@@ -140,7 +216,12 @@ def _open(source: Path | BinaryIO, max_pixels: int) -> ImageFile.ImageFile:
             if isinstance(source, Path) and not source.stat().st_size:
                 raise ValueError("the file is empty") from None
             Image.init()
-            file = Image.open(source, formats=[one for one in RARE_FORMATS if one in Image.OPEN])
+            try:
+                file = Image.open(source, formats=[one for one in RARE_FORMATS if one in Image.OPEN])
+            except UnidentifiedImageError:
+                if _head(source)[4:12] in [b"ftyp" + brand for brand in HEIC_BRANDS]:
+                    raise ValueError("it is HEIC, which is not decoded here: convert it to JPEG or PNG") from None
+                raise
     width, height = file.size
     if width * height > max_pixels or max(width, height) > MAX_SIDE:
         file.close()
@@ -148,6 +229,14 @@ def _open(source: Path | BinaryIO, max_pixels: int) -> ImageFile.ImageFile:
             f"it has {width}x{height} pixels; at most {max_pixels} are decoded, and sides up to {MAX_SIDE}"
         )
     return file
+
+
+def _head(source: Path | BinaryIO, count: int = 12) -> bytes:
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            return file.read(count)
+    source.seek(0)
+    return source.read(count)
 
 
 def _reason(error: Exception) -> str:
@@ -168,16 +257,45 @@ def _decode_plain(file: ImageFile.ImageFile) -> np.ndarray | None:
         return None
     if not png and file.getexif().get(ORIENTATION_TAG, 1) != 1:
         return None
+    data = _bytes_of(file)
+    late = data[-PNG_TAIL_BYTES:]
+    if not data.endswith(PLAIN_ENDS[file.format]) or (png and any(mark in late for mark in PNG_TURNED)):
+        return None
+    return _by_opencv(data, cv2.IMREAD_COLOR_RGB)
+
+
+def _decode_deep(image: Image.Image) -> np.ndarray | None:
+    """The colours of a PNG or TIFF of 16 bits, of which Pillow keeps the upper byte: uint16 [H,W,3] RGB, as they are
+    stored. None for all others, for what is decoded already, and for what OpenCV cannot decode."""
+    if not isinstance(image, ImageFile.ImageFile) or image.format not in ("PNG", "TIFF"):
+        return None
+    if image.fp is None or _raw_mode(image)[:-1] not in ("RGB;16", "RGBX;16", "RGBA;16", "LA;16"):
+        return None
+    pixels = _by_opencv(_bytes_of(image), cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR)  # to RGB it spoils a TIFF
+    return None if pixels is None or pixels.dtype != np.uint16 else pixels[..., ::-1]
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """How a file stores its values, in Pillow's words, such as "RGB;16B"; "" if it is decoded already."""
+    tiles = getattr(image, "tile", None)
+    args = tiles[0].args if tiles else ""
+    return str(args[0] if isinstance(args, tuple) and args else args)
+
+
+def _bytes_of(file: ImageFile.ImageFile) -> bytes:
+    """All bytes of an open file."""
+    assert file.fp is not None
     here = file.fp.tell()
     file.fp.seek(0)
     data = file.fp.read()
     file.fp.seek(here)
-    late = data[-PNG_TAIL_BYTES:]
-    if not data.endswith(PLAIN_ENDS[file.format]) or (png and any(mark in late for mark in PNG_TURNED)):
-        return None
+    return data
+
+
+def _by_opencv(data: bytes, flags: int) -> np.ndarray | None:
     try:
         with _silent_libraries():
-            return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+            return cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:  # too large, for OpenCV or for the memory
         return None
 
@@ -206,35 +324,132 @@ def label_mode(path: Path) -> tuple[str, np.ndarray | None]:
 
     Raises UnreadableImage if it is missing or no image.
     """
-    try:
-        with _open(path, MAX_PIXELS) as file:
-            colours = file.getpalette("RGB") if file.mode == "P" else None
-            return file.mode, None if colours is None else np.array(colours, np.uint8).reshape(-1, 3)
-    except BAD_IMAGE as error:
-        raise UnreadableImage(f"cannot read {path} as a label image: {_reason(error)}") from error
+    with _reading(path, "a label image"), _open(path, MAX_PIXELS) as file:
+        colours = file.getpalette("RGB") if file.mode == "P" and not _grey_palette(file) else None
+        return file.mode, None if colours is None else np.array(colours, np.uint8).reshape(-1, 3)
+
+
+def orientation(path: Path) -> int:
+    """How an image file is to be turned or mirrored by its EXIF note, 1 to 8; 1: not at all. Raises UnreadableImage."""
+    with _reading(path), _open(path, MAX_PIXELS) as file:
+        if file.format == "PNG" and not any(mark in _bytes_of(file) for mark in PNG_TURNED):
+            return 1  # of a PNG without a note Pillow decodes all pixels to find out
+        found = file.getexif().get(ORIENTATION_TAG, 1)
+        return found if found in range(1, 9) else 1
 
 
 def read_label_file(path: Path, palette: bool = False, grey: bool = False) -> np.ndarray:
-    """The stored values of a label file: integers [H,W], or colours uint8 [H,W,3].
+    """The stored values of a label file: integers [H,W], or colours uint8 [H,W,3]. EXIF rotation is applied.
 
     palette  a palette file gives the colours of its pixels, not their numbers
     grey     so does a greyscale file of at most 8 bits
-    Raises UnreadableImage if it is missing, damaged or no image, or ValueError if it holds neither of the two.
+    Transparent pixels are 0, or black. If that leaves nothing else, the mask was drawn in the transparency, and its
+    values are those.
+    Raises UnreadableImage if it is missing, damaged or no image, or ValueError if it holds neither of the two, or if
+    files of its kind do not keep the values of pixels.
     """
-    try:
-        with _open(path, MAX_PIXELS) as file:
-            coloured = (palette and file.mode == "P") or (grey and file.mode in GREY_MODES)
-            values = np.asarray(file.convert("RGB") if coloured else file)
-    except BAD_IMAGE as error:
-        raise UnreadableImage(f"cannot read {path} as a label image: {_reason(error)}") from error
-    if values.ndim == 3 and values.shape[2] in (3, 4) and values.dtype == np.uint8:
-        return values[..., :3]
-    if values.ndim != 2 or values.dtype.kind not in "uib":
+    with _reading(path, "a label image"), _open(path, MAX_PIXELS) as file:
+        mode, lossy = file.mode, _lossy(file)
+        _take_first(file, path)
+        values = None if lossy else _stored(file, palette, grey)
+    if lossy:
         raise ValueError(
-            f"{path} is no label image: it needs one channel of class numbers, or RGB colours; it has shape "
-            f"{values.shape} of {values.dtype}"
+            f"{path} is {lossy}, which does not keep the values of pixels: make the mask again from its original, as "
+            "PNG"
         )
-    return values.astype(np.int64) if values.dtype.kind == "b" else values
+    if values is None:
+        raise ValueError(
+            f"{path} is no label image: it needs one channel of class numbers, or RGB colours of 8 bits; it holds "
+            f"something else (Pillow's mode {mode}). Save it as PNG"
+        )
+    return values
+
+
+def _stored(file: ImageFile.ImageFile, palette: bool, grey: bool) -> np.ndarray | None:
+    """The values in a label file, as `read_label_file` gives them; None for what can be none."""
+    deep = _decode_deep(file)
+    if deep is not None and (deep % 257).any():  # not colours of 8 bits that were written as 16
+        return None
+    stretch = _stretch(file)
+    ImageOps.exif_transpose(file, in_place=True)
+    mode = "L" if _grey_palette(file) else STRAIGHT.get(file.mode, file.mode)
+    image = file if mode == file.mode else file.convert(mode)
+    coloured = (palette and image.mode in ("P", "PA")) or (grey and image.mode in GREY_MODES)
+    alpha = None
+    if coloured or image.mode in ("RGB", "RGBA"):
+        pixels = np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+        values, alpha = pixels[..., :3], pixels[..., 3] if pixels.shape[2] == 4 else None
+    elif image.mode in ("LA", "PA"):
+        values, alpha = np.moveaxis(np.asarray(image), -1, 0)
+    elif image.mode == "F":
+        values = np.asarray(image)
+        if not (np.abs(values) < 1 << 24).all() or (values % 1).any():
+            return None
+        values = values.astype(np.int32)
+    elif image.mode in ("1", "L", "P") or image.mode.startswith("I"):
+        values = np.asarray(image)
+        values = values.astype(np.uint8 if values.dtype == bool else values.dtype.newbyteorder("="))
+        if stretch != 1:
+            values = np.rint(values / stretch).astype(values.dtype)
+    else:
+        return None
+    if alpha is None or alpha.min(initial=255) == 255:
+        return values
+    values = np.where(alpha[..., None] if values.ndim == 3 else alpha, values, 0)
+    if values.any():
+        black = ~values.any(axis=-1) if values.ndim == 3 else values == 0
+        if not alpha.all() and (black & (alpha > 0)).any():
+            _say_black()
+        return values
+    return np.repeat(alpha[..., None], 3, axis=2) if values.ndim == 3 else alpha
+
+
+@functools.cache  # so it is said once
+def _say_black() -> None:
+    log.warning("masks have transparent pixels, and others that are black, or 0: both are read as black, or 0")
+
+
+def _stretch(file: ImageFile.ImageFile) -> float:
+    """By how much Pillow multiplies the grey values of a file that has fewer bits than Pillow's mode."""
+    if found := FEW_BITS.fullmatch(_raw_mode(file)):
+        return 255 / (2 ** int(found[1]) - 1)
+    tile = file.tile[0] if file.tile else None
+    if file.format == "PPM" and tile and tile.codec_name.startswith("ppm") and isinstance(tile.args, tuple):
+        return (65535 if file.mode == "I" else 255) / int(tile.args[1])  # the file says its largest value
+    return 1
+
+
+def _grey_palette(file: ImageFile.ImageFile) -> bool:
+    """Whether a file is a GIF of grey values: the format knows no other way to keep them than a palette."""
+    colours = np.array(file.getpalette("RGB") or () if file.mode == "P" and file.format == "GIF" else (), np.uint8)
+    return colours.size > 0 and bool((colours.reshape(-1, 3) == colours[::3, None]).all())
+
+
+def _lossy(file: ImageFile.ImageFile) -> str | None:
+    """What kind of file this is, if it is one that does not keep the values of pixels."""
+    if file.format in ("JPEG", "MPO", "AVIF"):
+        return f"of the format {file.format}"
+    if file.format == "TIFF" and file.info.get("compression") in ("jpeg", "tiff_jpeg", "webp"):
+        return f"a TIFF with {file.info['compression']} compression"
+    if file.format == "WEBP" and not _is_lossless_webp(_bytes_of(file)):
+        return "a lossy WebP"
+    if file.format == "JPEG2000":
+        data = _bytes_of(file)
+        coding = data.find(b"\xff\x52\x00")  # the marker COD; its last byte but one is 1 for the wavelet of integers
+        if coding < 0 or data[coding + 13 : coding + 14] != b"\1":
+            return "a lossy JPEG 2000"
+    return None
+
+
+def _is_lossless_webp(data: bytes) -> bool:
+    """Whether the first chunk of pixels in a WebP is lossless."""
+    place = 12  # behind RIFF, size, WEBP
+    while place + 8 <= len(data):
+        name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+        if name in (b"VP8L", b"VP8 "):
+            return name == b"VP8L"
+        place += 24 if name == b"ANMF" else 8 + size + size % 2  # a frame holds chunks, behind 16 bytes of its own
+    return False
 
 
 @dataclass(frozen=True)
@@ -391,6 +606,7 @@ class LeftOut:
     total    of how many
     message  what ends a training: the first of them, the reason, and the remedy
     remedy   what to do about all of them
+    note     they may well be left out: it is no mistake
     """
 
     what: str
@@ -398,6 +614,7 @@ class LeftOut:
     total: int
     message: str
     remedy: str
+    note: bool = False
 
 
 def leave_out(some: LeftOut, left_out: list[LeftOut] | None) -> None:
@@ -415,7 +632,11 @@ def pair_folders(images: Path, labels: Path, left_out: list[LeftOut] | None = No
     no partner.
     """
     return pair_files(
-        list_images(images, left_out=left_out), list_images(labels, left_out=left_out), images, labels, "", left_out
+        list_images(images, left_out=left_out),
+        list_images(labels, left_out=left_out),
+        images,
+        labels,
+        left_out=left_out,
     )
 
 
@@ -425,16 +646,17 @@ def pair_files(
     image_folder: Path,
     label_folder: Path,
     suffix: str = "",
+    image_suffix: str = "",
     left_out: list[LeftOut] | None = None,
 ) -> list[Pair]:
     """Name -> image file and name -> label file as pairs, sorted by name.
 
-    suffix    what a label file's name has after the name of its image
+    suffix    what a label file's name has after the name of its image; image_suffix, what that of an image has
     left_out  takes the files that have no partner; without it they are a ValueError that names the first
     """
     for some, others, one, partner, other_folder, ending in (
         (images, labels, "an image", "a label", label_folder, suffix),
-        (labels, images, "a label", "an image", image_folder, ""),
+        (labels, images, "a label", "an image", image_folder, image_suffix),
     ):
         alone = sorted(set(some) - set(others))
         if alone:
@@ -455,31 +677,56 @@ def pair_files(
     return [Pair(name, images[name], labels[name]) for name in sorted(images) if name in labels]
 
 
+def other_files(names: Iterable[str]) -> str:
+    """The files of these names that are no images, by suffix: "2 .heic, 1 .mov"; "" if there are none."""
+    suffixes = (path.suffix.lower() for path in map(PurePath, names) if not path.name.startswith("."))
+    counts = Counter(suffix or "without a suffix" for suffix in suffixes if suffix not in IMAGE_SUFFIXES)
+    return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+
+
 def list_images(folder: Path, nested: bool = False, left_out: list[LeftOut] | None = None) -> dict[str, Path]:
     """Name -> file. A name is the stem; with `nested`, files of sub-folders count too, and are called city/stem.
 
     left_out  takes what has the name of a file before it; without it that is a ValueError
-    Hidden files and folders are left out. Raises ValueError for a folder that is missing or empty.
+    Names are in one form of Unicode. Hidden files and folders are left out. Raises ValueError for a folder that is
+    missing or empty, and for names with control characters.
     """
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: check the data root and its layout")
     found: dict[str, Path] = {}
     twice: list[tuple[Path, Path]] = []
+    others: list[str] = []
     for path in _files(folder, nested):
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
-            name = path.relative_to(folder).with_name(path.stem).as_posix()
-            if name in found:
-                twice.append((found[name], path))
-            else:
-                found[name] = path
+        if path.name.startswith("."):
+            continue
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            others += [str(path)] if path.is_file() else []
+            continue
+        name = one_form(path.relative_to(folder).with_name(path.stem).as_posix())
+        if CONTROL.search(name):
+            raise ValueError(f"{folder} has a file whose name has control characters, {ascii(name)}: rename it")
+        if name in found:
+            twice.append((found[name], path))
+        else:
+            found[name] = path
+    what = f"files in {folder} that are no images ({other_files(others)})"
     if not found:
-        raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        there = f", but {other_files(others)}: convert to PNG or JPEG what are images" if others else ""
+        raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}){there}")
+    if others and left_out is not None:
+        remedy = "nothing, unless some of them are images, as HEIC are: convert those to PNG or JPEG"
+        left_out.append(LeftOut(what, tuple(others), len(found) + len(others), "", remedy, note=True))
     if twice:
         message = f"{twice[0][0]} and {twice[0][1]} have the same name: keep one of them"
         files = tuple(f"{one} and {other}" for one, other in twice)
         total = len(found) + len(twice)
         leave_out(LeftOut("files with the name of another one", files, total, message, "keep one of each"), left_out)
     return found
+
+
+def one_form(name: str) -> str:
+    """A name in the composed form of Unicode: macOS and others write the same name in two."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _files(folder: Path, nested: bool) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,20 +27,26 @@ class _Asked:
 class Budgeted(_Asked):
     """A network with exits, or an engine of it, that keeps a budget: `Budgeted(engine, model, Asked.parse("40%"))`.
 
-    Raises ValueError for a network that takes no budget and for a latency table of another precision, and BudgetNotKept
+    Raises ValueError for a network that takes no budget and for latency tables of another precision, and BudgetNotKept
     for a budget that cannot be kept at the size of the images.
     """
 
     def __init__(self, forward: Any, model: RoutedNetwork, asked: Asked) -> None:
         super().__init__(forward, model)
-        self.asked = asked
+        tables = [table for table in asked.latency if table.precision == self.precision]
+        device = next(model.parameters()).device.type
+        tables = [table for table in tables if table.device.startswith(device)] or tables
+        self.asked = replace(asked, latency=tuple(tables))
         if asked.unit == "share":
             check_exits(model).price_of(np.array(asked.value))
-        if asked.latency is not None and asked.latency.precision != self.precision:
+        if asked.unit == "ms" and not tables:
+            there = asked.latency[0].precision
             raise ValueError(
-                f"{asked.file} is for {asked.latency.precision}, the network runs in {self.precision}: measure it with "
-                f"`routeseg profile --precision {self.precision}`, or choose --precision {asked.latency.precision}"
+                f"{asked.file} is for {there}, the network runs in {self.precision}: measure it with "
+                f"`routeseg profile --precision {self.precision}`, or choose --precision {there}"
             )
+        for table in tables:
+            table.check(model.config, asked.file)
         self._prices: dict[tuple[int, int], float] = {}
 
     def __call__(self, images: Tensor, **how: Any) -> Any:

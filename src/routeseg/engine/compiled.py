@@ -29,10 +29,10 @@ from routeseg.errors import NOT_FINITE
 from routeseg.model import Segmentation
 from routeseg.model.backbone import Backbone, EfficientNetLite0, FrozenNormConv, InvertedResidual
 from routeseg.model.cell import Cell, RoutingNode
-from routeseg.model.decoder import Decoder
 from routeseg.model.choice import LossChoice, LossGate
+from routeseg.model.decoder import Decoder
 from routeseg.model.exits import Exits
-from routeseg.model.gate import Gate, SoftGate, SoftmaxGate
+from routeseg.model.gate import Gate, SoftGate
 from routeseg.model.grid import RoutedNetwork
 from routeseg.model.layers import BatchNorm, InputNorm, Stem, Subsample, Transform, Upsample
 from routeseg.model.operations import Identity, Operation, SepConv3x3, SepConv5x5
@@ -45,7 +45,7 @@ DONE, NOT_FINITE_STATUS, NO_MEMORY = range(3)  # `Status` of kernels/forward.cpp
 STEPS = ("gather", "gate", "cell", "up", "down", "stage")  # of a node: each can be timed
 # The only layers that the kernels compute, by their exact type: a subclass may do something else.
 LAYERS = (
-    *(InputNorm, Stem, RoutingNode, Cell, SepConv3x3, SepConv5x5, Identity, SoftGate, SoftmaxGate),
+    *(InputNorm, Stem, RoutingNode, Cell, SepConv3x3, SepConv5x5, Identity, SoftGate),
     *(Transform, Upsample, Subsample, Decoder, Exits, LossChoice, LossGate),
     *(EfficientNetLite0, InvertedResidual, FrozenNormConv, nn.BatchNorm2d, nn.ReLU6, nn.ZeroPad2d),
     *(nn.Conv2d, BatchNorm, nn.SyncBatchNorm, nn.ReLU, nn.Identity, nn.Linear),
@@ -129,7 +129,7 @@ class _Network(Structure):
     """`Network` of kernels/forward.cpp."""
 
     _fields_ = [
-        *((name, c_int32) for name in "depth scales zeros_arrive softmax classes exits stages".split()),
+        *((name, c_int32) for name in "depth scales zeros_arrive classes exits stages".split()),
         ("stem", POINTER(_Conv)),
         ("nodes", POINTER(_Node)),
         ("exit", POINTER(_Exit)),
@@ -249,12 +249,9 @@ def raise_failure(library: ctypes.CDLL, status: int, what: str) -> None:
 
 def _unknown_parts(model: RoutedNetwork, library: ctypes.CDLL) -> Iterator[str]:
     """The parts of a network that the kernels do not know, or cannot hold."""
-    gates: set[str] = set()
     most = library.routeseg_most_channels()
     for name, layer in model.named_modules():
         kind = type(layer).__name__
-        if isinstance(layer, Gate):
-            gates.add(kind)
         if layer is not model and type(layer) not in LAYERS:
             what = "gate" if isinstance(layer, Gate) else "cell operation" if isinstance(layer, Operation) else "layer"
             yield f"there is no kernel for the {what} {kind} ({name})"
@@ -262,8 +259,6 @@ def _unknown_parts(model: RoutedNetwork, library: ctypes.CDLL) -> Iterator[str]:
             yield f"the kernels hold {most} channels, {name} has {max(layer.weight.shape[:2])}"
     if model.exits is not None and not model.exits.gates.kernels:
         yield f"there is no kernel for the choice {model.config.choice} at exits"
-    if len(gates) > 1:
-        yield f"the kernels know one kind of gate in a network, this one has {' and '.join(sorted(gates))}"
     if (scales := model.space.num_scales) > (most := library.routeseg_most_scales()):
         yield f"the kernels hold {most} scales, the network has {scales}"
 
@@ -405,12 +400,11 @@ class _Packed(Weights):
         self.kept.append(nodes)
         exits = (_Exit * len(heads := _heads(folded)))(*(self._exit(*head) for head in heads))
         self.kept.append(exits)
-        gates = {type(folded.node(*node).gate) for node in folded.route.nodes}
         stem, stages = list(folded.stem.children()), (_Stage * 0)()
         if folded.backbone is not None:
             stem, stages = [next(folded.backbone.stages[0].children())], self._stages(folded.backbone)
         self.network = _Network(
-            space.depth, space.num_scales, folded.config.zeros_arrive, SoftmaxGate in gates, folded.config.num_classes,
+            space.depth, space.num_scales, folded.config.zeros_arrive, folded.config.num_classes,
             len(exits), len(stages),
             self._convs([self.conv(_layers(part), image=not i) for i, part in enumerate(stem)]), nodes, exits, stages,
         )  # fmt: skip

@@ -152,7 +152,8 @@ def measure_route(
 
 def _opened(model: DynamicRoutingNetwork) -> DynamicRoutingNetwork:
     """A copy whose gates are computed as ever, but always open every path, so that exactly a given route runs."""
-    config = replace(model.config, gate="soft") if model.config.gated else replace(model.config, exits=None, choice=None)
+    other: dict[str, Any] = {"gate": "soft"} if model.config.gated else {"exits": None, "choice": None, "place": None}
+    config = replace(model.config, **other)
     opened = DynamicRoutingNetwork(config).to(next(model.parameters()))
     opened.load_state_dict(model.state_dict(), strict=False)  # a gate of another kind may have more
     with torch.no_grad():

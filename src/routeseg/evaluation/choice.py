@@ -36,41 +36,40 @@ class AllExits:
 
     both    of the class by the labels and by the exit: the intersection
     either  by the labels or by the exit: the union
+    labels  by the labels, [N,C]: only classes that labels have count (`Evaluation.iou`)
     """
 
     both: np.ndarray
     either: np.ndarray
+    labels: np.ndarray
 
     @classmethod
     def of(cls, confusion: np.ndarray) -> AllExits:
         """From confusion matrices [N,K,C,C]."""
         both = np.diagonal(confusion, axis1=2, axis2=3)
-        return cls(both, confusion.sum(2) + confusion.sum(3) - both)
+        return cls(both, confusion.sum(2) + confusion.sum(3) - both, confusion[:, 0].sum(2))
 
     @classmethod
     def joined(cls, parts: Sequence[AllExits]) -> AllExits:
         """Those of all parts, one after the other."""
-        return cls(np.concatenate([part.both for part in parts]), np.concatenate([part.either for part in parts]))
+        both, either, labels = zip(*((part.both, part.either, part.labels) for part in parts), strict=True)
+        return cls(np.concatenate(both), np.concatenate(either), np.concatenate(labels))
 
     def chosen(self, pictures: np.ndarray) -> AllExits:
         """Those of some pictures, a mask or indices."""
-        return AllExits(self.both[pictures], self.either[pictures])
+        return AllExits(self.both[pictures], self.either[pictures], self.labels[pictures])
 
     def lost(self) -> np.ndarray:
         """What each picture takes away from the mIoU at each exit, float64 [N,K]: the change in the set's mIoU if this
         picture alone leaves there, and all others at the middle exit. It is scaled such that the mean over many
         pictures that differ little is the difference of the set's mIoU at the middle exit to that at this one.
-
-        Classes that are neither in the labels nor found by the middle exit do not count.
         """
         middle = self.both.shape[1] // 2
-        there = self.either[:, middle].any(axis=0)
+        there = self.labels.any(axis=0)
         both, either = self.both[..., there], self.either[..., there]
         total, among = both[:, middle].sum(0), either[:, middle].sum(0)
-        # Pixels that are in neither map now were in it before: the union may become empty, and then nothing is wrong.
         swapped = total + both - both[:, middle, None], among + either - either[:, middle, None]
-        iou = np.divide(*swapped, out=np.ones(swapped[0].shape), where=swapped[1] > 0)
-        return -len(both) * (iou - total / among).mean(-1)
+        return -len(both) * (swapped[0] / swapped[1] - total / among).mean(-1)
 
 
 @dataclass(frozen=True)
@@ -127,16 +126,17 @@ def exits_of(model: DynamicRoutingNetwork, gates: np.ndarray) -> np.ndarray:
 
 
 def worth_of_choice(seen: AllExits, exits: np.ndarray, costs: np.ndarray, seed: int = 0) -> Worth:
-    """What leaving at these exits [N] is worth; `costs` [K] of the routes, ascending, are shares of the full
-    network's."""
+    """What leaving at these exits [N] is worth; `costs` of the routes, ascending, are shares of the full network's:
+    [K], or [N,K] if pictures have several sizes."""
     rng, count = np.random.default_rng(seed), len(exits)
-    spent = float(costs[exits].mean())
-    fixed = [mean_iou(seen, np.full(count, exit)) for exit in range(len(costs))]
+    costs = np.broadcast_to(costs, (count, costs.shape[-1]))
+    spent = float(costs[np.arange(count), exits].mean())
+    fixed = [mean_iou(seen, np.full(count, exit)) for exit in range(costs.shape[1])]
     return Worth(
         spent,
         mean_iou(seen, exits),
         float(np.mean([mean_iou(seen, rng.permutation(exits)) for _ in range(SHUFFLES)])),
-        float(np.interp(spent, costs, fixed)),
+        float(np.interp(spent, costs.mean(0), fixed)),
         mean_iou(seen, oracle(seen.lost(), costs, spent)),
     )
 
@@ -144,16 +144,19 @@ def worth_of_choice(seen: AllExits, exits: np.ndarray, costs: np.ndarray, seed: 
 def mean_iou(seen: AllExits, exits: np.ndarray) -> float:
     """mIoU when each picture leaves at its exit [N]."""
     both, either = (pixels[np.arange(len(exits)), exits].sum(0) for pixels in (seen.both, seen.either))
-    return float((both[either > 0] / either[either > 0]).mean())
+    there = seen.labels.any(axis=0)
+    return float((both[there] / either[there]).mean())
 
 
 def oracle(lost: np.ndarray, costs: np.ndarray, cost: float) -> np.ndarray:
-    """The exits [N] of least loss [N,K] and price, at the price at which they cost so much in the mean."""
+    """The exits [N] of least loss [N,K] and price, at the price at which they cost so much in the mean; `costs` are
+    [K] or [N,K]."""
+    costs = np.broadcast_to(costs, lost.shape)
 
     def exits(price: float) -> np.ndarray:
         return (lost + price * costs).argmin(1)
 
-    return exits(price_between(lambda price: float(costs[exits(price)].mean()), cost)[1])
+    return exits(price_between(lambda price: float(costs[np.arange(len(lost)), exits(price)].mean()), cost)[1])
 
 
 def price_between(spent: Callable[[float], float], cost: float) -> tuple[float, float]:

@@ -37,6 +37,7 @@ from routeseg.evaluation.route_statistics import (
     size_group_name,
     size_groups,
 )
+from routeseg.labels import label_map
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.space import RoutingSpace
 
@@ -59,6 +60,7 @@ class Observation:
     pictures      the data set, and `indices` int64 [B], the place of each picture in it
     evaluation    gates, costs and scores (see Evaluation)
     names         what the set calls the pictures
+    sizes         (H, W) of each
     object_sizes  float64 [B], see `object_size`
     """
 
@@ -67,6 +69,7 @@ class Observation:
     indices: np.ndarray
     evaluation: Evaluation
     names: tuple[str, ...]
+    sizes: tuple[tuple[int, int], ...]
     object_sizes: np.ndarray
 
     @property
@@ -90,12 +93,13 @@ def observe(
 
     Raises ValueError if no picture can be read, or a label is outside the network's classes.
     """
-    notes: list[tuple[int, str, float]] = []
+    notes: list[tuple[int, str, tuple[int, int], float]] = []
 
     def noted() -> Iterator[dict[str, Any]]:
         for index, picture in enumerate(evaluation_loader(pictures, workers)):
             if not picture["skipped"]:
-                notes.append((index, picture["name"], object_size(picture["labels"][0].numpy())))
+                labels = picture["labels"][0].numpy()
+                notes.append((index, picture["name"], labels.shape, object_size(labels)))
             yield picture
         if not notes:
             raise ValueError(
@@ -104,8 +108,8 @@ def observe(
             )
 
     evaluation = evaluate(model, noted(), forward, on_picture=on_picture)
-    indices, names, sizes = zip(*notes, strict=True)
-    return Observation(model.space, pictures, np.array(indices), evaluation, names, np.array(sizes))
+    indices, names, sizes, object_sizes = zip(*notes, strict=True)
+    return Observation(model.space, pictures, np.array(indices), evaluation, names, sizes, np.array(object_sizes))
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,7 @@ class RouteSurvey:
         return {
             "images": scores["images"],
             "skipped": scores["skipped"],
+            "precision": scores["precision"],
             "miou": scores["miou"],
             "cost_gmacs": scores["cost_gmacs"] | {"std": float(seen.evaluation.cost_macs.std() / 1e9)},
             "depth": space.depth,
@@ -282,7 +287,7 @@ def draw_survey(survey: RouteSurvey, model: DynamicRoutingNetwork, forward: Forw
     edges = edge_statistics(space, seen.gates)
     count = len(seen.names)
     cost = seen.evaluation.cost_macs / 1e9
-    order = np.argsort(cost, kind="stable")
+    order = np.argsort(seen.cost_share, kind="stable")
     shown = max(1, min(EXTREMES, count // 2))
     rows = {"cheapest": order[:shown], "dearest": order[::-1][:shown]} if count > 1 else {"only": order}
     extremes = {
@@ -300,7 +305,7 @@ def draw_survey(survey: RouteSurvey, model: DynamicRoutingNetwork, forward: Forw
         paths = {n: folder / (n + kind) for n in FIGURES if n != "groups" or groups}
         figures.edge_frequency(paths["frequency"], space, edges.frequency, count)
         figures.edge_strength(paths["strength"], space, edges.mean_activation, edges.mean_when_open, count)
-        figures.cost_histogram(paths["cost_histogram"], cost, float(seen.evaluation.full_macs.mean() / 1e9))
+        figures.cost_histogram(paths["cost_histogram"], cost, seen.evaluation.full_macs / 1e9)
         figures.extreme_routes(paths["extremes"], space, extremes)
         if groups:  # there is none if every label is ignored
             figures.group_frequencies(paths["groups"], space, groups)
@@ -321,7 +326,7 @@ def _panel(
     """Image [H,W,3], segmentation [H,W,3], gates [L+1,S,3] and title of a picture."""
     image, _ = seen.pictures.read(int(seen.indices[place]))
     pixels = image_tensor(image)[None].to(next(model.parameters()).device)
-    labels = forward(pixels).labels[0].cpu().numpy().astype(np.uint8)
+    labels = label_map(forward(pixels).labels[0].cpu().numpy(), model.config.num_classes)
     cost, share = seen.evaluation.cost_macs[place] / 1e9, seen.cost_share[place]
     title = f"{seen.names[place]}: {cost:.3f} GMACs, {100 * share:.1f} % of full"
     tinted = figures.overlay(image, labels, model.config.class_names, model.config.palette, legend=False)

@@ -21,7 +21,7 @@ from routeseg.cost.macs import CostTable, model_cost
 from routeseg.errors import DIVERGED
 from routeseg.evaluation.boundary import boundary_counts
 from routeseg.evaluation.test_time import Averaged, Forward, MultiPass
-from routeseg.labels import IGNORE
+from routeseg.labels import IGNORE, label_map
 from routeseg.model import DynamicRoutingNetwork
 
 
@@ -37,6 +37,7 @@ class Evaluation:
     passes      int64 [images], how often the network ran on each image
     boundary    int64 [2,K], intersection and union of the boundary bands (boundary.py), pixels; None: not asked for
     names       of the images, in the order of `gates`
+    precision   that the network ran in
     """
 
     class_names: tuple[str, ...]
@@ -48,17 +49,19 @@ class Evaluation:
     passes: np.ndarray | None = None
     boundary: np.ndarray | None = None
     names: tuple[str, ...] = ()
+    precision: str = "float32"
 
     @property
     def iou(self) -> np.ndarray:
-        """Intersection over union of each class, pixels summed over the set; nan if a class never occurs."""
+        """Intersection over union of each class, pixels summed over the set; nan for a class that no label has: it is
+        no part of any mean. Where it is predicted, the classes that are there lose."""
         hits = np.diag(self.confusion)
-        return _share(hits, self.confusion.sum(0) + self.confusion.sum(1) - hits)
+        return self._share(hits, self.confusion.sum(0) + self.confusion.sum(1) - hits)
 
     @property
     def boundary_iou(self) -> np.ndarray | None:
         """Boundary IoU of each class, pixels summed over the set as in `iou`; None if it was not asked for."""
-        return None if self.boundary is None else _share(*self.boundary)
+        return None if self.boundary is None else self._share(*self.boundary)
 
     @property
     def has_labels(self) -> bool:
@@ -67,12 +70,12 @@ class Evaluation:
 
     @property
     def miou(self) -> float:
-        """Mean of `iou` over the classes that occur."""
+        """Mean of `iou` over the classes that labels have."""
         return _mean(self.iou)
 
     @property
     def boundary_miou(self) -> float:
-        """Mean of `boundary_iou` over the classes that occur."""
+        """Mean of `boundary_iou` over the classes that labels have."""
         return math.nan if self.boundary_iou is None else _mean(self.boundary_iou)
 
     @property
@@ -82,7 +85,7 @@ class Evaluation:
 
     @property
     def majority_miou(self) -> float:
-        """The score of predicting the most frequent class everywhere, to compare with."""
+        """The `miou` of predicting the most frequent class everywhere, to compare with."""
         truth = self.confusion.sum(1)
         present = int((truth > 0).sum())
         return float(truth.max() / truth.sum() / present) if present else math.nan
@@ -112,15 +115,16 @@ class Evaluation:
             "images": len(gmacs),
             "skipped": self.skipped,
             "passes_per_image": 1.0 if self.passes is None else float(self.passes.mean()),
+            "precision": self.precision,
         }
+
+    def _share(self, part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+        """part / whole of each class that labels have; nan for the others."""
+        there = (self.confusion.sum(1) > 0) & (whole > 0)
+        return np.divide(part, whole, out=np.full(len(whole), np.nan), where=there)
 
     def _by_class(self, values: np.ndarray) -> dict[str, float | None]:
         return {name: _finite(value) for name, value in zip(self.class_names, values, strict=True)}
-
-
-def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """part / whole, nan if the whole is 0."""
-    return np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
 
 
 def _mean(values: np.ndarray) -> float:
@@ -133,7 +137,9 @@ def _finite(value: float) -> float | None:
 
 
 def check_class_count(classes: int) -> None:
-    """Raises ValueError if there is nothing to tell apart."""
+    """Raises ValueError if there is nothing to tell apart, or more than labels can hold."""
+    if classes > IGNORE:
+        raise ValueError(f"{classes} classes: labels hold at most {IGNORE}, for {IGNORE} means that a pixel has none")
     if classes < 2:
         raise ValueError("one class only: name the rest of the picture as a class, too")
 
@@ -186,7 +192,7 @@ def evaluate(
             costs = _costs(result, table)
             per_image.append((picture["name"], *costs, result.count, result.gates.float().cpu().numpy()))
             if boundary_width or on_prediction is not None:
-                prediction = found[0].cpu().numpy().astype(np.uint8)
+                prediction = label_map(found[0].cpu().numpy(), model.config.num_classes)
             if boundary_width:
                 truth = picture["labels"][0].numpy()
                 boundary += boundary_counts(truth, prediction, model.config.num_classes, boundary_width)
@@ -211,6 +217,7 @@ def evaluate(
         passes=np.array(counts),
         boundary=np.sum([counts for _, counts, _ in shares], axis=0) if boundary_width else None,
         names=names,
+        precision=getattr(segment.forward, "precision", str(next(model.parameters()).dtype).removeprefix("torch.")),
     )
 
 

@@ -144,7 +144,8 @@ class MultiPass:
         h, w = min(window[0], height), min(window[1], width)
         total: Tensor | None = None
         cover = torch.zeros(height, width, device=image.device)
-        gates, exits = [], []
+        gates: list[Tensor] = []
+        exits: list[Tensor | None] = []
         all_views = self._views((height, width), (h, w))
         for first in range(0, len(all_views), self.batch):
             views = all_views[first : first + self.batch]
@@ -159,8 +160,8 @@ class MultiPass:
                 total[0, :, top : top + h, left : left + w] += probabilities
                 cover[top : top + h, left : left + w] += 1
         assert total is not None
-        left = None if any(one is None for one in exits) else torch.cat(exits)
-        return total.div_(cover), Passes((h, w), torch.cat(gates), left)
+        places = [one for one in exits if one is not None]
+        return total.div_(cover), Passes((h, w), torch.cat(gates), torch.cat(places) if places else None)
 
     def _views(self, size: tuple[int, int], window: tuple[int, int]) -> list[View]:
         tops, lefts = (starts(side, part, self.overlap) for side, part in zip(size, window, strict=True))

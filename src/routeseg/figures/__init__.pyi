@@ -9,7 +9,6 @@ from .labels import MIN_PICTURE as MIN_PICTURE
 from .labels import colorize as colorize
 from .labels import legend_entries as legend_entries
 from .labels import overlay as overlay
-from .latency import latency_scatter as latency_scatter
 from .progress import progress_sheet as progress_sheet
 from .progress import shrunk as shrunk
 from .route_statistics import edge_frequency as edge_frequency

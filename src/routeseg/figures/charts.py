@@ -275,29 +275,34 @@ def _share_of(figure: Figure, inches: float) -> tuple[float, float]:
     return inches / figure.get_figwidth(), inches / figure.get_figheight()
 
 
-def cost_histogram(path: str | Path, cost_gmacs: Sequence[float] | np.ndarray, full_gmacs: float) -> None:
+def cost_histogram(
+    path: str | Path, cost_gmacs: Sequence[float] | np.ndarray, full_gmacs: float | Sequence[float] | np.ndarray
+) -> None:
     """How the real cost spreads over images: a histogram, and its place between 0 and full.
 
-    `cost_gmacs` [B] is the real cost of each image, `full_gmacs` the cost of the network with everything
-    open.
+    `cost_gmacs` [B] is the real cost of each image, `full_gmacs` the cost of the network with everything open, for all
+    or [B] for each: images of several sizes are compared by the share of what each would cost at most.
 
-    Raises ValueError if there is no image, a cost is not a finite number, or the full cost is not
+    Raises ValueError if there is no image, a cost is not a finite number, or a full cost is not
     positive.
     """
     kind = picture_kind(path)
     cost = np.asarray(cost_gmacs, dtype=np.float64).ravel()
     if not cost.size or not np.isfinite(cost).all():
         raise ValueError(f"{cost.size} costs, {int(np.isfinite(cost).sum())} of them finite: give one cost per image")
-    if not full_gmacs > 0:
-        raise ValueError(f"the full cost is {full_gmacs} GMACs: it must be positive")
-    low, high, mean = cost.min(), cost.max(), cost.mean()
-    pad = max(0.08 * (high - low), 0.004 * full_gmacs)
+    full = np.broadcast_to(np.asarray(full_gmacs, dtype=np.float64), cost.shape)
+    if not (full > 0).all():
+        raise ValueError(f"the full cost is {full.min()} GMACs: it must be positive")
+    one_size = bool(full.min() == full.max())
+    share = 100 * cost / full
+    low, high, mean = share.min(), share.max(), share.mean()
+    pad = max(0.08 * (high - low), 0.4)
     figure = new_figure(7.6, 3.7, layout="constrained")
     ax, strip = figure.subplots(2, 1, height_ratios=(6, 1))
     plain_axes(ax)
     bins = int(np.clip(2 * math.sqrt(cost.size), 8, 40)) if high > low else 1
     ax.hist(
-        cost,
+        share,
         bins=bins,
         range=(low, high) if high > low else (low - pad, high + pad),
         color=BLUE,
@@ -311,10 +316,11 @@ def cost_histogram(path: str | Path, cost_gmacs: Sequence[float] | np.ndarray, f
     ax.set_ylim(0, 1.16 * ax.get_ylim()[1])
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.set_ylabel("images", color=INK)
-    ax.set_xlabel("real cost in GMACs", color=INK)
+    ax.set_xlabel("real cost, share of the full network" + ("" if one_size else " at the image's size"), color=INK)
+    ax.xaxis.set_major_formatter("{x:g} %")
     ax.axvline(mean, color=INK, linewidth=1.2, linestyle=(0, (4, 2)), zorder=3)
     right_half = mean > (low + high) / 2
-    label = f"mean {mean:.3g} GMACs, {100 * mean / full_gmacs:.0f} % of full"
+    label = f"mean {cost.mean():.3g} GMACs, {mean:.0f} % of full"
     _note(
         ax,
         (mean, 1),
@@ -325,20 +331,22 @@ def cost_histogram(path: str | Path, cost_gmacs: Sequence[float] | np.ndarray, f
         color=INK,
         ha="right" if right_half else "left",
     )
-    share = ax.secondary_xaxis("top", functions=(lambda x: 100 * x / full_gmacs, lambda x: x * full_gmacs / 100))
-    share.xaxis.set_major_formatter("{x:g} %")
-    share.tick_params(labelsize=8, color=MUTED, labelcolor=MUTED, length=2)
-    share.spines["top"].set_visible(False)
-    share.set_xlabel("share of the full network", fontsize=8, color=MUTED)
+    if one_size:
+        of_full = full[0] / 100
+        gmacs = ax.secondary_xaxis("top", functions=(lambda x: x * of_full, lambda x: x / of_full))
+        gmacs.tick_params(labelsize=8, color=MUTED, labelcolor=MUTED, length=2)
+        gmacs.spines["top"].set_visible(False)
+        gmacs.set_xlabel("GMACs", fontsize=8, color=MUTED)
 
-    end = max(full_gmacs, high)
-    strip.barh(0, full_gmacs, height=0.5, color="#eef0f3", edgecolor=MUTED, linewidth=0.7)
+    end = max(100, high)
+    strip.barh(0, 100, height=0.5, color="#eef0f3", edgecolor=MUTED, linewidth=0.7)
     strip.barh(0, max(high - low, 0.004 * end), left=low, height=0.5, color=BLUE, alpha=0.8)
     strip.plot((mean, mean), (-0.42, 0.42), color=INK, linewidth=1.4)
     strip.set(xlim=(-0.005 * end, 1.005 * end), ylim=(-0.6, 0.6), yticks=[])
-    reach = f"{low:.3g} to {high:.3g}" if high > low else f"{low:.3g}"
-    middle = float(np.clip((low + high) / 2, 0.12 * end, 0.7 * end))  # clear of the other two
-    strip.set_xticks([0, middle, full_gmacs], ["0", reach, f"full: {full_gmacs:.4g} GMACs"])
+    reach = f"{low:.3g} to {high:.3g} %" if high > low else f"{low:.3g} %"
+    middle = float(np.clip((low + high) / 2, 0.12 * end, 0.6 * end))  # clear of the other two
+    whole = f"{full[0]:.4g}" if one_size else f"{full.min():.3g} to {full.max():.3g}"
+    strip.set_xticks([0, middle, 100], ["0", reach, f"full: {whole} GMACs"])
     strip.get_xticklabels()[2].set_ha("right")
     strip.tick_params(length=0, labelsize=8, labelcolor=MUTED)
     strip.spines[:].set_visible(False)

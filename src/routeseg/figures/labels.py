@@ -2,7 +2,7 @@
 
 Legend: H, W image size, K classes.
     image    uint8 [H, W, 3]   RGB
-    labels   uint8 [H, W]      class of each pixel, or IGNORE
+    labels   integers [H, W]   class of each pixel, or IGNORE if there are no more than 255
     palette  uint8 [K, 3]      RGB colour of each class
 """
 
@@ -41,9 +41,8 @@ def colorize(labels: np.ndarray, palette: Any) -> np.ndarray:
             f"label {int(strange[0])} has no colour: the palette has {len(palette)} (classes 0 to "
             f"{len(palette) - 1}; {IGNORE} is ignored). Give the palette of the labels' data set"
         )
-    table = np.zeros((IGNORE + 1, 3), dtype=np.uint8)
-    table[: len(palette)] = palette[: len(table)]
-    table[IGNORE] = 0
+    table = np.zeros((max(IGNORE + 1, len(palette)), 3), dtype=np.uint8)
+    table[: len(palette)] = palette
     return table[labels]
 
 
@@ -91,16 +90,17 @@ def _inner_border(labels: np.ndarray) -> np.ndarray:
     longer = max(labels.shape)
     window = 2 if longer < MIN_PICTURE else 1 + 2 * max(1, round(longer / 900))  # 2: on one side of a border
     kernel = np.ones((window, window), dtype=np.uint8)
-    values = labels.astype(np.uint8)
+    values = labels.astype(np.uint16)
     return cv2.dilate(values, kernel) != cv2.erode(values, kernel)
 
 
 def legend_entries(labels: np.ndarray, class_names: Sequence[str], palette: Any) -> list[tuple[str, tuple, float]]:
     """(name, RGB colour, share of the picture 0..1) of the classes present, largest first; ignored last."""
     values, counts = np.unique(labels, return_counts=True)
-    order = sorted(zip(values.tolist(), counts.tolist(), strict=True), key=lambda e: (e[0] == IGNORE, -e[1]))
-    named = {value: (class_names[value], palette[value]) for value, _ in order if value != IGNORE}
-    named[IGNORE] = ("ignored", (0, 0, 0))
+    ignored = IGNORE if len(palette) <= IGNORE else None
+    order = sorted(zip(values.tolist(), counts.tolist(), strict=True), key=lambda e: (e[0] == ignored, -e[1]))
+    named = {value: (class_names[value], palette[value]) for value, _ in order if value != ignored}
+    named[IGNORE] = named.get(IGNORE, ("ignored", (0, 0, 0)))
     return [(named[v][0], tuple(int(c) for c in named[v][1]), count / labels.size) for v, count in order]
 
 

@@ -100,7 +100,7 @@ class Backbone(nn.Module):
     def macs(cls, config: NetworkConfig) -> tuple[Macs, ...]:
         """MACs of each stage with its projection, for any image size."""
         return tuple(
-            cls.stage_macs(s) + counting.conv_norm(cls.channels[s], config.channels(s), STEM_STRIDE * 2**s)
+            cls.stage_macs(s) + counting.conv_norm_macs(cls.channels[s], config.channels(s), STEM_STRIDE * 2**s)
             for s in range(config.backbone_stages)
         )
 
@@ -194,15 +194,17 @@ class EfficientNetLite0(Backbone):
 
     @classmethod
     def stage_macs(cls, s: int) -> Macs:
-        stride, total = (2, counting.conv_norm(3 * 9, cls.first, 2)) if s == 0 else (STEM_STRIDE * 2 ** (s - 1), Macs())
+        stride, total = STEM_STRIDE * 2 ** (s - 1), Macs()
+        if s == 0:
+            stride, total = 2, counting.conv_norm_macs(3 * 9, cls.first, 2)
         for row in cls.blocks[s]:
             for inputs, outputs, kernel, step, expand in row.each():
                 hidden = inputs * expand
                 if expand > 1:
-                    total += counting.conv_norm(inputs, hidden, stride)
+                    total += counting.conv_norm_macs(inputs, hidden, stride)
                 stride *= step
-                total += counting.conv_norm(kernel**2, hidden, stride)
-                total += counting.conv_norm(hidden, outputs, stride, relu=False)
+                total += counting.conv_norm_macs(kernel**2, hidden, stride)
+                total += counting.conv_norm_macs(hidden, outputs, stride, relu=False)
         return total
 
     @classmethod

@@ -32,8 +32,8 @@ class Cell(nn.ModuleDict):
 
     def forward(self, features: Tensor, drop_path: float = 0.0, running: Running | None = None) -> Tensor:
         """With `drop_path` each operation but identity is dropped per image with this probability, and the others are
-        divided by the keep probability (scheduled drop path; training only). `running` tells which pixels run; None: all.
-        """
+        divided by the keep probability (scheduled drop path; training only). `running` tells which pixels run; None:
+        all."""
         total: Tensor | None = None
         for operation in self.operations.values():
             out = operation(features) if running is None else operation.among(features, running)

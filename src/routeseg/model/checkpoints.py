@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from routeseg.config import NetworkConfig
-from routeseg.files import CONFIG_FILE, MAX_JSON, WEIGHTS_FILE, parse_json
+from routeseg.files import CONFIG_FILE, MAX_JSON, WEIGHTS_FILE, best_of_run, parse_json, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from routeseg.model import DynamicRoutingNetwork
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained" / "camvid"  # benchmarks/ship.py makes it
-GATED = PRETRAINED.parent / "camvid_small"  # one with the paper's gates, to try and to measure routes with
 LENGTH_BYTES = 8  # at the start of a safetensors file: the length of its header
 FLOATS, COUNTS = ("F64", "F32", "F16", "BF16"), ("I64",)  # safetensors' dtypes for weights, and for counts
 
@@ -36,11 +35,12 @@ class Stored:
 
 
 def load(folder: str | Path | None = None) -> DynamicRoutingNetwork:
-    """The network of a checkpoint folder, in eval mode; without a folder, the CamVid network that is shipped.
+    """The network of a checkpoint folder, or the best one of a run, in eval mode; without a folder, the CamVid network
+    that is shipped.
 
     Raises ValueError, naming the file, if the folder is no checkpoint, is damaged, or does not fit its config.
     """
-    folder = Path(folder) if folder is not None else PRETRAINED
+    folder = Path(best_of_run(folder)) if folder is not None else PRETRAINED
     config, stored = read_config(folder), read_header(folder)
     if any(key.startswith("head.") for key in stored):
         raise ValueError(
@@ -70,8 +70,8 @@ def read_config(folder: Path) -> NetworkConfig:
             hint = f"Did you mean {inside[0]}?" if inside else "`routeseg train` writes such folders"
             raise ValueError(f"{folder} is no checkpoint: {name} is missing. {hint}")
     try:
-        return NetworkConfig.from_dict(parse_json((folder / CONFIG_FILE).read_bytes()))
-    except ValueError as error:
+        return NetworkConfig.from_dict(read_json(folder / CONFIG_FILE))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG_FILE} describes no network: {error}") from error
 
 
@@ -85,13 +85,14 @@ def read_header(folder: Path) -> dict[str, Stored]:
             header = parse_json(file.read(min(length, MAX_JSON + 1)))
         end = path.stat().st_size - LENGTH_BYTES - length
         return {name: _stored(one, end) for name, one in header.items() if name != "__metadata__"}
-    except (OSError, struct.error, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, struct.error, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"cannot read {path}: it is no safetensors file, or cut off ({error})") from error
 
 
 def _stored(entry: Mapping[str, Any], end: int) -> Stored:
-    """A tensor's entry in the header. Raises ValueError, TypeError or KeyError if it is none, or beyond the end."""
-    if entry["data_offsets"][1] > end:
+    """A tensor's entry in the header. Raises ValueError, TypeError or LookupError if it is none, or beyond the end."""
+    first, last = entry["data_offsets"]
+    if not 0 <= first <= last <= end:
         raise ValueError("its tensors are not all there")
     return Stored(tuple(operator.index(side) for side in entry["shape"]), str(entry["dtype"]))
 

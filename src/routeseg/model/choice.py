@@ -1,13 +1,13 @@
 """What decides who leaves at the exits of a network (model/exits.py): a rule is a subclass of `Choice` with a name in
 registry.CHOICES.
 
-`loss`     of whole images: a linear map of what a glance sees predicts what part of the mIoU an image loses at this exit
-           and at each later one. It leaves where loss and price of the cost are least:
+`loss`     of whole images: a linear map of what a glance sees predicts what part of the mIoU an image loses at this
+           exit and at each later one. It leaves where loss and price of the cost are least:
 
                leaves at k  <=>  loss_k + price * cost_k <= loss_j + price * cost_j   for all later exits j
 
-`entropy`  of images or places: the mean entropy of the classes, as the glance sees it there, is at most the price (nats).
-           It has nothing to fit, so that it is the same on images of any source
+`entropy`  of images or places: they leave if the mean entropy of the classes, as a glance sees it there, is at most the
+           price (nats). It has nothing to fit, so that it is the same on images of any source
 
 Legend: N images, or places of images, K exits, F features of a glance, B images, hb, wb places of an image.
 """
@@ -54,8 +54,8 @@ class Choice(nn.ModuleList):
         raise NotImplementedError
 
     def fit(self, seen: Sequence[np.ndarray], losses: np.ndarray) -> None:
-        """Fits the rule to images with labels, if it `fits`: what was seen [N,F] at each exit but the last, and what each
-        image loses [N,K] in mIoU at each exit."""
+        """Fits the rule to images with labels, if it `fits`: what was seen [N,F] at each exit but the last, and what
+        each image loses [N,K] in mIoU at each exit."""
 
     @classmethod
     def macs(cls, config: NetworkConfig, head: type[Head]) -> Macs:

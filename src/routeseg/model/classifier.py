@@ -79,7 +79,7 @@ class ClassifierHead(Head):
         for scale in range(config.num_scales):
             coarser = min(scale + 1, coarsest)
             out, stride = config.channels(coarser), STEM_STRIDE * 2**coarser
-            total += counting.conv_norm(channels, out, stride)
+            total += counting.conv_norm_macs(channels, out, stride)
             channels = out
         return total + each("pool", channels, stride) + each("conv", channels * config.num_classes, 1, ONCE)
 

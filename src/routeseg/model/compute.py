@@ -81,9 +81,7 @@ class Compute:
         """What is sent by some images, as one of so many images whose `rows` they are; of the others nothing comes."""
         return spread(arrival, rows, images)
 
-    def head(
-        self, head: Head, features: Sequence[Any], coarse: bool = False, running: Running | None = None
-    ) -> Any:
+    def head(self, head: Head, features: Sequence[Any], coarse: bool = False, running: Running | None = None) -> Any:
         """The output of the head, from the features of every scale.
 
         coarse  as it is before it is enlarged (`Head.coarse`), where pixels run

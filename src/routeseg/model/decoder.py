@@ -97,9 +97,9 @@ class Decoder(Head):
             else:  # what lies beyond the edge does not count
                 x = F.avg_pool2d(map, factor, ceil_mode=True, count_include_pad=False)
             if running is not None:
-                sides = x.shape[-2:]
-                larger = running if running.shape[-2:] == sides else F.interpolate(running, scale_factor=2.0)
-                x = x + larger[..., : sides[0], : sides[1]]
+                grows = running.shape[-2:] != x.shape[-2:]
+                larger = F.interpolate(running, scale_factor=2.0) if grows else running
+                x = x + larger[..., : x.shape[-2], : x.shape[-1]]
             running = self.merge[scale](x)
         assert running is not None
         return F.conv2d(running, self.glance_weight, self.predictor.bias)
@@ -118,7 +118,7 @@ class Decoder(Head):
         total, finest = Macs(), STEM_STRIDE * GLANCE
         for scale in range(config.num_scales):
             channels, stride = config.channels(scale), max(STEM_STRIDE * 2**scale, finest)
-            total += counting.conv_norm(channels, channels // 2 if scale else channels, stride, place=DECODER)
+            total += counting.conv_norm_macs(channels, channels // 2 if scale else channels, stride, place=DECODER)
         return total + each("conv", config.base_channels * config.num_classes, finest, DECODER)
 
     @classmethod
@@ -127,7 +127,7 @@ class Decoder(Head):
         for scale in range(config.num_scales):
             channels, stride = config.channels(scale), STEM_STRIDE * 2**scale
             out = channels // 2 if scale else channels
-            total += counting.conv_norm(channels, out, stride, place=DECODER)
+            total += counting.conv_norm_macs(channels, out, stride, place=DECODER)
             if scale:
                 total += each("resize", out, stride // 2, DECODER)
         total += each("conv", config.base_channels * 9 * config.num_classes, STEM_STRIDE, DECODER)

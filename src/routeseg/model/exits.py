@@ -1,5 +1,5 @@
-"""Exits: one network for any budget. Behind some layers an image, or a place of it, may leave the grid. All that lies behind is closed for
-it then, so that its features pass to a decoder for free (Eq. 5: no path is open).
+"""Exits: one network for any budget. Behind some layers an image, or a place of it, may leave the grid. All that lies
+behind is closed for it then, so that its features pass to a decoder for free (Eq. 5: no path is open).
 
 Each exit has a decoder of its own. Routes are nested, and in training all images run all layers: what a node computes,
 and its BatchNorm's statistics, do not depend on where others leave.
@@ -39,7 +39,7 @@ TOLERANCE = 1e-3  # by which a budget may be below the cheapest route: what is s
 
 
 class Exits(nn.Module):
-    """The exits of a network: decoders of all but the last, whose decoder is the network's head, and what decides there.
+    """The exits of a network: decoders of all but the last, whose decoder is the network's head, and what decides.
 
     layers       the layers behind which they are
     reached      [K][S]: whether features arrive at each scale of each exit
@@ -66,7 +66,7 @@ class Exits(nn.Module):
         self.decoders = nn.ModuleList(head(config) for _ in self.layers[:-1])
         choice = CHOICES[config.choice]
         if self.place is not None and not choice.by_place:
-            raise ValueError(f"choice is {config.choice}, which is about whole images: choose another, or leave place out")
+            raise ValueError(f"choice is {config.choice}, about whole images: choose another, or leave place out")
         self.gates = choice(config)
         self.register_buffer("costs", torch.zeros(count))
         self.register_buffer("prices", torch.zeros(TABLE))
@@ -196,8 +196,8 @@ class Leaving:
     def __call__(
         self, layer: int, maps: Sequence[Any], there: Sequence[np.ndarray], compute: Compute, stem: Tensor
     ) -> np.ndarray:
-        """Which images [B] have left, once these maps, of the images that are `there`, have come to a layer's nodes; the
-        stem's output tells the sizes of all maps."""
+        """Which images [B] have left, once these maps, of the images that are `there`, have come to a layer's nodes;
+        the stem's output tells the sizes of all maps."""
         exit, is_here = self.exit_before(layer)
         if not is_here:
             return self.at <= exit

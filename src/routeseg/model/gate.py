@@ -68,7 +68,7 @@ class Gate(nn.Module):
         resize = each("resize", channels, stride, SMALL) if small else Macs()
         return (
             resize
-            + counting.conv_norm(channels, hidden, stride, place=place)
+            + counting.conv_norm_macs(channels, hidden, stride, place=place)
             + each("pool", hidden, stride, place)
             + each("conv", hidden * num_directions, 1, ONCE)
         )

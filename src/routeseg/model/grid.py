@@ -185,8 +185,9 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
                     other layers, in proportion to their number (scheduled drop path)
         budget      of a network with exits: the mean cost of the images, as a share of the full network's; a number,
                     or one for each image. None: what helps
-        price       of the same, in the budget's place: what its rule compares with (model/choice.py), a number or one for
-                    each image. In training places leave by it, and the logits of all exits come with where they left
+        price       of the same, in the budget's place: what its rule compares with (model/choice.py), a number or one
+                    for each image. In training places leave by it, and the logits of all exits come with where they
+                    left
 
         In training a network with exits gives the logits of all of them, unless routes are given.
         The result for an image does not depend on the other images of the batch (in eval mode).
@@ -441,7 +442,8 @@ def prepare(model: RoutedNetwork, images: Tensor) -> tuple[Tensor, tuple[int, in
 def check_images(images: Tensor) -> tuple[int, int]:
     """The size (H, W) of images. Raises ValueError for images that are not [B,3,H,W], H, W >= 32."""
     if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
-        raise ValueError(f"images have shape {list(images.shape)}: expected [B,3,H,W], RGB, with B at least 1")
+        one = "; of a single image `.predict(image)` takes [3,H,W]" if images.ndim == 3 else ""
+        raise ValueError(f"images have shape {list(images.shape)}: expected [B,3,H,W], RGB, with B at least 1{one}")
     if not (images.is_floating_point() or images.dtype == torch.uint8):
         raise ValueError(f"images are {images.dtype}: give uint8, or floating point in 0..1")
     height, width = images.shape[-2:]

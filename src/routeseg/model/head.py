@@ -46,8 +46,8 @@ class Head(nn.Module):
         `coarse` on small maps.
 
         features  as `forward` reads them; None, or missing at the end, where nothing arrives
-        even      no map is shrunk beyond 1 / (GLANCE * STEM_STRIDE) of the image's size, the one that the logits have: for
-                  places, of which the coarsest map has few pixels
+        even      no map is shrunk beyond 1 / (GLANCE * STEM_STRIDE) of the image's size, the one that the logits have:
+                  for places, of which the coarsest map has few pixels
         """
         raise NotImplementedError(f"the head {type(self).__name__} has no glance, so no network with exits can have it")
 

@@ -77,7 +77,7 @@ class Stem(nn.Sequential):
         """MACs for any image size."""
         # The last depthwise convolution has stride 2: both of its halves are counted at 1/4 of the resolution.
         return (
-            counting.conv_norm(3 * 9, stem_channels, 2, place=UNPADDED)
+            counting.conv_norm_macs(3 * 9, stem_channels, 2, place=UNPADDED)
             + counting.separable(stem_channels, stem_channels, 3, 2, place=UNPADDED)
             + counting.separable(stem_channels, base_channels, 3, STEM_STRIDE)
         )
@@ -96,8 +96,8 @@ def widened(values: Tensor) -> Tensor:
 class Transform(nn.Sequential):
     """T_j of Eq. 5: takes a node's output to the node one scale up, at the same scale (keep) or one scale down.
 
-    up: [B,C,h,w] -> [B,C/2,2h,2w]; keep: the shape stays; down: [B,C,h,w] -> [B,2C,h/2,w/2]. `running` tells which pixels
-    run (model/places.py); None: all.
+    up: [B,C,h,w] -> [B,C/2,2h,2w]; keep: the shape stays; down: [B,C,h,w] -> [B,2C,h/2,w/2]. `running` tells which
+    pixels run (model/places.py); None: all.
     """
 
     def __init__(self, channels: int, direction: int) -> None:
@@ -122,14 +122,15 @@ class Transform(nn.Sequential):
         if direction == KEEP:
             return relu + each("product", channels, stride)
         if direction == UP:
-            conv = counting.conv_norm(channels, channels // 2, stride)
+            conv = counting.conv_norm_macs(channels, channels // 2, stride)
             return (
                 relu
                 + conv
-                + Macs(tuple(counting.Term(unit, channels // 2, stride // 2) for unit in ("resize", "product")))
+                + Macs(tuple(counting.Count(unit, channels // 2, stride // 2) for unit in ("resize", "product")))
             )
         assert direction == DOWN
-        return relu + counting.conv_norm(channels, channels * 2, stride * 2) + each("product", channels * 2, stride * 2)
+        conv = counting.conv_norm_macs(channels, channels * 2, stride * 2)
+        return relu + conv + each("product", channels * 2, stride * 2)
 
 
 class Upsample(nn.Module):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
 
 from routeseg.config import NO_GATE
 from routeseg.model.decoder import Decoder, Segmentation
 from routeseg.model.grid import RoutedNetwork
-from routeseg.model.request import check_route, exit_of
+from routeseg.model.request import Activation, Routes, Shares, check_route, exit_of
 from routeseg.registry import PREDICT
 from routeseg.space import Route
+
+if TYPE_CHECKING:  # what `predict` takes and gives, which is a room above
+    from routeseg.engine.skip import Precision
+    from routeseg.prediction.image import Budget, Latency, SegmentedImage, Several, Single
 
 MODEL_CARD = """---
 {{ card_data }}
@@ -41,15 +45,37 @@ class DynamicRoutingNetwork(
 
     head_class = Decoder
 
+    @overload
+    def __call__(
+        self, images: Tensor, route: Routes = None, activation: Activation = "one", budget: Shares = None
+    ) -> Segmentation: ...
+    @overload
+    def __call__(
+        self, images: Single, budget: Budget = None, latency: Latency = None, precision: Precision = "float32"
+    ) -> SegmentedImage: ...
+    @overload
+    def __call__(
+        self, images: Several, budget: Budget = None, latency: Latency = None, precision: Precision = "float32"
+    ) -> list[SegmentedImage]: ...
     def __call__(self, images: Any, *args: Any, **options: Any) -> Any:
-        """`forward` for a tensor; `predict` for everything else that is an image."""
+        """`forward` for a tensor of images [B,3,H,W]; `predict` for everything else that is an image, or several."""
         if isinstance(images, Tensor):
             return super().__call__(images, *args, **options)
         return self.predict(images, *args, **options)
 
-    def predict(self, images: Any, budget: Any = None, latency: Any = None, precision: str = "auto") -> Any:
+    @overload
+    def predict(
+        self, images: Single | Tensor, budget: Budget = None, latency: Latency = None, precision: Precision = "float32"
+    ) -> SegmentedImage: ...
+    @overload
+    def predict(
+        self, images: Several, budget: Budget = None, latency: Latency = None, precision: Precision = "float32"
+    ) -> list[SegmentedImage]: ...
+    def predict(self, images: Any, budget: Any = None, latency: Any = None, precision: Any = "float32") -> Any:
         """Segments an image, or each of several, on the fastest engine: paths, URLs, PIL images, arrays [H,W,3],
         tensors [3,H,W]. One gives a `SegmentedImage`, several a list; `routeseg.prediction.image.predict` says more.
+
+        An array or tensor of several images also gives a list; for type checkers write `predict(list(images))`.
         """
         return PREDICT["images"](self, images, budget, latency, precision)
 

@@ -10,6 +10,8 @@ Legend: B images, H, W the padded size, b the side of a place in pixels, C chann
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -47,13 +49,13 @@ class Running:
         return torch.where(mask, map, around)
 
     def kept(self, new: Tensor, before: Tensor | None) -> Tensor:
-        """What the next layer reads [B,C,h,w]: `new` where the place runs, what was there before where it has left; None
-        is zeros."""
+        """What the next layer reads [B,C,h,w]: `new` where the place runs, what was there before where it has left;
+        None is zeros."""
         return torch.where(self.mask(new), new, new.new_zeros(()) if before is None else before)
 
 
-def enlarge(places: Tensor, factor: int, size: tuple[int, int]) -> Tensor:
-    """A value for each place [...,hb,wb] as one for each pixel of a map [...,h,w], of which a place has factor x factor;
-    the last places may be smaller."""
+def enlarge(places: Tensor, factor: int, size: Sequence[int]) -> Tensor:
+    """A value for each place [...,hb,wb] as one for each pixel of a map [...,h,w], of which a place has factor x
+    factor; the last places may be smaller."""
     pixels = places.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
     return pixels[..., : size[0], : size[1]]

@@ -133,6 +133,9 @@ class VideoFile:
             self._container.close()
             raise UnreadableVideo(f"{source} holds no video{alone}")
         self._stream = streams.video[0]
+        if self._stream.codec_context is None:
+            self._container.close()
+            raise UnreadableVideo(f"cannot read {source}: it is coded in a way that FFmpeg does not know")
         if not self.live:
             self._stream.thread_type = "AUTO"  # several frames at once; they come later, which only matters if live
         self.rate = Fraction(self._stream.average_rate or self._stream.guessed_rate or USUAL_RATE)

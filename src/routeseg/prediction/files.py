@@ -1,7 +1,7 @@
 """Images in; label maps, overlays and routes out.
 
 For every image, named NAME below, the output folder gets
-    NAME_labels.png    class of each pixel, a palette PNG: its bytes are the class ids
+    NAME_labels.png    class of each pixel, a palette PNG: its bytes are the class ids (16 bits, greyscale, beyond 256)
     NAME_overlay.png   the image tinted with its segmentation, and a legend
     NAME_route.png     the route as a picture
     NAME_route.json    the route, its activations and its cost; `Route.from_json` reads it
@@ -16,14 +16,16 @@ Legend: H, W image size, K classes, L depth, S scales.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import cv2
@@ -32,12 +34,13 @@ from PIL import Image, UnidentifiedImageError
 
 from routeseg import figures
 from routeseg.cost.macs import model_cost
+from routeseg.cost.request import levels
 from routeseg.data.pairs import MAX_PIXELS, UnreadableImage, decode_image
 from routeseg.data.transforms import PADDING_RGB
 from routeseg.description import NetworkDescription
 from routeseg.errors import BudgetNotKept, lacks_memory
 from routeseg.evaluation.windows import starts
-from routeseg.labels import IGNORE
+from routeseg.labels import label_type
 from routeseg.prediction.sources import (
     ResultFolder,
     Source,
@@ -54,19 +57,21 @@ LABELS, OVERLAY, ROUTE_PICTURE, ROUTE = "_labels.png", "_overlay.png", "_route.p
 OUTPUTS = (LABELS, OVERLAY, ROUTE_PICTURE, ROUTE)
 PASS_BYTES = 4 << 30  # a pass that would take more is made in windows: 20 million pixels of 11 classes
 PIXEL_BYTES, CLASS_BYTES = 150, 5  # that a pass takes for each pixel, and for each of its logits (measured on a CPU)
+FILE_BYTES = 4  # a pixel, of the largest file that is read: RGBA without compression
 WINDOW, WINDOW_OVERLAP = 2048, 0.125  # side of a window, and the share of it that the next one has, too
 SKIPS_NAMED = 20  # in the summary; beyond that they are counted
 GIGA = 1e9
 
 
 class Runner(Protocol):
-    """A network, ready to segment one image after another, and the precision that it computes in."""
+    """A network, ready to segment one image after another, and the precision that it computes in. One that was asked
+    for a budget says so: `budget`, in words."""
 
     network: NetworkDescription
     precision: str
 
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Image uint8 [H,W,3] RGB, H and W at least 32 -> labels uint8 [H,W], gates float32 [L+1,S,3].
+        """Image uint8 [H,W,3] RGB, H and W at least 32 -> labels [H,W] (`label_map`), gates float32 [L+1,S,3].
 
         Raises ValueError (DIVERGED) if an output is not finite, MemoryError or RuntimeError if memory is short.
         """
@@ -188,9 +193,9 @@ def predict_files(
     Each file is written whole or not at all. An image that cannot be read is skipped, and listed in the
     summary. Images with a side under 32 pixels are padded for the network, and their results cropped.
     Raises ValueError, before any work, if the folder cannot be written, a result would overwrite an image, or
-    `resume` finds results of another network; and later if a file cannot be written.
+    `resume` finds results of another network, budget or precision; and later if a file cannot be written.
     """
-    plan = plan_work(runner.network, images, output, resume, pictures, max_pixels)
+    plan = plan_work(runner.network, images, output, resume, pictures, max_pixels, asked_of(runner))
     return collect(plan, map(Segmenter(runner, plan.target), plan.jobs), on_image)
 
 
@@ -201,17 +206,16 @@ def plan_work(
     resume: bool,
     pictures: bool,
     max_pixels: int = MAX_PIXELS,
+    asked: Mapping[str, str | None] = MappingProxyType({}),
 ) -> Plan:
     """Which images are to be segmented, into which folder. Raises the ValueErrors that come before any work."""
     start = time.monotonic()
-    if network.config.num_classes > IGNORE:
-        raise ValueError(f"the network has {network.config.num_classes} classes: a label map holds at most {IGNORE}")
     target = Target(open_folder(output), pictures, network.fingerprint, max_pixels)
     sources = [image if is_url(image) else Path(image) for image in images]
     jobs = [Job(source, locate(source), name) for source, name in zip(sources, output_names(sources), strict=True)]
     _keep_inputs(target.folder, jobs)
     target.folder.prepare()
-    done = _earlier_results(target, jobs) if resume else {}
+    done = _earlier_results(target, jobs, asked) if resume else {}
     left = tuple(job for job in jobs if job.name not in done)
     return Plan(target, tuple(job.name for job in jobs), left, tuple(done.values()), start)
 
@@ -245,7 +249,8 @@ class Segmenter:
     def __call__(self, job: Job) -> Prediction | Skip:
         """Raises ValueError if a file cannot be written, and if the outputs of the network are NaN."""
         try:
-            return self._segment(job, read_source(job.image, job.location, self.target.max_pixels))
+            data = read_file(job.image, job.location, self.target.max_pixels)
+            return self._segment(job, decode_file(data, job.image, self.target.max_pixels), content_of(data))
         except (UnreadableImage, BudgetNotKept) as error:
             return Skip(job.image, job.name, str(error))
         except (MemoryError, RuntimeError, cv2.error) as error:
@@ -253,22 +258,28 @@ class Segmenter:
                 raise
             return Skip(job.image, job.name, f"{job.image} is too large for the memory")
 
-    def _segment(self, job: Job, image: np.ndarray) -> Prediction:
+    def _segment(self, job: Job, image: np.ndarray, content: str) -> Prediction:
         """Segments one image uint8 [H,W,3] and writes NAME_labels.png and the others."""
         found = segment(self.runner, image, job.image, job.name)
-        write_results(self.target, self.network, found, image, self.runner.precision)
+        write_results(self.target, self.network, found, image, self.runner.precision, content)
         return found.prediction
 
 
 class Segmented(NamedTuple):
-    """One image, segmented: labels uint8 [H,W], gates float32 [L+1,S,3], how long the network took, and in how many
-    windows, whose mean the gates are."""
+    """One image, segmented: labels [H,W], gates float32 [L+1,S,3], how long the network took, in how many windows,
+    whose mean the gates are, and what else the result depends on (`asked_of`)."""
 
     prediction: Prediction
     labels: np.ndarray
     gates: np.ndarray
     seconds: float
     windows: int = 1
+    asked: Mapping[str, str | None] = MappingProxyType({})
+
+
+def asked_of(runner: Runner) -> dict[str, str | None]:
+    """What a result depends on beside the network and the image: a budget (None: there was none), the precision."""
+    return {"budget": getattr(runner, "budget", None), "precision": runner.precision}
 
 
 def segment(runner: Runner, image: np.ndarray, source: Source, name: str) -> Segmented:
@@ -277,7 +288,7 @@ def segment(runner: Runner, image: np.ndarray, source: Source, name: str) -> Seg
     height, width = image.shape[:2]
     padded, config = pad_small(image), runner.network.config
     views = _views(padded.shape[0], padded.shape[1], config.num_classes)
-    labels = np.empty(padded.shape[:2], np.uint8)
+    labels = np.empty(padded.shape[:2], label_type(config.num_classes))
     opened: list[np.ndarray] = []
     cost, full, seconds = 0.0, 0.0, 0.0
     for rows, columns in views:
@@ -291,7 +302,8 @@ def segment(runner: Runner, image: np.ndarray, source: Source, name: str) -> Seg
         opened.append(gates)
     prediction = Prediction(source, name, (height, width), cost, full)
     mean = opened[0] if len(opened) == 1 else np.asarray(np.mean(opened, axis=0, dtype=np.float32))
-    return Segmented(prediction, np.ascontiguousarray(labels[:height, :width]), mean, seconds, len(views))
+    own = np.ascontiguousarray(labels[:height, :width])
+    return Segmented(prediction, own, mean, seconds, len(views), asked_of(runner))
 
 
 class _Part(NamedTuple):
@@ -320,9 +332,15 @@ def _parts(side: int, window: int) -> list[_Part]:
 
 
 def write_results(
-    target: Target, network: NetworkDescription, found: Segmented, image: np.ndarray, precision: str
+    target: Target,
+    network: NetworkDescription,
+    found: Segmented,
+    image: np.ndarray,
+    precision: str,
+    content: str | None = None,
 ) -> list[str]:
-    """Writes the files of one image; returns what their names have behind NAME."""
+    """Writes the files of one image, whose own file has this content (`content_of`); returns what their names have
+    behind NAME."""
     config, prediction, name = network.config, found.prediction, found.prediction.name
     files = {LABELS: label_png(found.labels, config.palette)}
     if target.pictures:
@@ -335,26 +353,31 @@ def write_results(
     target.folder.remove(name + ROUTE)  # while the others change, nothing says that they belong together
     for ending, data in files.items():
         target.folder.write(name + ending, data)
-    target.folder.write(name + ROUTE, _route_json(target, network, found, precision).encode())
+    target.folder.write(name + ROUTE, _route_json(target, network, found, precision, content).encode())
     return [*files, ROUTE]
 
 
-def _route_json(target: Target, network: NetworkDescription, found: Segmented, precision: str) -> str:
-    """The object of `Route.to_json`, and with it the activation of each open edge, the image, its classes, cost and
-    network."""
+def _route_json(
+    target: Target, network: NetworkDescription, found: Segmented, precision: str, content: str | None
+) -> str:
+    """The object of `Route.to_json`, and with it the activation of each open edge, the image, its classes and cost, and
+    what the result depends on: the content of the image's file, the network, and what was asked."""
     prediction, gates = found.prediction, found.gates
     route = Route.from_gates(network.config.space, gates)
     data = json.loads(route.to_json())
     data |= {
         "activations": [float(gates[edge]) for edge in route],  # in the order of `open`
         "image": str(prediction.image),
+        **({} if content is None else {"image_content": content}),
         "image_size": list(prediction.size),
         "class_shares": class_shares(found.labels, network.config.class_names),
         "cost_gmacs": prediction.cost_macs / GIGA,
         "full_gmacs": prediction.full_macs / GIGA,
         "share_of_full": prediction.share,
+        **({} if network.config.exits is None else {"levels_of_full": levels(network, prediction.size).tolist()}),
         "pictures": target.pictures,
         "network": target.network,
+        **found.asked,
         "precision": precision,
         **({"windows": found.windows} if found.windows > 1 else {}),
     }
@@ -367,10 +390,11 @@ def class_shares(labels: np.ndarray, class_names: Sequence[str]) -> dict[str, fl
     return {class_names[k]: float(counts[k]) for k in np.argsort(-counts, kind="stable") if counts[k]}
 
 
-def _earlier_results(target: Target, jobs: Sequence[Job]) -> dict[str, Prediction]:
-    """NAME -> what an earlier run made of the image: those whose JSON is there, and complete.
+def _earlier_results(target: Target, jobs: Sequence[Job], asked: Mapping[str, str | None]) -> dict[str, Prediction]:
+    """NAME -> what an earlier run made of the image: those whose JSON is there, and complete, and whose image is still
+    the same.
 
-    Raises ValueError if another network made one of them.
+    Raises ValueError if another network made one of them, or something else was asked of it.
     """
     of_name = {job.name + ROUTE: job for job in jobs}
     done: dict[str, Prediction] = {}
@@ -381,13 +405,19 @@ def _earlier_results(target: Target, jobs: Sequence[Job]) -> dict[str, Predictio
             maker = data["network"]
             height, width = data["image_size"]
             costs = float(data["cost_gmacs"]) * GIGA, float(data["full_gmacs"]) * GIGA
+            before = {name: data[name] for name in asked}
             same = data["image"] == str(job.image) and (data["pictures"] or not target.pictures)
+            same = same and data["image_content"] == content_of(read_file(job.image, job.location, target.max_pixels))
         except (ValueError, KeyError, TypeError):
             continue  # no result of ours, or not a whole one
-        if maker != target.network:
+        differs = "of another network" if maker != target.network else None
+        for name, value in asked.items():
+            if before[name] != value and differs is None:
+                differs = f"at {name} {before[name] or 'none'}, and {value or 'none'} is asked"
+        if differs is not None:
             raise ValueError(
-                f"{target.folder.locate(file)} is the result of another network: choose another --output, or leave "
-                "--resume out to segment all images anew"
+                f"{target.folder.locate(file)} is the result {differs}: choose another --output, or leave --resume out "
+                "to segment all images anew"
             )
         if same:
             done[job.name] = Prediction(job.image, job.name, (height, width), *costs)
@@ -397,10 +427,25 @@ def _earlier_results(target: Target, jobs: Sequence[Job]) -> dict[str, Predictio
 def read_source(image: Source, location: Source, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The image at this location, uint8 [H,W,3]. Raises UnreadableImage, naming `image`, if there is none, or if it has
     more than `max_pixels`."""
+    return decode_file(read_file(image, location, max_pixels), image, max_pixels)
+
+
+def read_file(image: Source, location: Source, max_pixels: int = MAX_PIXELS) -> bytes:
+    """What the file or object at this location holds. Raises UnreadableImage, naming `image`, if it cannot be read, or
+    is larger than images of so many pixels are."""
     try:
-        data = read_bytes(location)
+        return read_bytes(location, FILE_BYTES * max_pixels)
     except OSError as error:
         raise UnreadableImage(f"cannot read {image}: {error.strerror or error}") from error
+
+
+def content_of(data: bytes) -> str:
+    """16 hexadecimal digits that tell the contents of files apart."""
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def decode_file(data: bytes, image: Source, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The image in a file's content, as `read_source` gives it."""
     try:
         return decode_image(io.BytesIO(data), str(image), max_pixels)
     except UnreadableImage as error:
@@ -418,9 +463,11 @@ def pad_small(image: np.ndarray) -> np.ndarray:
 
 
 def label_png(labels: np.ndarray, palette: Iterable[Iterable[int]]) -> bytes:
-    """Labels uint8 [H,W] as a palette PNG: its bytes are the class ids, its colours those of the classes."""
+    """A label map [H,W] as a PNG of class ids: a palette PNG with the colours of the classes, or, for more than 256
+    classes, greyscale of 16 bits."""
     picture = Image.fromarray(labels)
-    picture.putpalette([part for colour in palette for part in colour])
+    if labels.dtype == np.uint8:
+        picture.putpalette([part for colour in palette for part in colour])
     return figures.png_bytes(picture)
 
 

@@ -5,28 +5,47 @@ Legend: B images, H, W image size, K classes, L depth, S scales.
 
 from __future__ import annotations
 
+import ctypes
+import io
+import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from PIL import Image, ImageOps
+import torch
+from PIL import Image
 from torch import Tensor
 
 from routeseg import figures
 from routeseg.cost.latency import LatencyTable
-from routeseg.cost.request import Asked
+from routeseg.cost.request import Asked, in_words, levels
+from routeseg.data.pairs import as_bytes, read_pillow
 from routeseg.description import NetworkDescription
+from routeseg.engine import Precision, SkipEngine
 from routeseg.engine.budgeted import Budgeted
+from routeseg.files import check_writable, expand_user, write_atomically
 from routeseg.model import DynamicRoutingNetwork
-from routeseg.prediction.files import GIGA, Segmented, Target, class_shares, read_source, segment, write_results
+from routeseg.prediction.files import (
+    GIGA,
+    Segmented,
+    Target,
+    class_shares,
+    read_source,
+    segment,
+    write_results,
+)
 from routeseg.prediction.sources import Source, is_url, locate, open_folder, output_names
-from routeseg.prediction.torch_runner import TorchNetwork, open_network
+from routeseg.prediction.torch_runner import TorchNetwork
 from routeseg.space import Route
 
-ROUNDING = 1e-3  # by which floats may leave 0..1
+Single = str | Path | Image.Image | np.ndarray  # what one image may be, beside a tensor
+Several = list[Any] | tuple[Any, ...]
+Budget = float | str | SupportsFloat | None
+Latency = LatencyTable | Sequence[LatencyTable] | str | Path | None
 MS = 1000.0
 
 
@@ -35,7 +54,7 @@ class SegmentedImage:
     """What a network made of one image. In a notebook it shows itself.
 
     image         uint8 [H,W,3], RGB
-    labels        the class of each pixel, uint8 [H,W]
+    labels        the class of each pixel, uint8 [H,W]; uint16 for more than 256 classes
     gates         what it opened, float32 [L+1,S,3]
     milliseconds  that the network took, without reading the image
     network       the network, without its weights; `precision` it computed in
@@ -84,6 +103,14 @@ class SegmentedImage:
         return self.found.prediction.full_macs / GIGA
 
     @property
+    def levels(self) -> tuple[float, ...]:
+        """What an image of this size can cost, as shares of the full network, ascending: one for each exit of the
+        network. A budget between two of them is kept in the mean of many images. Empty for a network without exits."""
+        if self.network.config.exits is None:
+            return ()
+        return tuple(levels(self.network, self.found.prediction.size).tolist())
+
+    @property
     def shares(self) -> dict[str, float]:
         """The classes that are there, the largest first, and their share of the pixels."""
         return class_shares(self.labels, self.class_names)
@@ -101,11 +128,26 @@ class SegmentedImage:
 
     def save(self, folder: str | Path) -> list[Path]:
         """Writes what `routeseg predict` writes of an image: NAME_labels.png, NAME_overlay.png, NAME_route.png and
-        NAME_route.json. Raises ValueError if the folder cannot be written."""
+        NAME_route.json. The name of an image file, such as photo.png, gets the overlay alone. Returns what was written.
+
+        Raises ValueError if it cannot be written."""
+        ending = Path(folder).suffix.lower()
+        if ending and ending in Image.registered_extensions() and not Path(folder).is_dir():
+            return [self._save_overlay(expand_user(folder), Image.registered_extensions()[ending])]
         target = Target(open_folder(Path(folder)), True, self.network.fingerprint)
         target.folder.prepare()
         endings = write_results(target, self.network, self.found, self.image, self.precision)
         return [Path(folder) / f"{self.name}{ending}" for ending in endings]
+
+    def _save_overlay(self, path: Path, form: str) -> Path:
+        check_writable(path.parent)
+        picture = io.BytesIO()
+        try:
+            self.overlay().save(picture, form)
+        except (KeyError, OSError, ValueError) as error:  # Pillow cannot write this kind of file
+            raise ValueError(f"cannot write {path} ({error}): name a .png or .jpg") from error
+        write_atomically(path, picture.getvalue())
+        return path
 
     def _repr_png_(self) -> bytes:
         return figures.png_bytes(self.overlay())
@@ -114,27 +156,29 @@ class SegmentedImage:
         height, width = self.labels.shape
         share = 100 * self.found.prediction.share
         classes = ", ".join(f"{name} {100 * part:.0f} %" for name, part in list(self.shares.items())[:4])
+        steps = f" (it can be {in_words(np.array(self.levels))})" if self.levels else ""
         return (
             f"SegmentedImage({self.name!r}, {width}x{height}: {classes}; {self.cost_gmacs:.3g} GMACs, {share:.0f} % of "
-            f"the network, {self.milliseconds:.0f} ms)"
+            f"the network{steps}, {self.milliseconds:.0f} ms)"
         )
 
 
 def predict(
     model: DynamicRoutingNetwork,
     images: Any,
-    budget: float | str | None = None,
-    latency: LatencyTable | str | Path | None = None,
-    precision: str = "auto",
+    budget: Budget = None,
+    latency: Latency = None,
+    precision: Precision = "float32",
 ) -> SegmentedImage | list[SegmentedImage]:
     """Segments an image, or each of several, on the fastest engine of the device where the network is.
 
-    images     a path or URL, a PIL image, an array [H,W,3] (uint8, or floats in 0..1), a tensor [3,H,W] or [B,3,H,W]
-               (the same); RGB. Or a list or tuple of these. One image gives one result, all others give a list
+    images     a path or URL, a PIL image, an array [H,W,3] (uint8, uint16, or floats in 0..1), a tensor [3,H,W] or
+               [B,3,H,W] (the same); RGB. Or a list or tuple of these. One image gives one result, all others a list
     budget     of a network with exits, what images may cost in the mean: a share such as 0.4, or "40%", "0.5GMACs",
-               "25ms"; None: what helps
-    latency    the table of this machine (`routeseg profile`) for a budget in ms, or its file
-    precision  as `SkipEngine` takes it
+               "25ms"; None: what helps. A single image costs one of its `levels`
+    latency    the table of this machine (`routeseg profile`) for a budget in ms, or those of several sizes; or their
+               file or folder
+    precision  as `SkipEngine` takes it; with "auto" results may differ from one process to the next
 
     Raises ValueError, with the remedy, for what is no image, cannot be read, or holds floats beyond 0..1; and for a
     budget that the network cannot keep.
@@ -142,8 +186,11 @@ def predict(
     several = isinstance(images, list | tuple) or (isinstance(images, Tensor | np.ndarray) and images.ndim == 4)
     parts = [one for some in (images if several else [images]) for one in _read(some)]
     runner = _runner(model, precision)
+    for _, image in parts:
+        if not image.size:
+            raise ValueError(f"an image of {image.shape[0]}x{image.shape[1]} has no pixels")
     if budget is not None:
-        asked = Asked.parse(f"{100 * budget}%" if isinstance(budget, int | float) else budget, *_table(latency))
+        asked = Asked.parse(budget, *_tables(latency))
         runner = TorchNetwork(Budgeted(runner.forward, model, asked), model, runner.network)
     names = output_names([source for source, _ in parts])
     found = [
@@ -153,29 +200,74 @@ def predict(
     return found if several else found[0]
 
 
-# Of each network the runner that was built last, and what it was built from.
-_runners: WeakKeyDictionary[DynamicRoutingNetwork, tuple[Any, TorchNetwork]] = WeakKeyDictionary()
+# Of each network the runner that was built last, and what it was built from. Threads may ask for it at the same time.
+_runners: WeakKeyDictionary[DynamicRoutingNetwork, tuple[_Known, TorchNetwork]] = WeakKeyDictionary()
+_building = threading.Lock()
 
 
-def _runner(model: DynamicRoutingNetwork, precision: str) -> TorchNetwork:
+def _runner(model: DynamicRoutingNetwork, precision: Precision) -> TorchNetwork:
     """The runner of a network; built anew once its weights have changed."""
-    device = next(model.parameters()).device
-    # By module: `parameters()` and `buffers()` take ten milliseconds of a large network, at every image.
-    tensors = [tensor for one in model.modules() for tensor in (*one._parameters.values(), *one._buffers.values())]
-    now = (precision, device, [(tensor.data_ptr(), tensor._version) for tensor in tensors if tensor is not None])
     known, runner = _runners.get(model, (None, None))
-    if runner is None or known != now:
-        was_training = model.training
-        runner = open_network(model, precision, device)
-        model.train(was_training)
-        _runners[model] = now, runner
+    if runner is None or known is None or not known.same(model, precision):
+        with _building:
+            known, runner = _runners.get(model, (None, None))
+            if runner is None or known is None or not known.same(model, precision):
+                known = _Known(model, precision)  # first: what changes from here on is noticed at the next image
+                runner = TorchNetwork(SkipEngine(model, precision), model)
+                _runners[model] = known, runner
     return runner
 
 
-def _table(latency: LatencyTable | str | Path | None) -> tuple[LatencyTable | None, str]:
-    if latency is None or isinstance(latency, LatencyTable):
-        return latency, "" if latency is None else latency.name
-    return LatencyTable.read(latency), str(latency)
+class _Known:
+    """What an engine was built from: the precision that was asked for, the network's configuration, and a copy of its
+    weights. Weights can change without a trace (`.data`, arrays that share their memory), so they are compared byte by
+    byte, which takes a thirtieth of the bundled network's time for a photo of 360x480."""
+
+    def __init__(self, model: DynamicRoutingNetwork, precision: Precision) -> None:
+        self.asked = precision, model.config
+        self.weights = [tensor.clone() for tensor in _weights(model)]
+
+    def same(self, model: DynamicRoutingNetwork, precision: Precision) -> bool:
+        weights = _weights(model)
+        return (
+            self.asked == (precision, model.config)
+            and len(weights) == len(self.weights)
+            and all(map(_same, weights, self.weights))
+        )
+
+
+def _weights(model: DynamicRoutingNetwork) -> list[Tensor]:
+    """Parameters and buffers; on a GPU as one tensor of bytes, since each comparison there is waited for."""
+    # By module: `parameters()` and `buffers()` take ten milliseconds of a large network, at every image.
+    tensors = [tensor for one in model.modules() for tensor in (*one._parameters.values(), *one._buffers.values())]
+    found = [tensor.detach() for tensor in tensors if tensor is not None]
+    if found[0].device.type == "cpu":
+        return found
+    return [torch.cat([tensor.flatten().view(torch.uint8) for tensor in found])]
+
+
+def _same(now: Tensor, then: Tensor) -> bool:
+    """Whether two tensors have the same bytes, NaN or not; `then` is a clone, and so without gaps in its memory."""
+    if (now.shape, now.dtype, now.device) != (then.shape, then.dtype, then.device):
+        return False
+    if now.device.type != "cpu":
+        return torch.equal(now, then)
+    if now.stride() != then.stride():
+        now = now.clone()
+    return _memcmp(now.data_ptr(), then.data_ptr(), then.nbytes) == 0
+
+
+# `torch.equal` and NumPy take four times as long, most of it for the many small tensors.
+_memcmp = ctypes.PyDLL("msvcrt" if os.name == "nt" else None).memcmp
+_memcmp.argtypes, _memcmp.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t], ctypes.c_int
+
+
+def _tables(latency: Latency) -> tuple[Sequence[LatencyTable], str]:
+    """Latency tables, and what messages call them."""
+    if isinstance(latency, str | Path):
+        return LatencyTable.read_all(latency), str(latency)
+    tables = [] if latency is None else [latency] if isinstance(latency, LatencyTable) else list(latency)
+    return tables, ", ".join(table.name for table in tables)
 
 
 def _read(image: Any) -> list[tuple[Source, np.ndarray]]:
@@ -184,12 +276,12 @@ def _read(image: Any) -> list[tuple[Source, np.ndarray]]:
         source = image if is_url(image) else Path(image)
         return [(source, read_source(source, locate(source)))]
     if isinstance(image, Image.Image):
-        return [("image", np.asarray(ImageOps.exif_transpose(image).convert("RGB")))]
+        return [("image", read_pillow(image))]
     if isinstance(image, Tensor):
         if image.ndim not in (3, 4) or image.shape[-3] != 3:
             raise ValueError(f"a tensor of shape {list(image.shape)} is no image: give [3,H,W] or [B,3,H,W], RGB")
         pixels = image.detach().cpu().movedim(-3, -1).numpy()
-        return [("image", _as_bytes(one)) for one in (pixels if image.ndim == 4 else pixels[None])]
+        return [("image", as_bytes(one)) for one in (pixels if image.ndim == 4 else pixels[None])]
     if isinstance(image, np.ndarray):
         if image.ndim not in (3, 4) or image.shape[-1] != 3:
             hint = ""
@@ -200,22 +292,7 @@ def _read(image: Any) -> list[tuple[Source, np.ndarray]]:
             elif image.ndim == 2:
                 hint = "; yours has no channels: numpy.stack([image] * 3, axis=-1)"
             raise ValueError(f"an array of shape {list(image.shape)} is no image: give [H,W,3], RGB{hint}")
-        return [("image", _as_bytes(one)) for one in (image if image.ndim == 4 else image[None])]
+        return [("image", as_bytes(one)) for one in (image if image.ndim == 4 else image[None])]
     raise ValueError(
         f"{type(image).__name__} is no image: give a path, a URL, a PIL image, an array [H,W,3] or a tensor [3,H,W]"
     )
-
-
-def _as_bytes(image: np.ndarray) -> np.ndarray:
-    """uint8 [H,W,3] of uint8, or of floats in 0..1. Raises ValueError for others."""
-    if image.dtype == np.uint8:
-        return np.ascontiguousarray(image)
-    if image.dtype.kind != "f":
-        raise ValueError(f"an image of {image.dtype}: give uint8, or floats in 0..1")
-    low, high = float(image.min(initial=0)), float(image.max(initial=0))
-    if not (low >= -ROUNDING and high <= 1 + ROUNDING):
-        raise ValueError(
-            f"floats are taken as 0..1, these go from {low:.4g} to {high:.4g}: divide by 255, or give uint8; an image "
-            "that is normalised already must not be"
-        )
-    return (np.clip(image, 0, 1) * 255).round().astype(np.uint8)

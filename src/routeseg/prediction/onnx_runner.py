@@ -5,7 +5,6 @@ Legend: B images, H, W image size, K classes, L depth, S scales.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,8 @@ import numpy as np
 
 from routeseg.description import FORMAT, METADATA_KEY, NetworkDescription
 from routeseg.errors import DIVERGED, NOT_FINITE, require
+from routeseg.files import parse_json
+from routeseg.labels import label_type
 from routeseg.space import MIN_IMAGE_SIZE, padded_size
 
 FATAL_ONLY = 4  # of the log of ONNX Runtime, which also raises its errors
@@ -49,7 +50,7 @@ class OnnxNetwork:
         _check_tensors(self)
 
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Image uint8 [H,W,3] RGB, H and W at least 32 -> labels uint8 [H,W], gates float32 [L+1,S,3].
+        """Image uint8 [H,W,3] RGB, H and W at least 32 -> labels [H,W] (`label_map`), gates float32 [L+1,S,3].
 
         Raises ValueError if an output is not finite, and MemoryError if memory is short.
         """
@@ -99,11 +100,11 @@ def prepare(network: NetworkDescription, images: np.ndarray) -> np.ndarray:
 
 
 def most_likely(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [K,H,W] -> the first of the largest, uint8 [H,W], and its logit [H,W], which is NaN if any of the K is.
+    """Logits [K,H,W] -> the first of the largest [H,W], and its logit [H,W], which is NaN if any of the K is.
 
     One class after another, which is more than twice as fast as `argmax` over the first axis.
     """
-    labels, best = np.zeros(logits.shape[1:], dtype=np.uint8), logits[0].copy()
+    labels, best = np.zeros(logits.shape[1:], label_type(len(logits))), logits[0].copy()
     for number, one in enumerate(logits[1:], start=1):
         np.putmask(labels, one > best, number)
         np.maximum(best, one, out=best)
@@ -137,7 +138,7 @@ def _read_metadata(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if METADATA_KEY not in metadata:
         raise ValueError(f"{file} is an ONNX file, but `routeseg export` did not write it: give one that it wrote")
     try:
-        data = json.loads(metadata[METADATA_KEY])
+        data = parse_json(metadata[METADATA_KEY])
         written = data["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -12,9 +12,10 @@ import logging
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from routeseg.data.pairs import MAX_PIXELS
@@ -55,6 +56,7 @@ def predict_with_ray(
     resume: bool = False,
     pictures: bool = True,
     max_pixels: int = MAX_PIXELS,
+    asked: Mapping[str, str | None] = MappingProxyType({}),
 ) -> PredictionSummary:
     """`predict_files` in several processes: the same files.
 
@@ -65,6 +67,8 @@ def predict_with_ray(
     address      None: a Ray of its own on this machine, which ends with the call; "auto" or "HOST:PORT": a running
                  cluster, whose machines have routeseg installed and see paths where this one sees them
     device       where the runner computes, cpu or cuda; with cuda Ray gives each process a GPU of its own
+    asked        what is asked of the runner (`asked_of`), as far as it is known: with `resume` earlier results must be
+                 of the same
 
     Inside a program that has called `ray.init`, that Ray is used, and left as it is.
     Raises ValueError as `predict_files` does, and if Ray is not installed, or there is no such cluster or GPU.
@@ -76,7 +80,7 @@ def predict_with_ray(
         raise ValueError(
             f"--device is {device}: with --workers or --ray_address, choose cpu, or cuda, which gives each worker a GPU"
         )
-    plan = plan_work(network, images, output, resume, pictures, max_pixels)
+    plan = plan_work(network, images, output, resume, pictures, max_pixels, asked)
     _refuse_memory(plan)
     if not plan.jobs:  # all done
         return collect(plan, (), on_image)

@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
@@ -19,12 +20,21 @@ from urllib.parse import unquote, urlsplit
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from routeseg.data.pairs import IMAGE_SUFFIXES
-from routeseg.files import check_writable, expand_user, write_atomically
+from routeseg.data.pairs import IMAGE_SUFFIXES, other_files
+from routeseg.files import (
+    MAX_READ_BYTES,
+    MAX_READ_SECONDS,
+    check_writable,
+    expand_user,
+    read_file,
+    read_up_to,
+    too_large,
+    too_slow,
+    write_atomically,
+)
 
 Source = Path | str
 
-INPUT_SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".tif", ".tiff", ".webp", ".gif")
 LIST_SIGN, COMMENT = "@", b"#"
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 GLOB_SIGNS = "*?["
@@ -35,9 +45,9 @@ READ_AT_ONCE = 500  # objects of a remote store
 def find_inputs(inputs: Sequence[str]) -> list[Source]:
     """The images that these words mean, each once, in the order given.
 
-    A file is taken as it is, whatever its suffix. A folder gives the images in it (INPUT_SUFFIXES), sorted, without
+    A file is taken as it is, whatever its suffix. A folder gives the images in it (IMAGE_SUFFIXES), sorted, without
     hidden ones and those in its subfolders. Anything else is a glob (`**` goes through folders), sorted too; it gives
-    images, or any file if it names a suffix itself (`*.jp2`). URLs mean the same in their store; one that ends
+    images, or any file if it names a suffix itself (`*.raw`). URLs mean the same in their store; one that ends
     like an image is taken without a look at the store. `@LIST` is a text file, or a URL of one, with such a word on
     each line; lines that are empty or start with # are passed over.
 
@@ -50,6 +60,12 @@ def find_inputs(inputs: Sequence[str]) -> list[Source]:
         for source in _expand(text):
             found.setdefault(str(locate(source)), source)
     return list(found.values())
+
+
+def other_inputs(inputs: Sequence[str]) -> str:
+    """What lies beside the images in the folders among these words, by suffix; "" if nothing does."""
+    folders = [folder for folder in map(expand_user, inputs) if folder.is_dir()]
+    return other_files(path.name for folder in folders for path in folder.iterdir() if path.is_file())
 
 
 def output_names(sources: Iterable[Source]) -> list[str]:
@@ -95,13 +111,22 @@ def locate(source: Source) -> Source:
     return source if isinstance(source, str) else Path(os.path.abspath(source))
 
 
-def read_bytes(source: Source) -> bytes:
-    """What the file or object holds. Raises OSError, of whatever kind, if it cannot be read."""
+def read_bytes(source: Source, limit: int = MAX_READ_BYTES) -> bytes:
+    """What the file or object holds, once it is decompressed. Raises OSError, of whatever kind, if it cannot be read,
+    has more than `limit` bytes, or takes too long."""
     if isinstance(source, Path):
-        return source.read_bytes()
-    store, path = _open_store(source)
+        return read_file(source, limit)
+    store, path = _open_store(source, limit)
     try:
-        return store.cat_file(path)
+        if source.startswith(HTTP):
+            return store.cat_file(path)  # within the limits of `_web_session`
+        if store.async_impl:
+            data = store.cat_file(path, start=0, end=limit + 1)
+            if len(data) > limit:
+                raise too_large(limit)
+            return data
+        with store.open(path, "rb") as file:
+            return read_up_to(file, limit)
     except Exception as error:  # every store has errors of its own
         raise OSError(_reason(error)) from error
 
@@ -265,7 +290,7 @@ def _expand_list(name: str) -> list[Source]:
 
 
 def _expand_path(path: Path) -> list[Path]:
-    known = ", ".join(INPUT_SUFFIXES)
+    known = ", ".join(IMAGE_SUFFIXES)
     if path.is_file():
         return [path]
     if path.is_dir():
@@ -275,7 +300,9 @@ def _expand_path(path: Path) -> list[Path]:
             raise ValueError(f"cannot read the folder {path}: {error.strerror}") from error
         images = [p for p in candidates if _is_image(p.name) and p.is_file()]
         if not images:
-            raise ValueError(f"the folder {path} holds no images ({known}); its subfolders: '{path}/**'")
+            others = other_files(p.name for p in candidates if p.is_file())
+            there = f", but {others}" if others else ""
+            raise ValueError(f"the folder {path} holds no images ({known}){there}; its subfolders: '{path}/**'")
         return images
     if not glob.has_magic(str(path)):
         raise ValueError(f"no file or folder {path}: check the name")
@@ -310,7 +337,7 @@ def _expand_url(url: str, store: Any, path: str) -> list[str]:
     else:
         chosen = [file for file in files if _is_image(file_name(file))]
         if not chosen:
-            raise ValueError(f"{url} holds no images ({', '.join(INPUT_SUFFIXES)}); its subfolders: '{url}/**'")
+            raise ValueError(f"{url} holds no images ({', '.join(IMAGE_SUFFIXES)}); its subfolders: '{url}/**'")
     return [_url_of(url, store, path, file) for file in chosen]
 
 
@@ -323,21 +350,46 @@ def _matching(pattern: str, last: str, files: Sequence[str]) -> list[str]:
     named = suffix and not glob.has_magic(suffix)
     chosen = [file for file in files if named or _is_image(file_name(file))]
     if not chosen:
-        known = ", ".join(INPUT_SUFFIXES)
+        known = ", ".join(IMAGE_SUFFIXES)
         raise ValueError(f"{pattern} matches {len(files)} files, and no image ({known}): check the pattern")
     return chosen
 
 
 def _is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in INPUT_SUFFIXES
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
-def _open_store(url: str) -> tuple[Any, str]:
-    """The store of a URL, and what it calls the object. Raises ValueError if it is not known or not installed."""
+def _open_store(url: str, limit: int = MAX_READ_BYTES) -> tuple[Any, str]:
+    """The store of a URL, and what it calls the object; no answer of a web server is longer than `limit`. Raises
+    ValueError if the store is not known or not installed."""
+    web = {part.partition("://")[0] for part in url.split("::") if part.startswith(HTTP)}
     try:
-        return fsspec.core.url_to_fs(url)
+        return fsspec.core.url_to_fs(url, **{name: {"get_client": partial(_web_session, limit)} for name in web})
     except Exception as error:  # an unknown protocol, a missing package, no credentials
         raise ValueError(f"cannot open {url}: {_reason(error)}") from error
+
+
+async def _web_session(limit: int, **options: Any) -> Any:
+    """aiohttp's session for fsspec, in which no answer is longer than `limit`, decompressed, or takes too long."""
+    import aiohttp
+
+    class Answer(aiohttp.ClientResponse):
+        async def read(self) -> bytes:
+            if self._body is None:  # as aiohttp keeps it
+                if (self.content_length or 0) > limit:
+                    raise too_large(limit)
+                blocks, left = list[bytes](), limit
+                async for block in self.content.iter_any():
+                    left -= len(block)
+                    if left < 0:
+                        self.close()
+                        raise too_large(limit)
+                    blocks.append(block)
+                self._body = b"".join(blocks)
+            return await super().read()
+
+    timeout = aiohttp.ClientTimeout(total=MAX_READ_SECONDS)
+    return aiohttp.ClientSession(response_class=Answer, timeout=timeout, **options)
 
 
 def _url_of(url: str, store: Any, path: str, other: str) -> str:
@@ -359,6 +411,8 @@ def _reason(error: Exception) -> str:
     """An error of a disk or a store in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, TimeoutError):
+        return str(too_slow().strerror)
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

@@ -12,6 +12,7 @@ from routeseg.description import describe
 from routeseg.engine import SkipEngine
 from routeseg.engine.budgeted import Budgeted, Steered
 from routeseg.errors import DIVERGED
+from routeseg.labels import label_map
 from routeseg.model import DynamicRoutingNetwork
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class TorchNetwork:
     forward    what computes the segmentation: the model itself, or an engine that is built from it
     model      tells classes, colours and cost
     precision  of the engine, or of the model's weights
+    budget     that is asked for, in words; None: there is none
     network    the model's description; None makes one, which reads all weights
     """
 
@@ -36,11 +38,12 @@ class TorchNetwork:
         weight = next(model.parameters())
         self.device = weight.device
         self.precision = getattr(forward, "precision", str(weight.dtype).removeprefix("torch."))
+        self.budget = str(forward.asked) if isinstance(forward, Budgeted) else None
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         pixels = torch.from_numpy(image.transpose(2, 0, 1).copy())[None].to(self.device)  # [1,3,H,W]
-        was_training = self.model.training
+        was_training = self.forward is self.model and self.model.training  # engines do not care
         if was_training:
             self.model.eval()
         try:
@@ -50,7 +53,8 @@ class TorchNetwork:
                 self.model.train()
         if not (_finite(result.logits) and _finite(result.gates)):
             raise ValueError(DIVERGED)
-        return result.labels[0].cpu().numpy().astype(np.uint8), result.gates[0].float().cpu().numpy()
+        labels = label_map(result.labels[0].cpu().numpy(), self.model.config.num_classes)
+        return labels, result.gates[0].float().cpu().numpy()
 
 
 def _finite(values: Tensor) -> bool:

@@ -6,7 +6,7 @@ For a video named NAME the output folder gets
     NAME_frames.csv     a row for each frame (`Row`)
     NAME_summary.json   what became of all of them (`VideoSummary`); written last
 
-Frames run through the same `Runner` as images (files.py). With `Pace`, a network with exits keeps the time that is
+Frames run through the same `Runner` as images (files.py). With `FramePace`, a network with exits keeps the time that is
 asked for each frame (cost/pacing.py). What is decoded and encoded, and how: clips.py. No torch here.
 """
 
@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
     frame            its number; time_s since the first one
     cost_gmacs       of what ran, and as a share of the full network's
-    requested_share  what the time for a frame would have allowed; None without a `Pace`, as `late`
+    requested_share  what the time for a frame would have allowed; None without a `FramePace`, as `late`
     exit             at which it left, 0 the cheapest; None: there are none, or it ran in windows that left at several
     ms               of the network; frame_ms of all: reading, drawing and writing, too
     late             it took longer than was asked
@@ -115,7 +115,7 @@ class Steering(Protocol):
     def costs(self, size: tuple[int, int]) -> np.ndarray: ...
 
 
-class Pace:
+class FramePace:
     """Keeps the time of each frame: `steering` is in the runner that segments them.
 
     frame_ms  what a frame may take, all in all
@@ -155,7 +155,7 @@ def predict_video(
     output: Source,
     name: str,
     pictures: bool = True,
-    pace: Pace | None = None,
+    pace: FramePace | None = None,
     most: int | None = None,
     on_frame: Callable[[], None] | None = None,
 ) -> VideoSummary:
@@ -247,7 +247,7 @@ def _rows(
     clip: Clip,
     name: str,
     overlays: _Overlays | None,
-    pace: Pace | None,
+    pace: FramePace | None,
 ) -> Iterator[Row]:
     """Works through the frames."""
     frames, config = iter(clip), runner.network.config

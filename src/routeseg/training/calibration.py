@@ -1,7 +1,7 @@
 """Calibration of a network with exits (model/exits.py): what decides there, and what a budget costs.
 
-What the rule is fitted to is the loss in mIoU, since that is what a network is judged by (`AllExits.lost`): an image of rare
-classes may lose more by leaving early than one of which half the pixels are wrong.
+What a rule is fitted to is the loss in mIoU, since that is what a network is judged by (`AllExits.lost`): an image of
+rare classes may lose more by leaving early than one of which half the pixels are wrong.
 
 The table of prices comes from other
 pictures, which the network was not trained on and whose labels are not read: of those that it knows it is surer than of
@@ -106,13 +106,14 @@ def _images_leave(model: RoutedNetwork, exits: Exits, images: Tensor) -> list[np
 
 
 def _places_leave(model: RoutedNetwork, exits: Exits, images: Tensor) -> np.ndarray:
-    """The share of the places of images that leave at each exit at each of `place_prices`: [B,P,K]. Those that have left
-    change what the others see, so that there is a forward for each price."""
+    """The share of the places of images that leave at each exit at each of `place_prices`: [B,P,K]. Those that have
+    left change what the others see, so that there is a forward for each price."""
     found = []
     for price in place_prices(model):
         left = model(images, price=price).exits
         assert left is not None
-        found.append([np.bincount(one, minlength=len(exits.layers)) / len(one) for one in left.flatten(1).cpu().numpy()])
+        counts = [np.bincount(one, minlength=len(exits.layers)) for one in left.flatten(1).cpu().numpy()]
+        found.append(np.array(counts) / left[0].numel())
     return np.array(found).swapaxes(0, 1)
 
 

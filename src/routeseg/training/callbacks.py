@@ -16,7 +16,7 @@ from torch import Tensor
 from routeseg.data.classification_loaders import ClassificationDataModule
 from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.data.subset import OFFSET_PICTURES
-from routeseg.files import not_written
+from routeseg.files import RESUME_FILE, not_written
 from routeseg.model.grid import RoutedNetwork
 from routeseg.training.batch_norm import average_statistics, precise_batch_norm
 from routeseg.training.calibration import calibrate
@@ -24,7 +24,6 @@ from routeseg.training.offsets import fit_offsets, shifted
 from routeseg.training.recipe import Recipe, TrainingRecipe, places_start
 from routeseg.training.task import RecipeTask, Validation
 
-RESUME_FILE = "last.ckpt"
 BEST_FOLDER, LAST_FOLDER = "best", "last"
 RUN_STATE = "run"  # where a checkpoint keeps what ValidateAndSave knows
 SHOWN = (  # in the progress bar: a number of the task, its name there, its factor

@@ -109,7 +109,7 @@ def pretrain(
     `options.output`.
 
     With `options.resume` the run goes on from OUTPUT/last.ckpt. It ends, on one CPU process, with the very weights of a
-    run that was never interrupted: from a tree always, from tar shards with as many loader workers as before.
+    run that was never interrupted.
     Raises as `train` does.
     """
     run = Run.begin(model, recipe, options, data.batch_size, (data.crop, data.crop))

@@ -296,7 +296,7 @@ class _CrossEntropy(Function):
         return dloss * ctx.saved_tensors[0], None, None
 
 
-def conv_norm(source: Term, block: nn.Module, shrunk: int = 1) -> Term:
+def convolved(source: Term, block: nn.Module, shrunk: int = 1) -> Term:
     """A convolution, or a depthwise one and a 1x1 behind it, and its BatchNorm; a ReLU behind is left to the reader.
 
     The source has neither a weight nor half the size. It is resized by 1/`shrunk` first: 1 or SMALL_GATE_FACTOR.
@@ -340,7 +340,7 @@ class Fused(Compute):
             return super().stem(stem, images)
         term = Term(images)
         for layers in cast(nn.Sequential, stem):
-            term = conv_norm(term, layers)
+            term = convolved(term, layers)
         return add([term])
 
     def activations(self, node: RoutingNode, features: Features) -> Tensor:
@@ -348,17 +348,15 @@ class Fused(Compute):
         if gate is None or type(gate).scores is not Gate.scores or type(gate).pool is not Gate.pool or not _known(gate):
             return super().activations(node, features.map)
         if not gate.small:
-            squeezed = conv_norm(Term(features), gate.squeeze)
+            squeezed = convolved(Term(features), gate.squeeze)
         elif min(features.map.shape[-2:]) >= SMALL_GATE_FACTOR:
-            squeezed = conv_norm(Term(features), gate.squeeze, SMALL_GATE_FACTOR)
+            squeezed = convolved(Term(features), gate.squeeze, SMALL_GATE_FACTOR)
         else:
-            squeezed = conv_norm(Term(shrink(features.map)), gate.squeeze)
+            squeezed = convolved(Term(shrink(features.map)), gate.squeeze)
         pooled = _MeanOf.apply(*squeezed[:4])
         return node.by_direction(gate.activate(gate.score(pooled)))
 
-    def cell(
-        self, node: RoutingNode, features: Features, drop_path: float, running: Running | None = None
-    ) -> Features:
+    def cell(self, node: RoutingNode, features: Features, drop_path: float, running: Running | None = None) -> Features:
         if not _known(node.cell):
             return Features(super().cell(node, features.map, drop_path, running))
         terms = []
@@ -366,10 +364,10 @@ class Fused(Compute):
             term = Term(features)
             if not isinstance(operation, Identity):
                 first, second = cast(nn.Sequential, operation)
-                middle = conv_norm(term, first)
+                middle = convolved(term, first)
                 if running is not None:
                     middle = Term(running.filled(add([middle]), cast(SepConv, operation).kernel_size // 2))
-                term = conv_norm(middle, second)
+                term = convolved(middle, second)
             if drop_path > 0 and operation.droppable:
                 keep = torch.rand(len(features.map), 1, 1, 1) >= drop_path  # drawn as Cell does
                 term = term._replace(weight=keep.flatten() / (1.0 - drop_path))
@@ -385,7 +383,7 @@ class Fused(Compute):
             return Term(node.transform(direction, hidden.map, running), weight=alpha)
         if direction == KEEP:
             return Term(hidden, weight=alpha, relu=True)
-        sent = conv_norm(Term(hidden, relu=True), layers)
+        sent = convolved(Term(hidden, relu=True), layers)
         if running is not None and direction == UP:
             sent = Term(running.filled(add([sent])))
         return sent._replace(weight=alpha, halved=direction == UP)
@@ -425,7 +423,7 @@ class Fused(Compute):
         total: Term | None = None
         for scale in reversed(range(len(maps))):
             own = Term(maps[scale])
-            total = conv_norm(own if total is None else Term(add([own, total])), head.merge[scale])
+            total = convolved(own if total is None else Term(add([own, total])), head.merge[scale])
             if running is not None:
                 total = Term(running.filled(add([total])))
             total = total._replace(halved=scale > 0)

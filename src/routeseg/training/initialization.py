@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from routeseg.config import NetworkConfig
+from routeseg.files import best_of_run
 from routeseg.model.checkpoints import read_config, read_header, read_weights
 from routeseg.model.grid import RoutedNetwork
 
@@ -63,7 +64,7 @@ def initialize(model: RoutedNetwork, folder: str | Path) -> InitReport:
     input normalisation. Raises ValueError, and changes nothing, if the folder is no checkpoint, or if fewer than half
     of the tensors of the network's stem and nodes fit.
     """
-    folder = Path(folder)
+    folder = Path(best_of_run(folder))
     config, stored, here = read_config(folder), read_header(folder), model.state_dict()
     there = {key: value for key, value in stored.items() if key in here}
     used = [key for key in here if key in there and there[key].shape == tuple(here[key].shape)]

@@ -187,7 +187,7 @@ def _add_pictures(
 def _add_cost(report: Report, found: Evaluation, folder: Path) -> None:
     report.heading("Cost")
     path = folder / "cost.png"
-    figures.cost_histogram(path, found.cost_macs / 1e9, float(found.full_macs.mean() / 1e9))
+    figures.cost_histogram(path, found.cost_macs / 1e9, found.full_macs / 1e9)
     report.figure(path, "Real cost of the validation pictures")
 
 

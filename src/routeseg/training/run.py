@@ -27,11 +27,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from routeseg.data.classification_loaders import ClassificationDataModule
 from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.evaluation.ranking import Ranking
-from routeseg.files import RUN_CONFIG_FILE, check_writable, remove_leftovers, write_atomically
+from routeseg.files import RESUME_FILE, RUN_CONFIG_FILE, check_writable, remove_leftovers, write_atomically
 from routeseg.model.checkpoints import read_config
 from routeseg.model.grid import RoutedNetwork
 from routeseg.training.batch_norm import Mode, check_enough_values, choose_mode
-from routeseg.training.callbacks import LAST_FOLDER, RESUME_FILE, RUN_STATE, Progress, StopAtSignal, ValidateAndSave
+from routeseg.training.callbacks import LAST_FOLDER, RUN_STATE, Progress, StopAtSignal, ValidateAndSave
 from routeseg.training.initialization import FREE_FIELDS, differences_of
 from routeseg.training.offsets import shift
 from routeseg.training.processes import (

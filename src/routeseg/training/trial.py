@@ -19,6 +19,8 @@ from routeseg.collectives import gather, total
 from routeseg.training.recipe import BFLOAT16, FLOAT32, Precision
 from routeseg.training.task import RecipeTask, parameter_groups
 
+PATIENCE_S = 6.0  # of a trial: a tenth of the shortest training that --minutes asks for
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -53,6 +55,7 @@ def choose_precision(task: RecipeTask, batch: dict[str, Tensor]) -> Choice:
 
 def step_seconds(task: RecipeTask, batch: dict[str, Tensor], precisions: Sequence[Precision]) -> list[list[float]]:
     """The seconds of some steps with this batch, in each precision: loss, gradients, their clipping, the optimiser.
+    They are few if steps are long, and if one precision is clearly slower it is tried no more.
 
     Afterwards the task, its network and the random numbers to come are as they were.
     """
@@ -63,7 +66,9 @@ def step_seconds(task: RecipeTask, batch: dict[str, Tensor], precisions: Sequenc
     try:
         with torch.random.fork_rng(devices=[]):
             task.on_train_batch_start(batch, 0)
-            return bfloat16.take_turns([partial(_step, task, batch, optimizer, one) for one in precisions])
+            steps = [partial(_step, task, batch, optimizer, one) for one in precisions]
+            # All processes of a job make the same steps, by the clock of the first one.
+            return bfloat16.take_turns(steps, patience_s=PATIENCE_S, agreed=lambda seconds: gather(seconds)[0])
     finally:
         task.model, task.precision = network, precision
 

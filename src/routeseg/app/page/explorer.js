@@ -100,7 +100,8 @@ async function show(view) {
 async function unpack(text) {
   const bytes = Uint8Array.from(atob(text), (sign) => sign.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-  return new Uint8Array(await new Response(stream).arrayBuffer());
+  const data = await new Response(stream).arrayBuffer();
+  return new (state.about.classes.length > 256 ? Uint16Array : Uint8Array)(data);
 }
 
 function pixelsOf(image) {
@@ -141,6 +142,7 @@ function paintOn(figure, labels, other) {
       if (other && other[pixel] !== label) [to[at], to[at + 1], to[at + 2]] = CHANGED;
       continue;
     }
+    if (label === 0 && state.about.clear) continue; // the picture shows through its background
     const colour = palette[label];
     for (let c = 0; c < 3; c++) to[at + c] += alpha * (colour[c] - to[at + c]);
   }
@@ -175,7 +177,7 @@ function legend(view) {
   list.replaceChildren(...Object.entries(view.shares).map(([name, share]) => {
     const number = state.about.classes.indexOf(name), item = document.createElement("li"), button = document.createElement("button");
     const patch = document.createElement("i"), colour = state.about.palette[number];
-    patch.style.background = "rgb(" + colour.join(",") + ")";
+    patch.style.background = number === 0 && state.about.clear ? "none" : "rgb(" + colour.join(",") + ")";
     button.type = "button";
     button.append(patch, name + " " + (share < 0.01 ? "<1" : (100 * share).toFixed(0)) + " %");
     button.setAttribute("aria-pressed", String(state.marked === number));
@@ -339,8 +341,9 @@ function survey(facts) {
     item.append(button);
     return item;
   }));
-  fill($("cheapest"), byCost.slice(0, 8));
-  fill($("dearest"), byCost.slice(-8).reverse());
+  const shown = Math.min(8, Math.floor(byCost.length / 2)); // none is in both
+  fill($("cheapest"), byCost.slice(0, Math.max(1, shown)));
+  fill($("dearest"), shown ? byCost.slice(-shown).reverse() : []);
 }
 
 // Round numbers around these values, about five.
@@ -414,6 +417,7 @@ function wire(about) {
     why.textContent = about.gated ? "The gates of this network decide for each picture; it takes no budget." : "This network is static: it takes no budget.";
     for (const unit of element.querySelectorAll('[name="rs-unit"]')) unit.disabled = true;
   }
+  $("examples").hidden = !about.examples.length;
   $("examples").replaceChildren(...about.examples.map(({ key, name, thumbnail }) => {
     const button = Object.assign(document.createElement("button"), { type: "button" }), image = new Image();
     image.src = thumbnail;

@@ -1,6 +1,6 @@
 """The `folder` layout, for your own pictures: a small YAML says where they are and what their masks mean.
 
-Without a YAML the masks tell the classes (masks.py), and the files lie in images/ and masks/. In a YAML, every key but
+Without a YAML, folders, lists of classes and masks tell what it would say (undescribed.py). In a YAML, every key but
 `names` may be left out; docs/data.md has examples.
 
 names        the classes, in order
@@ -8,8 +8,9 @@ palette      their RGB colours, for pictures
 mapping      label value, or "#rrggbb" in coloured masks -> class (its name or number), or ignore (255)
 images       their folder, seen from the YAML; or one for each split: {train: FOLDER, val: FOLDER}
 masks        the same; a mask lies where its image lies, sub-folders included, and has its name
-mask_suffix  what the names of masks end in beyond that, such as _mask
-split        folders                        each split is a sub-folder of images/ and of masks/
+mask_suffix  what the names of masks end in beyond that, such as _mask; image_suffix, what those of images end in
+split        folders                        each split is a sub-folder of images/ and of masks/; if there is no
+                                            images/train, and no key says where the files lie, it is found
              {train: FILE, val: FILE}       lists of names, one a line
              {val_fraction: 0.2, seed: 0}   drawn by name, so that files that are added change nothing for the others;
                                             list: FILE draws from the names in it alone
@@ -29,7 +30,6 @@ from typing import Any
 import yaml
 
 from routeseg.data.pairs import (
-    IMAGE_SUFFIXES,
     LabelMap,
     LeftOut,
     Pair,
@@ -39,13 +39,16 @@ from routeseg.data.pairs import (
     pair_files,
     read_label_file,
 )
-from routeseg.data.sets.masks import FoundClasses, UnclearMasks, find_classes
-from routeseg.data.sets.roots import expected, no_split, read_names
-from routeseg.files import expand_user, write_atomically
+from routeseg.data.sets.masks import UnclearMasks
+from routeseg.data.sets.roots import expected, in_windows_encoding, no_split, read_names, read_text
+from routeseg.data.sets.undescribed import VAL_FRACTION, Undescribed, find_description, find_places
+from routeseg.errors import CONTROL
+from routeseg.files import expand_user, parse_yaml, write_atomically
 from routeseg.labels import IGNORE, Classes
 
 FILE = "classes.yaml"
-KEYS = ("names", "palette", "mapping", "images", "masks", "mask_suffix", "split")
+KEYS = ("names", "palette", "mapping", "images", "masks", "image_suffix", "mask_suffix", "split")
+PLACES = KEYS[3:]  # those that say where the files lie
 FRACTION_KEYS = ("val_fraction", "seed", "list")
 TREE = """
 ROOT/images/train/NAME.jpg      ROOT/masks/train/NAME.png (one class number or colour a pixel)
@@ -84,6 +87,7 @@ class Description:
     """What a classes.yaml says; see the top of this file. `split` is None for sub-folders.
 
     strict  a label value that `values` lacks is an error, also if there is a class of that number
+    said    where the files lie, for a line, if the YAML leaves that out and it was found
     """
 
     path: Path
@@ -92,9 +96,11 @@ class Description:
     colours: Mapping[tuple[int, int, int], int]
     images: Folders
     masks: Folders
+    image_suffix: str
     mask_suffix: str
     split: Mapping[str, Path] | Fraction | None
     strict: bool = False
+    said: str = ""
 
 
 def open_folder(
@@ -135,7 +141,7 @@ def describe(root: Path, classes: Mapping[str, Any] | None = None) -> Descriptio
     """What the classes of a folder are and where its files lie, as `open_folder` takes them, and with its errors."""
     path = describing_file(root)
     if classes is None:
-        found = classes_of_masks(root)
+        found = undescribed(root)
         if found is None:
             return read_description(path)
         classes = found.description
@@ -143,13 +149,12 @@ def describe(root: Path, classes: Mapping[str, Any] | None = None) -> Descriptio
     return replace(about, strict=bool(about.values))
 
 
-def classes_of_masks(root: Path) -> FoundClasses | None:
-    """What the masks of a folder without a classes.yaml tell; None if there is one, or there are no masks.
+def undescribed(root: Path) -> Undescribed | None:
+    """What a folder without a classes.yaml tells; None if there is one, or there are no images with masks.
 
-    Raises UnclearMasks if they tell no classes.
+    Raises UnclearMasks if the masks tell no classes.
     """
-    masks = root / "masks"
-    return None if describing_file(root).is_file() or not masks.is_dir() else find_classes(masks)
+    return None if describing_file(root).is_file() else find_description(root)
 
 
 def _pairs(about: Description, split: str, left_out: list[LeftOut] | None) -> list[Pair]:
@@ -161,7 +166,7 @@ def _pairs(about: Description, split: str, left_out: list[LeftOut] | None) -> li
         else:
             pairs = {pair.name: pair for pair in _listed(about, split, about.split.names, left_out)}
         if len(pairs) < 2:
-            raise ValueError(f"{about.path} divides its pictures, but there is only one: add more")
+            raise ValueError(f"{about.path.parent} has only one image to divide into training and validation: add more")
         return [pairs[name] for name in about.split.takes(list(pairs), split)]
     if about.split is not None:
         if split not in about.split:
@@ -172,7 +177,8 @@ def _pairs(about: Description, split: str, left_out: list[LeftOut] | None) -> li
 
 def _paired(about: Description, split: str, left_out: list[LeftOut] | None) -> list[Pair]:
     images, masks = _list_files(about, split, left_out)
-    return pair_files(images, masks, *_folders(about, split), about.mask_suffix, left_out)
+    ends = about.mask_suffix, about.image_suffix
+    return pair_files(images, masks, *_folders(about, split), *ends, left_out=left_out)
 
 
 def _folders(about: Description, split: str) -> tuple[Path, Path]:
@@ -188,7 +194,8 @@ def _folders(about: Description, split: str) -> tuple[Path, Path]:
         if not folder.is_dir():
             there = [path.name for path in sorted(folder.parent.glob("*/"))]
             here = f"{folder.parent} has {', '.join(there)}" if there else f"{folder.parent} has no folders"
-            raise ValueError(f"no folder {folder}: {here}; if not named otherwise in {about.path}, {expected(TREE)}")
+            offer = f"`split: {{val_fraction: {VAL_FRACTION}}}` in {about.path} draws some images for validation"
+            raise ValueError(f"no folder {folder}: {here}; {offer}; if not named otherwise there, {expected(TREE)}")
         found.append(folder)
     return found[0], found[1]
 
@@ -199,22 +206,31 @@ def _list_files(
     """Name -> image, and name -> mask, of what lies in a split's folders."""
     image_folder, mask_folder = _folders(about, split)
     images, masks = (list_images(folder, nested=True, left_out=left_out) for folder in (image_folder, mask_folder))
-    if suffix := about.mask_suffix:
-        if image_folder == mask_folder:
-            images = {name: path for name, path in images.items() if not name.endswith(suffix)}
-        masks = {name.removesuffix(suffix): path for name, path in masks.items() if name.endswith(suffix)}
-        for found, folder, how in ((images, image_folder, "without"), (masks, mask_folder, "that end in")):
-            if not found:
-                raise ValueError(f"{folder} holds no names {how} {suffix!r}: check `mask_suffix` in {about.path}")
+    if image_folder == mask_folder and not about.image_suffix:
+        images = {name: path for name, path in images.items() if not name.endswith(about.mask_suffix or "/")}
+    images, masks = (
+        _ending(images, about, "image_suffix", image_folder),
+        _ending(masks, about, "mask_suffix", mask_folder),
+    )
     return images, masks
+
+
+def _ending(found: dict[str, Path], about: Description, key: str, folder: Path) -> dict[str, Path]:
+    """The files whose names end in the suffix of this key, by their names without it."""
+    suffix = getattr(about, key)
+    kept = {name.removesuffix(suffix): path for name, path in found.items() if name.endswith(suffix)}
+    if not kept:
+        how = f"that end in {suffix!r}: check `{key}`" if suffix else "without that: check `mask_suffix`"
+        raise ValueError(f"{folder} holds no names {how} in {about.path}")
+    return kept
 
 
 def _listed(about: Description, split: str, listed_in: Path, left_out: list[LeftOut] | None) -> list[Pair]:
     """The pictures that a list names, with or without the suffix of the file, in its order."""
     images, masks = _list_files(about, split, left_out)
     image_folder, mask_folder = _folders(about, split)
-    names = [_without_suffix(line) if line not in images else line for line in read_names(listed_in)]
-    for found, folder, ending in ((images, image_folder, ""), (masks, mask_folder, about.mask_suffix)):
+    names = read_names(listed_in, images)
+    for found, folder, ending in ((images, image_folder, about.image_suffix), (masks, mask_folder, about.mask_suffix)):
         absent = [f"{folder / (name + ending)}.*" for name in names if name not in found]
         if absent:
             remedy = f"add the files, or take the names out of {listed_in}"
@@ -224,13 +240,7 @@ def _listed(about: Description, split: str, listed_in: Path, left_out: list[Left
             )
             what = f"names in {listed_in} of which {folder} has no file"
             leave_out(LeftOut(what, tuple(absent), len(names), message, remedy), left_out)
-    if len(set(names)) < len(names):
-        raise ValueError(f"{listed_in} names a picture with and without its suffix: keep one line of each")
     return [Pair(name, images[name], masks[name]) for name in names if name in images and name in masks]
-
-
-def _without_suffix(name: str) -> str:
-    return name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in IMAGE_SUFFIXES else name
 
 
 def read_description(path: Path) -> Description:
@@ -239,9 +249,15 @@ def read_description(path: Path) -> Description:
         masks = f", and no folder {path.parent / 'masks'} that would tell them" if path.name == FILE else ""
         raise ValueError(f"no file {path}: it names the classes{masks}; {expected(TREE)}")
     try:
-        return _described(str(path), path, yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = parse_yaml(in_windows_encoding(read_text(path)))
+    except ValueError as error:
         raise _undescribed(str(path), error) from error
+    about = _described(str(path), path, data)
+    root = path.parent
+    if set(PLACES) & set(data) or any((root / part / "train").is_dir() for part in ("images", "masks")):
+        return about
+    places = find_places(root)
+    return about if places is None else replace(_described(str(path), path, data | places.keys), said=places.said)
 
 
 def _described(name: str, path: Path, data: Any) -> Description:
@@ -274,6 +290,7 @@ def _description(path: Path, data: Any) -> Description:
         colours=colours,
         images=images,
         masks=masks,
+        image_suffix=_text(data.get("image_suffix", ""), "image_suffix"),
         mask_suffix=_text(data.get("mask_suffix", ""), "mask_suffix"),
         split=split,
     )
@@ -302,6 +319,8 @@ def _names(data: Any) -> tuple[str, ...]:
     if len(names) > IGNORE:
         raise ValueError(f"{len(names)} names: a label map holds at most {IGNORE} classes")
     for name in names:
+        if CONTROL.search(name):
+            raise ValueError(f"the name {ascii(name)} in `names` has control characters: write it without")
         if names.count(name) > 1:
             raise ValueError(f"`names` has {name} more than once; to merge label values, use `mapping`")
     return names
@@ -361,10 +380,16 @@ def _target(target: Any, names: Sequence[str]) -> int:
 
 def _roots(data: Any, key: str, base: Path) -> Folders:
     if isinstance(data, dict) and data:
-        return {str(split): base / expand_user(_text(folder, key)) for split, folder in data.items()}
+        return {str(split): _path(folder, key, base) for split, folder in data.items()}
     if not isinstance(data, str):
         raise ValueError(f"`{key}` is {data!r}: give a folder, or one for each split, {{train: FOLDER, val: FOLDER}}")
-    return base / expand_user(data)
+    return _path(data, key, base)
+
+
+def _path(data: Any, key: str, base: Path) -> Path:
+    """A file or folder, seen from a base; also as Windows writes it."""
+    path = base / expand_user(_text(data, key))
+    return path if path.exists() else base / expand_user(data.replace("\\", "/"))
 
 
 def _split(data: Any, base: Path) -> Mapping[str, Path] | Fraction | None:
@@ -375,14 +400,14 @@ def _split(data: Any, base: Path) -> Mapping[str, Path] | Fraction | None:
             f"`split` is {data!r}: give folders, lists {{train: FILE, val: FILE}}, or {{val_fraction: 0.2, seed: 0}}"
         )
     if not set(data) & set(FRACTION_KEYS):
-        return {str(split): base / expand_user(_text(file, f"split.{split}")) for split, file in data.items()}
+        return {str(split): _path(file, f"split.{split}", base) for split, file in data.items()}
     _check_keys(data, FRACTION_KEYS, "key of `split`")
     share, seed, names = data.get("val_fraction"), data.get("seed", 0), data.get("list")
     if not isinstance(share, float) or not 0 < share < 1:
         raise ValueError(f"`split.val_fraction` is {share}: give a share of the pictures between 0 and 1")
     if type(seed) is not int:
         raise ValueError(f"`split.seed` is {seed!r}: give a whole number")
-    return Fraction(share, seed, None if names is None else base / expand_user(_text(names, "split.list")))
+    return Fraction(share, seed, None if names is None else _path(names, "split.list", base))
 
 
 def write_classes(path: Path, names: Sequence[str], palette: Sequence[Sequence[int]] | None, **more: Any) -> None:

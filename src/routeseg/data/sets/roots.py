@@ -5,13 +5,16 @@ What is missing is named, together with the tree that was expected.
 
 from __future__ import annotations
 
+import codecs
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from routeseg.data.pairs import LeftOut, Pair, leave_out, read_label_file
+from routeseg.data.pairs import IMAGE_SUFFIXES, LeftOut, Pair, leave_out, one_form, read_label_file
+from routeseg.errors import CONTROL
 
 
 def need_folders(root: Path, folders: Iterable[str], data_set: str, tree: str) -> None:
@@ -33,15 +36,45 @@ def no_split(data_set: str, split: str, splits: Iterable[str], hint: str = "") -
     return ValueError(f"{data_set} has no split {split!r}: choose one of {', '.join(splits)}{hint}")
 
 
-def read_names(path: Path) -> list[str]:
-    """The lines of a list of names, in order. Bytes that are not UTF-8 are kept, as Python keeps them in paths.
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, or in UTF-16 with its mark, as Windows writes it. Bytes that are not UTF-8 are kept, as
+    Python keeps them in paths. Raises ValueError if it is no text."""
+    data = path.read_bytes()
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        return data.decode(encoding, errors="surrogateescape")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: save it as such") from error
+
+
+def in_windows_encoding(text: str) -> str:
+    """A text whose bytes are not UTF-8 as Windows reads it; any other as it is."""
+    odd = any("\udc80" <= char <= "\udcff" for char in text)
+    return text.encode(errors="surrogateescape").decode("cp1252", errors="replace") if odd else text
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of `read_text` that are not empty, without the space around them.
+
+    Raises ValueError if one has control characters.
+    """
+    lines = re.split("\r\n|\r|\n", read_text(path))
+    for number, line in enumerate(lines, 1):
+        if CONTROL.search(line):
+            raise ValueError(
+                f"{path}, line {number}, has control characters, {ascii(line[:40])}: save it as plain text in UTF-8"
+            )
+    return [line.strip() for line in lines if line.strip()]
+
+
+def read_names(path: Path, known: Iterable[str] = ()) -> list[str]:
+    """The names in a list of pictures, one a line, in order; see `read_lines` and `match_names`, which `known` is for.
 
     Raises ValueError if the list is missing or empty, or has a name twice.
     """
     if not path.is_file():
         raise ValueError(f"no file {path}: it lists the pictures of a split, one name a line")
-    lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
-    names = [line.strip() for line in lines if line.strip()]
+    names = match_names(read_lines(path), known)
     if not names:
         raise ValueError(f"{path} is empty: it lists the pictures of a split, one name a line")
     twice = [name for name, count in Counter(names).items() if count > 1]
@@ -50,15 +83,38 @@ def read_names(path: Path) -> list[str]:
     return names
 
 
+def match_names(lines: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Which of the names that are known each line calls: itself, or as other systems and tools write it, with
+    backslashes, another form of Unicode, an encoding of Windows, the suffix of the file, the folders above it, quotes,
+    or the file of the mask behind it. A line that calls none of them stays as it is."""
+    names = {one_form(name): name for name in known}
+    return [next((names[text] for text in _spellings(line) if text in names), line) for line in lines]
+
+
+def _spellings(line: str) -> Iterator[str]:
+    """What a line may call, the likeliest first."""
+    yield line
+    for text in dict.fromkeys((line, in_windows_encoding(line))):
+        for column in (text, re.split(r"[\t,;]|(?<=\.\w{3})\s|(?<=\.\w{4})\s", text)[0]):
+            path = one_form(column.strip(" \"'")).replace("\\", "/").removeprefix("./")
+            parts = path.split("/")
+            for start in range(len(parts)):
+                tail = "/".join(parts[start:])
+                yield tail
+                if Path(tail).suffix.lower() in IMAGE_SUFFIXES:
+                    yield tail[: -len(Path(tail).suffix)]
+
+
 def files_of(folder: Path, suffix: str) -> dict[str, Path]:
-    """Name without `suffix` -> file, sorted, for the files of a folder that end so; none if it is missing.
+    """Name without `suffix` -> file, sorted, for the files of a folder that end so; none if it is missing. Names are in
+    one form of Unicode.
 
     Hidden files, such as the ._* that macOS leaves behind, do not count.
     """
     if not folder.is_dir():
         return {}
     names = sorted(path.name for path in folder.iterdir())
-    return {n.removesuffix(suffix): folder / n for n in names if n.endswith(suffix) and not n.startswith(".")}
+    return {one_form(n.removesuffix(suffix)): folder / n for n in names if n.endswith(suffix) and not n.startswith(".")}
 
 
 def look_up(

@@ -143,8 +143,9 @@ def read_sbd(path: Path) -> np.ndarray:
 def _listed(voc: Path, split: str, left_out: list[LeftOut] | None) -> list[Pair]:
     """The pictures that ImageSets/Segmentation/SPLIT.txt lists."""
     listed_in = voc / "ImageSets" / "Segmentation" / f"{split}.txt"
-    names = read_names(listed_in)
-    images = look_up(names, files_of(voc / "JPEGImages", ".jpg"), listed_in, voc / "JPEGImages", ".jpg", left_out)
+    files = files_of(voc / "JPEGImages", ".jpg")
+    names = read_names(listed_in, files)
+    images = look_up(names, files, listed_in, voc / "JPEGImages", ".jpg", left_out)
     if split == "test":
         return [Pair(name, image, None) for name, image in images.items()]
     folder = voc / "SegmentationClass"

@@ -6,11 +6,13 @@ ever made, so only the members' names have to be checked.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import lzma
 import posixpath
 import shutil
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -23,8 +25,12 @@ from typing import IO, Any
 COPY_BYTES = 1 << 20
 MAX_READ_BYTES = 4 << 20  # tarfile reads long headers whole; one that is longer than this is an attack
 MAX_MEMBERS = 1_000_000
-# What the readers of archives raise; OSError without an errno is theirs too, and not the disk's.
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, zlib.error, lzma.LZMAError, NotImplementedError)
+MAX_NAME_BYTES, MAX_PATH_BYTES = 200, 1000  # of a part of a path and of all of it: what every disk takes
+# What the readers of archives raise, the last ones for headers whose numbers are none; OSError without an errno, or of
+# a place before the file's start, is theirs too, and not the disk's.
+DAMAGED: tuple[type[Exception], ...] = (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, zlib.error)
+DAMAGED += (lzma.LZMAError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+DAMAGED += (struct.error,)
 
 
 class BadArchive(ValueError):
@@ -39,6 +45,7 @@ class Member:
     size: int
     is_file: bool
     is_folder: bool
+    is_sparse: bool
     link: str | None
     open: Callable[[], IO[bytes] | None]
 
@@ -75,7 +82,7 @@ def unpack(
                 if on_bytes is not None:
                     on_bytes(written)
     except DAMAGED as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, BadArchive) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
             raise
         raise BadArchive(f"{archive} is damaged: {error}. Remove it, and download it again") from error
     if not files:
@@ -84,15 +91,21 @@ def unpack(
 
 
 def _refuse_hostile(member: Member, archive: Path) -> None:
-    what = None
-    if _leaves(member.name):
+    what, name = None, member.name.encode("utf-8", "surrogateescape")
+    if len(name) > MAX_PATH_BYTES or any(len(part) > MAX_NAME_BYTES for part in name.split(b"/")):
+        what = "a name that is too long"
+    elif member.size < 0:
+        what = "a file of less than nothing"
+    elif member.is_sparse:
+        what = "a sparse file"
+    elif _leaves(member.name):
         what = "a path that leaves the folder"
     elif member.link is not None and _leaves(member.link):
-        what = f"a link to {member.link!r}, out of the folder"
+        what = f"a link to {member.link[:MAX_NAME_BYTES]!r}, out of the folder"
     elif not (member.is_file or member.is_folder or member.link is not None):
         what = "a device or another special file"
     if what:
-        raise BadArchive(f"{archive} holds {member.name!r}, {what}: it is not unpacked")
+        raise BadArchive(f"{archive} holds {member.name[:MAX_NAME_BYTES]!r}, {what}: it is not unpacked")
 
 
 def _leaves(name: str) -> bool:
@@ -136,7 +149,7 @@ def _zip_member(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> Member:
         with opened.open(info) as file:
             link = posixpath.join(posixpath.dirname(info.filename), file.read(MAX_READ_BYTES).decode(errors="replace"))
     regular = kind in (0, stat.S_IFREG) and not info.is_dir()
-    return Member(info.filename, info.file_size, regular, info.is_dir(), link, lambda: opened.open(info))
+    return Member(info.filename, info.file_size, regular, info.is_dir(), False, link, lambda: opened.open(info))
 
 
 def _tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Member:
@@ -145,7 +158,9 @@ def _tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Member:
         link = posixpath.join(posixpath.dirname(info.name), info.linkname)
     elif info.islnk():
         link = info.linkname
-    return Member(info.name, info.size, info.isreg(), info.isdir(), link, lambda: tar.extractfile(info))
+    return Member(
+        info.name, info.size, info.isreg(), info.isdir(), info.issparse(), link, lambda: tar.extractfile(info)
+    )
 
 
 class _ShortReads:

@@ -30,9 +30,12 @@ from routeseg.data.pairs import (
     SegmentationData,
     UnreadableImage,
     count_values,
+    orientation,
+    pack_colours,
     read_image,
     value_name,
 )
+from routeseg.data.sets.masks import places
 from routeseg.labels import IGNORE, Classes
 
 ALONE_SECONDS = 1.0  # a small data set is looked at before other processes would have started
@@ -51,6 +54,8 @@ class Picture:
     kind        how the label stores its values: "8 bit", "16 bit" or more, or "colour"
     values      label value as a mapping would call it -> pixels
     unknown     those of `values` that mean nothing
+    loose       those of `unknown` that fill no area
+    turned      an EXIF note turns the image, the label has none, and their sizes do not tell that it was drawn upright
     pixels      int64 [K+1], pixels of each class, and ignored ones; None if the label does not fit
     digest      a hash of the image file
     """
@@ -65,6 +70,8 @@ class Picture:
     kind: str | None = None
     values: dict[str, int] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
+    loose: tuple[str, ...] = ()
+    turned: bool = False
     pixels: np.ndarray | None = None
     digest: str | None = None
 
@@ -99,17 +106,37 @@ def look_at_pair(pair: Pair, label_map: LabelMap, read_values: Callable[[Path], 
     values, counts = count_values(stored)
     labels = label_map.lookup(values[None], pair.labels)[0]
     order = np.argsort(-counts, kind="stable")[:VALUES_KEPT]
+    unknown = [k for k in order if labels[k] < 0]
+    areas = places(stored) if unknown else {}
     found = partial(
         found,
+        turned=_is_turned(pair.image, pair.labels, image.shape, stored.shape),
         label_size=(stored.shape[0], stored.shape[1]),
         kind="colour" if stored.ndim == 3 else f"{8 * stored.dtype.itemsize} bit",
         values={value_name(values[k]): int(counts[k]) for k in order},
-        unknown=tuple(value_name(values[k]) for k in order if labels[k] < 0),
+        unknown=tuple(value_name(values[k]) for k in unknown),
+        loose=tuple(value_name(values[k]) for k in unknown if not areas[_packed(values[k])].is_area),
     )
     if stored.shape[:2] != image.shape[:2]:
         sizes = f"{image.shape[1]}x{image.shape[0]}, its label {pair.labels} is {stored.shape[1]}x{stored.shape[0]}"
         return found(wrong=f"{pair.image} is {sizes}")
     return found(pixels=_histogram(labels, counts, label_map.classes))
+
+
+def _packed(value: np.ndarray) -> int:
+    return int(pack_colours(value) if value.ndim else value)
+
+
+def _is_turned(image: Path, label: Path, size: tuple[int, ...], label_size: tuple[int, ...]) -> bool:
+    """`Picture.turned` of an image as it is read, and its label."""
+    turn = orientation(image)
+    sideways = turn > 4 and size[0] != size[1]
+    if turn == 1 or (sideways and size[:2] == label_size[:2]):
+        return False
+    try:
+        return orientation(label) == 1
+    except UnreadableImage:  # no image, as those of SBD
+        return True
 
 
 def look_at_pairs(pairs: Sequence[Pair], label_map: LabelMap, read_values: Callable) -> list[Picture]:

@@ -8,35 +8,36 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image
 
-from routeseg.data.pairs import list_images
+from routeseg.data.pairs import list_images, one_form
+from routeseg.data.sets.class_lists import BACKGROUNDS, read_class_lists
 from routeseg.data.sets.folder import FILE, write_classes
-from routeseg.data.sets.roots import expected
+from routeseg.data.sets.roots import expected, match_names
+from routeseg.data.sets.undescribed import VAL_FRACTION, divide
 from routeseg.data.sets.voc import voc_palette
-from routeseg.errors import require
+from routeseg.errors import CONTROL, require
 from routeseg.files import check_writable, write_atomically
 from routeseg.labels import IGNORE
 
 FARTHEST = 1e6  # coordinate that is drawn: pycocotools walks along outlines step by step, and never ends at NaN
-VAL_FRACTION = 0.2  # if the export does not say what is for validation
-BACKGROUNDS = ("background", "_background_", "__background__")
-BORDER = "#e0e0c0"  # VOC's border of objects
-SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 VOC_TREE = """
 EXPORT/JPEGImages/NAME.jpg
 EXPORT/SegmentationClass/NAME.png          coloured, or class numbers
-EXPORT/labelmap.txt or class_names.txt     lines NAME:R,G,B:: or lines NAME
+EXPORT/labelmap.txt or class_names.txt     lines NAME:R,G,B:: or lines NAME; other lists of classes serve as well
 EXPORT/ImageSets/Segmentation/LIST.txt     may be left out
 """
 
@@ -51,53 +52,84 @@ class Converted:
 
 
 class Annotations:
-    """A COCO-style JSON and the folder of its images. Raises ValueError if the one does not fit the other."""
+    """A COCO-style JSON and the folder of its images. Raises ValueError if the one does not fit the other.
+
+    categories  id -> entry
+    pictures    id -> the name of the file below the folder, without its suffix, and (height, width)
+    objects     id of the picture -> annotations
+    """
 
     def __init__(self, path: Path, images: Path) -> None:
         self.path, self.folder = path, images
-        try:
-            data = json.loads(path.read_bytes())
-        except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror}") from error
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON: {error}") from error
+        data = _read_json(path)
         parts = ("images", "annotations", "categories")
         missing = [key for key in parts if not isinstance(data, dict) or not isinstance(data.get(key), list)]
         if missing:
             raise ValueError(
                 f"{path} has no list `{missing[0]}`: export as COCO (instance segmentation), with {', '.join(parts)}"
             )
-        try:
-            self.categories = {int(entry["id"]): entry for entry in data["categories"]}
-            self.pictures = {int(entry["id"]): _picture(entry) for entry in data["images"]}
-            self.objects: dict[int, list[dict]] = defaultdict(list)
-            for entry in data["annotations"]:
-                self.objects[int(entry["image_id"])].append({**entry, "category_id": int(entry["category_id"])})
-        except (KeyError, TypeError, ValueError) as error:
-            what = f"an entry without {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{path} is not as COCO writes it: {what}") from error
+        categories, listed = self._by_id("category", data["categories"]), self._by_id("image", data["images"])
+        for entry in categories.values():
+            entry.text("name")
+            if entry.data.get("supercategory") is not None:
+                entry.text("supercategory", empty=True)
+        self.categories = {number: entry.data for number, entry in categories.items()}
+        if not listed:
+            raise ValueError(f"{path} lists no images")
+        if not self.folder.is_dir():
+            raise ValueError(f"no folder {self.folder}: give the folder of the images with --images")
+        names = self._names([entry.text("file_name") for entry in listed.values()])
+        self.pictures = {key: (name, listed[key].size()) for key, name in zip(listed, names, strict=True)}
+        self.objects: dict[int, list[dict]] = defaultdict(list)
+        for place, one in enumerate(data["annotations"]):
+            entry = _Entry(path, "annotation", place, one)
+            ids = {key: entry.number(key) for key in ("image_id", "category_id")}
+            self.objects[ids["image_id"]].append(one | ids)
         self._check()
 
     def __len__(self) -> int:
         return len(self.pictures)
 
+    def _by_id(self, kind: str, listed: list) -> dict[int, _Entry]:
+        found: dict[int, _Entry] = {}
+        for place, data in enumerate(listed):
+            entry = _Entry(self.path, kind, place, data)
+            if found.setdefault(entry.number("id"), entry) is not entry:
+                raise entry.wrong("id", "an id of its own")
+        return found
+
+    def _names(self, called: Sequence[str]) -> Iterator[str]:
+        """Which file below the folder each image is. Tools write its path on their own machine, or an address: what
+        counts is the end of it. A file that is not there keeps the name that it is called."""
+        paths = [
+            unquote(name.partition("?d=")[2] or name.partition("?")[0]) if "://" in name else name for name in called
+        ]
+        below: dict[str, list[str]] = defaultdict(list)  # name without folders -> names
+        for name in self.files:
+            below[name.rpartition("/")[2]].append(name)
+        for path, found in zip(paths, match_names(paths, self.files), strict=True):
+            base = PureWindowsPath(one_form(path))  # / ends a folder as well
+            ends = [found] if found in self.files else below.get(base.stem, [found])
+            if len(ends) > 1:
+                raise ValueError(
+                    f"{self.folder} has {len(ends)} images called {base.name}, and {self.path} does not say which of "
+                    f"them {path} is: keep one, or rename them"
+                )
+            yield ends[0]
+
     def _check(self) -> None:
-        if not self.pictures:
-            raise ValueError(f"{self.path} lists no images")
-        if not self.folder.is_dir():
-            raise ValueError(f"no folder {self.folder}: give the folder of the images with --images")
-        stems = Counter(name for name, _ in self.pictures.values())
-        for name, count in stems.items():
+        names = [name for name, _ in self.pictures.values()]
+        lost = [name for name in names if name not in self.files]
+        if lost:
+            raise ValueError(
+                f"{self.folder} has no {PureWindowsPath(lost[0]).stem}.*, which {self.path} lists as {lost[0]} "
+                f"({len(lost)} of {len(names)} are absent): give the folder that holds the images with --images"
+            )
+        for name, count in Counter(names).items():
             if count > 1:
                 raise ValueError(
                     f"{self.path} has {count} images called {name}: rename them, so that each has its mask"
                 )
-        lost = [name for name, _ in self.pictures.values() if name not in self.files]
-        if lost:
-            raise ValueError(
-                f"{self.folder} has no {lost[0]}.*, which {self.path} lists ({len(lost)} of {len(self.pictures)} are "
-                "absent): check --images"
-            )
         if strangers := set(self.objects) - set(self.pictures):
             raise ValueError(f"{self.path} has annotations of an image {min(strangers)}, which it does not list")
         unknown = {entry["category_id"] for entries in self.objects.values() for entry in entries} - set(
@@ -105,6 +137,12 @@ class Annotations:
         )
         if unknown:
             raise ValueError(f"{self.path} has annotations of a category {min(unknown)}, which it does not name")
+        every = [entry for entries in self.objects.values() for entry in entries]
+        if every and not any(_may_be_drawn(entry.get("segmentation")) for entry in every):
+            raise ValueError(
+                f"{self.path} has {len(every)} annotations and no outlines, but boxes or points at most: there are no "
+                "masks. Label polygons or masks, and export as COCO (instance segmentation)"
+            )
 
     @property
     def used(self) -> set[int]:
@@ -116,15 +154,60 @@ class Annotations:
         return list_images(self.folder, nested=True)
 
 
-def _picture(entry: dict) -> tuple[str, tuple[int, int]]:
-    """The name without its suffix, and (height, width). Raises ValueError for a name that leaves its folder."""
-    name = PurePosixPath(str(entry["file_name"]).replace("\\", "/"))
-    if name.is_absolute() or ".." in name.parts or not name.name:
-        raise ValueError(f"the file name {entry['file_name']!r} leaves the folder of the images")
-    height, width = int(entry["height"]), int(entry["width"])
-    if min(height, width) < 1:
-        raise ValueError(f"the image {name} is {width}x{height}")
-    return name.with_suffix("").as_posix(), (height, width)
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is no JSON: it cannot be read from line {error.lineno}, column {error.colno}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no JSON: it is no text in UTF-8") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is no JSON that COCO writes: its lists are nested too deeply") from error
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """An entry of a list in a COCO-style file. A wrong field is a ValueError that names file, id and field."""
+
+    path: Path
+    kind: str
+    place: int
+    data: Any
+
+    def wrong(self, field: str, expected: str) -> ValueError:
+        """The error for a field; also if the entry has no fields at all."""
+        which = f"{self.kind} {ascii(self.data['id'])}" if self._has("id") else f"the {self.kind} at place {self.place}"
+        what = f"has `{field}` {ascii(self.data[field])[:60]}" if self._has(field) else f"has no `{field}`"
+        return ValueError(f"{self.path} is not as COCO writes it: {which} {what}, which must be {expected}")
+
+    def _has(self, field: str) -> bool:
+        return isinstance(self.data, dict) and field in self.data
+
+    def number(self, field: str, least: float = -math.inf) -> int:
+        """A whole number, also as a text or as 3.0."""
+        value = self.data[field] if self._has(field) else None
+        if isinstance(value, str) and re.fullmatch(r"\s*-?\d{1,18}\s*", value):
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1 or value < least:
+            raise self.wrong(field, "a whole number" + (f", at least {least}" if least > -math.inf else ""))
+        return int(value)
+
+    def text(self, field: str, empty: bool = False) -> str:
+        """A line of text; a number counts as one."""
+        value = self.data[field] if self._has(field) else None
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise self.wrong(field, "a text")
+        if CONTROL.search(str(value)) or not (empty or str(value).strip()):
+            raise self.wrong(field, "a line of text")
+        return str(value)
+
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.number("height", least=1), self.number("width", least=1)
 
 
 def convert_coco(
@@ -235,33 +318,54 @@ def _paint(
     return mask, without
 
 
+class _BadOutline(ValueError):
+    """An outline that is not as COCO writes it; the message says why."""
+
+
 @contextmanager
 def _naming(path: Path, entry: dict) -> Iterator[None]:
     """Turns whatever a damaged outline raises in this block into a ValueError that names the annotation."""
     try:
         yield
     except Exception as error:  # pycocotools raises errors of every kind
-        raise ValueError(f"{path}: annotation {entry.get('id')} has no readable segmentation: {error}") from error
+        reason = str(error) if isinstance(error, _BadOutline) else "its run lengths cannot be decoded"
+        raise ValueError(
+            f"{path}: annotation {ascii(entry.get('id'))} has no readable segmentation: {reason}"
+        ) from error
 
 
 def _runs(tool: Any, outline: Any, size: tuple[int, int]) -> Any:
     """An outline as pycocotools' run lengths, or None if there is none."""
-    if not outline:
+    if not _may_be_drawn(outline):
         return None
     if isinstance(outline, dict):
-        if list(outline["size"]) != list(size):
-            raise ValueError(f"its run lengths are for {outline['size']}, its image is {list(size)}")
-        counts = outline["counts"]
+        counts = outline.get("counts")
+        if outline.get("size") != list(size):
+            raise _BadOutline(f"its run lengths are for `size` {ascii(outline.get('size'))}, its image is {list(size)}")
         if isinstance(counts, str):
             return {"size": list(size), "counts": counts.encode()}
+        if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):
+            raise _BadOutline("`counts` must be whole numbers, or a text as pycocotools writes it")
+        if sum(counts) != size[0] * size[1]:
+            raise _BadOutline(f"`counts` add up to {sum(counts)} pixels, its image has {size[0] * size[1]}")
         return tool.frPyObjects({"size": list(size), "counts": counts}, *size)
-    polygons = [[float(number) for number in polygon] for polygon in outline]
+    polygons = [outline] if isinstance(outline, list) and not any(isinstance(one, list) for one in outline) else outline
+    if not isinstance(polygons, list) or not all(isinstance(polygon, list) for polygon in polygons):
+        raise _BadOutline("it must be a list of polygons, or run lengths")
+    if any(isinstance(n, bool) or not isinstance(n, int | float) for polygon in polygons for n in polygon):
+        raise _BadOutline("a polygon must be numbers, x, y, x, y and so on")
     if any(len(polygon) % 2 for polygon in polygons):
-        raise ValueError("a polygon has an odd number of coordinates")
+        raise _BadOutline("a polygon has an odd number of coordinates")
     if not all(abs(number) <= FARTHEST for polygon in polygons for number in polygon):
-        raise ValueError("a coordinate is no number, or far outside the image")
-    polygons = [polygon for polygon in polygons if len(polygon) >= 6]
-    return tool.merge(tool.frPyObjects(polygons, *size)) if polygons else None
+        raise _BadOutline("a coordinate is no number, or far outside the image")
+    polygons = [[float(number) for number in polygon] for polygon in polygons if len(polygon) >= 6]
+    return tool.merge(tool.frPyObjects(polygons, *size))
+
+
+def _may_be_drawn(outline: Any) -> bool:
+    """Whether it is more than nothing, points, or lines."""
+    parts = outline if isinstance(outline, list) and any(isinstance(one, list) for one in outline) else [outline]
+    return any(one and not (isinstance(one, list) and len(one) < 6) for one in parts)
 
 
 def _seen_from(folder: Path, base: Path) -> str:
@@ -288,7 +392,14 @@ def convert_voc(export: Path, images: str | None = None, background: bool = True
     masks = next((m for m in ("SegmentationClass", "SegmentationClassPNG") if any((export / m).rglob("*.png"))), None)
     if masks is None:
         raise ValueError(f"{export} has no SegmentationClass/ with PNGs in it; {expected(VOC_TREE)}")
-    names, mapping, palette = _voc_classes(export)
+    listed = next(read_class_lists(export), None)
+    if listed is None:
+        raise ValueError(
+            f"{export} has no list of the classes, such as labelmap.txt or class_names.txt; {expected(VOC_TREE)}"
+        )
+    in_masks = list_images(export / masks, nested=True)
+    described = listed.describe(sorted(in_masks.values()))
+    names, mapping, palette = described["names"], described.get("mapping", {}), described.get("palette")
     if not background:
         gone = next((k for k, name in enumerate(names) if name in BACKGROUNDS), None)
         if gone is None or len(names) == 1:
@@ -297,54 +408,13 @@ def convert_voc(export: Path, images: str | None = None, background: bool = True
                 f"{' or '.join(BACKGROUNDS)}, and another one; leave --background out"
             )
         mapping = mapping or {k: k for k in range(len(names))}
-        mapping = {key: IGNORE if k == gone else k - (k > gone) for key, k in mapping.items()}
+        mapping = {key: IGNORE if k in (gone, IGNORE) else k - (k > gone) for key, k in mapping.items()}
         names, palette = names[:gone] + names[gone + 1 :], palette and palette[:gone] + palette[gone + 1 :]
-    if palette is not None:
-        mapping |= {BORDER: IGNORE} if BORDER not in mapping else {}
     layout: dict[str, Any] = {"images": _seen_from(pictures, export), "masks": masks}
     if mapping:
         layout["mapping"] = mapping
-    layout["split"] = _voc_split(export)
+    layout["split"], said, left = divide(export, sorted(in_masks.keys() & list_images(pictures, nested=True).keys()))
     check_writable(export, "folder")
     write_classes(export / FILE, names, palette, **layout)
-    return Converted(export / FILE, tuple(names))
-
-
-def _voc_classes(export: Path) -> tuple[list[str], dict[Any, int], list[list[int]] | None]:
-    """Names, mapping, and palette: with a labelmap.txt colours say what a pixel is, with class_names.txt its number."""
-    labelmap, class_names = export / "labelmap.txt", export / "class_names.txt"
-    source = labelmap if labelmap.is_file() else class_names
-    if not source.is_file():
-        raise ValueError(f"{export} has neither labelmap.txt nor class_names.txt; {expected(VOC_TREE)}")
-    lines = [line.strip() for line in source.read_text(encoding="utf-8-sig", errors="replace").split("\n")]
-    lines = [line for line in lines if line and not line.startswith("#")]
-    if not lines:
-        raise ValueError(f"{source} names no classes")
-    if source == class_names:
-        return [line for line in lines if line != "__ignore__"], {}, None
-    names, palette = [], []
-    for line in lines:
-        name, _, rest = line.partition(":")
-        try:
-            red, green, blue = (int(part) for part in rest.split(":")[0].split(","))
-        except ValueError as error:
-            raise ValueError(f"{source} has the line {line!r}: expected NAME:R,G,B::") from error
-        names.append(name)
-        palette.append([red, green, blue])
-    mapping = {"#{:02x}{:02x}{:02x}".format(*colour): k for k, colour in enumerate(palette)}
-    if len(mapping) < len(names):
-        raise ValueError(f"{source} gives two classes the same colour: export with different colours")
-    return names, mapping, palette
-
-
-def _voc_split(export: Path) -> dict[str, Any]:
-    """The lists of the export, if there is one to train and one to validate on; else a fraction of its list."""
-    lists = sorted((export / "ImageSets" / "Segmentation").glob("*.txt"))
-    known = {SPLIT_NAMES[path.stem.lower()]: path for path in lists if path.stem.lower() in SPLIT_NAMES}
-    if {"train", "val"} <= set(known):
-        return {split: path.relative_to(export).as_posix() for split, path in known.items()}
-    fraction: dict[str, Any] = {"val_fraction": VAL_FRACTION, "seed": 0}
-    if lists:
-        whole = next((path for path in lists if path.stem in ("trainval", "default")), lists[0])
-        fraction["list"] = whole.relative_to(export).as_posix()
-    return fraction
+    notes = (said, *([f"left out: {', '.join(left)}"] if left else []))
+    return Converted(export / FILE, tuple(names), notes)

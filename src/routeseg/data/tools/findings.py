@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from routeseg.data.pairs import LabelMap
-from routeseg.data.sets.masks import RARE_VALUE, are_blurred, never_painted
+from routeseg.data.sets.masks import IGNORED_16, LOOSE, RARE_VALUE, white_alone
 from routeseg.data.tools.check import Picture, SplitCheck, duplicates
 from routeseg.labels import IGNORE
 
@@ -19,6 +20,7 @@ MOSTLY_IGNORED = 0.8
 MOSTLY_UNREADABLE = 0.5
 RARE_CLASS = 0.1  # of an equal share of the labelled pixels: below it a class is rare
 BALANCE = 0.5  # recipe.class_balance to try with rare classes (docs/camvid.md compares it with 1)
+NEAR_COLOURS = 2  # steps of a channel, by which one colour becomes another one by mistake
 LONGEST_MAPPING = 40  # entries that a remedy writes out
 SMALLEST = 32  # pixels, the least side of an image that the network takes
 VERDICTS = {
@@ -75,19 +77,21 @@ def find(
                 found += _of_labels(check)
                 found += _of_classes(check, label_map, described_in)
         found += _of_sizes(check, crop)
+    if described_in is None:
+        found += _of_near_colours(checks)
     found += _of_duplicates(checks)
     return sorted(found, key=lambda finding: ("error", "warning", "note").index(finding.level))
 
 
 def _of_left_out(check: SplitCheck) -> list[Finding]:
-    """Files that make no picture: each kind is an error, for a training refuses them."""
+    """Files that make no picture: a kind that a training refuses is an error."""
     found = []
     for some in check.left_out:
         if not some.files:  # it is about the data set
             found.append(Finding("error", f"{check.split}: {some.message}", some.remedy))
             continue
         text = f"{check.split}: {some.what}: {len(some.files)} of {some.total}"
-        found.append(Finding("error", text, some.remedy, some.files))
+        found.append(Finding("note" if some.note else "error", text, some.remedy, some.files))
     return found
 
 
@@ -99,23 +103,35 @@ def _of_files(check: SplitCheck) -> list[Finding]:
             Finding(
                 "error" if bad > MOSTLY_UNREADABLE * total else "warning",
                 f"{check.split}: {bad} of {total} pictures cannot be read",
-                "copy these files again from where they come from, or remove them; training and evaluation skip them",
+                "save these files again, or remove them; training and evaluation skip them",
                 tuple(str(picture.unreadable) for picture in check.unreadable),
             )
         )
     if misfits := check.misfits:
         remedy = "make these labels again, of the size of their image"
         if all(_sides_swapped(picture) for picture in misfits):
-            remedy = (
-                "width and height are swapped: the camera noted a rotation (EXIF), and the labels were drawn without "
-                "it. Turn the labels, or save the images without the note"
-            )
+            remedy = "width and height are swapped: turn the labels, or the images"
+            if all(picture.turned for picture in misfits):
+                remedy = (
+                    "width and height are swapped: a note in the images (EXIF) turns them, and the labels have none. "
+                    "Turn the labels, or save the images without the note"
+                )
         text = f"{check.split}: {len(misfits)} of {total} labels have another size than their image"
         found.append(Finding("error", text, remedy, tuple(str(picture.wrong) for picture in misfits)))
     if others := [picture for picture in check.wrong if not picture.misfit]:
         text = f"{check.split}: {len(others)} of {total} labels are no label images"
-        remedy = "make these labels again, with one number or colour a pixel"
+        remedy = "make these labels again, as PNG with one number or colour a pixel"
         found.append(Finding("error", text, remedy, tuple(str(picture.wrong) for picture in others)))
+    if turned := [picture for picture in check.pictures if picture.turned and not picture.misfit]:
+        text = (
+            f"{check.split}: a note (EXIF) turns or mirrors {len(turned)} of {total} images, their labels have none, "
+            "and the sizes fit either way"
+        )
+        remedy = (
+            "look at the contact sheet whether these labels fit; if not, turn them as their image, or save the images "
+            "without the note"
+        )
+        found.append(Finding("warning", text, remedy, tuple(picture.image for picture in turned)))
     return found
 
 
@@ -127,8 +143,9 @@ def _of_values(check: SplitCheck, label_map: LabelMap | None, described_in: Path
     """Label values that mean nothing, or that mean the same without anybody having said so."""
     if label_map is None:
         return []
+    white = _of_white(check, label_map, described_in)
     if not check.unknown:
-        return _taken_twice(check, label_map, described_in)
+        return white + _taken_twice(check, label_map, described_in)
     files = tuple(str(picture.label) for picture in check.pictures if picture.unknown)
     total = sum(check.values.values())
     listed = ", ".join(f"{value} ({_percent(check.values[value] / total)})" for value in check.unknown[:8])
@@ -138,14 +155,45 @@ def _of_values(check: SplitCheck, label_map: LabelMap | None, described_in: Path
     text = f"{check.split}: {what} without a class in {len(files)} of {len(check.pictures)} labels: {listed}{more}"
     if "16 bit" in {picture.kind for picture in check.pictures if picture.unknown}:
         text += "; these files have 16 bits a pixel"
-    return [Finding("error", text, _mapping_remedy(check, label_map, described_in, files), files)]
+    return [*white, Finding("error", text, _mapping_remedy(check, label_map, described_in), files)]
 
 
-def _mapping_remedy(check: SplitCheck, label_map: LabelMap, described_in: Path | None, files: Sequence[str]) -> str:
+def _of_white(check: SplitCheck, label_map: LabelMap, described_in: Path | None) -> list[Finding]:
+    """255 is all that some masks hold beside 0, and nobody said that it is ignored."""
+    names = check.classes.names
+    if (
+        described_in is None
+        or label_map.strict
+        or IGNORE in label_map.values
+        or set(check.values) == {"0", str(IGNORE)}
+    ):
+        return []
+    read = [picture for picture in check.pictures if picture.values and picture.kind != "colour"]
+    found = [{int(value): count for value, count in picture.values.items()} for picture in read]
+    alone, beside = white_alone(found)
+    if alone <= beside:
+        return []
+    share = _percent(check.values[str(IGNORE)] / sum(check.values.values()))
+    text = (
+        f"{check.split}: in {alone} of {len(read)} labels {IGNORE} is all that there is beside 0: it is {share} of the "
+        "pixels of the split, and is read as ignored, though nothing says so"
+    )
+    remedy = (
+        f"say what it is in {described_in}: `mapping: {{{IGNORE}: ignore}}`, or `mapping: {{{IGNORE}: {names[-1]}}}`"
+    )
+    files = tuple(str(p.label) for p, values in zip(read, found, strict=True) if white_alone([values])[0])
+    return [Finding("error", text, remedy, files)]
+
+
+def _mapping_remedy(check: SplitCheck, label_map: LabelMap, described_in: Path | None) -> str:
     names, coloured = check.classes.names, check.unknown[0].startswith('"')
     painted = [value for value in check.values if check.values[value] >= RARE_VALUE * sum(check.values.values())]
-    if are_blurred(len(check.unknown), len(names)):
-        return never_painted(files)
+    areas = {value for picture in check.pictures for value in set(picture.unknown) - set(picture.loose)}
+    loose = [value for value in check.unknown if value not in areas]
+    if 2 * len(loose) > len(check.unknown):
+        ignored = f"`mapping: {{{', '.join(f'{value}: ignore' for value in loose[:LONGEST_MAPPING])}}}`"
+        rest = f"; or, in {described_in}, {ignored}" if described_in and len(loose) <= LONGEST_MAPPING else ""
+        return f"{len(loose)} of them {LOOSE}{rest}"
     if described_in is None:
         return label_map.remedy.format(value=check.unknown[0])
     if coloured:
@@ -160,6 +208,10 @@ def _mapping_remedy(check: SplitCheck, label_map: LabelMap, described_in: Path |
 
 def _number_mapping(values: Sequence[int], names: Sequence[str]) -> str:
     """The mapping that is most likely meant, for label values if some of them mean nothing."""
+    if IGNORED_16 in values:
+        return (
+            f"{_mapping([IGNORED_16], [IGNORE])} if {IGNORED_16} stands for what is ignored, as {IGNORE} does in 8 bits"
+        )
     plain = [value for value in values if value != IGNORE]
     count = len(names)
     if 1 <= min(plain) and max(plain) == count:
@@ -201,6 +253,24 @@ def _taken_twice(check: SplitCheck, label_map: LabelMap, described_in: Path | No
                     f"{{{target}: 255, ...}}` to ignore it",
                 )
             )
+    return found
+
+
+def _of_near_colours(checks: Sequence[SplitCheck]) -> list[Finding]:
+    """Two colours that hardly differ, and no label has both of them: one class may have been painted in two ways."""
+    within: dict[str, set[str]] = {}
+    for picture in (picture for check in checks for picture in check.pictures):
+        for value, count in picture.values.items():
+            if value.startswith('"') and picture.label and count >= RARE_VALUE * sum(picture.values.values()):
+                within.setdefault(value, set()).add(picture.label)
+    found = []
+    for one, other in itertools.combinations(sorted(within), 2):
+        steps = (abs(int(one[k : k + 2], 16) - int(other[k : k + 2], 16)) for k in (2, 4, 6))
+        if max(steps) <= NEAR_COLOURS and not within[one] & within[other]:
+            fewer = min(within[one], within[other], key=len)
+            text = f"the colours {one} and {other} hardly differ, and no label has both: are they one class?"
+            remedy = "if so, paint them in one colour, or map both to one class in a classes.yaml (--write_classes)"
+            found.append(Finding("warning", text, remedy, tuple(sorted(fewer))))
     return found
 
 

@@ -68,7 +68,7 @@ struct Stage {
 };
 
 struct Network {
-    int32_t depth, scales, zeros_arrive, softmax, classes, exits, stages;
+    int32_t depth, scales, zeros_arrive, classes, exits, stages;
     const Conv* stem;    // [3]; with a backbone its first convolution
     const Node* nodes;   // [L+1][S]
     const Exit* exit;    // [exits], the last one behind layer L
@@ -100,7 +100,8 @@ struct Held {
 // finds the lock taken does without, and so never waits: in a forked child it may stay taken for ever.
 //
 // It also remembers maps that no image changes: what nodes make of zeros, which is all that reaches them behind closed
-// paths of a network where zeros arrive. Each has a number, and is found by what it was made from.
+// paths of a network where zeros arrive. Each has a number, and is found by what it was made from: zeros by their size,
+// for other threads may be at images of another one, all else by numbers, which are never given twice.
 class Workspace {
   public:
     using Key = std::vector<uint64_t>;  // an operation, and the numbers and weights of what it read
@@ -500,7 +501,7 @@ class Forward {
         if (arrivals.size() == 1 && arrivals[0].weight == 1 && !arrivals[0].halved && !relu) return arrivals[0].from;
         const int h = stem_map.map.h >> scale, w = stem_map.map.w >> scale;
         if (arrivals.empty())
-            return constant({ZEROS, uint64_t(scale)}, h, w, channels, sizeof(T),
+            return constant({ZEROS, uint64_t(h), uint64_t(w), uint64_t(channels)}, h, w, channels, sizeof(T),
                             [&](const Map& out) { std::memset(out.data, 0, sizeof(T) * h * w * channels); });
         require(arrivals.size() <= SIDES, "more arrives at a node than it has sides");
         Summand all[SIDES];
@@ -595,23 +596,8 @@ class Forward {
             score[d] = node.bias[d];
             for (int i = 0; i < node.features; ++i) score[d] += node.weight[d * node.features + i] * (sums[i] / pixels);
         }
-        if (net.softmax) winner(node, score, alpha);
-        for (int d = 0; !net.softmax && d < DIRECTIONS; ++d)
-            if (node.directions[d]) alpha[d] = std::min(std::max(std::tanh(score[d]), 0.0f), BELOW_ONE);
-    }
-
-    // The alternative to Eq. 4: softmax over the directions, of which only the first largest stays.
-    static void winner(const Node& node, const float* score, float* alpha) {
-        int best = -1;
-        float total = 0;
         for (int d = 0; d < DIRECTIONS; ++d)
-            if (node.directions[d] && (best < 0 || score[d] > score[best])) best = d;
-        require(best >= 0, "a gate has no direction");
-        for (int d = 0; d < DIRECTIONS; ++d) {
-            if (node.directions[d]) total += std::exp(score[d] - score[best]);
-            alpha[d] = 0;
-        }
-        alpha[best] = std::min(1 / total, BELOW_ONE);
+            if (node.directions[d]) alpha[d] = std::min(std::max(std::tanh(score[d]), 0.0f), BELOW_ONE);
     }
 
     // ReLU of H of Eq. 1: all transforms read it through a ReLU.
@@ -720,7 +706,7 @@ constexpr Field LAYOUT[] = {
     STRUCTURE(Block), FIELD(Block, expands), FIELD(Block, residual), FIELD(Block, expand), FIELD(Block, depthwise),
     STRUCTURE(Stage), FIELD(Stage, blocks), FIELD(Stage, block), FIELD(Stage, project),
     STRUCTURE(Network), FIELD(Network, depth), FIELD(Network, scales), FIELD(Network, zeros_arrive),
-    FIELD(Network, softmax), FIELD(Network, classes), FIELD(Network, exits), FIELD(Network, stages),
+    FIELD(Network, classes), FIELD(Network, exits), FIELD(Network, stages),
     FIELD(Network, stem), FIELD(Network, nodes), FIELD(Network, exit), FIELD(Network, stage),
     STRUCTURE(Request), FIELD(Request, image), FIELD(Request, padded_height), FIELD(Request, padded_width),
     FIELD(Request, given), FIELD(Request, own), FIELD(Request, prices), FIELD(Request, gates), FIELD(Request, logits),
