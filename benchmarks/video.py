@@ -42,6 +42,7 @@ from routeseg.evaluation.scores import count_pairs
 from routeseg.files import write_json
 from routeseg.model import DynamicRoutingNetwork, checkpoints
 from routeseg.prediction.clips import VideoWriter, open_clip
+from routeseg.prediction.files import Ran
 from routeseg.prediction.torch_runner import TorchNetwork
 from routeseg.prediction.video import FramePace, predict_video
 from routeseg.space import Route
@@ -90,10 +91,10 @@ class Scored:
         self.network, self.precision, self.forward = self.runner.network, self.runner.precision, forward
         self.found: list[np.ndarray] = []
 
-    def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        labels, gates = self.runner(image)
-        self.found.append(labels)
-        return labels, gates
+    def __call__(self, image: np.ndarray) -> Ran:
+        ran = self.runner(image)
+        self.found.append(ran.labels)
+        return ran
 
 
 def mean_iou(found: Sequence[np.ndarray], truth: Sequence[np.ndarray], classes: int) -> float:

@@ -54,6 +54,7 @@ from routeseg.prediction.sources import (
 from routeseg.space import MIN_IMAGE_SIZE, Route, padded_size
 
 LABELS, OVERLAY, ROUTE_PICTURE, ROUTE = "_labels.png", "_overlay.png", "_route.png", "_route.json"
+EFFORT = "_effort.png"  # of a network whose places leave by themselves
 OUTPUTS = (LABELS, OVERLAY, ROUTE_PICTURE, ROUTE)
 PASS_BYTES = 4 << 30  # a pass that would take more is made in windows: 20 million pixels of 11 classes
 PIXEL_BYTES, CLASS_BYTES = 150, 5  # that a pass takes for each pixel, and for each of its logits (measured on a CPU)
@@ -63,6 +64,19 @@ SKIPS_NAMED = 20  # in the summary; beyond that they are counted
 GIGA = 1e9
 
 
+class Ran(NamedTuple):
+    """What a network makes of an image.
+
+    labels  [H,W] (`label_map`)
+    gates   float32 [L+1,S,3]
+    exits   where its places left, if they did so by themselves, int64 [hb,wb]
+    """
+
+    labels: np.ndarray
+    gates: np.ndarray
+    exits: np.ndarray | None = None
+
+
 class Runner(Protocol):
     """A network, ready to segment one image after another, and the precision that it computes in. One that was asked
     for a budget says so: `budget`, in words."""
@@ -70,8 +84,8 @@ class Runner(Protocol):
     network: NetworkDescription
     precision: str
 
-    def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Image uint8 [H,W,3] RGB, H and W at least 32 -> labels [H,W] (`label_map`), gates float32 [L+1,S,3].
+    def __call__(self, image: np.ndarray) -> Ran:
+        """Segments an image uint8 [H,W,3] RGB, H and W at least 32.
 
         Raises ValueError (DIVERGED) if an output is not finite, MemoryError or RuntimeError if memory is short.
         """
@@ -267,7 +281,8 @@ class Segmenter:
 
 class Segmented(NamedTuple):
     """One image, segmented: labels [H,W], gates float32 [L+1,S,3], how long the network took, in how many windows,
-    whose mean the gates are, and what else the result depends on (`asked_of`)."""
+    whose mean the gates are, what else the result depends on (`asked_of`), and where the places of an image left that
+    is one window [hb,wb]."""
 
     prediction: Prediction
     labels: np.ndarray
@@ -275,6 +290,7 @@ class Segmented(NamedTuple):
     seconds: float
     windows: int = 1
     asked: Mapping[str, str | None] = MappingProxyType({})
+    exits: np.ndarray | None = None
 
 
 def asked_of(runner: Runner) -> dict[str, str | None]:
@@ -294,16 +310,35 @@ def segment(runner: Runner, image: np.ndarray, source: Source, name: str) -> Seg
     for rows, columns in views:
         view = np.ascontiguousarray(padded[rows.taken, columns.taken])
         start = time.perf_counter()
-        found, gates = runner(view)
+        ran = runner(view)
         seconds += time.perf_counter() - start
-        labels[rows.kept, columns.kept] = found[rows.inside, columns.inside]
+        labels[rows.kept, columns.kept] = ran.labels[rows.inside, columns.inside]
         table = model_cost(runner.network, padded_size(config.space, *view.shape[:2]))
-        cost, full = cost + float(table.of_gates(gates)), full + table.full
-        opened.append(gates)
+        cost, full = cost + float(table.of_result(ran.gates, ran.exits)), full + table.full
+        opened.append(ran.gates)
     prediction = Prediction(source, name, (height, width), cost, full)
     mean = opened[0] if len(opened) == 1 else np.asarray(np.mean(opened, axis=0, dtype=np.float32))
     own = np.ascontiguousarray(labels[:height, :width])
-    return Segmented(prediction, own, mean, seconds, len(views), asked_of(runner))
+    return Segmented(
+        prediction, own, mean, seconds, len(views), asked_of(runner), ran.exits if len(views) == 1 else None
+    )
+
+
+def effort_of(network: NetworkDescription, found: Segmented) -> np.ndarray:
+    """What each place of an image cost, as shares of what it costs in the full network: float64 [hb,wb].
+
+    Raises ValueError, with the remedy, if its places did not decide.
+    """
+    if network.config.place is None:
+        raise ValueError("the places of this network do not leave by themselves: train one with --model.place 32")
+    if found.exits is None:
+        why = "it was segmented in windows" if found.windows > 1 else "no budget was asked for, or all of it"
+        raise ValueError(f"there is no map of effort of {found.prediction.image}: {why}")
+    height, width = (max(side, MIN_IMAGE_SIZE) for side in found.prediction.size)
+    table = model_cost(network, (height, width))
+    assert table.exits is not None
+    shares: np.ndarray = table.exits[found.exits] / table.full
+    return shares
 
 
 class _Part(NamedTuple):
@@ -347,6 +382,9 @@ def write_results(
         cost = f"{prediction.cost_macs / GIGA:.4g} GMACs, {_percent(prediction.share)} of the full network"
         shown = os.fsencode(file_name(prediction.image)).decode(errors="replace")
         files[OVERLAY] = figures.png_bytes(figures.overlay(image, found.labels, config.class_names, config.palette))
+        if found.exits is not None and config.place is not None:
+            heat = figures.effort(image, effort_of(network, found), config.place)
+            files[EFFORT] = figures.png_bytes(heat)
         files[ROUTE_PICTURE] = figures.route_picture(
             config.space, found.gates, f"{shown}: {cost}", stages=config.backbone_stages
         )
@@ -374,7 +412,12 @@ def _route_json(
         "cost_gmacs": prediction.cost_macs / GIGA,
         "full_gmacs": prediction.full_macs / GIGA,
         "share_of_full": prediction.share,
-        **({} if network.config.exits is None else {"levels_of_full": levels(network, prediction.size).tolist()}),
+        **(
+            {}
+            if network.config.exits is None or network.config.place
+            else {"levels_of_full": levels(network, prediction.size).tolist()}
+        ),
+        **({} if found.exits is None else {"exits": found.exits.tolist()}),
         "pictures": target.pictures,
         "network": target.network,
         **found.asked,
@@ -481,6 +524,6 @@ def _keep_inputs(folder: ResultFolder, jobs: Sequence[Job]) -> None:
     for path in (job.location for job in jobs if isinstance(job.location, Path)):
         inputs |= {os.path.realpath(path), os.path.join(os.path.realpath(path.parent), path.name)}
     for job in jobs:
-        for result in (folder.locate(job.name + ending) for ending in OUTPUTS):
+        for result in (folder.locate(job.name + ending) for ending in (*OUTPUTS, EFFORT)):
             if result in inputs:
                 raise ValueError(f"{result} is itself an input: choose another --output, it would be lost")

@@ -34,6 +34,7 @@ from routeseg.prediction.files import (
     Segmented,
     Target,
     class_shares,
+    effort_of,
     read_source,
     segment,
     write_results,
@@ -105,8 +106,9 @@ class SegmentedImage:
     @property
     def levels(self) -> tuple[float, ...]:
         """What an image of this size can cost, as shares of the full network, ascending: one for each exit of the
-        network. A budget between two of them is kept in the mean of many images. Empty for a network without exits."""
-        if self.network.config.exits is None:
+        network. A budget between two of them is kept in the mean of many images. Empty for a network without exits, and
+        for one whose places leave by themselves."""
+        if self.network.config.exits is None or self.network.config.place is not None:
             return ()
         return tuple(levels(self.network, self.found.prediction.size).tolist())
 
@@ -119,6 +121,18 @@ class SegmentedImage:
     def route(self) -> Route:
         """The paths that were open."""
         return Route.from_gates(self.network.config.space, self.gates)
+
+    @property
+    def exits(self) -> np.ndarray | None:
+        """Of a network whose places leave by themselves: the exit of each, int64 [H/b,W/b] (rounded up)."""
+        return self.found.exits
+
+    def effort(self, legend: bool = True) -> Image.Image:
+        """How far each place of the image went, as a heat map over it. Raises ValueError, with the remedy, if its
+        places did not decide."""
+        shares, place = effort_of(self.network, self.found), self.network.config.place
+        assert place is not None
+        return Image.fromarray(figures.effort(self.image, shares, place, legend))
 
     def overlay(self, alpha: float = 0.55, legend: bool = True) -> Image.Image:
         """The image tinted with its segmentation; `figures.overlay` says more."""

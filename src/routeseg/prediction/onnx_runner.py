@@ -16,6 +16,7 @@ from routeseg.description import FORMAT, METADATA_KEY, NetworkDescription
 from routeseg.errors import DIVERGED, NOT_FINITE, require
 from routeseg.files import parse_json
 from routeseg.labels import label_type
+from routeseg.prediction.files import Ran
 from routeseg.space import MIN_IMAGE_SIZE, padded_size
 
 FATAL_ONLY = 4  # of the log of ONNX Runtime, which also raises its errors
@@ -49,8 +50,8 @@ class OnnxNetwork:
             raise ValueError(f"{file} does not say what network it holds: {error}. Export it anew") from error
         _check_tensors(self)
 
-    def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Image uint8 [H,W,3] RGB, H and W at least 32 -> labels [H,W] (`label_map`), gates float32 [L+1,S,3].
+    def __call__(self, image: np.ndarray) -> Ran:
+        """Segments an image uint8 [H,W,3] RGB, H and W at least 32.
 
         Raises ValueError if an output is not finite, and MemoryError if memory is short.
         """
@@ -58,7 +59,7 @@ class OnnxNetwork:
         labels, best = most_likely(logits[0])
         if not np.isfinite(best).all() or not np.isfinite(gates).all():
             raise ValueError(DIVERGED)
-        return labels, gates[0]
+        return Ran(labels, gates[0])
 
     def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images [B,3,H,W] RGB, uint8 or floating point in 0..1, H and W at least 32 -> float32 logits [B,K,H,W],

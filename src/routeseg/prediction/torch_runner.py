@@ -14,6 +14,7 @@ from routeseg.engine.budgeted import Budgeted, Steered
 from routeseg.errors import DIVERGED
 from routeseg.labels import label_map
 from routeseg.model import DynamicRoutingNetwork
+from routeseg.prediction.files import Ran
 
 if TYPE_CHECKING:
     from routeseg.cost.request import Asked
@@ -41,7 +42,7 @@ class TorchNetwork:
         self.budget = str(forward.asked) if isinstance(forward, Budgeted) else None
 
     @torch.no_grad()
-    def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, image: np.ndarray) -> Ran:
         pixels = torch.from_numpy(image.transpose(2, 0, 1).copy())[None].to(self.device)  # [1,3,H,W]
         was_training = self.forward is self.model and self.model.training  # engines do not care
         if was_training:
@@ -54,7 +55,8 @@ class TorchNetwork:
         if not (_finite(result.logits) and _finite(result.gates)):
             raise ValueError(DIVERGED)
         labels = label_map(result.labels[0].cpu().numpy(), self.model.config.num_classes)
-        return labels, result.gates[0].float().cpu().numpy()
+        exits = None if result.exits is None else result.exits[0].cpu().numpy()
+        return Ran(labels, result.gates[0].float().cpu().numpy(), exits)
 
 
 def _finite(values: Tensor) -> bool:

@@ -1,0 +1,63 @@
+"""How far each place of an image went through the network, as a heat map over the image.
+
+Legend: H, W image size, hb, wb places of the image, b the side of a place in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw
+
+from routeseg.figures.common import INK
+from routeseg.figures.labels import MIN_PICTURE
+from routeseg.figures.words import text_font
+
+TINT = 0.6  # strength of the heat
+BAR = 0.3  # width of the scale, as a share of the picture's
+
+
+def effort(image: np.ndarray, shares: np.ndarray, place: int, legend: bool = True) -> np.ndarray:
+    """The image uint8 [H,W,3] in grey, and over it what each place cost [hb,wb], a share of what it costs in the full
+    network: uint8 [H',W',3], RGB. With the legend pictures smaller than MIN_PICTURE are enlarged, as overlays are."""
+    height, width = image.shape[:2]
+    least, most = float(shares.min()), max(float(shares.max()), 1.0)
+    heat = shares.repeat(place, 0).repeat(place, 1)[:height, :width]
+    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    picture = cv2.addWeighted(_colours(heat / most), TINT, grey, 1 - TINT, 0)
+    if not legend:
+        return picture
+    factor = max(1, math.ceil(MIN_PICTURE / max(height, width)))
+    return _with_scale(picture.repeat(factor, 0).repeat(factor, 1), least, most, float(shares.mean()))
+
+
+def _colours(values: np.ndarray) -> np.ndarray:
+    """Values in 0..1 as colours from dark blue to yellow, uint8 [...,3]."""
+    import matplotlib
+
+    table = (255 * matplotlib.colormaps["viridis"](np.linspace(0, 1, 256))[:, :3]).round().astype(np.uint8)
+    return table[(255 * np.clip(values, 0, 1)).round().astype(np.uint8)]
+
+
+def _with_scale(picture: np.ndarray, least: float, most: float, mean: float) -> np.ndarray:
+    height, width = picture.shape[:2]
+    size = int(np.clip(round(0.7 * math.sqrt(max(height, width))), 14, 44))  # pixels
+    font, margin, bar = text_font(size), round(0.9 * size), round(BAR * width)
+    canvas = Image.new("RGB", (width, height + 2 * margin + round(1.4 * size)), "white")
+    canvas.paste(Image.fromarray(picture))
+    draw, top, left = ImageDraw.Draw(canvas), height + margin, margin
+    low, high = f"{100 * least:.0f} %", f"{100 * most:.0f} %"
+    draw.text((left, top), low, fill=INK, font=font)
+    left += math.ceil(font.getlength(low)) + margin // 2
+    scale = _colours(np.linspace(least / most, 1, bar)[None].repeat(size, 0))
+    canvas.paste(Image.fromarray(scale), (left, top + round(0.15 * size)))
+    left += bar + margin // 2
+    draw.text((left, top), high, fill=INK, font=font)
+    left += math.ceil(font.getlength(high)) + 2 * margin
+    for words in (f"of the full network, {100 * mean:.0f} % in the mean", f"mean {100 * mean:.0f} %"):
+        if left + font.getlength(words) <= width - margin:
+            draw.text((left, top), words, fill=INK, font=font)
+            break
+    return np.asarray(canvas)
