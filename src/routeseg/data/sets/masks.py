@@ -88,7 +88,7 @@ def places(stored: np.ndarray) -> dict[int, Places]:
     first = packed[:-1, :-1]
     filled = (first == packed[1:, :-1]) & (first == packed[:-1, 1:]) & (first == packed[1:, 1:])
     all_of, filled_of, between_of = (
-        {int(value): int(count) for value, count in zip(*count_values(some), strict=True)}
+        {int(value): int(count) for value, count in zip(*count_values(np.atleast_2d(some)), strict=True)}
         for some in (packed, first[filled], packed[between])
     )
     return {value: Places(n, filled_of.get(value, 0), between_of.get(value, 0)) for value, n in all_of.items()}
