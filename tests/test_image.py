@@ -171,11 +171,13 @@ class TestWhatComesBack:
         assert found.overlay(legend=False).size == (70, 50)
         assert Image.open(io.BytesIO(found._repr_png_())).size == found.overlay().size
 
-    def test_saved_as_the_command_saves(self, model, picture, tmp_path):
+    def test_saved_as_the_command_saves(self, model, picture, tmp_path, capsys):
         Image.fromarray(picture).save(tmp_path / "photo.png")
         model.save(tmp_path / "net")
-        words = ["predict", str(tmp_path / "net"), str(tmp_path / "photo.png"), "--output", str(tmp_path / "command")]
+        (tmp_path / "other.heic").touch()
+        words = ["predict", str(tmp_path / "net"), str(tmp_path), "--output", str(tmp_path / "command")]
         assert main([*words, "--precision=float32"]) == 0
+        assert "passed over, as no images: 1 .heic\n" in capsys.readouterr().out
         paths = routeseg.load(tmp_path / "net").predict(tmp_path / "photo.png").save(tmp_path / "python")
         assert sorted(path.name for path in paths) == sorted(p.name for p in (tmp_path / "command").iterdir())
         for path in paths:
