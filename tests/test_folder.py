@@ -348,6 +348,7 @@ class TestDescription:
             ("names: [a, b, a]", "`names` has a more than once"),
             (f"names: [{', '.join(map(str, range(300)))}]", "300 names"),
             ("names: [a", "line 1"),
+            ('names: ["a\\e[2Jb"]', r"the name 'a\\x1b\[2Jb' in `names` has control characters"),
             ("names: [a]\nmapping: {x: 0}", "`mapping` has 'x': give a label value .* or a colour"),
             ('names: [a]\nmapping: {"#80408": 0}', "`mapping` has '#80408'"),
             ("names: [a]\nmapping: [0, 1]", "`mapping` must be of the form"),

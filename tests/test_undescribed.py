@@ -210,6 +210,14 @@ class TestWrittenDownGoesFirst:
         code, out, _ = run(["check-data", root, "--data.crop", "[32, 32]", "--output", tmp_path / "o"], capsys)
         assert code == 0 and "aeroplane" not in out and "dog" in out
 
+    def test_a_guess_is_said(self, copied, tmp_path, capsys):
+        root = copied("camvid")
+        code, out, _ = run(["check-data", root, "--data.crop", "[32, 32]", "--output", tmp_path / "o"], capsys)
+        assert code == 0 and f"{root} is taken for camvid, by its folders; if it is other data, a classes.yaml" in out
+        describe(root, 'names: [a, b]\nsplit: {"t\\e[2J": x}')
+        code, out, err = run(["check-data", root, "--output", tmp_path / "o"], capsys)
+        assert code == 2 and "\x1b" not in out + err and r"t\x1b[2J" in out + err
+
     def test_own_classes_in_the_folders_of_a_benchmark(self, copied, tmp_path):
         for layout, place in (("camvid", "classes.txt"), ("voc", "VOCdevkit/VOC2012/SegmentationClass/classes.txt")):
             root = copied(layout)

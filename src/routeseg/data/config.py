@@ -30,8 +30,8 @@ class DataConfig:
     name          scenes (procedural, no download), camvid, cityscapes, voc, ade20k, or folder (your own pictures);
                   what each expects is in docs/data.md
     root          folder of the data set (not for scenes)
-    classes       folder only: what a classes.yaml would say (names, mapping, images, ...), which is not read then; None:
-                  that file, or without one what folders, lists and masks tell. A run keeps here what they told
+    classes       folder only: what a classes.yaml would say (names, mapping, images, ...), which is not read then;
+                  None: that file, or without one what folders, lists and masks tell. A run keeps here what they told
     sbd_root      folder of SBD, for VOC's split train_aug; None: beside VOCdevkit
     train_split, val_split   which parts to train on and to validate on, as the data set calls them
     train_share   of the training pictures, evenly spread: what would fewer labels do?

@@ -36,6 +36,7 @@ from routeseg.data.pairs import (
     PairedFiles,
     leave_out,
     list_images,
+    one_form,
     pair_files,
     read_label_file,
 )
@@ -290,8 +291,8 @@ def _description(path: Path, data: Any) -> Description:
         colours=colours,
         images=images,
         masks=masks,
-        image_suffix=_text(data.get("image_suffix", ""), "image_suffix"),
-        mask_suffix=_text(data.get("mask_suffix", ""), "mask_suffix"),
+        image_suffix=one_form(_text(data.get("image_suffix", ""), "image_suffix")),
+        mask_suffix=one_form(_text(data.get("mask_suffix", ""), "mask_suffix")),
         split=split,
     )
 
