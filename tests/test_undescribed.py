@@ -127,6 +127,10 @@ class TestPlaces:
             sorted(train + val) == TRAIN and "images/test (1 image)" in said and "drawn by name for validation" in said
         )
 
+    def test_of_two_folders_of_masks_one_is_left_out(self, tmp_path):
+        tree(tree(tmp_path, "images/{}.png", "labels/{}.png"), "images/{}.png", "masks/{}.png")
+        assert "masks masks/NAME" in divided(tmp_path)[2] and "left out: labels (6 images)" in divided(tmp_path)[2]
+
     def test_other_pictures_of_the_labels_are_left_aside(self, tmp_path):
         tree(tmp_path, "images/{}.png", "labels/{}_labelIds.png")
         for name in NAMES:
@@ -541,6 +545,9 @@ class TestHints:
         assert "give each mask the place and the name of its image" in self.hint(tmp_path / "halves", capsys)
         tree(tmp_path / "windows", "images\\{}.png", "masks\\{}.png")
         assert r"with backslashes, such as images\p" in self.hint(tmp_path / "windows", capsys)
+        shutil.rmtree(tmp_path / "halves" / "images" / "train")
+        shutil.rmtree(tmp_path / "halves" / "images" / "val")
+        assert "holds masks in masks/ and no images" in self.hint(tmp_path / "halves", capsys)
         (tmp_path / "empty").mkdir()
         assert "no layout that is known" in self.hint(tmp_path / "empty", capsys)
 
@@ -548,7 +555,20 @@ class TestHints:
         for name in NAMES:
             tree(tmp_path / "my", f"{name}/images/{name}.png", f"{name}/masks/{{}}.png", ["x", "y"])
         assert "one of masks for each image" in self.hint(tmp_path / "my", capsys)
+        (tmp_path / "dsb").mkdir()
+        shutil.move(tmp_path / "my", tmp_path / "dsb" / "stage1_train")
+        assert "one of masks for each image" in self.hint(tmp_path / "dsb", capsys)
+        for one in ("cat", "dog"):
+            tree(tmp_path / "two", "images/{}.png", f"masks_{one}/{{}}.png")
+        assert "several folders of masks, masks_cat, masks_dog: there must be one" in self.hint(
+            tmp_path / "two", capsys
+        )
 
     def test_a_data_set_in_a_folder_of_its_own(self, copied, tmp_path, capsys):
         shutil.move(copied("camvid"), tmp_path / "data" / "CamVid")
         assert f"holds a data set in CamVid/: give {tmp_path}/data/CamVid" in self.hint(tmp_path / "data", capsys)
+        for name, inside in (("voc", "VOCdevkit/VOC2012"), ("ade20k", "ADEChallengeData2016")):
+            root = copied(name)
+            describe(root / inside, "names: [a, b]")
+            assert f"holds a data set in {inside}/: give {root}/{inside}" in self.hint(root, capsys)
+            assert layout_of(root / inside) == "folder"

@@ -41,13 +41,12 @@ from routeseg.data.pairs import (
     read_label_file,
 )
 from routeseg.data.sets.masks import UnclearMasks
-from routeseg.data.sets.roots import expected, in_windows_encoding, no_split, read_names, read_text
+from routeseg.data.sets.roots import FILE, expected, in_windows_encoding, no_split, read_names, read_text
 from routeseg.data.sets.undescribed import VAL_FRACTION, Undescribed, find_description, find_places
 from routeseg.errors import CONTROL
 from routeseg.files import expand_user, write_atomically
 from routeseg.labels import IGNORE, Classes
 
-FILE = "classes.yaml"
 KEYS = ("names", "palette", "mapping", "images", "masks", "image_suffix", "mask_suffix", "split")
 PLACES = KEYS[3:]  # those that say where the files lie
 FRACTION_KEYS = ("val_fraction", "seed", "list")
