@@ -558,6 +558,9 @@ class TestHints:
         (tmp_path / "dsb").mkdir()
         shutil.move(tmp_path / "my", tmp_path / "dsb" / "stage1_train")
         assert "one of masks for each image" in self.hint(tmp_path / "dsb", capsys)
+        for fold in ("fold1", "fold2"):
+            tree(tmp_path / "folds", f"{fold}/images/{{}}.png", f"{fold}/masks/{{}}.png")
+        assert "several folders, fold1, fold2: call those to train" in self.hint(tmp_path / "folds", capsys)
         for one in ("cat", "dog"):
             tree(tmp_path / "two", "images/{}.png", f"masks_{one}/{{}}.png")
         assert "several folders of masks, masks_cat, masks_dog: there must be one" in self.hint(

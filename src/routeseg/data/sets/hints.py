@@ -60,10 +60,15 @@ def what_it_lacks(root: Path) -> str:
     apart = [
         path for place in ("*", "*/*") for path in root.glob(f"{place}/images") if (path.parent / "masks").is_dir()
     ]
-    if len(apart) > 1:
+    if len(apart) > 1 and all(len(list(path.iterdir())) == 1 for path in apart):
         return f"has a folder of images and one of masks for each image: {ONE_EACH}"
+    if len(apart) > 1:
+        parts = ", ".join(sorted(path.parent.name for path in apart)[:4])
+        return f"has images and masks in several folders, {parts}: call those to train and to validate on train and val"
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and has_images(path))
-    kinds = [name for name in names if name.lower().partition("_")[0] in MASK_FOLDERS]
+    kinds = [
+        name for name in names if name.lower().partition("_")[0] in MASK_FOLDERS and name.lower() not in MASK_FOLDERS
+    ]
     if len(kinds) > 1:
         return f"has several folders of masks, {', '.join(kinds[:4])}: {ONE_EACH}"
     if twice := [path for path in images if path.suffix.lower() == ".png" and path.with_suffix(".jpg").exists()]:
