@@ -257,6 +257,24 @@ class TestRoute:
         tones, widths = [int(i.min()) for i in inks], [int((i < 200).sum()) for i in inks]
         assert tones == sorted(tones, reverse=True) and widths == sorted(widths) and len(set(widths)) == 3
 
+    @pytest.mark.parametrize("depth", [3, 4, 9, 16])
+    @pytest.mark.parametrize("name", ["a" * 64, "a" * 255, "word " * 30, "\u8f66" * 64])
+    def test_long_names_stay_clear_of_the_pictures(self, tmp_path, monkeypatch, depth, name):
+        drawn, space = [], RoutingSpace(depth)
+        for module in ("routes", "route_statistics"):
+            monkeypatch.setattr(f"routeseg.figures.{module}.save_figure", lambda figure, *_: drawn.append(figure))
+        image, gates = picture(40, 60)[0], np.zeros(space.legal.shape)
+        figures.routes_side_by_side(tmp_path / "a.png", space, [([image] * 2, gates, f"{name}\n12 %, 0.5 GMACs")] * 2)
+        panel = (image, image, gates, f"{name}: 0.123 GMACs, 40 % of full")
+        figures.extreme_routes(tmp_path / "b.png", space, {"cheapest": [panel] * 2, "dearest": [panel]})
+        for figure in drawn:
+            figure.canvas.draw()
+            shown = [ax.get_window_extent() for ax in figure.axes if ax.images]
+            titles = [ax.title.get_window_extent() for ax in figure.axes if ax.title.get_text()]
+            assert titles and not any(
+                one.overlaps(other) for one in titles for other in [*shown, *titles] if one is not other
+            )
+
     def test_cells_that_run_are_filled_dropped_ones_hollow_others_faint(self):
         drawn = Drawn(self.space, self.gates((0, 0, DOWN)))
         runs, dropped, nothing = drawn.at(0, 0, 2), drawn.at(1, 1, 2), drawn.at(2, 2, 6)
