@@ -15,10 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from routeseg import figures
+from routeseg.data import scenes
+from routeseg.data.sets import camvid
 from routeseg.figures import charts, words
 from routeseg.figures.labels import even_columns
 from routeseg.figures.report import Report
 from routeseg.labels import default_palette
+from routeseg.model.checkpoints import GATED, PRETRAINED, read_config
 from routeseg.space import DOWN, KEEP, UP, RoutingSpace
 
 NAMES = ["sky", "road", "car", "person"]
@@ -154,6 +157,13 @@ class TestPalette:
             for red, green, blue in default_palette(names):
                 assert red <= max(green, blue)
         assert default_palette(["Background", "tumour"])[0] == (128, 128, 128)
+
+    def test_none_is_so_dark_that_an_image_hides_it(self):
+        weights = np.array([0.299, 0.587, 0.114])
+        for palette in (camvid.CLASSES.palette, scenes.PALETTE, default_palette([f"class {k}" for k in range(100)])):
+            assert (np.array(palette) @ weights).min() > 60
+        for folder in (PRETRAINED, GATED):
+            assert read_config(folder).palette == camvid.CLASSES.palette
 
     def test_neighbours_are_of_different_families_and_none_comes_again(self):
         colours = np.array(default_palette([f"class {k}" for k in range(255)]), dtype=np.uint8)
