@@ -180,6 +180,12 @@ STRANGE = "\u56fe\u50cf 7"  # Chinese
 
 
 class TestWords:
+    def test_long_names_that_differ_at_an_end_stay_different(self):
+        names = ["a" * 60 + "1", "a" * 60 + "2", "3" + "a" * 60]
+        cut = [words.fitted(name, 14, 200)[0] for name in names]
+        assert len(set(cut)) == 3 and all(words.text_font(14).getlength(one) <= 200 for one in cut)
+        assert words.fitted("short", 14, 200)[0] == "short" and words.fitted("abc", 14, 1)[0] == words.DOTS
+
     @pytest.fixture(params=[True, False], ids=["a font has them", "no font has them"])
     def has_font(self, request, monkeypatch, tmp_path):
         """A font that is said to have these letters: the usual one, whose boxes are no matter here."""

@@ -33,7 +33,7 @@ from routeseg.figures.common import (
     picture_kind,
     save_figure,
 )
-from routeseg.figures.words import DOTS, drawable
+from routeseg.figures.words import cut, drawable
 from routeseg.files import write_atomically
 from routeseg.space import DOWN, KEEP, SCALE_STEP, STEM_STRIDE, RoutingSpace
 
@@ -175,7 +175,7 @@ def draw_frame(ax: Axes, space: RoutingSpace, title: str | None = None) -> float
 def title_lines(title: str, wide: float, small: bool) -> list[str]:
     """A title as it stands above a route of so many points: lines that fit, with long names cut in their middle."""
     most = max(12, int(wide / (0.6 * TITLE_SIZES[small])))
-    words = [[_cut(word, most) for word in drawable(line)[0].split(" ")] for line in title.splitlines()]
+    words = [[cut(word, most) for word in drawable(line)[0].split(" ")] for line in title.splitlines()]
     return [part for line in words for part in textwrap.wrap(" ".join(line), most)]
 
 
@@ -185,10 +185,6 @@ def title_height(titles: Iterable[str], space: RoutingSpace, wide: float, tall: 
     small = pitch < SMALL_PITCH
     lines = max(len(title_lines(title, POINTS_PER_INCH * wide, small)) for title in titles)
     return (1.3 * lines * TITLE_SIZES[small] + 5) / POINTS_PER_INCH
-
-
-def _cut(word: str, most: int) -> str:
-    return word if len(word) <= most else f"{word[: most // 2]}{DOTS}{word[len(word) - (most - 1) // 2 :]}"
 
 
 def _checked_gates(space: RoutingSpace, gates: Any) -> np.ndarray:
