@@ -127,7 +127,7 @@ def test_one_measurement_gives_the_precision_and_the_time(monkeypatch):
     steps = []
     monkeypatch.setattr(bfloat16, "product_ratio", lambda: 0.5)
     monkeypatch.setattr(trial, "_step", lambda task, batch, optimizer, precision: steps.append(precision))
-    monkeypatch.setattr(bfloat16, "clock", lambda: sum(1.0 if p == "bf16-mixed" else 2.0 for p in steps))
+    monkeypatch.setattr(bfloat16, "clock", lambda: sum(0.25 if p == "bf16-mixed" else 0.375 for p in steps))
     pace = pacing.measure_pace(network(), DATA, Recipe(), Budget())
-    assert (pace.choice.precision, pace.step_s) == ("bf16-mixed", 1.0)
+    assert (pace.choice.precision, pace.step_s) == ("bf16-mixed", 0.25)
     assert len(steps) == 2 * (1 + bfloat16.ROUNDS)

@@ -17,6 +17,7 @@ from routeseg import DynamicRoutingNetwork, LatencyTable, Route, SkipEngine, mod
 from routeseg.cli import main
 from routeseg.cost.budget import Budget
 from routeseg.cost.latency import PARTS, exit_ms, network_shape
+from routeseg.cost.macs import exit_costs
 from routeseg.cost.request import Asked
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.loaders import evaluation_loader
@@ -568,9 +569,13 @@ class TestCommands:
         for budget in ("50%", "100%"):
             output = tmp_path / budget
             assert main(["predict", str(folder), image, f"--output={output}", f"--budget={budget}"]) == 0
-            costs.append(json.loads(next(output.glob("*.json")).read_text())["cost_gmacs"])
+            written = json.loads(next(output.glob("*.json")).read_text())
+            costs.append(written["cost_gmacs"])
+            levels, macs = np.array(written["levels_of_full"]), exit_costs(routeseg.load(folder), SIZE)
+            assert np.allclose(levels, macs / macs[-1]) and np.isclose(written["share_of_full"], levels).any()
         assert costs[0] < costs[1]
-        capsys.readouterr()
+        steps = ", ".join(f"{100 * level:.3g}" for level in written["levels_of_full"])
+        assert f"an image costs one of {steps} % of the full network" in capsys.readouterr().out
         assert main(["export", str(folder), str(tmp_path / "n.onnx")]) == 2
         assert "--route exit-0 or exit-2" in capsys.readouterr().err
         assert main(["export", str(folder), str(tmp_path / "n.onnx"), "--route=exit-2"]) == 0

@@ -15,10 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from routeseg import figures
+from routeseg.data import scenes
+from routeseg.data.sets import camvid
 from routeseg.figures import charts, words
 from routeseg.figures.labels import even_columns
 from routeseg.figures.report import Report
 from routeseg.labels import default_palette
+from routeseg.model.checkpoints import GATED, PRETRAINED, read_config
 from routeseg.space import DOWN, KEEP, UP, RoutingSpace
 
 NAMES = ["sky", "road", "car", "person"]
@@ -155,6 +158,13 @@ class TestPalette:
                 assert red <= max(green, blue)
         assert default_palette(["Background", "tumour"])[0] == (128, 128, 128)
 
+    def test_none_is_so_dark_that_an_image_hides_it(self):
+        weights = np.array([0.299, 0.587, 0.114])
+        for palette in (camvid.CLASSES.palette, scenes.PALETTE, default_palette([f"class {k}" for k in range(100)])):
+            assert (np.array(palette) @ weights).min() > 60
+        for folder in (PRETRAINED, GATED):
+            assert read_config(folder).palette == camvid.CLASSES.palette
+
     def test_neighbours_are_of_different_families_and_none_comes_again(self):
         colours = np.array(default_palette([f"class {k}" for k in range(255)]), dtype=np.uint8)
         assert len(np.unique(colours, axis=0)) == 255
@@ -170,6 +180,12 @@ STRANGE = "\u56fe\u50cf 7"  # Chinese
 
 
 class TestWords:
+    def test_long_names_that_differ_at_an_end_stay_different(self):
+        names = ["a" * 60 + "1", "a" * 60 + "2", "3" + "a" * 60]
+        cut = [words.fitted(name, 14, 200)[0] for name in names]
+        assert len(set(cut)) == 3 and all(words.text_font(14).getlength(one) <= 200 for one in cut)
+        assert words.fitted("short", 14, 200)[0] == "short" and words.fitted("abc", 14, 1)[0] == words.DOTS
+
     @pytest.fixture(params=[True, False], ids=["a font has them", "no font has them"])
     def has_font(self, request, monkeypatch, tmp_path):
         """A font that is said to have these letters: the usual one, whose boxes are no matter here."""
@@ -256,6 +272,23 @@ class TestRoute:
         inks = [Drawn(self.space, self.gates((0, 0, KEEP), strength=s)).edge(0, 0, KEEP) for s in (0.1, 0.5, 1.0)]
         tones, widths = [int(i.min()) for i in inks], [int((i < 200).sum()) for i in inks]
         assert tones == sorted(tones, reverse=True) and widths == sorted(widths) and len(set(widths)) == 3
+
+    @pytest.mark.parametrize(("depth", "name"), [(4, "a" * 255), (9, "word " * 30), (16, "\u8f66" * 64)], ids="abc")
+    def test_long_names_stay_clear_of_the_pictures(self, tmp_path, monkeypatch, depth, name):
+        drawn, space = [], RoutingSpace(depth)
+        for module in ("routes", "route_statistics"):
+            monkeypatch.setattr(f"routeseg.figures.{module}.save_figure", lambda figure, *_: drawn.append(figure))
+        image, gates = picture(40, 60)[0], np.zeros(space.legal.shape)
+        figures.routes_side_by_side(tmp_path / "a.png", space, [([image] * 2, gates, f"{name}\n12 %, 0.5 GMACs")] * 2)
+        panel = (image, image, gates, f"{name}: 0.123 GMACs, 40 % of full")
+        figures.extreme_routes(tmp_path / "b.png", space, {"cheapest": [panel] * 2, "dearest": [panel]})
+        for figure in drawn:
+            figure.canvas.draw()
+            shown = [ax.get_window_extent() for ax in figure.axes if ax.images]
+            titles = [ax.title.get_window_extent() for ax in figure.axes if ax.title.get_text()]
+            assert titles and not any(
+                one.overlaps(other) for one in titles for other in [*shown, *titles] if one is not other
+            )
 
     def test_cells_that_run_are_filled_dropped_ones_hollow_others_faint(self):
         drawn = Drawn(self.space, self.gates((0, 0, DOWN)))

@@ -378,6 +378,7 @@ class TestDescription:
             (f"names: [a]\n{BOMB}mask_suffix: *k", "more than 20000 values"),
             (f"names: [a]\n{BOMB}? *k\n: 1", "more than 20000 values"),
             ("names: [a]\n? [a]\n: 1", "unhashable key"),
+            ('names: ["a\\e[2Jb"]', r"the name 'a\\x1b\[2Jb' in `names` has control characters"),
             ("names: [a]\nmapping: {x: 0}", "`mapping` has 'x': give a label value .* or a colour"),
             ('names: [a]\nmapping: {"#80408": 0}', "`mapping` has '#80408'"),
             ("names: [a]\nmapping: [0, 1]", "`mapping` must be of the form"),

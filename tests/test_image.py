@@ -171,11 +171,13 @@ class TestWhatComesBack:
         assert found.overlay(legend=False).size == (70, 50)
         assert Image.open(io.BytesIO(found._repr_png_())).size == found.overlay().size
 
-    def test_saved_as_the_command_saves(self, model, picture, tmp_path):
+    def test_saved_as_the_command_saves(self, model, picture, tmp_path, capsys):
         Image.fromarray(picture).save(tmp_path / "photo.png")
         model.save(tmp_path / "net")
-        words = ["predict", str(tmp_path / "net"), str(tmp_path / "photo.png"), "--output", str(tmp_path / "command")]
+        (tmp_path / "other.heic").touch()
+        words = ["predict", str(tmp_path / "net"), str(tmp_path), "--output", str(tmp_path / "command")]
         assert main([*words, "--precision=float32"]) == 0
+        assert "passed over, as no images: 1 .heic\n" in capsys.readouterr().out
         paths = routeseg.load(tmp_path / "net").predict(tmp_path / "photo.png").save(tmp_path / "python")
         assert sorted(path.name for path in paths) == sorted(p.name for p in (tmp_path / "command").iterdir())
         for path in paths:
@@ -329,22 +331,27 @@ class TestFiles:
 
 @pytest.mark.slow
 def test_type_checkers_see_what_comes_back(tmp_path):
+    """None of these is Any: each has an attribute too many."""
     mypy = pytest.importorskip("mypy.api")
-    (tmp_path / "user.py").write_text(
-        "from pathlib import Path\nimport numpy as np, torch, routeseg\nfrom PIL import Image\n"
-        "model: routeseg.DynamicRoutingNetwork = routeseg.load('runs/my')\n"
-        "one: list[routeseg.SegmentedImage] = [model('a.jpg'), model(Path('a.jpg'), budget='40%'),\n"
-        "    model.predict('a.jpg'), model(Image.new('L', (9, 9))), \n"
-        "    model(np.zeros((9, 9, 3)), budget=np.float32(0.4)),\n"
-        "    model.predict(torch.zeros(3, 9, 9), precision='bfloat16')]\n"
-        "several: list[routeseg.SegmentedImage] = model(['a', 'b']) + model.predict(('a', Path('b')))\n"
-        "batch: routeseg.Segmentation = model(torch.zeros(1, 3, 64, 64), budget=0.4)\n"
-        "model('a.jpg').nonsense\nmodel(batch)\n"
-    )
+    calls = {
+        "SegmentedImage": ["model('a.jpg')", "model(Path('a.jpg'), budget='40%')", "model(Image.new('L', (9, 9)))"]
+        + ["model(np.zeros((9, 9, 3)), budget=np.float32(0.4))", "model.predict('a.jpg')"]
+        + ["model.predict(torch.zeros(3, 9, 9), precision='bfloat16')", "model(['a', 'b'])[0]"]
+        + ["model.predict(('a', Path('b')))[0]", "routeseg.train('my').model('a.jpg')"],
+        "Segmentation": [
+            "model(torch.zeros(1, 3, 64, 64), budget=0.4)",
+            "routeseg.SkipEngine(model, 'bfloat16')(batch)",
+        ]
+        + ["routeseg.build_engine(model)(batch)"],
+    }
+    lines = ["from pathlib import Path", "import numpy as np, torch, routeseg", "from PIL import Image"]
+    lines += ["model, batch = routeseg.load(), torch.zeros(1, 3, 64, 64)"]
+    lines += [f"{call}.nonsense" for some in calls.values() for call in some]
+    (tmp_path / "user.py").write_text("\n".join(lines) + "\n")
     out, err, _ = mypy.run(["--strict", "--config-file=", str(tmp_path / "user.py")])
-    assert "2 errors" in out and '"SegmentedImage" has no attribute "nonsense"' in out and ":11: error" in out, (
-        out + err
-    )
+    for kind, some in calls.items():
+        assert out.count(f'"{kind}" has no attribute "nonsense"') == len(some), out + err
+    assert out.count("error:") == sum(map(len, calls.values())), out
 
 
 class TestTheEngine:

@@ -255,6 +255,11 @@ class TestWithoutAnArea:
         found = find_classes(drawn(tmp_path, draw) / "masks")
         assert found.description == {"names": ["class 0", "class 1", "class 2"]}
 
+    def test_numbers_that_a_resized_mask_counts_up_to_are_none(self, tmp_path):
+        """0 and 15 with all that soft borders make between them."""
+        found = find_classes(drawn(tmp_path, resized((0, 15), 0.7, cv2.INTER_LINEAR)) / "masks")
+        assert found.description["names"] == ["class 0", "class 15"] and found.description["mapping"][7] == IGNORE
+
     def test_colours_a_step_apart(self, tmp_path, capsys):
         """In different masks they may be one class: a warning. Numbers of classes in one channel are not."""
         root = drawn(tmp_path / "mine", lambda k: blobs(k, (BLACK, (255 - k % 2, 0, 0))))

@@ -21,6 +21,7 @@ from routeseg.engine import SkipEngine
 from routeseg.files import not_written
 from routeseg.model import checkpoints
 from routeseg.training.pace import Pace
+from routeseg.training.report import read_log
 from routeseg.training.trackers import is_installed, make_loggers
 from routeseg.training.trial import Choice
 
@@ -245,6 +246,8 @@ def test_minutes(layouts, tmp_path, capsys, monkeypatch):
     assert "20 iterations fit into 2 minutes here" in out
     recipe = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["recipe"]
     assert recipe["iterations"] == 20 and recipe["validate_every"] == 5 and recipe["warmup_steps"] == 2
+    rows = [row for row in read_log(tmp_path / "run") if row.get("ce_loss") or row.get("loss")]
+    assert len(rows) == 20, "a short run has a curve of its loss, and not one dot"
 
 
 def test_epochs(layouts, tmp_path, capsys):

@@ -127,6 +127,10 @@ class TestPlaces:
             sorted(train + val) == TRAIN and "images/test (1 image)" in said and "drawn by name for validation" in said
         )
 
+    def test_of_two_folders_of_masks_one_is_left_out(self, tmp_path):
+        tree(tree(tmp_path, "images/{}.png", "labels/{}.png"), "images/{}.png", "masks/{}.png")
+        assert "masks masks/NAME" in divided(tmp_path)[2] and "left out: labels (6 images)" in divided(tmp_path)[2]
+
     def test_other_pictures_of_the_labels_are_left_aside(self, tmp_path):
         tree(tmp_path, "images/{}.png", "labels/{}_labelIds.png")
         for name in NAMES:
@@ -209,6 +213,14 @@ class TestWrittenDownGoesFirst:
         assert opened(root)[0]["train"].classes.names == ("background", "cat", "dog")
         code, out, _ = run(["check-data", root, "--data.crop", "[32, 32]", "--output", tmp_path / "o"], capsys)
         assert code == 0 and "aeroplane" not in out and "dog" in out
+
+    def test_a_guess_is_said(self, copied, tmp_path, capsys):
+        root = copied("camvid")
+        code, out, _ = run(["check-data", root, "--data.crop", "[32, 32]", "--output", tmp_path / "o"], capsys)
+        assert code == 0 and f"{root} is taken for camvid, by its folders; if it is other data, a classes.yaml" in out
+        describe(root, 'names: [a, b]\nsplit: {"t\\e[2J": x}')
+        code, out, err = run(["check-data", root, "--output", tmp_path / "o"], capsys)
+        assert code == 2 and "\x1b" not in out + err and r"t\x1b[2J" in out + err
 
     def test_own_classes_in_the_folders_of_a_benchmark(self, copied, tmp_path):
         for layout, place in (("camvid", "classes.txt"), ("voc", "VOCdevkit/VOC2012/SegmentationClass/classes.txt")):
@@ -533,6 +545,9 @@ class TestHints:
         assert "give each mask the place and the name of its image" in self.hint(tmp_path / "halves", capsys)
         tree(tmp_path / "windows", "images\\{}.png", "masks\\{}.png")
         assert r"with backslashes, such as images\p" in self.hint(tmp_path / "windows", capsys)
+        shutil.rmtree(tmp_path / "halves" / "images" / "train")
+        shutil.rmtree(tmp_path / "halves" / "images" / "val")
+        assert "holds masks in masks/ and no images" in self.hint(tmp_path / "halves", capsys)
         (tmp_path / "empty").mkdir()
         assert "no layout that is known" in self.hint(tmp_path / "empty", capsys)
 
@@ -540,7 +555,23 @@ class TestHints:
         for name in NAMES:
             tree(tmp_path / "my", f"{name}/images/{name}.png", f"{name}/masks/{{}}.png", ["x", "y"])
         assert "one of masks for each image" in self.hint(tmp_path / "my", capsys)
+        (tmp_path / "dsb").mkdir()
+        shutil.move(tmp_path / "my", tmp_path / "dsb" / "stage1_train")
+        assert "one of masks for each image" in self.hint(tmp_path / "dsb", capsys)
+        for fold in ("fold1", "fold2"):
+            tree(tmp_path / "folds", f"{fold}/images/{{}}.png", f"{fold}/masks/{{}}.png")
+        assert "several folders, fold1, fold2: call those to train" in self.hint(tmp_path / "folds", capsys)
+        for one in ("cat", "dog"):
+            tree(tmp_path / "two", "images/{}.png", f"masks_{one}/{{}}.png")
+        assert "several folders of masks, masks_cat, masks_dog: there must be one" in self.hint(
+            tmp_path / "two", capsys
+        )
 
     def test_a_data_set_in_a_folder_of_its_own(self, copied, tmp_path, capsys):
         shutil.move(copied("camvid"), tmp_path / "data" / "CamVid")
         assert f"holds a data set in CamVid/: give {tmp_path}/data/CamVid" in self.hint(tmp_path / "data", capsys)
+        for name, inside in (("voc", "VOCdevkit/VOC2012"), ("ade20k", "ADEChallengeData2016")):
+            root = copied(name)
+            describe(root / inside, "names: [a, b]")
+            assert f"holds a data set in {inside}/: give {root}/{inside}" in self.hint(root, capsys)
+            assert layout_of(root / inside) == "folder"

@@ -144,12 +144,12 @@ def check_data_command(words: Sequence[str]) -> int:
         "--write_classes", action="store_true", help="write the classes that the masks tell to classes.yaml, to edit"
     )
     folder = bool(words) and not words[0].startswith("-")
-    if not any(word.startswith(("--config", "--data.", "--help", "-h", "--print")) for word in words) and not folder:
+    args, data = read_data(parser, of_folder(words[0], words[1:]) if folder else words, lenient=True)
+    if not folder and not any(word.startswith(("--config", "--data.")) for word in words):
         raise ValueError(
             "nothing to check: give the folder of your pictures, as in `routeseg check-data my`, or a preset, as in "
             "`routeseg check-data --config scenes/small`"
         )
-    args, data = read_data(parser, of_folder(words[0], words[1:]) if folder else words, lenient=True)
 
     from routeseg.cli.tables import print_check
     from routeseg.data.config import open_data, pair

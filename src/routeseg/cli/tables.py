@@ -12,6 +12,7 @@ from rich.table import Table
 
 from routeseg.data.tools.check import SplitCheck
 from routeseg.data.tools.findings import VERDICTS, Finding, verdict
+from routeseg.errors import printable
 
 if TYPE_CHECKING:
     from routeseg.evaluation import Evaluation
@@ -143,12 +144,12 @@ def print_check(checks: Sequence[SplitCheck], findings: Sequence[Finding], crop:
     if any(check.classes.names for check in checks):
         console.print(_class_shares(checks))
     for finding in findings:
-        print(f"\n{finding.level}: {finding.text}")
+        print(printable(f"\n{finding.level}: {finding.text}"))
         for file in finding.files[:FILES_SHOWN]:
-            print(f"    {file}")
+            print(printable(f"    {file}"))
         if len(finding.files) > FILES_SHOWN:
             print(f"    and {len(finding.files) - FILES_SHOWN} more")
-        print(f"  what to do: {finding.remedy}")
+        print(printable(f"  what to do: {finding.remedy}"))
     print(f"\n{VERDICTS[verdict(findings)]}")
 
 

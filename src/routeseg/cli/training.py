@@ -156,11 +156,17 @@ def _output_of(words: Sequence[str]) -> Path:
 def _of_epochs(recipe: Recipe, data: DataConfig, epochs: float) -> Recipe:
     """The recipe with so many iterations that each picture is seen that often; of one process."""
     from routeseg.data.config import open_data
+    from routeseg.training.pace import logged_every
 
     pictures = data.train_share * len(open_data(data, data.train_split, recipe.seed))
     count = max(1, math.ceil(epochs * pictures / (data.batch_size * recipe.accumulate)))
-    warmup = min(recipe.warmup_steps, count // 10)
-    return replace(recipe, iterations=count, validate_every=min(recipe.validate_every, count), warmup_steps=warmup)
+    return replace(
+        recipe,
+        iterations=count,
+        validate_every=min(recipe.validate_every, count),
+        log_every=logged_every(recipe, count),
+        warmup_steps=min(recipe.warmup_steps, count // 10),
+    )
 
 
 def calibrate_command(words: Sequence[str]) -> int:

@@ -186,9 +186,11 @@ def layout_of(root: Path) -> str:
         return "folder"
     if known := _known_layout(root):
         return known
-    inside = [path for path in root.glob("*/") if not path.name.startswith(".")]
-    if len(inside) == 1 and (describing_file(inside[0]).is_file() or _known_layout(inside[0])):
-        raise ValueError(f"{root} holds a data set in {inside[0].name}/: give {inside[0]}")
+    inside = root
+    while len(below := [path for path in inside.glob("*/") if not path.name.startswith(".")]) == 1:
+        (inside,) = below
+        if describing_file(inside).is_file() or _known_layout(inside):
+            raise ValueError(f"{root} holds a data set in {inside.relative_to(root)}/: give {inside}")
     if find_places(root) is None:
         raise ValueError(f"{root} {what_it_lacks(root)}")
     return "folder"
@@ -199,6 +201,8 @@ def _known_layout(root: Path) -> str | None:
     for name, (signs, classes) in LAYOUTS.items():
         for found in (next(root.glob(sign), None) for sign in signs):
             if found is not None:
+                if describing_file(found if found.is_dir() else root).is_file():
+                    return None
                 listed = find_class_list(root) or find_class_list(found if found.is_dir() else root)
                 return name if listed is None or _objects(listed.names) == _objects(classes.names) else None
     return None

@@ -133,7 +133,7 @@ def decode_image(source: Path | BinaryIO, name: str | Path, max_pixels: int = MA
 
 def read_pillow(image: Image.Image) -> np.ndarray:
     """`read_image` of an image of Pillow, of any mode; of several frames the one that it shows."""
-    with _reading("the image"):
+    with _reading(getattr(image, "filename", "") or "what was given"):
         return _pixels(image)
 
 

@@ -138,7 +138,7 @@ def measure_route(
     backend: Backend = "auto",
 ) -> list[dict[str, Any]]:
     """A route's predicted and measured milliseconds, without its gates and, if the network has gates, with them."""
-    engine = SkipEngine(_opened(model), table.precision, backend)  # type: ignore[arg-type]
+    engine = SkipEngine(_opened(model), table.precision, backend)  # type: ignore[call-overload]
     images = torch.rand(1, 3, *table.size).to(next(model.parameters()).device)
     rows = []
     for job in [_Job(route, gates) for gates in (False, True)[: 1 + model.config.gated]]:

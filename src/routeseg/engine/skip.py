@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -20,17 +20,19 @@ from torch import Tensor
 from routeseg import bfloat16
 from routeseg.engine.compiled import CompiledForward
 from routeseg.engine.folding import FoldedForward
+from routeseg.model.decoder import Segmentation
 from routeseg.model.grid import RoutedNetwork, check_images
 from routeseg.model.network import DynamicRoutingNetwork
 from routeseg.model.request import Activation, Routes, Shares
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Result = TypeVar("Result")
 Backend = Literal["auto", "kernels", "eager"]
 PROBE_SIZE, PROBE_ROUNDS = (128, 256), 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class SkipEngine:
+class SkipEngine(Generic[Result]):
     """An inference forward of a network: `engine(images, route=..., activation=...)` as the network itself.
 
     The network's weights are copied: train on, and build a new engine afterwards.
@@ -41,6 +43,17 @@ class SkipEngine:
 
     forward: CompiledForward | FoldedForward
 
+    @overload
+    def __init__(
+        self: SkipEngine[Segmentation],
+        model: DynamicRoutingNetwork,
+        precision: Precision = "float32",
+        backend: Backend = "auto",
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: SkipEngine[Any], model: RoutedNetwork, precision: Precision = "float32", backend: Backend = "auto"
+    ) -> None: ...
     def __init__(self, model: RoutedNetwork, precision: Precision = "float32", backend: Backend = "auto") -> None:
         """The engine on the device where the model is.
 
@@ -84,13 +97,14 @@ class SkipEngine:
         activation: Activation = "one",
         budget: Shares = None,
         price: Shares = None,
-    ) -> Any:
+    ) -> Result:
         """See `RoutedNetwork.forward`. Raises ValueError also for images on another device than the engine, and for
         images on a CPU with NaN or infinity."""
         check_images(images)
         if images.device != self.device:
             raise ValueError(f"the images are on {images.device}, the engine is on {self.device}: move them there")
-        return self.forward(images, self.model.request(len(images), route, activation, budget, price))
+        found: Any = self.forward(images, self.model.request(len(images), route, activation, budget, price))
+        return cast(Result, found)
 
 
 def _supported(precision: str, model: RoutedNetwork) -> torch.dtype:

@@ -7,7 +7,6 @@ Legend: L depth, S scales, H, W image size.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from routeseg.figures.routes import (
     draw_route,
     edge_line,
     route_legend,
+    title_height,
 )
 from routeseg.space import DOWN, KEEP, UP, RoutingSpace
 
@@ -105,8 +105,7 @@ def extreme_routes(
     wide, tall = _panel_size(space, 0.36, 4.2, 5.6)
     between, inner = 0.55, 0.06  # inches between columns, and between image and segmentation
     half = (wide - inner) / 2
-    lines = max(len(textwrap.wrap(p[3], int(wide * POINTS_PER_INCH / 5.04))) for row in rows.values() for p in row)
-    title = TITLE + 0.16 * (lines - 1)
+    title = 0.1 + title_height([panel[3] for row in rows.values() for panel in row], space, wide, tall)
     thumbs = [  # inches high, by row
         min(max(half * p[0].shape[0] / p[0].shape[1] for p in panels), 0.62 * wide) for panels in rows.values()
     ]
@@ -148,8 +147,7 @@ def group_frequencies(path: str | Path, space: RoutingSpace, groups: Sequence[tu
     between = 0.35
     mean = np.mean([shares for _, shares in groups], axis=0)
     compared = len(groups) > 1
-    title_lines = max(title.count("\n") + 1 for title, _ in groups)
-    first = HEADING + 0.18 * title_lines
+    first = HEADING + title_height([title for title, _ in groups], space, wide, tall)
     row_height = first + tall + AXIS
     second = row_height + 0.55  # room for the legend of the first row
     figure = new_figure(len(groups) * (wide + between) - between, second + HEADING + tall + AXIS if compared else first)

@@ -7,7 +7,7 @@ Legend: H, W image size, L depth, S scales.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from routeseg.figures.common import (
     picture_kind,
     save_figure,
 )
-from routeseg.figures.words import drawable
+from routeseg.figures.words import cut, drawable
 from routeseg.files import write_atomically
 from routeseg.space import DOWN, KEEP, SCALE_STEP, STEM_STRIDE, RoutingSpace
 
@@ -42,6 +42,7 @@ from routeseg.space import DOWN, KEEP, SCALE_STEP, STEM_STRIDE, RoutingSpace
 ACTIVATION_COLORS = ListedColormap(matplotlib.colormaps["viridis_r"](np.linspace(0.36, 0.97, 256)), name="activation")
 OPEN_WIDTH = (1.1, 4.2)  # points, at activation 0 and 1, if a layer is 36 points wide
 CLOSED_WIDTH = 0.6
+SMALL_PITCH, TITLE_SIZES = 24, {True: 9, False: 11}  # points between layers below which letters are small
 STAGE_COLOR = ORANGE
 SKIP_STYLE = (0, (0.1, 1.9))  # with round caps: a row of dots
 ROW_NAME: dict[str, Any] = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 9, "color": MUTED}
@@ -157,7 +158,7 @@ def draw_frame(ax: Axes, space: RoutingSpace, title: str | None = None) -> float
         size = max(7.5 * unit, 5.2)
         ax.text(x, y, name, ha="center", va="center", rotation=90, fontsize=size, color=INK, zorder=5)
 
-    small = pitch < 24
+    small = pitch < SMALL_PITCH
     ax.set_yticks(range(space.num_scales), [f"1/{STEM_STRIDE * 2**s}" for s in range(space.num_scales)])
     ax.set_xticks(range(0, last + 1, next((step for step in (1, 2, 5, 10) if step * pitch_x >= 22), 20)))
     font_size = 7 if small else 8.5
@@ -166,11 +167,24 @@ def draw_frame(ax: Axes, space: RoutingSpace, title: str | None = None) -> float
     ax.set_ylabel("resolution", fontsize=font_size, color=MUTED, labelpad=3)
     ax.spines[:].set_visible(False)
     if title:
-        title_size = 9 if small else 11
-        wide = max(12, int(box.width * points / (0.56 * title_size)))
-        lines = [textwrap.fill(drawable(line)[0], wide) for line in title.splitlines()]
-        ax.set_title("\n".join(lines), fontsize=title_size, color=INK, pad=5, parse_math=False)
+        lines = title_lines(title, box.width * points, small)
+        ax.set_title("\n".join(lines), fontsize=TITLE_SIZES[small], color=INK, pad=5, parse_math=False)
     return unit
+
+
+def title_lines(title: str, wide: float, small: bool) -> list[str]:
+    """A title as it stands above a route of so many points: lines that fit, with long names cut in their middle."""
+    most = max(12, int(wide / (0.6 * TITLE_SIZES[small])))
+    words = [[cut(word, most) for word in drawable(line)[0].split(" ")] for line in title.splitlines()]
+    return [part for line in words for part in textwrap.wrap(" ".join(line), most)]
+
+
+def title_height(titles: Iterable[str], space: RoutingSpace, wide: float, tall: float) -> float:
+    """Inches that the highest of these titles takes, above a route of this width and height in inches."""
+    pitch = POINTS_PER_INCH * min(wide / (space.depth + 2.9), tall / space.num_scales)
+    small = pitch < SMALL_PITCH
+    lines = max(len(title_lines(title, POINTS_PER_INCH * wide, small)) for title in titles)
+    return (1.3 * lines * TITLE_SIZES[small] + 5) / POINTS_PER_INCH
 
 
 def _checked_gates(space: RoutingSpace, gates: Any) -> np.ndarray:
@@ -315,8 +329,7 @@ def routes_side_by_side(
     rows = [[pictures[row] for pictures, _, _ in panels] for row in range(count)]
     picture_heights = [max(min(wide * p.shape[0] / p.shape[1], 1.25 * wide) for p in row) for row in rows]
     heights = [*picture_heights, max(0.4 * space.num_scales, 0.3 * wide)]
-    lines = max(len(textwrap.wrap(title, int(wide * POINTS_PER_INCH / 5.04))) for _, _, title in panels)
-    above_route = 0.48 + 0.15 * max(0, lines - 1)  # holds the title
+    above_route = 0.2 + title_height([title for _, _, title in panels], space, wide, heights[-1])
     gaps = [0.0, *[0.08] * (count - 1), above_route]  # above each row
     between, total = 0.5, sum(heights) + sum(gaps)
     figure = new_figure(len(panels) * (wide + between), total)

@@ -75,15 +75,18 @@ def text_font(size: int, bold: bool = False, path: Path | None = None) -> ImageF
     return ImageFont.truetype(str(path or _usual_font(bold)), size)
 
 
+def cut(text: str, most: int) -> str:
+    """The text, or so many letters from both of its ends: names that differ at the end stay different."""
+    return text if len(text) <= most else text[: most // 2] + DOTS + text[len(text) - (most - 1) // 2 :]
+
+
 def fitted(text: str, size: int, room: float, bold: bool = False) -> tuple[str, ImageFont.FreeTypeFont]:
     """The text on one line that is no longer than `room` pixels, and the font to draw it in."""
     text, path = drawable(" ".join(str(text).split()))
-    font = text_font(size, bold, path)
-    if font.getlength(text) <= room:
-        return text, font
-    while len(text) > 1 and font.getlength(text + DOTS) > room:
-        text = text[:-1]
-    return text.rstrip() + DOTS, font
+    font, most = text_font(size, bold, path), len(text)
+    while most > 1 and font.getlength(cut(text, most)) > room:
+        most -= 1
+    return cut(text, most), font
 
 
 def make_drawable(figure: Figure) -> None:

@@ -17,6 +17,7 @@ from routeseg.training.recipe import Recipe
 from routeseg.training.segmentation import SegmentationTask, freeze_stages
 from routeseg.training.trial import Choice, choose_precision, step_seconds
 
+CURVE = 20  # rows that the log of a training has at least
 LOADS = 3  # of the pictures of a step, that are timed
 
 
@@ -66,14 +67,20 @@ def measure_pace(model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe,
     return Pace(choice, statistics.median(step_s), first_load_s, load_s, len(module.train_data) / pictures)
 
 
+def logged_every(recipe: Recipe, iterations: int) -> int:
+    """A short run is logged more often than the recipe says: its loss is a curve, too."""
+    return min(recipe.log_every, max(1, iterations // CURVE))
+
+
 def fitted(recipe: Recipe, pace: Pace, seconds: float, validations: int) -> Recipe:
-    """The recipe with as many iterations as fit into so many seconds, so many validations and a warm-up that is no more
-    than a tenth of them."""
+    """The recipe with as many iterations as fit into so many seconds, so many validations, a warm-up that is no more
+    than a tenth of them, and enough rows of the log for a curve."""
     every = max(5, int(pace.iterations(seconds) / validations))
     return replace(
         recipe,
         iterations=every * validations,
         validate_every=every,
+        log_every=logged_every(recipe, every * validations),
         warmup_steps=min(recipe.warmup_steps, every * validations // 10),
         precision=pace.choice.precision,
     )

@@ -36,17 +36,17 @@ from routeseg.data.pairs import (
     PairedFiles,
     leave_out,
     list_images,
+    one_form,
     pair_files,
     read_label_file,
 )
 from routeseg.data.sets.masks import UnclearMasks
-from routeseg.data.sets.roots import expected, in_windows_encoding, no_split, read_names, read_text
+from routeseg.data.sets.roots import FILE, expected, in_windows_encoding, no_split, read_names, read_text
 from routeseg.data.sets.undescribed import VAL_FRACTION, Undescribed, find_description, find_places
 from routeseg.errors import CONTROL
 from routeseg.files import expand_user, parse_yaml, write_atomically
 from routeseg.labels import IGNORE, Classes
 
-FILE = "classes.yaml"
 KEYS = ("names", "palette", "mapping", "images", "masks", "image_suffix", "mask_suffix", "split")
 PLACES = KEYS[3:]  # those that say where the files lie
 FRACTION_KEYS = ("val_fraction", "seed", "list")
@@ -290,8 +290,8 @@ def _description(path: Path, data: Any) -> Description:
         colours=colours,
         images=images,
         masks=masks,
-        image_suffix=_text(data.get("image_suffix", ""), "image_suffix"),
-        mask_suffix=_text(data.get("mask_suffix", ""), "mask_suffix"),
+        image_suffix=one_form(_text(data.get("image_suffix", ""), "image_suffix")),
+        mask_suffix=one_form(_text(data.get("mask_suffix", ""), "mask_suffix")),
         split=split,
     )
 

@@ -57,14 +57,24 @@ def what_it_lacks(root: Path) -> str:
         return f"holds run lengths in {tables[0].relative_to(root)}, as Kaggle has them: write them as PNG masks first"
     if any(path.name.lower().endswith(VOLUME) for path in files):
         return "holds volumes (.nii.gz): write their slices as PNG first, images and masks under the same names"
-    apart = [path for path in root.glob("*/images") if path.parent.joinpath("masks").is_dir()]
-    if len(apart) > 1:
+    apart = [
+        path for place in ("*", "*/*") for path in root.glob(f"{place}/images") if (path.parent / "masks").is_dir()
+    ]
+    if len(apart) > 1 and all(len(list(path.iterdir())) == 1 for path in apart):
         return f"has a folder of images and one of masks for each image: {ONE_EACH}"
+    if len(apart) > 1:
+        parts = ", ".join(sorted(path.parent.name for path in apart)[:4])
+        return f"has images and masks in several folders, {parts}: call those to train and to validate on train and val"
+    names = sorted(path.name for path in root.iterdir() if path.is_dir() and has_images(path))
+    kinds = [
+        name for name in names if name.lower().partition("_")[0] in MASK_FOLDERS and name.lower() not in MASK_FOLDERS
+    ]
+    if len(kinds) > 1:
+        return f"has several folders of masks, {', '.join(kinds[:4])}: {ONE_EACH}"
     if twice := [path for path in images if path.suffix.lower() == ".png" and path.with_suffix(".jpg").exists()]:
         return (
             f"has images and masks of one name in {twice[0].parent}: move the masks into a folder masks/ beside images/"
         )
-    names = sorted(path.name for path in root.iterdir() if path.is_dir())
     with_masks = [name for name in names if name.lower() in MASK_FOLDERS]
     if images and with_masks and not any(name.lower() in IMAGE_FOLDERS for name in names):
         return f"holds masks in {with_masks[0]}/ and no images: put the images into images/, each under its mask's name"

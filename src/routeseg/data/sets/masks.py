@@ -88,7 +88,7 @@ def places(stored: np.ndarray) -> dict[int, Places]:
     first = packed[:-1, :-1]
     filled = (first == packed[1:, :-1]) & (first == packed[:-1, 1:]) & (first == packed[1:, 1:])
     all_of, filled_of, between_of = (
-        {int(value): int(count) for value, count in zip(*count_values(some), strict=True)}
+        {int(value): int(count) for value, count in zip(*count_values(np.atleast_2d(some)), strict=True)}
         for some in (packed, first[filled], packed[between])
     )
     return {value: Places(n, filled_of.get(value, 0), between_of.get(value, 0)) for value, n in all_of.items()}
@@ -291,17 +291,21 @@ class _Survey:
         return f"{100 * count / total:.1f} % of the pixels"
 
     def loose(self) -> set[int]:
-        """The values that fill no area: slips, and, unless all numbers are counted from 0, what lies between others or
-        hardly differs from one that has an area. None, if fewer than two others are left."""
+        """The values that fill no area: slips, and what lies between others or hardly differs from one with an area.
+        If all numbers are counted from 0, a few thin ones are classes. None, if fewer than two others are left."""
         numbers = set(self.values) - {IGNORE}
-        counted = not self.coloured and numbers == set(range(len(numbers)))
         areas = [value for value, found in self.values.items() if found.is_area]
-        loose = set()
-        for value, found in self.values.items():
-            slip = not found.filled and found.pixels <= SLIP_PIXELS * sum(value in mask for mask in self.masks)
-            border = not found.is_area and (found.is_between or any(self._are_near(value, area) for area in areas))
-            if slip or (border and not counted):
-                loose.add(value)
+        thin = {value: found for value, found in self.values.items() if not found.is_area}
+        loose = {value for value, found in thin.items() if found.is_between}
+        if self.coloured or numbers != set(range(len(numbers))):
+            loose |= {value for value in thin if any(self._are_near(value, area) for area in areas)}
+        elif 2 * len(loose) <= len(areas):
+            loose = set()
+        loose |= {
+            value
+            for value, found in thin.items()
+            if not found.filled and found.pixels <= SLIP_PIXELS * sum(value in mask for mask in self.masks)
+        }
         return loose if len(self.values) - len(loose) > 1 else set()
 
     def _are_near(self, one: int, other: int) -> bool:

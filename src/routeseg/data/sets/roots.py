@@ -16,6 +16,8 @@ import numpy as np
 from routeseg.data.pairs import IMAGE_SUFFIXES, LeftOut, Pair, leave_out, one_form, read_label_file
 from routeseg.errors import CONTROL
 
+FILE = "classes.yaml"  # what describes a folder of your own pictures
+
 
 def need_folders(root: Path, folders: Iterable[str], data_set: str, tree: str) -> None:
     """Raises ValueError, naming the first of the sub-folders that is missing, and showing the expected tree."""

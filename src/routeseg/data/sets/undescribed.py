@@ -18,7 +18,7 @@ from typing import Any
 from routeseg.data.pairs import IMAGE_SUFFIXES, list_images
 from routeseg.data.sets.class_lists import ClassList, read_class_lists
 from routeseg.data.sets.masks import find_classes
-from routeseg.data.sets.roots import read_names
+from routeseg.data.sets.roots import FILE, read_names
 
 VAL_FRACTION = 0.2  # of the images, if nothing says which are for validation
 SPLITS = {  # what a folder or a list is called -> the split that it is
@@ -190,7 +190,8 @@ def _folders(root: Path) -> dict[str, Folders]:
         return found
     if any(path.suffix.lower() in IMAGE_SUFFIXES for path in root.iterdir()):
         return {"": (root, root)}
-    return _folders(next(iter(below.values()))) if len(below) == 1 else {}
+    (only,) = below.values() if len(below) == 1 else (root,)
+    return _folders(only) if only != root and not (only / FILE).is_file() else {}
 
 
 def _below(folder: Path) -> dict[str, Path]:
@@ -349,13 +350,14 @@ def _lists(root: Path) -> list[Path]:
 
 
 def _others(root: Path, folders: Mapping[str, Folders]) -> list[str]:
-    """The folders beside those of the splits, with the number of their images."""
-    inside = {images for images, _ in folders.values()}
-    above = (
-        {images.parent for images in inside if _small(images.parent.name) in IMAGE_FOLDERS} if "" not in folders else ()
-    )
-    others = [folder for one in sorted(above) for folder in _below(one).values() if folder not in inside]
-    return [f"{_seen(one, root)} ({_count(list_images(one, True, []))})" for one in others]
+    """The folders of images or masks beside those that are used, with the number of their files."""
+    used = {folder for both in folders.values() for folder in both}
+    above = {folder.parent for folder in used if _small(folder.parent.name) in IMAGE_FOLDERS and "" not in folders}
+    others = [folder for one in sorted(above) for folder in _below(one).values()]
+    for one in sorted({folder.parent for folder in used} - above) if root not in used else ():
+        others += [path for name, path in _below(one).items() if name in (*IMAGE_FOLDERS, *MASK_FOLDERS)]
+    spare = [folder for folder in others if not any(folder == one or folder in one.parents for one in used)]
+    return [f"{_seen(one, root)} ({_count(list_images(one, True, []))})" for one in dict.fromkeys(spare)]
 
 
 def _seen(path: Path, root: Path) -> str:

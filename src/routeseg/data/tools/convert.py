@@ -25,8 +25,8 @@ from PIL import Image
 
 from routeseg.data.pairs import list_images, one_form
 from routeseg.data.sets.class_lists import BACKGROUNDS, read_class_lists
-from routeseg.data.sets.folder import FILE, write_classes
-from routeseg.data.sets.roots import expected, match_names
+from routeseg.data.sets.folder import write_classes
+from routeseg.data.sets.roots import FILE, expected, match_names
 from routeseg.data.sets.undescribed import VAL_FRACTION, divide
 from routeseg.data.sets.voc import voc_palette
 from routeseg.errors import CONTROL, require
