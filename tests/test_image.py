@@ -181,7 +181,10 @@ class TestWhatComesBack:
         paths = routeseg.load(tmp_path / "net").predict(tmp_path / "photo.png").save(tmp_path / "python")
         assert sorted(path.name for path in paths) == sorted(p.name for p in (tmp_path / "command").iterdir())
         for path in paths:
-            assert path.read_bytes() == (tmp_path / "command" / path.name).read_bytes(), path
+            own, other = path.read_bytes(), (tmp_path / "command" / path.name).read_bytes()
+            if path.suffix == ".json":  # the command knows the file's content, by which it resumes
+                own, other = ({**json.loads(one), "image_content": None} for one in (own, other))
+            assert own == other, path
         data = json.loads((tmp_path / "python" / "photo_route.json").read_text())
         assert data["class_shares"] == routeseg.load(tmp_path / "net").predict(tmp_path / "photo.png").shares
 
