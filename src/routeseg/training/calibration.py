@@ -37,12 +37,13 @@ def calibrate(
     batches: Iterable[dict[str, Any]],
     others: Iterable[dict[str, Any]],
     on_batch: Callable[[], None] = lambda: None,
+    least: int = LEAST_PICTURES,
 ) -> int:
     """Fits the exits of a network to pictures with labels: batches of image [B,3,H,W] and labels [B,H,W]; and its
     budgets to other pictures, of which only image is read. `on_batch` is called for each batch.
 
     In a job of several processes each brings its share, and all get the same. Returns the number of pictures with
-    labels. Raises ValueError for a network without exits, and for too few pictures.
+    labels. Raises ValueError for a network without exits, and for fewer than `least` pictures.
     """
     exits = model.exits
     if exits is None:
@@ -51,8 +52,8 @@ def calibrate(
     model.eval()
     found = copy.deepcopy(exits)  # all of it is new, or nothing
     try:
-        count = _fit(model, found, readable(batches, on_batch))
-        _set_budgets(model, found, readable(others, on_batch))
+        count = _fit(model, found, readable(batches, on_batch), least)
+        _set_budgets(model, found, readable(others, on_batch), least)
     finally:
         model.train(was_training)
     for own, new in zip(exits.calibration(), found.calibration(), strict=True):
@@ -60,7 +61,7 @@ def calibrate(
     return count
 
 
-def _fit(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]]) -> int:
+def _fit(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]], least: int) -> int:
     """Sets what each exit expects; the number of pictures with labels."""
     seen: list[tuple[list[np.ndarray], AllExits]] = []
     for batch in batches:
@@ -71,7 +72,7 @@ def _fit(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]]) 
         seen.append(([features[known] for features in glances], scores.chosen(known)))
     seen = [one for share in gather(seen) for one in share]
     count = sum(len(scores.both) for _, scores in seen)
-    check_enough_pictures(count)
+    check_enough_pictures(count, least)
     losses = AllExits.joined([scores for _, scores in seen]).lost()
     for exit, gate in enumerate(exits.gates):
         center, weight = ridge(np.concatenate([glances[exit] for glances, _ in seen]), losses[:, exit:])
@@ -80,7 +81,7 @@ def _fit(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]]) 
     return count
 
 
-def _set_budgets(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]]) -> None:
+def _set_budgets(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]], least: int) -> None:
     """Sets costs, prices and frequencies by what the exits expect of pictures."""
     predicted, size = [], (0, 0)
     for batch in batches:
@@ -89,7 +90,7 @@ def _set_budgets(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str,
         predicted.append([exits.expected(exit, maps).double().cpu().numpy() for exit, maps in enumerate(kept)])
     shares = gather((predicted, size))
     predicted, size = [one for share, _ in shares for one in share], max(size for _, size in shares)
-    check_enough_pictures(sum(len(one[-1]) for one in predicted), "pictures to set budgets with")
+    check_enough_pictures(sum(len(one[-1]) for one in predicted), least, "pictures to set budgets with")
     costs = exit_costs(model, size)
     costs /= costs[-1]
     prices, frequencies = price_table([np.concatenate(of_exit) for of_exit in zip(*predicted, strict=True)], costs)
@@ -97,10 +98,10 @@ def _set_budgets(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str,
         buffer.copy_(torch.from_numpy(values))
 
 
-def check_enough_pictures(count: int, kind: str = "pictures with labels") -> None:
+def check_enough_pictures(count: int, least: int, kind: str = "pictures with labels") -> None:
     """Raises ValueError if there are too few pictures for a calibration."""
-    if count < LEAST_PICTURES:
-        raise ValueError(f"{count} {kind} are too few to calibrate a network with exits: give {LEAST_PICTURES} or more")
+    if count < least:
+        raise ValueError(f"{count} {kind} are too few to calibrate a network with exits: give {least} or more")
 
 
 def readable(batches: Iterable[dict[str, Any]], on_batch: Callable[[], None]) -> Iterator[dict[str, Any]]:

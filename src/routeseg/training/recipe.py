@@ -148,7 +148,7 @@ class PretrainingRecipe(TrainingRecipe):
             raise ValueError(f"recipe.label_smoothing is {self.label_smoothing}: it must be at least 0 and below 1")
 
 
-def lr_factor(step: int, recipe: TrainingRecipe) -> float:
+def lr_factor(step: float, recipe: TrainingRecipe) -> float:
     """Poly decay with a linear warm-up from `warmup_factor`."""
     poly = (1.0 - min(step, recipe.iterations) / recipe.iterations) ** recipe.poly_power
     if step >= recipe.warmup_steps:

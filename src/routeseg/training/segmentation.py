@@ -21,7 +21,8 @@ from routeseg.cost.budget import Budget, budget_loss
 from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig, pair
 from routeseg.data.datamodule import SegmentationDataModule
-from routeseg.data.subset import LEAST_PICTURES, class_weights
+from routeseg.data.pairs import PairedFiles, SegmentationData
+from routeseg.data.subset import LEAST_PICTURES, Pictures, class_weights
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import Evaluation, evaluate
 from routeseg.evaluation.scores import check_class_count
@@ -30,7 +31,6 @@ from routeseg.model import DynamicRoutingNetwork, Segmentation
 from routeseg.model.backbone import Backbone
 from routeseg.model.compute import PLAIN, enlarged
 from routeseg.training.batch_norm import Mode
-from routeseg.training.calibration import check_enough_pictures
 from routeseg.training.distillation import Teacher, distillation_loss
 from routeseg.training.losses import dice_loss, hardest
 from routeseg.training.recipe import Recipe
@@ -88,7 +88,7 @@ class SegmentationTask(RecipeTask[Evaluation]):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        freeze_stages(self.model.backbone, self.recipe, self.global_step)
+        freeze_stages(self.model.backbone, self.recipe, self.position)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.watch is not None:
@@ -111,7 +111,7 @@ class SegmentationTask(RecipeTask[Evaluation]):
         self, result: Segmentation, images: Tensor, labels: Tensor, labels_in_step: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         count, (_, world) = self.recipe.accumulate, rank_and_world()
-        weight = self.budget.weight_at(self.global_step / self.recipe.iterations)
+        weight = self.budget.weight_at(self.position / self.recipe.iterations)
         compute, weights = self.model.compute or PLAIN, self.weights(labels)
         outputs = (*result.earlier, result.logits)
         share = self.recipe.hard_pixels
@@ -149,20 +149,55 @@ class SegmentationTask(RecipeTask[Evaluation]):
         """The score is the mIoU. A network is a candidate once the budget has its full weight: one that does not yet
         keep the budget must not win."""
         network = cast(DynamicRoutingNetwork, self.network)
+        is_last = self.clock is not None and self.clock.over
+        if self.watch is not None and is_last:
+            self.watch.last_step = self.global_step
         on_prediction = None if self.watch is None else self.watch.begin(self.global_step)
         found = evaluate(network, batches, SkipEngine(network), on_prediction=on_prediction)
         if self.watch is not None:
             self.watch.end(self.global_step, found)
         logged = {"val_miou": found.miou, "val_cost": float((found.cost_macs / found.full_macs).mean())}
         full_weight = (self.budget.start + self.budget.ramp) * self.recipe.iterations
-        return Validation(found, found.miou, logged, self.global_step >= full_weight or not self.budget.weight)
+        candidate = is_last or self.position >= full_weight or not self.budget.weight
+        return Validation(found, found.miou, logged, candidate)
 
 
-def freeze_stages(backbone: Backbone | None, recipe: Recipe, step: int) -> None:
+def freeze_stages(backbone: Backbone | None, recipe: Recipe, step: float) -> None:
     """Lets those stages of a backbone, if there is one, learn that do so at this step."""
     learns = step >= recipe.backbone_frozen * recipe.iterations
     for number, stage in enumerate([] if backbone is None else backbone.stages):
         stage.requires_grad_(learns and number >= recipe.backbone_frozen_stages)
+
+
+def meaning_of(data: SegmentationData) -> dict[str, int] | None:
+    """Label value, or colour, -> class, as the label files of a data set have them; None if it has no files."""
+    while isinstance(data, Pictures):
+        data = data.data
+    if not isinstance(data, PairedFiles):
+        return None
+    known, colours = data.label_map, data.label_map.colours
+    values = ({} if known.strict else {k: k for k in range(known.classes)}) | dict(known.values)
+    named = {str(value): k for value, k in values.items()} | {
+        "#{:02x}{:02x}{:02x}".format(*c): colours[c] for c in colours
+    }
+    return {value: k for value, k in named.items() if k != IGNORE}
+
+
+def _say_few(training: int, validation: int) -> None:
+    """Says once if there are too few pictures for a calibration that can be relied upon."""
+    if training < LEAST_PICTURES:
+        log.warning(
+            "%d training pictures are too few to tell well which image may leave early, and what a budget costs: they "
+            "serve for both. `routeseg calibrate` does better with %d or more",
+            training,
+            LEAST_PICTURES,
+        )
+    elif validation < LEAST_PICTURES:
+        log.warning(
+            "%d validation pictures are too few to set budgets with: the training pictures serve, of which the "
+            "network is surer, so that new ones cost more than is asked",
+            validation,
+        )
 
 
 def train(
@@ -186,16 +221,12 @@ def train(
         )
     check_class_count(model.config.num_classes)
     teacher = None if recipe.teacher is None else Teacher(recipe.teacher, model)
-    run = Run.begin(model, recipe, options, data.batch_size, pair(data.crop))
-    module = SegmentationDataModule(data, recipe.iterations, recipe.seed, run.first_step, recipe.accumulate)
+    module = SegmentationDataModule(data, recipe.iterations, recipe.seed, 0, recipe.accumulate)
+    meaning = meaning_of(module.train_data)
+    run = Run.begin(model, recipe, options, data.batch_size, pair(data.crop), meaning)
+    module.iterations, module.first_step = run.iterations, run.first_step
     if model.exits is not None:
-        check_enough_pictures(len(module.train_data))
-        if len(module.val_data) < LEAST_PICTURES:
-            log.warning(
-                "%d validation pictures are too few to set budgets with: the training pictures serve, of which the "
-                "network is surer, so that new ones cost more than is asked",
-                len(module.val_data),
-            )
+        _say_few(len(module.train_data), len(module.val_data))
     weights = class_weights(module.train_data, recipe.class_balance) if recipe.class_balance else None
     task = SegmentationTask(model, recipe, budget, pair(data.crop), run.batch_norm, weights, teacher)
     progress = options.output / PROGRESS_FILE if options.progress else None
