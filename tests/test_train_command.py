@@ -233,6 +233,22 @@ def test_a_tracker_that_is_not_there(capsys, monkeypatch, tmp_path):
     assert code == 2 and "choose from tensorboard, wandb, mlflow" in err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data.batch_size=1", "--model.exits=null", "--data.crop=[32,32]"], "leave a single value per channel"),
+        (["--budget.weight=0.5"], "a network without gates cannot keep a budget"),
+    ],
+)
+def test_what_is_refused_comes_before_the_pace(layouts, tmp_path, capsys, monkeypatch, words, message):
+    monkeypatch.setattr("routeseg.training.pace.choose_precision", lambda *_: 1 / 0)
+    monkeypatch.setattr("routeseg.training.pace.step_seconds", lambda *_: 1 / 0)
+    tiny = [word for word in TINY if not word.startswith(("--data", "--model.depth"))]
+    words = ["train", layouts("folder"), *tiny, "--model.depth=6", "--model.exits=null", *words, "--init=null"]
+    code, _, err = run([*words, "--minutes=1", "--output", tmp_path / "run"], capsys)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
 def test_what_is_refused_comes_first(layouts, copied, tmp_path, capsys, monkeypatch):
     """Each is one line, before a network is made or the pace is measured."""
 

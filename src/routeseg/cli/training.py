@@ -33,7 +33,7 @@ from routeseg.cli.common import (
 )
 from routeseg.cli.parser import Parser
 from routeseg.errors import only_warned_of
-from routeseg.files import RUN_CONFIG_FILE, check_run_folder
+from routeseg.files import RUN_CONFIG_FILE, check_run_folder, check_writable
 from routeseg.training.clock import Clock
 from routeseg.training.trackers import read_trackers
 
@@ -138,6 +138,7 @@ def train_by(words: Sequence[str], parser: Parser) -> tuple[RunResult[Evaluation
     quiet_libraries()
     start_from(model, args.init, output, args.resume)
     if clock is not None:
+        check_writable(output)
         recipe = fitted(recipe, measure_pace(model, data, recipe, budget), clock, VALIDATIONS, REPORT_S)
         print(f"about {recipe.iterations} iterations fit into {args.minutes:g} minutes here, as fast as it is now")
     if args.epochs is not None:
@@ -183,7 +184,6 @@ def _of_epochs(recipe: Recipe, data: DataConfig, epochs: float) -> Recipe:
 
 def calibrate_command(words: Sequence[str]) -> int:
     from routeseg.data.subset import CALIBRATION_PICTURES, OFFSET_PICTURES
-    from routeseg.files import check_writable
 
     parser = config_parser("calibrate", ["data"])
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder of a network with exits; written anew")

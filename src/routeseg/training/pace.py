@@ -16,10 +16,11 @@ from routeseg.data.config import DataConfig, pair
 from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.data.subset import OFFSET_PICTURES
 from routeseg.model import DynamicRoutingNetwork
+from routeseg.training.batch_norm import check_enough_values
 from routeseg.training.calibration import readable
 from routeseg.training.clock import Clock
 from routeseg.training.recipe import Recipe
-from routeseg.training.segmentation import SegmentationTask, freeze_stages
+from routeseg.training.segmentation import SegmentationTask, check_task, freeze_stages
 from routeseg.training.trial import Choice, choose_precision, step_seconds
 
 LOADS = 3  # of the pictures of a step, that are timed
@@ -60,7 +61,10 @@ class Pace:
 
 
 def measure_pace(model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe, budget: Budget) -> Pace:
-    """Tries the first steps of a training, on a copy of the network."""
+    """Tries the first steps of a training, on a copy of the network. Raises ValueError, as the training would."""
+    check_task(model, budget)
+    if recipe.batch_norm != "frozen":
+        check_enough_values(model, pair(data.crop), data.batch_size)
     pictures = data.batch_size * recipe.accumulate
     module = SegmentationDataModule(replace(data, workers=0), 1 + LOADS, recipe.seed, 0, recipe.accumulate)
     loads = [bfloat16.take_turns([partial(next, iter(module.train_dataloader()))], LOADS)[0] for _ in range(2)]

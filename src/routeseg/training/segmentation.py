@@ -200,6 +200,17 @@ def _say_few(training: int, validation: int) -> None:
         )
 
 
+def check_task(model: DynamicRoutingNetwork, budget: Budget) -> None:
+    """Raises ValueError for a budget that the network cannot be trained for, and for a single class."""
+    if budget.weight and model.exits is not None:
+        raise ValueError("a network with exits is asked for its budget afterwards: set --budget.weight 0")
+    if budget.weight and not model.config.gated:
+        raise ValueError(
+            "a network without gates cannot keep a budget: set --budget.weight 0, or --model.gate soft to give it gates"
+        )
+    check_class_count(model.config.num_classes)
+
+
 def train(
     model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe, budget: Budget, options: RunOptions
 ) -> RunResult[Evaluation]:
@@ -213,13 +224,7 @@ def train(
     written, for a single class, for a budget without gates, and for processes or a kind of BatchNorm that the machine
     does not have, and for a tracker that is not installed; NonFiniteLoss; ProcessLost.
     """
-    if budget.weight and model.exits is not None:
-        raise ValueError("a network with exits is asked for its budget afterwards: set --budget.weight 0")
-    if budget.weight and not model.config.gated:
-        raise ValueError(
-            "a network without gates cannot keep a budget: set --budget.weight 0, or --model.gate soft to give it gates"
-        )
-    check_class_count(model.config.num_classes)
+    check_task(model, budget)
     teacher = None if recipe.teacher is None else Teacher(recipe.teacher, model)
     module = SegmentationDataModule(data, recipe.iterations, recipe.seed, 0, recipe.accumulate)
     meaning = meaning_of(module.train_data)
