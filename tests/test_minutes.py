@@ -2,6 +2,7 @@
 the wall."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import routeseg
 from conftest import run
 from routeseg.cost.budget import Budget
 from routeseg.data.config import DataConfig
+from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.evaluation import evaluate
 from routeseg.training import clock as clocks
 from routeseg.training import segmentation
@@ -80,11 +82,7 @@ def test_it_ends_in_time_and_has_decayed(time, slower, steps, validation_s):
 
 
 def test_validations_that_do_not_fit_are_left_out(time):
-    """One that takes a third of the time comes at the end alone; the estimate counts, then the measure."""
-    clock = Clock(300.0)
-    fitted(Recipe(), Pace(CHOICE, 1.0, 0.0, 0.0, 4, 100.0), clock, 4)
-    shares, validated = drive(time, clock, lambda n: 1.0, lambda n: 100.0)
-    assert len(shares) == pytest.approx(200, abs=2) and len(validated) == 1
+    """One that takes longer than it was measured to: the next ones are left out, but for the last."""
     clock = Clock(300.0)
     fitted(Recipe(), Pace(CHOICE, 1.0, 0.0, 0.0, 4, 2.0), clock, 4)
     start = time[0]
@@ -92,8 +90,24 @@ def test_validations_that_do_not_fit_are_left_out(time):
     assert len(validated) == 2 and time[0] - start == pytest.approx(300, abs=2)
 
 
+def test_a_validation_that_takes_long_looks_at_fewer_pictures(time):
+    """At most a fifth of the time goes to one; of BatchNorm's batches there are fewer, too."""
+    clock = Clock(300.0)
+    recipe = fitted(Recipe(), Pace(CHOICE, 1.0, 0.0, 0.0, 4, 600.0), clock, 4)
+    assert clock.looks == pytest.approx(0.1) and recipe.precise_bn_batches == 20
+    start = time[0]
+    shares, validated = drive(time, clock, lambda n: 1.0, lambda n: 600.0 * clock.looks)
+    assert len(shares) == pytest.approx(180, abs=2) and len(validated) == 2 and time[0] - start <= 301
+    module = SegmentationDataModule(replace(DATA, train_images=400, val_images=200), 1)
+    module.look_at(0.1)
+    assert len(module.val_dataloader()) == 20 and len(module.calibration_dataloader("val")) == 20
+    assert len(module.calibration_dataloader("train")) == 30
+    module.look_at(0.001)
+    assert len(module.val_dataloader()) == len(module.calibration_dataloader("train")) == 8, "some in any case"
+
+
 def test_no_time_at_all_is_one_step(time):
-    clock = Clock(10.0)
+    clock = Clock(3.0)
     fitted(Recipe(), Pace(CHOICE, 4.0, 0.0, 0.0, 4, 20.0), clock, 4)
     shares, validated = drive(time, clock, lambda n: 4.0, lambda n: 20.0)
     assert len(shares) == len(validated) == 1 and clock.over and clock.share == 1

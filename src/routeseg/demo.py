@@ -44,6 +44,7 @@ GALLERY = 6
 VALIDATIONS = 4, 3  # without exits, with exits: each calibrates them; at most
 REPORT_SHARE = 0.2  # of the time asked for: at most so much for the pictures that the report looks at
 FIGURES_S, SHOWN = 6.0, 12  # what its figures take, and how many pictures they show
+TRYING_SHARE = 0.15  # of the time asked for: once it is over, no network between this one and the smallest is tried
 FEWEST_ITERATIONS = 300  # with fewer a smaller network learns more
 # What makes iterations shorter, in this order: at most so many channels, layers, a share of the sides of a picture.
 SMALLER = (("channels", 16), ("depth", 5), ("channels", 8), ("sides", 0.5))
@@ -73,7 +74,8 @@ def run_demo(
     recipe = replace(recipe, iterations=result.steps)
     network = checkpoints.load(output / "run" / "last")
     run = FinishedRun.of(result, output / "run", network, data, recipe, budget)
-    pictures, evaluation = open_data(data, "val", recipe.seed), run.evaluation
+    evaluation = run.evaluation
+    pictures = evenly_spread(open_data(data, "val", recipe.seed), len(evaluation.cost_macs))  # those of the validation
     engine: Any = SkipEngine(network)
     of_preset, of_val = plan.looks(len(pictures))
     by_preset = preset_costs(network, engine, data, recipe.seed, of_preset) if data.name == "scenes" else {}
@@ -161,7 +163,11 @@ def fit_to_time(
             return plan
         few = f"only {plan.recipe.iterations} iterations fit into {minutes:g} minutes here, a useful result takes some "
         few += f"{FEWEST_ITERATIONS} ({plan.network})"
-        found = next((some for some in (shrink(model, data, recipe.seed, *one) for one in smaller) if some), None)
+        found = None
+        for one in smaller:
+            found = shrink(*(found or (model, data)), recipe.seed, *one) or found
+            if found is not None and clock.spent_s < TRYING_SHARE * clock.total_s:
+                break  # else there is no time to try each: the smallest one
         if found is None:
             print(f"{few}; this is the smallest network: give more --minutes")
             return plan

@@ -19,7 +19,7 @@ RECENT, KNOWN = 40, 4  # the time of a step comes from so many; what was measure
 LATELY = 5  # steps, that a validation is compared with
 SLOW = 0.8  # the share of them that was faster: what is kept for the end must do on a machine that other work comes to
 VALIDATING = 0.3  # at most this share of the time that is left goes to validations before the last one
-FOLLOWED = ("share", "total_s", "step_s", "validation_steps", "rest_steps", "validations", "due")
+FOLLOWED = ("share", "total_s", "step_s", "validation_steps", "rest_steps", "validations", "due", "looks")
 
 
 class Clock:
@@ -31,12 +31,13 @@ class Clock:
     validation_steps  what a validation takes, in steps; rest_steps: what comes behind the last one
     validations       how many are to come, the last one included
     due               the share at which the next one comes
+    looks             the share of its pictures that a validation looks at, so that it fits in
     """
 
     def __init__(self, total_s: float = 0.0) -> None:
         self.total_s, self.started = total_s, now()
         self.share = self.step_s = self.validation_steps = self.rest_steps = self.due = 0.0
-        self.validations = 1
+        self.validations, self.looks = 1, 1.0
         self._took: list[float] = []
         self.last_s = 0.0  # when the share was last brought up to date, since the start
 

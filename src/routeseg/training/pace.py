@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import statistics
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,7 @@ from routeseg.training.segmentation import SegmentationTask, check_task, freeze_
 from routeseg.training.trial import Choice, choose_precision, step_seconds
 
 LOADS = 3  # of the pictures of a step, that are timed
+VALIDATION_SHARE = 0.2  # of the time: one that takes longer looks at fewer pictures
 FORWARD = 0.4  # of a step: about what its forward takes
 
 
@@ -114,12 +116,15 @@ def fitted(recipe: Recipe, pace: Pace, clock: Clock, validations: int, rest_s: f
 
     rest_s  what comes behind the last validation
     """
-    clock.plan(pace.seconds(1), pace.validation_s, rest_s, validations)
+    fit_s = VALIDATION_SHARE * (clock.total_s - clock.spent_s)
+    clock.looks = min(1.0, max(0.0, fit_s) / pace.validation_s) if pace.validation_s else 1.0
+    clock.plan(pace.seconds(1), clock.looks * pace.validation_s, rest_s, validations)
     count = max(1, pace.iterations(max(0.0, clock.left_s(clock.spent_s))))
     return replace(
         recipe,
         iterations=count,
         validate_every=max(1, count // clock.validations),
         warmup_steps=min(recipe.warmup_steps, count // 10),
+        precise_bn_batches=min(recipe.precise_bn_batches, math.ceil(clock.looks * recipe.precise_bn_batches)),
         precision=pace.choice.precision,
     )

@@ -232,6 +232,10 @@ def train(
     module.iterations, module.first_step = run.iterations, run.first_step
     if model.exits is not None:
         _say_few(len(module.train_data), len(module.val_data))
+    if run.clock is not None and run.clock.looks < 1:
+        count = len(module.val_data)
+        module.look_at(run.clock.looks)
+        log.warning("a validation looks at %d of %d pictures, so that it ends in time", len(module.val_data), count)
     weights = class_weights(module.train_data, recipe.class_balance) if recipe.class_balance else None
     task = SegmentationTask(model, recipe, budget, pair(data.crop), run.batch_norm, weights, teacher)
     progress = options.output / PROGRESS_FILE if options.progress else None
