@@ -42,8 +42,7 @@ from routeseg import Budget, DynamicRoutingNetwork
 from routeseg.data.config import DataConfig
 from routeseg.data.scenes import CLASSES
 from routeseg.evaluation import machine_facts
-from routeseg.files import check_writable, write_json
-from routeseg.training.callbacks import RESUME_FILE
+from routeseg.files import RESUME_FILE, check_writable, write_json
 from routeseg.training.recipe import Recipe
 from routeseg.training.report import read_log
 from routeseg.training.run import RunOptions

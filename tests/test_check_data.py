@@ -391,7 +391,7 @@ class TestCommand:
     def test_a_folder_is_enough(self, tmp_path, capsys):
         root = folder(tmp_path / "mine")
         code, out, err = run(["check-data", root, "--output", tmp_path / "o"], capsys)
-        assert code == 0 and "smaller than the crop, 32x32" in out, "the crop that `train FOLDER` takes, from the images"
+        assert code == 0 and "smaller than the crop, 32x32" in out, "the crop that `train FOLDER` takes"
         code, out, err = run(["check-data", root, "--config", "camvid/small", "--output", tmp_path / "o"], capsys)
         assert code == 0 and "train" in out and not err
         assert run(["check-data", tmp_path / "none"], capsys)[0] == 2
