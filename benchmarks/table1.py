@@ -52,10 +52,9 @@ from routeseg.data.config import DataConfig, open_data
 from routeseg.data.loaders import evaluation_loader
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import evaluate, machine_facts
-from routeseg.files import check_writable, write_atomically, write_json
+from routeseg.files import RESUME_FILE, check_writable, write_atomically, write_json
 from routeseg.model import DynamicRoutingNetwork, checkpoints
 from routeseg.space import Route
-from routeseg.training.callbacks import RESUME_FILE
 from routeseg.training.recipe import Recipe
 from routeseg.training.run import RunOptions
 from routeseg.training.segmentation import train
@@ -280,7 +279,7 @@ def perform(run: Run, accelerator: str = "auto") -> dict[str, Any]:
         "iterations": step,
         "precision": result.precision,
         "seconds": result.seconds,
-        "resumed": resume,  # seconds are then those since
+        "resumed": resume,
         "settings": run.settings,
         **machine_facts(),
     }

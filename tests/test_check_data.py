@@ -445,7 +445,7 @@ class TestCommand:
     def test_a_folder_is_enough(self, tmp_path, capsys):
         root = folder(tmp_path / "mine")
         code, out, err = run(["check-data", root, "--output", tmp_path / "o"], capsys)
-        assert code == 0 and "smaller than the crop, 384x288" in out, "the crop of the preset that `train FOLDER` takes"
+        assert code == 0 and "smaller than the crop, 32x32" in out, "the crop that `train FOLDER` takes"
         code, out, err = run(["check-data", root, "--config", "camvid/small", "--output", tmp_path / "o"], capsys)
         assert code == 0 and "train" in out and not err
         assert run(["check-data", tmp_path / "none"], capsys)[0] == 2

@@ -104,6 +104,12 @@ def test_evaluate_mistakes(tmp_path, checkpoint, capsys):
     ):
         code, _, err = run(words, capsys)
         assert code == 2 and expected in err, (words, err)
+    moved = scenes_checkpoint(tmp_path / "moved")
+    config = json.loads((tmp_path / "moved" / "config.json").read_text())
+    names = config["class_names"]
+    (tmp_path / "moved" / "config.json").write_text(json.dumps(config | {"class_names": names[1::-1] + names[2:]}))
+    code, _, err = run(["evaluate", moved, *SCENES], capsys)
+    assert code == 2 and f"classes in another order: class 0 is {names[1]} there, and {names[0]} in the data set" in err
     (tmp_path / "file").write_text("")
     code, _, err = run(["evaluate", checkpoint, *SCENES, "--json", tmp_path / "file" / "x.json"], capsys)
     assert code == 2 and "cannot write" in err
@@ -282,14 +288,14 @@ class TestTheFirstWord:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["predict", "x.png", "--outp", "p2"], "no option --outp: did you mean --output?"),
-        (["predict", "x.png", "--bud=50%"], "no option --bud: did you mean --budget?"),
-        (["predict", "x.png", "-output", "p2"], "no option -output: did you mean --output?"),
+        (["predict", "x.png", "--outp", "p2"], "no option --outp: did you mean output?"),
+        (["predict", "x.png", "--bud=50%"], "no option --bud: did you mean budget?"),
+        (["predict", "x.png", "-output", "p2"], "no option -output: did you mean output?"),
         (["train", "--config=small", "--recipe.iteration=10"], "did you mean recipe.iterations?"),
         (["train", "--config=small", "--data.roo", "x"], "did you mean data.root?"),
-        (["demo", "--min=1"], "no option --min: did you mean --minutes?"),
-        (["export", "x", "--ro"], "no option --ro: did you mean --rout"),
-        (["app", "--por=1"], "no option --por: did you mean --port?"),
+        (["demo", "--min=1"], "no option --min: did you mean minutes?"),
+        (["export", "x", "--ro"], "no option --ro: did you mean rout"),
+        (["app", "--por=1"], "no option --por: did you mean port?"),
     ],
 )
 def test_an_option_is_named_in_full(words, message, capsys):

@@ -8,9 +8,12 @@ import pytest
 from routeseg import DynamicRoutingNetwork, bfloat16, demo
 from routeseg.cost.budget import Budget
 from routeseg.data.config import DataConfig
+from routeseg.data.scenes import PRESETS
 from routeseg.demo import FEWEST_ITERATIONS, Plan, fit_to_time
+from routeseg.training import clock as clocks
 from routeseg.training import pace as pacing
 from routeseg.training import trial
+from routeseg.training.clock import Clock
 from routeseg.training.pace import Pace
 from routeseg.training.recipe import Recipe
 from routeseg.training.trial import Choice
@@ -18,7 +21,7 @@ from routeseg.training.trial import Choice
 CHOICE = Choice("bf16-mixed", "it is faster")
 DATA = DataConfig(image_size=(64, 128), crop=(64, 96), train_images=8, batch_size=2, workers=0)
 MINUTES = 10.0
-SECONDS = 60 * MINUTES * demo.TRAINING_SHARE
+SECONDS = 60 * MINUTES - demo.FIGURES_S
 
 
 def network(**changes) -> DynamicRoutingNetwork:
@@ -28,6 +31,7 @@ def network(**changes) -> DynamicRoutingNetwork:
 @pytest.fixture(autouse=True)
 def _no_time_goes_by(monkeypatch):
     monkeypatch.setattr(bfloat16, "clock", lambda: 0.0)
+    monkeypatch.setattr(clocks, "now", lambda: 0.0)
 
 
 def fit(model, seconds_of, capsys, **changes) -> tuple[Plan, str]:
@@ -35,9 +39,9 @@ def fit(model, seconds_of, capsys, **changes) -> tuple[Plan, str]:
 
     def measure(model, data, recipe, budget):
         step_s = seconds_of(model.config.base_channels, model.config.depth, data.crop[0])
-        return Pace(CHOICE, step_s, 0.0, 0.0, 4)
+        return Pace(CHOICE, step_s * 0.9999, 0.0, 0.0, 4)
 
-    plan = fit_to_time(model, DATA, Recipe(warmup_steps=50, **changes), Budget(), MINUTES, measure)
+    plan = fit_to_time(model, DATA, Recipe(warmup_steps=50, **changes), Budget(), Clock(60 * MINUTES), measure)
     return plan, capsys.readouterr().out
 
 
@@ -51,7 +55,8 @@ def test_as_many_iterations_as_fit(capsys):
     lines = str(plan).splitlines()
     assert re.fullmatch(r"network: depth 6, 24 channels, [\d.]+ GMACs for 64x96 pixels", lines[0])
     assert lines[1:] == [
-        f"training: 400 iterations of 2 pictures, 800 in all: about {SECONDS / 60:.1f} of 10 minutes",
+        "training: about 400 iterations of 2 pictures, 800 in all, as fast as it is now: "
+        f"{SECONDS / 60:.1f} of 10 minutes",
         "precision: bf16-mixed (it is faster)",
     ]
 
@@ -81,9 +86,22 @@ def test_a_smaller_network_if_these_are_too_few(capsys, slow, expected):
 
 
 def test_the_time_of_measuring_is_no_time_of_training(monkeypatch, capsys):
-    monkeypatch.setattr(bfloat16, "clock", iter((0.0, SECONDS / 4)).__next__)
+    times = iter((0.0,))
+    monkeypatch.setattr(clocks, "now", lambda: next(times, SECONDS / 4))
     plan, _ = fit(network(), lambda *_: SECONDS / 800, capsys)
     assert plan.recipe.iterations == 600
+
+
+def test_the_report_looks_at_fewer_pictures_if_they_take_long():
+    """At most a fifth of the time goes to them, as far as they were measured."""
+    pace = Pace(CHOICE, 1.0, 0.0, 0.0, 4, picture_s=0.01)
+    assert Plan(network(), DATA, Recipe(), 10.0, pace).looks(100) == (demo.PICTURES_PER_PRESET, 100)
+    slow = replace(pace, picture_s=1.0)
+    plan = Plan(network(), DATA, Recipe(), 1.0, slow)
+    of_preset, of_val = plan.looks(100)
+    assert of_preset * len(PRESETS) + of_val * len(demo.BUDGETS) <= 0.2 * 60 and of_preset > 0 and of_val > 0
+    assert plan.report_s(100) <= 0.2 * 60 + demo.SHOWN + demo.FIGURES_S
+    assert Plan(network(), DATA, Recipe()).looks(100) == (demo.PICTURES_PER_PRESET, 100)
 
 
 def test_what_is_small_already_is_left_as_it_is(capsys):

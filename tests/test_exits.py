@@ -603,15 +603,19 @@ class TestCommands:
         assert main(["evaluate", str(folder), *self.WORDS, *words]) == 2
         assert message in capsys.readouterr().err
 
-    def test_too_few_pictures_are_told_before_the_training(self, tmp_path, capsys):
-        words = ["train", f"--output={tmp_path / 'run'}", "--model.gate=fixed", "--model.exits=[2]", "--model.depth=3"]
-        assert main([*words, "--data.train_images=3", "--recipe.iterations=1"]) == 2
-        assert "too few to calibrate" in capsys.readouterr().err
+    def test_few_pictures_train_and_are_told(self, tmp_path, capsys):
+        """They serve for all of the calibration; one line says so."""
+        words = ["train", f"--output={tmp_path / 'run'}", "--model.gate=fixed", "--model.exits=[2]", *self.WORDS]
+        words += ["--model.depth=3", "--data.train_images=3", "--data.val_images=3", "--recipe.precise_bn_batches=1"]
+        assert main([*words, "--recipe.iterations=1"]) == 0
+        err = capsys.readouterr().err
+        assert err.count("too few") == 1 and "3 training pictures are too few" in err
+        assert routeseg.load(tmp_path / "run" / "last").exits.calibrated
 
     def test_with_few_validation_pictures_the_training_pictures_set_budgets(self, tmp_path, capsys, monkeypatch):
         images = []
         monkeypatch.setattr(
-            "routeseg.training.calibration._set_budgets", lambda model, exits, batches: images.extend(batches)
+            "routeseg.training.calibration._set_budgets", lambda model, exits, batches, least: images.extend(batches)
         )
         words = ["train", *self.WORDS, "--model.gate=fixed", "--model.exits=[2]", "--model.depth=3"]
         words += ["--data.train_images=9", "--recipe.iterations=1", "--recipe.precise_bn_batches=1"]

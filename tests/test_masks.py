@@ -417,6 +417,19 @@ class TestCommands:
         code, out, err = run(["evaluate", output], capsys)
         assert code == 0 and f"{root}/classes.yaml is not read" in out, err
 
+    def test_a_run_does_not_go_on_with_other_values(self, tmp_path, capsys):
+        """0, 1, 2 become 0, 2, 7."""
+        root, output = unnamed(tmp_path / "mine", (0, 1, 2)), tmp_path / "run"
+        words = ["train", root, "--config=small", *TINY, "--recipe.save_every=1", "--output", output]
+        assert run([*words, "--recipe.iterations=1"], capsys)[0] == 0
+        before = (output / "config.yaml").read_bytes()
+        for path in mask_files(root):
+            mask = np.array(Image.open(path))
+            Image.fromarray(np.array([0, 2, 7], np.uint8)[mask]).save(path)
+        code, _, err = run([*words, "--recipe.iterations=2", "--resume"], capsys)
+        assert code == 2 and "has other classes: class 1 is class 1 there and class 2 here" in err
+        assert (output / "config.yaml").read_bytes() == before
+
     def test_check_data_tells_them_once_and_writes_them(self, tmp_path, capsys):
         root = unnamed(tmp_path / "mine", (0, 255))
         code, out, err = run(["check-data", root, "--output", tmp_path / "o"], capsys)

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,10 +21,7 @@ from routeseg.data.config import layout_of
 from routeseg.engine import SkipEngine
 from routeseg.files import not_written
 from routeseg.model import checkpoints
-from routeseg.training.pace import Pace
-from routeseg.training.report import read_log
 from routeseg.training.trackers import is_installed, make_loggers
-from routeseg.training.trial import Choice
 
 TINY = [
     "--model.depth=4",
@@ -235,19 +233,176 @@ def test_a_tracker_that_is_not_there(capsys, monkeypatch, tmp_path):
     assert code == 2 and "choose from tensorboard, wandb, mlflow" in err
 
 
-def test_minutes(layouts, tmp_path, capsys, monkeypatch):
-    """As many iterations as fit, by a pace that is made up here, with four validations."""
-    seconds = 60 * 2 * training.TRAINING_SHARE
-    pace = Pace(Choice("32-true", "so it is"), step_s=seconds / 20, first_load_s=0.0, load_s=0.0, epoch=2)
-    monkeypatch.setattr("routeseg.training.pace.measure_pace", lambda *_: pace)
-    words = ["train", layouts("folder"), "--config=small", *TINY, "--minutes=2", f"--output={tmp_path}/run"]
-    code, out, err = run(words, capsys)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data.batch_size=1", "--model.exits=null", "--data.crop=[32,32]"], "leave a single value per channel"),
+        (["--budget.weight=0.5"], "a network without gates cannot keep a budget"),
+    ],
+)
+def test_what_is_refused_comes_before_the_pace(layouts, tmp_path, capsys, monkeypatch, words, message):
+    monkeypatch.setattr("routeseg.training.pace.choose_precision", lambda *_: 1 / 0)
+    monkeypatch.setattr("routeseg.training.pace.step_seconds", lambda *_: 1 / 0)
+    tiny = [word for word in TINY if not word.startswith(("--data", "--model.depth"))]
+    words = ["train", layouts("folder"), *tiny, "--model.depth=6", "--model.exits=null", *words, "--init=null"]
+    code, _, err = run([*words, "--minutes=1", "--output", tmp_path / "run"], capsys)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_what_is_refused_comes_first(layouts, copied, tmp_path, capsys, monkeypatch):
+    """Each is one line, before a network is made or the pace is measured."""
+
+    def late(*_, **__):
+        raise AssertionError("it came too late")
+
+    held = tmp_path / "held"
+    held.mkdir()
+    (held / "last.ckpt").write_bytes(b"x")
+    root = copied("folder")
+    monkeypatch.setattr(training, "new_network", late)
+    for words, message in (
+        ([root, "--minutes=1", f"--output={held}"], f"{held} already holds a run"),
+        ([root, "--resume", f"--output={tmp_path}/none"], "nothing to resume"),
+    ):
+        code, _, err = run(["train", *words], capsys)
+        assert code == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("tiny", "pictures with a side under 32 pixels"),
+        ("misfit", "labels have another size than their image"),
+        ("unknown", "label values without a class"),
+        ("coloured", "colours without a class"),
+        ("unreadable", "pictures cannot be read"),
+        ("alone", "images without a label"),
+    ],
+)
+def test_train_and_check_data_refuse_the_same(copied, tmp_path, capsys, monkeypatch, split, damage, message):
+    """Whatever would end a training late, on any picture of the two splits, ends it before its first step."""
+    root = copied("folder")
+    image, mask = (sorted((root / part / split).glob("*"))[-1] for part in ("images", "masks"))
+    if damage in ("tiny", "misfit"):
+        for path in (image, mask)[damage == "misfit" :]:
+            Image.open(path).resize((24, 20), Image.Resampling.NEAREST).save(path)
+    elif damage == "unknown":
+        Image.fromarray(np.full((48, 96), 77, np.uint8)).save(mask)
+    elif damage == "coloured":
+        Image.fromarray(np.full((48, 96, 3), 77, np.uint8)).save(mask)
+    elif damage == "unreadable":
+        for path in (root / "images" / split).glob("*"):
+            path.write_bytes(path.read_bytes()[:200])
+    else:
+        mask.unlink()
+    code, out, _ = run(["check-data", root, "--output", tmp_path / "o"], capsys)
+    assert code == 2 and message in " ".join(out.split())
+    monkeypatch.setattr(training, "new_network", lambda *_, **__: 1 / 0)
+    code, _, err = run(["train", root, *TINY, "--output", tmp_path / "run"], capsys)
+    assert code == 2 and err.count("\n") == 1 and "check-data" in err
+    assert f"{split}: " in err and message in err, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_few_images_train(tmp_path, capsys):
+    """As many as check-data calls ready: exits are calibrated with them, and one line says so."""
+    data = tmp_path / "data"
+    assert run(["make-data", "scenes", data, "--train=3", "--val=2", "--size=[48,64]"], capsys)[0] == 0
+    code, out, _ = run(["check-data", data, "--output", tmp_path / "o"], capsys)
+    assert code == 0 and "ready" in out
+    words = [word for word in TINY if "exits" not in word and "depth" not in word and "crop" not in word]
+    words += ["--model.depth=4", "--model.exits=[1,2]", "--recipe.iterations=2", "--init=null"]
+    code, out, err = run(["train", data, *words, "--output", tmp_path / "run"], capsys)
     assert code == 0, err
-    assert "20 iterations fit into 2 minutes here" in out
-    recipe = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["recipe"]
-    assert recipe["iterations"] == 20 and recipe["validate_every"] == 5 and recipe["warmup_steps"] == 2
-    rows = [row for row in read_log(tmp_path / "run") if row.get("ce_loss") or row.get("loss")]
-    assert len(rows) == 20, "a short run has a curve of its loss, and not one dot"
+    assert [line for line in err.splitlines() if "too few" in line] == [
+        "routeseg: 3 training pictures are too few to tell well which image may leave early, and what a budget costs: "
+        "they serve for both. `routeseg calibrate` does better with 8 or more"
+    ]
+    assert routeseg.load(tmp_path / "run" / "best").exits.calibrated
+    image = next((data / "images" / "val").glob("*"))
+    words = ["predict", tmp_path / "run", image, "--budget=95%", "--output", tmp_path / "p"]
+    assert run(words, capsys)[0] == 0
+
+
+def test_weights_are_saved_whatever_a_validation_meets(layouts, tmp_path, capsys, monkeypatch):
+    """An error behind the last step: the line before it says where they are."""
+    output = tmp_path / "run"
+    trained = []
+
+    def fail(network, *_, **__):
+        trained.append({name: value.clone() for name, value in network.state_dict().items()})
+        raise ValueError("a mistake of the validation")
+
+    monkeypatch.setattr("routeseg.training.segmentation.evaluate", fail)
+    words = ["train", layouts("folder"), *TINY, "--init=null", "--recipe.iterations=2", "--recipe.precise_bn_batches=0"]
+    code, _, err = run([*words, "--recipe.class_offsets=false", "--recipe.ema_decay=0", "--output", output], capsys)
+    assert code == 2
+    first, last = err.strip().splitlines()[-2:]
+    assert first == f"routeseg: the weights of step 2 are saved in {output}/last" and last.endswith("of the validation")
+    saved = routeseg.load(output / "last").state_dict()
+    assert all(torch.equal(saved[name], value.contiguous()) for name, value in trained[0].items())
+
+
+@pytest.mark.parametrize(("size", "crop"), [((40, 200), [32, 192]), ((48, 96), [32, 96]), ((400, 500), [288, 384])])
+def test_crops_are_those_of_the_images(tmp_path, capsys, size, crop):
+    """`train FOLDER` and `check-data FOLDER` take the same: no larger than most of the images."""
+    data = tmp_path / "data"
+    assert run(["make-data", "scenes", data, "--train=4", "--val=1", f"--size={list(size)}"], capsys)[0] == 0
+    facts = tmp_path / "facts.json"
+    code, out, _ = run(["check-data", data, "--output", tmp_path / "o", "--json", facts], capsys)
+    assert code == 0 and json.loads(facts.read_text())["data"]["crop"] == crop
+    assert "are smaller than the crop of" not in out
+    if crop == [32, 192]:
+        words = [word for word in TINY if "crop" not in word]
+        words = ["train", data, *words, "--init=null", "--recipe.iterations=1", "--output", tmp_path / "run"]
+        code, out, err = run(words, capsys)
+        assert code == 0 and "crops of 32x192, for most images fill no 288x384 (height x width)" in out, err
+        assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["crop"] == crop
+
+
+class TestResumedClasses:
+    """A run goes on with the classes that it had, and compares what they are."""
+
+    @pytest.fixture
+    def resumed(self, copied, tmp_path, capsys):
+        """Trains a step, lets a test change the folder, and goes on."""
+        root, output = copied("folder"), tmp_path / "run"
+
+        def resume(change):
+            words = ["train", "--config=small", "--data.name=folder", f"--data.root={root}", *TINY]
+            words += ["--recipe.save_every=1", f"--output={output}"]
+            assert run([*words, "--recipe.iterations=1"], capsys)[0] == 0
+            before = (output / "config.yaml").read_bytes()
+            change(root)
+            code, _, err = run([*words, "--recipe.iterations=2", "--resume"], capsys)
+            assert code == 0 or (output / "config.yaml").read_bytes() == before
+            return code, err
+
+        return resume
+
+    def edited(self, change):
+        def edit(root):
+            path = root / "classes.yaml"
+            data = yaml.safe_load(path.read_text())
+            change(data)
+            path.write_text(yaml.safe_dump(data))
+
+        return edit
+
+    def test_the_same_go_on(self, resumed):
+        code, err = resumed(self.edited(lambda data: data.update(mapping={200: data["names"][0]})))
+        assert code == 0, err
+
+    def test_names_in_another_order(self, resumed):
+        code, err = resumed(self.edited(lambda data: data["names"].reverse()))
+        assert code == 2 and "has other classes: class 0 is sky there and pedestrian here (and 9 more)" in err
+        assert err.count("\n") == 1
+
+    def test_values_that_mean_others(self, resumed):
+        """The names are the same, the channels would be exchanged."""
+        code, err = resumed(self.edited(lambda data: data.update(mapping={0: data["names"][1], 1: data["names"][0]})))
+        assert code == 2 and "has other classes: 0 means sky there and building here (and 1 more)" in err
 
 
 def test_epochs(layouts, tmp_path, capsys):

@@ -11,6 +11,7 @@ from routeseg import DynamicRoutingNetwork, figures
 from routeseg.data.config import DataConfig, open_data
 from routeseg.evaluation import Evaluation
 from routeseg.training import watch
+from routeseg.training.callbacks import Progress
 from routeseg.training.watch import ROWS, Row, Watch, thinned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,6 +52,15 @@ def test_a_run_tells_of_each_validation_and_grows_a_picture(tmp_path, capsys):
     steps = [(found[1], found[3] is not None) for found in LINE.finditer(out)]
     assert code == 0 and steps == [("2", True), ("4", False)]
     assert Image.open(tmp_path / "whole" / "progress.png").size == (first[0], first[1] + row)
+
+
+def test_the_bar_of_a_resumed_run_counts_all_of_its_steps(tmp_path, capsys, monkeypatch):
+    shown = []
+    monkeypatch.setattr(Progress, "_update", lambda self, bar, current, *_, **__: shown.append(current))
+    words = ["train", *NETWORK, *DATA, "--data.batch_size=2", "--data.workers=0", *RECIPE, "--accelerator=cpu"]
+    words += ["--recipe.save_every=2", "--output", tmp_path]
+    assert run([*words, "--recipe.iterations=2"], capsys)[0] == 0 and shown == [1, 2]
+    assert run([*words, "--recipe.iterations=5", "--resume"], capsys)[0] == 0 and shown[2:] == [3, 4, 5]
 
 
 def test_few_rows_evenly_spread():

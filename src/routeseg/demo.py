@@ -8,7 +8,6 @@ OUTPUT/*.png, report.html
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,19 +17,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from routeseg import bfloat16, figures
+from routeseg import figures
 from routeseg.cost.budget import Budget
 from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig, open_data, pair
 from routeseg.data.loaders import evaluation_loader, image_tensor
 from routeseg.data.pairs import SegmentationData
 from routeseg.data.scenes import PRESETS
+from routeseg.data.subset import evenly_spread
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import Evaluation, evaluate
 from routeseg.figures.report import Report
 from routeseg.files import write_atomically, write_json
 from routeseg.labels import label_map
 from routeseg.model import DynamicRoutingNetwork, checkpoints
+from routeseg.training.clock import Clock
 from routeseg.training.pace import Pace, fitted, measure_pace
 from routeseg.training.recipe import Recipe
 from routeseg.training.report import REPORT_FILE, FinishedRun, write_report
@@ -41,37 +42,50 @@ SUBTITLE = "A segmentation network that picks its own depth and resolution for e
 PICTURES_PER_PRESET = 40
 BUDGETS = (0.25, 0.5, 1.0)  # shares of the full network that one with exits is shown at; at least its cheapest route
 GALLERY = 6
-TRAINING_SHARE = 0.75  # of the time asked for; the rest goes to validation and the report
-VALIDATIONS = 4, 3  # without exits, with exits: each calibrates them
+VALIDATIONS = 4, 3  # without exits, with exits: each calibrates them; at most
+REPORT_SHARE = 0.2  # of the time asked for: at most so much for the pictures that the report looks at
+FIGURES_S, SHOWN = 6.0, 12  # what its figures take, and how many pictures they show
+TRYING_SHARE = 0.15  # of the time asked for: once it is over, no network between this one and the smallest is tried
 FEWEST_ITERATIONS = 300  # with fewer a smaller network learns more
 # What makes iterations shorter, in this order: at most so many channels, layers, a share of the sides of a picture.
 SMALLER = (("channels", 16), ("depth", 5), ("channels", 8), ("sides", 0.5))
 
 
 def run_demo(
-    model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe, budget: Budget, output: Path, minutes: float | None
+    model: DynamicRoutingNetwork,
+    data: DataConfig,
+    recipe: Recipe,
+    budget: Budget,
+    output: Path,
+    clock: Clock | None = None,
 ) -> Path:
-    """Trains a network, and reports on the one of the last step: `model` for the recipe's iterations, or, if `minutes`
-    are given, for as many as fit, and a smaller network if these would be too few.
+    """Trains a network, and reports on the one of the last step: `model` for the recipe's iterations, or, if there is a
+    clock, for as many as fit into its time, and a smaller network if these would be too few.
 
     Returns the report's path. Replaces what an earlier demo wrote into `output`.
     """
-    start = time.monotonic()
-    plan = Plan(model, data, recipe) if minutes is None else fit_to_time(model, data, recipe, budget, minutes)
+    began = Clock() if clock is None else clock
+    plan = Plan(model, data, recipe) if clock is None else fit_to_time(model, data, recipe, budget, clock)
     print(plan)
     model, data, recipe = plan.model, plan.data, plan.recipe
     path = output / REPORT_FILE
     if path.exists():
         shutil.rmtree(output / "run", ignore_errors=True)
-    result = train(model, data, recipe, budget, RunOptions(output / "run", devices=1))
+    result = train(model, data, recipe, budget, RunOptions(output / "run", devices=1, clock=clock))
+    recipe = replace(recipe, iterations=result.steps)
     network = checkpoints.load(output / "run" / "last")
     run = FinishedRun.of(result, output / "run", network, data, recipe, budget)
-    pictures, evaluation = open_data(data, "val", recipe.seed), run.evaluation
+    evaluation = run.evaluation
+    pictures = evenly_spread(open_data(data, "val", recipe.seed), len(evaluation.cost_macs))  # those of the validation
     engine: Any = SkipEngine(network)
-    by_preset = preset_costs(network, engine, data, recipe.seed) if data.name == "scenes" else {}
+    of_preset, of_val = plan.looks(len(pictures))
+    by_preset = preset_costs(network, engine, data, recipe.seed, of_preset) if data.name == "scenes" else {}
     facts = run.facts()
+    facts["pictures_of_preset"] = of_preset
     facts["cost_by_preset"] = {name: float(share.mean()) for name, share in by_preset.items()}
-    facts["budgets"] = [] if network.exits is None else ask_for_budgets(network, engine, pictures)
+    facts["budgets"] = (
+        [] if network.exits is None else ask_for_budgets(network, engine, evenly_spread(pictures, of_val))
+    )
     more = partial(add_demonstrations, network, engine, pictures, evaluation, facts, output)
     write_report(run, path, output, more, SUBTITLE)
     write_json(output / "result.json", facts)
@@ -79,7 +93,7 @@ def run_demo(
     print(
         f"mIoU {100 * evaluation.miou:.1f} % (most frequent class everywhere: {100 * evaluation.majority_miou:.1f} %), "
         f"mean real cost {100 * share:.1f} % of the full network\n"
-        f"{path}   ({(time.monotonic() - start) / 60:.1f} minutes)"
+        f"{path}   ({began.spent_s / 60:.1f} minutes)"
     )
     return path
 
@@ -94,6 +108,22 @@ class Plan:
     minutes: float | None = None
     pace: Pace | None = None
 
+    def looks(self, val: int) -> tuple[int, int]:
+        """How many pictures of each preset, and of the validation, the report looks at: fewer if they take more than
+        REPORT_SHARE of the minutes."""
+        if self.pace is None or self.minutes is None or not self.pace.picture_s:
+            return PICTURES_PER_PRESET, val
+        fit = REPORT_SHARE * 60 * self.minutes / self.pace.picture_s
+        share = min(1.0, fit / (PICTURES_PER_PRESET * len(PRESETS) + val * len(BUDGETS)))
+        return max(1, int(share * PICTURES_PER_PRESET)), max(1, int(share * val))
+
+    def report_s(self, val: int) -> float:
+        """Seconds of the report."""
+        assert self.pace is not None
+        of_preset, of_val = self.looks(val)
+        looks = of_preset * len(PRESETS) + of_val * len(BUDGETS) + SHOWN
+        return looks * self.pace.picture_s + FIGURES_S
+
     def __str__(self) -> str:
         steps, pictures = self.recipe.iterations, self.data.batch_size * self.recipe.accumulate
         lines = [
@@ -101,7 +131,8 @@ class Plan:
             f"training: {steps} iterations of {pictures} pictures, {steps * pictures} in all",
         ]
         if self.pace is not None:
-            lines[-1] += f": about {self.pace.seconds(steps) / 60:.1f} of {self.minutes:g} minutes"
+            lines[-1] = lines[-1].replace(": ", ": about ", 1)
+            lines[-1] += f", as fast as it is now: {self.pace.seconds(steps) / 60:.1f} of {self.minutes:g} minutes"
             lines.append(str(self.pace.choice))
         return "\n".join(lines)
 
@@ -119,20 +150,25 @@ def fit_to_time(
     data: DataConfig,
     recipe: Recipe,
     budget: Budget,
-    minutes: float,
+    clock: Clock,
     measure: Callable[..., Pace] = measure_pace,
 ) -> Plan:
-    """As many iterations as fit into `minutes` on this machine, of a smaller network if these are too few; says why."""
-    start, smaller = bfloat16.clock(), iter(SMALLER)
+    """As many iterations as fit into the time of the clock, of a smaller network if these are too few; says why."""
+    minutes, smaller, val = clock.total_s / 60, iter(SMALLER), len(open_data(data, data.val_split, recipe.seed))
     while True:
         pace = measure(model, data, recipe, budget)
-        left = 60 * minutes * TRAINING_SHARE - (bfloat16.clock() - start)
-        plan = Plan(model, data, fitted(recipe, pace, left, VALIDATIONS[model.exits is not None]), minutes, pace)
+        rest_s = Plan(model, data, recipe, minutes, pace).report_s(val)
+        fitting = fitted(recipe, pace, clock, VALIDATIONS[model.exits is not None], rest_s)
+        plan = Plan(model, data, fitting, minutes, pace)
         if plan.recipe.iterations >= FEWEST_ITERATIONS:
             return plan
         few = f"only {plan.recipe.iterations} iterations fit into {minutes:g} minutes here, a useful result takes some "
         few += f"{FEWEST_ITERATIONS} ({plan.network})"
-        found = next((some for some in (shrink(model, data, recipe.seed, *one) for one in smaller) if some), None)
+        found = None
+        for one in smaller:
+            found = shrink(*(found or (model, data)), recipe.seed, *one) or found
+            if found is not None and clock.spent_s < TRYING_SHARE * clock.total_s:
+                break  # else there is no time to try each: the smallest one
         if found is None:
             print(f"{few}; this is the smallest network: give more --minutes")
             return plan
@@ -157,12 +193,12 @@ def shrink(
 
 
 def preset_costs(
-    model: DynamicRoutingNetwork, engine: SkipEngine, data: DataConfig, seed: int
+    model: DynamicRoutingNetwork, engine: SkipEngine, data: DataConfig, seed: int, count: int
 ) -> dict[str, np.ndarray]:
-    """Real cost over pictures of each scale preset, as shares of the full network [pictures]."""
+    """Real cost over so many pictures of each scale preset, as shares of the full network [pictures]."""
     shares: dict[str, np.ndarray] = {}
     for preset in PRESETS:
-        pictures = open_data(replace(data, preset=preset, val_images=PICTURES_PER_PRESET), "val", seed)
+        pictures = open_data(replace(data, preset=preset, val_images=count), "val", seed)
         result = evaluate(model, evaluation_loader(pictures), engine)
         shares[preset] = result.cost_macs / result.full_macs
     return shares
@@ -230,8 +266,8 @@ def add_demonstrations(
     if facts["cost_by_preset"]:
         report.heading("Cost by the scale of things")
         report.paragraph(
-            f"Mean real cost over {PICTURES_PER_PRESET} pictures of each preset, as a share of the full network. "
-            "It is reported as measured: nothing in the training tells the network to follow the scale."
+            f"Mean real cost over {facts['pictures_of_preset']} pictures of each preset, as a share of the full "
+            "network. It is reported as measured: nothing in the training tells the network to follow the scale."
         )
         report.table(
             ["preset", "mean cost, % of full"],

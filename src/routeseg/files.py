@@ -200,6 +200,16 @@ def check_writable(folder: str | Path, option: str = "--output") -> None:
         raise ValueError(f"cannot write into {folder}: {error.strerror}. Choose another {option}") from error
 
 
+def check_run_folder(output: Path, resume: bool) -> None:
+    """Raises ValueError for a new run in a folder that holds one, and for one that goes on in a folder that holds
+    none."""
+    path = output / RESUME_FILE
+    if not resume and path.exists():
+        raise ValueError(f"{output} already holds a run: go on with it with --resume, or choose another --output")
+    if resume and not path.exists():
+        raise ValueError(f"nothing to resume: {path} does not exist")
+
+
 def expand_user(path: str | Path) -> Path:
     """The path with `~` and `~name` as folders; with those of unknown users as they are, for they may be names."""
     return Path(os.path.expanduser(path))

@@ -109,7 +109,7 @@ def evaluate_command(words: Sequence[str]) -> int:
     engine = with_budget(SkipEngine(model, args.precision), model, args)
     say_precision(engine)
     forward = MultiPass(engine, args.scales, args.flip, window, args.overlap, args.window_batch)
-    check_classes(args.checkpoint, model, data, len(pictures.classes))
+    check_classes(args.checkpoint, model, data, pictures.classes)
     for option, path in (("--json", args.json), ("--worst", args.worst)):
         if path is not None:
             check_writable(Path(path).parent, option)
@@ -226,7 +226,7 @@ def routes_command(words: Sequence[str]) -> int:
 
     quiet_libraries()
     model, output = model.to(find_device(args.device)), Path(args.output)
-    check_classes(args.checkpoint, model, data, len(pictures.classes))
+    check_classes(args.checkpoint, model, data, pictures.classes)
     if args.common is not None and not 0 < args.common <= 1:
         raise ValueError(f"--common is {args.common}: it is a share of the images, above 0 and at most 1")
     check_writable(output)

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from routeseg.cost.request import Asked
     from routeseg.data.config import DataConfig
+    from routeseg.labels import Classes
     from routeseg.model import DynamicRoutingNetwork
     from routeseg.space import Route
     from routeseg.training.recipe import Recipe
@@ -128,6 +130,26 @@ def of_folder(folder: str, words: Sequence[str], more: Sequence[str] = ()) -> li
     return ["--config=small", *found, *more, *words]
 
 
+def leaves_crop(words: Sequence[str]) -> bool:
+    """Whether `train FOLDER`, or `check-data FOLDER`, leaves the crop to the images."""
+    options = {word.partition("=")[0] for word in words}
+    return bool(words) and not words[0].startswith("-") and not options & {"--config", "--data.crop"}
+
+
+def fit_crop(data: DataConfig, seed: int) -> DataConfig:
+    """The data section with a crop that the smaller ones of the training images fill, too, if they are smaller than
+    its own: a line says so."""
+    from routeseg.data.config import open_data, pair
+    from routeseg.data.crops import filled_crop
+
+    crop = filled_crop(open_data(data, data.train_split, seed), pair(data.crop))
+    if crop == pair(data.crop):
+        return data
+    if is_first_process():
+        print(f"crops of {crop[0]}x{crop[1]}, for most images fill no {data.crop[0]}x{data.crop[1]} (height x width)")
+    return replace(data, crop=crop)
+
+
 def read_data(parser: Parser, words: Sequence[str], lenient: bool = False) -> tuple[Namespace, DataConfig]:
     """The parsed words, and the data section as an object, with the classes that the masks of a folder tell: a line
     says so.
@@ -139,13 +161,35 @@ def read_data(parser: Parser, words: Sequence[str], lenient: bool = False) -> tu
 
     args = parser.parse_args(list(words))
     data = DataConfig(**vars(args.data))
-    first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))  # of the processes of a job
     try:
-        data = known_classes(data, print if first else lambda line: None)
+        data = known_classes(data, print if is_first_process() else lambda line: None)
     except UnclearMasks:
         if not lenient:
             raise
     return args, data
+
+
+def refuse_errors(data: DataConfig, seed: int, alone: bool = False) -> None:
+    """Looks at every picture of training and validation, as `routeseg check-data` does, before a training does.
+
+    alone  no other processes help: a program that is not guarded against it would start again in each of them
+    Raises ValueError, with the remedy, for what would end a training, or make it pointless.
+    """
+    if data.name == "scenes" or not is_first_process():  # drawn ones are always right
+        return
+    from routeseg.data.tools.findings import examine
+
+    examined = examine(data, (data.train_split, data.val_split), seed, 1 if alone else None, progress_bar)
+    errors = [finding for finding in examined.findings if finding.level == "error"]
+    if errors:
+        files = f" (the first: {errors[0].files[0]})" if errors[0].files else ""
+        more = f"; {len(errors) - 1} more" if len(errors) > 1 else ""
+        raise ValueError(f"{errors[0].text}{files}: {errors[0].remedy}. `routeseg check-data` tells all of it{more}")
+
+
+def is_first_process() -> bool:
+    """Of those of a job."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))
 
 
 def read_parts(parser: Parser, words: Sequence[str]) -> tuple[Namespace, Any, Any, Any]:
@@ -254,12 +298,19 @@ def read_route(name: str, whole: Route) -> Route:
     return route
 
 
-def check_classes(checkpoint: str, model: DynamicRoutingNetwork, data: DataConfig, classes: int) -> None:
-    """Raises ValueError if the data set has more classes than the network, or fewer."""
-    if classes != model.config.num_classes:
+def check_classes(checkpoint: str, model: DynamicRoutingNetwork, data: DataConfig, classes: Classes) -> None:
+    """Raises ValueError if the data set has more classes than the network, or fewer, or the same in another order."""
+    theirs, ours = model.config.class_names, classes.names
+    if len(ours) != len(theirs):
         raise ValueError(
-            f"{checkpoint} has {model.config.num_classes} classes, the data set {data.name} has {classes}: "
+            f"{checkpoint} has {len(theirs)} classes, the data set {data.name} has {len(ours)}: "
             "give the configuration that it was trained with"
+        )
+    if moved := [k for k, name in enumerate(ours) if name != theirs[k] and name in theirs]:
+        k = moved[0]
+        raise ValueError(
+            f"{checkpoint} has the classes in another order: class {k} is {theirs[k]} there, and {ours[k]} in the "
+            f"data set {data.name}. Give the configuration that it was trained with"
         )
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from routeseg.cli.common import config_parser, of_folder, progress_bar, read_data
+from routeseg.cli.common import config_parser, fit_crop, leaves_crop, of_folder, progress_bar, read_data
 from routeseg.cli.parser import USAGE_ERROR, Parser
 from routeseg.files import check_writable, expand_user, write_json
 
@@ -150,15 +150,14 @@ def check_data_command(words: Sequence[str]) -> int:
             "nothing to check: give the folder of your pictures, as in `routeseg check-data my`, or a preset, as in "
             "`routeseg check-data --config scenes/small`"
         )
+    if leaves_crop(words):
+        with suppress(ValueError):  # the report tells it
+            data = fit_crop(data, args.seed)
 
     from routeseg.cli.tables import print_check
-    from routeseg.data.config import open_data, pair
-    from routeseg.data.pairs import LeftOut, PairedFiles
-    from routeseg.data.sets.folder import describing_file
-    from routeseg.data.tools.check import SplitCheck, check_split
-    from routeseg.data.tools.findings import find, verdict
+    from routeseg.data.config import pair
+    from routeseg.data.tools.findings import examine, verdict
     from routeseg.evaluation import machine_facts
-    from routeseg.labels import Classes
 
     if args.workers is not None and args.workers < 0:
         raise ValueError(f"--workers is {args.workers}: it must not be negative")
@@ -167,26 +166,11 @@ def check_data_command(words: Sequence[str]) -> int:
     check_writable(args.output)
     if args.json is not None:
         check_writable(Path(args.json).parent, "--json")
-    checks: list[SplitCheck] = []
-    opened: dict[str, SegmentationData] = {}
-    for split in dict.fromkeys(args.split or (data.train_split, data.val_split)):
-        training, left_out = split == data.train_split, list[LeftOut]()
-        try:
-            opened[split] = open_data(data, split, args.seed, left_out)
-        except ValueError as error:
-            checks.append(SplitCheck(split, Classes(()), [], training, str(error), left_out))
-            continue
-        with progress_bar(f"check {data.name} {split}", len(opened[split])) as step:
-            checks.append(check_split(opened[split], split, training, args.workers, step, left_out))
-    if not opened and len({check.failure for check in checks}) == 1:  # there is no such data set
-        raise ValueError(checks[0].failure)
-    label_map = next((files.label_map for files in opened.values() if isinstance(files, PairedFiles)), None)
-    described_in = describing_file(expand_user(data.root)) if data.name == "folder" and data.root else None
-    if described_in is not None and not described_in.is_file():
-        described_in = None
-    findings = find(checks, label_map, described_in, pair(data.crop))
+    splits = args.split or (data.train_split, data.val_split)
+    examined = examine(data, splits, args.seed, args.workers, progress_bar)
+    checks, findings = examined.checks, examined.findings
     print_check(checks, findings, pair(data.crop))
-    sheet = _draw_contact_sheet(Path(args.output), data, checks, opened)
+    sheet = _draw_contact_sheet(Path(args.output), data, checks, examined.opened)
     if sheet is not None:
         print(f"{sheet}: some pictures with their labels, look whether they fit")
     if args.json is not None:

@@ -104,10 +104,9 @@ class Parser(ArgumentParser):
             near = near or difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
             near = near or [key for key in known if key.rsplit(".", 1)[-1] == wrong.rsplit(".", 1)[-1]][:1]
             option = re.search(rf"[Uu]nrecognized arguments: (--?{re.escape(wrong)})", message)
-            what, dashes = f"no key {wrong!r} in the configuration", ""
-            if option and wrong.partition(".")[0] not in SECTIONS:
-                what, dashes = f"no option {option[1]}", "--"
-            message = f"{what}: " + (f"did you mean {dashes}{near[0]}?" if near else f"see `{self.prog} --help`")
+            is_option = option and wrong.partition(".")[0] not in SECTIONS
+            what = f"no option {option[1]}" if option and is_option else f"no key {wrong!r} in the configuration"
+            message = f"{what}: " + (f"did you mean {near[0]}?" if near else f"see `{self.prog} --help`")
             break
         if self.in_python:
             raise ValueError(_first_lines(message))

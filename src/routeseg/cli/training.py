@@ -14,9 +14,12 @@ from jsonargparse import Namespace
 from routeseg.cli.common import (
     NETWORK_SKIP,
     add_config_argument,
+    best_of_run,
     check_classes,
     config_parser,
     enough_memory,
+    fit_crop,
+    leaves_crop,
     network_options,
     new_network,
     of_folder,
@@ -25,11 +28,13 @@ from routeseg.cli.common import (
     quiet_libraries,
     read_data,
     read_parts,
+    refuse_errors,
     start_from,
 )
 from routeseg.cli.parser import Parser
 from routeseg.errors import only_warned_of
-from routeseg.files import RUN_CONFIG_FILE
+from routeseg.files import RUN_CONFIG_FILE, check_run_folder, check_writable
+from routeseg.training.clock import Clock
 from routeseg.training.trackers import read_trackers
 
 if TYPE_CHECKING:
@@ -52,8 +57,8 @@ FIRST = {  # what `train --help` shows
     "data.batch_size N": "crops in a step",
     "recipe.lr LR": "learning rate; it belongs to the number of crops in a step",
 }
-TRAINING_SHARE = 0.85  # of the --minutes; the rest is for validations
-VALIDATIONS = 4  # of a run of --minutes
+VALIDATIONS = 4  # of a run of --minutes, at most
+REPORT_S = 5.0  # that its report takes
 
 SMALLER_STEPS = (
     "lower --data.batch_size and raise --recipe.accumulate by the same factor, or take a smaller --data.crop"
@@ -78,6 +83,7 @@ def train_command(words: Sequence[str]) -> int:
 
 def train_by(words: Sequence[str], parser: Parser) -> tuple[RunResult[Evaluation], Path]:
     """What the words of `routeseg train` ask for: trains, and returns what came of it and the folder of the run."""
+    began = Clock()
     parser.usage = "routeseg train FOLDER [--minutes M] [options], or routeseg train --config PRESET [options]"
     parser.first = FIRST
     _add_run_arguments(parser, RUNS)
@@ -88,6 +94,7 @@ def train_by(words: Sequence[str], parser: Parser) -> tuple[RunResult[Evaluation
     parser.add_argument(
         "--epochs", type=float | None, default=None, help="how often each picture is seen; else recipe.iterations"
     )
+    chooses_crop = leaves_crop(words)
     if words and not words[0].startswith("-"):
         words = _of_folder(words[0], words[1:])
         print(f"routeseg train {shlex.join(words)}")
@@ -104,13 +111,24 @@ def train_by(words: Sequence[str], parser: Parser) -> tuple[RunResult[Evaluation
         if args[name] is not None and not args[name] > 0:
             raise ValueError(f"--{name} is {args[name]}: it must be positive")
     if args.resume and (args.minutes or args.epochs):
-        raise ValueError("--resume goes on with the iterations of the run: leave out --minutes and --epochs")
+        raise ValueError(
+            "--resume goes on with the iterations of the run, or the time that it had left: leave out --minutes and "
+            "--epochs"
+        )
     if args.minutes is not None and args.epochs is not None:
         raise ValueError("--minutes and --epochs both say how long: leave one of them out")
+    output = Path(args.output)
+    check_run_folder(output, args.resume)
+    if args.init is not None:
+        args.init = best_of_run(args.init)
     if args.init is not None and not args.resume:
         from routeseg.model import checkpoints
 
         checkpoints.read_config(Path(args.init))  # a wrong folder is told before PyTorch is imported
+    clock = None if args.minutes is None else began.given(60 * args.minutes)
+    refuse_errors(data, recipe.seed, alone=parser.in_python)
+    if chooses_crop:
+        data = fit_crop(data, recipe.seed)
     model = new_network(args, data, recipe, pretrained=args.init is None and not args.resume)
 
     from routeseg.training.pace import fitted, measure_pace
@@ -118,19 +136,20 @@ def train_by(words: Sequence[str], parser: Parser) -> tuple[RunResult[Evaluation
     from routeseg.training.segmentation import train
 
     quiet_libraries()
-    start_from(model, args.init, Path(args.output), args.resume)
-    if args.minutes is not None:
-        pace = measure_pace(model, data, recipe, budget)
-        recipe = fitted(recipe, pace, 60 * args.minutes * TRAINING_SHARE, VALIDATIONS)
-        print(f"{recipe.iterations} iterations fit into {args.minutes:g} minutes here")
+    start_from(model, args.init, output, args.resume)
+    if clock is not None:
+        check_writable(output)
+        recipe = fitted(recipe, measure_pace(model, data, recipe, budget), clock, VALIDATIONS, REPORT_S)
+        print(f"about {recipe.iterations} iterations fit into {args.minutes:g} minutes here, as fast as it is now")
     if args.epochs is not None:
         recipe = _of_epochs(recipe, data, args.epochs)
     sections = {"model": vars(args.model), "data": asdict(data), "recipe": asdict(recipe), "budget": vars(args.budget)}
-    options = replace(run_options(args), configuration=sections)
+    options = replace(run_options(args), configuration=sections, clock=clock)
     with enough_memory(SMALLER_STEPS):
         result = train(model, data, recipe, budget, options)
     if result.is_global_zero and result.found is not None:
         with only_warned_of("report"):
+            recipe = replace(recipe, iterations=result.steps)  # with --minutes they are not known beforehand
             run = FinishedRun.of(result, options.output, model, data, recipe, budget)
             write_report(run, options.output / REPORT_FILE, options.output / FIGURES_FOLDER)
     return result, options.output
@@ -171,7 +190,6 @@ def _of_epochs(recipe: Recipe, data: DataConfig, epochs: float) -> Recipe:
 
 def calibrate_command(words: Sequence[str]) -> int:
     from routeseg.data.subset import CALIBRATION_PICTURES, OFFSET_PICTURES
-    from routeseg.files import check_writable
 
     parser = config_parser("calibrate", ["data"])
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder of a network with exits; written anew")
@@ -206,7 +224,7 @@ def calibrate_command(words: Sequence[str]) -> int:
         for split in (args.split or data.train_split, args.budget_split or data.val_split)
     )
     model = checkpoints.load(args.checkpoint)
-    check_classes(args.checkpoint, model, data, len(pictures.classes))
+    check_classes(args.checkpoint, model, data, pictures.classes)
 
     from routeseg.cli.tables import print_exits
     from routeseg.data.loaders import evaluation_loader
@@ -228,6 +246,7 @@ def calibrate_command(words: Sequence[str]) -> int:
         print_exits(model)
         print(f"calibrated with {count} images: ask for a budget with --budget")
     model.save(args.checkpoint)
+    print(f"{args.checkpoint} is changed: it keeps what was fitted here in place of what it had")
     return 0
 
 
@@ -296,14 +315,18 @@ def run_options(args: Namespace) -> RunOptions:
 
 
 def demo_command(words: Sequence[str]) -> int:
-    parser = config_parser("demo")
+    began, parser = Clock(), config_parser("demo")
     parser.add_argument("--output", type=str, default="runs/demo", help="folder of the run and its report")
-    parser.add_argument("--minutes", type=float | None, default=None, help="time to train; else recipe.iterations")
+    parser.add_argument("--minutes", type=float | None, default=None, help="time for all of it; else recipe.iterations")
     args, data, recipe, budget = read_parts(parser, words)
+    if args.minutes is not None and not args.minutes > 0:
+        raise ValueError(f"--minutes is {args.minutes}: it must be positive")
+    refuse_errors(data, recipe.seed)
     model = new_network(args, data, recipe)
 
     from routeseg.demo import run_demo
 
     quiet_libraries()
-    run_demo(model, data, recipe, budget, Path(args.output), args.minutes)
+    clock = None if args.minutes is None else began.given(60 * args.minutes)
+    run_demo(model, data, recipe, budget, Path(args.output), clock)
     return 0

@@ -1,4 +1,5 @@
-"""Square crops of images that have one label: random ones to train on, the one in the middle to evaluate."""
+"""Square crops of images that have one label: random ones to train on, the one in the middle to evaluate; and the size
+of crops that images fill."""
 
 from __future__ import annotations
 
@@ -7,8 +8,13 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from routeseg.data.pairs import SegmentationData, UnreadableImage
+from routeseg.data.subset import evenly_spread
 from routeseg.data.transforms import jitter
 
+SIZES = 40  # images, evenly spread, whose sizes tell the size of crops
+SMALLER = 0.25  # of the images may be smaller than a crop, in height or width
+CROP_STEP = 32  # pixels: the sides of a crop are multiples of it
 CROP_ATTEMPTS = 10  # to draw a crop that fits in; then the largest one in the middle
 
 
@@ -57,6 +63,24 @@ class CentreCrop:
         height, width = max(round(height * factor), self.shorter), max(round(width * factor), self.shorter)
         top, left = (height - self.side) // 2, (width - self.side) // 2
         return resize(image, height, width)[top : top + self.side, left : left + self.side]
+
+
+def filled_crop(data: SegmentationData, crop: tuple[int, int]) -> tuple[int, int]:
+    """The size (height, width) of crops, no larger than `crop`, that most of the images fill."""
+    some, sizes = evenly_spread(data, SIZES), []
+    for index in range(len(some)):
+        try:
+            sizes.append(some.read(index)[0].shape[:2])
+        except UnreadableImage:
+            continue
+    if not sizes:
+        return crop
+    sides = np.quantile(np.array(sizes), SMALLER, axis=0, method="lower").astype(int).tolist()
+    height, width = (
+        most if side >= most else max(CROP_STEP, side // CROP_STEP * CROP_STEP)
+        for side, most in zip(sides, crop, strict=True)
+    )
+    return height, width
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:

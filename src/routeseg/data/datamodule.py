@@ -37,7 +37,7 @@ class SegmentationDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.config, self.iterations, self.seed, self.first_step = config, iterations, seed, first_step
-        self.accumulate = accumulate
+        self.accumulate, self.looks = accumulate, 1.0
         self.train_data = open_data(config, config.train_split, seed)
         self.val_data = open_data(config, config.val_split, seed)
         if config.cache is not None:
@@ -51,6 +51,14 @@ class SegmentationDataModule(LightningDataModule):
     @property
     def classes(self) -> Classes:
         return self.train_data.classes
+
+    def look_at(self, share: float) -> None:
+        """Leaves this share of the pictures to validate and to calibrate with, evenly spread; some in any case."""
+        self.looks = share
+        self.val_data = evenly_spread(self.val_data, self._some(len(self.val_data)))
+
+    def _some(self, count: int) -> int:
+        return max(min(count, LEAST_PICTURES), round(self.looks * count))
 
     def train_dataloader(self) -> DataLoader:
         rank, world = self._rank()
@@ -78,7 +86,8 @@ class SegmentationDataModule(LightningDataModule):
         there are too few for validation, the training pictures serve."""
         rank, world = self._rank()
         enough = part == "val" and len(self.val_data) >= LEAST_PICTURES
-        pictures = evenly_spread(self.val_data if enough else self.train_data, count)
+        data, looks = (self.val_data, 1.0) if enough else (self.train_data, self.looks)  # those are fewer already
+        pictures = evenly_spread(data, min(count, len(data)) if looks == 1 else self._some(min(count, len(data))))
         return evaluation_loader(pictures, self.config.workers, rank, world)
 
     def _batches(self, sampler: StepSampler, stream: int, workers: int) -> DataLoader:

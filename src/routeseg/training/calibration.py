@@ -37,12 +37,13 @@ def calibrate(
     batches: Iterable[dict[str, Any]],
     others: Iterable[dict[str, Any]],
     on_batch: Callable[[], None] = lambda: None,
+    least: int = LEAST_PICTURES,
 ) -> int:
     """Fits the exits of a network to pictures with labels: batches of image [B,3,H,W] and labels [B,H,W]; and its
     budgets to other pictures, of which only image is read. `on_batch` is called for each batch.
 
     In a job of several processes each brings its share, and all get the same. Returns the number of pictures with
-    labels. Raises ValueError for a network without exits, and for too few pictures.
+    labels. Raises ValueError for a network without exits, and for fewer than `least` pictures.
     """
     exits = model.exits
     if exits is None:
@@ -51,8 +52,8 @@ def calibrate(
     model.eval()
     found = copy.deepcopy(exits)  # all of it is new, or nothing
     try:
-        count = _fit(model, found, readable(batches, on_batch))
-        _set_budgets(model, found, readable(others, on_batch))
+        count = _fit(model, found, readable(batches, on_batch), least)
+        _set_budgets(model, found, readable(others, on_batch), least)
     finally:
         model.train(was_training)
     for own, new in zip(exits.calibration(), found.calibration(), strict=True):
@@ -60,7 +61,7 @@ def calibrate(
     return count
 
 
-def _fit(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]]) -> int:
+def _fit(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]], least: int) -> int:
     """Fits the rule to pictures with labels, if there is anything to fit; the number of them."""
     if not exits.gates.fits:
         return 0
@@ -73,13 +74,13 @@ def _fit(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]]) 
         seen.append(([features[known] for features in glances], scores.chosen(known)))
     seen = [one for share in gather(seen) for one in share]
     count = sum(len(scores.both) for _, scores in seen)
-    check_enough_pictures(count)
+    check_enough_pictures(count, least)
     losses = AllExits.joined([scores for _, scores in seen]).lost()
     exits.gates.fit([np.concatenate([glances[k] for glances, _ in seen]) for k in range(len(exits.decoders))], losses)
     return count
 
 
-def _set_budgets(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]]) -> None:
+def _set_budgets(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]], least: int) -> None:
     """Sets costs, prices and frequencies by where pictures leave."""
     look = _images_leave if exits.place is None else _places_leave
     seen, size = [], (0, 0)
@@ -88,7 +89,7 @@ def _set_budgets(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str,
         seen.append(look(model, exits, batch["image"].to(exits.costs.device)))
     shares = gather((seen, size))
     seen, size = [one for share, _ in shares for one in share], max(size for _, size in shares)
-    check_enough_pictures(sum(len(one[-1]) for one in seen), "pictures to set budgets with")
+    check_enough_pictures(sum(len(one[-1]) for one in seen), least, "pictures to set budgets with")
     costs = exit_costs(model, size)
     costs /= model_cost(model, size).full
     if exits.place is None:
@@ -133,10 +134,10 @@ def _between(prices: np.ndarray, frequencies: np.ndarray, costs: np.ndarray) -> 
     return np.array([0.0, *inner, LARGEST_PRICE]), np.concatenate([ends[:1], rows, ends[1:]])
 
 
-def check_enough_pictures(count: int, kind: str = "pictures with labels") -> None:
+def check_enough_pictures(count: int, least: int, kind: str = "pictures with labels") -> None:
     """Raises ValueError if there are too few pictures for a calibration."""
-    if count < LEAST_PICTURES:
-        raise ValueError(f"{count} {kind} are too few to calibrate a network with exits: give {LEAST_PICTURES} or more")
+    if count < least:
+        raise ValueError(f"{count} {kind} are too few to calibrate a network with exits: give {least} or more")
 
 
 def readable(batches: Iterable[dict[str, Any]], on_batch: Callable[[], None]) -> Iterator[dict[str, Any]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,12 +18,15 @@ from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.data.subset import OFFSET_PICTURES
 from routeseg.files import RESUME_FILE, not_written
 from routeseg.model.grid import RoutedNetwork
+from routeseg.training import clock as clocks
 from routeseg.training.batch_norm import average_statistics, precise_batch_norm
 from routeseg.training.calibration import calibrate
+from routeseg.training.clock import Clock
 from routeseg.training.offsets import fit_offsets, shifted
-from routeseg.training.recipe import Recipe, TrainingRecipe, places_start
+from routeseg.training.recipe import Recipe, TrainingRecipe
 from routeseg.training.task import RecipeTask, Validation
 
+log = logging.getLogger("routeseg")
 BEST_FOLDER, LAST_FOLDER = "best", "last"
 RUN_STATE = "run"  # where a checkpoint keeps what ValidateAndSave knows
 SHOWN = (  # in the progress bar: a number of the task, its name there, its factor
@@ -62,13 +65,18 @@ class ValidateAndSave(Callback):
         first_step: int,
         images_per_step: int,
         tells: bool = True,
+        clock: Clock | None = None,
+        seconds_before: float = 0.0,
+        meaning: dict[str, Any] | None = None,
     ) -> None:
         self.output, self.recipe, self.data, self.tells = output, recipe, data, tells
         self.first_step, self.images_per_step = first_step, images_per_step
+        self.clock, self.seconds_before, self.meaning = clock, seconds_before, meaning
         self.best_score, self.best_is_candidate, self.best_step = -1.0, False, 0
-        self.started = time.monotonic()
+        self.started = clocks.now()
         self.latest: Validation | None = None
         self.offsets: list[Tensor] | None = None
+        self.statistics_stay: bool = False  # those of BatchNorm, since places leave
         self.saved_step = first_step
 
     @property
@@ -82,12 +90,21 @@ class ValidateAndSave(Callback):
             "best_step": self.best_step,
             "images_per_step": self.images_per_step,
             "offsets": self.offsets,
+            "statistics_stay": self.statistics_stay,
+            "seconds": self.seconds,
+            "clock": None if self.clock is None else self.clock.state_dict(),
+            "meaning": self.meaning,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best_score, self.best_is_candidate = state["best_score"], state["best_settled"]
         self.best_step = state.get("best_step", 0)  # older runs did not keep it
-        self.offsets = state.get("offsets")
+        self.offsets, self.statistics_stay = state.get("offsets"), state.get("statistics_stay", False)
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, without the time between its parts."""
+        return self.seconds_before + clocks.now() - self.started
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.global_step != self.first_step:
@@ -95,13 +112,21 @@ class ValidateAndSave(Callback):
                 f"{self.output / RESUME_FILE} counts its steps in another way (an older version wrote it): start the "
                 "run anew"
             )
-        self.started = time.monotonic()
+        if self.first_step == 0:  # a network whose places leave from the first step on keeps those that it came with
+            self.statistics_stay = cast(RecipeTask, module).places_leave
+        self.started = clocks.now()
+        if self.clock is not None:
+            self.clock.begin()
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
         task, step = cast(RecipeTask, module), trainer.global_step
-        if step == places_start(task.model.config, self.recipe):
+        if task.places_leave and not self.statistics_stay:
             self._set_statistics(task, task.model, step)
-        validates = step % self.recipe.validate_every == 0 or step == self.recipe.iterations
+            self.statistics_stay = True
+        if self.clock is None:
+            validates = step % self.recipe.validate_every == 0 or step == self.recipe.iterations
+        else:
+            validates, trainer.should_stop = self.clock.validates, trainer.should_stop or self.clock.over
         if validates or step % self.recipe.save_every == 0:
             self._write(trainer, task, validates)
 
@@ -110,7 +135,17 @@ class ValidateAndSave(Callback):
             for network in dict.fromkeys((task.model, task.network)):  # in every process in this order
                 average_statistics(network)
         if validates:
-            self._validate(trainer, task)
+            self._save_network(trainer, task)  # first: whatever a validation meets, the weights are there
+            try:
+                self._validate(trainer, task)
+            except Exception:
+                if trainer.is_global_zero:
+                    log.warning(
+                        "the weights of step %d are saved in %s", trainer.global_step, self.output / LAST_FOLDER
+                    )
+                raise
+            if self.clock is not None:
+                self.clock.validated()
         self._save(trainer, task)
         self.saved_step = trainer.global_step
 
@@ -138,7 +173,8 @@ class ValidateAndSave(Callback):
         network, step = task.network, trainer.global_step
         if network.exits is not None:
             data = cast(SegmentationDataModule, self.data)
-            calibrate(network, data.calibration_dataloader("train"), data.calibration_dataloader("val"))
+            pictures = data.calibration_dataloader("train"), data.calibration_dataloader("val")
+            calibrate(network, *pictures, least=1)  # few are better than none: `train` says so
             assert task.model.exits is not None
             for own, found in zip(task.model.exits.calibration(), network.exits.calibration(), strict=True):
                 own.copy_(found)  # an average of the weights takes over the buffers of the network at each step
@@ -160,19 +196,26 @@ class ValidateAndSave(Callback):
         found = validation.logged
         scores = [words.format(100 * found[key]) for key, words in VALIDATED.items() if key in found]
         best = "the best" if self.best_step == step else f"best {100 * self.best_score:.1f} % at step {self.best_step}"
-        line = f"step {step} of {self.recipe.iterations}: {', '.join(scores)}, loss {loss:.3f}; {best}"
-        if step == self.recipe.iterations:
+        of = f"{self.recipe.iterations}" if self.clock is None else f"about {self.clock.steps(step)}"
+        over = step == self.recipe.iterations if self.clock is None else self.clock.over
+        line = f"step {step}{'' if over and self.clock else f' of {of}'}: {', '.join(scores)}, loss {loss:.3f}; {best}"
+        if over:
             return line
-        pace = (time.monotonic() - self.started) / (step - self.first_step)  # seconds
-        return f"{line}; {pace * (self.recipe.iterations - step) / 60:.1f} minutes left"
+        pace = (clocks.now() - self.started) / (step - self.first_step)  # seconds
+        left = pace * (self.recipe.iterations - step) if self.clock is None else self.clock.total_s - self.clock.spent_s
+        return f"{line}; {max(0.0, left) / 60:.1f} minutes left"
+
+    def _save_network(self, trainer: Trainer, task: RecipeTask) -> None:
+        if trainer.is_global_zero:
+            with shifted(task.network, self.offsets):
+                task.network.save(self.output / LAST_FOLDER)
 
     def _save(self, trainer: Trainer, task: RecipeTask) -> None:
         scratch, target = self.output / f".{RESUME_FILE}.tmp", self.output / RESUME_FILE
         try:
             trainer.save_checkpoint(scratch)
+            self._save_network(trainer, task)
             if trainer.is_global_zero:
-                with shifted(task.network, self.offsets):
-                    task.network.save(self.output / LAST_FOLDER)
                 os.replace(scratch, target)  # last: once it is there, so are the networks of its step
         except OSError as error:
             raise not_written(target, error) from error
@@ -209,6 +252,15 @@ class StopAtSignal(Callback):
 
 class Progress(RichProgressBar):
     """One line: step, rate, and the numbers of the task that `SHOWN` lists."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts the steps of the whole run, also of one that goes on."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
+        clock = cast(RecipeTask, pl_module).clock
+        if clock is not None and self.progress is not None and self.train_progress_bar_id is not None:
+            self.progress.update(self.train_progress_bar_id, total=clock.steps(trainer.global_step))
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "train"  # a run is one long epoch

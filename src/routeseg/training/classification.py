@@ -113,5 +113,5 @@ def pretrain(
     Raises as `train` does.
     """
     run = Run.begin(model, recipe, options, data.batch_size, (data.crop, data.crop))
-    module = ClassificationDataModule(data, recipe.iterations, recipe.seed, run.first_step, recipe.accumulate)
+    module = ClassificationDataModule(data, run.iterations, recipe.seed, run.first_step, recipe.accumulate)
     return run.fit(ClassificationTask(model, recipe, data.crop, run.batch_norm), module)

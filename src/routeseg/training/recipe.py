@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from routeseg.config import NetworkConfig
-
 Precision = Literal["32-true", "bf16-mixed"]
 FLOAT32: Precision = "32-true"
 BFLOAT16: Precision = "bf16-mixed"
@@ -135,13 +133,7 @@ class PretrainingRecipe(TrainingRecipe):
             raise ValueError(f"recipe.label_smoothing is {self.label_smoothing}: it must be at least 0 and below 1")
 
 
-def places_start(network: NetworkConfig, recipe: TrainingRecipe) -> int | None:
-    """The step from which places leave while a network learns (`Recipe.places_from`); None: never."""
-    share = getattr(recipe, "places_from", 1.0)
-    return None if network.place is None or share == 1 else round(share * recipe.iterations)
-
-
-def lr_factor(step: int, recipe: TrainingRecipe) -> float:
+def lr_factor(step: float, recipe: TrainingRecipe) -> float:
     """Poly decay with a linear warm-up from `warmup_factor`."""
     poly = (1.0 - min(step, recipe.iterations) / recipe.iterations) ** recipe.poly_power
     if step >= recipe.warmup_steps:

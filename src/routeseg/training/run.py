@@ -7,7 +7,6 @@ for how they are started.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,11 +26,19 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from routeseg.data.classification_loaders import ClassificationDataModule
 from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.evaluation.ranking import Ranking
-from routeseg.files import RESUME_FILE, RUN_CONFIG_FILE, check_writable, remove_leftovers, write_atomically
+from routeseg.files import (
+    RESUME_FILE,
+    RUN_CONFIG_FILE,
+    check_run_folder,
+    check_writable,
+    remove_leftovers,
+    write_atomically,
+)
 from routeseg.model.checkpoints import read_config
 from routeseg.model.grid import RoutedNetwork
 from routeseg.training.batch_norm import Mode, check_enough_values, choose_mode
 from routeseg.training.callbacks import LAST_FOLDER, RUN_STATE, Progress, StopAtSignal, ValidateAndSave
+from routeseg.training.clock import Clock
 from routeseg.training.initialization import FREE_FIELDS, differences_of
 from routeseg.training.offsets import shift
 from routeseg.training.processes import (
@@ -50,6 +57,7 @@ from routeseg.training.trackers import check_trackers, make_loggers
 from routeseg.training.trial import SettlePrecision
 
 LOCK_FILE = ".lock"  # in the folder of a run
+ENDLESS = 1 << 31  # steps
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,8 @@ class RunOptions:
     progress     show how it goes: a progress bar, a line for each validation, OUTPUT/progress.png
     configuration   the sections that `routeseg train` was given: a run keeps them in OUTPUT/config.yaml
     trackers     who keeps the numbers of the run beside its CSV file: tensorboard, wandb, mlflow (trackers.py)
+    clock        of the time that the run is given; None: it is given the recipe's iterations. A run that is resumed
+                 goes on with the time that it had left
     """
 
     output: Path
@@ -72,6 +82,7 @@ class RunOptions:
     progress: bool = True
     configuration: Mapping[str, Any] | None = None
     trackers: tuple[str, ...] = ("tensorboard",)
+    clock: Clock | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -84,7 +95,7 @@ class RunResult(Generic[Found]):
 
     found           what the last validation measured; None if no step was left to do
     steps           of the optimiser, since the run began
-    seconds         since it was started or resumed
+    seconds         since the run began, without the time between its parts
     precision       32-true or bf16-mixed, as the steps ran
     is_global_zero  whether this process is the one that writes files and prints
     ranking         the worst and best pictures of the last validation; None if it had no pictures to look at
@@ -103,7 +114,9 @@ class Run:
     """A training that is about to start, or to go on: its options, its processes, and where it goes on from.
 
     processes            on this machine
-    images_before        images of a step before it was interrupted; None if it starts, or if nobody wrote it down
+    before               what the run kept when it was interrupted (`ValidateAndSave.state_dict`); empty if it starts
+    meaning              what the label values of the data mean (`meaning_of`); None: they are not values in files
+    clock                of the time that it is given, if it is not given iterations
     lock                 of the folder: the first process holds it until the run ends
     """
 
@@ -115,12 +128,20 @@ class Run:
     batch_norm: Mode
     images_per_step: int
     first_step: int
-    images_before: int | None
+    before: Mapping[str, Any]
+    meaning: dict[str, int] | None
+    clock: Clock | None
     lock: BaseFileLock
 
     @classmethod
     def begin(
-        cls, model: RoutedNetwork, recipe: TrainingRecipe, options: RunOptions, batch_size: int, crop: tuple[int, int]
+        cls,
+        model: RoutedNetwork,
+        recipe: TrainingRecipe,
+        options: RunOptions,
+        batch_size: int,
+        crop: tuple[int, int],
+        meaning: dict[str, int] | None = None,
     ) -> Run:
         """Checks what was asked for, makes the folder, and seeds. Raises as `train` does."""
         check_trackers(options.trackers)
@@ -133,13 +154,24 @@ class Run:
         lock, is_first = FileLock(options.output / LOCK_FILE, timeout=0), getattr(rank_zero_only, "rank", 0) == 0
         if is_first:
             _take(lock, options.output)
-        first_step, images_before = _where_it_goes_on(model, recipe, options)
-        if options.configuration is not None and is_first:
-            plain = json.loads(json.dumps(options.configuration))  # lists in place of tuples
-            write_atomically(options.output / RUN_CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False).encode())
+        first_step, before = _where_it_goes_on(model, recipe, options)
+        _check_classes(model, meaning, before, options)
+        clock = options.clock
+        if clock is None and before.get("clock") is not None:
+            clock = Clock.of(before["clock"])
+            clock = None if clock.over else clock  # it goes on by iterations, if there are more of them
+        if is_first:
+            _remember(options, recipe.iterations)
         lightning.seed_everything(recipe.seed, workers=True, verbose=False)
         images = batch_size * world * recipe.accumulate
-        return cls(model, recipe, options, processes, machines, batch_norm, images, first_step, images_before, lock)
+        return cls(
+            model, recipe, options, processes, machines, batch_norm, images, first_step, before, meaning, clock, lock
+        )
+
+    @property
+    def iterations(self) -> int:
+        """How many steps the data must last for."""
+        return self.recipe.iterations if self.clock is None else ENDLESS
 
     @property
     def world(self) -> int:
@@ -154,14 +186,22 @@ class Run:
     def fit(self, task: RecipeTask[Found], data: SegmentationDataModule | ClassificationDataModule) -> RunResult[Found]:
         """Trains; afterwards the network is the one in OUTPUT/last."""
         options, checkpoint = self.options, self.options.output / RESUME_FILE
+        task.clock = self.clock
         saver = ValidateAndSave(
-            options.output, self.recipe, data, self.first_step, self.images_per_step, options.progress
+            options.output,
+            self.recipe,
+            data,
+            self.first_step,
+            self.images_per_step,
+            options.progress,
+            self.clock,
+            self.before.get("seconds", 0.0),
+            self.meaning,
         )
         stopper = StopAtSignal(saver)
         trainer = self._trainer([saver, *([stopper] if self.world == 1 else [])])
         if trainer.is_global_zero:
             self._say_images()
-        start = time.monotonic()
         together = ending_together(lambda: getattr(trainer.strategy.launcher, "procs", ()))
         with together if self.world > 1 else nullcontext():
             try:
@@ -176,25 +216,28 @@ class Run:
                 raise
             finally:
                 self.lock.release()
-        if stopper.signal is not None and trainer.global_step < self.recipe.iterations:
+        over = trainer.global_step >= self.recipe.iterations if self.clock is None else self.clock.over
+        if stopper.signal is not None and not over:
             raise Interrupted(self._goes_on(trainer.global_step), stopper.signal)
+        if self.clock is not None and trainer.is_global_zero:
+            _remember(options, trainer.global_step)
         self.model.load_state_dict(task.network.state_dict())
         shift(self.model, saver.offsets)
         found = saver.latest.found if saver.latest is not None else None
-        seconds = time.monotonic() - start
-        return RunResult(found, trainer.global_step, seconds, task.precision, trainer.is_global_zero)
+        return RunResult(found, trainer.global_step, saver.seconds, task.precision, trainer.is_global_zero)
 
     def _goes_on(self, step: int) -> str:
         """What to say of a run that a signal ended at this step."""
         output, remembers = self.options.output, self.options.configuration is not None
         command = f"`routeseg train --output {output} --resume`" if remembers else "the same command with --resume"
-        return f"saved at step {step} of {self.recipe.iterations} in {output}: {command} goes on"
+        of = self.recipe.iterations if self.clock is None else f"about {self.clock.steps(step)}"
+        return f"saved at step {step} of {of} in {output}: {command} goes on"
 
     def _trainer(self, callbacks: list[Callback]) -> Trainer:
         recipe, options = self.recipe, self.options
         try:
             return Trainer(
-                max_steps=recipe.iterations,
+                max_steps=recipe.iterations if self.clock is None else -1,
                 max_epochs=-1,
                 accelerator=options.accelerator,
                 devices=self.processes,
@@ -217,14 +260,14 @@ class Run:
 
     def _say_images(self) -> None:
         """Prints how many images a step has, which the learning rate must fit."""
-        recipe, images = self.recipe, self.images_per_step
+        recipe, images, before = self.recipe, self.images_per_step, self.before.get("images_per_step")
         print(
             f"{images} images a step ({images // (self.world * recipe.accumulate)} x {self.world} processes "
             f"x {recipe.accumulate} accumulated), learning rate {recipe.lr:g}"
         )
-        if self.images_before not in (None, images):
+        if before not in (None, images):
             print(
-                f"note: this run took {self.images_before} images a step so far, and takes {images} from here on. "
+                f"note: this run took {before} images a step so far, and takes {images} from here on. "
                 f"Its schedule counts steps, and --recipe.lr {recipe.lr:g} stays: scale it with the images of a step"
             )
 
@@ -251,21 +294,54 @@ def _take(lock: BaseFileLock, output: Path) -> None:
     remove_leftovers(output)
 
 
-def _where_it_goes_on(model: RoutedNetwork, recipe: TrainingRecipe, options: RunOptions) -> tuple[int, int | None]:
-    """The step that the run goes on from, and the images of a step that it had before."""
+def _remember(options: RunOptions, iterations: int) -> None:
+    """Writes what the run was given into its folder, with so many iterations."""
+    if options.configuration is None:
+        return
+    plain = json.loads(json.dumps(options.configuration))  # lists in place of tuples
+    plain["recipe"]["iterations"] = iterations
+    write_atomically(options.output / RUN_CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False).encode())
+
+
+def _check_classes(
+    model: RoutedNetwork, meaning: Mapping[str, int] | None, before: Mapping[str, Any], options: RunOptions
+) -> None:
+    """Raises ValueError if a run goes on with other classes: of another name, or painted with another value."""
+    output, names = options.output, model.config.class_names
+    known = read_config(output / LAST_FOLDER).class_names if options.resume and (output / LAST_FOLDER).is_dir() else ()
+    said = [
+        f"class {k} is {one} there and {other} here"
+        for k, (one, other) in enumerate(zip(known, names, strict=False))
+        if one != other
+    ]
+    painted = before.get("meaning") or {}
+    said += [
+        f"{value} means {names[painted[value]]} there and {names[k]} here"
+        for value, k in (meaning or {}).items()
+        if painted.get(value, k) != k
+    ]
+    if said:
+        more = f" (and {len(said) - 1} more)" if len(said) > 1 else ""
+        raise ValueError(
+            f"the run in {output} has other classes: {said[0]}{more}. Resume it with the classes that it had, or start "
+            "another one with another --output"
+        )
+
+
+def _where_it_goes_on(
+    model: RoutedNetwork, recipe: TrainingRecipe, options: RunOptions
+) -> tuple[int, Mapping[str, Any]]:
+    """The step that the run goes on from, and what `ValidateAndSave` kept of it."""
     output, path = options.output, options.output / RESUME_FILE
+    check_run_folder(output, options.resume)
     if not options.resume:
-        if path.exists():
-            raise ValueError(f"{output} already holds a run: go on with it with --resume, or choose another --output")
-        return 0, None
-    if not path.exists():
-        raise ValueError(f"nothing to resume: {path} does not exist")
+        return 0, {}
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         step = int(checkpoint["global_step"])
         averaged = any(name.startswith("average.") for name in checkpoint["state_dict"])
         shapes = {name: list(value.shape) for name, value in checkpoint["state_dict"].items()}
-        saved = checkpoint["callbacks"][RUN_STATE].get("images_per_step")
+        saved = checkpoint["callbacks"][RUN_STATE]
         optimizer = "adamw" if "betas" in checkpoint["optimizer_states"][0]["param_groups"][0] else "sgd"
     except Exception as error:  # a damaged file fails in many ways
         raise ValueError(f"{path} is damaged or no checkpoint of a run: {error}") from error

@@ -22,7 +22,8 @@ from routeseg.cost.budget import Budget, budget_loss
 from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig, pair
 from routeseg.data.datamodule import SegmentationDataModule
-from routeseg.data.subset import LEAST_PICTURES, class_weights
+from routeseg.data.pairs import PairedFiles, SegmentationData
+from routeseg.data.subset import LEAST_PICTURES, Pictures, class_weights
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import Evaluation, evaluate
 from routeseg.evaluation.scores import check_class_count
@@ -32,8 +33,7 @@ from routeseg.model.backbone import Backbone
 from routeseg.model.compute import PLAIN
 from routeseg.model.places import enlarge
 from routeseg.training.batch_norm import Mode
-from routeseg.training.calibration import check_enough_pictures
-from routeseg.training.recipe import Recipe, places_start
+from routeseg.training.recipe import Recipe
 from routeseg.training.run import Run, RunOptions, RunResult
 from routeseg.training.task import RecipeTask, Validation
 from routeseg.training.watch import PROGRESS_FILE, WATCH_STATE, Watch
@@ -88,7 +88,7 @@ class SegmentationTask(RecipeTask[Evaluation]):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        freeze_stages(self.model.backbone, self.recipe, self.global_step)
+        freeze_stages(self.model.backbone, self.recipe, self.position)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.watch is not None:
@@ -99,15 +99,9 @@ class SegmentationTask(RecipeTask[Evaluation]):
             self.watch.load_state_dict(checkpoint[WATCH_STATE])
 
     @property
-    def norms_learn(self) -> bool:
-        """Statistics must not mix places that have left with those that run."""
-        return super().norms_learn and not self.places_leave
-
-    @property
     def places_leave(self) -> bool:
-        """Whether places leave at this step."""
-        start = places_start(self.model.config, self.recipe)
-        return start is not None and self.global_step >= start
+        start = self.recipe.places_from
+        return self.model.config.place is not None and start < 1 and self.position >= start * self.recipe.iterations
 
     def asked(self, images: int) -> dict[str, Any]:
         """A price for each image once places leave, of any size; for some of them none, so that all of their places run
@@ -129,7 +123,7 @@ class SegmentationTask(RecipeTask[Evaluation]):
 
     def loss(self, result: Segmentation, labels: Tensor, labels_in_step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         count, (_, world) = self.recipe.accumulate, rank_and_world()
-        weight = self.budget.weight_at(self.global_step / self.recipe.iterations)
+        weight = self.budget.weight_at(self.position / self.recipe.iterations)
         compute, weights = self.model.compute or PLAIN, self.weights(labels)
         outputs = (*result.earlier, result.logits)
         counts = [weights] * len(outputs)
@@ -159,20 +153,66 @@ class SegmentationTask(RecipeTask[Evaluation]):
         """The score is the mIoU. A network is a candidate once the budget has its full weight: one that does not yet
         keep the budget must not win."""
         network = cast(DynamicRoutingNetwork, self.network)
+        is_last = self.clock is not None and self.clock.over
+        if self.watch is not None and is_last:
+            self.watch.last_step = self.global_step
         on_prediction = None if self.watch is None else self.watch.begin(self.global_step)
         found = evaluate(network, batches, SkipEngine(network), on_prediction=on_prediction)
         if self.watch is not None:
             self.watch.end(self.global_step, found)
         logged = {"val_miou": found.miou, "val_cost": float((found.cost_macs / found.full_macs).mean())}
         full_weight = (self.budget.start + self.budget.ramp) * self.recipe.iterations
-        return Validation(found, found.miou, logged, self.global_step >= full_weight or not self.budget.weight)
+        candidate = is_last or self.position >= full_weight or not self.budget.weight
+        return Validation(found, found.miou, logged, candidate)
 
 
-def freeze_stages(backbone: Backbone | None, recipe: Recipe, step: int) -> None:
+def freeze_stages(backbone: Backbone | None, recipe: Recipe, step: float) -> None:
     """Lets those stages of a backbone, if there is one, learn that do so at this step."""
     learns = step >= recipe.backbone_frozen * recipe.iterations
     for number, stage in enumerate([] if backbone is None else backbone.stages):
         stage.requires_grad_(learns and number >= recipe.backbone_frozen_stages)
+
+
+def meaning_of(data: SegmentationData) -> dict[str, int] | None:
+    """Label value, or colour, -> class, as the label files of a data set have them; None if it has no files."""
+    while isinstance(data, Pictures):
+        data = data.data
+    if not isinstance(data, PairedFiles):
+        return None
+    known, colours = data.label_map, data.label_map.colours
+    values = ({} if known.strict else {k: k for k in range(known.classes)}) | dict(known.values)
+    named = {str(value): k for value, k in values.items()} | {
+        "#{:02x}{:02x}{:02x}".format(*c): colours[c] for c in colours
+    }
+    return {value: k for value, k in named.items() if k != IGNORE}
+
+
+def _say_few(training: int, validation: int) -> None:
+    """Says once if there are too few pictures for a calibration that can be relied upon."""
+    if training < LEAST_PICTURES:
+        log.warning(
+            "%d training pictures are too few to tell well which image may leave early, and what a budget costs: they "
+            "serve for both. `routeseg calibrate` does better with %d or more",
+            training,
+            LEAST_PICTURES,
+        )
+    elif validation < LEAST_PICTURES:
+        log.warning(
+            "%d validation pictures are too few to set budgets with: the training pictures serve, of which the "
+            "network is surer, so that new ones cost more than is asked",
+            validation,
+        )
+
+
+def check_task(model: DynamicRoutingNetwork, budget: Budget) -> None:
+    """Raises ValueError for a budget that the network cannot be trained for, and for a single class."""
+    if budget.weight and model.exits is not None:
+        raise ValueError("a network with exits is asked for its budget afterwards: set --budget.weight 0")
+    if budget.weight and not model.config.gated:
+        raise ValueError(
+            "a network without gates cannot keep a budget: set --budget.weight 0, or --model.gate soft to give it gates"
+        )
+    check_class_count(model.config.num_classes)
 
 
 def train(
@@ -188,23 +228,17 @@ def train(
     written, for a single class, for a budget without gates, and for processes or a kind of BatchNorm that the machine
     does not have, and for a tracker that is not installed; NonFiniteLoss; ProcessLost.
     """
-    if budget.weight and model.exits is not None:
-        raise ValueError("a network with exits is asked for its budget afterwards: set --budget.weight 0")
-    if budget.weight and not model.config.gated:
-        raise ValueError(
-            "a network without gates cannot keep a budget: set --budget.weight 0, or --model.gate soft to give it gates"
-        )
-    check_class_count(model.config.num_classes)
-    run = Run.begin(model, recipe, options, data.batch_size, pair(data.crop))
-    module = SegmentationDataModule(data, recipe.iterations, recipe.seed, run.first_step, recipe.accumulate)
+    check_task(model, budget)
+    module = SegmentationDataModule(data, recipe.iterations, recipe.seed, 0, recipe.accumulate)
+    meaning = meaning_of(module.train_data)
+    run = Run.begin(model, recipe, options, data.batch_size, pair(data.crop), meaning)
+    module.iterations, module.first_step = run.iterations, run.first_step
     if model.exits is not None:
-        check_enough_pictures(len(module.train_data))
-        if len(module.val_data) < LEAST_PICTURES:
-            log.warning(
-                "%d validation pictures are too few to set budgets with: the training pictures serve, of which the "
-                "network is surer, so that new ones cost more than is asked",
-                len(module.val_data),
-            )
+        _say_few(len(module.train_data), len(module.val_data))
+    if run.clock is not None and run.clock.looks < 1:
+        count = len(module.val_data)
+        module.look_at(run.clock.looks)
+        log.warning("a validation looks at %d of %d pictures, so that it ends in time", len(module.val_data), count)
     weights = class_weights(module.train_data, recipe.class_balance) if recipe.class_balance else None
     task = SegmentationTask(model, recipe, budget, pair(data.crop), run.batch_norm, weights)
     progress = options.output / PROGRESS_FILE if options.progress else None

@@ -27,6 +27,7 @@ from routeseg.collectives import rank_and_world, total
 from routeseg.cost.macs import CostTable
 from routeseg.model.grid import RoutedNetwork
 from routeseg.training.batch_norm import Mode, norms_of
+from routeseg.training.clock import Clock
 from routeseg.training.fused import Fused
 from routeseg.training.processes import TrainingStopped
 from routeseg.training.recipe import FLOAT32, Precision, TrainingRecipe, lr_factor
@@ -79,6 +80,7 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
 
     cost       the network's, at the size of the training crops
     precision  32-true or bf16-mixed; trial.py replaces it where the recipe leaves it to the machine
+    clock      of a training that is given a time; None: it is given the recipe's iterations
     numbers    what the last steps found, by name; real_cost and skipped_images are those of the last step that was
                logged
     """
@@ -96,6 +98,7 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
         self.precision: Precision = FLOAT32 if recipe.precision == "auto" else recipe.precision
         self.skipped = torch.zeros((), dtype=torch.int64)  # unreadable images of all processes, since they started
         self.numbers: dict[str, float] = {}
+        self.clock: Clock | None = None
         self.average: AveragedModel | None = None
         if recipe.ema_decay:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
@@ -122,13 +125,18 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
         return self.model if self.average is None else cast(RoutedNetwork, self.average.module)
 
     @property
+    def position(self) -> float:
+        """How far the schedule is, 0 to `recipe.iterations`: the step, or with a clock the same share of the time."""
+        return self.global_step if self.clock is None else self.clock.share * self.recipe.iterations
+
+    @property
     def drop_path(self) -> float:
         """p of the scheduled drop path at this step."""
-        return self.recipe.drop_path * self.global_step / self.recipe.iterations
+        return self.recipe.drop_path * self.position / self.recipe.iterations
 
     def on_train_start(self) -> None:
         """A run that goes on keeps the momenta of its gradients; the numbers are the recipe's, which may differ."""
-        schedule, factor = cast(Any, self.lr_schedulers()), lr_factor(self.global_step, self.recipe)
+        schedule, factor = cast(Any, self.lr_schedulers()), lr_factor(self.position, self.recipe)
         groups = parameter_groups(self.model, self.recipe)
         for group, given in zip(self._optimizer.param_groups, groups, strict=True):
             group["initial_lr"], group["lr"] = given["lr"], given["lr"] * factor
@@ -186,9 +194,15 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
         return {}
 
     @property
+    def places_leave(self) -> bool:
+        """Whether places of the images leave at this step (model/places.py)."""
+        return False
+
+    @property
     def norms_learn(self) -> bool:
-        """Whether BatchNorm takes the statistics of the batches at this step."""
-        return self.batch_norm != "frozen"
+        """Whether BatchNorm takes the statistics of the batches at this step: these must not mix places that have left
+        with those that run."""
+        return self.batch_norm != "frozen" and not self.places_leave
 
     def _seed(self, rank: int, part: int) -> None:
         """What a batch of a step draws at random depends on these alone, so that a resumed run draws the same."""
@@ -221,12 +235,15 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
             self.log_dict(found | {"lr": self._lr})
         self.numbers.update(found)
         self._optimizer.step()
+        if self.clock is not None:
+            self.clock.tick()
         cast(Any, self.lr_schedulers()).step()
         if self.average is not None:
             self.average.update_parameters(self.model)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer, schedule = optimizer_of(self.model, self.recipe)
+        at = (lambda step: step) if self.clock is None else (lambda step: self.position)
+        optimizer, schedule = optimizer_of(self.model, self.recipe, at)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @property
@@ -247,13 +264,14 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
 
 
 def optimizer_of(
-    model: RoutedNetwork, recipe: TrainingRecipe
+    model: RoutedNetwork, recipe: TrainingRecipe, position: Callable[[int], float] = lambda step: step
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """The optimiser of a recipe, and the schedule of its learning rates."""
+    """The optimiser of a recipe, and the schedule of its learning rates, which is at this position after so many
+    steps."""
     kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.SGD
     groups = [group | momentum_of(recipe) for group in parameter_groups(model, recipe)]
     optimizer = kind(groups, lr=recipe.lr)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, recipe))
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(position(step), recipe))
 
 
 def momentum_of(recipe: TrainingRecipe) -> dict[str, Any]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from routeseg.data.pairs import LabelMap
+from routeseg.data.config import DataConfig, open_data, pair
+from routeseg.data.pairs import LabelMap, LeftOut, PairedFiles, SegmentationData
+from routeseg.data.sets.folder import describing_file
 from routeseg.data.sets.masks import IGNORED_16, LOOSE, RARE_VALUE, white_alone
-from routeseg.data.tools.check import Picture, SplitCheck, duplicates
-from routeseg.labels import IGNORE
+from routeseg.data.tools.check import Picture, SplitCheck, check_split, duplicates
+from routeseg.files import expand_user
+from routeseg.labels import IGNORE, Classes
 
 MOSTLY = 0.99  # share of the labelled pixels above which a class leaves the others hardly a chance
 MOSTLY_IGNORED = 0.8
@@ -48,6 +52,51 @@ def verdict(findings: Sequence[Finding]) -> str:
     """A key of VERDICTS."""
     levels = {finding.level for finding in findings}
     return "errors" if "error" in levels else "warnings" if "warning" in levels else "ready"
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What was found in the splits of a data set.
+
+    opened  those that could be opened, by name
+    """
+
+    checks: list[SplitCheck]
+    opened: dict[str, SegmentationData]
+    findings: list[Finding]
+
+
+def examine(
+    data: DataConfig,
+    splits: Iterable[str],
+    seed: int,
+    workers: int | None,
+    progress: Callable[[str, int], AbstractContextManager[Callable[[], None]]],
+) -> Examined:
+    """Looks at every picture of some splits: what `routeseg check-data` tells, and `routeseg train` before it trains.
+
+    workers   as `check_split` takes them
+    progress  of a title and a number of pictures, a context that gives what is called after each (a progress bar)
+    Raises ValueError if none of the splits can be opened, for one reason.
+    """
+    checks: list[SplitCheck] = []
+    opened: dict[str, SegmentationData] = {}
+    for split in dict.fromkeys(splits):
+        training, left_out = split == data.train_split, list[LeftOut]()
+        try:
+            opened[split] = open_data(data, split, seed, left_out)
+        except ValueError as error:
+            checks.append(SplitCheck(split, Classes(()), [], training, str(error), left_out))
+            continue
+        with progress(f"check {data.name} {split}", len(opened[split])) as step:
+            checks.append(check_split(opened[split], split, training, workers, step, left_out))
+    if not opened and len({check.failure for check in checks}) == 1:  # there is no such data set
+        raise ValueError(checks[0].failure)
+    label_map = next((files.label_map for files in opened.values() if isinstance(files, PairedFiles)), None)
+    described_in = describing_file(expand_user(data.root)) if data.name == "folder" and data.root else None
+    if described_in is not None and not described_in.is_file():
+        described_in = None
+    return Examined(checks, opened, find(checks, label_map, described_in, pair(data.crop)))
 
 
 def find(
@@ -380,7 +429,7 @@ def _few(names: Sequence[str]) -> str:
 def _of_sizes(check: SplitCheck, crop: tuple[int, int] | None) -> list[Finding]:
     found = []
     tiny = tuple(picture.image for picture in check.pictures if picture.size and min(picture.size) < SMALLEST)
-    if tiny and not check.training:
+    if tiny:
         text = f"{check.split}: pictures with a side under {SMALLEST} pixels, which the network refuses: {len(tiny)}"
         found.append(Finding("error", text, "remove or enlarge them, with their labels", tiny))
     if crop is not None and check.training and check.smaller_than(crop) > len(check.pictures) / 2:
