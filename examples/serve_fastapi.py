@@ -102,7 +102,7 @@ def parse(budget: str | None, model: routeseg.DynamicRoutingNetwork) -> Asked | 
             exits.price_of(np.array(asked.value))  # whether it can be kept; of MACs the size of the image decides
         return asked
     except ValueError as error:
-        raise HTTPException(400, str(error).removeprefix("--")) from error
+        raise HTTPException(400, str(error)) from error
 
 
 def decode(body: bytes) -> np.ndarray:

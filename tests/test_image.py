@@ -424,7 +424,7 @@ class TestTheEngine:
             assert cheap.cost_gmacs < model.predict(picture, budget=np.int64(1)).cost_gmacs
             assert cheap.cost_gmacs / cheap.full_gmacs == pytest.approx(cheap.levels[0])
             assert f"(it can be {100 * cheap.levels[0]:.3g}, " in repr(cheap)
-        with pytest.raises(ValueError, match='budget 40: .*the text "40%"'):
+        with pytest.raises(ValueError, match='budget is 40: .*the text "40%"'):
             model.predict(picture, budget=40)
         with pytest.raises(ValueError, match="cannot be kept"):
             model.predict(picture, budget=0.1)

@@ -57,18 +57,18 @@ class Asked:
         except ValueError:
             number = math.nan
         if match is None or not 0 < number < math.inf:
-            raise ValueError(f"budget {text!r}: {FORMS}")
+            raise ValueError(f"budget is {text!r}: {FORMS}")
         unit = match[2].upper()
         value = number * UNITS[unit]
         if unit == "MS":
             if not latency:
                 raise ValueError(
-                    f"budget {text!r}: milliseconds need --latency, a table of this machine. `routeseg profile "
+                    f"budget is {text!r}: milliseconds need --latency, a table of this machine. `routeseg profile "
                     "CHECKPOINT --size HEIGHTxWIDTH` writes one"
                 )
             return cls(value, "ms", (latency,) if isinstance(latency, LatencyTable) else tuple(latency), file)
         if unit in ("", "%") and value > 1:
-            raise ValueError(f"budget {text!r} is more than the full network: {FORMS}")
+            raise ValueError(f"budget is {text!r}, more than the full network: {FORMS}")
         return cls(value, "macs" if unit.endswith("MACS") else "share")
 
     def __str__(self) -> str:
@@ -105,7 +105,9 @@ def _share(number: Any) -> float:
         share = math.nan
     if isinstance(number, bool) or not 0 < share <= 1:
         percent = f'; {share:g} percent is the text "{share:g}%"' if 1 < share <= 100 else ""
-        raise ValueError(f"budget {brief(number)}: a number is a share of the full network, above 0 up to 1{percent}")
+        raise ValueError(
+            f"budget is {brief(number)}: a number is a share of the full network, above 0 up to 1{percent}"
+        )
     return share
 
 
