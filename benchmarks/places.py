@@ -1,0 +1,235 @@
+"""What it is worth that places of an image choose how far they go: scores against cost, beside what is cheaper to have.
+
+    python benchmarks/places.py results/camvid_wide --data.name camvid --data.root data/camvid \\
+        --output results/places_camvid_wide.json
+
+A network without places is looked at as if it had them, with --place. For the validation images it writes, in shares of
+what the network costs with all layers at the image's own size,
+
+    exits   all images leave at one exit
+    sizes   all layers, of the image at other sizes, as labels of its own size
+    walked  places at each of PRICES and each of --sizes, as the network runs: places that have left stay as they are
+    chosen  at each of BUDGETS, from what every exit makes of the image if all layers run everywhere:
+              images     each image leaves where its mean entropy is below a threshold
+              places     the same of each place
+              shuffled   places exchange their exits within their image
+              exchanged  images exchange their maps of exits
+              common     all leave at one exit, or at one of two neighbours by chance
+              oracle     the labels choose: least wrong pixels, each counts 1 / the pixels of its class, plus a price
+
+Legend: N images, K exits, hb, wb places of an image, H, W its size, C classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from routeseg.cost.macs import model_cost
+from routeseg.data.config import DataConfig, open_data
+from routeseg.data.loaders import evaluation_loader
+from routeseg.data.subset import evenly_spread
+from routeseg.evaluation import machine_facts
+from routeseg.evaluation.choice import price_between
+from routeseg.evaluation.scores import count_pairs
+from routeseg.files import write_json
+from routeseg.model import DynamicRoutingNetwork, checkpoints
+from routeseg.model.decoder import most_likely
+from routeseg.space import MIN_IMAGE_SIZE
+
+PRICES = (0.01, 0.03, 0.06, 0.1, 0.15, 0.22, 0.32, 0.45, 0.65, 0.9)  # nats
+BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+SHUFFLES = 5
+
+
+class Looked:
+    """What every exit makes of an image: labels uint8 [K,H,W], entropies [K-1,hb,wb] of places, the truth [H,W]."""
+
+    def __init__(self, model: DynamicRoutingNetwork, image: Tensor, truth: Tensor) -> None:
+        assert model.exits is not None and model.config.place is not None
+        result, kept = model.all_exits(image)
+        outputs = (*result.earlier, result.logits)
+        self.labels = np.stack([most_likely(one)[0].numpy().astype(np.uint8) for one in outputs])
+        self.entropy = np.stack([model.exits.see(exit, maps)[0].numpy() for exit, maps in enumerate(kept)])
+        self.truth, self.place = truth[0].numpy(), model.config.place
+        table = model_cost(model, (image.shape[-2], image.shape[-1]))
+        assert table.exits is not None
+        self.costs = table.exits / table.full
+
+    def composed(self, exits: np.ndarray) -> np.ndarray:
+        """The labels [H,W] if places leave at these exits [hb,wb]."""
+        height, width = self.truth.shape
+        at = exits.repeat(self.place, 0).repeat(self.place, 1)[:height, :width]
+        found: np.ndarray = np.take_along_axis(self.labels, at[None], 0)[0]
+        return found
+
+    def leave(self, entropy: np.ndarray, price: float) -> np.ndarray:
+        """The exits [hb,wb] by entropies [K-1,hb,wb] and a price."""
+        leaves = np.concatenate([entropy <= price, np.ones((1, *entropy.shape[1:]), bool)])
+        first: np.ndarray = leaves.argmax(0)
+        return first
+
+    def errors(self, weights: np.ndarray) -> np.ndarray:
+        """The wrong pixels of each place at each exit, each times the weight of its class: [K,hb,wb]."""
+        known = self.truth < len(weights)
+        weight = np.where(known, weights[np.where(known, self.truth, 0)], 0.0)
+        wrong = torch.from_numpy((self.labels != self.truth) * weight)
+        height, width = (side * self.place for side in self.entropy.shape[1:])
+        padded = F.pad(wrong, (0, width - wrong.shape[-1], 0, height - wrong.shape[-2]))
+        summed: np.ndarray = F.avg_pool2d(padded[None], self.place)[0].numpy() * self.place**2
+        return summed
+
+
+def miou(pairs: np.ndarray) -> float:
+    """Of the confusion matrix [C,C], over the classes that labels have."""
+    hits, there = np.diag(pairs), pairs.sum(1) > 0
+    return float((hits[there] / (pairs.sum(0) + pairs.sum(1) - hits)[there]).mean())
+
+
+def pairs_of(truth: np.ndarray, found: np.ndarray, classes: int) -> np.ndarray:
+    return count_pairs(torch.from_numpy(truth), torch.from_numpy(found.astype(np.int64)), classes).numpy()
+
+
+def scored(looked: list[Looked], exits: list[np.ndarray], classes: int) -> float:
+    return miou(sum(pairs_of(one.truth, one.composed(at), classes) for one, at in zip(looked, exits, strict=True)))
+
+
+def spent(looked: list[Looked], exits: list[np.ndarray]) -> float:
+    return float(np.mean([one.costs[at].mean() for one, at in zip(looked, exits, strict=True)]))
+
+
+def at_cost(looked: list[Looked], exits: Callable[[Looked, float], np.ndarray], cost: float) -> list[np.ndarray]:
+    """The exits that a rule gives at the price at which they cost so much."""
+    _, price = price_between(lambda price: spent(looked, [exits(one, price) for one in looked]), cost)
+    return [exits(one, price) for one in looked]
+
+
+def chosen(looked: list[Looked], classes: int, budget: float) -> dict[str, float]:
+    rng = np.random.default_rng(0)
+    pixels = sum(np.bincount(one.truth[one.truth < classes], minlength=classes) for one in looked)
+    weights = 1 / np.maximum(pixels, 1)
+    errors = {id(one): one.errors(weights) for one in looked}
+
+    def images(one: Looked, price: float) -> np.ndarray:
+        mean = one.entropy.mean((1, 2), keepdims=True)
+        return one.leave(np.broadcast_to(mean, one.entropy.shape), price)
+
+    def oracle(one: Looked, price: float) -> np.ndarray:
+        total: np.ndarray = (errors[id(one)] + price * one.costs[:, None, None]).argmin(0)
+        return total
+
+    own = at_cost(looked, lambda one, price: one.leave(one.entropy, price), budget)
+    within = [
+        scored(looked, [rng.permutation(at.ravel()).reshape(at.shape) for at in own], classes) for _ in range(SHUFFLES)
+    ]
+    fixed = [scored(looked, [np.full(at.shape, k) for at in own], classes) for k in range(len(looked[0].labels))]
+    found = {
+        "spent": spent(looked, own),
+        "images": scored(looked, at_cost(looked, images, budget), classes),
+        "places": scored(looked, own, classes),
+        "shuffled": float(np.mean(within)),
+        "common": float(np.interp(budget, np.mean([one.costs for one in looked], 0), fixed)),
+        "oracle": scored(looked, at_cost(looked, oracle, budget), classes),
+    }
+    if len({at.shape for at in own}) == 1:  # maps of images of other sizes do not fit
+        turns = [[own[i] for i in rng.permutation(len(own))] for _ in range(SHUFFLES)]
+        found["exchanged"] = float(np.mean([scored(looked, some, classes) for some in turns]))
+    return found
+
+
+def resized(image: Tensor, size: float) -> Tensor:
+    """An image uint8 [1,3,H,W] with sides times `size`."""
+    if size == 1:
+        return image
+    sides = [max(MIN_IMAGE_SIZE, round(side * size)) for side in image.shape[-2:]]
+    return F.interpolate(image.float() / 255, sides, mode="bilinear", antialias=True).clamp(0, 1)
+
+
+def walked(
+    model: DynamicRoutingNetwork, images: list[dict[str, Any]], size: float, price: float | None
+) -> dict[str, float | None]:
+    """Cost and score of all layers (no price), or of places at a price."""
+    pairs: Any = 0
+    costs = []
+    for one in images:
+        own = (one["image"].shape[-2], one["image"].shape[-1])
+        image = resized(one["image"], size)
+        result = model(image, price=price)
+        logits = result.logits
+        if size != 1:
+            logits = F.interpolate(logits, own, mode="bilinear", antialias=size > 1)
+        found = most_likely(logits)[0].numpy()
+        pairs = pairs + pairs_of(one["labels"][0].numpy(), found, model.config.num_classes)
+        table = model_cost(model, (image.shape[-2], image.shape[-1]))
+        costs.append(float(table.of_result(result.gates, result.exits)[0]) / model_cost(model, own).full)
+    return {"size": size, "price": price, "cost": float(np.mean(costs)), "miou": miou(pairs)}
+
+
+def placed(model: DynamicRoutingNetwork, place: int) -> DynamicRoutingNetwork:
+    """The network, whose places decide."""
+    if model.config.place == place:
+        return model.eval()
+    network = DynamicRoutingNetwork(replace(model.config, place=place, choice="entropy"))
+    weights = {key: value for key, value in model.state_dict().items() if not key.startswith("exits.gates")}
+    network.load_state_dict(weights)
+    return network.eval()
+
+
+@torch.no_grad()
+def main(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("network", help="a checkpoint folder, or `bundled`")
+    parser.add_argument("--place", type=int, default=32)
+    parser.add_argument("--data.name", dest="name", default="folder")
+    parser.add_argument("--data.root", dest="root", required=True)
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--images", type=int, default=None, help="at most so many")
+    parser.add_argument("--sizes", type=float, nargs="*", default=[0.5, 0.7, 1.0, 1.4])
+    parser.add_argument("--walked", type=float, nargs="*", default=[0.7, 1.0], help="sizes at which places are walked")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args(words)
+    model = placed(checkpoints.load(None if args.network == "bundled" else args.network), args.place)
+    data = evenly_spread(open_data(DataConfig(name=args.name, root=args.root), args.split), args.images)
+    images = [one for one in evaluation_loader(data) if not one["skipped"]]
+    classes = model.config.num_classes
+    looked = [Looked(model, one["image"], one["labels"]) for one in images]
+    exits = [
+        {
+            "cost": float(np.mean([one.costs[k] for one in looked])),
+            "miou": scored(looked, everywhere(looked, k), classes),
+        }
+        for k in range(len(looked[0].labels))
+    ]
+    least = exits[0]["cost"]
+    found: dict[str, Any] = {
+        "network": args.network,
+        "place": args.place,
+        "data": args.name,
+        "split": args.split,
+        "images": len(images),
+        "exits": exits,
+        "chosen": {str(budget): chosen(looked, classes, budget) for budget in BUDGETS if budget > least},
+        "sizes": [walked(model, images, size, None) for size in args.sizes],
+    }
+    write_json(args.output, found | machine_facts())
+    found["walked"] = [walked(model, images, size, price) for size in args.walked for price in PRICES]
+    write_json(args.output, found | {"command": ["benchmarks/places.py", *words]} | machine_facts())
+    return 0
+
+
+def everywhere(looked: list[Looked], exit: int) -> list[np.ndarray]:
+    """All places of all images at one exit."""
+    return [np.full(one.entropy.shape[1:], exit) for one in looked]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
