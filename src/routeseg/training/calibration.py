@@ -27,7 +27,7 @@ from routeseg.evaluation.choice import LARGEST_PRICE, AllExits, price_between, s
 from routeseg.model.exits import TABLE, Exits
 from routeseg.model.grid import RoutedNetwork
 
-PLACE_PRICES = (1e-7, 1e-5, *np.geomspace(3e-4, 0.9, 12))  # of places, as shares of the entropy of all classes alike
+WATCHED, LEAST_PRICE = 12, 1e-7  # prices at which places are watched; the least of them
 ROUNDING = 1e-9  # of a mean
 
 
@@ -53,7 +53,7 @@ def calibrate(
     found = copy.deepcopy(exits)  # all of it is new, or nothing
     try:
         count = _fit(model, found, readable(batches, on_batch), least)
-        _set_budgets(model, found, readable(others, on_batch), least)
+        _set_budgets(model, found, lambda: readable(others, on_batch), least)
     finally:
         model.train(was_training)
     for own, new in zip(exits.calibration(), found.calibration(), strict=True):
@@ -80,58 +80,57 @@ def _fit(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]], 
     return count
 
 
-def _set_budgets(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]], least: int) -> None:
-    """Sets costs, prices and frequencies by where pictures leave."""
-    look = _images_leave if exits.place is None else _places_leave
+def _set_budgets(
+    model: RoutedNetwork, exits: Exits, pictures: Callable[[], Iterator[dict[str, Any]]], least: int
+) -> None:
+    """Sets costs, prices and frequencies by where pictures leave, or their places."""
     seen, size = [], (0, 0)
-    for batch in batches:
+    for batch in pictures():
         size = (batch["image"].shape[-2], batch["image"].shape[-1])
-        seen.append(look(model, exits, batch["image"].to(exits.costs.device)))
+        kept = model.exit_features(batch["image"].to(exits.costs.device))
+        seen.append([exits.see(exit, maps).cpu().numpy() for exit, maps in enumerate(kept)])
     shares = gather((seen, size))
     seen, size = [one for share, _ in shares for one in share], max(size for _, size in shares)
     check_enough_pictures(sum(len(one[-1]) for one in seen), least, "pictures to set budgets with")
-    costs = exit_costs(model, size)
-    costs /= model_cost(model, size).full
-    if exits.place is None:
-        glances = [torch.from_numpy(np.concatenate(of_exit)) for of_exit in zip(*seen, strict=True)]
-        prices, frequencies = price_table(lambda price: choose(exits, glances, costs, price), costs)
-    else:
-        prices, frequencies = _between(place_prices(model), np.concatenate(seen).mean(0), costs)
-    for buffer, values in ((exits.costs, costs), (exits.prices, prices), (exits.frequencies, frequencies)):
+    costs = exit_costs(model, size) / model_cost(model, size).full
+    if exits.place is not None:
+        seen = [[values.ravel() for values in one] for one in seen]
+    glances = [torch.from_numpy(np.concatenate(of_exit)) for of_exit in zip(*seen, strict=True)]
+    table = price_table(lambda price: choose(exits, glances, costs, price), costs)
+    if exits.place is not None:
+        table = _walked(model, exits, pictures, table[0], costs)
+    for buffer, values in zip((exits.costs, exits.prices, exits.frequencies), (costs, *table), strict=True):
         buffer.copy_(torch.from_numpy(values))
 
 
-def _images_leave(model: RoutedNetwork, exits: Exits, images: Tensor) -> list[np.ndarray]:
-    """What decides about images at each exit but the last, [B,...]: all layers run."""
-    return [exits.see(exit, maps).cpu().numpy() for exit, maps in enumerate(model.exit_features(images))]
-
-
-def _places_leave(model: RoutedNetwork, exits: Exits, images: Tensor) -> np.ndarray:
-    """The share of the places of images that leave at each exit at each of `place_prices`: [B,P,K]. Those that have
-    left change what the others see, so that there is a forward for each price."""
+def _walked(
+    model: RoutedNetwork,
+    exits: Exits,
+    pictures: Callable[[], Iterator[dict[str, Any]]],
+    prices: np.ndarray,
+    costs: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The table of `price_table` for places. Those that have left change what the others see, so that pictures run at
+    WATCHED of the prices [T], and frequencies between these are interpolated."""
+    inner = prices[1:-1]
+    watched = np.unique(np.maximum(inner[np.linspace(0, len(inner) - 1, WATCHED).astype(int)], LEAST_PRICE))
     found = []
-    for price in place_prices(model):
-        left = model(images, price=price).exits
-        assert left is not None
-        counts = [np.bincount(one, minlength=len(exits.layers)) for one in left.flatten(1).cpu().numpy()]
-        found.append(np.array(counts) / left[0].numel())
-    return np.array(found).swapaxes(0, 1)
-
-
-def place_prices(model: RoutedNetwork) -> np.ndarray:
-    """Prices [P] at which places are watched, ascending; they are entropies."""
-    return np.array(PLACE_PRICES) * np.log(model.config.num_classes)
-
-
-def _between(prices: np.ndarray, frequencies: np.ndarray, costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A table [T], [T,K] from frequencies [P,K] at prices [P], and beyond them none or all leave at once."""
-    for row in range(1, len(frequencies)):  # chance may let a higher price cost more
+    for batch in pictures():
+        for price in watched:
+            left = model(batch["image"].to(exits.costs.device), price=price).exits
+            assert left is not None
+            found.append(np.bincount(left.flatten().cpu().numpy(), minlength=len(exits.layers)) / left.numel())
+    shares = gather(found)
+    found = [one for share in shares for one in share]
+    frequencies = np.array(found).reshape(-1, len(watched), len(costs)).mean(0)
+    for row in range(1, len(watched)):  # chance may let a higher price cost more
         if frequencies[row] @ costs > frequencies[row - 1] @ costs:
             frequencies[row] = frequencies[row - 1]
-    inner = np.geomspace(prices[0], prices[-1], TABLE - 2)
-    rows = np.stack([np.interp(np.log(inner), np.log(prices), column) for column in frequencies.T], axis=1)
+    rows, steps = np.linspace(0, len(watched) - 1, TABLE - 2), np.arange(len(watched))
+    between = np.stack([np.interp(rows, steps, column) for column in frequencies.T], axis=1)
     ends = np.eye(len(costs))[[-1, 0]]
-    return np.array([0.0, *inner, LARGEST_PRICE]), np.concatenate([ends[:1], rows, ends[1:]])
+    geometric = np.exp(np.interp(rows, steps, np.log(watched)))
+    return np.array([0.0, *geometric, LARGEST_PRICE]), np.concatenate([ends[:1], between, ends[1:]])
 
 
 def check_enough_pictures(count: int, least: int, kind: str = "pictures with labels") -> None:

@@ -17,6 +17,7 @@ SIZE_FIELDS = ("depth", "num_scales", "base_channels", "stem_channels", "cell_op
 FREE_FIELDS = frozenset(
     ("num_classes", "class_names", "palette", "pixel_mean", "pixel_std")
 )  # may differ without a word
+CALIBRATED = tuple(f"exits.{name}" for name in ("costs", "prices", "frequencies", "gates"))  # what budgets rest on
 LISTED = 4  # names in a line of a report
 
 
@@ -67,6 +68,8 @@ def initialize(model: RoutedNetwork, folder: str | Path) -> InitReport:
     folder = Path(best_of_run(folder))
     config, stored, here = read_config(folder), read_header(folder), model.state_dict()
     there = {key: value for key, value in stored.items() if key in here}
+    if any(getattr(config, name) != getattr(model.config, name) for name in ("exits", "choice", "place")):
+        there = {key: value for key, value in there.items() if not key.startswith(CALIBRATED)}  # another's budgets
     used = [key for key in here if key in there and there[key].shape == tuple(here[key].shape)]
     other = [key for key in here if key in there and there[key].shape != tuple(here[key].shape)]
     differences = differences_of(config, model.config)
@@ -83,7 +86,7 @@ def initialize(model: RoutedNetwork, folder: str | Path) -> InitReport:
         values=sum(here[key].numel() for key in used),
         not_in_network=sorted(set(stored) - set(here)),
         other_shape=[(key, list(there[key].shape), list(here[key].shape)) for key in other],
-        missing=[key for key in here if key not in stored],
+        missing=[key for key in here if key not in there],
         differences=differences,
     )
     model.load_state_dict(read_weights(folder, used), strict=False)

@@ -49,11 +49,13 @@ class Part(NamedTuple):
     numbers  what is logged: this batch's share of each number of the step, scalars on the device. The shares add up
              over parts and processes; "loss" is one of them
     gates    [B, L+1, S, 3], without a gradient
+    exits    where places left, if they did so (`Segmentation.exits`)
     """
 
     loss: Tensor
     numbers: dict[str, Tensor]
     gates: Tensor
+    exits: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,8 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
         numbers = {name: torch.stack([found.numbers[name] for found in parts]).sum() for name in parts[0].numbers}
         is_logged = (self.global_step + 1) % self.recipe.log_every == 0  # as Lightning decides
         if is_logged:
-            real = self.cost.of_gates(torch.cat([found.gates for found in parts])).mean() / self.cost.full
+            costs = np.concatenate([self.cost.of_result(found.gates, found.exits) for found in parts])
+            real = costs.mean() / self.cost.full
             numbers["real_cost"] = torch.tensor(real / rank_and_world()[1], dtype=torch.float32, device=self.device)
         self._finish(numbers, is_logged)
 
@@ -187,7 +190,8 @@ class RecipeTask(LightningModule, ABC, Generic[Found]):
         images_last = images.contiguous(memory_format=torch.channels_last)
         result = self.model(images_last, drop_path=self.drop_path, coarse=True, **self.asked(len(images)))
         loss, numbers = self.loss(result, labels, labels_in_step)
-        return Part(loss, {name: value.detach() for name, value in numbers.items()}, result.gates.detach())
+        detached = {name: value.detach() for name, value in numbers.items()}
+        return Part(loss, detached, result.gates.detach(), getattr(result, "exits", None))
 
     def asked(self, images: int) -> dict[str, Any]:
         """What the forward of a batch of a step is asked besides."""
