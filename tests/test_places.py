@@ -235,7 +235,7 @@ class TestMistakes:
 
     def test_a_network_without_places_has_no_map_of_effort(self):
         result = network(place=None, choice="entropy").predict(noise(*SIZE))
-        with pytest.raises(ValueError, match="train one with --model.place 32"):
+        with pytest.raises(ValueError, match="Train one with --model.place 32"):
             result.effort()
 
 
@@ -334,6 +334,31 @@ class TestBudgets:
         assert spent == sorted(spent) and np.abs(np.array(spent) - asked).max() < 0.08
         assert model(images, budget=1.0).exits is None, "all of it: nobody decides"
 
+    def test_each_image_keeps_it(self, model):
+        """Whatever it shows: also darkened, noisy and of another size. Of 48 places one is 2 % of them."""
+        scene = open_data(DATA, "val").read(0)[0]
+        rng, large = np.random.default_rng(0), np.asarray(Image.fromarray(scene).resize((256, 192)))
+        noisy = np.clip(large + rng.normal(0, 60, large.shape), 0, 255).astype(np.uint8)
+        for image in (large, large // 4, noisy, np.asarray(Image.fromarray(large).resize((512, 384)))):
+            pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None]
+            table = model_cost(model, image.shape[:2])
+            for budget in (0.5, 0.7, 0.9):
+                result = model(pixels, budget=budget, per_image=True)
+                spent = float(table.of_result(result.gates, result.exits)[0]) / table.full
+                assert spent == pytest.approx(budget, abs=0.02)
+        result = model.predict(large, budget=0.6, per_image=True)
+        assert result.found.prediction.share == pytest.approx(0.6, abs=0.02)
+        assert result.found.asked["budget"] == "60% for each image"
+
+    def test_those_go_on_that_need_it_most(self, model, images):
+        result, seen = model(images, budget=0.6, per_image=True), model.exits.see(0, model.exit_features(images)[0])
+        for at, entropy in zip(result.exits, seen, strict=True):
+            assert not (at == 0).any() or not (at > 0).any() or entropy[at == 0].max() <= entropy[at > 0].min()
+
+    def test_each_image_of_a_network_without_places(self, images):
+        with pytest.raises(ValueError, match="Train one with --model.place 32"):
+            network(place=None, choice="entropy")(images, price=0.5, per_image=True)
+
     def test_one_below_the_cheapest_exit(self, model, images):
         with pytest.raises(BudgetNotKept, match="the cheapest route costs"):
             model(images, budget=float(model.exits.costs[0]) / 2)
@@ -342,6 +367,10 @@ class TestBudgets:
         model.save(tmp_path / "net")
         Image.fromarray(noise(75, 135)).save(tmp_path / "a.png")
         words = [str(tmp_path / "net"), str(tmp_path / "a.png"), "--budget=60%", f"--output={tmp_path / 'out'}"]
+        each = [*words[:2], "--budget=60%", "--per_image", f"--output={tmp_path / 'each'}"]
+        assert main(["predict", *each]) == 0
+        assert json.loads((tmp_path / "each" / "a_route.json").read_text())["budget"] == "60% for each image"
+        capsys.readouterr()
         assert main(["predict", *words]) == 0
         assert "an image costs one of" not in capsys.readouterr().out, "its cost is no step"
         assert {path.name for path in (tmp_path / "out").glob("*_effort.png")} == {"a_effort.png"}

@@ -337,12 +337,17 @@ def find_device(name: str) -> torch.device:
 
 
 def add_budget_arguments(parser: Parser) -> None:
-    """--budget and --latency."""
+    """--budget, --per_image and --latency."""
     parser.add_argument(
         "--budget",
         type=str | None,
         default=None,
         help="what a pass may cost in the mean, for a network with exits: 40%, 0.5GMACs, or 25ms with --latency",
+    )
+    parser.add_argument(
+        "--per_image",
+        action="store_true",
+        help="each image keeps --budget, not the mean of them: for networks whose places leave by themselves",
     )
     parser.add_argument(
         "--latency",
@@ -358,6 +363,8 @@ def read_budget(args: Namespace) -> Asked | None:
     from routeseg.cost.request import Asked
 
     if args.budget is None:
+        if args.per_image:
+            raise ValueError("--per_image is about --budget: give one, or leave it out")
         if args.latency is not None:
             raise ValueError("--latency only applies to --budget in ms: give one, or leave it out")
         return None
@@ -365,7 +372,7 @@ def read_budget(args: Namespace) -> Asked | None:
     asked = Asked.parse(args.budget, tables, args.latency or "")
     if tables and asked.unit != "ms":
         raise ValueError("--latency only applies to --budget in ms: leave it out")
-    return asked
+    return replace(asked, per_image=args.per_image)
 
 
 def with_budget(engine: Any, model: DynamicRoutingNetwork, args: Namespace) -> Any:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +35,7 @@ FORMS = "give a share of the full network such as 40%, MACs such as 0.5GMACs, or
 @dataclass(frozen=True)
 class Asked:
     """A budget for the mean of the images, in one of three units: a share in 0..1, MACs, or milliseconds by tables.
+    `per_image`: for each of them, of a network whose places leave by themselves.
 
     `Asked.parse("40%")`, `Asked.parse(0.4)`, `Asked.parse("25ms", LatencyTable.read_all(file), file)`.
     """
@@ -43,6 +44,7 @@ class Asked:
     unit: Literal["share", "macs", "ms"]
     latency: tuple[LatencyTable, ...] = ()
     file: str | Path = ""
+    per_image: bool = False
 
     @classmethod
     def parse(cls, budget: Any, latency: LatencyTable | Sequence[LatencyTable] = (), file: str | Path = "") -> Asked:
@@ -73,6 +75,8 @@ class Asked:
 
     def __str__(self) -> str:
         """The budget in words: the same for those that mean the same. A table counts by its times."""
+        if self.per_image:
+            return f"{replace(self, per_image=False)} for each image"
         if self.unit == "share":
             return f"{100 * self.value:.6g}%"
         if self.latency is None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from routeseg.cost.macs import exit_costs
 from routeseg.cost.request import Asked, check_exits
+from routeseg.errors import NO_PLACES
 from routeseg.model.grid import RoutedNetwork
 
 
@@ -47,13 +48,16 @@ class Budgeted(_Asked):
             )
         for table in tables:
             table.check(model.config, asked.file)
+        if asked.per_image and model.config.place is None:
+            raise ValueError(f"a budget cannot be kept by each image: {NO_PLACES}")
+        self.per_image = asked.per_image or (asked.unit == "ms" and model.config.place is not None)
         self._prices: dict[tuple[int, int], float] = {}
 
     def __call__(self, images: Tensor, **how: Any) -> Any:
         size = (images.shape[-2], images.shape[-1])
         if size not in self._prices:
             self._prices[size] = self.asked.price(self.model, size)
-        return self.forward(images, price=self._prices[size], **how)
+        return self.forward(images, price=self._prices[size], per_image=self.per_image, **how)
 
 
 class Steered(_Asked):

@@ -97,13 +97,14 @@ class SkipEngine(Generic[Result]):
         activation: Activation = "one",
         budget: Shares = None,
         price: Shares = None,
+        per_image: bool = False,
     ) -> Result:
         """See `RoutedNetwork.forward`. Raises ValueError also for images on another device than the engine, and for
         images on a CPU with NaN or infinity."""
         check_images(images)
         if images.device != self.device:
             raise ValueError(f"the images are on {images.device}, the engine is on {self.device}: move them there")
-        found: Any = self.forward(images, self.model.request(len(images), route, activation, budget, price))
+        found: Any = self.forward(images, self.model.request(len(images), route, activation, budget, price, per_image))
         return cast(Result, found)
 
 

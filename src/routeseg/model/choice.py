@@ -53,6 +53,10 @@ class Choice(nn.ModuleList):
         shares of the full network's: bool [N]. At a price of 0 or less nobody may leave that would rather not."""
         raise NotImplementedError
 
+    def need(self, exit: int, seen: Tensor) -> Tensor:
+        """How much it would help to go on, given what `see` gave; only the order counts. For `by_place` alone."""
+        raise NotImplementedError
+
     def fit(self, seen: Sequence[np.ndarray], losses: np.ndarray) -> None:
         """Fits the rule to images with labels, if it `fits`: what was seen [N,F] at each exit but the last, and what
         each image loses [N,K] in mIoU at each exit."""
@@ -128,6 +132,9 @@ class EntropyChoice(Choice):
 
     def leaves(self, exit: int, seen: Tensor, price: Tensor, costs: Tensor) -> Tensor:
         return seen <= price
+
+    def need(self, exit: int, seen: Tensor) -> Tensor:
+        return seen
 
     @classmethod
     def macs(cls, config: NetworkConfig, head: type[Head]) -> Macs:

@@ -109,6 +109,13 @@ class Exits(nn.Module):
         means = (self.frequencies.double() @ self.costs.double()).cpu().numpy()
         return float(np.interp(price, self.prices.double().cpu().numpy(), means))
 
+    def going_on(self, price: np.ndarray) -> np.ndarray:
+        """The shares [N,K-1] of places that go on behind each exit but the last at these prices [N], in the mean."""
+        frequencies, prices = self.frequencies.double().cpu().numpy(), self.prices.double().cpu().numpy()
+        at_price = np.stack([np.interp(price, prices, column) for column in frequencies.T], axis=1)
+        shares: np.ndarray = 1 - at_price.cumsum(1)[:, :-1]
+        return shares
+
     def see(self, exit: int, features: Sequence[Tensor | None]) -> Tensor:
         """What decides at an exit, given all features by scale (`Choice.see`)."""
         there = [map if flag else None for map, flag in zip(features, self.reached[exit], strict=False)]
@@ -134,7 +141,10 @@ class Exits(nn.Module):
             price = np.zeros(1)
         on_device = torch.from_numpy(np.broadcast_to(price, images).astype(np.float32)).to(self.prices.device)
         if self.place is not None:
-            return LeavingPlaces(self, on_device, size, training)
+            quota = None
+            if request.each and self.calibrated:
+                quota = torch.from_numpy(self.going_on(np.broadcast_to(price, images))).to(on_device.device)
+            return LeavingPlaces(self, on_device, size, training, quota)
         return Leaving(self, np.full(images, last), on_device if self.calibrated else None)
 
     def result(
@@ -217,17 +227,21 @@ class LeavingPlaces(Leaving):
     """The same for places, which decide at each exit; images run as far as one of their places does.
 
     price    [B]; at 0 or less nobody leaves, and if it is so for all images nobody looks
+    quota    [B,K-1], the shares of the places that go on behind each exit: those that need it most, whatever the price;
+             None: the price decides
     left     int64 [B,hb,wb]: the exit at which each place leaves
     outputs  what the decoder of each exit but the last made, where somebody left there (in training, all of them)
     """
 
     running: Running
 
-    def __init__(self, exits: Exits, price: Tensor, size: tuple[int, int], training: bool) -> None:
+    def __init__(
+        self, exits: Exits, price: Tensor, size: tuple[int, int], training: bool, quota: Tensor | None = None
+    ) -> None:
         assert exits.place is not None
         last, sides = len(exits.layers) - 1, [-(-side // exits.place) for side in size]
         super().__init__(exits, np.full(len(price), last), price)
-        self.size, self.training, self.looks = size, training, bool((price > 0).any())
+        self.size, self.training, self.quota, self.looks = size, training, quota, bool((price > 0).any())
         self.left = torch.full((len(price), *sides), last, device=price.device)
         self.running = Running(torch.ones_like(self.left, dtype=torch.bool), size, exits.place)
         self.outputs: list[Any] = []
@@ -242,7 +256,7 @@ class LeavingPlaces(Leaving):
             if self.looks and running.flags.any():
                 with torch.no_grad():
                     seen = [None if one is None else compute.map(one) for one in maps]
-                    leaves = running.flags & (self.price > 0)[:, None, None] & self.exits.leaves(exit, seen, self.price)
+                    leaves = running.flags & (self.price > 0)[:, None, None] & self._leave(exit, seen)
             output = None
             if self.training or (leaves is not None and leaves.any()):
                 missing = [None] * (self.exits.scales - len(maps))
@@ -253,6 +267,17 @@ class LeavingPlaces(Leaving):
                 self.left[leaves] = exit
                 self.running = Running(running.flags & ~leaves, self.size, self.exits.place)
         return ~self.running.flags.flatten(1).any(1).cpu().numpy()
+
+    def _leave(self, exit: int, features: Sequence[Tensor | None]) -> Tensor:
+        """Which places leave, [B,hb,wb], of those that run."""
+        if self.quota is None:
+            assert self.price is not None
+            return self.exits.leaves(exit, features, self.price)
+        need = self.exits.gates.need(exit, self.exits.see(exit, features))
+        need = need.masked_fill(~self.running.flags, -torch.inf).flatten(1)
+        rank = need.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        most = (self.quota[:, exit, None] * need.shape[1]).round()
+        return (rank >= most).view_as(self.running.flags)
 
     def result(
         self, last: Head, features: Sequence[Any], gates: Tensor, size: tuple[int, int], compute: Compute, coarse: bool

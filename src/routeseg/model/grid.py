@@ -174,6 +174,7 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         budget: Shares = None,
         coarse: bool = False,
         price: Shares = None,
+        per_image: bool = False,
     ) -> Any:
         """The head's result for images [B,3,H,W], RGB, uint8 or float in 0..1, any H, W from 32.
 
@@ -188,13 +189,14 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         price       of the same, in the budget's place: what its rule compares with (model/choice.py), a number or one
                     for each image. In training places leave by it, and the logits of all exits come with where they
                     left
+        per_image   of a network whose places leave by themselves: each image keeps the budget, not the mean of them
 
         In training a network with exits gives the logits of all of them, unless routes are given.
         The result for an image does not depend on the other images of the batch (in eval mode).
         Raises ValueError for images of another shape, for a route of another space, and for a budget that the network
         cannot keep.
         """
-        request = self.request(len(images), route, activation, budget, price)
+        request = self.request(len(images), route, activation, budget, price, per_image)
         return self.answer(images, request, drop_path if self.training else 0.0, coarse and self.training)
 
     def request(
@@ -204,9 +206,10 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         activation: Activation = "one",
         budget: Shares = None,
         price: Shares = None,
+        per_image: bool = False,
     ) -> Request:
         """What a forward of so many images is asked, as `forward` takes it; raises what it raises."""
-        request = Request.of(self.config, images, route, activation, budget, price)
+        request = Request.of(self.config, images, route, activation, budget, price, per_image)
         if request.budget is None or self.exits is None:
             return request
         return replace(request, budget=None, price=self.exits.price_of(request.budget))

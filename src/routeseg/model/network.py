@@ -51,11 +51,21 @@ class DynamicRoutingNetwork(
     ) -> Segmentation: ...
     @overload
     def __call__(
-        self, images: Single, budget: Budget = None, latency: Latency = None, precision: Precision = "float32"
+        self,
+        images: Single,
+        budget: Budget = None,
+        latency: Latency = None,
+        precision: Precision = "float32",
+        per_image: bool = False,
     ) -> SegmentedImage: ...
     @overload
     def __call__(
-        self, images: Several, budget: Budget = None, latency: Latency = None, precision: Precision = "float32"
+        self,
+        images: Several,
+        budget: Budget = None,
+        latency: Latency = None,
+        precision: Precision = "float32",
+        per_image: bool = False,
     ) -> list[SegmentedImage]: ...
     def __call__(self, images: Any, *args: Any, **options: Any) -> Any:
         """`forward` for a tensor of images [B,3,H,W]; `predict` for everything else that is an image, or several."""
@@ -65,19 +75,31 @@ class DynamicRoutingNetwork(
 
     @overload
     def predict(
-        self, images: Single | Tensor, budget: Budget = None, latency: Latency = None, precision: Precision = "float32"
+        self,
+        images: Single | Tensor,
+        budget: Budget = None,
+        latency: Latency = None,
+        precision: Precision = "float32",
+        per_image: bool = False,
     ) -> SegmentedImage: ...
     @overload
     def predict(
-        self, images: Several, budget: Budget = None, latency: Latency = None, precision: Precision = "float32"
+        self,
+        images: Several,
+        budget: Budget = None,
+        latency: Latency = None,
+        precision: Precision = "float32",
+        per_image: bool = False,
     ) -> list[SegmentedImage]: ...
-    def predict(self, images: Any, budget: Any = None, latency: Any = None, precision: Any = "float32") -> Any:
+    def predict(
+        self, images: Any, budget: Any = None, latency: Any = None, precision: Any = "float32", per_image: bool = False
+    ) -> Any:
         """Segments an image, or each of several, on the fastest engine: paths, URLs, PIL images, arrays [H,W,3],
         tensors [3,H,W]. One gives a `SegmentedImage`, several a list; `routeseg.prediction.image.predict` says more.
 
         An array or tensor of several images also gives a list; for type checkers write `predict(list(images))`.
         """
-        return PREDICT["images"](self, images, budget, latency, precision)
+        return PREDICT["images"](self, images, budget, latency, precision, per_image)
 
     def specialize(self, route: Route) -> DynamicRoutingNetwork:
         """A static network of this route: no gates, no unused parameters, the same interface, with copies of the

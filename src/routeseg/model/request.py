@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from routeseg.config import NetworkConfig
-from routeseg.errors import NO_EXITS
+from routeseg.errors import NO_EXITS, NO_PLACES
 from routeseg.space import Route, brief, edge_name
 
 Routes = Route | Sequence[Route] | None
@@ -27,6 +27,7 @@ class Request:
     mask    bool [N,L+1,S,3]: the edges that may be used
     gated   gates decide which of them are open, and how far; otherwise all of them are, with activation 1
     price   of a network with exits: what its rule compares with, float64 [N]; None: what helps
+    each    each image spends what images spend at its price in the mean: of its places, those that need it most go on
     budget  the mean cost that is requested, as a share of the full network's, float64 [N], as long as nobody has looked
             up its price (`RoutedNetwork.request`)
     exits   of given routes in a network with exits: the exits [N] at which they end; None: the network decides
@@ -37,6 +38,7 @@ class Request:
     budget: np.ndarray | None = None
     exits: np.ndarray | None = None
     price: np.ndarray | None = None
+    each: bool = False
 
     @classmethod
     def of(
@@ -47,12 +49,14 @@ class Request:
         activation: Activation = "one",
         budget: Shares = None,
         price: Shares = None,
+        per_image: bool = False,
     ) -> Request:
-        """The request for a forward of so many images; `route`, `activation`, `budget` and `price` as
+        """The request for a forward of so many images; `route`, `activation`, `budget`, `price` and `per_image` as
         `DynamicRoutingNetwork.forward` takes them.
 
         Raises ValueError for a route that the network does not have, for another number of routes or budgets than of
-        images, for another activation, and for a budget that is no share or that the network does not take.
+        images, for another activation, for a budget that is no share or that the network does not take, and for one of
+        each image if its places do not leave by themselves.
         """
         if activation not in ("one", "own"):
             raise ValueError(
@@ -63,7 +67,9 @@ class Request:
         shares = None if budget is None else _shares(config, images, route, budget)
         prices = None if price is None else _prices(config, images, route, price)
         if route is None:
-            return cls(config.mask, config.gated, shares, price=prices)
+            if per_image and config.place is None:
+                raise ValueError(f"a budget cannot be kept by each image: {NO_PLACES}")
+            return cls(config.mask, config.gated, shares, price=prices, each=per_image)
         routes = [route] if isinstance(route, Route) else list(route)
         if not isinstance(route, Route) and len(routes) != images:
             raise ValueError(f"{len(routes)} routes for {images} images: give one route, or one for each image")

@@ -38,7 +38,7 @@ from routeseg.cost.request import levels
 from routeseg.data.pairs import MAX_PIXELS, UnreadableImage, decode_image
 from routeseg.data.transforms import PADDING_RGB
 from routeseg.description import NetworkDescription
-from routeseg.errors import BudgetNotKept, lacks_memory
+from routeseg.errors import NO_PLACES, BudgetNotKept, lacks_memory
 from routeseg.evaluation.windows import starts
 from routeseg.labels import label_type
 from routeseg.prediction.sources import (
@@ -330,7 +330,7 @@ def effort_of(network: NetworkDescription, found: Segmented) -> np.ndarray:
     Raises ValueError, with the remedy, if its places did not decide.
     """
     if network.config.place is None:
-        raise ValueError("the places of this network do not leave by themselves: train one with --model.place 32")
+        raise ValueError(f"there is no map of effort: {NO_PLACES}")
     if found.exits is None:
         why = "it was segmented in windows" if found.windows > 1 else "no budget was asked for, or all of it"
         raise ValueError(f"there is no map of effort of {found.prediction.image}: {why}")

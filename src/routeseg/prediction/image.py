@@ -10,7 +10,7 @@ import io
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, SupportsFloat
 from weakref import WeakKeyDictionary
@@ -183,6 +183,7 @@ def predict(
     budget: Budget = None,
     latency: Latency = None,
     precision: Precision = "float32",
+    per_image: bool = False,
 ) -> SegmentedImage | list[SegmentedImage]:
     """Segments an image, or each of several, on the fastest engine of the device where the network is.
 
@@ -193,6 +194,7 @@ def predict(
     latency    the table of this machine (`routeseg profile`) for a budget in ms, or those of several sizes; or their
                file or folder
     precision  as `SkipEngine` takes it; with "auto" results may differ from one process to the next
+    per_image  each image keeps the budget, not the mean of them: of a network whose places leave by themselves
 
     Raises ValueError, with the remedy, for what is no image, cannot be read, or holds floats beyond 0..1; and for a
     budget that the network cannot keep.
@@ -204,7 +206,7 @@ def predict(
         if not image.size:
             raise ValueError(f"an image of {image.shape[0]}x{image.shape[1]} has no pixels")
     if budget is not None:
-        asked = Asked.parse(budget, *_tables(latency))
+        asked = replace(Asked.parse(budget, *_tables(latency)), per_image=per_image)
         runner = TorchNetwork(Budgeted(runner.forward, model, asked), model, runner.network)
     names = output_names([source for source, _ in parts])
     found = [
