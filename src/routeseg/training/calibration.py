@@ -28,6 +28,7 @@ from routeseg.model.exits import TABLE, Exits
 from routeseg.model.grid import RoutedNetwork
 
 WATCHED, LEAST_PRICE = 12, 1e-7  # prices at which places are watched; the least of them
+WALKED = 40  # pictures at least in which they are, if there are so many
 ROUNDING = 1e-9  # of a mean
 
 
@@ -89,7 +90,7 @@ def _set_budgets(
         size = (batch["image"].shape[-2], batch["image"].shape[-1])
         kept = model.exit_features(batch["image"].to(exits.costs.device))
         seen.append([exits.see(exit, maps).cpu().numpy() for exit, maps in enumerate(kept)])
-    shares = gather((seen, size))
+    own, shares = seen, gather((seen, size))
     seen, size = [one for share, _ in shares for one in share], max(size for _, size in shares)
     check_enough_pictures(sum(len(one[-1]) for one in seen), least, "pictures to set budgets with")
     costs = exit_costs(model, size) / model_cost(model, size).full
@@ -98,7 +99,7 @@ def _set_budgets(
     glances = [torch.from_numpy(np.concatenate(of_exit)) for of_exit in zip(*seen, strict=True)]
     table = price_table(lambda price: choose(exits, glances, costs, price), costs)
     if exits.place is not None:
-        table = _walked(model, exits, pictures, table[0], costs)
+        table = _walked(model, exits, pictures, table[0], costs, max(1, len(own) // WALKED))
     for buffer, values in zip((exits.costs, exits.prices, exits.frequencies), (costs, *table), strict=True):
         buffer.copy_(torch.from_numpy(values))
 
@@ -109,14 +110,15 @@ def _walked(
     pictures: Callable[[], Iterator[dict[str, Any]]],
     prices: np.ndarray,
     costs: np.ndarray,
+    every: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The table of `price_table` for places. Those that have left change what the others see, so that pictures run at
-    WATCHED of the prices [T], and frequencies between these are interpolated."""
+    """The table of `price_table` for places. Those that have left change what the others see, so that one picture of
+    `every` so many runs at WATCHED of the prices [T], and frequencies between these are interpolated."""
     inner = prices[1:-1]
     watched = np.unique(np.maximum(inner[np.linspace(0, len(inner) - 1, WATCHED).astype(int)], LEAST_PRICE))
     found = []
-    for batch in pictures():
-        for price in watched:
+    for number, batch in enumerate(pictures()):
+        for price in watched if number % every == 0 else ():
             left = model(batch["image"].to(exits.costs.device), price=price).exits
             assert left is not None
             found.append(np.bincount(left.flatten().cpu().numpy(), minlength=len(exits.layers)) / left.numel())
