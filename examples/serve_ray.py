@@ -84,10 +84,11 @@ class Batches:
         )
         seconds, table = time.perf_counter() - start, model_cost(self.network, images.shape[2:])
         made = []
-        for job, label, gate in zip(jobs, labels, gates, strict=True):
+        exits = [None] * len(jobs) if result.exits is None else result.exits.cpu().numpy()
+        for job, label, gate, left in zip(jobs, labels, gates, exits, strict=True):
             height, width = job.image.shape[:2]
-            prediction = Prediction("image", "image", (height, width), float(table.of_gates(gate)), table.full)
-            segmented = Segmented(prediction, np.ascontiguousarray(label[:height, :width]), gate, seconds)
+            prediction = Prediction("image", "image", (height, width), float(table.of_result(gate, left)), table.full)
+            segmented = Segmented(prediction, np.ascontiguousarray(label[:height, :width]), gate, seconds, exits=left)
             made.append(SegmentedImage(job.image, segmented, self.network, self.engine.precision))
         return made
 
