@@ -4,7 +4,7 @@
 
 The experiment file is one of table1.py, with one network that has exits. This trains what is not yet trained, as
 table1.py does it (the same folders, resumable), and then asks the network with exits for each budget. Own, shuffled,
-common and oracle are the ways to choose of `routeseg.evaluation.choice`.
+common and oracle are the ways to choose of `routeseg.budgets.worth`.
 
 Every picture is computed once as far as each exit (float32); where it leaves is what the engine decided. Budgets were
 set with the validation pictures, so what they cost on those of --held_out is noted, too. OUTPUT has the mean over the
@@ -26,20 +26,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import table1
 from routeseg import figures
+from routeseg.budgets.asked import Asked, check_exits
+from routeseg.budgets.budgeted import Budgeted
+from routeseg.budgets.worth import exits_of, look_at_exits, worth_of_choice
 from routeseg.cost.macs import exit_costs
-from routeseg.cost.request import Asked, check_exits
 from routeseg.data.config import open_data
 from routeseg.data.loaders import evaluation_loader
 from routeseg.data.pairs import SegmentationData
 from routeseg.data.subset import evenly_spread
 from routeseg.engine import SkipEngine
-from routeseg.engine.budgeted import Budgeted
 from routeseg.engine.profiling import profile
 from routeseg.evaluation import machine_facts
-from routeseg.evaluation.choice import exits_of, look_at_exits, worth_of_choice
-from routeseg.evaluation.route_statistics import object_size
 from routeseg.files import write_json
 from routeseg.model import DynamicRoutingNetwork, checkpoints
+from routeseg.survey.route_statistics import object_size
 
 BUDGETS = (0.25, 0.26, 0.28, 0.3, 0.33, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # shares of the full network's cost
 PERMUTATIONS = 10_000

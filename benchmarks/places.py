@@ -34,12 +34,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from routeseg.budgets.worth import price_between
 from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.loaders import evaluation_loader
 from routeseg.data.subset import evenly_spread
 from routeseg.evaluation import machine_facts
-from routeseg.evaluation.choice import price_between
 from routeseg.evaluation.scores import count_pairs
 from routeseg.files import write_json
 from routeseg.model import DynamicRoutingNetwork, checkpoints

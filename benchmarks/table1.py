@@ -46,7 +46,6 @@ from routeseg import figures
 from routeseg.architectures import ARCHITECTURES, common_route
 from routeseg.cli.common import config_parser, new_network, read_parts
 from routeseg.cli.parser import SECTIONS
-from routeseg.cost.budget import Budget
 from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.loaders import evaluation_loader
@@ -55,6 +54,7 @@ from routeseg.evaluation import evaluate, machine_facts
 from routeseg.files import RESUME_FILE, check_writable, write_atomically, write_json
 from routeseg.model import DynamicRoutingNetwork, checkpoints
 from routeseg.space import Route
+from routeseg.training.gate_budget import Budget
 from routeseg.training.recipe import Recipe
 from routeseg.training.run import RunOptions
 from routeseg.training.segmentation import train

@@ -33,10 +33,10 @@ import numpy as np
 import torch
 
 from inference_methods import GATED
-from routeseg.cost.request import Asked
+from routeseg.budgets.asked import Asked
+from routeseg.budgets.budgeted import Budgeted, Steered
 from routeseg.data.sets.camvid import open_camvid
 from routeseg.engine import SkipEngine
-from routeseg.engine.budgeted import Budgeted, Steered
 from routeseg.evaluation import machine_facts
 from routeseg.evaluation.scores import count_pairs
 from routeseg.files import write_json

@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 
 import routeseg
 from routeseg.app.guard import stranger
-from routeseg.cost.request import Asked, check_exits
+from routeseg.budgets.asked import Asked, check_exits
 from routeseg.data.pairs import decode_image
 from routeseg.errors import BudgetNotKept
 from routeseg.prediction.files import label_png

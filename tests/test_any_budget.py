@@ -9,7 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import any_budget
-from routeseg.evaluation.choice import AllExits, oracle
+from routeseg.budgets.worth import AllExits, oracle
 
 COSTS = np.array([0.2, 0.5, 1.0])
 

@@ -29,7 +29,7 @@ from routeseg.app.explorer import HELD, SIDE, Explorer, Survey
 from routeseg.cli import main
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.scenes import draw_scene
-from routeseg.evaluation.route_statistics import object_size
+from routeseg.survey.route_statistics import object_size
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SCREENSHOTS = os.environ.get("ROUTESEG_SCREENSHOTS")

@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import run, spread_gates
 from routeseg import DynamicRoutingNetwork, LatencyTable, Route, SkipEngine, load, model_cost
 from routeseg.config import NetworkConfig
-from routeseg.cost.budget import Budget
 from routeseg.cost.latency import STAGE
 from routeseg.counting import CONVENTIONS, PartMacs
 from routeseg.data.config import DataConfig
@@ -22,6 +21,7 @@ from routeseg.export import build_onnx
 from routeseg.model.backbone import Backbone, EfficientNetLite0, InvertedResidual
 from routeseg.space import DOWN
 from routeseg.training.batch_norm import images_of_norms, norms_of
+from routeseg.training.gate_budget import Budget
 from routeseg.training.recipe import Recipe
 from routeseg.training.run import RunOptions
 from routeseg.training.segmentation import SegmentationTask, train

@@ -13,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import authors_report
 from routeseg.config import NetworkConfig
-from routeseg.cost.budget import Budget, budget_loss
 from routeseg.cost.macs import CostTable, model_cost
 from routeseg.counting import CONVENTIONS
 from routeseg.engine import SkipEngine
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.space import DOWN, KEEP, UP, Route, RoutingSpace
+from routeseg.training.gate_budget import Budget, budget_loss
 
 CITYSCAPES = (1024, 2048)
 SPACE = RoutingSpace(16)

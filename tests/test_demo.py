@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 
 from routeseg import DynamicRoutingNetwork, bfloat16, demo
-from routeseg.cost.budget import Budget
 from routeseg.data.config import DataConfig
 from routeseg.data.scenes import PRESETS
 from routeseg.demo import FEWEST_ITERATIONS, Plan, fit_to_time
@@ -14,6 +13,7 @@ from routeseg.training import clock as clocks
 from routeseg.training import pace as pacing
 from routeseg.training import trial
 from routeseg.training.clock import Clock
+from routeseg.training.gate_budget import Budget
 from routeseg.training.pace import Pace
 from routeseg.training.recipe import Recipe
 from routeseg.training.trial import Choice

@@ -14,25 +14,25 @@ import torch
 
 import routeseg
 from routeseg import DynamicRoutingNetwork, LatencyTable, Route, SkipEngine, model_cost
+from routeseg.budgets.asked import Asked
+from routeseg.budgets.budgeted import Budgeted
+from routeseg.budgets.calibration import calibrate, choose, price_table
+from routeseg.budgets.worth import AllExits, mean_iou
 from routeseg.cli import main
-from routeseg.cost.budget import Budget
 from routeseg.cost.latency import PARTS, exit_ms, network_shape
 from routeseg.cost.macs import exit_costs
-from routeseg.cost.request import Asked
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.loaders import evaluation_loader
-from routeseg.engine.budgeted import Budgeted
 from routeseg.engine.compiled import CompiledForward, is_compiled
 from routeseg.engine.folding import FoldedForward
 from routeseg.engine.profiling import profile
 from routeseg.evaluation import evaluate
-from routeseg.evaluation.choice import AllExits, mean_iou
 from routeseg.model.choice import LossChoice, ridge
 from routeseg.model.exits import TABLE
 from routeseg.model.request import exit_of
-from routeseg.training.calibration import calibrate, choose, price_table
 from routeseg.training.callbacks import ValidateAndSave
 from routeseg.training.fused import Fused
+from routeseg.training.gate_budget import Budget
 from routeseg.training.recipe import Recipe
 from routeseg.training.run import RunOptions
 from routeseg.training.segmentation import train
@@ -615,7 +615,7 @@ class TestCommands:
     def test_with_few_validation_pictures_the_training_pictures_set_budgets(self, tmp_path, capsys, monkeypatch):
         images = []
         monkeypatch.setattr(
-            "routeseg.training.calibration._set_budgets", lambda model, exits, batches, least: images.extend(batches)
+            "routeseg.budgets.calibration._set_budgets", lambda model, exits, batches, least: images.extend(batches)
         )
         words = ["train", *self.WORDS, "--model.gate=fixed", "--model.exits=[2]", "--model.depth=3"]
         words += ["--data.train_images=9", "--recipe.iterations=1", "--recipe.precise_bn_batches=1"]

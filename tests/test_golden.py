@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 import routeseg
 from conftest import GOLDEN, authors_report
-from routeseg.cost.budget import budget_loss
 from routeseg.cost.macs import model_cost
 from routeseg.engine import SkipEngine
 from routeseg.space import DOWN, KEEP, UP
+from routeseg.training.gate_budget import budget_loss
 
 NAMES = ("tiny_open", "tiny_mixed", "tiny_small_gate")
 

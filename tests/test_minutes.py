@@ -10,13 +10,13 @@ import yaml
 
 import routeseg
 from conftest import run
-from routeseg.cost.budget import Budget
 from routeseg.data.config import DataConfig
 from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.evaluation import evaluate
 from routeseg.training import clock as clocks
 from routeseg.training import segmentation
 from routeseg.training.clock import Clock
+from routeseg.training.gate_budget import Budget
 from routeseg.training.pace import Pace, fitted
 from routeseg.training.recipe import Recipe, lr_factor
 from routeseg.training.run import RunOptions

@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 
 import routeseg
 from routeseg.cli import main
-from routeseg.cost.budget import Budget
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.loaders import evaluation_loader
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import evaluate
 from routeseg.model.classifier import DynamicRoutingClassifier
+from routeseg.training.gate_budget import Budget
 from routeseg.training.offsets import LARGEST, best_offsets, biases_of, fit_offsets, shift, shifted
 from routeseg.training.recipe import Recipe
 from routeseg.training.run import RunOptions

@@ -10,16 +10,16 @@ from PIL import Image
 import routeseg
 from pictures import noise
 from routeseg import DynamicRoutingNetwork, SkipEngine, model_cost
+from routeseg.budgets.calibration import calibrate
 from routeseg.cli import main
 from routeseg.config import NetworkConfig
-from routeseg.cost.budget import Budget
 from routeseg.counting import CONVENTIONS
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.loaders import evaluation_loader
 from routeseg.errors import BudgetNotKept
 from routeseg.model.places import Running, enlarge
-from routeseg.training.calibration import calibrate
 from routeseg.training.fused import Fused
+from routeseg.training.gate_budget import Budget
 from routeseg.training.initialization import initialize
 from routeseg.training.recipe import Recipe
 from routeseg.training.run import RunOptions

@@ -11,10 +11,10 @@ import torch
 
 from routeseg import bfloat16
 from routeseg.bfloat16 import product_ratio as measured_ratio  # conftest.py puts another in its place
-from routeseg.cost.budget import Budget
 from routeseg.data.config import DataConfig
 from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.training import trial
+from routeseg.training.gate_budget import Budget
 from routeseg.training.segmentation import SegmentationTask
 from routeseg.training.trial import Choice, choose_precision, step_seconds
 from test_training import DATA, fit, logged, recipe, same_networks, steps_of, tiny_model

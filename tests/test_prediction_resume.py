@@ -15,8 +15,8 @@ import torch
 from pictures import noise, save
 from predicting import labels_of, run, sharpen
 from routeseg import load
+from routeseg.budgets.asked import Asked
 from routeseg.cost.latency import LatencyTable
-from routeseg.cost.request import Asked
 from routeseg.description import fingerprint
 from routeseg.prediction.files import OUTPUTS, predict_files
 from routeseg.prediction.torch_runner import TorchNetwork

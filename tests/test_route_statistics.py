@@ -17,7 +17,8 @@ from routeseg.data.config import DataConfig
 from routeseg.data.scenes import CLASSES, PALETTE
 from routeseg.data.subset import evenly_spread
 from routeseg.evaluation import routes
-from routeseg.evaluation.route_statistics import (
+from routeseg.space import DOWN, KEEP
+from routeseg.survey.route_statistics import (
     PermutationTest,
     distinct_routes,
     edge_statistics,
@@ -29,7 +30,6 @@ from routeseg.evaluation.route_statistics import (
     size_group_name,
     size_groups,
 )
-from routeseg.space import DOWN, KEEP
 
 SPACE = RoutingSpace(3)
 SCENES = ["--data.image_size=[48,64]", "--data.val_images=3", "--data.workers=0"]

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 import routeseg
 from conftest import spread_gates
 from routeseg.cli import main
-from routeseg.cost.budget import Budget
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.data.subset import class_weights
@@ -30,6 +29,7 @@ from routeseg.model.compute import Compute
 from routeseg.training import callbacks, segmentation
 from routeseg.training.batch_norm import precise_batch_norm
 from routeseg.training.fused import Fused
+from routeseg.training.gate_budget import Budget
 from routeseg.training.recipe import Recipe, lr_factor
 from routeseg.training.run import RunOptions
 from routeseg.training.segmentation import SegmentationTask, train

@@ -15,7 +15,7 @@ import pytest
 from conftest import run, spread_gates
 from pictures import noise, save, truncate
 from routeseg import DynamicRoutingNetwork
-from routeseg.engine.budgeted import Steered
+from routeseg.budgets.budgeted import Steered
 from routeseg.prediction import clips
 from routeseg.prediction.clips import Frame, Newest, UnreadableVideo, VideoFile, VideoWriter, is_video, open_clip
 from routeseg.prediction.torch_runner import TorchNetwork

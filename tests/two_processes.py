@@ -19,7 +19,6 @@ import routeseg.cli
 from conftest import spread_gates
 from routeseg import bfloat16
 from routeseg.collectives import rank_and_world
-from routeseg.cost.budget import Budget, budget_loss
 from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig
 from routeseg.data.loaders import TRAIN_STREAM, TrainingPictures, image_tensor
@@ -32,6 +31,7 @@ from routeseg.model.grid import RoutedNetwork
 from routeseg.training import trial
 from routeseg.training.batch_norm import precise_batch_norm
 from routeseg.training.callbacks import ValidateAndSave
+from routeseg.training.gate_budget import Budget, budget_loss
 from routeseg.training.recipe import Recipe
 from routeseg.training.run import RunOptions
 from routeseg.training.segmentation import train

@@ -4,7 +4,6 @@ from .architectures import common_route as common_route
 from .cli.python import Trained as Trained
 from .cli.python import train as train
 from .config import NetworkConfig as NetworkConfig
-from .cost.budget import Budget as Budget
 from .cost.latency import LatencyTable as LatencyTable
 from .cost.macs import model_cost as model_cost
 from .engine import SkipEngine as SkipEngine
@@ -17,4 +16,5 @@ from .prediction.image import SegmentedImage as SegmentedImage
 from .prediction.onnx_runner import OnnxNetwork as OnnxNetwork
 from .space import Route as Route
 from .space import RoutingSpace as RoutingSpace
+from .training.gate_budget import Budget as Budget
 from .version import __version__ as __version__

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from routeseg import figures
-from routeseg.cost.budget import Budget
 from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig, open_data, pair
 from routeseg.data.loaders import evaluation_loader, image_tensor
@@ -32,6 +31,7 @@ from routeseg.files import write_atomically, write_json
 from routeseg.labels import label_map
 from routeseg.model import DynamicRoutingNetwork, checkpoints
 from routeseg.training.clock import Clock
+from routeseg.training.gate_budget import Budget
 from routeseg.training.pace import Pace, fitted, measure_pace
 from routeseg.training.recipe import Recipe
 from routeseg.training.report import REPORT_FILE, FinishedRun, write_report

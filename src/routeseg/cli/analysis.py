@@ -31,8 +31,8 @@ from routeseg.files import SURVEY_FILE, check_writable, write_atomically, write_
 if TYPE_CHECKING:
     import numpy as np
 
+    from routeseg.budgets.worth import Worth
     from routeseg.evaluation import Evaluation
-    from routeseg.evaluation.choice import Worth
     from routeseg.evaluation.ranking import Ranking
     from routeseg.evaluation.submission import Submission
 
@@ -190,7 +190,7 @@ def _report_submission(submission: Submission, skipped: int) -> int:
 
 
 def routes_command(words: Sequence[str]) -> int:
-    from routeseg.evaluation.route_statistics import PERMUTATIONS
+    from routeseg.survey.route_statistics import PERMUTATIONS
 
     parser = config_parser("routes", ["data"])
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder, of a network with gates or exits")
@@ -215,14 +215,14 @@ def routes_command(words: Sequence[str]) -> int:
     import numpy as np
 
     from routeseg.architectures import common_route
+    from routeseg.budgets.worth import exits_of, look_at_exits, worth_of_choice
     from routeseg.cli.tables import print_survey
     from routeseg.cost.macs import exit_costs, model_cost
     from routeseg.data.loaders import evaluation_loader
     from routeseg.data.subset import evenly_spread
     from routeseg.engine import SkipEngine
     from routeseg.evaluation import machine_facts
-    from routeseg.evaluation.choice import exits_of, look_at_exits, worth_of_choice
-    from routeseg.evaluation.routes import draw_survey, pictures_to_see, survey_routes
+    from routeseg.survey.routes import draw_survey, pictures_to_see, survey_routes
 
     quiet_libraries()
     model, output = model.to(find_device(args.device)), Path(args.output)

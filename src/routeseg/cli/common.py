@@ -22,7 +22,7 @@ from routeseg.files import MAX_JSON, RESUME_FILE, RUN_CONFIG_FILE, best_of_run, 
 if TYPE_CHECKING:
     import torch
 
-    from routeseg.cost.request import Asked
+    from routeseg.budgets.asked import Asked
     from routeseg.data.config import DataConfig
     from routeseg.labels import Classes
     from routeseg.model import DynamicRoutingNetwork
@@ -83,8 +83,8 @@ def config_parser(command: str, sections: Sequence[str] = SECTIONS) -> Parser:
     A command that has no recipe takes --seed.
     """
     from routeseg.config import NetworkConfig
-    from routeseg.cost.budget import Budget
     from routeseg.data.config import DataConfig
+    from routeseg.training.gate_budget import Budget
     from routeseg.training.recipe import Recipe
 
     parser = Parser(prog=f"routeseg {command}", exit_on_error=True)
@@ -194,7 +194,7 @@ def is_first_process() -> bool:
 
 def read_parts(parser: Parser, words: Sequence[str]) -> tuple[Namespace, Any, Any, Any]:
     """The parsed words, and the data, recipe and budget sections as objects."""
-    from routeseg.cost.budget import Budget
+    from routeseg.training.gate_budget import Budget
     from routeseg.training.recipe import Recipe
 
     args, data = read_data(parser, words)
@@ -359,8 +359,8 @@ def add_budget_arguments(parser: Parser) -> None:
 
 def read_budget(args: Namespace) -> Asked | None:
     """The budget that is asked for. Raises ValueError if it is none, and for a latency table that is not needed."""
+    from routeseg.budgets.asked import Asked
     from routeseg.cost.latency import LatencyTable
-    from routeseg.cost.request import Asked
 
     if args.budget is None:
         if args.per_image:
@@ -381,7 +381,7 @@ def with_budget(engine: Any, model: DynamicRoutingNetwork, args: Namespace) -> A
     if asked is None:
         return engine
 
-    from routeseg.engine.budgeted import Budgeted
+    from routeseg.budgets.budgeted import Budgeted
 
     return Budgeted(engine, model, asked)
 

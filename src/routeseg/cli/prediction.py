@@ -92,7 +92,7 @@ def predict_command(words: Sequence[str]) -> int:
         print(f"passed over, as no images: {others}")
     network_of = description if several else runner.network
     if args.budget is not None and summary.predictions and network_of.config.place is None:
-        from routeseg.cost.request import in_words, levels
+        from routeseg.budgets.asked import in_words, levels
 
         steps = in_words(levels(network_of, summary.predictions[0].size))
         print(f"an image costs one of {steps} of the full network: a budget is kept in the mean of many")

@@ -16,8 +16,8 @@ from routeseg.errors import printable
 
 if TYPE_CHECKING:
     from routeseg.evaluation import Evaluation
-    from routeseg.evaluation.routes import RouteSurvey
     from routeseg.model import DynamicRoutingNetwork
+    from routeseg.survey.routes import RouteSurvey
 
 BUDGETS_SHOWN = 8
 FILES_SHOWN = 20  # of the files that a finding is about

@@ -226,9 +226,9 @@ def calibrate_command(words: Sequence[str]) -> int:
     model = checkpoints.load(args.checkpoint)
     check_classes(args.checkpoint, model, data, pictures.classes)
 
+    from routeseg.budgets.calibration import calibrate
     from routeseg.cli.tables import print_exits
     from routeseg.data.loaders import evaluation_loader
-    from routeseg.training.calibration import calibrate
     from routeseg.training.offsets import fit_offsets, shift
 
     if args.class_offsets:

@@ -1,1 +1,1 @@
-"""What a route costs: MACs (macs.py), the budget that gates learn (budget.py), milliseconds (latency.py). No torch."""
+"""What a route costs: MACs (macs.py), milliseconds (latency.py). No torch."""

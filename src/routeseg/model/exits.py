@@ -6,7 +6,7 @@ and its BatchNorm's statistics, do not depend on where others leave.
 
 At an exit the network glances at an image: its decoder, on small features, says which classes are there and how sure it
 is. A rule (model/choice.py) lets the image go on if that is worth the price, or each of its places by itself
-(model/places.py). The price is what a budget comes down to: `calibrate` (training/calibration.py) fits the rule, and
+(model/places.py). The price is what a budget comes down to: `calibrate` (budgets/calibration.py) fits the rule, and
 keeps what every price costs, as the share of images or places that leave at each exit.
 
 Legend: B images, K exits, T prices of the table, hb, wb places of an image, h, w the size of a map.

@@ -33,8 +33,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from routeseg import figures
+from routeseg.budgets.asked import levels
 from routeseg.cost.macs import model_cost
-from routeseg.cost.request import levels
 from routeseg.data.pairs import MAX_PIXELS, UnreadableImage, decode_image
 from routeseg.data.transforms import PADDING_RGB
 from routeseg.description import NetworkDescription

@@ -21,12 +21,12 @@ from PIL import Image
 from torch import Tensor
 
 from routeseg import figures
+from routeseg.budgets.asked import Asked, in_words, levels
+from routeseg.budgets.budgeted import Budgeted
 from routeseg.cost.latency import LatencyTable
-from routeseg.cost.request import Asked, in_words, levels
 from routeseg.data.pairs import as_bytes, read_pillow
 from routeseg.description import NetworkDescription
 from routeseg.engine import Precision, SkipEngine
-from routeseg.engine.budgeted import Budgeted
 from routeseg.files import check_writable, expand_user, write_atomically
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.prediction.files import (

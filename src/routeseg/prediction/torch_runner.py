@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from routeseg.budgets.budgeted import Budgeted, Steered
 from routeseg.description import describe
 from routeseg.engine import SkipEngine
-from routeseg.engine.budgeted import Budgeted, Steered
 from routeseg.errors import DIVERGED
 from routeseg.labels import label_map
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.prediction.files import Ran
 
 if TYPE_CHECKING:
-    from routeseg.cost.request import Asked
+    from routeseg.budgets.asked import Asked
     from routeseg.description import NetworkDescription
     from routeseg.evaluation import Forward
 

@@ -7,7 +7,7 @@ For a video named NAME the output folder gets
     NAME_summary.json   what became of all of them (`VideoSummary`); written last
 
 Frames run through the same `Runner` as images (files.py). With `FramePace`, a network with exits keeps the time that is
-asked for each frame (cost/pacing.py). What is decoded and encoded, and how: clips.py. No torch here.
+asked for each frame (budgets/pacing.py). What is decoded and encoded, and how: clips.py. No torch here.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import cv2
 import numpy as np
 
 from routeseg import figures
+from routeseg.budgets.pacing import Leave, Pacer, time_weights
 from routeseg.config import NetworkConfig
-from routeseg.cost.pacing import Leave, Pacer, time_weights
 from routeseg.errors import BudgetNotKept, lacks_memory
 from routeseg.files import check_writable, expand_user, write_atomically, write_json, written_whole
 from routeseg.prediction.clips import Clip, Frame, UnreadableVideo, VideoWriter
@@ -108,7 +108,7 @@ class VideoSummary:
 
 
 class Steering(Protocol):
-    """A forward that is told at which exit its images leave: `engine.budgeted.Steered`."""
+    """A forward that is told at which exit its images leave: `budgets.budgeted.Steered`."""
 
     exit: int
 

@@ -13,6 +13,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from torch import Tensor
 
+from routeseg.budgets.calibration import calibrate
 from routeseg.data.classification_loaders import ClassificationDataModule
 from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.data.subset import OFFSET_PICTURES
@@ -20,7 +21,6 @@ from routeseg.files import RESUME_FILE, not_written
 from routeseg.model.grid import RoutedNetwork
 from routeseg.training import clock as clocks
 from routeseg.training.batch_norm import average_statistics, precise_batch_norm
-from routeseg.training.calibration import calibrate
 from routeseg.training.clock import Clock
 from routeseg.training.offsets import fit_offsets, shifted
 from routeseg.training.recipe import Recipe, TrainingRecipe

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from routeseg.budgets.calibration import readable
 from routeseg.collectives import gather
 from routeseg.engine import SkipEngine
 from routeseg.evaluation.scores import count_pairs
 from routeseg.labels import IGNORE
 from routeseg.model.decoder import Decoder
 from routeseg.model.grid import RoutedNetwork
-from routeseg.training.calibration import readable
 
 PIXELS = 2600  # that are looked at, of a picture
 STEPS = (-0.8, -0.4, -0.2, 0.2, 0.4, 0.8)  # by which an offset changes

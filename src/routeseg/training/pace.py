@@ -12,14 +12,14 @@ from functools import partial
 import torch
 
 from routeseg import bfloat16
-from routeseg.cost.budget import Budget
+from routeseg.budgets.calibration import readable
 from routeseg.data.config import DataConfig, pair
 from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.data.subset import OFFSET_PICTURES
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.training.batch_norm import check_enough_values
-from routeseg.training.calibration import readable
 from routeseg.training.clock import Clock
+from routeseg.training.gate_budget import Budget
 from routeseg.training.recipe import Recipe
 from routeseg.training.segmentation import SegmentationTask, check_task, freeze_stages
 from routeseg.training.trial import Choice, choose_precision, step_seconds

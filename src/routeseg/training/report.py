@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from routeseg import figures
-from routeseg.cost.budget import Budget
 from routeseg.data.config import DataConfig
 from routeseg.evaluation import Evaluation, machine_facts
 from routeseg.evaluation.ranking import Judged, Ranking
 from routeseg.figures.report import Report
 from routeseg.labels import IGNORE, see_through
 from routeseg.model import DynamicRoutingNetwork
+from routeseg.training.gate_budget import Budget
 from routeseg.training.recipe import Recipe
 from routeseg.training.run import RunResult
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from routeseg.collectives import rank_and_world, total
-from routeseg.cost.budget import Budget, budget_loss
 from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig, pair
 from routeseg.data.datamodule import SegmentationDataModule
@@ -33,6 +32,7 @@ from routeseg.model.backbone import Backbone
 from routeseg.model.compute import PLAIN
 from routeseg.model.places import enlarge
 from routeseg.training.batch_norm import Mode
+from routeseg.training.gate_budget import Budget, budget_loss
 from routeseg.training.recipe import Recipe
 from routeseg.training.run import Run, RunOptions, RunResult
 from routeseg.training.task import RecipeTask, Validation

@@ -23,7 +23,10 @@ from routeseg.data.pairs import SegmentationData
 from routeseg.data.scenes import PRESETS
 from routeseg.data.subset import evenly_spread
 from routeseg.evaluation import Evaluation, Forward, evaluate
-from routeseg.evaluation.route_statistics import (
+from routeseg.labels import label_map
+from routeseg.model import DynamicRoutingNetwork
+from routeseg.space import RoutingSpace
+from routeseg.survey.route_statistics import (
     MIN_GROUP,
     PERMUTATIONS,
     PermutationTest,
@@ -37,9 +40,6 @@ from routeseg.evaluation.route_statistics import (
     size_group_name,
     size_groups,
 )
-from routeseg.labels import label_map
-from routeseg.model import DynamicRoutingNetwork
-from routeseg.space import RoutingSpace
 
 MIN_SHIFTED = 40  # pictures; with fewer, shifts are too few for a small p
 EXTREMES = 3  # cheapest and dearest pictures that are drawn

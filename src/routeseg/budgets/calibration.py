@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from routeseg.budgets.worth import LARGEST_PRICE, AllExits, price_between, score_exits
 from routeseg.collectives import gather
 from routeseg.cost.macs import exit_costs, model_cost
 from routeseg.data.subset import LEAST_PICTURES
-from routeseg.evaluation.choice import LARGEST_PRICE, AllExits, price_between, score_exits
 from routeseg.model.exits import TABLE, Exits
 from routeseg.model.grid import RoutedNetwork
 

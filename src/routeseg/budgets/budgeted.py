@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from routeseg.budgets.asked import Asked, check_exits
 from routeseg.cost.macs import exit_costs
-from routeseg.cost.request import Asked, check_exits
 from routeseg.errors import NO_PLACES
 from routeseg.model.grid import RoutedNetwork
 
