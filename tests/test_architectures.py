@@ -369,7 +369,7 @@ class TestCommand:
                 "that no path leads to, the first is",
             ),
             (["--model.depth", "4", "--model.gate", "fixed", "--model.route", "none.json"], "none.json: no such file"),
-            (["--model.depth", "4", "--model.gate", "fixed", "--budget.weight", "0.5"], "cannot keep a budget"),
+            (["--model.depth", "4", "--model.gate", "fixed", "--gate_budget.weight", "0.5"], "cannot keep a budget"),
         ],
     )
     def test_wrong_routes_are_named(self, words, message, tmp_path, capsys):

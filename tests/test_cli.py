@@ -136,7 +136,7 @@ class TestSections:
     @pytest.mark.parametrize("command", ["evaluate", "routes", "check-data", "profile"])
     def test_other_keys_on_the_command_line_are_refused(self, commands, capsys, command):
         other = "--data.name=scenes" if command == "profile" else "--model.depth=3"
-        for word in ("--recipe.lr=0.1", "--budget.weight=0.5", "--recipe.seed=3", other):
+        for word in ("--recipe.lr=0.1", "--gate_budget.weight=0.5", "--recipe.seed=3", other):
             code, _, err = run([*commands[command], word], capsys)
             name, remedy = word.partition("=")[0], "give --seed instead" if "seed" in word else "leave it out"
             assert code == 2 and err == f"routeseg: error: `routeseg {command}` does not take {name}: {remedy}\n"
@@ -392,7 +392,7 @@ def test_demo(tmp_path, capsys):
         "--recipe.precise_bn_batches=1",
         "--recipe.log_every=1",
     ]
-    code, out, _ = run(["demo", *network, *data, *recipe, "--budget.weight=0.5", "--output", tmp_path], capsys)
+    code, out, _ = run(["demo", *network, *data, *recipe, "--gate_budget.weight=0.5", "--output", tmp_path], capsys)
     assert code == 0 and "mIoU" in out
     page = (tmp_path / "report.html").read_text()
     assert "data:image/png;base64" in page and "http" not in page.replace("http-equiv", "")
@@ -415,3 +415,12 @@ def test_threads_sleep_beside_other_work(monkeypatch, load, before, after):
         monkeypatch.setenv("OMP_WAIT_POLICY", before)
     cli._let_threads_sleep()
     assert os.environ.get("OMP_WAIT_POLICY") == after
+
+
+def test_files_of_earlier_runs_call_the_gates_budget_budget(tmp_path):
+    """The word now means what --budget asks; a run that began before is resumed by its own file."""
+    from routeseg.cli.common import config_parser
+
+    (tmp_path / "old.yaml").write_text("recipe: {iterations: 7}\nbudget: {weight: 0.5, target: 0.3}\n")
+    args = config_parser("train").parse_args(["--config", str(tmp_path / "old.yaml")])
+    assert (args.gate_budget.weight, args.gate_budget.target, args.recipe.iterations) == (0.5, 0.3, 7)

@@ -28,7 +28,7 @@ COMBINATIONS += [(f"{name}/base", "any_budget/depth16") for name in ("camvid", "
 REAL_DATA = [files for files in COMBINATIONS if files[0] in ("cityscapes/base", "voc/base")]
 REAL_DATA = [files for files in REAL_DATA if "any_budget/depth16" not in files]  # its exits are not those of depth 4
 TINY = ["--model.depth=4", "--model.base_channels=4", "--model.stem_channels=4", "--data.crop=[64, 64]"]
-TINY += ["--data.batch_size=2", "--data.workers=0", "--budget.start=0", "--recipe.iterations=2"]
+TINY += ["--data.batch_size=2", "--data.workers=0", "--gate_budget.start=0", "--recipe.iterations=2"]
 TINY += ["--recipe.accumulate=1", "--recipe.precise_bn_batches=1", "--recipe.precision=32-true"]
 
 
@@ -53,8 +53,13 @@ def test_configuration(files, parser):
     args = parser.parse_args(with_configs(files))
     assert args.data.name == files[0].split("/")[0]
     config = network_of(json.dumps(vars(args.model))).config
-    assert config.gated or (config.exits is not None and args.budget.weight == 0)
-    for name, section in (("model", args.model), ("data", args.data), ("recipe", args.recipe), ("budget", args.budget)):
+    assert config.gated or (config.exits is not None and args.gate_budget.weight == 0)
+    for name, section in (
+        ("model", args.model),
+        ("data", args.data),
+        ("recipe", args.recipe),
+        ("gate_budget", args.gate_budget),
+    ):
         given = [yaml.safe_load((PRESETS / f"{file}.yaml").read_text()).get(name, {}) for file in files]
         for key, value in {key: value for part in given for key, value in part.items()}.items():
             found = section[key]
@@ -94,11 +99,11 @@ def test_a_static_network_on_top_of_a_base(layouts, tmp_path, capsys, one_thread
 @pytest.mark.parametrize("name", [None, *BUDGETS])
 def test_budgets_are_the_papers(data, name, parser):
     args = parser.parse_args(with_configs([f"{data}/base", *([name] if name else [])]))
-    assert (args.budget.start, args.budget.ramp) == (0.4, 0.02)
+    assert (args.gate_budget.start, args.gate_budget.ramp) == (0.4, 0.02)
     if name is None:
-        assert args.budget.weight == 0 and not args.model.small_gate
+        assert args.gate_budget.weight == 0 and not args.model.small_gate
     else:
-        assert (args.budget.weight, args.budget.target) == BUDGETS[name] and args.model.small_gate
+        assert (args.gate_budget.weight, args.gate_budget.target) == BUDGETS[name] and args.model.small_gate
 
 
 @pytest.mark.parametrize("files", REAL_DATA, ids="+".join)
@@ -126,7 +131,7 @@ def test_a_preset_on_top_of_a_base(parser):
     both, one = (
         parser.parse_args(with_configs(files)) for files in (("camvid/base", "dynamic_a"), ("camvid/dynamic_a",))
     )
-    for name in ("model", "data", "recipe", "budget"):
+    for name in ("model", "data", "recipe", "gate_budget"):
         assert one[name] == both[name], name
 
 

@@ -33,10 +33,10 @@ TINY = {
     },
     "recipe": {"iterations": 3, "warmup_steps": 0, "precise_bn_batches": 1, "validate_every": 3, "save_every": 1}
     | {"precision": "32-true"},
-    "budget": {"weight": 0.0, "start": 0.0},
+    "gate_budget": {"weight": 0.0, "start": 0.0},
     "networks": {
         "line": {"model": {"gate": "fixed", "route": LINE}},
-        "dynamic-a": {"model": {"small_gate": True}, "budget": {"weight": 0.8}},
+        "dynamic-a": {"model": {"small_gate": True}, "gate_budget": {"weight": 0.8}},
         "common-a": {"common": {"of": "dynamic-a", "threshold": 0.5}},
     },
 }
@@ -142,7 +142,7 @@ def test_table(experiment, tmp_path, capsys, monkeypatch, one_thread):
         ("x", {"common": {"of": "dynamic-a", "threshold": 3}}, "threshold of .* is 3"),
         ("x", {"model": None}, "give a mapping"),
         ("x", 5, "networks.x of .* is 5"),
-        ("x", {"model": {"gate": "fixed"}, "budget": {"weight": 0.5}}, "has no gates, so it cannot keep a budget"),
+        ("x", {"model": {"gate": "fixed"}, "gate_budget": {"weight": 0.5}}, "has no gates, so it cannot keep a budget"),
     ],
 )
 def test_mistakes(experiment, name, own, message):

@@ -87,7 +87,7 @@ def test_a_run_remembers_itself(layouts, tmp_path, capsys):
 def test_in_python(layouts, tmp_path, capsys):
     """The same as the command, to the bit; mistakes are ValueErrors."""
     keys = dict(word.removeprefix("--").split("=", 1) for word in TINY)
-    sections = {name: {} for name in ("model", "data", "recipe", "budget")}
+    sections = {name: {} for name in ("model", "data", "recipe", "gate_budget")}
     for key, value in keys.items():
         section, _, name = key.partition(".")
         sections[section][name] = json.loads(value) if value[0] in "[0123456789" and "true" not in value else value
@@ -237,7 +237,7 @@ def test_a_tracker_that_is_not_there(capsys, monkeypatch, tmp_path):
     ("words", "message"),
     [
         (["--data.batch_size=1", "--model.exits=null", "--data.crop=[32,32]"], "leave a single value per channel"),
-        (["--budget.weight=0.5"], "a network without gates cannot keep a budget"),
+        (["--gate_budget.weight=0.5"], "a network without gates cannot keep a budget"),
     ],
 )
 def test_what_is_refused_comes_before_the_pace(layouts, tmp_path, capsys, monkeypatch, words, message):

@@ -63,7 +63,7 @@ def words(output, iterations, *extra):
         *(f"--data.{k}={list(v) if isinstance(v, tuple) else v}" for k, v in DATA.items()),
         f"--recipe.iterations={iterations}", "--recipe.lr=0.02", "--recipe.warmup_steps=2", "--recipe.drop_path=0.3",
         "--recipe.precise_bn_batches=2", "--recipe.validate_every=7", "--recipe.save_every=2", "--recipe.seed=3",
-        "--recipe.precision=32-true", "--budget.weight=0.5", "--budget.start=0.2", *extra,
+        "--recipe.precision=32-true", "--gate_budget.weight=0.5", "--gate_budget.start=0.2", *extra,
     ]  # fmt: skip
 
 
@@ -410,7 +410,7 @@ def test_output_that_cannot_be_written(tmp_path, capsys):
         (["--model.cell_operations=[conv]"], "sep_conv_3x3"),
         (["--data.name=camvid"], "--data.root"),
         (["--data.crop=[16,16]"], "data.crop"),
-        (["--budget.target=3"], "target"),
+        (["--gate_budget.target=3"], "target"),
         (["--recipe.iterations=0"], "recipe.iterations"),
         (["--recipe.momentum=1"], "recipe.momentum is 1"),
         (["--recipe.weight_decay=-1"], "recipe.weight_decay is -1"),
@@ -597,9 +597,9 @@ def test_every_batch_draws_another_drop_path(tmp_path, monkeypatch):
 
     for way in (Compute, Fused):
 
-        def note_cell(self, node, features, drop_path, cell=way.cell):
+        def note_cell(self, node, features, drop_path, running, cell=way.cell):
             dropped[-1].append(drop_path)
-            return cell(self, node, features, drop_path)
+            return cell(self, node, features, drop_path, running)
 
         monkeypatch.setattr(way, "cell", note_cell)
     model.register_forward_pre_hook(note_forward)

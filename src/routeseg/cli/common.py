@@ -93,7 +93,7 @@ def config_parser(command: str, sections: Sequence[str] = SECTIONS) -> Parser:
     texts = {f"model.{field}": text for field, text in field_texts(NetworkConfig).items()}
     if "model" in sections:
         parser.add_class_arguments(NetworkConfig, "model", skip=NETWORK_SKIP, as_group=True)
-    for name, kind in (("data", DataConfig), ("recipe", Recipe), ("budget", Budget)):
+    for name, kind in (("data", DataConfig), ("recipe", Recipe), ("gate_budget", Budget)):
         if name in sections:
             parser.add_class_arguments(kind, name)
             texts |= {f"{name}.{field}": text for field, text in field_texts(kind).items()}
@@ -198,7 +198,7 @@ def read_parts(parser: Parser, words: Sequence[str]) -> tuple[Namespace, Any, An
     from routeseg.training.recipe import Recipe
 
     args, data = read_data(parser, words)
-    return args, data, Recipe(**vars(args.recipe)), Budget(**vars(args.budget))
+    return args, data, Recipe(**vars(args.recipe)), Budget(**vars(args.gate_budget))
 
 
 def new_network(args: Namespace, data: DataConfig, recipe: Recipe, pretrained: bool = True) -> DynamicRoutingNetwork:

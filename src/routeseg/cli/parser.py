@@ -19,7 +19,8 @@ from routeseg.files import MAX_JSON, compose_yaml, parse_yaml, read_file
 
 USAGE_ERROR = 2
 PRESETS = Path(__file__).parents[1] / "presets"
-SECTIONS = ("model", "data", "recipe", "budget")  # of a configuration
+SECTIONS = ("model", "data", "recipe", "gate_budget")  # of a configuration
+FORMER = {"budget": "gate_budget"}  # names of sections in the files of earlier runs
 SEED_KEY = "recipe.seed"
 SIZES = ("--data.crop", "--data.image_size")  # may be given as HEIGHTxWIDTH
 KINDS = {  # what values must be, by the name of their type; of several the first counts
@@ -152,15 +153,15 @@ class ConfigFile(ActionConfigFile):
         else:
             kept = []
             for key, value in document.value:
+                key.value = FORMER.get(key.value, key.value)
                 if key.value in SECTIONS and not isinstance(value, yaml.MappingNode):
                     parser.error(f"section {key.value!r} of {values} is no mapping: give its keys, a line each")
                 if key.value not in parser.passed_over:
                     kept.append((key, _without_removed(key, value)))
                 elif key.value == "recipe":
                     kept = [pair for pair in value.value if pair[0].value == "seed"] + kept
-            if kept != document.value:
-                document.value = kept
-                values = yaml.serialize(document)
+            document.value = kept
+            values = yaml.serialize(document)
         super().__call__(parser, cfg, values, option_string)
 
 

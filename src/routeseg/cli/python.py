@@ -42,7 +42,7 @@ def train(
     data: Mapping[str, Any] | None = None,
     model: Mapping[str, Any] | None = None,
     recipe: Mapping[str, Any] | None = None,
-    budget: Mapping[str, Any] | None = None,
+    gate_budget: Mapping[str, Any] | None = None,
 ) -> Trained:
     """What `routeseg train` does (docs/training.md), by the same code.
 
@@ -55,8 +55,8 @@ def train(
     output   folder of the run
     init     a checkpoint folder to start from; with a folder of pictures else the network that comes along
     resume   go on with the run in `output`
-    data, model, recipe, budget   keys of these sections of the configuration (`routeseg train --help-all`), such as
-             data={"name": "camvid", "root": "camvid", "batch_size": 4}
+    data, model, recipe, gate_budget   keys of these sections of the configuration (`routeseg train --help-all`), such
+             as data={"name": "camvid", "root": "camvid", "batch_size": 4}
 
     Raises ValueError, with the remedy, for what makes no training; NonFiniteLoss if the loss is no number.
     """
@@ -66,7 +66,7 @@ def train(
     words = [] if folder is None else [str(folder)]
     for one in [config] if isinstance(config, str | Path) else config:
         words += ["--config", str(one)]
-    sections = {"data": data, "model": model, "recipe": recipe, "budget": budget}
+    sections = {"data": data, "model": model, "recipe": recipe, "gate_budget": gate_budget}
     for section, keys in sections.items():
         words += [f"--{section}.{key}={_as_word(value)}" for key, value in (keys or {}).items()]
     for option, value in (("minutes", minutes), ("epochs", epochs), ("output", output), ("init", init)):

@@ -143,7 +143,12 @@ def train_by(words: Sequence[str], parser: Parser) -> tuple[RunResult[Evaluation
         print(f"about {recipe.iterations} iterations fit into {args.minutes:g} minutes here, as fast as it is now")
     if args.epochs is not None:
         recipe = _of_epochs(recipe, data, args.epochs)
-    sections = {"model": vars(args.model), "data": asdict(data), "recipe": asdict(recipe), "budget": vars(args.budget)}
+    sections = {
+        "model": vars(args.model),
+        "data": asdict(data),
+        "recipe": asdict(recipe),
+        "gate_budget": vars(args.gate_budget),
+    }
     options = replace(run_options(args), configuration=sections, clock=clock)
     with enough_memory(SMALLER_STEPS):
         result = train(model, data, recipe, budget, options)

@@ -207,10 +207,11 @@ def _say_few(training: int, validation: int) -> None:
 def check_task(model: DynamicRoutingNetwork, budget: Budget) -> None:
     """Raises ValueError for a budget that the network cannot be trained for, and for a single class."""
     if budget.weight and model.exits is not None:
-        raise ValueError("a network with exits is asked for its budget afterwards: set --budget.weight 0")
+        raise ValueError("a network with exits is asked for its budget afterwards: set --gate_budget.weight 0")
     if budget.weight and not model.config.gated:
         raise ValueError(
-            "a network without gates cannot keep a budget: set --budget.weight 0, or --model.gate soft to give it gates"
+            "a network without gates cannot keep a budget: set --gate_budget.weight 0, or --model.gate soft to give it "
+            "gates"
         )
     check_class_count(model.config.num_classes)
 
