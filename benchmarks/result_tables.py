@@ -336,3 +336,38 @@ def busy(facts: Sequence[Facts], words: str) -> str:
     }
     rows = [[name, cells["idle"][work], cells["one_core_busy"][work]] for work, name in names.items()]
     return table(head, rows)
+
+
+def places(facts: Sequence[Facts], words: str) -> str:
+    """`chosen`: what choosing is worth, of one file. `walked: NAME, NAME`: the scores of networks at shares of the cost,
+    between those that were measured, with places and with smaller images alone."""
+    if words == "chosen":
+        ways = ("images", "places", "shuffled", "exchanged", "common", "oracle")
+        ways = tuple(way for way in ways if way in next(iter(facts[0]["chosen"].values())))
+        rows = [
+            [f"{100 * float(asked):.0f}", *(_share(found[way]) for way in ways)]
+            for asked, found in facts[0]["chosen"].items()
+        ]
+        return table(["share of the cost, %", *ways], rows)
+    shares, rows = (0.35, 0.5, 0.65, 0.8, 1.0), []
+    names = [name.strip() for name in words.removeprefix("walked:").split(",")]
+    for name, one in zip(names, facts, strict=True):
+        full = next(row for row in one["sizes"] if row["size"] == 1)
+        walked = [row for row in one["walked"] if row["size"] == 1]
+        for way, points in ((f"places of {one['place']}", [*walked, full]), ("smaller images", one["sizes"])):
+            points = sorted((row for row in points if row["cost"] <= 1), key=lambda row: row["cost"])
+            costs, scores = [row["cost"] for row in points], [row["miou"] for row in points]
+            found = [_share(_between(share, costs, scores)) for share in shares]
+            rows.append([f"{name}: {way}", *found])
+    return table(["mIoU, % at a share of the cost of", *(f"{100 * share:.0f} %" for share in shares)], rows)
+
+
+def _between(share: float, costs: Sequence[float], scores: Sequence[float]) -> float | None:
+    """The score at a cost, between the two measured ones beside it; None below the cheapest."""
+    if share < costs[0]:
+        return None
+    above = next(i for i, cost in enumerate(costs) if cost >= share)
+    if above == 0:
+        return scores[0]
+    weight = (share - costs[above - 1]) / (costs[above] - costs[above - 1])
+    return scores[above - 1] + weight * (scores[above] - scores[above - 1])

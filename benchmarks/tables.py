@@ -38,6 +38,7 @@ MAKERS: dict[str, Callable[[Sequence[Facts], str], str]] = {
     "int8": result_tables.int8,
     "loaders": result_tables.loaders,
     "needed": result_tables.needed,
+    "places": result_tables.places,
     "overload": result_tables.overload,
     "predictions": result_tables.predictions,
     "scores": result_tables.scores,
