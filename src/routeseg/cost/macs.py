@@ -76,7 +76,8 @@ class CostTable:
         if exits is None:
             return self.of_gates(gates)
         assert self.exits is not None
-        return self.exits[np.asarray(exits)].mean((-1, -2))
+        places = exits.cpu().numpy() if hasattr(exits, "cpu") else np.asarray(exits)
+        return self.exits[places].mean((-1, -2))
 
     def of_route(self, route: Route, count_gates: bool = False) -> float:
         """Cost of a fixed route in MACs. Its gates need not run, so they are counted only if asked: then those of every
