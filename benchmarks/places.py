@@ -16,6 +16,9 @@ what the network costs with all layers at the image's own size,
               exchanged  images exchange their maps of exits
               common     all leave at one exit, or at one of two neighbours by chance
               oracle     the labels choose: least wrong pixels, each counts 1 / the pixels of its class, plus a price
+    kept    of a calibrated network: what is spent of ASKED on other sources, as a mean over the images and with
+            per_image, the mean and the largest distance of an image; on the same images at half and twice the size,
+            darkened, blurred and noisy, and on the images of the folders that --others names
 
 Legend: N images, K exits, hb, wb places of an image, H, W its size, C classes.
 """
@@ -38,6 +41,7 @@ from routeseg.budgets.worth import price_between
 from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.loaders import evaluation_loader
+from routeseg.data.pairs import list_images, read_image
 from routeseg.data.subset import evenly_spread
 from routeseg.evaluation import machine_facts
 from routeseg.evaluation.scores import count_pairs
@@ -49,6 +53,8 @@ from routeseg.space import MIN_IMAGE_SIZE
 PRICES = (0.01, 0.03, 0.06, 0.1, 0.15, 0.22, 0.32, 0.45, 0.65, 0.9)  # nats
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 SHUFFLES = 5
+ASKED = (0.35, 0.5, 0.75)
+KEPT_IMAGES = 24  # of each source
 
 
 class Looked:
@@ -174,6 +180,47 @@ def walked(
     return {"size": size, "price": price, "cost": float(np.mean(costs)), "miou": miou(pairs)}
 
 
+def sources(images: list[dict[str, Any]], others: list[str]) -> dict[str, list[Tensor]]:
+    """Images uint8 or in 0..1, [1,3,H,W], by what they are."""
+    own = [one["image"] for one in images[:: max(1, len(images) // KEPT_IMAGES)]]
+    rng = torch.Generator().manual_seed(0)
+
+    def noisy(image: Tensor) -> Tensor:
+        return (image / 255 + 0.1 * torch.randn(image.shape, generator=rng)).clamp(0, 1)
+
+    found = {
+        "the images": own,
+        "half of the size": [resized(one, 0.5) for one in own],
+        "twice the size": [resized(one, 2) for one in own],
+        "darkened": [one / 255 * 0.4 for one in own],
+        "blurred": [F.avg_pool2d(one / 255, 5, 1, 2) for one in own],
+        "noisy": [noisy(one) for one in own],
+    }
+    for folder in others:
+        paths = sorted(list_images(Path(folder), nested=True).values())
+        some = paths[:: max(1, len(paths) // KEPT_IMAGES)]
+        found[Path(folder).name] = [torch.from_numpy(read_image(one)).permute(2, 0, 1)[None] for one in some]
+    return found
+
+
+def kept(model: DynamicRoutingNetwork, images: list[Tensor]) -> dict[str, dict[str, float]]:
+    """What is spent of each of ASKED."""
+    found: dict[str, dict[str, float]] = {}
+    for asked in ASKED:
+        spent: dict[bool, list[float]] = {False: [], True: []}
+        for image in images:
+            table = model_cost(model, (image.shape[-2], image.shape[-1]))
+            for each, shares in spent.items():
+                result = model(image, budget=asked, per_image=each)
+                shares.append(float(table.of_result(result.gates, result.exits)[0]) / table.full)
+        found[str(asked)] = {
+            "mean": float(np.mean(spent[False])),
+            "per_image": float(np.mean(spent[True])),
+            "per_image_furthest": float(np.abs(np.array(spent[True]) - asked).max()),
+        }
+    return found
+
+
 def placed(model: DynamicRoutingNetwork, place: int) -> DynamicRoutingNetwork:
     """The network, whose places decide."""
     if model.config.place == place:
@@ -195,6 +242,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--images", type=int, default=None, help="at most so many")
     parser.add_argument("--sizes", type=float, nargs="*", default=[0.5, 0.7, 1.0, 1.4])
     parser.add_argument("--walked", type=float, nargs="*", default=[0.7, 1.0], help="sizes at which places are walked")
+    parser.add_argument("--others", nargs="*", default=[], help="folders of images of other sources")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(words)
     model = placed(checkpoints.load(None if args.network == "bundled" else args.network), args.place)
@@ -221,6 +269,8 @@ def main(words: list[str]) -> int:
         "sizes": [walked(model, images, size, None) for size in args.sizes],
     }
     write_json(args.output, found | machine_facts())
+    if model.exits is not None and model.exits.calibrated:
+        found["kept"] = {name: kept(model, some) for name, some in sources(images, args.others).items()}
     found["walked"] = [walked(model, images, size, price) for size in args.walked for price in PRICES]
     write_json(args.output, found | {"command": ["benchmarks/places.py", *words]} | machine_facts())
     return 0
