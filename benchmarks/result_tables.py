@@ -339,8 +339,18 @@ def busy(facts: Sequence[Facts], words: str) -> str:
 
 
 def places(facts: Sequence[Facts], words: str) -> str:
-    """`chosen`: what choosing is worth, of one file. `walked: NAME, NAME`: the scores of networks at shares of the cost,
-    between those that were measured, with places and with smaller images alone."""
+    """`chosen`: what choosing is worth, of one file. `kept`: what budgets cost on other sources. `walked: NAME, NAME`: the
+    scores of networks at shares of the cost, between those that were measured, with places and with smaller images."""
+    if words == "kept":
+        rows = []
+        for source, found in facts[0]["kept"].items():
+            cells = [
+                f"{_share(one['mean'])}; {_share(one['per_image'])} (± {_share(one['per_image_furthest'])})"
+                for one in found.values()
+            ]
+            rows.append([source, *cells])
+        asked = next(iter(facts[0]["kept"].values()))
+        return table(["spent, % of", *(f"{100 * float(one):.0f} %" for one in asked)], rows)
     if words == "chosen":
         ways = ("images", "places", "shuffled", "exchanged", "common", "oracle")
         ways = tuple(way for way in ways if way in next(iter(facts[0]["chosen"].values())))
