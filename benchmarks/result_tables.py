@@ -339,8 +339,9 @@ def busy(facts: Sequence[Facts], words: str) -> str:
 
 
 def places(facts: Sequence[Facts], words: str) -> str:
-    """`chosen`: what choosing is worth, of one file. `kept`: what budgets cost on other sources. `walked: NAME, NAME`: the
-    scores of networks at shares of the cost, between those that were measured, with places and with smaller images."""
+    """`chosen`: what choosing is worth, of one file. `kept`: what budgets cost on other sources. `walked: NAME, NAME`:
+    the scores of networks at shares of the cost, between those that were measured, with places and with smaller images.
+    """
     if words == "kept":
         rows = []
         for source, found in facts[0]["kept"].items():
