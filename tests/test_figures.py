@@ -21,7 +21,7 @@ from routeseg.figures import charts, words
 from routeseg.figures.labels import even_columns
 from routeseg.figures.report import Report
 from routeseg.labels import default_palette
-from routeseg.model.checkpoints import GATED, PRETRAINED, read_config
+from routeseg.model.checkpoints import PRETRAINED, read_config
 from routeseg.space import DOWN, KEEP, UP, RoutingSpace
 
 NAMES = ["sky", "road", "car", "person"]
@@ -162,8 +162,7 @@ class TestPalette:
         weights = np.array([0.299, 0.587, 0.114])
         for palette in (camvid.CLASSES.palette, scenes.PALETTE, default_palette([f"class {k}" for k in range(100)])):
             assert (np.array(palette) @ weights).min() > 60
-        for folder in (PRETRAINED, GATED):
-            assert read_config(folder).palette == camvid.CLASSES.palette
+        assert read_config(PRETRAINED).palette == camvid.CLASSES.palette
 
     def test_neighbours_are_of_different_families_and_none_comes_again(self):
         colours = np.array(default_palette([f"class {k}" for k in range(255)]), dtype=np.uint8)
