@@ -83,9 +83,7 @@ class Job:
                 self.ended_early = job.poll() is not None
                 if not self.ended_early:
                     os.kill(children(job.pid, script)[-1], signal.SIGKILL)
-                started = time.monotonic()
                 self.code = job.wait(timeout=ENDS_WITHIN)
-                self.seconds = time.monotonic() - started
             finally:
                 job.kill()
                 job.wait()
@@ -249,7 +247,6 @@ def check_killed(job, output):
     """The job ended soon and says why; what it wrote is whole."""
     assert not job.ended_early, job.err
     assert job.code not in (0, 2) and re.search(STOPPED, job.err), job.err
-    assert job.seconds < ENDS_WITHIN
     ours = f'File "{Path(routeseg.__file__).parent}'  # also where the clone's folder, and so .venv's, has our name
     assert not [line for line in job.err.splitlines() if line.strip().startswith(ours)]
     step = torch.load(output / "last.ckpt", weights_only=True)["global_step"]

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import inference_figure
 import routeseg
 import tables
 from routeseg.cli import main
@@ -66,40 +65,6 @@ def test_quoted_files_say_where_they_come_from():
     for name in quoted:
         facts = json.loads((ROOT / name).read_text())
         assert {"machine", "date", "versions"} <= set(facts) and not facts.get("missing"), name
-
-
-def test_a_block_is_rewritten_and_a_table_that_is_not_there_is_named(tmp_path):
-    (tmp_path / "results").mkdir()
-    facts = {"memory": {"size": "32x64", "methods": {"plain": {"peak_mib": 7.4}}}}
-    (tmp_path / "results" / "inference_x.json").write_text(json.dumps(facts))
-    document = "before\n<!-- results/inference_x.json: memory -->\nold\n<!-- end -->\nafter\n"
-    filled = tables.fill(document, tmp_path)
-    assert "old" not in filled and "| plain | 7 |" in filled
-    assert filled.startswith("before\n<!--") and filled.endswith("<!-- end -->\nafter\n")
-    assert tables.fill(filled, tmp_path) == filled
-    for wrong, message in (
-        (document.replace("memory", "speed"), "no table 'speed' of results/inference_x.json: there are memory"),
-        (document.replace("inference_x", "other"), "results/other.json is no results file"),
-        (document.replace("memory", "loaders"), "has no table 'loaders'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            tables.fill(wrong, tmp_path)
-
-
-def test_the_figure_of_speed(tmp_path):
-    facts = json.loads((ROOT / tables.FIGURE_FACTS).read_text())
-    inference_figure.time_against_macs(tmp_path / "a.svg", facts)
-    text = (tmp_path / "a.svg").read_text()
-    methods = facts["latency"]["512x1024"]["1"]
-    assert f"<!-- {methods['plain']['median_ms']:.0f} -->" in text and "<!-- OpenVINO, bfloat16 -->" in text
-    for name in [name for name in methods if "bfloat16" in name]:  # as on a machine without
-        del methods[name]
-    inference_figure.time_against_macs(tmp_path / "a.svg", facts)
-    text = (tmp_path / "a.svg").read_text()
-    assert "<!-- OpenVINO, float32 -->" in text and "bfloat16" not in text
-    del methods["plain"]
-    with pytest.raises(ValueError, match="plain was not measured"):
-        inference_figure.time_against_macs(tmp_path / "b.svg", facts)
 
 
 def anchors(path):

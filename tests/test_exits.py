@@ -26,7 +26,7 @@ from routeseg.engine.compiled import CompiledForward, is_compiled
 from routeseg.engine.folding import FoldedForward
 from routeseg.engine.profiling import profile
 from routeseg.evaluation import evaluate
-from routeseg.evaluation.choice import AllExits, mean_iou
+from routeseg.evaluation.choice import AllExits, mean_iou, oracle
 from routeseg.model.choice import LossChoice, ridge
 from routeseg.model.exits import TABLE
 from routeseg.model.request import exit_of
@@ -401,6 +401,12 @@ class TestCalibration:
         total = unseen[:, 1].sum(0)[:3]
         expected = np.diag(total) / (total.sum(0)[:3] + total.sum(1) - np.diag(total))
         assert mean_iou(AllExits.of(unseen), everywhere) == pytest.approx(expected.mean()), "nor does it count"
+
+    def test_the_oracle_costs_what_was_spent(self):
+        rng, costs = np.random.default_rng(1), np.array([0.2, 0.5, 1.0])
+        loss = rng.random((500, 3)) + (0.4, 0.2, 0.0)
+        for cost in (0.3, 0.5, 0.8):
+            assert costs[oracle(loss, costs, cost)].mean() == pytest.approx(cost, abs=0.005)
 
     def test_pictures_without_labels_do_not_count(self, model):
         pictures = list(evaluation_loader(open_data(DATA, "val")))
