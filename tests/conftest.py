@@ -41,13 +41,10 @@ def _float32():
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """More threads only slow such small networks down."""
-    before = torch.get_num_threads()
+    """More only slow such small networks down, and other processes that run tests."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def test_every_file_belongs_to_a_combination():
 
 
 @pytest.mark.parametrize("files", REAL_DATA, ids="+".join)
-def test_two_steps_on_a_small_copy(files, layouts, tmp_path, capsys, one_thread):
+def test_two_steps_on_a_small_copy(files, layouts, tmp_path, capsys):
     """The recipe, made small, trains and validates on a copy in the official layout."""
     root = layouts("cityscapes" if files[0].startswith("cityscapes") else "sbd")
     words = ["train", *with_configs(files), "--data.root", root, "--output", tmp_path, "--accelerator", "cpu", *TINY]
@@ -80,7 +80,7 @@ def test_two_steps_on_a_small_copy(files, layouts, tmp_path, capsys, one_thread)
     assert len(config["class_names"]) == (19 if files[0].startswith("cityscapes") else 21)
 
 
-def test_a_static_network_on_top_of_a_base(layouts, tmp_path, capsys, one_thread):
+def test_a_static_network_on_top_of_a_base(layouts, tmp_path, capsys):
     """The keys that docs/training.md and docs/architectures.md name: no gates, and the architecture's route."""
     words = ["train", *with_configs(["cityscapes/base"]), "--data.root", layouts("cityscapes"), "--output", tmp_path]
     words += ["--accelerator", "cpu", *TINY, "--model.depth=16", "--model.gate=fixed", "--model.route=u-net"]

@@ -109,7 +109,7 @@ def training(output):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, one_thread):
+def runs(tmp_path_factory):
     """The folder of the runs of one process."""
     folder = tmp_path_factory.mktemp("runs")
     fit(folder / "one", GLOBAL_BATCH)
@@ -215,7 +215,7 @@ def test_accumulated_gradients_of_nodes_that_only_some_batches_reach(found):
     assert found[0]["only_first"] > 0 and found[1]["only_first"] > 0
 
 
-def test_synced_batch_norm_is_that_of_one_process(folder, one_thread):
+def test_synced_batch_norm_is_that_of_one_process(folder):
     """Also where a process's own images close a path that the other's open: both run it, and nobody waits forever."""
     ran, expected = synced_gradients(slice(0, 4))
     alone = [set(synced_gradients(slice(0, 2))[0]), set(synced_gradients(slice(2, 4))[0])]
@@ -228,7 +228,7 @@ def test_synced_batch_norm_is_that_of_one_process(folder, one_thread):
             torch.testing.assert_close(got["gradients"][name], value, rtol=1e-5, atol=1e-7)
 
 
-def test_precise_batch_norm_is_the_mean_over_all_processes(folder, one_thread):
+def test_precise_batch_norm_is_the_mean_over_all_processes(folder):
     """Each process brings two of the four batches; a node that no image of one of them reaches has the other's."""
     expected = statistics([0, 1, 2, 3])
     halves = statistics([0, 2]), statistics([1, 3])

@@ -160,7 +160,7 @@ def test_the_site(tmp_path):
     assert (tmp_path / "results" / "inference_cpu.png").exists() and "results/inference_cpu.html" in pages
 
 
-def test_the_python_of_the_readme(capsys, one_thread, tmp_path, monkeypatch):
+def test_the_python_of_the_readme(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (code,) = blocks(ROOT / "README.md", "python")
     assert len([line for line in code.splitlines() if line]) <= 5

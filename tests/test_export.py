@@ -26,8 +26,6 @@ ort = pytest.importorskip("onnxruntime", reason="the extra routeseg[onnx]")
 from routeseg.export import build_onnx, export  # noqa: E402
 from routeseg.export.metadata import COST_SIZE, cost_macs, metadata  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SIZES = [(32, 64), (96, 160), (160, 32)]  # the coarsest maps: 1x2, 3x5, 5x1
 TOLERANCE = 1e-4  # of the largest logit
 ALWAYS = 1e3  # the bias of gates that are open whatever they see

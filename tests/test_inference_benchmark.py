@@ -15,11 +15,11 @@ from routeseg.space import RoutingSpace
 pytest.importorskip("onnx", reason="the extra routeseg[onnx]")
 pytest.importorskip("onnxruntime", reason="the extra routeseg[onnx]")
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def facts(tmp_path_factory, one_thread):
+def facts(tmp_path_factory):
     """What a whole run writes, of a tiny network."""
     folder = tmp_path_factory.mktemp("inference")
     camvid = tiny_camvid(folder / "camvid")

@@ -19,7 +19,6 @@ from routeseg.engine.compiled import STEPS, is_compiled
 from routeseg.engine.profiling import profile
 from routeseg.model.request import Request
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 needs_kernels = pytest.mark.skipif(not is_compiled(torch.float32), reason="no compiled kernels here")
 SIZE = (64, 96)
 

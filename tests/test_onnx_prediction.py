@@ -28,8 +28,6 @@ pytest.importorskip("onnxruntime", reason="the extra routeseg[onnx]")
 from routeseg.export import export  # noqa: E402
 from routeseg.prediction.onnx_runner import OnnxNetwork, most_likely  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 KINDS = ["static", "dense"]
 SIZES = [(64, 96), (33, 47), (20, 100), (1, 1), (97, 130)]
 CLONE = Path(__file__).parents[1]

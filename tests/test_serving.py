@@ -45,7 +45,6 @@ LOSSES = (0.9, 0.5, 0.2, 0.0)  # that images expect at the exits, about
 WAIT_S = 120  # for what would hang otherwise
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:(ray|uvicorn|websockets).*"),
 ]
 

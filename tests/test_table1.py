@@ -68,7 +68,7 @@ def test_experiment_files(path):
 
 
 @pytest.mark.slow
-def test_table(experiment, tmp_path, capsys, monkeypatch, one_thread):
+def test_table(experiment, tmp_path, capsys, monkeypatch):
     folder, output = tmp_path / "runs", tmp_path / "results" / "tiny.json"
     command = ["--config", str(experiment), "--seeds", "0,1", "--folder", str(folder), "--output", str(output)]
     command += ["--accelerator", "cpu"]

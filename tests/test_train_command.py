@@ -37,7 +37,6 @@ TINY = [
     "--recipe.precise_bn_batches=1",
     "--recipe.precision=32-true",
 ]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", ["camvid", "cityscapes", "voc", "ade20k", "folder"])
