@@ -48,6 +48,12 @@ def one_thread():
 
 
 @pytest.fixture
+def no_report(monkeypatch):
+    """The command `train` draws none: that takes longer than some steps of a small network."""
+    monkeypatch.setattr("routeseg.training.report.write_report", lambda *_: None)
+
+
+@pytest.fixture
 def tiny_network():
     """Depth 4, 8 channels, 5 classes, gates spread out so that routes differ between images; eval mode."""
     return spread_gates(DynamicRoutingNetwork(num_classes=5, depth=4, base_channels=8, stem_channels=8)).eval()

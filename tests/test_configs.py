@@ -32,6 +32,9 @@ TINY += ["--data.batch_size=2", "--data.workers=0", "--budget.start=0", "--recip
 TINY += ["--recipe.accumulate=1", "--recipe.precise_bn_batches=1", "--recipe.precision=32-true"]
 
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
+
 @pytest.fixture(scope="module")
 def parser():
     return config_parser("train")

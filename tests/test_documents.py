@@ -170,6 +170,19 @@ def test_the_python_of_the_readme(capsys, tmp_path, monkeypatch):
     assert Image.open("overlay.png").width >= 640
 
 
+def test_the_python_of_training(tmp_path, monkeypatch, capsys):
+    short, pieces = blocks(ROOT / "docs" / "training.md", "python")[:2]
+    monkeypatch.chdir(tmp_path)
+    quick = '"train_images": 8, "val_images": 4, "image_size": [32, 64], "crop": [32, 64], "batch_size": 2'
+    assert '"iterations": 2' in short and '"train_images": 16' in short
+    short = short.replace('"iterations": 2', '"iterations": 2, "precise_bn_batches": 1')
+    exec(short.replace('"train_images": 16', quick), {})
+    assert (tmp_path / "runs" / "tried" / "report.html").is_file()
+    exec(pieces, {})
+    miou, steps, _ = capsys.readouterr().out.splitlines()[-1].split()
+    assert 0 <= float(miou) <= 1 and int(steps) == 4 and (tmp_path / "runs" / "small" / "last").is_dir()
+
+
 def test_the_sample_is_drawn_and_small():
     drawn = draw_scene(11, 0, (480, 640), "small")[0].astype(int)
     shipped = np.asarray(Image.open(routeseg.sample())).astype(int)

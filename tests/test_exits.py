@@ -623,13 +623,21 @@ class TestCommands:
         assert main([*words, "--data.train_images=3", "--recipe.iterations=1"]) == 2
         assert "too few to calibrate" in capsys.readouterr().err
 
+    @pytest.mark.usefixtures("no_report")
     def test_with_few_validation_pictures_the_training_pictures_set_budgets(self, tmp_path, capsys, monkeypatch):
         images = []
         monkeypatch.setattr(
             "routeseg.training.calibration._set_budgets", lambda model, exits, batches: images.extend(batches)
         )
         words = ["train", *self.WORDS, "--model.gate=fixed", "--model.exits=[2]", "--model.depth=3"]
-        words += ["--model.base_channels=4", "--model.stem_channels=4", "--data.crop=[32,64]", "--data.train_images=9", "--recipe.iterations=1", "--recipe.precise_bn_batches=1"]
+        words += [
+            "--model.base_channels=4",
+            "--model.stem_channels=4",
+            "--data.crop=[32,64]",
+            "--data.train_images=9",
+            "--recipe.iterations=1",
+            "--recipe.precise_bn_batches=1",
+        ]
         for count, sets in ((3, 9), (8, 8)):
             images.clear()
             assert main([*words, f"--data.val_images={count}", f"--output={tmp_path / str(count)}"]) == 0

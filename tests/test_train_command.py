@@ -44,6 +44,7 @@ def test_the_layout_is_found(name, layouts):
     assert layout_of(layouts(name)) == name
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_folder_is_enough(layouts, tmp_path, capsys, monkeypatch):
     """It stands for a preset, the layout, and the network that comes along; what is given beside it counts."""
     root = layouts("folder")
@@ -56,6 +57,7 @@ def test_a_folder_is_enough(layouts, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "run" / "best").is_dir()
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_run_remembers_itself(layouts, tmp_path, capsys):
     """--resume needs the folder of the run alone."""
     output = tmp_path / "run"
@@ -85,6 +87,7 @@ def test_a_run_remembers_itself(layouts, tmp_path, capsys):
         assert code == 2 and "leave out --minutes and --epochs" in err
 
 
+@pytest.mark.usefixtures("no_report")
 def test_in_python(layouts, tmp_path, capsys):
     """The same as the command, to the bit; mistakes are ValueErrors."""
     keys = dict(word.removeprefix("--").split("=", 1) for word in TINY)
@@ -194,6 +197,7 @@ class Tracker:
     save = finalize = after_save_checkpoint = log_graph
 
 
+@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("trackers", ["wandb", "mlflow,tensorboard", " wandb, mlflow"])
 def test_trackers(layouts, tmp_path, capsys, monkeypatch, trackers):
     """They are told the configuration, each logged step and each validation; the CSV file is there as always."""
@@ -234,6 +238,7 @@ def test_a_tracker_that_is_not_there(capsys, monkeypatch, tmp_path):
     assert code == 2 and "choose from tensorboard, wandb, mlflow" in err
 
 
+@pytest.mark.usefixtures("no_report")
 def test_minutes(layouts, tmp_path, capsys, monkeypatch):
     """As many iterations as fit, by a pace that is made up here, with four validations."""
     seconds = 60 * 2 * training.TRAINING_SHARE
@@ -249,6 +254,7 @@ def test_minutes(layouts, tmp_path, capsys, monkeypatch):
     assert len(rows) == 20, "a short run has a curve of its loss, and not one dot"
 
 
+@pytest.mark.usefixtures("no_report")
 def test_epochs(layouts, tmp_path, capsys):
     """Four pictures, two a step, three times: six iterations."""
     words = ["train", layouts("folder"), "--config=small", *TINY, "--epochs=3", f"--output={tmp_path}/run"]
