@@ -219,17 +219,6 @@ def test_routes_that_do_not_fit(tiny_network):
 
 
 @pytest.mark.parametrize(
-    "operations", [["sep_conv_3x3"], ["sep_conv_5x5", "identity"], ["sep_conv_3x3", "sep_conv_5x5"], ["identity"]]
-)
-def test_cell_operations(operations):
-    model = DynamicRoutingNetwork(
-        num_classes=3, depth=3, base_channels=8, stem_channels=8, cell_operations=operations
-    ).eval()
-    with torch.no_grad():
-        assert close(SkipEngine(model)(images()).logits, model(images()).logits)
-
-
-@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"depth": 2}, "depth 2 is too small"),
