@@ -116,7 +116,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(tmp_path):
         [sys.executable, "-c", KILLED_WHILE_IT_SAVES, *words(cut, ITERATIONS)],
         stdout=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1"},  # other numbers of threads add up in another order
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == -signal.SIGKILL
     assert torch.load(cut / "last.ckpt", weights_only=True)["global_step"] == SAVED
@@ -268,7 +268,7 @@ def test_a_signal_to_the_loaders_too(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 128 + signal.SIGTERM
     assert "saved at step 3" in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
@@ -283,7 +283,7 @@ from routeseg.data.loaders import loader_process
 sys.kept = iter(DataLoader(range(100), num_workers=1, worker_init_fn=loader_process))
 next(sys.kept)
 """
-    assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script], timeout=300).returncode == 0
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]])
