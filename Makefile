@@ -7,7 +7,7 @@ OUTPUT ?= runs/demo
 MINUTES ?= 5
 KERNELS := $(wildcard src/routeseg/engine/kernels/*)
 NATIVE_TESTS ?= tests/test_compiled.py tests/test_fused.py tests/test_kernels_benchmark.py
-PYTEST := $(VENV)/bin/pytest -q
+PYTEST := $(VENV)/bin/pytest -q -n 2 --dist loadfile
 DEMO := $(VENV)/bin/routeseg demo --config $(DATA)/small --output $(OUTPUT)
 
 .PHONY: demo test test-all browser check check-native bench docs clean
@@ -15,7 +15,7 @@ DEMO := $(VENV)/bin/routeseg demo --config $(DATA)/small --output $(OUTPUT)
 demo: $(READY)  ## train, evaluate, report: make demo [DATA=camvid ROOT=folder] [MINUTES=5]
 	$(DEMO) $(if $(ROOT),--data.root "$(ROOT)") --minutes $(MINUTES)
 
-test: $(READY)  ## the tests, some minutes on 2 cores
+test: $(READY)  ## the tests, five minutes on 2 cores
 	$(PYTEST)
 
 test-all: $(READY)  ## also the slow ones

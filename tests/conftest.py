@@ -4,7 +4,7 @@ import os
 import shutil
 import threading
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -41,13 +41,16 @@ def _float32():
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """More threads only slow such small networks down."""
-    before = torch.get_num_threads()
+    """More only slow such small networks down, and other processes that run tests."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """The command `train` draws none: that takes longer than some steps of a small network."""
+    monkeypatch.setattr("routeseg.training.report.write_report", lambda *_: None)
 
 
 @pytest.fixture
@@ -80,17 +83,15 @@ def authors_report(cost: CostTable) -> CostTable:
 
 def scenes_checkpoint(folder: Path, **options) -> str:
     """A saved network of depth 3 for the classes of the scenes, with spread gates."""
+    return str(_scenes_network(**options).save(folder))
+
+
+@cache
+def _scenes_network(**options) -> DynamicRoutingNetwork:
     torch.manual_seed(0)
-    model = DynamicRoutingNetwork(
-        num_classes=len(CLASSES),
-        depth=3,
-        base_channels=8,
-        stem_channels=8,
-        class_names=CLASSES,
-        palette=PALETTE,
-        **options,
-    )
-    return str(spread_gates(model).save(folder))
+    small = {"depth": 3, "base_channels": 8, "stem_channels": 8}
+    classes = {"num_classes": len(CLASSES), "class_names": CLASSES, "palette": PALETTE}
+    return spread_gates(DynamicRoutingNetwork(**small, **classes, **options))
 
 
 def environment_with(*folders: Path) -> dict[str, str]:

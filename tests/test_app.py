@@ -25,7 +25,7 @@ from PIL import Image
 import routeseg
 from routeseg import Route, SkipEngine, model_cost
 from routeseg.app import Guard, guard
-from routeseg.app.explorer import HELD, SIDE, Explorer, Survey
+from routeseg.app.explorer import SIDE, Explorer, Survey
 from routeseg.cli import main
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.scenes import draw_scene
@@ -168,8 +168,9 @@ class TestAnswers:
         big = explorer.open({"file": text(png(np.zeros((600, 2 * SIDE, 3), np.uint8)))})
         assert (big["height"], big["width"]) == (300, SIDE)
 
-    def test_only_the_last_pictures_are_held(self, explorer, street):
-        tokens = [explorer.open({"file": text(png(street))})["picture"] for _ in range(HELD + 1)]
+    def test_only_the_last_pictures_are_held(self, explorer, street, monkeypatch):
+        monkeypatch.setattr("routeseg.app.explorer.HELD", 2)
+        tokens = [explorer.open({"file": text(png(street))})["picture"] for _ in range(3)]
         assert "no longer held" in explorer.look({"picture": tokens[0]})["error"]
         assert "error" not in explorer.look({"picture": tokens[-1]})
 

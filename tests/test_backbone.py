@@ -29,7 +29,6 @@ from routeseg.training.segmentation import SegmentationTask, train
 SIZE = (64, 96)
 NETWORK = {"num_classes": 5, "depth": 4, "base_channels": 8, "backbone": "efficientnet_lite0"}
 NO_STAGE_BUT_THE_FIRST = [[layer, 0, "keep"] for layer in range(5)]
-pytestmark = pytest.mark.usefixtures("one_thread")
 needs_kernels = pytest.mark.skipif(not is_compiled(torch.float32), reason="there are no kernels here")
 
 

@@ -348,6 +348,7 @@ def test_predict_with_the_network_that_comes_along(tmp_path, capsys):
     assert labels.size == (480, 360) and labels.mode == "P"
 
 
+@pytest.mark.usefixtures("no_report")
 def test_make_data_and_train_on_it(tmp_path, capsys):
     data = tmp_path / "data"
     words = ["make-data", "scenes", data, "--train=4", "--val=2", "--size=[48,64]"]

@@ -73,7 +73,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("size", [(32, 32), (64, 96), (45, 130), (161, 33)])
+@pytest.mark.parametrize("size", [(32, 32), (45, 130), (161, 33)])
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 @torch.no_grad()
 def test_equals_the_dense_forward(changes, size):
@@ -187,7 +187,7 @@ forward(images, Request.of(model.config, 1, Route.from_gates(space, gates[0])))
 """
     path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -534,7 +534,7 @@ if child == 0:
     os._exit(0 if same else 1)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or not same)
 """
-        assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+        assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
 
     @pytest.mark.parametrize("backend", ["kernels", "eager"])
     def test_an_engine_keeps_its_weights_whatever_becomes_of_the_network(self, backend):
@@ -588,7 +588,7 @@ for thread in threads:
     thread.join()
 assert ends == [0] * 800
 """
-        assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+        assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
 
     @pytest.mark.parametrize(
         "throwing, error, text",

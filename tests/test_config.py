@@ -197,7 +197,7 @@ LIKELY = {  # values that are nearly right, so that not every example ends at th
 }
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=75, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_whatever_the_json_load_gives_a_network_that_runs_or_raises_valueerror(checkpoint, tmp_path, data):
     names = data.draw(st.lists(FIELDS, max_size=3))

@@ -32,6 +32,9 @@ TINY += ["--data.batch_size=2", "--data.workers=0", "--gate_budget.start=0", "--
 TINY += ["--recipe.accumulate=1", "--recipe.precise_bn_batches=1", "--recipe.precision=32-true"]
 
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
+
 @pytest.fixture(scope="module")
 def parser():
     return config_parser("train")
@@ -74,7 +77,7 @@ def test_every_file_belongs_to_a_combination():
 
 
 @pytest.mark.parametrize("files", REAL_DATA, ids="+".join)
-def test_two_steps_on_a_small_copy(files, layouts, tmp_path, capsys, one_thread):
+def test_two_steps_on_a_small_copy(files, layouts, tmp_path, capsys):
     """The recipe, made small, trains and validates on a copy in the official layout."""
     root = layouts("cityscapes" if files[0].startswith("cityscapes") else "sbd")
     words = ["train", *with_configs(files), "--data.root", root, "--output", tmp_path, "--accelerator", "cpu", *TINY]
@@ -85,7 +88,7 @@ def test_two_steps_on_a_small_copy(files, layouts, tmp_path, capsys, one_thread)
     assert len(config["class_names"]) == (19 if files[0].startswith("cityscapes") else 21)
 
 
-def test_a_static_network_on_top_of_a_base(layouts, tmp_path, capsys, one_thread):
+def test_a_static_network_on_top_of_a_base(layouts, tmp_path, capsys):
     """The keys that docs/training.md and docs/architectures.md name: no gates, and the architecture's route."""
     words = ["train", *with_configs(["cityscapes/base"]), "--data.root", layouts("cityscapes"), "--output", tmp_path]
     words += ["--accelerator", "cpu", *TINY, "--model.depth=16", "--model.gate=fixed", "--model.route=u-net"]

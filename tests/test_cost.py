@@ -41,9 +41,6 @@ TABLE_PARAMETERS = (
 INNER_LAYER = 7  # one with all scales, not the last
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def tiny(seed: int = 0, **options) -> DynamicRoutingNetwork:
     torch.manual_seed(seed)
     options = {"num_classes": 5, "depth": 4, "base_channels": 8, "stem_channels": 12, **options}

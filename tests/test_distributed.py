@@ -83,9 +83,7 @@ class Job:
                 self.ended_early = job.poll() is not None
                 if not self.ended_early:
                     os.kill(children(job.pid, script)[-1], signal.SIGKILL)
-                started = time.monotonic()
                 self.code = job.wait(timeout=ENDS_WITHIN)
-                self.seconds = time.monotonic() - started
             finally:
                 job.kill()
                 job.wait()
@@ -111,7 +109,7 @@ def training(output):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, one_thread):
+def runs(tmp_path_factory):
     """The folder of the runs of one process."""
     folder = tmp_path_factory.mktemp("runs")
     fit(folder / "one", GLOBAL_BATCH)
@@ -217,7 +215,7 @@ def test_accumulated_gradients_of_nodes_that_only_some_batches_reach(found):
     assert found[0]["only_first"] > 0 and found[1]["only_first"] > 0
 
 
-def test_synced_batch_norm_is_that_of_one_process(folder, one_thread):
+def test_synced_batch_norm_is_that_of_one_process(folder):
     """Also where a process's own images close a path that the other's open: both run it, and nobody waits forever."""
     ran, expected = synced_gradients(slice(0, 4))
     alone = [set(synced_gradients(slice(0, 2))[0]), set(synced_gradients(slice(2, 4))[0])]
@@ -230,7 +228,7 @@ def test_synced_batch_norm_is_that_of_one_process(folder, one_thread):
             torch.testing.assert_close(got["gradients"][name], value, rtol=1e-5, atol=1e-7)
 
 
-def test_precise_batch_norm_is_the_mean_over_all_processes(folder, one_thread):
+def test_precise_batch_norm_is_the_mean_over_all_processes(folder):
     """Each process brings two of the four batches; a node that no image of one of them reaches has the other's."""
     expected = statistics([0, 1, 2, 3])
     halves = statistics([0, 2]), statistics([1, 3])
@@ -249,7 +247,6 @@ def check_killed(job, output):
     """The job ended soon and says why; what it wrote is whole."""
     assert not job.ended_early, job.err
     assert job.code not in (0, 2) and re.search(STOPPED, job.err), job.err
-    assert job.seconds < ENDS_WITHIN
     ours = f'File "{Path(routeseg.__file__).parent}'  # also where the clone's folder, and so .venv's, has our name
     assert not [line for line in job.err.splitlines() if line.strip().startswith(ours)]
     step = torch.load(output / "last.ckpt", weights_only=True)["global_step"]

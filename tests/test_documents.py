@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import inference_figure
 import routeseg
 import tables
 from routeseg.cli import main
@@ -66,40 +65,6 @@ def test_quoted_files_say_where_they_come_from():
     for name in quoted:
         facts = json.loads((ROOT / name).read_text())
         assert {"machine", "date", "versions"} <= set(facts) and not facts.get("missing"), name
-
-
-def test_a_block_is_rewritten_and_a_table_that_is_not_there_is_named(tmp_path):
-    (tmp_path / "results").mkdir()
-    facts = {"memory": {"size": "32x64", "methods": {"plain": {"peak_mib": 7.4}}}}
-    (tmp_path / "results" / "inference_x.json").write_text(json.dumps(facts))
-    document = "before\n<!-- results/inference_x.json: memory -->\nold\n<!-- end -->\nafter\n"
-    filled = tables.fill(document, tmp_path)
-    assert "old" not in filled and "| plain | 7 |" in filled
-    assert filled.startswith("before\n<!--") and filled.endswith("<!-- end -->\nafter\n")
-    assert tables.fill(filled, tmp_path) == filled
-    for wrong, message in (
-        (document.replace("memory", "speed"), "no table 'speed' of results/inference_x.json: there are memory"),
-        (document.replace("inference_x", "other"), "results/other.json is no results file"),
-        (document.replace("memory", "loaders"), "has no table 'loaders'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            tables.fill(wrong, tmp_path)
-
-
-def test_the_figure_of_speed(tmp_path):
-    facts = json.loads((ROOT / tables.FIGURE_FACTS).read_text())
-    inference_figure.time_against_macs(tmp_path / "a.svg", facts)
-    text = (tmp_path / "a.svg").read_text()
-    methods = facts["latency"]["512x1024"]["1"]
-    assert f"<!-- {methods['plain']['median_ms']:.0f} -->" in text and "<!-- OpenVINO, bfloat16 -->" in text
-    for name in [name for name in methods if "bfloat16" in name]:  # as on a machine without
-        del methods[name]
-    inference_figure.time_against_macs(tmp_path / "a.svg", facts)
-    text = (tmp_path / "a.svg").read_text()
-    assert "<!-- OpenVINO, float32 -->" in text and "bfloat16" not in text
-    del methods["plain"]
-    with pytest.raises(ValueError, match="plain was not measured"):
-        inference_figure.time_against_macs(tmp_path / "b.svg", facts)
 
 
 def anchors(path):
@@ -195,7 +160,7 @@ def test_the_site(tmp_path):
     assert (tmp_path / "results" / "inference_cpu.png").exists() and "results/inference_cpu.html" in pages
 
 
-def test_the_python_of_the_readme(capsys, one_thread, tmp_path, monkeypatch):
+def test_the_python_of_the_readme(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (code,) = blocks(ROOT / "README.md", "python")
     assert len([line for line in code.splitlines() if line]) <= 5
@@ -203,6 +168,19 @@ def test_the_python_of_the_readme(capsys, one_thread, tmp_path, monkeypatch):
     classes, cost = capsys.readouterr().out.splitlines()
     assert classes.startswith("{'") and classes.endswith("} (480, 640)") and len(cost.split()) == 2
     assert Image.open("overlay.png").width >= 640
+
+
+def test_the_python_of_training(tmp_path, monkeypatch, capsys):
+    short, pieces = blocks(ROOT / "docs" / "training.md", "python")[:2]
+    monkeypatch.chdir(tmp_path)
+    quick = '"train_images": 8, "val_images": 4, "image_size": [32, 64], "crop": [32, 64], "batch_size": 2'
+    assert '"iterations": 2' in short and '"train_images": 16' in short
+    short = short.replace('"iterations": 2', '"iterations": 2, "precise_bn_batches": 1')
+    exec(short.replace('"train_images": 16', quick), {})
+    assert (tmp_path / "runs" / "tried" / "report.html").is_file()
+    exec(pieces, {})
+    miou, steps, _ = capsys.readouterr().out.splitlines()[-1].split()
+    assert 0 <= float(miou) <= 1 and int(steps) == 4 and (tmp_path / "runs" / "small" / "last").is_dir()
 
 
 def test_the_sample_is_drawn_and_small():

@@ -12,8 +12,6 @@ from routeseg.model.classifier import DynamicRoutingClassifier
 from routeseg.model.request import Request
 from test_model import close, images, random_route
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def network(**changes):
     options = {"num_classes": 5, "depth": 6, "base_channels": 8, "stem_channels": 8}

@@ -29,7 +29,6 @@ from routeseg.evaluation.test_time import MultiPass
 from routeseg.labels import IGNORE
 from routeseg.model import Segmentation
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 GATES = torch.zeros(1, 5, 4, 3)
 
 

@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from routeseg import DynamicRoutingNetwork, LatencyTable, Route, SkipEngine, mod
 from routeseg.budgets.asked import Asked
 from routeseg.budgets.budgeted import Budgeted
 from routeseg.budgets.calibration import calibrate, choose, price_table
-from routeseg.budgets.worth import AllExits, mean_iou
+from routeseg.budgets.worth import AllExits, mean_iou, oracle
 from routeseg.cli import main
 from routeseg.cost.latency import PARTS, exit_ms, network_shape
 from routeseg.cost.macs import exit_costs
@@ -40,6 +41,9 @@ from routeseg.training.segmentation import train
 NETWORK = {"depth": 6, "base_channels": 8, "stem_channels": 8, "gate": "fixed", "route": "diagonal", "exits": [0, 2, 4]}
 SIZE = (64, 96)
 DATA = DataConfig(image_size=SIZE, crop=(64, 64), train_images=24, val_images=12, batch_size=4, workers=0, seed=0)
+# A training that says nothing about size.
+LITTLE = {"depth": 3, "exits": [1], "route": None}
+FEW = replace(DATA, image_size=(32, 64), crop=(32, 64), train_images=8, val_images=8)
 
 needs_kernels, needs_bfloat16 = (
     pytest.mark.skipif(not is_compiled(dtype), reason=f"there are no kernels for {dtype} here")
@@ -68,10 +72,15 @@ def model(folder) -> DynamicRoutingNetwork:
     return routeseg.load(folder)
 
 
+@cache
+def examples(split: str) -> list[dict]:
+    """The pictures of DATA, as an evaluation gets them; only to be read."""
+    return list(evaluation_loader(open_data(DATA, split)))
+
+
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
-    pictures = open_data(DATA, "val")
-    return torch.cat([picture["image"] for picture in evaluation_loader(pictures)])
+    return torch.cat([picture["image"] for picture in examples("val")])
 
 
 def budgets(model) -> list[float]:
@@ -133,7 +142,7 @@ class TestNetwork:
     def test_scales_that_a_route_leaves(self, images, route):
         """What images that have left bring along at other scales is no matter of those that go on."""
         model = network(route=route, exits=[2, 3, 4, 5])
-        pictures = evaluation_loader(open_data(DATA, "val"))
+        pictures = examples("val")
         for decoder in model.exits.decoders:
             decoder.predictor.weight.data.normal_()  # images differ in what is found
         calibrate(model, pictures, pictures)
@@ -353,8 +362,8 @@ class TestCalibration:
 
     def test_budgets_are_kept(self, model, images):
         """Over the pictures that they were set with, whose labels are not read; dearer budgets cost more."""
-        pictures = [{**picture, "labels": None} for picture in evaluation_loader(open_data(DATA, "val"))]
-        assert calibrate(model, evaluation_loader(open_data(DATA, "train")), pictures) == 24
+        pictures = [{**picture, "labels": None} for picture in examples("val")]
+        assert calibrate(model, examples("train"), pictures) == 24
         table = model_cost(model, SIZE)
         spent = []
         for budget in budgets(model):
@@ -366,7 +375,7 @@ class TestCalibration:
 
     def test_budgets_are_those_of_the_other_pictures(self, model):
         """What exits expect comes from the labels, what budgets cost from the others."""
-        train, val = (list(evaluation_loader(open_data(DATA, split))) for split in ("train", "val"))
+        train, val = (examples(split) for split in ("train", "val"))
         other = copy.deepcopy(model)
         calibrate(model, train, train)
         calibrate(other, train, val)
@@ -378,7 +387,7 @@ class TestCalibration:
     def test_a_calibration_that_fails_changes_nothing(self, model):
         before, model = [tensor.clone() for tensor in model.exits.calibration()], model.train()
         with pytest.raises(ValueError, match="0 pictures to set budgets with are too few"):
-            calibrate(model, evaluation_loader(open_data(DATA, "val")), [])
+            calibrate(model, examples("val"), [])
         assert all(torch.equal(a, b) for a, b in zip(before, model.exits.calibration(), strict=True)) and model.training
 
     def test_what_pictures_lose_is_the_loss_of_the_set(self):
@@ -402,8 +411,14 @@ class TestCalibration:
         expected = np.diag(total) / (total.sum(0)[:3] + total.sum(1) - np.diag(total))
         assert mean_iou(AllExits.of(unseen), everywhere) == pytest.approx(expected.mean()), "nor does it count"
 
+    def test_the_oracle_costs_what_was_spent(self):
+        rng, costs = np.random.default_rng(1), np.array([0.2, 0.5, 1.0])
+        loss = rng.random((500, 3)) + (0.4, 0.2, 0.0)
+        for cost in (0.3, 0.5, 0.8):
+            assert costs[oracle(loss, costs, cost)].mean() == pytest.approx(cost, abs=0.005)
+
     def test_pictures_without_labels_do_not_count(self, model):
-        pictures = list(evaluation_loader(open_data(DATA, "val")))
+        pictures = examples("val")
         blank = {**pictures[0], "labels": torch.full_like(pictures[0]["labels"], 255)}
         assert calibrate(model, pictures, pictures) == 12
         found = [tensor.clone() for tensor in model.exits.calibration()]
@@ -412,7 +427,7 @@ class TestCalibration:
 
     def test_too_few_pictures_or_no_exits(self, model):
         with pytest.raises(ValueError, match="2 pictures with labels are too few"):
-            calibrate(model, list(evaluation_loader(open_data(DATA, "val")))[:2], [])
+            calibrate(model, examples("val")[:2], [])
         with pytest.raises(ValueError, match="nothing to calibrate"):
             calibrate(network(exits=None), [], [])
 
@@ -612,13 +627,21 @@ class TestCommands:
         assert err.count("too few") == 1 and "3 training pictures are too few" in err
         assert routeseg.load(tmp_path / "run" / "last").exits.calibrated
 
+    @pytest.mark.usefixtures("no_report")
     def test_with_few_validation_pictures_the_training_pictures_set_budgets(self, tmp_path, capsys, monkeypatch):
         images = []
         monkeypatch.setattr(
             "routeseg.budgets.calibration._set_budgets", lambda model, exits, batches, least: images.extend(batches)
         )
         words = ["train", *self.WORDS, "--model.gate=fixed", "--model.exits=[2]", "--model.depth=3"]
-        words += ["--data.train_images=9", "--recipe.iterations=1", "--recipe.precise_bn_batches=1"]
+        words += [
+            "--model.base_channels=4",
+            "--model.stem_channels=4",
+            "--data.crop=[32,64]",
+            "--data.train_images=9",
+            "--recipe.iterations=1",
+            "--recipe.precise_bn_batches=1",
+        ]
         for count, sets in ((3, 9), (8, 8)):
             images.clear()
             assert main([*words, f"--data.val_images={count}", f"--output={tmp_path / str(count)}"]) == 0
@@ -627,15 +650,15 @@ class TestCommands:
 
 
 def test_a_training_with_exits_resumes_to_the_same_weights(tmp_path):
-    recipe = Recipe(iterations=6, warmup_steps=1, precise_bn_batches=1, validate_every=3, save_every=3, log_every=1)
+    recipe = Recipe(iterations=4, warmup_steps=1, precise_bn_batches=1, validate_every=2, save_every=2, log_every=1)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(network(), DATA, recipe, Budget(), RunOptions(whole, progress=False))
+    train(network(**LITTLE), FEW, recipe, Budget(), RunOptions(whole, progress=False))
     half = copy.deepcopy(recipe)
-    model = network()
+    model = network(**LITTLE)
     with pytest.raises(KeyboardInterrupt):
-        model.register_forward_hook(_stop_at(model, 5))
-        train(model, DATA, half, Budget(), RunOptions(parts, progress=False))
-    found = train(network(), DATA, recipe, Budget(), RunOptions(parts, resume=True, progress=False))
+        model.register_forward_hook(_stop_at(model, 3))
+        train(model, FEW, half, Budget(), RunOptions(parts, progress=False))
+    found = train(network(**LITTLE), FEW, recipe, Budget(), RunOptions(parts, resume=True, progress=False))
     assert found.found is not None
     one, other = (routeseg.load(folder / "last").state_dict() for folder in (whole, parts))
     assert all(torch.equal(one[key], other[key]) for key in one)
@@ -650,7 +673,7 @@ def test_an_average_of_the_weights_keeps_its_calibration(tmp_path, monkeypatch):
     monkeypatch.setattr(
         ValidateAndSave, "_save", lambda self, *a: (saved.append(a[1].network.exits.calibrated), save(self, *a))
     )
-    train(network(), DATA, recipe, Budget(), RunOptions(tmp_path / "run", progress=False))
+    train(network(**LITTLE), FEW, recipe, Budget(), RunOptions(tmp_path / "run", progress=False))
     assert saved == [False, True, True, True]
 
 
@@ -668,8 +691,7 @@ def _stop_at(model, step):
 
 def test_scores_depend_on_the_budget_alone(model):
     """Two evaluations at one budget are the same, whatever was asked before."""
-    pictures = open_data(DATA, "val")
     engine = SkipEngine(model)
     ask = [Budgeted(engine, model, Asked.parse(text)) for text in ("50%", "95%")]
-    found = [evaluate(model, evaluation_loader(pictures), ask[k]).miou for k in (0, 1, 0)]
+    found = [evaluate(model, examples("val"), ask[k]).miou for k in (0, 1, 0)]
     assert found[0] == found[2]

@@ -1,7 +1,5 @@
-"""A gate, a cell operation, a head and a backbone of one's own: each is one class in one place (docs/extending.md).
-
-Each is trained, run by the skip engine, costed, saved and loaded, and exported, or refused with a reason.
-"""
+"""The contracts of gates, cell operations, heads, backbones and choices, of ours and of those of one's own, each of
+which is one class in one place (docs/extending.md)."""
 
 import re
 from dataclasses import dataclass
@@ -12,19 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import spread_gates
-from routeseg import DynamicRoutingNetwork, Route, SkipEngine, load, model_cost
+from parts import SIZE, SMALL, ChoiceContract, GateContract, OperationContract, PartContract, images
+from routeseg import DynamicRoutingNetwork, Route, model_cost
 from routeseg.counting import ONCE, Macs, conv_norm_macs, each
-from routeseg.engine.compiled import CompiledForward, is_compiled
-from routeseg.engine.folding import FoldedForward
 from routeseg.errors import NotExportable
 from routeseg.export import build_onnx
 from routeseg.model.backbone import Backbone, FrozenNormConv
-from routeseg.model.gate import Gate
+from routeseg.model.choice import EntropyChoice, LossChoice
+from routeseg.model.gate import Gate, SoftGate, SoftmaxGate
 from routeseg.model.grid import RoutedNetwork
 from routeseg.model.head import Head
-from routeseg.model.operations import Operation
-from routeseg.model.request import Request
+from routeseg.model.operations import Identity, Operation, SepConv3x3, SepConv5x5
 from routeseg.registry import BACKBONES, GATES, OPERATIONS
 from routeseg.space import DOWN
 
@@ -139,151 +135,116 @@ class PlainBackbone(Backbone):
 
 # [end]
 
-SMALL = {"num_classes": 3, "depth": 4, "base_channels": 8, "stem_channels": 8}
 
-
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def registered():
     GATES["hard"], OPERATIONS["max_pool_3x3"], BACKBONES["plain"] = HardGate, MaxPool3x3, PlainBackbone
     yield
     del GATES["hard"], OPERATIONS["max_pool_3x3"], BACKBONES["plain"]
 
 
-def network(kind: str) -> RoutedNetwork:
-    """One of the four, with gates that differ from image to image."""
-    torch.manual_seed(1)
-    if kind == "head":
-        return spread_gates(HeightNetwork(**SMALL)).eval()
-    changes = {
-        "gate": {"gate": "hard"},
-        "operation": {"cell_operations": ["max_pool_3x3", "identity"]},
-        "backbone": {"backbone": "plain"},
-    }[kind]
-    return spread_gates(DynamicRoutingNetwork(**SMALL, **changes)).eval()
+class TestSoftGate(GateContract):
+    GATE, CHANGES = SoftGate, {"gate": "soft"}
 
 
-def output(result) -> Tensor:
-    return result.values if isinstance(result, Heights) else result.logits
+class TestSoftmaxGate(GateContract):
+    GATE, CHANGES, KERNELS = SoftmaxGate, {"gate": "softmax"}, False
 
 
-def images(batch: int = 4) -> Tensor:
-    return torch.rand(batch, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+class TestHardGate(GateContract):
+    GATE, CHANGES, KERNELS = HardGate, {"gate": "hard"}, False
+
+    def test_it_is_exact(self, model):
+        """1 stays 1, so that a route alone says what the network computes."""
+        with torch.no_grad():
+            result = model(images(1))
+            assert set(result.gates.unique().tolist()) == {0.0, 1.0}
+            route = Route.from_gates(model.space, result.gates[0].numpy())
+            assert torch.equal(model(images(1), route).logits, result.logits)
+            assert torch.allclose(model.specialize(route.pruned())(images(1)).logits, result.logits, atol=1e-6)
+
+    def test_without_an_export(self, model, monkeypatch):
+        monkeypatch.delattr(HardGate, "onnx")
+        with pytest.raises(NotExportable, match="the gate HardGate has no export: give it a method `onnx`"):
+            build_onnx(model)
 
 
-KINDS = pytest.mark.parametrize("kind", ["gate", "operation", "head", "backbone"])
-NAMES = {"gate": "gate", "operation": "cell", "head": "mean", "backbone": "stem.stages"}  # of their tensors
+class TestSepConv3x3(OperationContract):
+    OPERATION, CHANGES = SepConv3x3, {"cell_operations": ["sep_conv_3x3"]}
 
 
-@KINDS
-def test_it_learns(kind):
-    model = network(kind).train()
-    parts = [p for n, p in model.named_parameters() if NAMES[kind] in n]
-    if kind == "operation":  # it has none of its own
-        parts = list(model.parameters())
-    before = [p.clone() for p in parts]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        result = model(images())
-        (output(result).square().mean() + model_cost(model, (64, 96)).expected(result.gates).mean() / 1e9).backward()
-        optimizer.step()
-    assert all(p.isfinite().all() for p in model.parameters())
-    assert any(not torch.equal(one, other) for one, other in zip(before, parts, strict=True))
+class TestSepConv5x5(OperationContract):
+    OPERATION, CHANGES = SepConv5x5, {"cell_operations": ["sep_conv_5x5", "identity"]}
 
 
-@KINDS
-def test_the_engine_falls_back_and_says_why(kind, caplog):
-    """The kernels do not know it: PyTorch's operations run it, with the dense forward's result."""
-    model = network(kind)
-    engine = SkipEngine(model)
-    assert not isinstance(engine.forward, CompiledForward)
-    with torch.no_grad():
-        expected = model(images())
-    found = SkipEngine(model, backend="eager")(images())
-    assert torch.allclose(output(found), output(expected), rtol=1e-4, atol=1e-5)
-    assert torch.allclose(found.gates, expected.gates, atol=1e-6)
-    found = FoldedForward(model, torch.bfloat16)(images(), Request.of(model.config, len(images())))
-    assert output(found).dtype == found.gates.dtype == torch.float32
-    assert (output(found) - output(expected)).abs().max() < 0.1 * output(expected).abs().max()
-    if is_compiled(torch.float32):
-        with pytest.raises(ValueError, match=f"there is no kernel for the {'head MeanHead' if kind == 'head' else ''}"):
-            SkipEngine(model, backend="kernels")
+class TestIdentity(OperationContract):
+    OPERATION, CHANGES = Identity, {"cell_operations": ["identity"]}
 
 
-def test_the_gate_is_exact():
-    """1 stays 1, so that a route alone says what the network computes."""
-    model = network("gate")
-    with torch.no_grad():
-        result = model(images(1))
-        assert set(result.gates.unique().tolist()) == {0.0, 1.0}
-        route = Route.from_gates(model.space, result.gates[0].numpy())
-        assert torch.equal(model(images(1), route).logits, result.logits)
-        assert torch.allclose(model.specialize(route.pruned())(images(1)).logits, result.logits, atol=1e-6)
+class TestMaxPool3x3(OperationContract):
+    OPERATION, CHANGES, KERNELS = MaxPool3x3, {"cell_operations": ["max_pool_3x3", "identity"]}, False
+
+    def test_its_cost_by_hand(self, model):
+        assert model_cost(model, SIZE).cell[2, 1] == 9 * 16 * (64 // 8) * (96 // 8)
+
+    def test_without_an_export(self, model, monkeypatch):
+        monkeypatch.delattr(MaxPool3x3, "onnx")
+        with pytest.raises(NotExportable, match="the cell operation MaxPool3x3 has no export"):
+            build_onnx(model)
 
 
-@KINDS
-def test_it_has_a_cost(kind):
-    model = network(kind)
-    cost, plain = model_cost(model, (64, 96)), model_cost(DynamicRoutingNetwork(**SMALL), (64, 96))
-    assert 0 < cost.full < 2 * plain.full
-    if kind == "operation":
-        assert cost.cell[2, 1] == 9 * 16 * (64 // 8) * (96 // 8)
-    if kind == "head":
+class TestDecoder(PartContract):
+    TENSORS = "decoder"
+
+
+class TestMeanHead(PartContract):
+    NETWORK, TENSORS, KERNELS, REFUSED = HeightNetwork, "mean", False, "the head MeanHead has no"
+
+    def output(self, result):
+        return result.values
+
+    def exported(self, model):
+        return [model]
+
+    def test_its_cost_by_hand(self, model):
+        cost, plain = model_cost(model, SIZE), model_cost(DynamicRoutingNetwork(**SMALL), SIZE)
         pooled = sum(8 * 2**s * (64 // (4 * 2**s)) * (96 // (4 * 2**s)) for s in range(4))
         assert cost.head == pooled + 8 + 16 + 32 + 64
         assert np.array_equal(cost.cell, plain.cell)
-    if kind == "backbone":
+
+
+class TestPlainBackbone(PartContract):
+    CHANGES, TENSORS, KERNELS = {"backbone": "plain"}, "stem.stages", False
+    REFUSED = "the backbone PlainBackbone has no export"
+
+    def exported(self, model):
+        return [model.specialize(model.route)]
+
+    def test_its_cost_by_hand(self, model):
+        cost, plain = model_cost(model, SIZE), model_cost(DynamicRoutingNetwork(**SMALL), SIZE)
         difference = (cost.edge - plain.edge)[1, 1, DOWN]
         pixels = (64 // 16) * (96 // 16)
         assert difference == pixels * 32 * (24 * 9 + 3) + pixels * 32 * (32 + 3)  # and its projection; norm 2, ReLU 1
 
-
-@KINDS
-def test_it_is_saved_and_loaded(kind, tmp_path):
-    model = network(kind)
-    folder = model.save(tmp_path / "net")
-    loaded = HeightNetwork.from_pretrained(folder).eval() if kind == "head" else load(folder)
-    with torch.no_grad():
-        assert torch.equal(output(loaded(images())), output(model(images())))
-
-
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("kind", ["gate", "operation"])
-def test_it_is_exported(kind, gated):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    model = network(kind)
-    if not gated:
-        model = model.specialize(Route.all_open(model.space))
-    session = onnxruntime.InferenceSession(build_onnx(model).SerializeToString())
-    for image in images(3):
-        logits, gates = session.run(["logits", "gates"], {"images": image[None].numpy()})
-        with torch.no_grad():
-            expected = model(image[None])
-        assert np.allclose(logits, expected.logits.numpy(), rtol=1e-3, atol=1e-5)
-        assert np.allclose(gates, expected.gates.numpy(), atol=1e-5)
+    def test_it_brings_its_weights(self, model, tmp_path, monkeypatch):
+        monkeypatch.setattr(PlainBackbone, "file", tmp_path / "plain.pt")
+        torch.save(model.backbone.stages.state_dict(), PlainBackbone.file)
+        other = DynamicRoutingNetwork(**SMALL, backbone="plain")
+        other.load_pretrained()
+        assert torch.equal(other.backbone(images()), model.backbone(images()))
+        assert other.config.pixel_mean == PlainBackbone.pixel_mean
 
 
-def test_what_has_no_export_is_refused_with_a_reason(monkeypatch):
-    pytest.importorskip("onnx")
-    with pytest.raises(NotExportable, match="the head MeanHead has no"):
-        build_onnx(network("head"))
-    monkeypatch.delattr(HardGate, "onnx")
-    monkeypatch.delattr(MaxPool3x3, "onnx")
-    with pytest.raises(NotExportable, match="the gate HardGate has no export: give it a method `onnx`"):
-        build_onnx(network("gate"))
-    with pytest.raises(NotExportable, match="the cell operation MaxPool3x3 has no export"):
-        build_onnx(network("operation"))
+class TestLossChoice(ChoiceContract):
+    CHOICE, CHANGES = LossChoice, {"choice": "loss"}
 
 
-def test_a_backbone_brings_its_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(PlainBackbone, "file", tmp_path / "plain.pt")
-    source, model = network("backbone"), DynamicRoutingNetwork(**SMALL, backbone="plain")
-    torch.save(source.backbone.stages.state_dict(), PlainBackbone.file)
-    model.load_pretrained()
-    assert torch.equal(model.backbone(images()), source.backbone(images()))
-    assert model.config.pixel_mean == PlainBackbone.pixel_mean
-    with pytest.raises(NotExportable, match="the backbone PlainBackbone has no export"):
-        build_onnx(model.specialize(model.route))
+class TestEntropyChoice(ChoiceContract):
+    CHOICE, CHANGES = EntropyChoice, {"choice": "entropy"}
+
+
+class TestEntropyChoiceOfPlaces(ChoiceContract):
+    CHOICE, CHANGES = EntropyChoice, {"choice": "entropy", "place": 32}
 
 
 def test_the_document_shows_these_classes():

@@ -6,7 +6,6 @@ import base64
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -18,7 +17,7 @@ from matplotlib.text import Text
 from routeseg import figures
 from routeseg.data import scenes
 from routeseg.data.sets import camvid
-from routeseg.figures import charts, words
+from routeseg.figures import charts, comparison, words
 from routeseg.figures.labels import even_columns
 from routeseg.figures.report import Report
 from routeseg.labels import default_palette
@@ -163,8 +162,7 @@ class TestPalette:
         weights = np.array([0.299, 0.587, 0.114])
         for palette in (camvid.CLASSES.palette, scenes.PALETTE, default_palette([f"class {k}" for k in range(100)])):
             assert (np.array(palette) @ weights).min() > 60
-        for folder in (PRETRAINED, Path(__file__).parents[1] / "results" / "camvid_small"):
-            assert read_config(folder).palette == camvid.CLASSES.palette
+        assert read_config(PRETRAINED).palette == camvid.CLASSES.palette
 
     def test_neighbours_are_of_different_families_and_none_comes_again(self):
         colours = np.array(default_palette([f"class {k}" for k in range(255)]), dtype=np.uint8)
@@ -547,3 +545,24 @@ class TestReport:
             report.figure(b"GIF89a", "")
         with pytest.raises(ValueError, match="row 0 has 1 cells, the header 2"):
             report.table(["a", "b"], [[1]])
+
+
+def row(label, kind, miou, cost, spread=0.0, std=0.004):
+    gmacs = {"mean": cost, "min": cost - spread, "max": cost + spread}
+    return {"label": label, "kind": kind, "miou_mean": miou, "miou_std": std, "gmacs": gmacs}
+
+
+def test_labels_of_the_figure_do_not_overlap(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        comparison, "_label_points", lambda *args, place=comparison._label_points: seen.extend(place(*args))
+    )
+    rows = [row(f"Dynamic-{k}", "dynamic", 0.70 + 0.002 * k, 50 + k, 2.0) for k in range(6)]
+    rows += [row("U-Net", "static", 0.70, 50), row("Fixed", "fixed", 0.701, 50.2, std=None)]
+    figures.accuracy_cost(tmp_path / "a.png", rows)
+    assert len(seen) == len(rows)
+    assert not any(comparison._overlap(a, b) > 1 for i, a in enumerate(seen) for b in seen[:i])
+    with pytest.raises(ValueError, match="kind"):
+        figures.accuracy_cost(tmp_path / "b.png", [row("U-Net", "other", 0.7, 50)])
+    with pytest.raises(ValueError, match="no network"):
+        figures.accuracy_cost(tmp_path / "b.png", [])

@@ -28,8 +28,6 @@ from routeseg.prediction.clips import open_clip
 from routeseg.prediction.onnx_runner import most_likely
 from routeseg.training.initialization import initialize
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def picture() -> np.ndarray:

@@ -20,6 +20,7 @@ SHORT = ["--recipe.iterations=1", "--recipe.precise_bn_batches=1", "--data.crop=
 
 
 class TestMakeData:
+    @pytest.mark.usefixtures("no_report")
     @pytest.mark.parametrize("layout", writers.LAYOUTS)
     def test_the_last_line_says_how_to_train_on_it(self, tmp_path, capsys, layout):
         root = tmp_path / layout

@@ -25,7 +25,6 @@ from test_train_command import TINY
 
 RED, GREEN, BLACK, WHITE = (255, 0, 0), (0, 128, 64), (0, 0, 0), (255, 255, 255)
 NAMES = [f"{split}/p{k}" for split in ("train", "val") for k in range(3)]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def unnamed(root: Path, values, dtype=np.uint8) -> Path:

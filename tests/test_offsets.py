@@ -116,7 +116,7 @@ def test_a_classifier_has_none():
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-def test_training_is_the_same(tmp_path, one_thread, ema_decay):
+def test_training_is_the_same(tmp_path, ema_decay):
     """What learns does not see them; what is validated, saved and returned has them."""
     found = {}
     for offsets in (False, True):

@@ -28,8 +28,6 @@ pytest.importorskip("onnxruntime", reason="the extra routeseg[onnx]")
 from routeseg.export import export  # noqa: E402
 from routeseg.prediction.onnx_runner import OnnxNetwork, most_likely  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 KINDS = ["static", "dense"]
 SIZES = [(64, 96), (33, 47), (20, 100), (1, 1), (97, 130)]
 CLONE = Path(__file__).parents[1]
@@ -119,7 +117,7 @@ def assert_near(one, other):
 def without_torch(commands) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of each of the commands, in a process in which torch cannot be imported."""
     words = json.dumps([[str(word) for word in command] for command in commands])
-    done = subprocess.run([sys.executable, "-c", NO_TORCH, words], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", NO_TORCH, words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and not done.stderr, done.stderr
     return json.loads(done.stdout)
 

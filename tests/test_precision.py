@@ -19,7 +19,6 @@ from routeseg.training.segmentation import SegmentationTask
 from routeseg.training.trial import Choice, choose_precision, step_seconds
 from test_training import DATA, fit, logged, recipe, same_networks, steps_of, tiny_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 FLOAT32, BFLOAT16 = "32-true", "bf16-mixed"
 AUTO = dict(precision="auto", iterations=6, precise_bn_batches=1, validate_every=6)
 

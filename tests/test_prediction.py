@@ -25,8 +25,6 @@ from routeseg.prediction.files import OUTPUTS, Skip, predict_files
 from routeseg.prediction.torch_runner import TorchNetwork
 from routeseg.space import DIRECTIONS, Route
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def network(tiny_network):

@@ -21,8 +21,6 @@ from routeseg.description import fingerprint
 from routeseg.prediction.files import OUTPUTS, predict_files
 from routeseg.prediction.torch_runner import TorchNetwork
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def network(tiny_network):

@@ -26,8 +26,6 @@ from routeseg.prediction import sources
 from routeseg.prediction.files import LABELS, OUTPUTS, OVERLAY
 from routeseg.prediction.sources import find_inputs, other_inputs, output_names, read_bytes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def network(tiny_network):

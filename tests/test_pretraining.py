@@ -34,7 +34,7 @@ FEWER_NODES = dict(depth=2, num_scales=3)
 SMALL = dict(crop=32, resize=36, batch_size=6, workers=0)
 SEGMENTER_DATA = dict(image_size=(32, 64), crop=(32, 64), train_images=4, val_images=2, batch_size=2, workers=0)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 def classifier(num_classes: int = 3, **changes) -> DynamicRoutingClassifier:

@@ -21,8 +21,6 @@ from routeseg.export import build_onnx  # noqa: E402
 from routeseg.export.int8 import CALIBRATION_IMAGES, chosen, export_int8  # noqa: E402
 from routeseg.prediction.onnx_runner import OnnxNetwork  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> list[Path]:

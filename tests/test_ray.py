@@ -43,7 +43,6 @@ PROCESS_TITLE = b"ray::MapWorker"
 KILLER_WIDTH = 96  # an image of this width kills the process that segments it
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*"),
 ]
 

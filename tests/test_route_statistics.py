@@ -275,7 +275,7 @@ def test_shares_of_images_of_several_sizes(tmp_path, capsys, own_data, monkeypat
         for path in sorted((folder / kind / "val").iterdir())[::3]:
             with Image.open(path) as image:
                 image.resize((160, 128), Image.Resampling.NEAREST).save(path)
-    network = scenes_checkpoint(tmp_path / "exits", gate="fixed", route="diagonal", exits=[0, 1])
+    network = scenes_checkpoint(tmp_path / "exits", gate="fixed", route="diagonal", exits=(0, 1))
     leave = iter([0, -1] * 20)
     model = routeseg.load(network)
     drawn = {}

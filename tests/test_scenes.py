@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
+from routeseg.data.config import DataConfig, open_data
 from routeseg.data.scenes import CLASSES, PALETTE, PRESETS, draw_scene
 
 THINGS = [CLASSES.index(name) for name in ("car", "pedestrian", "sign")]
@@ -124,3 +125,13 @@ def test_colour_alone_does_not_solve_it(worlds: dict) -> None:
 def test_mistakes_are_named_with_a_remedy(arguments: dict, remedy: str) -> None:
     with pytest.raises(ValueError, match=remedy):
         draw_scene(**{"seed": 0, "index": 0, **arguments})
+
+
+def test_scenes_are_those_of_the_data_seed():
+    config = DataConfig(image_size=(32, 64), val_images=1, seed=3)
+    one, other = (open_data(config, "val", seed).read(0)[0] for seed in (0, 1))
+    assert (one == other).all()
+    config.seed = None
+    assert (open_data(config, "val", 3).read(0)[0] == one).all() and (
+        open_data(config, "val", 0).read(0)[0] != one
+    ).any()

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-import startup
 from conftest import environment_with, scenes_checkpoint
 from pictures import noise, save
 from routeseg.cli import COMMANDS
@@ -103,18 +102,3 @@ def test_what_runs_a_network_imports_no_training_and_no_compiler(folders, tmp_pa
     evaluate = ["evaluate", folders["NET"], "--data.image_size=[48,64]", "--data.val_images=2", "--data.workers=0"]
     results = run_all([predict, evaluate], NETWORKS, tmp_path)
     assert results == [[0, "", []]] * 2
-
-
-def test_the_benchmark_runs_commands_in_turns(tmp_path, monkeypatch, capsys):
-    some = {name: startup.COMMANDS[name] for name in ("python alone", "a wrong configuration")}
-    monkeypatch.setattr(startup, "COMMANDS", some)
-    source = str(startup.ROOT / "src")
-    startup.main(["--source", source, "--source", source, "--rounds", "1", "--output", str(tmp_path / "found.json")])
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert [row["command"] for row in found["results"]] == [name for name in some for _ in range(2)]
-    assert all(0 < row["median_s"] == row["seconds"][0] for row in found["results"]) and found["machine"]["cores"]
-    assert "a wrong configuration" in capsys.readouterr().out
-    monkeypatch.setitem(some, "python alone", (["-c", "raise SystemExit(3)"], 0))
-    with pytest.raises(SystemExit, match="python alone"):
-        startup.main(["--rounds", "1", "--output", str(tmp_path / "again.json")])
-    assert not (tmp_path / "again.json").exists()

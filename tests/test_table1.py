@@ -1,25 +1,19 @@
 """The runner of Table 1: one recipe for all, interrupted and resumed, and what it writes."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from routeseg import DynamicRoutingNetwork, figures
-from routeseg.data.config import DataConfig, open_data
+import table1
+from routeseg import DynamicRoutingNetwork
 from routeseg.training.callbacks import ValidateAndSave
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted([*(ROOT / "configs/table1").glob("*.yaml"), *(ROOT / "configs/any_budget").glob("*_cpu.yaml")])
-spec = importlib.util.spec_from_file_location("table1", ROOT / "benchmarks" / "table1.py")
-table1 = sys.modules["table1"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(table1)
-
 LINE = [[layer, 0, "keep"] for layer in range(5)]
 TINY = {
     "model": {"depth": 4, "base_channels": 8, "stem_channels": 8},
@@ -74,7 +68,7 @@ def test_experiment_files(path):
 
 
 @pytest.mark.slow
-def test_table(experiment, tmp_path, capsys, monkeypatch, one_thread):
+def test_table(experiment, tmp_path, capsys, monkeypatch):
     folder, output = tmp_path / "runs", tmp_path / "results" / "tiny.json"
     command = ["--config", str(experiment), "--seeds", "0,1", "--folder", str(folder), "--output", str(output)]
     command += ["--accelerator", "cpu"]
@@ -131,86 +125,3 @@ def test_table(experiment, tmp_path, capsys, monkeypatch, one_thread):
     assert table1.main([*command, "--recipe.lr", "0.01"]) == 2
     error = capsys.readouterr().err
     assert "line seed 0" in error and "recipe.lr was 0.05, is 0.01" in error and "--folder" in error
-
-
-@pytest.mark.parametrize(
-    ("name", "own", "message"),
-    [
-        ("x", {"optimizer": {"lr": 1}}, "networks.x"),
-        ("x", {"common": {"of": "line", "threshold": 0.5}}, "with gates"),
-        ("x", {"common": {"of": "nobody", "threshold": 0.5}}, "with gates"),
-        ("x", {"common": {"of": "dynamic-a", "threshold": 3}}, "threshold of .* is 3"),
-        ("x", {"model": None}, "give a mapping"),
-        ("x", 5, "networks.x of .* is 5"),
-        ("x", {"model": {"gate": "fixed"}, "gate_budget": {"weight": 0.5}}, "has no gates, so it cannot keep a budget"),
-    ],
-)
-def test_mistakes(experiment, name, own, message):
-    experiment.write_text(yaml.safe_dump(TINY | {"networks": TINY["networks"] | {name: own}}, sort_keys=False))
-    with pytest.raises(ValueError, match=message):
-        table1.read_experiment(experiment)
-
-
-def test_equal_cost():
-    """The dynamic networks' mIoU on the straight line between them, at each other network's cost."""
-    rows = [row("A", "dynamic", 0.4, 10), row("Raw", "dynamic", 0.6, 30), row("B", "dynamic", 0.5, 20)]
-    rows += [row("U-Net", "static", 0.5, 15), row("FCN", "static", 0.3, 9), row("Fixed", "fixed", 0.7, 31)]
-    table1.at_equal_cost(rows)
-    assert [r["dynamic_at_equal_cost"] for r in rows] == [None, None, None, pytest.approx(0.45), None, None]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [(["--figure", "x.jpg"], "written as .png or .svg"), (["--output", "x.md"], "name it .json")],
-)
-def test_wrong_files_are_named_before_any_training(experiment, words, message, capsys):
-    assert table1.main(["--config", str(experiment), "--folder", str(experiment.parent / "runs"), *words]) == 2
-    assert message in capsys.readouterr().err
-    assert not (experiment.parent / "runs").exists()
-
-
-def test_unknown_network(experiment, capsys):
-    assert table1.main(["--config", str(experiment), "--networks", "line,lime"]) == 2
-    assert "no network 'lime'" in capsys.readouterr().err
-
-
-def test_scenes_are_those_of_the_data_seed():
-    config = DataConfig(image_size=(32, 64), val_images=1, seed=3)
-    one, other = (open_data(config, "val", seed).read(0)[0] for seed in (0, 1))
-    assert (one == other).all()
-    config.seed = None
-    assert (open_data(config, "val", 3).read(0)[0] == one).all() and (
-        open_data(config, "val", 0).read(0)[0] != one
-    ).any()
-
-
-def row(label, kind, miou, cost, spread=0.0, std=0.004):
-    gmacs = {"mean": cost, "min": cost - spread, "max": cost + spread}
-    return {"label": label, "kind": kind, "miou_mean": miou, "miou_std": std, "gmacs": gmacs}
-
-
-def test_labels_of_the_figure_do_not_overlap(tmp_path, monkeypatch):
-    from routeseg.figures import comparison
-
-    seen = []
-    monkeypatch.setattr(
-        comparison, "_label_points", lambda *args, place=comparison._label_points: seen.extend(place(*args))
-    )
-    rows = [row(f"Dynamic-{k}", "dynamic", 0.70 + 0.002 * k, 50 + k, 2.0) for k in range(6)]
-    rows += [row("U-Net", "static", 0.70, 50), row("Fixed", "fixed", 0.701, 50.2, std=None)]
-    figures.accuracy_cost(tmp_path / "a.png", rows)
-    assert len(seen) == len(rows)
-    assert not any(comparison._overlap(a, b) > 1 for i, a in enumerate(seen) for b in seen[:i])
-    with pytest.raises(ValueError, match="kind"):
-        figures.accuracy_cost(tmp_path / "b.png", [row("U-Net", "other", 0.7, 50)])
-    with pytest.raises(ValueError, match="no network"):
-        figures.accuracy_cost(tmp_path / "b.png", [])
-
-
-def test_recipes_may_differ():
-    """A network of an experiment may change any key of the shared sections, and its row tells which."""
-    networks = table1.read_experiment(ROOT / "configs/trials/camvid_cpu.yaml", ["--recipe.iterations", "7"])
-    base, adamw = networks["base"], networks["adamw"]
-    assert base.recipe.optimizer == "sgd" and adamw.recipe.optimizer == "adamw"
-    assert base.changes == {} and adamw.changes["recipe"]["optimizer"] == "adamw"
-    assert adamw.recipe.iterations == 7 and adamw.data == base.data

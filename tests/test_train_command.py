@@ -35,7 +35,6 @@ TINY = [
     "--recipe.precise_bn_batches=1",
     "--recipe.precision=32-true",
 ]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", ["camvid", "cityscapes", "voc", "ade20k", "folder"])
@@ -43,6 +42,7 @@ def test_the_layout_is_found(name, layouts):
     assert layout_of(layouts(name)) == name
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_folder_is_enough(layouts, tmp_path, capsys, monkeypatch):
     """It stands for a preset, the layout, and the network that comes along; what is given beside it counts."""
     root = layouts("folder")
@@ -55,6 +55,7 @@ def test_a_folder_is_enough(layouts, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "run" / "best").is_dir()
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_run_remembers_itself(layouts, tmp_path, capsys):
     """--resume needs the folder of the run alone."""
     output = tmp_path / "run"
@@ -84,6 +85,7 @@ def test_a_run_remembers_itself(layouts, tmp_path, capsys):
         assert code == 2 and "leave out --minutes and --epochs" in err
 
 
+@pytest.mark.usefixtures("no_report")
 def test_in_python(layouts, tmp_path, capsys):
     """The same as the command, to the bit; mistakes are ValueErrors."""
     keys = dict(word.removeprefix("--").split("=", 1) for word in TINY)
@@ -193,6 +195,7 @@ class Tracker:
     save = finalize = after_save_checkpoint = log_graph
 
 
+@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("trackers", ["wandb", "mlflow,tensorboard", " wandb, mlflow"])
 def test_trackers(layouts, tmp_path, capsys, monkeypatch, trackers):
     """They are told the configuration, each logged step and each validation; the CSV file is there as always."""
@@ -405,6 +408,7 @@ class TestResumedClasses:
         assert code == 2 and "has other classes: 0 means sky there and building here (and 1 more)" in err
 
 
+@pytest.mark.usefixtures("no_report")
 def test_epochs(layouts, tmp_path, capsys):
     """Four pictures, two a step, three times: six iterations."""
     words = ["train", layouts("folder"), "--config=small", *TINY, "--epochs=3", f"--output={tmp_path}/run"]

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,9 +34,10 @@ from routeseg.training.run import RunOptions
 from routeseg.training.segmentation import SegmentationTask, train
 from routeseg.training.task import NonFiniteLoss, parameter_groups
 
-DOCS = Path(__file__).parents[1] / "docs"
 DATA = dict(crop=(32, 64), image_size=(48, 64), train_images=8, val_images=2, batch_size=2, workers=0)
 NETWORK = dict(depth=2, num_scales=3, base_channels=4, stem_channels=4)
+
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 def tiny_model(**changes):
@@ -107,7 +107,7 @@ main(sys.argv[1:])
 """
 
 
-def test_killed_and_resumed_ends_with_the_same_weights(tmp_path, one_thread):
+def test_killed_and_resumed_ends_with_the_same_weights(tmp_path):
     """SIGKILL when the third checkpoint is written but not yet in its place; the resumed run ends bit for bit like one
     that was never interrupted."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -116,7 +116,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(tmp_path, one_thread):
         [sys.executable, "-c", KILLED_WHILE_IT_SAVES, *words(cut, ITERATIONS)],
         stdout=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1"},  # other numbers of threads add up in another order
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == -signal.SIGKILL
     assert torch.load(cut / "last.ckpt", weights_only=True)["global_step"] == SAVED
@@ -124,7 +124,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(tmp_path, one_thread):
     assert same_networks(whole, cut) and not list(cut.glob(".last*"))
 
 
-def test_a_network_in_evaluation_mode_learns_in_training_mode(tmp_path, one_thread):
+def test_a_network_in_evaluation_mode_learns_in_training_mode(tmp_path):
     """Such as `routeseg.load` gives it."""
     fit(tmp_path / "one", recipe())
     fit(tmp_path / "other", recipe(), tiny_model().eval())
@@ -268,7 +268,7 @@ def test_a_signal_to_the_loaders_too(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 128 + signal.SIGTERM
     assert "saved at step 3" in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
@@ -283,7 +283,7 @@ from routeseg.data.loaders import loader_process
 sys.kept = iter(DataLoader(range(100), num_workers=1, worker_init_fn=loader_process))
 next(sys.kept)
 """
-    assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script], timeout=300).returncode == 0
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]])
@@ -324,16 +324,6 @@ def test_writes_logs_and_networks(tmp_path):
         assert sum(bool(row["val_miou"]) for row in csv.DictReader(file)) == 2
     loaded = routeseg.load(tmp_path / "last")
     assert torch.equal(loaded.decoder.predictor.weight, model.decoder.predictor.weight)
-
-
-def test_the_example_of_the_documentation(tmp_path, monkeypatch, capsys):
-    short, pieces = re.findall(r"```python\n(.*?)```", (DOCS / "training.md").read_text(), re.S)[:2]
-    monkeypatch.chdir(tmp_path)
-    exec(short, {})
-    assert (tmp_path / "runs" / "tried" / "report.html").is_file()
-    exec(pieces, {})
-    miou, steps, _ = capsys.readouterr().out.splitlines()[-1].split()
-    assert 0 <= float(miou) <= 1 and int(steps) == 4 and (tmp_path / "runs" / "small" / "last").is_dir()
 
 
 def test_learns(tmp_path):

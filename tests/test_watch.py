@@ -3,7 +3,6 @@
 import re
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from conftest import run
@@ -14,7 +13,6 @@ from routeseg.training import watch
 from routeseg.training.callbacks import Progress
 from routeseg.training.watch import ROWS, Row, Watch, thinned
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 NETWORK = ["--model.depth=3", "--model.base_channels=4", "--model.stem_channels=4"]
 DATA = ["--data.image_size=[48,64]", "--data.crop=[32,64]", "--data.train_images=4", "--data.val_images=3"]
 RECIPE = ["--recipe.validate_every=2", "--recipe.precise_bn_batches=1", "--recipe.precision=32-true"]

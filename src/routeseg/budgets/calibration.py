@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -163,6 +164,7 @@ def price_table(at: Callable[[float], np.ndarray], costs: np.ndarray) -> tuple[n
     Their mean costs are evenly spaced from the dearest route to the cheapest. The first and the last price are beyond
     all others: there every picture, also a new one, takes the dearest route or the cheapest.
     """
+    at = cache(at)  # searches begin at the same prices
 
     def mean(price: float) -> float:
         return float(costs[at(price)].mean())
