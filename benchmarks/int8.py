@@ -184,7 +184,6 @@ def exits(root: str, count: int, seconds: float) -> dict[str, Any]:
     training = find_inputs([f"{root}/train"])
     with tempfile.TemporaryDirectory() as scratch:
         files = {"float32": export(model, Path(scratch) / "net.onnx")}
-        files["float32, labels"] = export(model, Path(scratch) / "labels.onnx", labels=True)
         files["int8"] = export_int8(model, Path(scratch) / "int8.onnx", training)
         sizes = {name: file.stat().st_size / 1e6 for name, file in files.items()}
         scores = scores_of_exits(model, files, images)

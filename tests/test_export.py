@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import json
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from routeseg.export.metadata import COST_SIZE, cost_macs, metadata  # noqa: E40
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+ROOT = Path(__file__).parents[1]
 SIZES = [(32, 64), (96, 160), (150, 33)]  # the coarsest maps: 1x2, 3x5, 5x2
 TOLERANCE = 1e-4  # of the largest logit
 ALWAYS = 1e3  # the bias of gates that are open whatever they see
@@ -337,6 +340,21 @@ def test_cost_in_the_metadata_is_the_cost_table():
             total += node["gate"] + node["cell"] * is_open.any()
             total += sum(node[name] * flag for name, flag in zip(("up", "keep", "down"), is_open, strict=True))
     assert cost["fixed"] + total == pytest.approx(float(model_cost(model, COST_SIZE).of_gates(gates)))
+
+
+@pytest.mark.parametrize("kind", ["static", "exits"])
+def test_the_document_runs_a_file(kind, tmp_path, monkeypatch):
+    """And its price halves the cost, as the table in the metadata says."""
+    model = with_exits((64, 96))
+    export(model if kind == "exits" else model.specialize(model.route), tmp_path / "net.onnx")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(block, found)
+    assert found["labels"].shape == (360, 480)
+    assert kind == "static" or float(found["feed"]["price"]) == pytest.approx(
+        float(model.prices.price_of(np.array(0.5)))
+    )
 
 
 def test_weights_stand_once():
