@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import table1
 from routeseg import figures
-from routeseg.budgets.asked import Asked, check_exits
+from routeseg.budgets.asked import Asked
 from routeseg.budgets.budgeted import Budgeted
 from routeseg.budgets.worth import exits_of, look_at_exits, worth_of_choice
 from routeseg.cost.macs import exit_costs
@@ -78,7 +78,8 @@ def look(run: table1.Run, held_out: str | None) -> dict[str, Any]:
 @torch.no_grad()
 def glance_macs(model: DynamicRoutingNetwork, pictures: SegmentationData) -> np.ndarray:
     """MACs of a glance at each exit but the last, as PyTorch counts the operations of its convolutions."""
-    exits = check_exits(model)
+    exits = model.exits
+    assert exits is not None
     found = []
     for exit, features in enumerate(model.exit_features(next(iter(evaluation_loader(pictures)))["image"])):
         with FlopCounterMode(display=False) as counter:

@@ -199,6 +199,31 @@ def int8(facts: Sequence[Facts], words: str) -> str:
     return table(["file", "MB", "mIoU", "labels as float32", "ms an image"], rows)
 
 
+def exits_file(facts: Sequence[Facts], words: str) -> str:
+    """Files with exits of benchmarks/int8.py --exits: scores at each budget, beside those of the checkpoint."""
+    (found,) = facts
+    rows = [
+        [row["budget"], row["file"], f"{100 * row['miou']:.1f} %", f"{100 * row['share']:.1f} %"]
+        + [f"{100 * row['same_labels']:.1f} %", f"{100 * row['same_exits']:.0f} %"]
+        for row in found["scores"]
+    ]
+    return table(["budget", "", "mIoU", "cost", "labels as the checkpoint's", "exits as the checkpoint's"], rows)
+
+
+def exits_times(facts: Sequence[Facts], words: str) -> str:
+    """The same: milliseconds of files with exits, and of static ones that end at the same exit."""
+    (found,) = facts
+    times = {tuple(name.rsplit(", ", 2)): row["median_ms"] for name, row in found["times"].items()}
+    rows = []
+    for kind, runtime in dict.fromkeys(name[1:] for name in times):
+        exits = [name.removeprefix("static ") for name, *rest in times if rest == [kind, runtime] and "static" in name]
+        cells = [
+            f"{times[what, kind, runtime]:.0f}" for e in exits for what in (f"static {e}", f"exits, leaves at {e}")
+        ]
+        rows.append([f"{runtime}, {kind}", *cells])
+    return table(["ms an image", "whole network, static", "with exits", "first exit, static", "with exits"], rows)
+
+
 def workers(facts: Sequence[Facts], words: str) -> str:
     """Images a second of benchmarks/prediction.py: a row with pictures and one without."""
     (found,) = facts

@@ -33,6 +33,8 @@ MAKERS: dict[str, Callable[[Sequence[Facts], str], str]] = {
     "busy": result_tables.busy,
     "classes": result_tables.classes,
     "comparison": result_tables.comparison,
+    "exits file": result_tables.exits_file,
+    "exits times": result_tables.exits_times,
     "explorer": result_tables.explorer,
     "how": result_tables.how,
     "int8": result_tables.int8,

@@ -8,6 +8,7 @@ from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # beside other work, too: read when torch is imported
@@ -17,7 +18,7 @@ import routeseg
 from downloads import serve
 from routeseg import DynamicRoutingNetwork, bfloat16
 from routeseg.cli import main
-from routeseg.cost.macs import CostTable
+from routeseg.cost.macs import CostTable, exit_costs
 from routeseg.data.config import DataConfig
 from routeseg.data.scenes import CLASSES, PALETTE
 from routeseg.data.tools.layouts import write_layout
@@ -71,6 +72,34 @@ def spread_gates(model: DynamicRoutingNetwork, seed: int = 0) -> DynamicRoutingN
             if node.gate is not None:
                 node.gate.score.weight.copy_(torch.randn(node.gate.score.weight.shape, generator=generator) * 2)
                 node.gate.score.bias.zero_()
+    return model
+
+
+@torch.no_grad()
+def with_exits(size: tuple[int, int], **options) -> DynamicRoutingNetwork:
+    """A network with exits that was not trained, calibrated for this size; images leave it at different ones, and have
+    several classes."""
+    torch.manual_seed(0)
+    options = {"num_classes": 5, "depth": 6, "route": "diagonal", "exits": [0, 2, 4]} | options
+    model = spread_gates(DynamicRoutingNetwork(base_channels=8, stem_channels=8, gate="fixed", **options)).eval()
+    exits, costs = model.exits, exit_costs(model, size)
+    losses = np.array((0.9, 0.5, 0.2, 0.0))[-len(costs) :]  # that images expect at the exits, about
+    costs, prices = costs / costs[-1], np.linspace(0, 4, len(exits.prices))
+    leaving = np.argmin(losses + prices[:, None] * costs, axis=1)
+    exits.costs.copy_(torch.from_numpy(costs))
+    exits.prices.copy_(torch.from_numpy(prices))
+    exits.frequencies.copy_(torch.nn.functional.one_hot(torch.from_numpy(leaving), len(costs)))
+    images, heads = torch.rand(8, 3, *size) * torch.rand(8, 3, 1, 1), [*exits.decoders, model.decoder]
+    for head in heads:
+        head.predictor.weight.mul_(30)
+    result, features = model.all_exits(images)
+    for head, logits in zip(heads, (*result.earlier, result.logits), strict=True):
+        head.predictor.bias.copy_(-logits.mean((0, 2, 3)))
+    for number, gate in enumerate(exits.gates):
+        seen = exits.see(number, features[number])
+        gate.center.copy_(seen.mean(0))
+        gate.bias.copy_(torch.from_numpy(losses[number:]))
+        gate.weight.normal_(std=0.1).div_(seen.std(0) + 1e-3)
     return model
 
 

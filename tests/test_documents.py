@@ -205,6 +205,11 @@ def test_budgets_in_macs_are_kept_by_the_network_that_comes_along():
 
 
 def test_the_export_of_the_readme_is_of_the_network_that_it_trains():
-    """From the network that comes along: one with exits, which no file holds yet."""
-    ((name, *_, route),) = [words[1:] for words in commands(ROOT / "README.md") if words[0] == "export"]
-    assert name == "runs/my/best" and route in routeseg.load().config.named_routes
+    """From the bundled network: one with exits, which a file holds as it is."""
+    (words,) = [words[1:] for words in commands(ROOT / "README.md") if words[0] == "export"]
+    assert words == ["runs/my/best", "net.onnx"]
+    assert any(words[:2] == ["predict", "net.onnx"] and "--budget" in words for words in commands(ROOT / "README.md"))
+    pytest.importorskip("onnx")
+    from routeseg.export import EXITS, kind_of
+
+    assert kind_of(routeseg.load()) == EXITS

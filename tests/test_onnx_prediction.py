@@ -17,19 +17,24 @@ from PIL import Image
 
 import routeseg
 from conftest import run as run_command
-from conftest import scenes_checkpoint
+from conftest import scenes_checkpoint, with_exits
 from pictures import noise, save
+from routeseg.budgets.asked import Asked
+from routeseg.cost.macs import exit_costs
+from routeseg.data.scenes import draw_scene
 from routeseg.description import FORMAT, describe
-from routeseg.prediction.files import OUTPUTS, predict_files
-from routeseg.prediction.torch_runner import TorchNetwork
+from routeseg.errors import BudgetNotKept
+from routeseg.prediction.files import OUTPUTS, asked_of, predict_files
+from routeseg.prediction.torch_runner import TorchNetwork, open_network
 
 onnx = pytest.importorskip("onnx", reason="the extra routeseg[onnx]")
 pytest.importorskip("onnxruntime", reason="the extra routeseg[onnx]")
 from routeseg.export import export  # noqa: E402
 from routeseg.prediction.onnx_runner import OnnxNetwork, most_likely  # noqa: E402
 
-KINDS = ["static", "dense"]
+KINDS = ["static", "dense", "exits"]
 SIZES = [(64, 96), (33, 47), (20, 100), (1, 1), (97, 130)]
+BUDGET_SIZE = (40, 70)  # of images that a budget is asked for
 CLONE = Path(__file__).parents[1]
 LEAN = re.search(r"lean/bin/pip install (onnxruntime .*)", (CLONE / "docs" / "prediction.md").read_text())[1].split()
 REQUIRED = tomllib.loads((CLONE / "pyproject.toml").read_text())["project"]["dependencies"]
@@ -77,15 +82,26 @@ def static_model(checkpoint) -> routeseg.DynamicRoutingNetwork:
 
 
 @pytest.fixture(scope="module")
-def files(checkpoint, static_model, tmp_path_factory) -> dict[str, Path]:
-    """The exported file of each kind."""
-    folder, model = tmp_path_factory.mktemp("files"), routeseg.load(checkpoint)
-    return {"static": export(static_model, folder / "static.onnx"), "dense": export(model, folder / "dense.onnx")}
+def exits_folder(tmp_path_factory) -> Path:
+    """The checkpoint of a network with exits."""
+    return with_exits(BUDGET_SIZE).save(tmp_path_factory.mktemp("exits"))
+
+
+@pytest.fixture(scope="module")
+def files(checkpoint, exits_folder, static_model, tmp_path_factory) -> dict[str, Path]:
+    """The exported file of each kind; of the one with exits also that with labels."""
+    folder, exits = tmp_path_factory.mktemp("files"), routeseg.load(exits_folder)
+    return {
+        "static": export(static_model, folder / "static.onnx"),
+        "dense": export(routeseg.load(checkpoint), folder / "dense.onnx"),
+        "exits": export(exits, folder / "exits.onnx"),
+        "labels": export(exits, folder / "labels.onnx", labels=True),
+    }
 
 
 @pytest.fixture
-def models(checkpoint, static_model):
-    return {"static": static_model, "dense": routeseg.load(checkpoint)}
+def models(checkpoint, exits_folder, static_model):
+    return {"static": static_model, "dense": routeseg.load(checkpoint), "exits": routeseg.load(exits_folder)}
 
 
 @pytest.fixture
@@ -120,6 +136,28 @@ def without_torch(commands) -> list[tuple[int, str, str]]:
     done = subprocess.run([sys.executable, "-c", NO_TORCH, words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and not done.stderr, done.stderr
     return json.loads(done.stdout)
+
+
+def edited(file: Path, target: Path, change) -> Path:
+    """A copy of an exported file, changed by `change(model, what it says of itself)`."""
+    model = onnx.load(file)
+    words = json.loads(model.metadata_props[0].value)
+    change(model, words)
+    if model.metadata_props:
+        model.metadata_props[0].value = json.dumps(words)
+    onnx.save(model, target)
+    return target
+
+
+def rename_input(model, _):
+    """`images` becomes `pixels`."""
+    model.graph.input[0].name = "pixels"
+    for node in model.graph.node:
+        node.input[:] = ["pixels" if name == "images" else name for name in node.input]
+
+
+def drop(*names):
+    return lambda model, words: [words.pop(name) for name in names]
 
 
 class TestSameFiles:
@@ -178,14 +216,133 @@ class TestSameFiles:
         assert np.flatnonzero(np.isnan(most_likely(logits)[1])).tolist() == [3 * 40 + 5]
 
 
+@pytest.fixture
+def pictures() -> list[np.ndarray]:
+    """Images that leave at different exits."""
+    scenes = [draw_scene(0, number, BUDGET_SIZE)[0] for number in range(3)]
+    return [one for number, scene in enumerate(scenes) for one in (scene, noise(*BUDGET_SIZE, number))]
+
+
+class TestBudget:
+    @pytest.mark.parametrize("kind", ["exits", "labels"])
+    @pytest.mark.parametrize("budget", [None, "48%", 0.6, "75%", "100%", "GMACs"])
+    def test_it_is_kept_as_the_checkpoint_keeps_it(self, files, exits_folder, pictures, kind, budget):
+        model = routeseg.load(exits_folder)
+        if budget == "GMACs":
+            budget = f"{0.6 * exit_costs(model, BUDGET_SIZE)[-1] / 1e9}GMACs"
+        asked = None if budget is None else Asked.parse(budget)
+        network, checkpoint = OnnxNetwork(files[kind], budget=budget), open_network(model, budget=asked)
+        assert asked_of(network) == asked_of(checkpoint) and network.network == checkpoint.network
+        for picture in pictures:
+            found, expected = network(picture), checkpoint(picture)
+            assert np.array_equal(found.gates, expected.gates)
+            assert found.labels.dtype == np.uint8 and (found.labels == expected.labels).mean() > 0.999
+            assert (found.confidence is None) == (kind == "exits")
+
+    def test_images_of_a_batch_decide_by_themselves(self, files, exits_folder, pictures):
+        network, model = OnnxNetwork(files["exits"], budget=0.6), routeseg.load(exits_folder)
+        batch = np.stack([picture.transpose(2, 0, 1) for picture in pictures])
+        logits, gates = network.run(batch)
+        with torch.no_grad():
+            expected = model(torch.from_numpy(batch), budget=0.6)
+        assert len(np.unique(gates.any((2, 3)).sum(1))) > 1
+        assert np.array_equal(gates, expected.gates.numpy())
+        assert np.abs(logits - expected.logits.numpy()).max() < 1e-4 * float(expected.logits.abs().max())
+        for price, layers in ((-100.0, 7), (100.0, 1)):
+            assert network.run(batch[:1], price=price)[1].any((2, 3)).sum() == layers
+        labels, confidence, others = OnnxNetwork(files["labels"], budget=0.6).run(batch)
+        assert np.array_equal(labels, logits.argmax(1)) and np.array_equal(others, gates)
+        assert np.allclose(confidence, torch.from_numpy(logits).softmax(1).amax(1).numpy(), atol=1e-5)
+
+    def test_the_command(self, files, exits_folder, pictures, tmp_path, capsys):
+        images = [save(tmp_path / "in" / f"{number}.png", one) for number, one in enumerate(pictures[:4])]
+        written = {}
+        for network in (exits_folder, files["exits"], files["labels"]):
+            output = tmp_path / f"out {network.name}"
+            code, out, err = run_command(["predict", network, *images, "--budget=60%", "--output", output], capsys)
+            assert code == 0 and not err and "an image costs one of" in out
+            written[network.name] = [json.loads((output / f"{number}_route.json").read_text()) for number in range(4)]
+        one, *others = written.values()
+        assert len({text["cost_gmacs"] for text in one}) > 1 and one[0]["budget"] == "60%"
+        for other in others:
+            assert_near(one, other)
+        words = ["predict", files["exits"], *images, "--resume", "--output", output]
+        code, out, _ = run_command([*words, "--budget=60%"], capsys)
+        assert code == 0 and "(4 of them from an earlier run)" in out, "it is the same network, precision and budget"
+        code, _, err = run_command([*words, "--budget=100%"], capsys)
+        assert code == 2 and "budget" in err
+
+    @pytest.mark.parametrize(
+        ("kind", "words", "message"),
+        [
+            ("exits", ["--budget=1%"], "a budget of 0.01 cannot be kept: the cheapest route costs"),
+            ("exits", ["--budget=nan%"], "give a share"),
+            ("exits", ["--budget=25ms"], "need --latency"),
+            ("exits", ["--latency=t.json"], "only applies to --budget in ms"),
+            ("static", ["--budget=50%"], "static.onnx takes no budget, it has one cost"),
+            ("dense", ["--budget=50%"], "dense.onnx takes no budget, it has one cost"),
+        ],
+    )
+    def test_mistakes(self, files, images, tmp_path, capsys, kind, words, message):
+        words = ["predict", files[kind], images[0], "--output", tmp_path / "out", *words]
+        code, _, err = run_command(words, capsys)
+        assert code == 2 and message in err and len(err.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+    def test_what_cannot_be_kept_at_a_size_is_skipped(self, files, models, images, tmp_path, capsys):
+        macs = float(exit_costs(models["exits"], (64, 96))[0])
+        words = ["predict", files["exits"], images[0], images[4], "--output", tmp_path, f"--budget={macs / 1e6}MMACs"]
+        code, out, _ = run_command(words, capsys)
+        assert code == 2 and "images           1" in out and "MMACs cannot be kept" in out
+
+    def test_mistakes_in_python(self, files, pictures):
+        batch = pictures[0].transpose(2, 0, 1)[None]
+        with pytest.raises(ValueError, match="a price of nan is none: give a finite number"):
+            OnnxNetwork(files["exits"]).run(batch, price=np.nan)
+        with pytest.raises(ValueError, match=r"static.onnx takes no price"):
+            OnnxNetwork(files["static"]).run(batch, price=0.5)
+        with pytest.raises(ValueError, match="no budget in milliseconds"):
+            OnnxNetwork(files["exits"], budget=Asked(25.0, "ms"))
+        with pytest.raises(ValueError, match="a number is a share"):
+            OnnxNetwork(files["exits"], budget=40)
+        with pytest.raises(BudgetNotKept):
+            OnnxNetwork(files["exits"], budget="0.000001GMACs")(pictures[0])
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (drop("exits"), "it has no exits"),
+            (lambda model, words: words["exits"].update(prices="x"), "its table of prices is damaged"),
+            (lambda model, words: words["exits"].update(costs=[0.5]), "its table of prices is damaged"),
+            (
+                lambda model, words: words["exits"].update(prices=[0.0]),
+                "its table of prices is damaged",
+            ),
+            (lambda model, words: words.update(kind="static"), r"takes \['images', 'price'\] .* not \['images'\]"),
+        ],
+    )
+    def test_damaged_metadata(self, files, tmp_path, change, message):
+        with pytest.raises(ValueError, match=message):
+            OnnxNetwork(edited(files["exits"], tmp_path / "net.onnx", change))
+
+    def test_labels_of_a_network_that_diverged(self, exits_folder, pictures, tmp_path):
+        model = routeseg.load(exits_folder)
+        with torch.no_grad():
+            for head in (*model.exits.decoders, model.decoder):
+                head.predictor.bias[2] = float("nan")
+        network = OnnxNetwork(export(model, tmp_path / "net.onnx", labels=True))
+        with pytest.raises(ValueError, match="NaN"):
+            network(pictures[0])
+
+
 class TestNoTorch:
     def test_predict_runs_to_its_end_and_what_needs_torch_says_so(self, files, checkpoint, images, tmp_path):
         images[0].write_text("no image")
-        segment = {kind: ["predict", files[kind], tmp_path / "in", "--output", tmp_path / kind] for kind in KINDS}
+        segment = {kind: ["predict", files[kind], tmp_path / "in", "--output", tmp_path / kind] for kind in files}
+        segment["exits"].append("--budget=60%")
         predict = (["predict", checkpoint, tmp_path / "in"], ["predict", tmp_path / "in"])
         refused = (*predict, ["evaluate", checkpoint], ["download", "camvid", tmp_path / "data"])
         results = without_torch([*segment.values(), *([*words, "--resume"] for words in segment.values()), *refused])
-        first, again, others = results[:2], results[2:4], results[4:]
+        first, again, others = results[:4], results[4:8], results[8:]
         for kind, (code, out, err) in zip(segment, first, strict=True):
             assert code == 2 and not err, "2 for the image that was skipped"
             assert f"images           {len(images) - 1}" in out and "0.png" in out
@@ -211,28 +368,6 @@ class TestNoTorch:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.stdout.split() == ["[]", "[]"]
         assert done.stderr.splitlines()[-1] == "AttributeError: No routeseg attribute nonsense"
-
-
-def edited(file: Path, target: Path, change) -> Path:
-    """A copy of an exported file, changed by `change(model, what it says of itself)`."""
-    model = onnx.load(file)
-    words = json.loads(model.metadata_props[0].value)
-    change(model, words)
-    if model.metadata_props:
-        model.metadata_props[0].value = json.dumps(words)
-    onnx.save(model, target)
-    return target
-
-
-def rename_input(model, _):
-    """`images` becomes `pixels`."""
-    model.graph.input[0].name = "pixels"
-    for node in model.graph.node:
-        node.input[:] = ["pixels" if name == "images" else name for name in node.input]
-
-
-def drop(*names):
-    return lambda model, words: [words.pop(name) for name in names]
 
 
 class TestWrongFiles:

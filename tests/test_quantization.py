@@ -10,7 +10,7 @@ import torch
 
 import routeseg
 from conftest import run as run_command
-from conftest import scenes_checkpoint, spread_gates
+from conftest import scenes_checkpoint, spread_gates, with_exits
 from pictures import noise, save
 from routeseg import DynamicRoutingNetwork, Route
 from routeseg.data.scenes import draw_scene
@@ -39,6 +39,7 @@ MODELS = {
     "static": lambda: (model := gated()).specialize(Route.all_open(model.space)).eval(),
     "gated": gated,
     "small gate, zeros arrive": lambda: gated(small_gate=True, zeros_arrive=True),
+    "exits": lambda: with_exits((64, 128)),
 }
 
 
@@ -50,7 +51,7 @@ def test_near_the_float32_network(name, images, tmp_path):
     network = OnnxNetwork(file)
     assert (
         network.precision == "int8"
-        and network.kind == ("dense" if model.config.gated else "static")
+        and network.kind == ("exits" if model.exits else "dense" if model.config.gated else "static")
         and len(steps) == 4
     )
     for number in (4, 5, 0):  # the first two are new to it
@@ -72,7 +73,7 @@ def test_what_is_quantised(images, tmp_path):
     weights = {value.name: onnx.numpy_helper.to_array(value) for value in graph.initializer}
     convolutions = [node for node in graph.node if node.op_type == "Conv"]
     plain = [node for node in convolutions if makers.get(node.input[1]) is None]
-    assert len(plain) == 2 and plain[0].input[0] == "images" and "predictor" in plain[1].input[1]
+    assert len(plain) == 2 and makers[plain[0].input[0]].op_type == "Pad" and "predictor" in plain[1].input[1]
     assert len(convolutions) == sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
     for node in convolutions:
         if node not in plain:
@@ -88,14 +89,44 @@ def test_what_is_quantised(images, tmp_path):
     assert all(quantised[:-1]) and not quantised[-1], "the last one makes the logits"
 
 
+def graphs(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
+    """A graph, and those of its branches."""
+    inner = [side.g for node in graph.node for side in node.attribute if side.g.node]
+    return [graph, *(one for branch in inner for one in graphs(branch))]
+
+
+def test_what_is_quantised_in_branches(images, tmp_path):
+    """The same as outside, and each branch has what its convolutions read as integers; what decides stays float32."""
+    model, plain, quantised = with_exits((64, 128)), [], 0
+    for graph in graphs(onnx.load(export_int8(model, tmp_path / "net.onnx", images[:2], labels=True)).graph):
+        makers = {output: node for node in graph.node for output in node.output}
+        weights = {value.name: onnx.numpy_helper.to_array(value) for value in graph.initializer}
+        for node in graph.node:
+            if node.op_type == "Conv" and node.input[1] in weights:
+                plain.append(node.input[1].partition("merge")[0])
+            elif node.op_type == "Conv":
+                weight, features = makers[node.input[1]], makers[node.input[0]]
+                assert weight.op_type == features.op_type == "DequantizeLinear", "in the branch itself"
+                assert {*weight.input, *features.input[1:]} <= weights.keys()
+                assert weights[weight.input[0]].dtype == np.int8
+                quantised += 1
+    modules = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)]
+    predictors = [name for name in modules if "predictor" in name]
+    nothing = 2  # scales that nothing arrives at, behind layer 0
+    assert quantised == len(modules) - 1 - len(predictors) - nothing
+    assert sum("predictor" in name for name in plain) == len(predictors) and sum("stem" in name for name in plain) == 1
+    assert sum(name.startswith("exits.gates.") for name in plain) == 3 * 4 - nothing, "a glance has one at each scale"
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_no_sum_of_two_products_saturates(name, images, tmp_path):
     """Processors without VNNI add two products, of uint8 features by int8 weights, in 16 bits (`vpmaddubsw`)."""
-    graph = onnx.load(export_int8(MODELS[name](), tmp_path / "net.onnx", images[:2])).graph
-    makers = {output: node for node in graph.node for output in node.output}
-    values = {value.name: onnx.numpy_helper.to_array(value) for value in graph.initializer}
-    sources = [makers.get(node.input[1]) for node in graph.node if node.op_type == "Conv"]
-    weights = [values[source.input[0]].astype(int) for source in sources if source is not None]
+    weights = []
+    for graph in graphs(onnx.load(export_int8(MODELS[name](), tmp_path / "net.onnx", images[:2])).graph):
+        makers = {output: node for node in graph.node for output in node.output}
+        values = {value.name: onnx.numpy_helper.to_array(value) for value in graph.initializer}
+        sources = [makers.get(node.input[1]) for node in graph.node if node.op_type == "Conv"]
+        weights += [values[source.input[0]].astype(int) for source in sources if source is not None]
     assert weights
     for weight in weights:
         largest = np.abs(weight).reshape(len(weight), -1).max(1)  # of each channel

@@ -20,13 +20,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import routeseg
-from conftest import environment_with, spread_gates
+from conftest import environment_with, with_exits
 from routeseg import DynamicRoutingNetwork
-from routeseg.cost.macs import exit_costs
 from routeseg.data.scenes import draw_scene
 
 httpx = pytest.importorskip("httpx", reason="the extra routeseg[dev]")
@@ -41,7 +39,6 @@ from serve_fastapi import service  # noqa: E402
 
 SIZES = ((64, 96), (64, 96), (50, 70), (24, 40))  # the last one is below what a network takes
 BUDGETS = (None, "45%", "70%", "100%")
-LOSSES = (0.9, 0.5, 0.2, 0.0)  # that images expect at the exits, about
 WAIT_S = 120  # for what would hang otherwise
 
 pytestmark = [
@@ -59,21 +56,7 @@ class Case(NamedTuple):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A network with exits that was not trained; images leave it at different ones."""
-    torch.manual_seed(0)
-    grid = {"gate": "fixed", "route": "diagonal", "exits": [0, 2, 4]}
-    model = spread_gates(DynamicRoutingNetwork(num_classes=5, depth=6, base_channels=8, stem_channels=8, **grid))
-    exits = model.exits
-    costs = exit_costs(model, SIZES[0])
-    costs, losses, prices = costs / costs[-1], np.array(LOSSES), np.linspace(0, 4, len(exits.prices))
-    leaving = np.argmin(losses + prices[:, None] * costs, axis=1)
-    exits.costs.copy_(torch.from_numpy(costs))
-    exits.prices.copy_(torch.from_numpy(prices))
-    exits.frequencies.copy_(torch.nn.functional.one_hot(torch.from_numpy(leaving), len(costs)))
-    for number, gate in enumerate(exits.gates):
-        gate.bias.copy_(torch.tensor(LOSSES[number:]))
-        gate.weight.normal_(std=0.3)
-    return Path(model.save(tmp_path_factory.mktemp("serving")))
+    return Path(with_exits(SIZES[0]).save(tmp_path_factory.mktemp("serving")))
 
 
 @pytest.fixture

@@ -9,16 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from routeseg.config import NetworkConfig
 from routeseg.counting import PartMacs
+from routeseg.model.prices import PriceTable
 
 if TYPE_CHECKING:
     from routeseg.model.grid import RoutedNetwork
 
-METADATA_KEY, FORMAT = "routeseg", 2  # in an exported file: the key of its description, and the format of that
+METADATA_KEY, FORMAT = "routeseg", 3  # in an exported file: the key of its description, and the format of that
 
 
 @dataclass(frozen=True)
@@ -28,29 +29,34 @@ class NetworkDescription:
     config       what makes the network
     macs         what its parts cost
     fingerprint  tells networks apart
+    prices       what prices cost, of a network with exits
     """
 
     config: NetworkConfig
     macs: PartMacs
     fingerprint: str
+    prices: PriceTable | None = field(default=None, compare=False)  # which the fingerprint covers
 
     def as_metadata(self) -> dict[str, Any]:
         """The inverse of `from_metadata`."""
-        return {"config": self.config.as_dict(), "macs": self.macs.as_json(), "fingerprint": self.fingerprint}
+        known = {"config": self.config.as_dict(), "macs": self.macs.as_json(), "fingerprint": self.fingerprint}
+        return known if self.prices is None else known | {"exits": self.prices.as_json()}
 
     @classmethod
     def from_metadata(cls, data: Mapping[str, Any]) -> NetworkDescription:
         """What an exported file says about its network. Raises ValueError if it says too little, or nonsense."""
         try:
             config = NetworkConfig.from_dict(data["config"])
-            return cls(config, PartMacs.from_json(data["macs"], config.num_scales), str(data["fingerprint"]))
+            prices = None if config.exits is None else PriceTable.from_json(data["exits"], len(config.exits))
+            macs = PartMacs.from_json(data["macs"], config.num_scales)
+            return cls(config, macs, str(data["fingerprint"]), prices)
         except KeyError as error:
             raise ValueError(f"it has no {error.args[0]}") from error
 
 
 def describe(model: RoutedNetwork) -> NetworkDescription:
     """The description of a network."""
-    return NetworkDescription(model.config, model.macs, fingerprint(model))
+    return NetworkDescription(model.config, model.macs, fingerprint(model), model.prices)
 
 
 def fingerprint(model: RoutedNetwork) -> str:

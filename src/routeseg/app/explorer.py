@@ -342,8 +342,8 @@ class Explorer:
         costs = self._exit_costs(picture, unit)
         if value >= costs[-1]:
             return 1.0
-        exits = self.model.exits
-        return min(1.0, exits.share_at(float(exits.price_of(np.array(max(value, costs[0])), costs, f" {unit}"))))
+        table = self.model.exits.table
+        return min(1.0, table.share_at(float(table.price_of(np.array(max(value, costs[0])), costs, f" {unit}"))))
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from routeseg.space import MIN_IMAGE_SIZE, brief, padded_size
 
 if TYPE_CHECKING:
     from routeseg.description import NetworkDescription
-    from routeseg.model.exits import Exits
     from routeseg.model.grid import RoutedNetwork
+    from routeseg.model.prices import PriceTable
 
 MMACS = 1e6
 UNITS = {"": 1.0, "%": 0.01, "GMACS": 1e9, "MMACS": MMACS, "MS": 1.0}
@@ -79,26 +79,26 @@ class Asked:
             return f"{replace(self, per_image=False)} for each image"
         if self.unit == "share":
             return f"{100 * self.value:.6g}%"
-        if self.latency is None:
+        if self.unit == "macs":
             return f"{self.value / UNITS['GMACS']:.6g}GMACs"
         tables = [[one.size, one.fixed_ms, one.part_ms.tolist()] for one in self.latency]
         times = json.dumps(tables, sort_keys=True)
         return f"{self.value:.6g}ms by the table {hashlib.sha256(times.encode()).hexdigest()[:16]}"
 
-    def price(self, network: RoutedNetwork, size: tuple[int, int]) -> float:
+    def price(self, network: RoutedNetwork | NetworkDescription, size: tuple[int, int]) -> float:
         """The price that keeps the budget for images (height, width).
 
         Raises BudgetNotKept for a budget that cannot be kept at this size, and ValueError for a network without exits
         or calibration, and for latency tables of another one.
         """
-        exits = check_exits(network)
+        table = check_exits(network)
         if self.unit == "share":
-            return float(exits.price_of(np.array(self.value)))
+            return float(table.price_of(np.array(self.value)))
         if self.unit == "ms":
             costs = exit_ms(self.latency, network.config, size, self.file)
-            return float(exits.price_of(np.array(self.value), costs, " ms"))
+            return float(table.price_of(np.array(self.value), costs, " ms"))
         costs = exit_costs(network, size) / MMACS
-        return float(exits.price_of(np.array(self.value / MMACS), costs, " MMACs"))
+        return float(table.price_of(np.array(self.value / MMACS), costs, " MMACs"))
 
 
 def _share(number: Any) -> float:
@@ -129,8 +129,8 @@ def in_words(shares: np.ndarray) -> str:
     return ", ".join(f"{100 * share:.3g}" for share in shares) + " %"
 
 
-def check_exits(network: RoutedNetwork) -> Exits:
-    """The exits of a network. Raises ValueError if it has none, and so takes no budget."""
-    if network.exits is None:
+def check_exits(network: RoutedNetwork | NetworkDescription) -> PriceTable:
+    """What prices cost in a network with exits. Raises ValueError if it has none, and so takes no budget."""
+    if network.prices is None:
         raise ValueError(NO_EXITS)
-    return network.exits
+    return network.prices

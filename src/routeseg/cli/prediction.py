@@ -165,7 +165,8 @@ def _opener(network: str | None, args: Namespace) -> tuple[OpenRunner, NetworkDe
 
     if _is_onnx(network):
         runner: Runner = _open_onnx(network, args)
-        return partial(OnnxNetwork, network, content=Path(network).read_bytes()), runner.network, asked_of(runner)
+        opener: OpenRunner = partial(OnnxNetwork, network, content=Path(network).read_bytes(), budget=read_budget(args))
+        return opener, runner.network, asked_of(runner)
     model = _load(network)
 
     from routeseg.prediction.torch_runner import open_network
@@ -188,16 +189,13 @@ def _open_onnx(file: str, args: Namespace) -> OnnxNetwork:
     from routeseg.prediction.onnx_runner import OnnxNetwork
 
     for option, given, why in (
-        *(
-            (name, getattr(args, name) is not None, f"{file} has its own cost")
-            for name in ("budget", "fps", "frame_ms")
-        ),
+        *((name, getattr(args, name) is not None, f"{file} does not know of time") for name in ("fps", "frame_ms")),
         ("device", args.device != "cpu", f"{file} runs on the CPU"),
         ("precision", args.precision is not None, f"{file} has its own (`routeseg export --int8` writes int8)"),
     ):
         if given:
             raise ValueError(f"--{option} only applies to checkpoints, {why}: leave it out")
-    return OnnxNetwork(file)
+    return OnnxNetwork(file, budget=read_budget(args))
 
 
 def _load(checkpoint: str | None) -> DynamicRoutingNetwork:

@@ -60,17 +60,16 @@ def _class_table(result: Evaluation) -> Table:
 def print_exits(model: DynamicRoutingNetwork) -> None:
     """The exits of a calibrated network: what each costs, and who leaves there at some budgets."""
     assert model.exits is not None and model.config.exits is not None
-    costs = model.exits.costs.double().cpu().numpy()
-    budgets = np.linspace(costs[0], costs[-1], BUDGETS_SHOWN)[1:-1]
-    frequencies, prices = model.exits.frequencies.double().cpu().numpy(), model.exits.prices.double().cpu().numpy()
+    known = model.exits.table
+    budgets = np.linspace(known.costs[0], known.costs[-1], BUDGETS_SHOWN)[1:-1]
     table = Table(title="exits: cost, and share of images that leave there at a budget, %", title_justify="left")
     for name in ("behind layer", "cost", *(f"{100 * budget:.0f}" for budget in budgets)):
         table.add_column(name, justify="right")
     shares = [
-        [np.interp(model.exits.price_of(np.array(budget)), prices, column) for budget in budgets]
-        for column in frequencies.T
+        [np.interp(known.price_of(np.array(budget)), known.prices, column) for budget in budgets]
+        for column in known.frequencies.T
     ]
-    for layer, cost, row in zip(model.config.exits, costs, shares, strict=True):
+    for layer, cost, row in zip(model.config.exits, known.costs, shares, strict=True):
         table.add_row(str(layer), f"{100 * cost:.1f}", *(f"{100 * share:.0f}" for share in row))
     Console().print(table)
 

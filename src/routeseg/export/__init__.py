@@ -1,8 +1,9 @@
-"""ONNX files of a network: of one route, or with its gates (docs/export.md)."""
+"""ONNX files of a network: of one route, with its exits, or with its gates (docs/export.md)."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from routeseg.engine.folding import fold_batch_norm
 from routeseg.errors import require
 from routeseg.export.metadata import metadata
 from routeseg.files import write_atomically
+from routeseg.labels import label_type
 from routeseg.model.grid import RoutedNetwork
 from routeseg.prediction.sources import is_url
 
@@ -18,17 +20,20 @@ if TYPE_CHECKING:
     import onnx
 
 SUFFIX = ".onnx"
+STATIC, DENSE, EXITS = "static", "dense", "exits"
 
 __all__ = ["build_onnx", "export", "metadata", "require_onnx"]
 
 
-def export(model: RoutedNetwork, path: str | Path) -> Path:
+def export(model: RoutedNetwork, path: str | Path, labels: bool = False) -> Path:
     """Writes a network as an ONNX file, whole or not at all.
+
+    labels  the most likely class and its probability in the place of logits (`build_onnx`)
 
     Raises ValueError if the name does not end in .onnx, no file holds the network, or onnx is not installed.
     """
     path = check_name(path)
-    write_atomically(path, build_onnx(model).SerializeToString())
+    write_atomically(path, build_onnx(model, labels).SerializeToString())
     return path
 
 
@@ -44,47 +49,71 @@ def check_name(path: str | Path) -> Path:
     return path
 
 
-def build_onnx(model: RoutedNetwork) -> onnx.ModelProto:
-    """The ONNX model of a network. Input `images` [B,3,H,W], outputs `logits` [B,K,H,W] and `gates` [B,L+1,S,3]. With
-    gates it takes one image at a time, and closed paths are computed and multiplied by 0.
+def build_onnx(model: RoutedNetwork, labels: bool = False) -> onnx.ModelProto:
+    """The ONNX model of a network. Input `images` [B,3,H,W] of any size, outputs `logits` [B,K,H,W] and `gates`
+    [B,L+1,S,3]; or in the place of the logits, with `labels`, `labels` [B,H,W] and their probability, `confidence`.
+
+    With exits it also takes a `price`, and runs as far as the exit at which that has the image leave. With gates closed
+    paths are computed and multiplied by 0. Both take one image at a time.
 
     Raises ValueError if no file holds the network, or onnx is not installed.
     """
     require_onnx()
+    from routeseg.export.nesting import nested
+
+    return nested(build_flat(model, labels))
+
+
+def build_flat(model: RoutedNetwork, labels: bool = False) -> onnx.ModelProto:
+    """The same, which computes all exits (nesting.py)."""
+    require_onnx()
     from onnx import TensorProto, helper
 
+    from routeseg.export import parts
     from routeseg.export.dense import dense_outputs
-    from routeseg.export.graph import Graph
+    from routeseg.export.exits import exits_outputs
+    from routeseg.export.graph import FLOAT, Graph
     from routeseg.export.static import static_outputs
 
-    kind, outputs = ("dense", dense_outputs) if model.config.gated else ("static", static_outputs)
-    check_kind(model)
-    graph, folded, space = Graph(), fold_batch_norm(model).float().cpu(), model.space
-    logits, gates = outputs(graph, folded, "images")
-    batch: int | str = "batch" if kind == "static" else 1
-    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, [batch, 3, "height", "width"])
-    return graph.model(
-        [images],
-        {
-            "logits": (logits, [batch, model.config.num_classes, "height", "width"]),
-            "gates": (gates, [batch, space.depth + 1, space.num_scales, 3]),
-        },
-        {METADATA_KEY: json.dumps(metadata(model, kind))},
-    )
+    kind, config, space = kind_of(model), model.config, model.space
+    graph, folded = Graph(), fold_batch_norm(model).float().cpu()
+    batch: int | str = "batch" if kind == STATIC else 1
+    inputs = [helper.make_tensor_value_info("images", FLOAT, [batch, 3, "height", "width"])]
+    images = parts.prepare(graph, folded, "images")
+    if kind == EXITS:
+        inputs.append(helper.make_tensor_value_info("price", FLOAT, []))
+        padded, gates = exits_outputs(graph, folded, images, "price")
+    else:
+        padded, gates = (dense_outputs if kind == DENSE else static_outputs)(graph, folded, images)
+    logits = parts.crop(graph, padded, "images")
+    outputs: dict[str, tuple[str, int, Sequence[int | str]]]
+    if labels:
+        integers = TensorProto.UINT8 if label_type(config.num_classes).itemsize == 1 else TensorProto.UINT16
+        found, confidence = parts.most_likely(graph, logits, config.num_classes, integers)
+        shape = [batch, "height", "width"]
+        outputs = {"labels": (found, integers, shape), "confidence": (confidence, FLOAT, shape)}
+    else:
+        outputs = {"logits": (logits, FLOAT, [batch, config.num_classes, "height", "width"])}
+    outputs["gates"] = (gates, FLOAT, [batch, space.depth + 1, space.num_scales, 3])
+    return graph.model(inputs, outputs, {METADATA_KEY: json.dumps(metadata(model, kind))})
 
 
-def check_kind(model: RoutedNetwork) -> None:
-    """Raises ValueError, with the remedy, if no file holds the network."""
-    if model.exits is not None:
-        raise ValueError(
-            "the network chooses an exit for each image, and no file holds that: name one for all images with --route "
-            f"{' or '.join(model.config.named_routes)}"
-        )
-    if model.config.gated and model.backbone is not None:
+def kind_of(model: RoutedNetwork) -> str:
+    """What kind of file holds the network. Raises ValueError, with the remedy, if none does."""
+    config = model.config
+    if config.gated and model.backbone is not None:
         raise ValueError(
             "no file holds a network with gates and a backbone: name one route for all images with --route FILE or an "
             "architecture's NAME"
         )
+    if model.exits is None:
+        return DENSE if config.gated else STATIC
+    remedy = f"name an exit for all images with --route {' or '.join(config.named_routes)}"
+    if config.place is not None:
+        raise ValueError(f"the places of this network leave by themselves, and no file holds that: {remedy}")
+    if not model.exits.calibrated:
+        raise ValueError(f"the network was not calibrated, so it cannot decide: run `routeseg calibrate`, or {remedy}")
+    return EXITS
 
 
 def require_onnx() -> None:

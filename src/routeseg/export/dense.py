@@ -1,8 +1,5 @@
 """A network with its gates as an ONNX graph for one image: closed paths are computed as well, and multiplied by 0.
 
-Branches of `If` that are not taken would leave them out, but runtimes lay maps out anew at the border of each: such a
-file with half of the paths open took longer than one that computes all of them.
-
 Legend: S scales, C channels of a scale, h, w the size of its map.
 """
 
@@ -42,7 +39,7 @@ class _Flag:
 
 
 def dense_outputs(graph: Graph, model: RoutedNetwork, images: str) -> tuple[str, str]:
-    """Adds a network with gates, whose BatchNorm is folded: images [1,3,H,W] -> logits, gates."""
+    """Adds a network with gates, whose BatchNorm is folded: prepared images [1,3,H,W] -> logits, gates."""
     space = model.space
     maps = [parts.stem(graph, model, images)]
     arrived = (_Flag(graph, graph.constant([True], bool)),)

@@ -1,13 +1,9 @@
-"""A small builder of ONNX graphs: operators are added one by one, each weight stands once, in the outermost graph.
-
-A branch of an `If` could use it from there. But ONNX Runtime takes a weight of the graph around for a value that may
-change, and computes the convolutions of the branch in its slower layout: twice the time. A branch therefore has a
-reshaped copy, which runtimes make when they load the file: then it is a constant of the branch.
-"""
+"""A small builder of ONNX graphs: operators are added one by one, each weight stands once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,35 +12,35 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 OPSET = 18  # the lowest whose Reduce operators all take their axes as an input
-FLOAT, BOOL = onnx.TensorProto.FLOAT, onnx.TensorProto.BOOL
+FLOAT = onnx.TensorProto.FLOAT
+CHOICE = "choose"  # how the names of choices begin (nesting.py)
 IR_VERSION = 8  # of the same release of ONNX; ONNX Runtime 1.20 reads up to 10
 
 
 class Graph:
-    """The outermost graph, or (with a parent) a branch of an `If`, which sees every value of the graphs around it.
+    """A graph in the making. Values are names, as in ONNX itself."""
 
-    Values are names, as in ONNX itself.
-    """
-
-    def __init__(self, parent: Graph | None = None) -> None:
-        self.root: Graph = self if parent is None else parent.root
+    def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
-        self.made: set[str] = set()  # the values that this graph's own operators give
         self.weights: dict[str, onnx.TensorProto] = {}  # and constants, by what they hold
-        self.copies: dict[str, str] = {}  # of weights
-        if parent is None:
-            self.count = 0
+        self.count, self.prefix = 0, ""
 
     def name(self, hint: str) -> str:
         """A name that no other value has."""
-        self.root.count += 1
-        return f"{hint}_{self.root.count}"
+        self.count += 1
+        return f"{hint}_{self.count}"
+
+    @contextmanager
+    def within(self, prefix: str) -> Iterator[None]:
+        """The weights of a part that calls them as another one does have this before their names."""
+        self.prefix = prefix
+        yield
+        self.prefix = ""
 
     def several(self, operator: str, inputs: Sequence[str], count: int, **attributes: Any) -> list[str]:
         """Adds an operator; the names of its `count` outputs."""
         outputs = [self.name(operator.lower()) for _ in range(count)]
         self.nodes.append(helper.make_node(operator, list(inputs), outputs, name=self.name(operator), **attributes))
-        self.made.update(outputs)
         return outputs
 
     def op(self, operator: str, *inputs: str, **attributes: Any) -> str:
@@ -52,17 +48,14 @@ class Graph:
         return self.several(operator, inputs, 1, **attributes)[0]
 
     def tensor(self, name: str, value: np.ndarray) -> str:
-        """A weight, by its name in the network: itself in the outermost graph, a copy in a branch."""
-        if name not in self.root.weights:
-            self.root.weights[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
-        if self is self.root:
-            return name
-        if name not in self.copies:
-            self.copies[name] = self.op("Reshape", name, self.constant(value.shape, np.int64))
-        return self.copies[name]
+        """A weight, by its name in the network."""
+        name = self.prefix + name
+        if name not in self.weights:
+            self.weights[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        return name
 
     def constant(self, value: Any, dtype: Any = np.float32) -> str:
-        """A small constant of this graph."""
+        """A small constant."""
         array = np.asarray(value, dtype=dtype)
         key = f"{array.dtype} {array.shape} {array.tobytes().hex()}"
         if key not in self.weights:
@@ -116,37 +109,27 @@ class Graph:
         scales = self.constant([1, 1, factor, factor])
         return self.op("Resize", x, "", scales, mode="linear", coordinate_transformation_mode="half_pixel")
 
-    def choose(
-        self,
-        condition: str,
-        then: Callable[[Graph], Sequence[str]],
-        otherwise: Callable[[Graph], Sequence[str]],
-        elements: Sequence[int] = (FLOAT,),
-    ) -> list[str]:
-        """An `If`: each function adds a branch's operators and gives its outputs, of these element types."""
-        branches = {}
-        for attribute, build in (("then_branch", then), ("else_branch", otherwise)):
-            branch = Graph(self)
-            values = [v if v in branch.made else branch.op("Identity", v) for v in build(branch)]
-            assert len(values) == len(elements) and len(set(values)) == len(values)
-            outputs = [helper.make_tensor_value_info(v, kind, None) for v, kind in zip(values, elements, strict=True)]
-            branches[attribute] = helper.make_graph(
-                branch.nodes, self.name("branch"), [], outputs, list(branch.weights.values())
-            )
-        return self.several("If", [condition], len(elements), **branches)
+    def choose(self, condition: str, then: str, otherwise: str) -> str:
+        """One of two values, float32. In the finished file what only one of them needs is computed if it is taken."""
+        output = self.name(CHOICE)
+        self.nodes.append(helper.make_node("Where", [condition, then, otherwise], [output], name=output))
+        return output
+
+    def size(self, x: str) -> str:
+        """Height and width of maps [B,C,h,w]: int64 [2]."""
+        return self.op("Shape", x, start=2, end=4)
 
     def model(
         self,
         inputs: Sequence[onnx.ValueInfoProto],
-        outputs: dict[str, tuple[str, Sequence[int | str]]],
+        outputs: dict[str, tuple[str, int, Sequence[int | str]]],
         properties: dict[str, str],
     ) -> onnx.ModelProto:
-        """The finished model. `outputs`: name -> (value, shape), all float32."""
-        for name, (value, _) in outputs.items():
+        """The finished model. `outputs`: name -> (value, type of its elements, shape)."""
+        results = []
+        for name, (value, kind, shape) in outputs.items():
             self.nodes.append(helper.make_node("Identity", [value], [name], name=self.name("Output")))
-        results = [
-            helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, (_, shape) in outputs.items()
-        ]
+            results.append(helper.make_tensor_value_info(name, kind, shape))
         graph = helper.make_graph(self.nodes, "routeseg", list(inputs), results, list(self.weights.values()))
         model = helper.make_model(
             graph, producer_name="routeseg", opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION

@@ -16,7 +16,7 @@ COST_SIZE = (1024, 2048)  # the image size that costs are given for
 def metadata(model: RoutedNetwork, kind: str, precision: str = "float32") -> dict[str, Any]:
     """The JSON object under `routeseg` in the metadata of a file.
 
-    kind       "static", or "dense": with gates (see `build_onnx`); `model` is the network that the file runs, so a
+    kind       "static", "exits", or "dense": with gates (`build_onnx`); `model` is the network that the file runs, so a
                static one is specialised already
     precision  "float32" or "int8"
     """

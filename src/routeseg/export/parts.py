@@ -7,7 +7,6 @@ Legend: C channels of a scale, h, w the size of its map.
 
 from __future__ import annotations
 
-import copy
 from typing import cast
 
 import numpy as np
@@ -21,23 +20,34 @@ from routeseg.space import DIRECTIONS, DOWN, SMALL_GATE_FACTOR
 ROUNDS_UP = 1.0 + 2.0**-20  # so that size / side * side, in float32, is not below the size
 
 
-def stem(graph: Graph, model: RoutedNetwork, images: str) -> str:
-    """Images [B,3,H,W], RGB in 0..1 -> [B,C,H/4,W/4]; the normalisation is part of the first convolution.
+def prepare(graph: Graph, model: RoutedNetwork, images: str) -> str:
+    """Images [B,3,H,W], RGB in 0..1 -> normalised, and padded right and below with zeros to the space's stride."""
+    mean, std = (graph.constant(values.numpy()) for values in (model.normalize.mean, model.normalize.std))
+    normalized = graph.op("Div", graph.op("Sub", images, mean), std)
+    missing = graph.op("Mod", graph.op("Neg", graph.size(images)), graph.integers([model.space.stride]))
+    return graph.op("Pad", normalized, graph.op("Concat", graph.integers([0] * 6), missing, axis=0))
 
-    That is exact, since this convolution is not padded. A backbone's is, so there the normalisation stands for itself;
-    the features are those of its first stage, which no `project` has seen.
-    """
+
+def stem(graph: Graph, model: RoutedNetwork, x: str) -> str:
+    """Prepared images -> [B,C,H/4,W/4]; the features of a backbone's first stage, which no `project` has seen."""
     if model.backbone is not None:
-        mean, std = (values.numpy() for values in (model.normalize.mean, model.normalize.std))
-        normalized = graph.op("Div", graph.op("Sub", images, graph.constant(mean)), graph.constant(std))
-        return model.backbone.onnx(graph, 0, normalized)
-    layers = cast(nn.Sequential, copy.deepcopy(model.stem))
-    first = cast(nn.Conv2d, cast(nn.Sequential, layers[0])[0])
-    assert first.padding == (0, 0) and first.bias is not None
-    weight = first.weight.double() / model.normalize.std.double()
-    first.bias.data = (first.bias.double() - (weight * model.normalize.mean.double()).sum((1, 2, 3))).float()
-    first.weight.data = weight.float()
-    return graph.sequence(layers, "stem", images)
+        return model.backbone.onnx(graph, 0, x)
+    return graph.sequence(cast(nn.Sequential, model.stem), "stem", x)
+
+
+def crop(graph: Graph, x: str, images: str) -> str:
+    """Rows and columns of [B,K,H',W'] that the images have."""
+    return graph.op("Slice", x, graph.integers([0, 0]), graph.size(images), graph.integers([2, 3]))
+
+
+def most_likely(graph: Graph, logits: str, classes: int, kind: int) -> tuple[str, str]:
+    """Logits [B,K,H,W] -> the most likely class [B,H,W], as integers, and its probability: NaN if any of the K
+    logits is."""
+    labels = graph.op("Cast", graph.op("ArgMax", logits, axis=1, keepdims=0), to=kind)
+    best = graph.op("ReduceMax", logits, graph.integers([1]), keepdims=1)
+    relative = graph.op("Exp", graph.op("Sub", logits, best))
+    total = graph.op("Conv", relative, graph.constant(np.ones((1, classes, 1, 1))))  # ReduceSum takes ten times as long
+    return labels, graph.op("Squeeze", graph.op("Reciprocal", total), graph.integers([1]))
 
 
 def project(graph: Graph, model: RoutedNetwork, stage: int, x: str) -> str:
@@ -89,7 +99,7 @@ def shrink(graph: Graph, model: RoutedNetwork, scale: int, x: str) -> str:
     if 2 ** (model.space.num_scales - 1 - scale) >= SMALL_GATE_FACTOR:
         scales = graph.constant([1, 1, factor, factor])
     else:
-        size = graph.op("Cast", graph.op("Shape", x, start=2, end=4), to=FLOAT)
+        size = graph.op("Cast", graph.size(x), to=FLOAT)
         is_small = graph.op("Less", graph.op("ReduceMin", size), graph.constant(SMALL_GATE_FACTOR))
         quarter = graph.op("Floor", graph.op("Mul", size, graph.constant(factor)))
         fitting = graph.op("Div", graph.op("Max", quarter, graph.constant(1.0)), size)

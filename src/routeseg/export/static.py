@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterator
 
 from routeseg.export import parts
 from routeseg.export.graph import Graph
@@ -11,7 +11,15 @@ from routeseg.space import SCALE_STEP, UP, is_diagonal, walk
 
 
 def static_outputs(graph: Graph, model: RoutedNetwork, images: str) -> tuple[str, str]:
-    """Adds a network without gates, whose BatchNorm is folded: images [B,3,H,W] -> logits, gates."""
+    """Adds a network without gates, whose BatchNorm is folded: prepared images [B,3,H,W] -> logits, gates."""
+    *_, maps = features(graph, model, images)
+    gates = model.route.to_gates()
+    shape = graph.op("Concat", graph.op("Shape", images, start=0, end=1), graph.integers(gates.shape), axis=0)
+    return model.head.onnx(graph, maps), graph.op("Expand", graph.tensor("route", gates[None]), shape)
+
+
+def features(graph: Graph, model: RoutedNetwork, images: str) -> Iterator[list[str | None]]:
+    """Adds stem and layers; behind each layer what has arrived at each scale, None where nothing has."""
     first = pretrained = parts.stem(graph, model, images)
     if model.backbone is not None:
         first = parts.project(graph, model, 0, pretrained)
@@ -37,12 +45,4 @@ def static_outputs(graph: Graph, model: RoutedNetwork, images: str) -> tuple[str
                 before = after[target]
                 after[target] = out if before is None else graph.op("Add", before, out)
         maps = after
-    return model.head.onnx(graph, maps), _gates(graph, model, images)
-
-
-def _gates(graph: Graph, model: RoutedNetwork, images: str) -> str:
-    """The route's 0 and 1 for each image [B,L+1,S,3]."""
-    gates = model.route.to_gates()
-    batch = graph.op("Shape", images, start=0, end=1)
-    shape = graph.op("Concat", batch, graph.constant(gates.shape, np.int64), axis=0)
-    return graph.op("Expand", graph.tensor("route", gates[None]), shape)
+        yield maps

@@ -15,7 +15,7 @@ Legend: N images, or places of images, K exits, F features of a glance, B images
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from torch.nn import functional as F
 
 from routeseg.config import NetworkConfig
 from routeseg.counting import NOTHING, Macs
+from routeseg.errors import NotExportable
+from routeseg.model.graph import Graph
 from routeseg.model.head import GLANCE, Head
 from routeseg.space import STEM_STRIDE
 
@@ -66,6 +68,13 @@ class Choice(nn.ModuleList):
         """MACs of a decision at an exit, for any image size."""
         return NOTHING
 
+    def onnx(
+        self, graph: Graph, exit: int, head: Head, maps: Sequence[str | None], price: str, costs: np.ndarray
+    ) -> str:
+        """Adds `see` and `leaves`, for one image, to a graph of ONNX: the name of a bool. Raises NotExportable if the
+        rule has no export."""
+        raise NotExportable(f"the choice {type(self).__name__} has no export: give it a method `onnx`")
+
 
 class LossGate(nn.Module):
     """What a glance sees [N,F] -> the loss that it predicts at its exit and at each later one, [N,later]."""
@@ -106,6 +115,21 @@ class LossChoice(Choice):
         total = self[exit](seen) + price[:, None] * costs[exit:]
         return total[:, 0] <= total[:, 1:].amin(dim=1)
 
+    def onnx(
+        self, graph: Graph, exit: int, head: Head, maps: Sequence[str | None], price: str, costs: np.ndarray
+    ) -> str:
+        share, entropy = _onnx_entropy(graph, head.onnx_glance(graph, maps))
+        means = (graph.op("GlobalAveragePool", one) for one in (share, graph.op("Mul", share, entropy)))
+        seen = graph.op("Flatten", graph.op("Concat", *means, axis=1))  # [1,2K]
+        gate = cast(LossGate, self[exit])
+        center, weight, bias = (graph.constant(one.numpy()) for one in (gate.center, gate.weight, gate.bias))
+        loss = graph.op("Gemm", graph.op("Sub", seen, center), weight, bias, transB=1)
+        total = graph.op("Add", loss, graph.op("Mul", price, graph.constant(costs[exit:])))  # [1,later]
+        here = graph.op("Gather", total, graph.integers(0), axis=1)
+        later = graph.op("Gather", total, graph.integers(np.arange(1, len(costs) - exit)), axis=1)
+        least = graph.op("ReduceMin", later, graph.integers([1]), keepdims=0)
+        return graph.op("Squeeze", graph.op("LessOrEqual", here, least))
+
     def fit(self, seen: Sequence[np.ndarray], losses: np.ndarray) -> None:
         for exit, gate in enumerate(self):
             center, weight = ridge(seen[exit], losses[:, exit:])
@@ -139,6 +163,20 @@ class EntropyChoice(Choice):
     @classmethod
     def macs(cls, config: NetworkConfig, head: type[Head]) -> Macs:
         return head.glance_macs(config)
+
+    def onnx(
+        self, graph: Graph, exit: int, head: Head, maps: Sequence[str | None], price: str, costs: np.ndarray
+    ) -> str:
+        assert self.place is None
+        _, entropy = _onnx_entropy(graph, head.onnx_glance(graph, maps, even=True))
+        return graph.op("LessOrEqual", graph.op("Squeeze", graph.op("GlobalAveragePool", entropy)), price)
+
+
+def _onnx_entropy(graph: Graph, logits: str) -> tuple[str, str]:
+    """The shares of the classes [1,K,h,w] in a graph of ONNX, and their entropy [1,1,h,w]."""
+    share = graph.op("Softmax", logits, axis=1)
+    product = graph.op("Mul", share, graph.op("LogSoftmax", logits, axis=1))
+    return share, graph.op("Neg", graph.op("ReduceSum", product, graph.integers([1]), keepdims=1))
 
 
 def ridge(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -140,7 +140,9 @@ class Decoder(Head):
         assert isinstance(running, str)  # something reaches some scale
         return self.onnx_predict(graph, running)
 
-    def onnx_merge(self, graph: Graph, scale: int, x: str | None, running: str | Vector | None) -> str | Vector:
+    def onnx_merge(
+        self, graph: Graph, scale: int, x: str | None, running: str | Vector | None, grows: bool = True
+    ) -> str | Vector:
         """A step of the decoder: what arrives at a scale (None: zeros) and what comes from the coarser one -> the next.
 
         A scale that nothing arrives at is the same everywhere, so it stays a vector and writes no map.
@@ -156,8 +158,33 @@ class Decoder(Head):
             running = graph.constant(running.reshape(1, -1, 1, 1))
         both = [part for part in (x, running) if part is not None]
         out = graph.sequence(block, name, both[0] if len(both) == 1 else graph.op("Add", *both))
-        return graph.resize(out, 2) if scale > 0 else out
+        return graph.resize(out, 2) if grows and scale > 0 else out
 
     def onnx_predict(self, graph: Graph, x: str) -> str:
         """The end of the decoder: [B,C,H/4,W/4] -> logits [B,K,H,W]."""
         return graph.resize(graph.conv(self.predictor, f"{self.key}.predictor", x), STEM_STRIDE)
+
+    def onnx_glance(self, graph: Graph, maps: Sequence[str | None], even: bool = False) -> str:
+        finest, some = next((s, map) for s, map in enumerate(maps) if map is not None)
+        running: str | Vector | None = None
+        for scale in reversed(range(len(self.merge))):
+            map, factor = maps[scale], max(GLANCE >> scale, 1) if even else GLANCE
+            if map is not None:
+                end = [0, 0, factor - 1, factor - 1]  # what lies beyond the edge does not count
+                map = graph.op("AveragePool", map, kernel_shape=[factor] * 2, strides=[factor] * 2, pads=end)
+            if isinstance(running, str):
+                if not even or 2 << scale > GLANCE:
+                    twice = graph.constant([1, 1, 2, 2])
+                    nearest = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+                    running = graph.op("Resize", running, "", twice, mode="nearest", **nearest)
+                if map is not None:
+                    size = graph.size(map)
+                else:  # the side of an image / that of a pixel of the glance, rounded up
+                    size, pixel = graph.op("Mul", graph.size(some), graph.integers([1 << finest])), factor << scale
+                    size = graph.op("Div", graph.op("Add", size, graph.integers([pixel - 1])), graph.integers([pixel]))
+                running = graph.op("Slice", running, graph.integers([0, 0]), size, graph.integers([2, 3]))
+            running = self.onnx_merge(graph, scale, map, running, grows=False)
+        assert isinstance(running, str)  # something reaches some scale
+        weight, bias = self.glance_weight.detach().numpy(), self.predictor.bias
+        assert bias is not None
+        return graph.op("Conv", running, graph.constant(weight), graph.constant(bias.detach().numpy()))

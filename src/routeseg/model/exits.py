@@ -7,7 +7,7 @@ and its BatchNorm's statistics, do not depend on where others leave.
 At an exit the network glances at an image: its decoder, on small features, says which classes are there and how sure it
 is. A rule (model/choice.py) lets the image go on if that is worth the price, or each of its places by itself
 (model/places.py). The price is what a budget comes down to: `calibrate` (budgets/calibration.py) fits the rule, and
-keeps what every price costs, as the share of images or places that leave at each exit.
+keeps what every price costs, as the share of images or places that leave at each exit (model/prices.py).
 
 Legend: B images, K exits, T prices of the table, hb, wb places of an image, h, w the size of a map.
 """
@@ -23,19 +23,18 @@ import torch
 from torch import Tensor, nn
 
 from routeseg.config import NetworkConfig
-from routeseg.errors import BudgetNotKept
 from routeseg.model.choice import Choice
 from routeseg.model.compute import Compute, choose, enlarged, fill_missing
 from routeseg.model.decoder import Segmentation
 from routeseg.model.head import Head
 from routeseg.model.layers import widened
 from routeseg.model.places import Running, enlarge
+from routeseg.model.prices import PriceTable
 from routeseg.model.request import Request
 from routeseg.registry import CHOICES
 from routeseg.space import STEM_STRIDE, walk
 
 TABLE = 67  # prices
-TOLERANCE = 1e-3  # by which a budget may be below the cheapest route: what is shown of that is rounded
 
 
 class Exits(nn.Module):
@@ -81,33 +80,10 @@ class Exits(nn.Module):
         """Whether it can be asked for a budget."""
         return bool(self.frequencies.any())
 
-    def price_of(self, budget: np.ndarray, costs: np.ndarray | None = None, unit: str = "") -> np.ndarray:
-        """The prices at which images cost these means: float64, of the shape of the budgets. What is above the dearest
-        route costs as much as that.
-
-        costs  [K] of the routes, in the unit of the budgets, which messages name; None: shares of the full network
-
-        Raises BudgetNotKept for a budget below the cheapest route, and ValueError without a calibration.
-        """
-        if not self.calibrated:
-            raise ValueError("the network was not calibrated, so it knows no budget: run `routeseg calibrate`")
-        whole = 1.0 if costs is None else costs[-1]
-        costs = self.costs.double().cpu().numpy() if costs is None else costs
-        for asked in np.ravel(budget):
-            if not asked >= costs[0] * (1 - TOLERANCE):
-                raise BudgetNotKept(
-                    f"a budget of {asked:.4g}{unit} cannot be kept: the cheapest route costs {costs[0]:.4g}{unit}, the "
-                    f"full network {costs[-1]:.4g}{unit}"
-                )
-        means, prices = self.frequencies.double().cpu().numpy() @ costs, self.prices.double().cpu().numpy()
-        found = np.interp(budget, means[::-1], prices[::-1])
-        found = np.where(np.asarray(budget) >= whole, prices[0], found)  # nobody decides then
-        return np.where(np.asarray(budget) <= costs[0] * (1 + TOLERANCE), prices[-1], found)
-
-    def share_at(self, price: float) -> float:
-        """What images cost at a price, as a share of the full network: the mean."""
-        means = (self.frequencies.double() @ self.costs.double()).cpu().numpy()
-        return float(np.interp(price, self.prices.double().cpu().numpy(), means))
+    @property
+    def table(self) -> PriceTable:
+        """What prices cost."""
+        return PriceTable(*(one.double().cpu().numpy() for one in (self.costs, self.prices, self.frequencies)))
 
     def going_on(self, price: np.ndarray) -> np.ndarray:
         """The shares [N,K-1] of places that go on behind each exit but the last at these prices [N], in the mean."""

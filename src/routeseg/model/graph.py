@@ -37,3 +37,7 @@ class Graph(Protocol):
     def resize(self, x: str, factor: int) -> str:
         """Bilinear, corners not aligned."""
         ...
+
+    def size(self, x: str) -> str:
+        """Height and width of maps [B,C,h,w]: int64 [2]."""
+        ...

@@ -33,6 +33,7 @@ from routeseg.model.gate import Gate
 from routeseg.model.head import Head
 from routeseg.model.layers import InputNorm, Stem, Transform, widened
 from routeseg.model.places import Running
+from routeseg.model.prices import PriceTable
 from routeseg.model.request import Activation, Request, Routes, Shares
 from routeseg.registry import BACKBONES, CHOICES, GATES, OPERATIONS
 from routeseg.space import (
@@ -134,6 +135,11 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         """What each part costs, for any image size."""
         return part_macs(self.config, self.head_class)
 
+    @property
+    def prices(self) -> PriceTable | None:
+        """What prices cost, of a network with exits."""
+        return None if self.exits is None else self.exits.table
+
     def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Another input normalisation of RGB in 0..1, kept with the weights."""
         self.config = replace(self.config, pixel_mean=mean, pixel_std=std)
@@ -212,7 +218,7 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         request = Request.of(self.config, images, route, activation, budget, price, per_image)
         if request.budget is None or self.exits is None:
             return request
-        return replace(request, budget=None, price=self.exits.price_of(request.budget))
+        return replace(request, budget=None, price=self.exits.table.price_of(request.budget))
 
     def answer(self, images: Tensor, request: Request, drop_path: float = 0.0, coarse: bool = False) -> Any:
         """The head's result for images [B,3,H,W] and a request; `forward` says what it is."""

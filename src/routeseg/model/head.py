@@ -74,3 +74,9 @@ class Head(nn.Module):
         Raises NotExportable if the head has no export.
         """
         raise NotExportable(f"the head {type(self).__name__} has no export: give it a method `onnx`")
+
+    def onnx_glance(self, graph: Graph, maps: Sequence[str | None], even: bool = False) -> str:
+        """Adds `glance` to a graph of ONNX. Raises NotExportable if the head has no export of it."""
+        raise NotExportable(
+            f"the head {type(self).__name__} has no export of its glance: give it a method `onnx_glance`"
+        )

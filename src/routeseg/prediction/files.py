@@ -70,11 +70,13 @@ class Ran(NamedTuple):
     labels  [H,W] (`label_map`)
     gates   float32 [L+1,S,3]
     exits   where its places left, if they did so by themselves, int64 [hb,wb]
+    confidence  the probability of each label, float32 [H,W], of a file that gives labels (`routeseg export --labels`)
     """
 
     labels: np.ndarray
     gates: np.ndarray
     exits: np.ndarray | None = None
+    confidence: np.ndarray | None = None
 
 
 class Runner(Protocol):

@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from routeseg.budgets.asked import Asked
 from routeseg.description import FORMAT, METADATA_KEY, NetworkDescription
 from routeseg.errors import DIVERGED, NOT_FINITE, require
 from routeseg.files import parse_json
 from routeseg.labels import label_type
 from routeseg.prediction.files import Ran
-from routeseg.space import MIN_IMAGE_SIZE, padded_size
+from routeseg.space import MIN_IMAGE_SIZE
 
+LABEL_TYPES = {np.dtype(kind): f"tensor({kind})" for kind in ("uint8", "uint16")}  # in the words of ONNX Runtime
 FATAL_ONLY = 4  # of the log of ONNX Runtime, which also raises its errors
 NO_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc")  # in the words of ONNX Runtime
 
@@ -29,17 +31,27 @@ class OnnxNetwork:
     file     as `routeseg export` writes it
     threads  that compute one image; None: OMP_NUM_THREADS, or all cores that this process may use
     content  the file's bytes, if this machine does not have the file
+    budget   of a file with exits, what images may cost in the mean: a share such as 0.4, "40%" or "0.5GMACs"; None:
+             what helps
 
     network    its NetworkDescription
-    kind       "static", or "dense": with gates, all paths are computed
+    kind       "static", "exits", or "dense": with gates, all paths are computed
     precision  "float32" or "int8"
+    labels     it gives labels and their probability in the place of logits
     session    ONNX Runtime's
 
-    Raises ValueError, naming the file, if it is missing or damaged, if routeseg did not write it, or a later version of
-    it did, and if ONNX Runtime is not installed.
+    Raises ValueError, naming the file, if it is missing or damaged, if routeseg did not write it, or another version of
+    it did, if it takes no such budget, and if ONNX Runtime is not installed; and BudgetNotKept for a budget below the
+    cheapest exit.
     """
 
-    def __init__(self, file: str | Path, threads: int | None = None, content: bytes | None = None) -> None:
+    def __init__(
+        self,
+        file: str | Path,
+        threads: int | None = None,
+        content: bytes | None = None,
+        budget: Asked | str | float | None = None,
+    ) -> None:
         self.file = Path(file)
         self.session = _open(self.file, threads or _default_threads(), content)
         data = _read_metadata(self.file, self.session.get_modelmeta().custom_metadata_map)
@@ -48,24 +60,32 @@ class OnnxNetwork:
             self.network = NetworkDescription.from_metadata(data)
         except ValueError as error:
             raise ValueError(f"{file} does not say what network it holds: {error}. Export it anew") from error
+        self.labels = "labels" in {value.name for value in self.session.get_outputs()}
         _check_tensors(self)
+        self._asked = self._check_budget(budget)
+        self.budget = None if self._asked is None else str(self._asked)
+        self._prices: dict[tuple[int, int], float] = {}
 
     def __call__(self, image: np.ndarray) -> Ran:
         """Segments an image uint8 [H,W,3] RGB, H and W at least 32.
 
         Raises ValueError if an output is not finite, and MemoryError if memory is short.
         """
-        logits, gates = self.run(image.transpose(2, 0, 1)[None])
-        labels, best = most_likely(logits[0])
-        if not np.isfinite(best).all() or not np.isfinite(gates).all():
+        first, *confidence, gates = self.run(image.transpose(2, 0, 1)[None])
+        labels, certain = (first[0], confidence[0][0]) if self.labels else most_likely(first[0])
+        if not np.isfinite(certain).all() or not np.isfinite(gates).all():
             raise ValueError(DIVERGED)
-        return Ran(labels, gates[0])
+        return Ran(labels, gates[0], confidence=certain if self.labels else None)
 
-    def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def run(self, images: np.ndarray, price: float | None = None) -> tuple[np.ndarray, ...]:
         """Images [B,3,H,W] RGB, uint8 or floating point in 0..1, H and W at least 32 -> float32 logits [B,K,H,W],
-        gates [B,L+1,S,3]: what `routeseg.model.Segmentation` holds.
+        gates [B,L+1,S,3]: what `routeseg.model.Segmentation` holds. A file with labels gives in the logits' place
+        labels [B,H,W] and confidence [B,H,W], the probability of each, float32.
 
-        Raises ValueError for other images, and MemoryError if memory is short.
+        price  of a file with exits, in the budget's place: what its rule compares with
+
+        Raises ValueError for other images and prices, BudgetNotKept for a budget that cannot be kept at their size, and
+        MemoryError if memory is short.
         """
         if images.ndim != 4 or images.shape[1] != 3 or not len(images) or min(images.shape[2:]) < MIN_IMAGE_SIZE:
             raise ValueError(
@@ -75,29 +95,62 @@ class OnnxNetwork:
             raise ValueError(f"images have dtype {images.dtype}: give uint8, or floating point in 0..1")
         if images.dtype != np.uint8 and not np.isfinite(images).all():
             raise ValueError(NOT_FINITE)
-        if self.kind != "static" and len(images) > 1:  # each takes a route of its own
-            parts = [self.run(image[None]) for image in images]
-            return np.concatenate([logits for logits, _ in parts]), np.concatenate([gates for _, gates in parts])
+        if price is not None and self.kind != "exits":
+            raise ValueError(f"{self.file} takes no price, for it has no exits")
+        if price is not None and not np.isfinite(price):
+            raise ValueError(f"a price of {price} is none: give a finite number")
+        if self.kind == "static" or len(images) == 1:
+            return tuple(self._run(images, price))
+        parts = [self._run(image[None], price) for image in images]  # each takes a route of its own
+        return tuple(np.concatenate(some) for some in zip(*parts, strict=True))
+
+    def _run(self, images: np.ndarray, price: float | None = None) -> list[np.ndarray]:
+        """The outputs of the graph, of images that are right."""
         height, width = images.shape[2:]
+        feed = {"images": as_float(images)}
+        if self.kind == "exits":
+            feed["price"] = np.array(self._price(height, width) if price is None else price, dtype=np.float32)
         try:
-            logits, gates = self.session.run(["logits", "gates"], {"images": prepare(self.network, images)})
+            return self.session.run([*self._segmentation, "gates"], feed)
         except Exception as error:  # ONNX Runtime's errors share no class but this one
             if any(words in str(error) for words in NO_MEMORY):
                 raise MemoryError(str(error)) from error
             raise ValueError(f"{self.file} cannot be run on images of {height}x{width}: {reason(error)}") from error
-        return logits[..., :height, :width], gates
+
+    @property
+    def _segmentation(self) -> list[str]:
+        """The outputs of the graph before the gates."""
+        return ["labels", "confidence"] if self.labels else ["logits"]
+
+    def _price(self, height: int, width: int) -> float:
+        """The price that keeps the budget for images of this size."""
+        if self._asked is None:
+            return 0.0
+        if (height, width) not in self._prices:
+            self._prices[height, width] = self._asked.price(self.network, (height, width))
+        return self._prices[height, width]
+
+    def _check_budget(self, budget: Asked | str | float | None) -> Asked | None:
+        """The budget, if the file takes it."""
+        if budget is None:
+            return None
+        if self.kind != "exits":
+            raise ValueError(f"{self.file} takes no budget, it has one cost: export a network with exits, all of them")
+        asked = budget if isinstance(budget, Asked) else Asked.parse(budget)
+        if asked.unit == "ms":
+            raise ValueError(
+                f"{self.file} takes no budget in milliseconds, tables of latency are of checkpoints: give a share such "
+                "as 40%, or MACs such as 0.5GMACs"
+            )
+        if asked.unit == "share":
+            asked.price(self.network, (MIN_IMAGE_SIZE, MIN_IMAGE_SIZE))  # the same for all sizes
+        return asked
 
 
-def prepare(network: NetworkDescription, images: np.ndarray) -> np.ndarray:
-    """Images [B,3,H,W], uint8 or floating point in 0..1 -> what the graph takes: float32 in 0..1, padded to the space's
-    stride, right and below, with the mean pixel, which is 0 once normalised."""
-    batch, _, height, width = images.shape
-    prepared = np.empty((batch, 3, *padded_size(network.config.space, height, width)), dtype=np.float32)
-    mean = np.array(network.config.pixel_mean, dtype=np.float32).reshape(3, 1, 1)
-    np.divide(images, 255 if images.dtype == np.uint8 else 1, out=prepared[..., :height, :width])
-    prepared[..., height:, :] = mean
-    prepared[..., :height, width:] = mean
-    return prepared
+def as_float(images: np.ndarray) -> np.ndarray:
+    """Images [B,3,H,W], uint8 or floating point in 0..1 -> what the graph takes: float32 in 0..1."""
+    prepared = np.empty(images.shape, dtype=np.float32)
+    return np.divide(images, 255 if images.dtype == np.uint8 else 1, out=prepared)
 
 
 def most_likely(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -155,27 +208,31 @@ def _read_metadata(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _check_tensors(onnx: OnnxNetwork) -> None:
     """Raises ValueError if inputs and outputs of the graph are not those of the network that the file describes."""
-    space, session = onnx.network.config.space, onnx.session
-    expected = {
-        "images": (None, 3, None, None),
-        "logits": (None, onnx.network.config.num_classes, None, None),
-        "gates": (None, space.depth + 1, space.num_scales, 3),
-    }
-    found = {value.name: value for value in (*session.get_inputs(), *session.get_outputs())}
-    if found.keys() != expected.keys() or [value.name for value in session.get_inputs()] != ["images"]:
+    config, session = onnx.network.config, onnx.session
+    inputs: dict[str, tuple[int | None, ...]] = {"images": (None, 3, None, None)}
+    outputs: dict[str, tuple[int | None, ...]] = {"logits": (None, config.num_classes, None, None)}
+    if onnx.kind == "exits":
+        inputs["price"] = ()
+    if onnx.labels:
+        outputs = {"labels": (None,) * 3, "confidence": (None,) * 3}
+    outputs["gates"] = (None, config.space.depth + 1, config.space.num_scales, 3)
+    takes, gives = session.get_inputs(), session.get_outputs()
+    if [one.name for one in takes] != [*inputs] or [one.name for one in gives] != [*outputs]:
         raise ValueError(
-            f"{onnx.file} takes {[value.name for value in session.get_inputs()]} and gives "
-            f"{[value.name for value in session.get_outputs()]}, not ['images'] and ['logits', 'gates']: export it anew"
+            f"{onnx.file} takes {[one.name for one in takes]} and gives {[one.name for one in gives]}, not "
+            f"{[*inputs]} and {[*outputs]}: export it anew"
         )
-    for name, shape in expected.items():
-        value = found[name]
+    expected = inputs | outputs
+    for value in (*takes, *gives):
+        shape = expected[value.name]
+        kind = LABEL_TYPES[label_type(config.num_classes)] if value.name == "labels" else "tensor(float)"
         fits = len(value.shape) == len(shape) and all(
             want is None or have == want for have, want in zip(value.shape, shape, strict=True)
         )
-        if not fits or value.type != "tensor(float)":
+        if not fits or value.type != kind:
             raise ValueError(
-                f"{onnx.file}: {name} is {value.type} {value.shape}, which does not fit the network that the file "
-                "describes: export it anew"
+                f"{onnx.file}: {value.name} is {value.type} {value.shape}, which does not fit the network that the "
+                "file describes: export it anew"
             )
 
 
