@@ -2,7 +2,7 @@
 DeepLabV3+ on EfficientNet-Lite0 with the same ImageNet weights as `--model.backbone efficientnet_lite0`.
 
     python benchmarks/baselines.py --config camvid/pretrained --data.root FOLDER --minutes 80
-    python benchmarks/baselines.py --clock --ours shipped= --ours small=runs/camvid_small/last
+    python benchmarks/baselines.py --clock --ours shipped= --ours small=runs/camvid_scratch/last
 
 Takes the sections `data` and `recipe` of a configuration of `routeseg train`: loaders, crops, AdamW or SGD with the
 schedule, class balance, average of the weights, a frozen backbone at first. With --minutes some steps measure how many
@@ -10,7 +10,7 @@ fit. Afterwards: mIoU on the validation pictures, parameters, MACs. Writes OUTPU
 rows of other networks that it has already stay. A run that is interrupted starts anew.
 
 --clock trains nothing: milliseconds of one picture of 360x480, all networks in turns, with PyTorch and, exported, with
-ONNX Runtime; networks of ours (NAME=FOLDER; no folder: the one that comes along) with `SkipEngine` in place of PyTorch.
+ONNX Runtime; networks of ours (NAME=FOLDER; no folder: the bundled network) with `SkipEngine` in place of PyTorch.
 
 The networks follow their papers (Poudel et al. 2019; Ronneberger et al. 2015; Chen et al. 2018), with the widths of
 decoders of segmentation_models.pytorch, which needs torchvision.

@@ -53,7 +53,7 @@ def comparison(facts: Sequence[Facts], words: str) -> str:
     crop, seeds = "x".join(map(str, data["crop"])), ", ".join(map(str, found["seeds"]))
     parts = [
         table(head, rows),
-        f"{data['name']}, {images} validation pictures; {recipe['iterations']} iterations of {data['batch_size']} "
+        f"{data['name']}, {images} validation images; {recipe['iterations']} iterations of {data['batch_size']} "
         f"crops of {crop}, the same recipe for all; seeds {seeds}, mean ± standard deviation over them. "
         f"The paper's columns: Cityscapes at 1024x2048, its Table 1. {how(facts, '')}",
     ]
@@ -65,9 +65,9 @@ def comparison(facts: Sequence[Facts], words: str) -> str:
 def any_budget(facts: Sequence[Facts], words: str) -> str:
     """One network asked for several budgets, as benchmarks/any_budget.py found it, and below it how it was made."""
     (found,) = facts
-    head = ["asked, % of the full network", "spent (on held-out pictures)", "mIoU, %"]
+    head = ["asked, % of the full network", "spent (on held-out images)", "mIoU, %"]
     head += ["best static network of no more cost", "- shuffled", "- common", "oracle - shuffled"]
-    head += ["cheapest to dearest picture", "rank correlation with object size (p)"]
+    head += ["cheapest to dearest image", "rank correlation with object size (p)"]
     rows = []
     for row in found["rows"]:
         best, own = row["best_static"], 100 * row["own"]
@@ -84,7 +84,7 @@ def any_budget(facts: Sequence[Facts], words: str) -> str:
     data, recipe = found["settings"]["data"], found["settings"]["recipe"]
     crop, seeds = "x".join(map(str, data["crop"])), ", ".join(map(str, found["seeds"]))
     return (
-        table(head, rows) + f"\n\n{data['name']}, {found['pictures']} validation pictures; {recipe['iterations']} "
+        table(head, rows) + f"\n\n{data['name']}, {found['pictures']} validation images; {recipe['iterations']} "
         f"iterations of {data['batch_size']} crops of {crop}, the same recipe for all; the full network has "
         f"{1000 * found['full_gmacs']:.0f} MMACs; seeds {seeds}, mean ± standard deviation over them, of p the "
         f"largest. {how(facts, '')}"
@@ -229,7 +229,7 @@ def workers(facts: Sequence[Facts], words: str) -> str:
     (found,) = facts
     rates = {(row["workers"], row["pictures"]): row["images_per_s"] for row in found["results"]}
     settings = list(dict.fromkeys(row["workers"] for row in found["results"]))
-    names = {True: "with overlays and route pictures", False: "labels and JSON only (`--pictures false`)"}
+    names = {True: "with overlays and drawings of the route", False: "labels and JSON only (`--pictures false`)"}
     rows = [[name, *(f"{rates[number, kind]:.1f}" for number in settings)] for kind, name in names.items()]
     in_words = ["one process" if n is None else f"{n} {_plural('worker', n)}" for n in settings]
     return table(["images a second", *in_words], rows)

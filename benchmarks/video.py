@@ -3,7 +3,7 @@
     python benchmarks/video.py --data.root FOLDER [--output results/video_cpu.json]
 
 FOLDER is CamVid (docs/data.md), whose validation frames are a video at 1 Hz. It is written as one, and goes through
-what `routeseg predict` does, overlays and all, with the network that comes along and one thread. This process and a
+what `routeseg predict` does, overlays and all, with the bundled network and one thread. This process and a
 load that comes and goes share one core (Linux). About four minutes on an idle machine.
 
     pace      frames with a time to keep (`--frame_ms`), against a fixed budget of the same mean cost, and against all

@@ -1,4 +1,4 @@
-"""A network behind HTTP, on one machine. docs/serving.md says what the limits mean and what belongs in front of it.
+"""A network behind HTTP, on one machine. docs/prediction.md says what the limits mean and what belongs in front of it.
 
     python examples/serve_fastapi.py runs/my/best
     curl --data-binary @street.jpg "http://127.0.0.1:8000/segment?budget=40%25"

@@ -58,7 +58,7 @@ def main() -> None:
         command("demo", "--config", "scenes/small", *small, "--recipe.iterations", 2, "--output", folder / "demo")
         assert (folder / "demo" / "report.html").is_file()
         photo = folder / "my" / "images" / "val" / "0.jpg"
-        result = routeseg.load()(photo)  # the network that comes along
+        result = routeseg.load()(photo)  # the bundled network
         assert result.labels.shape == (SIZE, SIZE) and result.cost_gmacs > 0
     print("all well")
 

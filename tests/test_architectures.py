@@ -23,7 +23,7 @@ from routeseg.evaluation.architecture_table import architecture_table
 from routeseg.space import DOWN, KEEP, UP
 
 SPACE = RoutingSpace(16)
-OFF_BY = {"fcn-32s": 0.08}  # no path of this shape comes nearer (docs/architectures.md); the others within 5 %
+OFF_BY = {"fcn-32s": 0.08}  # no path of this shape comes nearer (docs/results.md); the others within 5 %
 
 
 def scales_of(route: Route) -> list[set[int]]:

@@ -89,7 +89,7 @@ def test_two_steps_on_a_small_copy(files, layouts, tmp_path, capsys):
 
 
 def test_a_static_network_on_top_of_a_base(layouts, tmp_path, capsys):
-    """The keys that docs/training.md and docs/architectures.md name: no gates, and the architecture's route."""
+    """The keys that docs/training.md and docs/results.md name: no gates, and the architecture's route."""
     words = ["train", *with_configs(["cityscapes/base"]), "--data.root", layouts("cityscapes"), "--output", tmp_path]
     words += ["--accelerator", "cpu", *TINY, "--model.depth=16", "--model.gate=fixed", "--model.route=u-net"]
     code, out, err = run(words, capsys)

@@ -2,7 +2,7 @@
 
 Each is a union of walks from the stem to the decoder. A walk is drawn as {layer: scale}: from this layer on it is at
 this scale. The layers are those of depth 16; at another depth they are moved in proportion. The paper shows only the
-rough shapes: which layers were chosen, and how near Table 1 they come, is in docs/architectures.md.
+rough shapes: which layers were chosen, and how near Table 1 they come, is in docs/results.md.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def architecture_table(
     name, nodes, edges             `nodes` whose cell runs, open `edges`
     params_m, gmacs                millions of parameters, and cost at the image size (height, width), with the gates
                                    of the nodes that run, not of free skips: so the patterns fit Table 1
-                                   (docs/architectures.md)
+                                   (docs/results.md)
     static_params_m, static_gmacs  the same without gates: what a static network has and runs
     paper_params_m, paper_gmacs    Table 1, at 1024x2048
 

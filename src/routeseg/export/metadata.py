@@ -27,7 +27,7 @@ def metadata(model: RoutedNetwork, kind: str, precision: str = "float32") -> dic
 def cost_macs(model: RoutedNetwork) -> dict[str, Any]:
     """The cost table at 1024x2048, in the authors' convention: what is always paid, and each node's own part.
 
-    A node that is reached pays `gate`, one that runs `cell`, and each open path its own entry (docs/cost.md).
+    A node that is reached pays `gate`, one that runs `cell`, and each open path its own entry (docs/inference.md).
     """
     table = model_cost(model, COST_SIZE)
     nodes = {}
