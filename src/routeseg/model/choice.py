@@ -148,11 +148,14 @@ class EntropyChoice(Choice):
 
     def see(self, head: Head, features: Sequence[Tensor | None]) -> Tensor:
         logits = head.glance(features, even=True).float()
-        entropy = -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
+        return self.over_places(-(logits.softmax(1) * logits.log_softmax(1)).sum(1))
+
+    def over_places(self, values: Tensor) -> Tensor:
+        """The mean of an even glance's values [B,h,w] over each image [B], or over each of its places [B,hb,wb]."""
         if self.place is None:
-            return entropy.mean((1, 2))
+            return values.mean((1, 2))
         pixels = self.place // (STEM_STRIDE * GLANCE)
-        return F.avg_pool2d(entropy[:, None], pixels, ceil_mode=True, count_include_pad=False)[:, 0]
+        return F.avg_pool2d(values[:, None], pixels, ceil_mode=True, count_include_pad=False)[:, 0]
 
     def leaves(self, exit: int, seen: Tensor, price: Tensor, costs: Tensor) -> Tensor:
         return seen <= price
