@@ -235,6 +235,7 @@ class TestBudget:
         asked = None if budget is None else Asked.parse(budget)
         network, checkpoint = OnnxNetwork(files[kind], budget=budget), open_network(model, budget=asked)
         assert asked_of(network) == asked_of(checkpoint) and network.network == checkpoint.network
+        assert budget is None or network.budget.endswith("GMACs" if "GMACs" in str(budget) else "%")
         for picture in pictures:
             found, expected = network(picture), checkpoint(picture)
             assert np.array_equal(found.gates, expected.gates)
