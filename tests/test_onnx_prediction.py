@@ -280,7 +280,7 @@ class TestBudget:
         [
             ("exits", ["--budget=1%"], "a budget of 0.01 cannot be kept: the cheapest route costs"),
             ("exits", ["--budget=nan%"], "give a share"),
-            ("exits", ["--budget=25ms"], "need --latency"),
+            ("exits", ["--budget=25ms"], "takes shares such as 40%, or GMACs"),
             ("exits", ["--latency=t.json"], "only applies to --budget in ms"),
             ("static", ["--budget=50%"], "static.onnx takes no budget, it has one cost"),
             ("dense", ["--budget=50%"], "dense.onnx takes no budget, it has one cost"),
