@@ -233,6 +233,7 @@ class TestBudget:
         asked = None if budget is None else Asked.parse(budget)
         network, checkpoint = OnnxNetwork(files[kind], budget=budget), open_network(model, budget=asked)
         assert asked_of(network) == asked_of(checkpoint) and network.network == checkpoint.network
+        assert budget is None or network.budget.endswith("GMACs" if "GMACs" in str(budget) else "%")
         for picture in pictures:
             found, expected = network(picture), checkpoint(picture)
             assert np.array_equal(found.gates, expected.gates)
@@ -277,7 +278,7 @@ class TestBudget:
         [
             ("exits", ["--budget=1%"], "a budget of 0.01 cannot be kept: the cheapest route costs"),
             ("exits", ["--budget=nan%"], "give a share"),
-            ("exits", ["--budget=25ms"], "need --latency"),
+            ("exits", ["--budget=25ms"], "takes shares such as 40%, or GMACs"),
             ("exits", ["--latency=t.json"], "only applies to --budget in ms"),
             ("static", ["--budget=50%"], "static.onnx takes no budget, it has one cost"),
             ("dense", ["--budget=50%"], "dense.onnx takes no budget, it has one cost"),

@@ -190,6 +190,7 @@ def _open_onnx(file: str, args: Namespace) -> OnnxNetwork:
 
     for option, given, why in (
         *((name, getattr(args, name) is not None, f"{file} does not know of time") for name in ("fps", "frame_ms")),
+        ("budget in ms", (args.budget or "").lower().endswith("ms"), f"{file} takes shares such as 40%, or GMACs"),
         ("device", args.device != "cpu", f"{file} runs on the CPU"),
         ("precision", args.precision is not None, f"{file} has its own (`routeseg export --int8` writes int8)"),
     ):
