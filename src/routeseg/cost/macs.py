@@ -99,7 +99,8 @@ def model_cost(
 
     `network` is a network, its description, or the configuration of a segmenter. A static network pays for the parts
     that it has.
-    `convention` is "authors" (checked against their network), "full" or "conv": see `CONVENTIONS` and docs/inference.md.
+    `convention` is "authors" (checked against their network), "full" or "conv": see `CONVENTIONS` and
+    docs/inference.md.
     Raises ValueError for another one.
     """
     if convention not in CONVENTIONS:

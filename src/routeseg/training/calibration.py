@@ -3,11 +3,10 @@
 What a rule is fitted to is the loss in mIoU, since that is what a network is judged by (`AllExits.lost`): an image of
 rare classes may lose more by leaving early than one of which half the pixels are wrong.
 
-The table of prices comes from other
-pictures, which the network was not trained on and whose labels are not read: of those that it knows it is surer than of
-new ones, which would cost more than was asked.
+The table of prices comes from other images, which the network was not trained on and whose labels are not read:
+networks are overconfident on training images, so that new ones would cost more than was asked.
 
-Legend: N pictures, K exits, F features of a glance, T prices of the table.
+Legend: N images, K exits, F features of a glance, T prices of the table.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ def calibrate(
     others: Iterable[dict[str, Any]],
     on_batch: Callable[[], None] = lambda: None,
 ) -> int:
-    """Fits the exits of a network to pictures with labels: batches of image [B,3,H,W] and labels [B,H,W]; and its
-    budgets to other pictures, of which only image is read. `on_batch` is called for each batch.
+    """Fits the exits of a network to images with labels: batches of image [B,3,H,W] and labels [B,H,W]; and its
+    budgets to other images, of which only image is read. `on_batch` is called for each batch.
 
-    In a job of several processes each brings its share, and all get the same. Returns the number of pictures with
-    labels. Raises ValueError for a network without exits, and for too few pictures.
+    In a job of several processes each brings its share, and all get the same. Returns the number of images with
+    labels. Raises ValueError for a network without exits, and for too few images.
     """
     exits = model.exits
     if exits is None:
@@ -61,7 +60,7 @@ def calibrate(
 
 
 def _fit(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]]) -> int:
-    """Fits the rule to pictures with labels, if there is anything to fit; the number of them."""
+    """Fits the rule to images with labels, if there is anything to fit; the number of them."""
     if not exits.gates.fits:
         return 0
     seen: list[tuple[list[np.ndarray], AllExits]] = []
@@ -69,7 +68,7 @@ def _fit(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]]) 
         result, kept = model.all_exits(batch["image"].to(exits.costs.device))
         glances = [exits.see(exit, maps).double().cpu().numpy() for exit, maps in enumerate(kept)]
         scores = score_exits(result, batch["labels"].to(exits.costs.device))
-        known = np.flatnonzero(scores.either.any(axis=(1, 2)))  # pictures with labels
+        known = np.flatnonzero(scores.either.any(axis=(1, 2)))  # images with labels
         seen.append(([features[known] for features in glances], scores.chosen(known)))
     seen = [one for share in gather(seen) for one in share]
     count = sum(len(scores.both) for _, scores in seen)
@@ -80,7 +79,7 @@ def _fit(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]]) 
 
 
 def _set_budgets(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]]) -> None:
-    """Sets costs, prices and frequencies by where pictures leave."""
+    """Sets costs, prices and frequencies by where images leave."""
     look = _images_leave if exits.place is None else _places_leave
     seen, size = [], (0, 0)
     for batch in batches:
@@ -88,7 +87,7 @@ def _set_budgets(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str,
         seen.append(look(model, exits, batch["image"].to(exits.costs.device)))
     shares = gather((seen, size))
     seen, size = [one for share, _ in shares for one in share], max(size for _, size in shares)
-    check_enough_pictures(sum(len(one[-1]) for one in seen), "pictures to set budgets with")
+    check_enough_pictures(sum(len(one[-1]) for one in seen), "images to set budgets with")
     costs = exit_costs(model, size)
     costs /= model_cost(model, size).full
     if exits.place is None:
@@ -133,8 +132,8 @@ def _between(prices: np.ndarray, frequencies: np.ndarray, costs: np.ndarray) -> 
     return np.array([0.0, *inner, LARGEST_PRICE]), np.concatenate([ends[:1], rows, ends[1:]])
 
 
-def check_enough_pictures(count: int, kind: str = "pictures with labels") -> None:
-    """Raises ValueError if there are too few pictures for a calibration."""
+def check_enough_pictures(count: int, kind: str = "images with labels") -> None:
+    """Raises ValueError if there are too few images for a calibration."""
     if count < LEAST_PICTURES:
         raise ValueError(f"{count} {kind} are too few to calibrate a network with exits: give {LEAST_PICTURES} or more")
 
@@ -148,7 +147,7 @@ def readable(batches: Iterable[dict[str, Any]], on_batch: Callable[[], None]) ->
 
 
 def choose(exits: Exits, seen: Sequence[Tensor], costs: np.ndarray, price: float) -> np.ndarray:
-    """The exits [N] at which pictures leave at a price, given what decides [N,...] at each exit k < K-1."""
+    """The exits [N] at which images leave at a price, given what decides [N,...] at each exit k < K-1."""
     at, asked = np.full(len(seen[0]), len(seen)), torch.full((len(seen[0]),), price)
     for exit in reversed(range(len(seen))):
         at[exits.gates.leaves(exit, seen[exit], asked, torch.from_numpy(costs)).numpy()] = exit
@@ -156,10 +155,10 @@ def choose(exits: Exits, seen: Sequence[Tensor], costs: np.ndarray, price: float
 
 
 def price_table(at: Callable[[float], np.ndarray], costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Prices [T], ascending, and how often pictures leave at each exit, [T,K], given the exits [N] at a price.
+    """Prices [T], ascending, and how often images leave at each exit, [T,K], given the exits [N] at a price.
 
     Their mean costs are evenly spaced from the dearest route to the cheapest. The first and the last price are beyond
-    all others: there every picture, also a new one, takes the dearest route or the cheapest.
+    all others: there every image, also a new one, takes the dearest route or the cheapest.
     """
 
     def mean(price: float) -> float:

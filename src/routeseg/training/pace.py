@@ -18,7 +18,7 @@ from routeseg.training.segmentation import SegmentationTask, freeze_stages
 from routeseg.training.trial import Choice, choose_precision, step_seconds
 
 CURVE = 20  # rows that the log of a training has at least
-LOADS = 3  # of the pictures of a step, that are timed
+LOADS = 3  # of the images of a step, that are timed
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Pace:
 
     choice        its precision, and why it is that one
     step_s        seconds of a step of the optimiser
-    first_load_s  seconds to load a step's pictures that were not loaded before
+    first_load_s  seconds to load a step's images that were not loaded before
     load_s        seconds to load those that were
-    epoch         steps until each picture was loaded once
+    epoch         steps until each image was loaded once
     """
 
     choice: Choice

@@ -67,7 +67,7 @@ class SegmentationTask(RecipeTask[Evaluation]):
     labels_key = "labels"
     recipe: Recipe
     of_label: Tensor | None  # the weight of each label value
-    watch: Watch | None = None  # looks at the pictures of the validations
+    watch: Watch | None = None  # looks at the images of the validations
 
     def __init__(
         self,
@@ -201,8 +201,8 @@ def train(
         check_enough_pictures(len(module.train_data))
         if len(module.val_data) < LEAST_PICTURES:
             log.warning(
-                "%d validation pictures are too few to set budgets with: the training pictures serve, of which the "
-                "network is surer, so that new ones cost more than is asked",
+                "%d validation images are too few to set budgets with: the training images serve, on which the "
+                "network is overconfident, so that new ones cost more than is asked",
                 len(module.val_data),
             )
     weights = class_weights(module.train_data, recipe.class_balance) if recipe.class_balance else None
