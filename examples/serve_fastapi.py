@@ -131,7 +131,7 @@ def respond(result: SegmentedImage, answer: Answer) -> Response:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", help="a folder; the network that comes along, if there is none")
+    parser.add_argument("checkpoint", nargs="?", help="a folder; the bundled network, if there is none")
     parser.add_argument("--host", default="127.0.0.1", help="this machine alone, unless it is another address")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--names", nargs="*", default=[], help="others that it is reached under, as of a proxy")

@@ -83,7 +83,7 @@ class TestWhatIsThere:
             command = ["check-data", root, "--data.crop", "[32, 32]", "--output", tmp_path / "out"]
             code, printed, _ = run(command, capsys)
             sheet = tmp_path / "out" / ("contact_sheet.png" if k == 0 else f"contact_sheet_{k + 1}.png")
-            assert code == 0 and f"{sheet}: some pictures" in printed
+            assert code == 0 and f"{sheet}: some images" in printed
             assert Image.open(sheet).height > 0
         assert len(list((tmp_path / "out").iterdir())) == 3
 

@@ -55,7 +55,7 @@ def test_as_many_iterations_as_fit(capsys):
     lines = str(plan).splitlines()
     assert re.fullmatch(r"network: depth 6, 24 channels, [\d.]+ GMACs for 64x96 pixels", lines[0])
     assert lines[1:] == [
-        "training: about 400 iterations of 2 pictures, 800 in all, as fast as it is now: "
+        "training: about 400 iterations of 2 images, 800 in all, as fast as it is now: "
         f"{SECONDS / 60:.1f} of 10 minutes",
         "precision: bf16-mixed (it is faster)",
     ]

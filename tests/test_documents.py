@@ -36,7 +36,6 @@ NOT_HERE = (
     "results/VOC2012/Segmentation/comp6_test_cls/NAME.png",
     "results/inference_cuda.json",
     "configs/camvid/small_cpu.yaml",  # before presets: CHANGELOG.md
-    *("docs/pretraining.md", "docs/serving.md", "docs/cost.md"),  # parts of other pages now: CHANGELOG.md, lab.md
 )
 LONG = ("data", "index", "results", "training")  # pages with several trainings
 PAGES = [

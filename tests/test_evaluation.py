@@ -200,7 +200,7 @@ def test_settings_that_make_no_sense():
     ):
         with pytest.raises(ValueError, match=expected):
             MultiPass(pixel_by_pixel, **options)(image)
-    with pytest.raises(ValueError, match="one picture"):
+    with pytest.raises(ValueError, match="one image"):
         MultiPass(pixel_by_pixel)(torch.rand(2, 3, 64, 64))
 
 

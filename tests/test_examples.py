@@ -29,7 +29,7 @@ def test_own_images(tmp_path, monkeypatch, capsys):
             exec(compile(text, "own_images.ipynb", "exec"), names)
     assert sorted(changed) == sorted(quick)
     out = capsys.readouterr().out
-    assert "ready" in out and "mIoU on the validation pictures" in out and "asked 50%" in out
+    assert "ready" in out and "mIoU on the validation images" in out and "asked 50%" in out
     result = names["result"]
     assert isinstance(result, SegmentedImage) and result._repr_png_().startswith(b"\x89PNG")
 

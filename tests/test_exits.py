@@ -386,7 +386,7 @@ class TestCalibration:
 
     def test_a_calibration_that_fails_changes_nothing(self, model):
         before, model = [tensor.clone() for tensor in model.exits.calibration()], model.train()
-        with pytest.raises(ValueError, match="0 pictures to set budgets with are too few"):
+        with pytest.raises(ValueError, match="0 images to set budgets with are too few"):
             calibrate(model, examples("val"), [])
         assert all(torch.equal(a, b) for a, b in zip(before, model.exits.calibration(), strict=True)) and model.training
 
@@ -426,7 +426,7 @@ class TestCalibration:
         assert all(torch.equal(a, b) for a, b in zip(found, model.exits.calibration(), strict=True))
 
     def test_too_few_pictures_or_no_exits(self, model):
-        with pytest.raises(ValueError, match="2 pictures with labels are too few"):
+        with pytest.raises(ValueError, match="2 images with labels are too few"):
             calibrate(model, examples("val")[:2], [])
         with pytest.raises(ValueError, match="nothing to calibrate"):
             calibrate(network(exits=None), [], [])
@@ -622,7 +622,7 @@ class TestCommands:
         words += ["--model.depth=3", "--data.train_images=3", "--data.val_images=3", "--recipe.precise_bn_batches=1"]
         assert main([*words, "--recipe.iterations=1"]) == 0
         err = capsys.readouterr().err
-        assert err.count("too few") == 1 and "3 training pictures are too few" in err
+        assert err.count("too few") == 1 and "3 training images are too few" in err
         assert routeseg.load(tmp_path / "run" / "last").exits.calibrated
 
     @pytest.mark.usefixtures("no_report")
@@ -644,7 +644,7 @@ class TestCommands:
             images.clear()
             assert main([*words, f"--data.val_images={count}", f"--output={tmp_path / str(count)}"]) == 0
             assert len(images) == sets
-            assert ("3 validation pictures are too few" in capsys.readouterr().err) == (count == 3)
+            assert ("3 validation images are too few" in capsys.readouterr().err) == (count == 3)
 
 
 def test_a_training_with_exits_resumes_to_the_same_weights(tmp_path):

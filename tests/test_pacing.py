@@ -5,7 +5,7 @@ import pytest
 
 from routeseg.budgets.pacing import FEWEST, LESSON, Pacer, time_weights
 
-COSTS = np.array([0.28, 0.54, 0.79, 0.80, 0.87, 1.0])  # those of the network that comes along, nearly
+COSTS = np.array([0.28, 0.54, 0.79, 0.80, 0.87, 1.0])  # those of the bundled network, nearly
 FULL_MS, REST_MS, TARGET_MS = 140.0, 12.0, 155.0
 WITHIN = 1.1  # of what was asked: the 95th percentile of the frame time
 

@@ -147,7 +147,7 @@ class TestPermutations:
         assert "Routes follow the preset" in in_plain_words("Routes", "preset", {"permuted": found})
         assert "50.0 % more" in in_plain_words("Routes", "preset", {"permuted": found})
         assert "do not visibly follow" in in_plain_words("Routes", "preset", {"permuted": missed})
-        assert "neighbouring pictures alone" in in_plain_words("Routes", "x", {"permuted": found, "shifted": missed})
+        assert "neighbouring images alone" in in_plain_words("Routes", "x", {"permuted": found, "shifted": missed})
         assert "Routes follow" in in_plain_words("Routes", "x", {"permuted": found, "shifted": found})
 
 
@@ -196,7 +196,7 @@ class TestFigures:
         figures.edge_frequency(tmp_path / "a.png", space, share, 10)
         figures.edge_strength(tmp_path / "b.png", space, share, share, 10)
         for count in (1, 4):
-            groups = [(f"group {n}: 3 pictures\nsize 3 %", share**n) for n in range(1, count + 1)]
+            groups = [(f"group {n}: 3 images\nsize 3 %", share**n) for n in range(1, count + 1)]
             figures.group_frequencies(tmp_path / f"c{count}.svg", space, groups)
         picture = np.zeros((40, 60, 3), dtype=np.uint8)
         panel = (picture, picture, share, "a_very_long_name_of_a_picture " * 3)
@@ -263,7 +263,7 @@ def test_routes_over_your_own_data_by_object_size(tmp_path, checkpoint, own_data
     assert [group["images"] for group in result["groups"]] == [2, 2, 2, 2]
     assert all(small["max"] <= large["min"] for small, large in zip(sizes, sizes[1:], strict=False))
     code, text, _ = run([*command, tmp_path / "one", "--images=1"], capsys)
-    assert code == 0 and "Too few pictures" in text
+    assert code == 0 and "Too few images" in text
     assert {path.name for path in (tmp_path / "one").iterdir()} == FILES
 
 
@@ -340,7 +340,7 @@ def test_routes_mistakes(tmp_path, checkpoint, own_data, capsys):
     for path in (folder / "images" / "val").iterdir():
         path.write_bytes(b"no image")
     code, _, err = run(["routes", checkpoint, *words, "--output", tmp_path / "out"], capsys)
-    assert code == 2 and "none of the 9 pictures" in err and "check its files" in err
+    assert code == 2 and "none of the 9 images" in err and "check its files" in err
     assert not list((tmp_path / "out").iterdir()), "nothing is half-written"
 
 

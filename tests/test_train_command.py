@@ -44,7 +44,7 @@ def test_the_layout_is_found(name, layouts):
 
 @pytest.mark.usefixtures("no_report")
 def test_a_folder_is_enough(layouts, tmp_path, capsys, monkeypatch):
-    """It stands for a preset, the layout, and the network that comes along; what is given beside it counts."""
+    """It stands for a preset, the layout, and the bundled network; what is given beside it counts."""
     root = layouts("folder")
     words = ["train", root, *TINY, "--recipe.iterations=2", "--recipe.validate_every=2", "--output", tmp_path / "run"]
     with monkeypatch.context() as patch:
@@ -133,7 +133,7 @@ def test_a_report(layouts, tmp_path, capsys, monkeypatch):
     assert code == 0 and f"{output}/report.html" in out, err
     assert sum(seen) == 2 * 2, "two pictures, two validations"
     page = (output / "report.html").read_text()
-    for words in ("routeseg on folder", "mIoU on validation pictures", "The worst pictures", "The best pictures"):
+    for words in ("routeseg on folder", "mIoU on validation images", "The worst images", "The best images"):
         assert words in page
     for name in ("curves", "class_iou", "confusion", "worst", "best", "cost"):
         assert Image.open(output / "figures" / f"{name}.png").width > 300
@@ -158,7 +158,7 @@ def test_a_report_that_cannot_be_drawn_is_one_line(layouts, tmp_path, capsys, mo
                 "no report: {output}/report.html: cannot write it, No space",
             ),
             ("routeseg.figures.charts.new_figure", broken, "no report: a mistake in two lines"),
-            ("routeseg.evaluation.ranking.picture_score", broken, "no worst and best pictures: a mistake in two lines"),
+            ("routeseg.evaluation.ranking.picture_score", broken, "no worst and best images: a mistake in two lines"),
         )
     ):
         output = tmp_path / str(number)
@@ -319,7 +319,7 @@ def test_few_images_train(tmp_path, capsys):
     code, out, err = run(["train", data, *words, "--output", tmp_path / "run"], capsys)
     assert code == 0, err
     assert [line for line in err.splitlines() if "too few" in line] == [
-        "routeseg: 3 training pictures are too few to tell well which image may leave early, and what a budget costs: "
+        "routeseg: 3 training images are too few to tell well which image may leave early, and what a budget costs: "
         "they serve for both. `routeseg calibrate` does better with 8 or more"
     ]
     assert routeseg.load(tmp_path / "run" / "best").exits.calibrated

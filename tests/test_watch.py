@@ -104,4 +104,4 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path, caplog):
     look(pictures.name(0), np.zeros((48, 64), np.uint8))  # the other picture could not be read
     watching.end(1, evaluation(0.5))
     (line,) = caplog.messages
-    assert line.startswith("no picture of the progress: ") and "\n" not in line
+    assert line.startswith("no figure of the progress: ") and "\n" not in line

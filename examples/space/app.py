@@ -1,5 +1,5 @@
-"""The explorer as a Hub Space. `MODEL` is a checkpoint folder beside this file; without one it is the network that
-comes along."""
+"""The explorer as a Hub Space. `MODEL` is a checkpoint folder beside this file; without one it is the bundled
+network."""
 
 import os
 

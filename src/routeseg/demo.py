@@ -47,7 +47,7 @@ REPORT_SHARE = 0.2  # of the time asked for: at most so much for the pictures th
 FIGURES_S, SHOWN = 6.0, 12  # what its figures take, and how many pictures they show
 TRYING_SHARE = 0.15  # of the time asked for: once it is over, no network between this one and the smallest is tried
 FEWEST_ITERATIONS = 300  # with fewer a smaller network learns more
-# What makes iterations shorter, in this order: at most so many channels, layers, a share of the sides of a picture.
+# What makes iterations shorter, in this order: at most so many channels, layers, a share of the sides of an image.
 SMALLER = (("channels", 16), ("depth", 5), ("channels", 8), ("sides", 0.5))
 
 
@@ -128,7 +128,7 @@ class Plan:
         steps, pictures = self.recipe.iterations, self.data.batch_size * self.recipe.accumulate
         lines = [
             f"network: {self.network}",
-            f"training: {steps} iterations of {pictures} pictures, {steps * pictures} in all",
+            f"training: {steps} iterations of {pictures} images, {steps * pictures} in all",
         ]
         if self.pace is not None:
             lines[-1] = lines[-1].replace(": ", ": about ", 1)
@@ -195,7 +195,7 @@ def shrink(
 def preset_costs(
     model: DynamicRoutingNetwork, engine: SkipEngine, data: DataConfig, seed: int, count: int
 ) -> dict[str, np.ndarray]:
-    """Real cost over so many pictures of each scale preset, as shares of the full network [pictures]."""
+    """Real cost over so many images of each scale preset, as shares of the full network [pictures]."""
     shares: dict[str, np.ndarray] = {}
     for preset in PRESETS:
         pictures = open_data(replace(data, preset=preset, val_images=count), "val", seed)
@@ -207,7 +207,7 @@ def preset_costs(
 def ask_for_budgets(
     model: DynamicRoutingNetwork, engine: SkipEngine, pictures: SegmentationData
 ) -> list[dict[str, float]]:
-    """What a network with exits does at each of BUDGETS over pictures: shares of the full network's cost that were
+    """What a network with exits does at each of BUDGETS over images: shares of the full network's cost that were
     asked and spent, and mIoU."""
     assert model.exits is not None
     rows = []
@@ -231,7 +231,7 @@ def add_demonstrations(
 ) -> None:
     """What only the demo has: routes beside each other, budgets, cost by the scale of things, segmentations. Draws
     their figures into `output`."""
-    report.heading("One route per picture")
+    report.heading("One route per image")
     routes, stages = output / "routes.png", model.config.backbone_stages
     shown = _shown(pictures, evaluation, facts)
     figures.routes_side_by_side(routes, model.space, [_panel(model, engine, *one) for one in shown], stages)
@@ -239,7 +239,7 @@ def add_demonstrations(
         "Columns are layers, rows are scales from 1/4 of the resolution down to 1/32. A filled node runs its cell; "
         "thick lines are open paths, faint ones are closed and not computed."
     )
-    report.figure(routes, "Picture, segmentation and route (compare the paper's Figure 1)")
+    report.figure(routes, "Image, segmentation and route (compare the paper's Figure 1)")
 
     if facts["budgets"]:
         report.heading("Any budget")
@@ -261,7 +261,7 @@ def add_demonstrations(
             for row in facts["budgets"]
         ]
         figures.routes_side_by_side(asked, model.space, drawn, stages)
-        report.figure(asked, "One picture at each budget")
+        report.figure(asked, "One image at each budget")
 
     if facts["cost_by_preset"]:
         report.heading("Cost by the scale of things")
@@ -286,7 +286,7 @@ def add_demonstrations(
 
 
 def _segment(engine: Any, pictures: SegmentationData, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image [H,W,3], labels [H,W] and gates [L+1,S,3] of a picture."""
+    """Image [H,W,3], labels [H,W] and gates [L+1,S,3] of an image."""
     image, _ = pictures.read(index)
     result = engine(image_tensor(image)[None])
     return image, label_map(result.labels[0].numpy(), result.logits.shape[1]), result.gates[0].numpy()
@@ -295,7 +295,7 @@ def _segment(engine: Any, pictures: SegmentationData, index: int) -> tuple[np.nd
 def _shown(
     pictures: SegmentationData, evaluation: Evaluation, facts: dict[str, Any]
 ) -> list[tuple[SegmentationData, int, str]]:
-    """The pictures whose routes are drawn: of scenes a large-, a small- and a mixed-scale one; of other data the
+    """The images whose routes are drawn: of scenes a large-, a small- and a mixed-scale one; of other data the
     cheapest, the median and the dearest."""
     if facts["data"]["name"] == "scenes":
         data, seed = DataConfig(**facts["data"]), facts["recipe"]["seed"]
@@ -308,7 +308,7 @@ def _shown(
 def _panel(
     model: DynamicRoutingNetwork, engine: Any, source: SegmentationData, index: int, name: str
 ) -> tuple[list[np.ndarray], np.ndarray, str]:
-    """A picture and its segmentation, its gates and what it cost, as `figures.routes_side_by_side` draws them."""
+    """An image and its segmentation, its gates and what it cost, as `figures.routes_side_by_side` draws them."""
     image, labels, gates = _segment(engine, source, index)
     table = model_cost(model, labels.shape)
     macs = float(table.of_gates(gates))

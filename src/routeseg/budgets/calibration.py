@@ -3,11 +3,10 @@
 What a rule is fitted to is the loss in mIoU, since that is what a network is judged by (`AllExits.lost`): an image of
 rare classes may lose more by leaving early than one of which half the pixels are wrong.
 
-The table of prices comes from other
-pictures, which the network was not trained on and whose labels are not read: of those that it knows it is surer than of
-new ones, which would cost more than was asked.
+The table of prices comes from other images, which the network was not trained on and whose labels are not read:
+networks are overconfident on training images, so that new ones would cost more than was asked.
 
-Legend: N pictures, K exits, F features of a glance, T prices of the table.
+Legend: N images, K exits, F features of a glance, T prices of the table.
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ def calibrate(
     on_batch: Callable[[], None] = lambda: None,
     least: int = LEAST_PICTURES,
 ) -> int:
-    """Fits the exits of a network to pictures with labels: batches of image [B,3,H,W] and labels [B,H,W]; and its
-    budgets to other pictures, of which only image is read. `on_batch` is called for each batch.
+    """Fits the exits of a network to images with labels: batches of image [B,3,H,W] and labels [B,H,W]; and its
+    budgets to other images, of which only image is read. `on_batch` is called for each batch.
 
-    In a job of several processes each brings its share, and all get the same. Returns the number of pictures with
-    labels. Raises ValueError for a network without exits, and for fewer than `least` pictures.
+    In a job of several processes each brings its share, and all get the same. Returns the number of images with
+    labels. Raises ValueError for a network without exits, and for fewer than `least` images.
     """
     exits = model.exits
     if exits is None:
@@ -64,7 +63,7 @@ def calibrate(
 
 
 def _fit(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]], least: int) -> int:
-    """Fits the rule to pictures with labels, if there is anything to fit; the number of them."""
+    """Fits the rule to images with labels, if there is anything to fit; the number of them."""
     if not exits.gates.fits:
         return 0
     seen: list[tuple[list[np.ndarray], AllExits]] = []
@@ -72,7 +71,7 @@ def _fit(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]], 
         result, kept = model.all_exits(batch["image"].to(exits.costs.device))
         glances = [exits.see(exit, maps).double().cpu().numpy() for exit, maps in enumerate(kept)]
         scores = score_exits(result, batch["labels"].to(exits.costs.device))
-        known = np.flatnonzero(scores.either.any(axis=(1, 2)))  # pictures with labels
+        known = np.flatnonzero(scores.either.any(axis=(1, 2)))  # images with labels
         seen.append(([features[known] for features in glances], scores.chosen(known)))
     seen = [one for share in gather(seen) for one in share]
     count = sum(len(scores.both) for _, scores in seen)
@@ -85,7 +84,7 @@ def _fit(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]], 
 def _set_budgets(
     model: RoutedNetwork, exits: Exits, pictures: Callable[[], Iterator[dict[str, Any]]], least: int
 ) -> None:
-    """Sets costs, prices and frequencies by where pictures leave, or their places."""
+    """Sets costs, prices and frequencies by where images leave, or their places."""
     seen, size = [], (0, 0)
     for batch in pictures():
         size = (batch["image"].shape[-2], batch["image"].shape[-1])
@@ -93,7 +92,7 @@ def _set_budgets(
         seen.append([exits.see(exit, maps).cpu().numpy() for exit, maps in enumerate(kept)])
     own, shares = seen, gather((seen, size))
     seen, size = [one for share, _ in shares for one in share], max(size for _, size in shares)
-    check_enough_pictures(sum(len(one[-1]) for one in seen), least, "pictures to set budgets with")
+    check_enough_pictures(sum(len(one[-1]) for one in seen), least, "images to set budgets with")
     costs = exit_costs(model, size) / model_cost(model, size).full
     if exits.place is not None:
         seen = [[values.ravel() for values in one] for one in seen]
@@ -113,7 +112,7 @@ def _walked(
     costs: np.ndarray,
     every: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The table of `price_table` for places. Those that have left change what the others see, so that one picture of
+    """The table of `price_table` for places. Those that have left change what the others see, so that one image of
     `every` so many runs at WATCHED of the prices [T], and frequencies between these are interpolated."""
     inner = prices[1:-1]
     watched = np.unique(np.maximum(inner[np.linspace(0, len(inner) - 1, WATCHED).astype(int)], LEAST_PRICE))
@@ -136,8 +135,8 @@ def _walked(
     return np.array([0.0, *geometric, LARGEST_PRICE]), np.concatenate([ends[:1], between, ends[1:]])
 
 
-def check_enough_pictures(count: int, least: int, kind: str = "pictures with labels") -> None:
-    """Raises ValueError if there are too few pictures for a calibration."""
+def check_enough_pictures(count: int, least: int, kind: str = "images with labels") -> None:
+    """Raises ValueError if there are too few images for a calibration."""
     if count < least:
         raise ValueError(f"{count} {kind} are too few to calibrate a network with exits: give {least} or more")
 
@@ -151,7 +150,7 @@ def readable(batches: Iterable[dict[str, Any]], on_batch: Callable[[], None]) ->
 
 
 def choose(exits: Exits, seen: Sequence[Tensor], costs: np.ndarray, price: float) -> np.ndarray:
-    """The exits [N] at which pictures leave at a price, given what decides [N,...] at each exit k < K-1."""
+    """The exits [N] at which images leave at a price, given what decides [N,...] at each exit k < K-1."""
     at, asked = np.full(len(seen[0]), len(seen)), torch.full((len(seen[0]),), price)
     for exit in reversed(range(len(seen))):
         at[exits.gates.leaves(exit, seen[exit], asked, torch.from_numpy(costs)).numpy()] = exit
@@ -159,10 +158,10 @@ def choose(exits: Exits, seen: Sequence[Tensor], costs: np.ndarray, price: float
 
 
 def price_table(at: Callable[[float], np.ndarray], costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Prices [T], ascending, and how often pictures leave at each exit, [T,K], given the exits [N] at a price.
+    """Prices [T], ascending, and how often images leave at each exit, [T,K], given the exits [N] at a price.
 
     Their mean costs are evenly spaced from the dearest route to the cheapest. The first and the last price are beyond
-    all others: there every picture, also a new one, takes the dearest route or the cheapest.
+    all others: there every image, also a new one, takes the dearest route or the cheapest.
     """
     at = cache(at)  # searches begin at the same prices
 

@@ -1,12 +1,12 @@
 """What the choice of exits is worth: the same network at the same cost, once as its images choose and once not.
 
-own        each picture leaves where it decides to
-shuffled   each picture leaves where another one does: the mean over permutations
-common     all pictures leave at one exit, or at one of two neighbours by chance: the line between their scores
-oracle     each picture leaves where what it really loses (`AllExits.lost`), plus a price for cost, is least. It needs
+own        each image leaves where it decides to
+shuffled   each image leaves where another one does: the mean over permutations
+common     all images leave at one exit, or at one of two neighbours by chance: the line between their scores
+oracle     each image leaves where what it really loses (`AllExits.lost`), plus a price for cost, is least. It needs
            the labels, and says what a better choice could reach
 
-Legend: N pictures, K exits, C classes.
+Legend: N images, K exits, C classes.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from routeseg.model.request import exit_of
 from routeseg.space import Route
 
 SHUFFLES = 50
-LARGEST_PRICE = 1e6  # beyond it nothing is left to choose: a picture loses no more than there are pictures
+LARGEST_PRICE = 1e6  # beyond it nothing is left to choose: an image loses no more than there are images
 HALVINGS = 60
 
 
 @dataclass(frozen=True)
 class AllExits:
-    """What every exit makes of pictures, in pixels of each class, int64 [N,K,C].
+    """What every exit makes of images, in pixels of each class, int64 [N,K,C].
 
     both    of the class by the labels and by the exit: the intersection
     either  by the labels or by the exit: the union
@@ -56,13 +56,13 @@ class AllExits:
         return cls(np.concatenate(both), np.concatenate(either), np.concatenate(labels))
 
     def chosen(self, pictures: np.ndarray) -> AllExits:
-        """Those of some pictures, a mask or indices."""
+        """Those of some images, a mask or indices."""
         return AllExits(self.both[pictures], self.either[pictures], self.labels[pictures])
 
     def lost(self) -> np.ndarray:
-        """What each picture takes away from the mIoU at each exit, float64 [N,K]: the change in the set's mIoU if this
-        picture alone leaves there, and all others at the middle exit. It is scaled such that the mean over many
-        pictures that differ little is the difference of the set's mIoU at the middle exit to that at this one.
+        """What each image takes away from the mIoU at each exit, float64 [N,K]: the change in the set's mIoU if this
+        image alone leaves there, and all others at the middle exit. It is scaled such that the mean over many
+        images that differ little is the difference of the set's mIoU at the middle exit to that at this one.
         """
         middle = self.both.shape[1] // 2
         there = self.labels.any(axis=0)
@@ -98,7 +98,7 @@ class Worth:
 def look_at_exits(
     model: DynamicRoutingNetwork, pictures: Iterable[dict[str, Any]], on_picture: Callable[[], None] = lambda: None
 ) -> AllExits:
-    """Runs a network with exits over pictures (as `evaluation_loader` gives them), once as far as each exit."""
+    """Runs a network with exits over images (as `evaluation_loader` gives them), once as far as each exit."""
     device = next(model.parameters()).device
     seen = []
     was_training = model.training
@@ -121,13 +121,13 @@ def score_exits(result: Segmentation, labels: Tensor) -> AllExits:
 
 
 def exits_of(model: DynamicRoutingNetwork, gates: np.ndarray) -> np.ndarray:
-    """The exits [N] at which pictures left, from their gates [N,L+1,S,3]."""
+    """The exits [N] at which images left, from their gates [N,L+1,S,3]."""
     return np.array([exit_of(model.config, Route.from_gates(model.space, one)) for one in gates])
 
 
 def worth_of_choice(seen: AllExits, exits: np.ndarray, costs: np.ndarray, seed: int = 0) -> Worth:
     """What leaving at these exits [N] is worth; `costs` of the routes, ascending, are shares of the full network's:
-    [K], or [N,K] if pictures have several sizes."""
+    [K], or [N,K] if images have several sizes."""
     rng, count = np.random.default_rng(seed), len(exits)
     costs = np.broadcast_to(costs, (count, costs.shape[-1]))
     spent = float(costs[np.arange(count), exits].mean())
@@ -142,7 +142,7 @@ def worth_of_choice(seen: AllExits, exits: np.ndarray, costs: np.ndarray, seed: 
 
 
 def mean_iou(seen: AllExits, exits: np.ndarray) -> float:
-    """mIoU when each picture leaves at its exit [N]."""
+    """mIoU when each image leaves at its exit [N]."""
     both, either = (pixels[np.arange(len(exits)), exits].sum(0) for pixels in (seen.both, seen.either))
     there = seen.labels.any(axis=0)
     return float((both[there] / either[there]).mean())

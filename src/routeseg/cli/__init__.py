@@ -127,7 +127,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "routes": (routes_command, "how often each path is open over a data set, and whether routes follow scale"),
     "profile": (profile_command, "measure the milliseconds of each part on this machine: --size HxW"),
     "latency": (latency_command, "predict the milliseconds of a route from a table that profile wrote"),
-    "architectures": (architectures_command, "the known networks as routes: size, cost, and a picture"),
+    "architectures": (architectures_command, "the known networks as routes: size, cost, and a drawing"),
     "predict": (predict_command, "segment image files: labels, overlays and routes"),
     "app": (app_command, "see it choose: the explorer in the browser, [CHECKPOINT]"),
     "export": (export_command, "write a network as an ONNX file: of one route, or with its gates"),

@@ -49,7 +49,7 @@ def evaluate_command(words: Sequence[str]) -> int:
         "split SPLIT": "train, val or test [the configuration's val_split]",
         "budget BUDGET": "what an image may cost in the mean: 40%, 0.5GMACs, or 25ms with --latency TABLE",
         "json FILE": "write the result there, too",
-        "worst FILE.png": "draw the pictures with the lowest scores there",
+        "worst FILE.png": "draw the images with the lowest scores there",
         "scales [S,...]": "sizes of each image whose predictions are averaged [[1.0]]",
         "window HxW": "size of windows that slide over large images",
         "precision P": "float32, bfloat16, float16, or auto: what is faster here [float32]",
@@ -80,7 +80,7 @@ def evaluate_command(words: Sequence[str]) -> int:
         "--submission", type=str | None, default=None, help="write predictions in the official form into this folder"
     )
     parser.add_argument(
-        "--worst", type=str | None, default=None, help="draw the pictures with the lowest scores into this .png"
+        "--worst", type=str | None, default=None, help="draw the images with the lowest scores into this .png"
     )
     add_budget_arguments(parser)
     args, data = read_data(parser, of_run(words))
@@ -162,13 +162,13 @@ def _draw_worst(path: str, ranking: Ranking, result: Evaluation, palette: Any) -
     seen = result.confusion.sum(1)
     figures.contact_sheet(
         path,
-        f"The {len(ranking.worst)} worst of {len(ranking.pictures)} pictures",
+        f"The {len(ranking.worst)} worst of {len(ranking.pictures)} images",
         [figures.Section("Labels, and beside them the prediction with its mean IoU over their classes", tiles)],
         result.class_names,
         palette,
         seen / max(seen.sum(), 1),
     )
-    print(f"{path}: the worst pictures")
+    print(f"{path}: the worst images")
 
 
 def _report_submission(submission: Submission, skipped: int) -> int:
@@ -183,7 +183,7 @@ def _report_submission(submission: Submission, skipped: int) -> int:
         )
     if skipped:
         print(
-            f"routeseg: error: the submission is not complete, pictures that could not be read: {skipped}",
+            f"routeseg: error: the submission is not complete, images that could not be read: {skipped}",
             file=sys.stderr,
         )
     return USAGE_ERROR if skipped else 0

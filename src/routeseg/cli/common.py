@@ -53,7 +53,7 @@ class _Plain(logging.Formatter):
 
 @contextmanager
 def log_to_stderr() -> Iterator[None]:
-    """What the package logs, such as unreadable pictures that are skipped, goes to stderr: a line each.
+    """What the package logs, such as unreadable images that are skipped, goes to stderr: a line each.
 
     Loader processes inherit it. It is the stream of this moment, not one that a progress bar puts in its place.
     """

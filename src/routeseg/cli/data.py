@@ -28,8 +28,8 @@ def make_data_command(words: Sequence[str]) -> int:
     parser.add_argument("name", type=str, help="scenes")
     parser.add_argument("output", type=str, help="folder to write, new or empty")
     parser.add_argument("--layout", type=str, default="folder", help="folder, camvid, cityscapes, voc, sbd or ade20k")
-    parser.add_argument("--train", type=int, default=200, help="training pictures")
-    parser.add_argument("--val", type=int, default=50, help="validation pictures")
+    parser.add_argument("--train", type=int, default=200, help="training images")
+    parser.add_argument("--val", type=int, default=50, help="validation images")
     parser.add_argument("--size", type=tuple[int, int], default=(256, 512), help="[height, width]")
     parser.add_argument("--preset", type=str, default="varied", help="large, small, mixed, or varied: these in turn")
     parser.add_argument("--seed", type=int, default=0)
@@ -46,7 +46,7 @@ def make_data_command(words: Sequence[str]) -> int:
     with progress_bar("make-data", pictures_of(args.layout, config)) as step:
         write_layout(args.layout, Path(args.output), config, args.seed, step)
     name, options = ("voc", " --data.train_split train_aug") if args.layout == "sbd" else (args.layout, "")
-    print(f"{args.output}: {args.train} training and {args.val} validation pictures in the layout {args.layout}")
+    print(f"{args.output}: {args.train} training and {args.val} validation images in the layout {args.layout}")
     print(f"train on them with --data.name {name} --data.root {args.output}{options}")
     return 0
 
@@ -93,7 +93,7 @@ def convert_data_command(words: Sequence[str]) -> int:
     parser.add_argument("source", type=str, help="coco: the JSON of the annotations; voc: the folder of the export")
     parser.add_argument("output", type=str | None, nargs="?", default=None, help="coco: folder to write, new or empty")
     parser.add_argument("--images", type=str | None, default=None, help="where the images lie; voc: else JPEGImages")
-    parser.add_argument("--val", type=str | None, default=None, help="coco: the JSON of the validation pictures")
+    parser.add_argument("--val", type=str | None, default=None, help="coco: the JSON of the validation images")
     parser.add_argument("--val_images", type=str | None, default=None, help="coco: where those lie; else in --images")
     parser.add_argument(
         "--background", type=str, default="class", help="pixels of no object: class (the first one), or ignore"
@@ -114,7 +114,7 @@ def convert_data_command(words: Sequence[str]) -> int:
             raise ValueError("coco needs three things: give the JSON, the folder to write, and --images DIR")
         if args.val_images is not None and args.val is None:
             raise ValueError(
-                "--val_images only applies to --val, the JSON of the validation pictures: add that, or leave it out"
+                "--val_images only applies to --val, the JSON of the validation images: add that, or leave it out"
             )
         parts = {"train": Annotations(Path(args.source), Path(args.images))}
         if args.val is not None:
@@ -147,7 +147,7 @@ def check_data_command(words: Sequence[str]) -> int:
     args, data = read_data(parser, of_folder(words[0], words[1:]) if folder else words, lenient=True)
     if not folder and not any(word.startswith(("--config", "--data.")) for word in words):
         raise ValueError(
-            "nothing to check: give the folder of your pictures, as in `routeseg check-data my`, or a preset, as in "
+            "nothing to check: give the folder of your images, as in `routeseg check-data my`, or a preset, as in "
             "`routeseg check-data --config scenes/small`"
         )
     if leaves_crop(words):
@@ -172,7 +172,7 @@ def check_data_command(words: Sequence[str]) -> int:
     print_check(checks, findings, pair(data.crop))
     sheet = _draw_contact_sheet(Path(args.output), data, checks, examined.opened)
     if sheet is not None:
-        print(f"{sheet}: some pictures with their labels, look whether they fit")
+        print(f"{sheet}: some images with their labels, look whether they fit")
     if args.json is not None:
         found = {
             "verdict": verdict(findings),
@@ -191,7 +191,7 @@ def _write_classes(data: DataConfig) -> Path:
     from routeseg.data.sets.folder import describing_file, write_classes
 
     if data.name != "folder" or data.root is None:
-        raise ValueError("--write_classes is for a folder of your own pictures (data.name folder): leave it out")
+        raise ValueError("--write_classes is for a folder of your own images (data.name folder): leave it out")
     path = describing_file(expand_user(data.root))
     if path.is_file():
         raise ValueError(f"{path} is there already: edit it, or remove it to have it written anew")
@@ -204,7 +204,7 @@ def _write_classes(data: DataConfig) -> Path:
 def _draw_contact_sheet(
     output: Path, data: DataConfig, checks: Sequence[SplitCheck], opened: Mapping[str, SegmentationData]
 ) -> Path | None:
-    """Pictures of each split, in a file of a new name; None if no picture could be read."""
+    """Images of each split, in a file of a new name; None if no image could be read."""
     import numpy as np
 
     from routeseg.data.tools.check import pictures_to_show, read_to_show
@@ -215,13 +215,13 @@ def _draw_contact_sheet(
     for check in (check for check in checks if check.counted):
         shown = pictures_to_show(check, PICTURES_SHOWN["train" if check.training else "val"])
         tiles = [(check.pictures[k].name, *read_to_show(opened[check.split], k)) for k in shown]
-        sections.append(Section(f"{check.split}: {len(shown)} of {len(check.pictures)} pictures", tiles))
+        sections.append(Section(f"{check.split}: {len(shown)} of {len(check.pictures)} images", tiles))
     if not sections:
         return None
     counted = [check for check in checks if check.counted]
     classes, pixels = counted[0].classes, np.sum([check.pixels[:-1] for check in counted], axis=0)
     path = _new_file(output, "contact_sheet", ".png")
-    title = f"{' '.join(filter(None, (data.name, data.root)))}: pictures and their labels"
+    title = f"{' '.join(filter(None, (data.name, data.root)))}: images and their labels"
     palette = classes.palette or default_palette(classes.names)
     contact_sheet(path, title, sections, classes.names, palette, pixels / max(pixels.sum(), 1))
     return path

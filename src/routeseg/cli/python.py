@@ -22,7 +22,7 @@ class Trained:
 
     folder      of the run: best/ and last/ (networks, for `routeseg.load`), last.ckpt, logs, config.yaml
     model       the best network, in eval mode: `model("photo.jpg")` segments an image
-    evaluation  of the last network on the validation pictures; None if no step was left to do
+    evaluation  of the last network on the validation images; None if no step was left to do
     """
 
     folder: Path
@@ -49,11 +49,11 @@ def train(
         run = routeseg.train("my", minutes=20, output="runs/my")
         run.model("photo.jpg").overlay()
 
-    folder   of your pictures: what else is needed is chosen
+    folder   of your images: what else is needed is chosen
     config   a preset such as "camvid/small", or a YAML file; or several, one on top of the other
-    minutes  how long this machine may take; or `epochs`: how often each picture is seen; else recipe["iterations"]
+    minutes  how long this machine may take; or `epochs`: how often each image is seen; else recipe["iterations"]
     output   folder of the run
-    init     a checkpoint folder to start from; with a folder of pictures else the network that comes along
+    init     a checkpoint folder to start from; with a folder of images else the bundled network
     resume   go on with the run in `output`
     data, model, recipe, gate_budget   keys of these sections of the configuration (`routeseg train --help-all`), such
              as data={"name": "camvid", "root": "camvid", "batch_size": 4}

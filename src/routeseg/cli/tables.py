@@ -90,7 +90,7 @@ def print_survey(survey: RouteSurvey) -> None:
         share = f"{100 * found['cost_share']:.1f} % of the full network"
         summary.add_row(f"{key} image", f"{found['name']}, {found['cost_gmacs']:.3f} GMACs ({share})")
     console.print(summary)
-    units = "object size in % of the picture's side, cost in % of the full network"
+    units = "object size in % of the image's side, cost in % of the full network"
     table = Table(title=f"Routes by {survey.grouped_by}\n({units})", title_justify="left")
     table.add_column("group")
     for name in ("images", "size", "open edges", "cost", "min", "max"):
@@ -121,7 +121,7 @@ def _add_costs(table: Table, cost: dict[str, float]) -> None:
 def print_check(checks: Sequence[SplitCheck], findings: Sequence[Finding], crop: tuple[int, int]) -> None:
     """What `routeseg check-data` found: splits, classes, what is wrong, and the verdict."""
     console = Console()
-    table = Table(title="Pictures (width x height)", title_justify="left")
+    table = Table(title="Images (width x height)", title_justify="left")
     for column in ("", *(check.split for check in checks)):
         table.add_column(column, justify="right" if table.columns else "left")
     for title, cell in (
@@ -157,8 +157,8 @@ def _size(size: tuple[int, int] | None) -> str:
 
 
 def _class_shares(checks: Sequence[SplitCheck]) -> Table:
-    """Of each class, its share of the labelled pixels, and in how many pictures it occurs."""
-    table = Table(title="Classes: % of the labelled pixels, and pictures that show them", title_justify="left")
+    """Of each class, its share of the labelled pixels, and in how many images it occurs."""
+    table = Table(title="Classes: % of the labelled pixels, and images that show them", title_justify="left")
     table.add_column("class")
     for check in checks:
         table.add_column(f"{check.split}, %", justify="right")

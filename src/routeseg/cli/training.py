@@ -45,13 +45,13 @@ if TYPE_CHECKING:
 
 RUNS = "runs/train"  # unless --output names another folder
 FIRST = {  # what `train --help` shows
-    "FOLDER": "your pictures: images/{train,val}, masks/{train,val}; or a data set in its own layout",
+    "FOLDER": "your images: images/{train,val}, masks/{train,val}; or a data set in its own layout",
     "config PRESET": "or what to train: a preset such as camvid/small, or a YAML file; may be given again",
     "minutes M": "how long this machine may take",
-    "epochs N": "or how often each picture is seen",
+    "epochs N": "or how often each image is seen",
     "output RUN": f"folder of the run: networks, logs, configuration [{RUNS}]",
     "resume": "go on with the run in --output",
-    "init CHECKPOINT": "a trained network to start from [with FOLDER: the one that comes along]",
+    "init CHECKPOINT": "a trained network to start from [with FOLDER: the bundled one]",
     "data.root FOLDER": "where the data set of a preset lies",
     "data.crop HxW": "size of a training crop; smaller crops need less memory",
     "data.batch_size N": "crops in a step",
@@ -66,7 +66,7 @@ SMALLER_STEPS = (
 
 
 def train_command(words: Sequence[str]) -> int:
-    """`routeseg train FOLDER ...` is short for a preset, the layout of the folder, and the weights that come along."""
+    """`routeseg train FOLDER ...` is short for a preset, the layout of the folder, and the bundled weights."""
     result, output = train_by(words, config_parser("train"))
     if not result.is_global_zero:
         return 0
@@ -92,7 +92,7 @@ def train_by(words: Sequence[str], parser: Parser) -> tuple[RunResult[Evaluation
         "--minutes", type=float | None, default=None, help="time to train on this machine; else recipe.iterations"
     )
     parser.add_argument(
-        "--epochs", type=float | None, default=None, help="how often each picture is seen; else recipe.iterations"
+        "--epochs", type=float | None, default=None, help="how often each image is seen; else recipe.iterations"
     )
     chooses_crop = leaves_crop(words)
     if words and not words[0].startswith("-"):
@@ -102,7 +102,7 @@ def train_by(words: Sequence[str], parser: Parser) -> tuple[RunResult[Evaluation
         words = ["--config", str(known), *words]
     elif not any(word.startswith(("--config", "--data.", "--resume", "--help", "-h", "--print")) for word in words):
         raise ValueError(
-            "nothing to train on: give the folder of your pictures, as in `routeseg train my`, or a preset, as in "
+            "nothing to train on: give the folder of your images, as in `routeseg train my`, or a preset, as in "
             "`routeseg train --config scenes/small`"
         )
     args, data, recipe, budget = read_parts(parser, words)
@@ -178,7 +178,7 @@ def _output_of(words: Sequence[str]) -> Path:
 
 
 def _of_epochs(recipe: Recipe, data: DataConfig, epochs: float) -> Recipe:
-    """The recipe with so many iterations that each picture is seen that often; of one process."""
+    """The recipe with so many iterations that each image is seen that often; of one process."""
     from routeseg.data.config import open_data
     from routeseg.training.pace import logged_every
 

@@ -19,7 +19,7 @@ BOUNDARY_WIDTH = 0.02  # of the image's diagonal, the paper's default
 
 
 def boundary_counts(truth: np.ndarray, prediction: np.ndarray, num_classes: int, width: float) -> np.ndarray:
-    """Intersection and union of each class's boundary bands in one picture, pixels: int64 [2,K]; sum them over a set.
+    """Intersection and union of each class's boundary bands in one image, pixels: int64 [2,K]; sum them over a set.
 
     The band of a class is its pixels within distance d of its contour; the image's border is a contour too. d is
     `width` times the diagonal, at least 1 pixel; the distance is that of a square neighbourhood, as in the authors'

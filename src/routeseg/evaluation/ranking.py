@@ -1,4 +1,4 @@
-"""The pictures that a network segments worst, and best, to be looked at."""
+"""The images that a network segments worst, and best, to be looked at."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from routeseg.collectives import gather
 from routeseg.data.pairs import SegmentationData
 from routeseg.labels import IGNORE
 
-WORST = 10  # pictures that are kept
+WORST = 10  # images that are kept
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What a network made of a picture: score is the mean IoU of the classes that its labels have, prediction the class
+    """What a network made of an image: score is the mean IoU of the classes that its labels have, prediction the class
     of each pixel, uint8 [H,W]."""
 
     score: float
@@ -25,10 +25,10 @@ class Judged:
 
 
 class Ranking:
-    """Keeps the worst and the best of the pictures that it is told of: `ranking(name, prediction)`, as `evaluate` calls
+    """Keeps the worst and the best of the images that it is told of: `ranking(name, prediction)`, as `evaluate` calls
     it. Images and labels stay in their files until `read` asks for them.
 
-    worst, best  the worst first, and the best first; no picture is in both
+    worst, best  the worst first, and the best first; no image is in both
     """
 
     def __init__(self, pictures: SegmentationData, worst: int = WORST, best: int = 0) -> None:
@@ -43,22 +43,22 @@ class Ranking:
             self._keep([*self.worst, *self.best, Judged(picture_score(labels, prediction), name, prediction)])
 
     def gather(self) -> None:
-        """To be called in every process of a job, once each has seen its share: all rank the pictures of all."""
+        """To be called in every process of a job, once each has seen its share: all rank the images of all."""
         self._keep([one for share in gather([*self.worst, *self.best]) for one in share])
 
     def read(self, one: Judged) -> tuple[np.ndarray, np.ndarray]:
-        """Image uint8 [H,W,3] and labels uint8 [H,W] of a picture. Raises ValueError if the files are gone."""
+        """Image uint8 [H,W,3] and labels uint8 [H,W] of an image. Raises ValueError if the files are gone."""
         return self.pictures.read(self._places[one.name])
 
     def _keep(self, found: list[Judged]) -> None:
-        """Of few pictures the worst ones are the worst, whatever is left is the best."""
+        """Of few images the worst ones are the worst, whatever is left is the best."""
         order, (worst, best) = sorted(found, key=attrgetter("score", "name")), self.counts
         self.worst = order[:worst]
         self.best = order[len(self.worst) :][::-1][:best]
 
 
 def picture_score(labels: np.ndarray, prediction: np.ndarray) -> float:
-    """The mean IoU of one picture over the classes that its labels have; labels and prediction are [H,W]."""
+    """The mean IoU of one image over the classes that its labels have; labels and prediction are [H,W]."""
     known = labels != IGNORE
     labels, prediction = labels[known], prediction[known]
     scores = []

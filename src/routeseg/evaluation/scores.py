@@ -29,11 +29,11 @@ from routeseg.model import DynamicRoutingNetwork
 class Evaluation:
     """What came out over a data set.
 
-    confusion   int64 [K,K], rows the truth, columns the prediction, pixels; all 0 if no picture has labels
+    confusion   int64 [K,K], rows the truth, columns the prediction, pixels; all 0 if no image has labels
     cost_macs   float64 [images], real cost of each image; full_macs [images] the full network's at that image's size.
                 For several passes over an image (scales, flip, windows) the sum over all, each at its own size
     gates       float32 [images,L+1,S,3], the mean over the passes of an image
-    skipped     unreadable pictures that were passed over
+    skipped     unreadable images that were passed over
     passes      int64 [images], how often the network ran on each image
     boundary    int64 [2,K], intersection and union of the boundary bands (boundary.py), pixels; None: not asked for
     names       of the images, in the order of `gates`
@@ -141,7 +141,7 @@ def check_class_count(classes: int) -> None:
     if classes > IGNORE:
         raise ValueError(f"{classes} classes: labels hold at most {IGNORE}, for {IGNORE} means that a pixel has none")
     if classes < 2:
-        raise ValueError("one class only: name the rest of the picture as a class, too")
+        raise ValueError("one class only: name the rest of the image as a class, too")
 
 
 @torch.no_grad()
@@ -154,16 +154,16 @@ def evaluate(
     boundary_width: float = 0.0,
     on_prediction: Callable[[str, np.ndarray], None] | None = None,
 ) -> Evaluation:
-    """Runs the network over pictures (as `evaluation_loader` gives them) at their own size.
+    """Runs the network over images (as `evaluation_loader` gives them) at their own size.
 
     forward         what computes the segmentation: the model itself, an engine built from it, or several passes of one
-    on_picture      called after each picture (for a progress bar)
-    boundary_width  of boundary IoU, as a share of a picture's diagonal; 0 leaves it out
-    on_prediction   called with each picture's name and its predicted classes, uint8 [H,W]
+    on_picture      called after each image (for a progress bar)
+    boundary_width  of boundary IoU, as a share of an image's diagonal; 0 leaves it out
+    on_prediction   called with each image's name and its predicted classes, uint8 [H,W]
 
     In a distributed job every process gives its share (`evaluation_loader` with its rank). All return the result over
     all shares, the same as that of a single process.
-    Raises ValueError if there is no picture, a single class, a label outside the network's classes, or an output
+    Raises ValueError if there is no image, a single class, a label outside the network's classes, or an output
     that is not finite.
     """
     check_class_count(model.config.num_classes)
@@ -205,7 +205,7 @@ def evaluate(
     turns = zip_longest(*(share for share, _, _ in shares))  # the processes take turns: so the order is that of the set
     images = [image for turn in turns for image in turn if image is not None]
     if not images:
-        raise ValueError("the data set has no readable picture to evaluate on")
+        raise ValueError("the data set has no readable image to evaluate on")
     names, reals, fulls, counts, gates = zip(*images, strict=True)
     return Evaluation(
         class_names=tuple(model.config.class_names),
@@ -229,7 +229,7 @@ def count_pairs(truth: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
 
 
 def _costs(result: Averaged, table: Callable[[tuple[int, int]], CostTable]) -> tuple[float, float]:
-    """Real cost and full cost of all passes over a picture, each at its own size, MACs."""
+    """Real cost and full cost of all passes over an image, each at its own size, MACs."""
     real = sum(one.cost_macs(table(one.size)) for one in result.passes)
     return real, sum(table(one.size).full * len(one.gates) for one in result.passes)
 

@@ -22,7 +22,7 @@ from routeseg.files import check_writable, write_atomically
 class Official:
     """What a benchmark expects.
 
-    file     path of a picture's prediction below the submission's folder; {name} and {split} stand for its own
+    file     path of an image's prediction below the submission's folder; {name} and {split} stand for its own
     values   class -> the value that is stored for it
     palette  RGB colours of the stored values; None: a greyscale PNG
     """
@@ -61,11 +61,11 @@ class Submission:
         check_writable(self.path("x").parent, "--submission")
 
     def path(self, name: str) -> Path:
-        """Where the prediction of the picture of this name goes."""
+        """Where the prediction of the image of this name goes."""
         return self.folder / self.official.file.format(name=name, split=self.split)
 
     def write(self, name: str, labels: np.ndarray) -> None:
-        """Writes the predicted classes [H,W] of a picture."""
+        """Writes the predicted classes [H,W] of an image."""
         picture = Image.fromarray(self.table[labels])
         if self.official.palette is not None:
             picture.putpalette([part for colour in self.official.palette for part in colour])

@@ -1,9 +1,9 @@
-"""Several passes over one picture, averaged: multi-scale, flip, sliding window (test-time augmentation).
+"""Several passes over one image, averaged: multi-scale, flip, sliding window (test-time augmentation).
 
-Nothing of it is in the network: a forward is called on other views of the picture, and its class probabilities are
+Nothing of it is in the network: a forward is called on other views of the image, and its class probabilities are
 laid back over it.
 
-Legend: K classes, H, W size of the picture, h, w size of a view of it, L depth, S scales of the network.
+Legend: K classes, H, W size of the image, h, w size of a view of it, L depth, S scales of the network.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from routeseg.space import MIN_IMAGE_SIZE
 
 Forward = Callable[[Tensor], Segmentation]
 MAX_SCALE = 16
-View = tuple[int, int, bool]  # top and left of a window in the scaled picture, and whether it is mirrored
+View = tuple[int, int, bool]  # top and left of a window in the scaled image, and whether it is mirrored
 
 
 class Passes(NamedTuple):
@@ -43,9 +43,9 @@ class Passes(NamedTuple):
 
 @dataclass(frozen=True)
 class Averaged:
-    """What all passes over one picture say together.
+    """What all passes over one image say together.
 
-    scores  [1,K,H,W]: the logits of a single pass over the whole picture as it is; otherwise class probabilities,
+    scores  [1,K,H,W]: the logits of a single pass over the whole image as it is; otherwise class probabilities,
             float32, the mean over windows, flips and scales
     passes  what the network saw and did, for each scale
     """
@@ -71,13 +71,13 @@ class Averaged:
 
 @dataclass(frozen=True)
 class MultiPass:
-    """A forward over several views of a picture: `MultiPass(engine, scales=[0.75, 1, 1.25], flip=True)(image)`.
+    """A forward over several views of an image: `MultiPass(engine, scales=[0.75, 1, 1.25], flip=True)(image)`.
 
     forward  the network in eval mode, or an engine built from it
-    scales   factors by which the picture is resized, bilinearly; the probabilities are resized back
+    scales   factors by which the image is resized, bilinearly; the probabilities are resized back
     flip     each view mirrored too
-    window   (height, width) of the windows that slide over the scaled picture, for pictures too large for the memory.
-             They cover it all; the last ones are moved back to its edge. A side of the picture that is shorter is
+    window   (height, width) of the windows that slide over the scaled image, for images too large for the memory.
+             They cover it all; the last ones are moved back to its edge. A side of the image that is shorter is
              taken whole. None: no windows
     overlap  least overlap of neighbouring windows, as a share of the window
     batch    how many views of one scale run at once
@@ -110,12 +110,12 @@ class MultiPass:
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> Averaged:
-        """Segments one picture [1,3,H,W], RGB, uint8 or float in 0..1.
+        """Segments one image [1,3,H,W], RGB, uint8 or float in 0..1.
 
-        Raises ValueError for several pictures, and if a scale makes it smaller than the network takes.
+        Raises ValueError for several images, and if a scale makes it smaller than the network takes.
         """
         if image.ndim != 4 or len(image) != 1:
-            raise ValueError(f"the picture has shape {list(image.shape)}: give one picture [1,3,H,W]")
+            raise ValueError(f"the image has shape {list(image.shape)}: give one image [1,3,H,W]")
         height, width = image.shape[-2:]
         if self._is_plain(height, width):
             result = self.forward(image)
@@ -133,12 +133,12 @@ class MultiPass:
         return Averaged(mean.div_(len(self.scales)), tuple(passes))
 
     def _is_plain(self, height: int, width: int) -> bool:
-        """Whether the one view is the picture itself."""
+        """Whether the one view is the image itself."""
         whole = self.window is None or (height <= self.window[0] and width <= self.window[1])
         return whole and not self.flip and list(self.scales) == [1.0]
 
     def _at_one_scale(self, image: Tensor) -> tuple[Tensor, Passes]:
-        """A scaled picture [1,3,h',w'] -> mean probabilities [1,K,h',w'], and all views of it."""
+        """A scaled image [1,3,h',w'] -> mean probabilities [1,K,h',w'], and all views of it."""
         height, width = image.shape[-2:]
         window = self.window or (height, width)
         h, w = min(window[0], height), min(window[1], width)
@@ -169,12 +169,12 @@ class MultiPass:
 
 
 def _resize(image: Tensor, size: tuple[int, int], factor: float) -> Tensor:
-    """The picture [1,3,H,W] at this size, float in 0..1; at its own size, as it is."""
+    """The image [1,3,H,W] at this size, float in 0..1; at its own size, as it is."""
     if size == tuple(image.shape[-2:]):
         return image
     if min(size) < MIN_IMAGE_SIZE:
         raise ValueError(
-            f"scale {factor:g} makes a picture of {_size(image.shape[-2:])} {_size(size)}: the network takes "
+            f"scale {factor:g} makes an image of {_size(image.shape[-2:])} {_size(size)}: the network takes "
             f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE} or more, leave the scale out"
         )
     values = image if image.is_floating_point() else image.float() / 255

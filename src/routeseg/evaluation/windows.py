@@ -1,4 +1,4 @@
-"""Where windows lie that slide over a picture."""
+"""Where windows lie that slide over an image."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ def in_plain_words(what: str, grouped_by: str, tests: Mapping[str, PermutationTe
         return f"{what} do not visibly follow the {grouped_by}: {means} ({p})."
     more = f"{100 * test.difference / test.within:.1f} % more" if test.within > 0 else "none within a group"
     if shifted is not None and shifted.p_value >= SIGNIFICANT:
-        doubt = "but that may come from the likeness of neighbouring pictures alone"
+        doubt = "but that may come from the likeness of neighbouring images alone"
         return f"{what} differ between groups by {grouped_by}, {doubt}: {means}, {more} ({p})."
     return f"{what} follow the {grouped_by}: {means}, {more} ({p})."
 
@@ -215,7 +215,7 @@ def in_plain_words(what: str, grouped_by: str, tests: Mapping[str, PermutationTe
 
 
 def object_size(labels: np.ndarray) -> float:
-    """Mean size of what is in a label map [H,W], as a share of the picture's: in (0, 1], nan if all is ignored.
+    """Mean size of what is in a label map [H,W], as a share of the image's: in (0, 1], nan if all is ignored.
 
     An object is an 8-connected component of one class (IGNORE has none), its size the side of a square of its area,
     s = sqrt(pixels). The mean weights every object by its own size, sum(s * s) / sum(s), and is divided by
@@ -247,7 +247,7 @@ def size_groups(sizes: Sequence[float] | np.ndarray) -> np.ndarray:
 def size_group_name(number: int, count: int = SIZE_GROUPS) -> str:
     """What a group of `size_groups` is called in tables and figures, of `count` (1 to SIZE_GROUPS) groups."""
     if count == 1:
-        return "all pictures"
+        return "all images"
     part = {2: "half", 3: "third", 4: "quartile"}[count]
     ends = {0: ", smallest objects", count - 1: ", largest objects"}
     return f"{part} {number + 1}{ends.get(number, '')}"

@@ -1,4 +1,4 @@
-"""Which routes a network takes over a data set, and whether they follow the scale of what is in the pictures: so the
+"""Which routes a network takes over a data set, and whether they follow the scale of what is in the images: so the
 paper claims (Sec. 1, Fig. 1). `routeseg routes`.
 
 OUTPUT/routes.json, and as .png and .svg: frequency, strength, cost_histogram, extremes, groups
@@ -41,25 +41,25 @@ from routeseg.survey.route_statistics import (
     size_groups,
 )
 
-MIN_SHIFTED = 40  # pictures; with fewer, shifts are too few for a small p
-EXTREMES = 3  # cheapest and dearest pictures that are drawn
+MIN_SHIFTED = 40  # images; with fewer, shifts are too few for a small p
+EXTREMES = 3  # cheapest and dearest images that are drawn
 DISTANCES = {"activation": False, "open": True}  # names of the two distances of route_distances, and its `binary`
 WORDS = {"activation": "Activations", "open": "Sets of open edges"}
 FIGURES, FIGURE_KINDS = ("frequency", "strength", "cost_histogram", "extremes", "groups"), (".png", ".svg")
 
 
 def pictures_to_see(data: DataConfig, count: int) -> int:
-    """How many pictures `survey_routes` runs the network over, if the data set itself has `count`."""
+    """How many images `survey_routes` runs the network over, if the data set itself has `count`."""
     return count * (len(PRESETS) + (data.preset not in PRESETS)) if data.name == "scenes" else count
 
 
 @dataclass(frozen=True)
 class Observation:
-    """The routes of a network over a data set. [B] stands for its readable pictures, in the order of the set.
+    """The routes of a network over a data set. [B] stands for its readable images, in the order of the set.
 
-    pictures      the data set, and `indices` int64 [B], the place of each picture in it
+    pictures      the data set, and `indices` int64 [B], the place of each image in it
     evaluation    gates, costs and scores (see Evaluation)
-    names         what the set calls the pictures
+    names         what the set calls the images
     sizes         (H, W) of each
     object_sizes  float64 [B], see `object_size`
     """
@@ -78,7 +78,7 @@ class Observation:
 
     @property
     def cost_share(self) -> np.ndarray:
-        """Real cost as a share of the full network's at the picture's size, float64 [B]."""
+        """Real cost as a share of the full network's at the image's size, float64 [B]."""
         return self.evaluation.cost_macs / self.evaluation.full_macs
 
 
@@ -89,9 +89,9 @@ def observe(
     workers: int = 0,
     on_picture: Callable[[], None] | None = None,
 ) -> Observation:
-    """Runs the network over a data set, one picture at a time at its own size, by `forward` (an engine).
+    """Runs the network over a data set, one image at a time at its own size, by `forward` (an engine).
 
-    Raises ValueError if no picture can be read, or a label is outside the network's classes.
+    Raises ValueError if no image can be read, or a label is outside the network's classes.
     """
     notes: list[tuple[int, str, tuple[int, int], float]] = []
 
@@ -103,7 +103,7 @@ def observe(
             yield picture
         if not notes:
             raise ValueError(
-                f"none of the {len(pictures)} pictures of the data set can be read: check its files, or choose "
+                f"none of the {len(pictures)} images of the data set can be read: check its files, or choose "
                 "another --split or --data.root"
             )
 
@@ -114,7 +114,7 @@ def observe(
 
 @dataclass(frozen=True)
 class Group:
-    """Pictures of one scale: gates [B,L+1,S,3], real cost as a share of the full network [B], object sizes [B]."""
+    """Images of one scale: gates [B,L+1,S,3], real cost as a share of the full network [B], object sizes [B]."""
 
     name: str
     gates: np.ndarray
@@ -129,11 +129,11 @@ class Group:
 class RouteSurvey:
     """Everything `routeseg routes` says.
 
-    observation   the pictures of the data set
+    observation   the images of the data set
     grouped_by    "preset" or "object size"
-    groups        pictures by scale: of each preset of scenes, or quartiles of the mean object size of the data set
+    groups        images by scale: of each preset of scenes, or quartiles of the mean object size of the data set
     tests         by distance ("activation", "open") and kind ("permuted", "shifted"): do routes differ between groups?
-                  Empty if there are too few pictures. Shifted only if pictures may come in an order (not for scenes),
+                  Empty if there are too few images. Shifted only if images may come in an order (not for scenes),
                   and are enough.
     """
 
@@ -193,7 +193,7 @@ class RouteSurvey:
     def in_words(self) -> list[str]:
         """What the tests say, a sentence or two for each distance."""
         if not self.tests:
-            return [f"Too few pictures to ask whether routes follow the {self.grouped_by}: give at least four."]
+            return [f"Too few images to ask whether routes follow the {self.grouped_by}: give at least four."]
         return [in_plain_words(WORDS[distance], self.grouped_by, tests) for distance, tests in self.tests.items()]
 
 
@@ -212,13 +212,13 @@ def survey_routes(
     on_picture: Callable[[], None] | None = None,
     name: str = "the network",
 ) -> RouteSurvey:
-    """Observes the routes over a data set, groups the pictures by scale and tests whether routes follow it.
+    """Observes the routes over a data set, groups the images by scale and tests whether routes follow it.
 
-    For `scenes` as many pictures again are drawn of each other preset. Other data are cut into quartiles of the mean
+    For `scenes` as many images again are drawn of each other preset. Other data are cut into quartiles of the mean
     object size of their labels (`object_size`, `size_groups`).
 
-    forward     an engine of the model; on_picture is called after each picture
-    images      only so many pictures, evenly spread over the set; None is all
+    forward     an engine of the model; on_picture is called after each image
+    images      only so many images, evenly spread over the set; None is all
     name        the network's, for error messages
 
     Raises ValueError if the network has no gates, or there is nothing to look at.
@@ -265,7 +265,7 @@ def _tests(
     seed: int,
     in_order: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> dict[str, dict[str, PermutationTest]]:
-    """Both tests by both distances. `in_order`: group number and gates of the pictures in the order of the set."""
+    """Both tests by both distances. `in_order`: group number and gates of the images in the order of the set."""
     if len(groups) < 2 or max(map(len, groups)) < MIN_GROUP:
         return {}
     tests: dict[str, dict[str, PermutationTest]] = {}
@@ -282,7 +282,7 @@ def _tests(
 
 
 def draw_survey(survey: RouteSurvey, model: DynamicRoutingNetwork, forward: Forward, folder: Path) -> list[Path]:
-    """The figures of a survey, each as .png and .svg; returns their paths. `forward` segments the drawn pictures."""
+    """The figures of a survey, each as .png and .svg; returns their paths. `forward` segments the drawn images."""
     seen, space = survey.observation, survey.observation.space
     edges = edge_statistics(space, seen.gates)
     count = len(seen.names)
@@ -291,7 +291,7 @@ def draw_survey(survey: RouteSurvey, model: DynamicRoutingNetwork, forward: Forw
     shown = max(1, min(EXTREMES, count // 2))
     rows = {"cheapest": order[:shown], "dearest": order[::-1][:shown]} if count > 1 else {"only": order}
     extremes = {
-        f"The {name} pictures" if len(places) > 1 else f"The {name} picture": [
+        f"The {name} images" if len(places) > 1 else f"The {name} image": [
             _panel(seen, model, forward, int(place)) for place in places
         ]
         for name, places in rows.items()
@@ -316,14 +316,14 @@ def draw_survey(survey: RouteSurvey, model: DynamicRoutingNetwork, forward: Forw
 def _group_line(group: Group) -> str:
     sizes = group.object_sizes[np.isfinite(group.object_sizes)]
     size = f"object size {100 * sizes.mean():.1f} %, " if sizes.size else ""
-    pictures = f"{len(group)} picture{'s' * (len(group) != 1)}"
+    pictures = f"{len(group)} image{'s' * (len(group) != 1)}"
     return f"{pictures}\n{size}cost {100 * group.cost_share.mean():.1f} % of full"
 
 
 def _panel(
     seen: Observation, model: DynamicRoutingNetwork, forward: Forward, place: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
-    """Image [H,W,3], segmentation [H,W,3], gates [L+1,S,3] and title of a picture."""
+    """Image [H,W,3], segmentation [H,W,3], gates [L+1,S,3] and title of an image."""
     image, _ = seen.pictures.read(int(seen.indices[place]))
     pixels = image_tensor(image)[None].to(next(model.parameters()).device)
     labels = label_map(forward(pixels).labels[0].cpu().numpy(), model.config.num_classes)

@@ -3,7 +3,7 @@
 A loss in which rare classes count more says them too often; and also without, the most likely class of each pixel is
 not the choice that makes the mIoU large (Nowozin 2014, "Optimal Decisions from Probabilistic Models: the
 Intersection-over-Union Case"). So an offset is added to the logit of each class, with which the mIoU of training
-pictures is highest. It becomes part of the predictor's bias: it costs nothing, and every engine and export has it.
+images is highest. It becomes part of the predictor's bias: it costs nothing, and every engine and export has it.
 
 Legend: K classes, N pixels.
 """
@@ -26,7 +26,7 @@ from routeseg.labels import IGNORE
 from routeseg.model.decoder import Decoder
 from routeseg.model.grid import RoutedNetwork
 
-PIXELS = 2600  # that are looked at, of a picture
+PIXELS = 2600  # that are looked at, of an image
 STEPS = (-0.8, -0.4, -0.2, 0.2, 0.4, 0.8)  # by which an offset changes
 ROUNDS, LARGEST = 3, 3.0  # over all classes; of an offset
 LEAST_GAIN = 1e-4  # in mIoU, for which an offset changes
@@ -42,10 +42,10 @@ def biases_of(model: RoutedNetwork) -> list[Tensor]:
 def fit_offsets(
     model: RoutedNetwork, batches: Iterable[dict[str, Any]], on_batch: Callable[[], None] = lambda: None
 ) -> list[Tensor]:
-    """The offsets [K] of each of `biases_of`, fitted to pictures: batches of image [1,3,H,W] and labels [1,H,W].
+    """The offsets [K] of each of `biases_of`, fitted to images: batches of image [1,3,H,W] and labels [1,H,W].
 
     The network stays as it is. In a job of several processes each brings its share, and all get the same. Without a
-    picture that has labels there are none.
+    image that has labels there are none.
     """
     device, was_training = next(model.parameters()).device, model.training
     model.eval()

@@ -26,7 +26,7 @@ from routeseg.training.trial import Choice, choose_precision, step_seconds
 
 CURVE = 20  # rows that the log of a training has at least
 LOADS = 3  # of the pictures of a step, that are timed
-VALIDATION_SHARE = 0.2  # of the time: one that takes longer looks at fewer pictures
+VALIDATION_SHARE = 0.2  # of the time: one that takes longer looks at fewer images
 FORWARD = 0.4  # of a step: about what its forward takes
 
 
@@ -36,7 +36,7 @@ class Pace:
 
     choice        its precision, and why it is that one
     step_s        seconds of a step of the optimiser
-    first_load_s  seconds to load a step's pictures that were not loaded before
+    first_load_s  seconds to load a step's images that were not loaded before
     load_s        seconds to load those that were
     epoch         steps until each picture was loaded once
     validation_s  seconds of a validation with all that belongs to it (`ValidateAndSave`), from one picture of it
@@ -93,7 +93,7 @@ def logged_every(recipe: Recipe, iterations: int) -> int:
 
 
 def _pictures_of_validation(model: DynamicRoutingNetwork, module: SegmentationDataModule, recipe: Recipe) -> int:
-    """How many pictures a validation looks at: to score, to calibrate exits, to fit offsets of classes."""
+    """How many images a validation looks at: to score, to calibrate exits, to fit offsets of classes."""
     looks = len(module.val_data)
     if model.exits is not None:
         looks += sum(len(module.calibration_dataloader(part)) for part in ("train", "val"))
@@ -102,7 +102,7 @@ def _pictures_of_validation(model: DynamicRoutingNetwork, module: SegmentationDa
 
 @torch.no_grad()
 def _picture_seconds(task: SegmentationTask, module: SegmentationDataModule) -> float:
-    """The seconds in which a validation picture is loaded, and runs through all layers. One comes first, to warm up."""
+    """The seconds in which a validation image is loaded, and runs through all layers. One comes first, to warm up."""
     model = copy.deepcopy(task.model).eval()
     forward = model if model.exits is None else model.all_exits
     seconds = 0.0

@@ -89,7 +89,7 @@ class Recipe(TrainingRecipe):
     places_from     from this share of the iterations on, places of a network that has them leave while it learns, and
                     BatchNorm keeps its statistics (training/segmentation.py); 1: never
     class_offsets   the networks that are validated and saved have an offset for the logit of each class, with which the
-                    mIoU of training pictures is highest (offsets.py): what `class_balance` says too often is said less
+                    mIoU of training images is highest (offsets.py): what `class_balance` says too often is said less
     """
 
     pretrained: bool = True

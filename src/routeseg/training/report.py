@@ -1,4 +1,4 @@
-"""The report of a run, one HTML page: how it went, the score of each class, the worst and the best pictures, cost."""
+"""The report of a run, one HTML page: how it went, the score of each class, the worst and the best images, cost."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class FinishedRun:
     """A run that is over.
 
     network     the one of its last step, as in FOLDER/last
-    evaluation  of that network, by the last validation of the run; ranking: its worst and best pictures, if there are
+    evaluation  of that network, by the last validation of the run; ranking: its worst and best images, if there are
     minutes     since the run was started, or since it was resumed
     """
 
@@ -98,7 +98,7 @@ def write_report(
     ]
     if found.has_labels:
         cards = [
-            (f"{100 * found.miou:.1f} %", "mIoU on validation pictures"),
+            (f"{100 * found.miou:.1f} %", "mIoU on validation images"),
             (f"{100 * found.majority_miou:.1f} %", "mIoU of the most frequent class everywhere"),
             *cards,
         ]
@@ -109,7 +109,7 @@ def write_report(
     if found.has_labels:
         _add_classes(report, run, folder)
     if run.ranking is not None:
-        for title, chosen in (("The worst pictures", run.ranking.worst), ("The best pictures", run.ranking.best)):
+        for title, chosen in (("The worst images", run.ranking.worst), ("The best images", run.ranking.best)):
             _add_pictures(report, run, run.ranking, title, chosen, folder)
     _add_cost(report, found, folder)
     _add_how(report, run, facts)
@@ -133,7 +133,7 @@ def _add_classes(report: Report, run: FinishedRun, folder: Path) -> None:
     found, names = run.evaluation, run.network.config.class_names
     bars, confusion = folder / "class_iou.png", folder / "confusion.png"
     figures.class_iou_bars(bars, names, found.iou, run.network.config.palette)
-    report.figure(bars, "IoU per class on the validation pictures")
+    report.figure(bars, "IoU per class on the validation images")
     figures.confusion_matrix(confusion, names, found.confusion)
     report.figure(confusion, "What the pixels of each class are taken for; a row adds up to 100 %")
     rows = confusions(found)
@@ -156,7 +156,7 @@ def confusions(found: Evaluation) -> list[tuple[int, int, float]]:
 def _add_pictures(
     report: Report, run: FinishedRun, ranking: Ranking, title: str, chosen: Sequence[Judged], folder: Path
 ) -> None:
-    """Pictures with their labels, what the network made of them, its route, and what that cost."""
+    """Images with their labels, what the network made of them, its route, and what that cost."""
     if not chosen:
         return
     config, found = run.network.config, run.evaluation
@@ -181,14 +181,14 @@ def _add_pictures(
         colours[0] = WHITE
     entries = [(config.class_names[k], colours[k]) for k in sorted(seen - {IGNORE})]
     report.legend([*entries, *([("ignored", (0, 0, 0))] if IGNORE in seen else [])])
-    report.figure(path, "Image, label, prediction and route. The mIoU of a picture is over the classes of its label")
+    report.figure(path, "Image, label, prediction and route. The mIoU of an image is over the classes of its label")
 
 
 def _add_cost(report: Report, found: Evaluation, folder: Path) -> None:
     report.heading("Cost")
     path = folder / "cost.png"
     figures.cost_histogram(path, found.cost_macs / 1e9, found.full_macs / 1e9)
-    report.figure(path, "Real cost of the validation pictures")
+    report.figure(path, "Real cost of the validation images")
 
 
 def _add_how(report: Report, run: FinishedRun, facts: dict[str, Any]) -> None:
@@ -201,9 +201,9 @@ def _add_how(report: Report, run: FinishedRun, facts: dict[str, Any]) -> None:
     images = run.data.batch_size * recipe.accumulate
     rows = [
         ["network", f"depth {config.depth}, {size}{backbone}"],
-        ["training", f"{recipe.iterations} iterations of {images} pictures, {run.precision}"],
+        ["training", f"{recipe.iterations} iterations of {images} images, {run.precision}"],
         ["real cost", f"{cost['mean']:.3f} GMACs ({spread})"],
-        ["validation", f"{facts['images']} pictures, the network of the last step"],
+        ["validation", f"{facts['images']} images, the network of the last step"],
         ["machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU'}"],
         ["date, versions", f"{facts['date']}, " + ", ".join(f"{name} {v}" for name, v in versions.items())],
     ]

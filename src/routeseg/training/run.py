@@ -98,7 +98,7 @@ class RunResult(Generic[Found]):
     seconds         since the run began, without the time between its parts
     precision       32-true or bf16-mixed, as the steps ran
     is_global_zero  whether this process is the one that writes files and prints
-    ranking         the worst and best pictures of the last validation; None if it had no pictures to look at
+    ranking         the worst and best images of the last validation; None if it had no images to look at
     """
 
     found: Found | None

@@ -67,7 +67,7 @@ class SegmentationTask(RecipeTask[Evaluation]):
     labels_key = "labels"
     recipe: Recipe
     of_label: Tensor | None  # the weight of each label value
-    watch: Watch | None = None  # looks at the pictures of the validations
+    watch: Watch | None = None  # looks at the images of the validations
 
     def __init__(
         self,
@@ -188,18 +188,18 @@ def meaning_of(data: SegmentationData) -> dict[str, int] | None:
 
 
 def _say_few(training: int, validation: int) -> None:
-    """Says once if there are too few pictures for a calibration that can be relied upon."""
+    """Says once if there are too few images for a calibration that can be relied upon."""
     if training < LEAST_PICTURES:
         log.warning(
-            "%d training pictures are too few to tell well which image may leave early, and what a budget costs: they "
+            "%d training images are too few to tell well which image may leave early, and what a budget costs: they "
             "serve for both. `routeseg calibrate` does better with %d or more",
             training,
             LEAST_PICTURES,
         )
     elif validation < LEAST_PICTURES:
         log.warning(
-            "%d validation pictures are too few to set budgets with: the training pictures serve, of which the "
-            "network is surer, so that new ones cost more than is asked",
+            "%d validation images are too few to set budgets with: the training images serve, on which the network is "
+            "overconfident, so that new ones cost more than is asked",
             validation,
         )
 
@@ -239,7 +239,7 @@ def train(
     if run.clock is not None and run.clock.looks < 1:
         count = len(module.val_data)
         module.look_at(run.clock.looks)
-        log.warning("a validation looks at %d of %d pictures, so that it ends in time", len(module.val_data), count)
+        log.warning("a validation looks at %d of %d images, so that it ends in time", len(module.val_data), count)
     weights = class_weights(module.train_data, recipe.class_balance) if recipe.class_balance else None
     task = SegmentationTask(model, recipe, budget, pair(data.crop), run.batch_norm, weights)
     progress = options.output / PROGRESS_FILE if options.progress else None

@@ -1,4 +1,4 @@
-"""What one sees of a training: OUTPUT/progress.png while it runs, and the worst and the best pictures at its end.
+"""What one sees of a training: OUTPUT/progress.png while it runs, and the worst and the best images at its end.
 
 None of it may end a training: whatever goes wrong is one warning.
 """
@@ -24,15 +24,15 @@ from routeseg.evaluation.ranking import Ranking
 
 PROGRESS_FILE = "progress.png"  # of a run
 WATCH_STATE = "watch"  # where a checkpoint keeps what Watch knows
-RANKED = 3  # worst pictures that the report shows, and best ones
-SHOWN = 4  # pictures of progress.png
+RANKED = 3  # worst images that the report shows, and best ones
+SHOWN = 4  # images of progress.png
 ROWS = 8  # validations that it shows at most
 
 
 @dataclass(frozen=True)
 class Row:
     """A validation in progress.png: its number (0 is the first of the run), its step and mIoU, and the predicted
-    classes of the pictures that are shown, by their names, uint8 [h,w]."""
+    classes of the images that are shown, by their names, uint8 [h,w]."""
 
     number: int
     step: int
@@ -50,13 +50,13 @@ def thinned(rows: list[Row]) -> list[Row]:
 
 
 class Watch:
-    """Looks at the pictures of a run's validations, in each of its processes.
+    """Looks at the images of a run's validations, in each of its processes.
 
     pictures    the validation data
     last_step   the step whose validation is the last one
     config      of the network: names and colours of the classes
     progress    the file of progress.png; None: it is not drawn
-    ranking     the worst and the best pictures of the last validation; None before it, and if they could not be read
+    ranking     the worst and the best images of the last validation; None before it, and if they could not be read
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Watch:
         self._predictions: dict[str, np.ndarray] = {}
 
     def begin(self, step: int) -> Callable[[str, np.ndarray], None]:
-        """Before the validation of a step: what is to be told of each picture, its name and its predicted classes."""
+        """Before the validation of a step: what is to be told of each image, its name and its predicted classes."""
         self._error, self._predictions = None, {}
         if step == self.last_step:
             few = min(RANKED, (len(self.pictures) + 1) // 2)
@@ -93,14 +93,14 @@ class Watch:
             self.ranking.gather()
         if self._error is not None:
             self.ranking = None
-            warn_of("worst and best pictures", self._error)
+            warn_of("worst and best images", self._error)
         if self.progress is None:
             return
         predictions = {name: one for share in gather(self._predictions) for name, one in share.items()}
         number = self.rows[-1].number + 1 if self.rows else 0
         self.rows = thinned([*self.rows, Row(number, step, found.miou, predictions)])
         if rank_and_world()[0] == 0:
-            with only_warned_of("picture of the progress"):
+            with only_warned_of("figure of the progress"):
                 self._draw(self.progress)
 
     def _draw(self, path: Path) -> None:
@@ -117,7 +117,7 @@ class Watch:
 
     @cached_property
     def _shown(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Image and labels of the pictures that are shown, small, by their names; those that can be read."""
+        """Image and labels of the images that are shown, small, by their names; those that can be read."""
         shown = {}
         for name, place in self._places.items():
             try:
