@@ -41,7 +41,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import routeseg
-from conftest import GOLDEN, spread_gates
+from conftest import GOLDEN, spread_gates, with_exits
 from routeseg.cli import main
 from routeseg.data.config import DataConfig
 from routeseg.data.tools.layouts import write_layout
@@ -179,7 +179,7 @@ OF_PAGES: dict[str, dict[str, Callable[[Path], object]]] = {  # in this order
     "evaluation": {"runs/a/best": network(19), "runs/v/best": network(21)},
     "export": {
         "runs/a/best": network(11),
-        "runs/any/best": network(11, **EXITS),
+        "runs/any/best": lambda path: with_exits(SIZE, exits=[1, 3, 4]).save(path),
         "runs/static/best": network(11, **U_NET),
         "route.json": route_file,
     },

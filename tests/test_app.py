@@ -230,7 +230,6 @@ class TestRefusals:
             ({"precision": "int3"}, "choose one of"),
             ({"against": "best"}, "no route"),
             ({"picture": []}, "no text"),
-            ({"engine": {}}, "no text"),
             ({"precision": 1e400}, "no text"),
             ({"budget": {"value": 10**400, "unit": "share"}}, "a number"),
             ({"budget": {"value": 1e400, "unit": "ms"}}, "above 0"),

@@ -152,9 +152,9 @@ def test_views_in_batches_give_what_they_give_alone(tiny_network):
         together = MultiPass(watched, **options, batch=batch)(image)
         torch.testing.assert_close(together.scores, alone.scores, atol=1e-6, rtol=0)
         assert together.count == alone.count == len(watched.seen)
-        for (size, gates), (expected_size, expected) in zip(together.passes, alone.passes, strict=True):
-            assert size == expected_size
-            torch.testing.assert_close(gates, expected, atol=1e-6, rtol=0)
+        for one, expected in zip(together.passes, alone.passes, strict=True):
+            assert one.size == expected.size
+            torch.testing.assert_close(one.gates, expected.gates, atol=1e-6, rtol=0)
 
 
 def test_the_cost_of_several_passes_is_their_sum(tiny_network):
@@ -179,7 +179,7 @@ def test_the_cost_of_several_passes_is_their_sum(tiny_network):
     scaled = evaluate(tiny_network, [example], MultiPass(tiny_network, [0.5, 1.0]))
     assert scaled.full_macs[0] == sum(model_cost(tiny_network, size).full for size in ((35, 45), (70, 90)))
     rounded = MultiPass(tiny_network, [0.55, 1.0])(image).passes  # 38.5 x 49.5
-    assert [size for size, _ in rounded] == [(38, 50), (70, 90)]
+    assert [one.size for one in rounded] == [(38, 50), (70, 90)]
     plain = evaluate(tiny_network, [example])
     assert plain.cost_macs[0] == model_cost(tiny_network, (70, 90)).of_gates(tiny_network(image).gates)[0]
 

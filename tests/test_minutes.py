@@ -226,7 +226,7 @@ def test_the_command(layouts, tmp_path, capsys, time, slow, monkeypatch):
     assert "iterations fit into 1 minutes here" in out and 40 < time[0] - start <= 60
     recipe = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["recipe"]
     assert recipe["iterations"] == len(rates) > 25 and f"step {len(rates)}: mIoU" in out
-    assert f"{len(rates)} iterations of 2 pictures" in (tmp_path / "run" / "report.html").read_text()
+    assert f"{len(rates)} iterations of 2 images" in (tmp_path / "run" / "report.html").read_text()
     code, out, err = run(["train", "--resume", f"--output={tmp_path}/run"], capsys)
     assert code == 0 and len(rates) == recipe["iterations"], err
     more = len(rates) + 3

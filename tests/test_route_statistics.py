@@ -16,8 +16,8 @@ from routeseg.cost.macs import exit_costs
 from routeseg.data.config import DataConfig
 from routeseg.data.scenes import CLASSES, PALETTE
 from routeseg.data.subset import evenly_spread
-from routeseg.evaluation import routes
 from routeseg.space import DOWN, KEEP
+from routeseg.survey import routes
 from routeseg.survey.route_statistics import (
     PermutationTest,
     distinct_routes,

@@ -254,7 +254,7 @@ def read_description(path: Path) -> Description:
         raise _undescribed(str(path), error) from error
     about = _described(str(path), path, data)
     root = path.parent
-    if set(PLACES) & set(data) or any((root / part / "train").is_dir() for part in ("images", "masks")):
+    if set(PLACES) & set(data) or any((root / "images" / split).is_dir() for split in ("train", "val")):
         return about
     places = find_places(root)
     return about if places is None else replace(_described(str(path), path, data | places.keys), said=places.said)
