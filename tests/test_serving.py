@@ -157,7 +157,7 @@ class TestFastAPI:
                 (b"\0" * 100_001, {}, 413, "at most 100000 are taken"),
                 (b"\0" * 3_000_000, {}, 413, "at most 100000 are taken"),
                 (image, {"budget": "much"}, 400, "budget is 'much': give a share"),
-                (image, {"budget": "0"}, 400, "budget '0': give a share"),
+                (image, {"budget": "0"}, 400, "budget is '0': give a share"),
                 (image, {"budget": "nan%"}, 400, "give a share"),
                 (image, {"budget": "130%"}, 400, "more than the full network"),
                 (image, {"budget": "1%"}, 400, "cannot be kept"),
