@@ -199,7 +199,9 @@ def sources(images: list[dict[str, Any]], others: list[str]) -> dict[str, list[T
     for folder in others:
         paths = sorted(list_images(Path(folder), nested=True).values())
         some = paths[:: max(1, len(paths) // KEPT_IMAGES)]
-        found[Path(folder).name] = [torch.from_numpy(read_image(one)).permute(2, 0, 1)[None] for one in some]
+        found["/".join(Path(folder).parts[-3:])] = [
+            torch.from_numpy(read_image(one)).permute(2, 0, 1)[None] for one in some
+        ]
     return found
 
 

@@ -385,12 +385,16 @@ def places(facts: Sequence[Facts], words: str) -> str:
             for asked, found in facts[0]["chosen"].items()
         ]
         return table(["share of the cost, %", *ways], rows)
-    shares, rows = (0.35, 0.5, 0.65, 0.8, 1.0), []
+    shares, rows = (0.27, 0.3, 0.35, 0.5, 0.65, 0.8, 1.0), []
     names = [name.strip() for name in words.removeprefix("walked:").split(",")]
     for name, one in zip(names, facts, strict=True):
-        full = next(row for row in one["sizes"] if row["size"] == 1)
-        walked = [row for row in one["walked"] if row["size"] == 1]
-        for way, points in ((f"places of {one['place']}", [*walked, full]), ("smaller images", one["sizes"])):
+        ways = {}
+        for size in sorted({row["size"] for row in one["walked"]}):
+            whole = [row for row in one["sizes"] if row["size"] == size]
+            at = "" if size == 1 else f", {size:g} of the sides"
+            ways[f"places of {one['place']}{at}"] = [row for row in one["walked"] if row["size"] == size] + whole
+        ways["smaller images"] = one["sizes"]
+        for way, points in ways.items():
             points = sorted((row for row in points if row["cost"] <= 1), key=lambda row: row["cost"])
             costs, scores = [row["cost"] for row in points], [row["miou"] for row in points]
             found = [_share(_between(share, costs, scores)) for share in shares]
@@ -399,8 +403,8 @@ def places(facts: Sequence[Facts], words: str) -> str:
 
 
 def _between(share: float, costs: Sequence[float], scores: Sequence[float]) -> float | None:
-    """The score at a cost, between the two measured ones beside it; None below the cheapest."""
-    if share < costs[0]:
+    """The score at a cost, between the two measured ones beside it; None beyond those."""
+    if not costs[0] <= share <= costs[-1]:
         return None
     above = next(i for i, cost in enumerate(costs) if cost >= share)
     if above == 0:
