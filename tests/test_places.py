@@ -358,6 +358,8 @@ class TestBudgets:
     def test_each_image_of_a_network_without_places(self, images):
         with pytest.raises(ValueError, match="Train one with --model.place 32"):
             network(place=None, choice="entropy")(images, price=0.5, per_image=True)
+        with pytest.raises(ValueError, match="was not calibrated"):
+            network()(images, price=0.5, per_image=True)
 
     def test_one_below_the_cheapest_exit(self, model, images):
         with pytest.raises(BudgetNotKept, match="the cheapest route costs"):

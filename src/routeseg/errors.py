@@ -16,6 +16,7 @@ OUT_OF_MEMORY = ("out of memory", "allocate memory", "Insufficient memory")  # a
 CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")  # what a terminal obeys, or ends a line at
 
 NO_PLACES = "the places of this network do not leave by themselves. Train one with --model.place 32"
+NOT_CALIBRATED = "the network was not calibrated, so it knows no budget: run `routeseg calibrate`"
 NO_EXITS = "this network takes no budget: it has no exits. Train one with --model.exits"
 
 

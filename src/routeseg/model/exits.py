@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from routeseg.config import NetworkConfig
+from routeseg.errors import NOT_CALIBRATED
 from routeseg.model.choice import Choice
 from routeseg.model.compute import Compute, choose, enlarged, fill_missing
 from routeseg.model.decoder import Segmentation
@@ -118,7 +119,9 @@ class Exits(nn.Module):
         on_device = torch.from_numpy(np.broadcast_to(price, images).astype(np.float32)).to(self.prices.device)
         if self.place is not None:
             quota = None
-            if request.each and self.calibrated:
+            if request.each:
+                if not self.calibrated:
+                    raise ValueError(NOT_CALIBRATED)
                 quota = torch.from_numpy(self.going_on(np.broadcast_to(price, images))).to(on_device.device)
             return LeavingPlaces(self, on_device, size, training, quota)
         return Leaving(self, np.full(images, last), on_device if self.calibrated else None)

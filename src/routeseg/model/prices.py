@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from routeseg.errors import BudgetNotKept
+from routeseg.errors import NOT_CALIBRATED, BudgetNotKept
 
 TOLERANCE = 1e-3  # by which a budget may be below the cheapest route: what is shown of that is rounded
 
@@ -44,7 +44,7 @@ class PriceTable:
         Raises BudgetNotKept for a budget below the cheapest route, and ValueError without a calibration.
         """
         if not self.calibrated:
-            raise ValueError("the network was not calibrated, so it knows no budget: run `routeseg calibrate`")
+            raise ValueError(NOT_CALIBRATED)
         whole = 1.0 if costs is None else costs[-1]
         costs = self.costs if costs is None else costs
         for asked in np.ravel(budget):
