@@ -83,7 +83,7 @@ def glance_macs(model: DynamicRoutingNetwork, pictures: SegmentationData) -> np.
     found = []
     for exit, features in enumerate(model.exit_features(next(iter(evaluation_loader(pictures)))["image"])):
         with FlopCounterMode(display=False) as counter:
-            exits.glance(exit, features)
+            exits.see(exit, features)
         found.append(counter.get_total_flops() / 2)
     return np.array(found)
 
