@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from routeseg.config import NetworkConfig
-from routeseg.errors import NOT_CALIBRATED
 from routeseg.model.choice import Choice
 from routeseg.model.compute import Compute, choose, enlarged, fill_missing
 from routeseg.model.decoder import Segmentation
@@ -86,13 +85,6 @@ class Exits(nn.Module):
         """What prices cost."""
         return PriceTable(*(one.double().cpu().numpy() for one in (self.costs, self.prices, self.frequencies)))
 
-    def going_on(self, price: np.ndarray) -> np.ndarray:
-        """The shares [N,K-1] of places that go on behind each exit but the last at these prices [N], in the mean."""
-        frequencies, prices = self.frequencies.double().cpu().numpy(), self.prices.double().cpu().numpy()
-        at_price = np.stack([np.interp(price, prices, column) for column in frequencies.T], axis=1)
-        shares: np.ndarray = 1 - at_price.cumsum(1)[:, :-1]
-        return shares
-
     def see(self, exit: int, features: Sequence[Tensor | None]) -> Tensor:
         """What decides at an exit, given all features by scale (`Choice.see`)."""
         there = [map if flag else None for map, flag in zip(features, self.reached[exit], strict=False)]
@@ -120,9 +112,7 @@ class Exits(nn.Module):
         if self.place is not None:
             quota = None
             if request.each:
-                if not self.calibrated:
-                    raise ValueError(NOT_CALIBRATED)
-                quota = torch.from_numpy(self.going_on(np.broadcast_to(price, images))).to(on_device.device)
+                quota = torch.from_numpy(self.table.going_on(np.broadcast_to(price, images))).to(on_device.device)
             return LeavingPlaces(self, on_device, size, training, quota)
         return Leaving(self, np.full(images, last), on_device if self.calibrated else None)
 

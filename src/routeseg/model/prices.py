@@ -58,6 +58,15 @@ class PriceTable:
         found = np.where(np.asarray(budget) >= whole, self.prices[0], found)  # nobody decides then
         return np.where(np.asarray(budget) <= costs[0] * (1 + TOLERANCE), self.prices[-1], found)
 
+    def going_on(self, price: np.ndarray) -> np.ndarray:
+        """The shares [N,K-1] of images or places that go on behind each exit but the last at these prices [N], in the
+        mean. Raises ValueError without a calibration."""
+        if not self.calibrated:
+            raise ValueError(NOT_CALIBRATED)
+        at_price = np.stack([np.interp(price, self.prices, column) for column in self.frequencies.T], axis=1)
+        shares: np.ndarray = 1 - at_price.cumsum(1)[:, :-1]
+        return shares
+
     def share_at(self, price: float) -> float:
         """What images cost at a price, as a share of the full network: the mean."""
         return float(np.interp(price, self.prices, self.frequencies @ self.costs))
