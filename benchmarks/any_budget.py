@@ -6,8 +6,8 @@ The experiment file is one of table1.py, with one network that has exits. This t
 table1.py does it (the same folders, resumable), and then asks the network with exits for each budget. Own, shuffled,
 common and oracle are the ways to choose of `routeseg.budgets.worth`.
 
-Every picture is computed once as far as each exit (float32); where it leaves is what the engine decided. Budgets were
-set with the validation pictures, so what they cost on those of --held_out is noted, too. OUTPUT has the mean over the
+Every image is computed once as far as each exit (float32); where it leaves is what the engine decided. Budgets were
+set with the validation images, so what they cost on those of --held_out is noted, too. OUTPUT has the mean over the
 seeds and each seed; the figure beside it shows the scores of all networks against their cost.
 """
 
@@ -43,12 +43,12 @@ from routeseg.survey.route_statistics import object_size
 
 BUDGETS = (0.25, 0.26, 0.28, 0.3, 0.33, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # shares of the full network's cost
 PERMUTATIONS = 10_000
-CLOCKED, CLOCKED_BUDGETS = 100, 5  # pictures and budgets in milliseconds
+CLOCKED, CLOCKED_BUDGETS = 100, 5  # images and budgets in milliseconds
 
 
 def look(run: table1.Run, held_out: str | None) -> dict[str, Any]:
-    """What a network with exits makes of the validation pictures: `seen` at every exit; `left` budget -> the exits [N]
-    at which pictures leave, `costs` [K] in shares, `sizes` [N] of objects; `elsewhere` as `left`, for the pictures of
+    """What a network with exits makes of the validation images: `seen` at every exit; `left` budget -> the exits [N]
+    at which images leave, `costs` [K] in shares, `sizes` [N] of objects; `elsewhere` as `left`, for the images of
     another split; `glances` [K-1], MACs in shares of the full network's, which `costs` leave out."""
     model = checkpoints.load(run.folder / "last")
     pictures = open_data(run.network.data, "val", run.seed)
@@ -105,7 +105,7 @@ def rank_correlation(a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> 
 
 def analyse(seen: dict[str, Any], seed: int) -> list[dict[str, Any]]:
     """A row for each budget: what was asked and spent (shares of the full network), the scores of each way to choose,
-    the cheapest and the dearest picture, and whether cost follows the size of things."""
+    the cheapest and the dearest image, and whether cost follows the size of things."""
     rng, costs = np.random.default_rng(seed), seen["costs"]
     rows = []
     for budget, exits in seen["left"].items():
@@ -127,8 +127,8 @@ def analyse(seen: dict[str, Any], seed: int) -> list[dict[str, Any]]:
 
 
 def clock(run: table1.Run, split: str) -> dict[str, Any]:
-    """Milliseconds asked and taken, by the clock, over CLOCKED pictures of a split in turns: the budgets follow each
-    other at every picture. The latency table is measured first, at the size of the pictures."""
+    """Milliseconds asked and taken, by the clock, over CLOCKED images of a split in turns: the budgets follow each
+    other at every image. The latency table is measured first, at the size of the images."""
     model = checkpoints.load(run.folder / "last")
     pictures = evenly_spread(open_data(run.network.data, split, run.seed), CLOCKED)
     size = pictures.read(0)[1].shape
@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None, train: Callable[[Sequence[str]]
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--folder", type=Path, help="of the runs; runs/any_budget_CONFIG unless given")
     parser.add_argument("--output", type=Path, help="results/any_budget_CONFIG.json unless given")
-    parser.add_argument("--held_out", help="a split whose pictures no budget was set with, to see what they cost")
+    parser.add_argument("--held_out", help="a split whose images no budget was set with, to see what they cost")
     parser.add_argument("--clock", action="store_true", help="budgets in ms, too: the machine must be idle otherwise")
     args, words = parser.parse_known_args(command)
     title = f"any_budget_{args.config.stem}"

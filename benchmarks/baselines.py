@@ -6,10 +6,10 @@ DeepLabV3+ on EfficientNet-Lite0 with the same ImageNet weights as `--model.back
 
 Takes the sections `data` and `recipe` of a configuration of `routeseg train`: loaders, crops, AdamW or SGD with the
 schedule, class balance, average of the weights, a frozen backbone at first. With --minutes some steps measure how many
-fit. Afterwards: mIoU on the validation pictures, parameters, MACs. Writes OUTPUT, a JSON with a row for each network;
+fit. Afterwards: mIoU on the validation images, parameters, MACs. Writes OUTPUT, a JSON with a row for each network;
 rows of other networks that it has already stay. A run that is interrupted starts anew.
 
---clock trains nothing: milliseconds of one picture of 360x480, all networks in turns, with PyTorch and, exported, with
+--clock trains nothing: milliseconds of one image of 360x480, all networks in turns, with PyTorch and, exported, with
 ONNX Runtime; networks of ours (NAME=FOLDER; no folder: the bundled network) with `SkipEngine` in place of PyTorch.
 
 The networks follow their papers (Poudel et al. 2019; Ronneberger et al. 2015; Chen et al. 2018), with the widths of
@@ -282,7 +282,7 @@ class Training:
 
 @torch.no_grad()
 def measure(model: Baseline, pictures: Any) -> dict[str, Any]:
-    """Scores on the pictures, parameters and MACs."""
+    """Scores on the images, parameters and MACs."""
     classes = len(pictures.classes)
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
     for picture in evaluation_loader(pictures):
@@ -311,7 +311,7 @@ def folded(model: Baseline) -> Baseline:
 
 
 def clock(ours: Mapping[str, str], seconds: float) -> dict[str, Any]:
-    """Milliseconds of one picture of all networks in turns, name -> way -> facts."""
+    """Milliseconds of one image of all networks in turns, name -> way -> facts."""
     warnings.filterwarnings("ignore", module="torch")  # of the older way to export, which is enough for these
     image, methods = torch.rand(1, 3, *CLOCKED), []
     padded = F.pad(image, (0, -CLOCKED[1] % 32, 0, -CLOCKED[0] % 32))  # files of ours are for sizes that 32 divides

@@ -1,10 +1,10 @@
-"""Images per second of the loader, stage by stage, for pictures of Cityscapes' size.
+"""Images per second of the loader, stage by stage, for images of Cityscapes' size.
 
     python benchmarks/data.py [--pictures 12] [--output results/data_cpu.json]
 
-Pictures of 2048x1024 in Cityscapes' layout are made in a temporary folder: procedural scenes, drawn at half of the
+Images of 2048x1024 in Cityscapes' layout are made in a temporary folder: procedural scenes, drawn at half of the
 size, enlarged, with the noise of a sensor. So a PNG is nearly as large as a photo of Cityscapes (2.3 MB). One training
-picture is then taken apart: decoding, scale 0.5-2 with crop 768 and flip, colour, tensors. That runs on one core, and
+image is then taken apart: decoding, scale 0.5-2 with crop 768 and flip, colour, tensors. That runs on one core, and
 rounds over the stages alternate, so that a slow minute of the machine hits all of them. Then come whole loaders with
 0, 1 and 2 processes, with and without a cache of decoded images. Medians are reported.
 """
@@ -38,7 +38,7 @@ from routeseg.evaluation import machine_facts
 from routeseg.files import write_json
 
 HEIGHT, WIDTH, CROP = 1024, 2048, (768, 768)
-CITYSCAPES_MB = 2.3  # leftImg8bit_trainvaltest.zip: 11 GB for 5,000 pictures
+CITYSCAPES_MB = 2.3  # leftImg8bit_trainvaltest.zip: 11 GB for 5,000 images
 NOISE = 0.3  # standard deviation, of 255
 JPEG_QUALITY = 92
 COLOUR = 0.3
@@ -47,7 +47,7 @@ TRAIN_TFLOPS = (1.0, 10.0, 50.0)  # sustained by a training step, for what it wo
 
 
 def write_pictures(root: Path, count: int) -> dict[str, float]:
-    """Pictures and labels in Cityscapes' layout, and JPEGs of the pictures beside. Returns their mean sizes in MB."""
+    """Images and labels in Cityscapes' layout, and JPEGs of the images beside. Returns their mean sizes in MB."""
     rng = np.random.default_rng(0)
     ids = np.array([number for number, _, _ in OFFICIAL], dtype=np.uint8)
     images, labels, jpegs = root / "leftImg8bit/train/made", root / "gtFine/train/made", root / "jpeg"
@@ -86,7 +86,7 @@ def compressed_pixels(path: Path) -> bytes:
 
 
 def stages(root: Path, config: DataConfig) -> tuple[dict[str, Callable[[int], Any]], int]:
-    """Stage -> a function that does it for one picture; and the number of pictures."""
+    """Stage -> a function that does it for one image; and the number of images."""
     module = SegmentationDataModule(config, 1)
     data = module.train_data
     assert isinstance(data, PairedFiles)

@@ -32,7 +32,7 @@ from routeseg.prediction.ray import BLOCKS_PER_WORKER, predict_with_ray, ray_ses
 from routeseg.prediction.torch_runner import open_network
 
 SIZE = (256, 512)
-IMAGES = {True: 24, False: 48}  # with pictures of overlay and route, which take most of the time, and without
+IMAGES = {True: 24, False: 48}  # with images of overlay and route, which take most of the time, and without
 WORKERS: dict[str, tuple[int | None, ...]] = {"plain": (None,), "ray": (1, 2)}
 ROUNDS = 2
 
@@ -100,7 +100,7 @@ def main() -> None:
     ]
     network = {"network": routeseg.model.checkpoints.PRETRAINED.name, "size": list(SIZE), "rounds": ROUNDS}
     write_json(args.output, {**network, "results": results, **machine_facts()})
-    print("| workers | pictures | images | images/s | start-up, s | all, s | Ray, s |\n" + "|---" * 7 + "|")
+    print("| workers | images | images | images/s | start-up, s | all, s | Ray, s |\n" + "|---" * 7 + "|")
     for r in results:
         print(
             f"| {r['workers'] or 'plain'} | {r['pictures']} | {r['images']} "

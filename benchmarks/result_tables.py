@@ -225,7 +225,7 @@ def exits_times(facts: Sequence[Facts], words: str) -> str:
 
 
 def workers(facts: Sequence[Facts], words: str) -> str:
-    """Images a second of benchmarks/prediction.py: a row with pictures and one without."""
+    """Images a second of benchmarks/prediction.py: a row with images and one without."""
     (found,) = facts
     rates = {(row["workers"], row["pictures"]): row["images_per_s"] for row in found["results"]}
     settings = list(dict.fromkeys(row["workers"] for row in found["results"]))

@@ -6,7 +6,7 @@
 The experiment file has the sections of `routeseg train` (data, recipe, model, budget), which all networks share, and
 `networks`, name -> what is different for it: keys of these sections, or `common: {of: NAME, threshold: SHARE}`. That is
 the static network of the edges that NAME, trained with the same seed, keeps open in at least this share of the training
-pictures; it has no gates and is retrained from scratch. Any key of the shared sections can be given on the command
+images; it has no gates and is retrained from scratch. Any key of the shared sections can be given on the command
 line.
 
 A seed sets the weights, the order of the data and the augmentation. Which scenes are drawn is the same for all of them
@@ -162,7 +162,7 @@ def read_experiment(path: Path, words: Sequence[str] = ()) -> dict[str, Network]
 def settings_of(network: Network, networks: Mapping[str, Network], seed: int) -> dict[str, Any]:
     """All that a run's result depends on, as JSON gives it back."""
     data = asdict(network.data)
-    for key in ("root", "workers"):  # where the pictures lie and who loads them
+    for key in ("root", "workers"):  # where the images lie and who loads them
         del data[key]
     settings = {
         "model": vars(network.args.model),

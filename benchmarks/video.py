@@ -8,7 +8,7 @@ load that comes and goes share one core (Linux). About four minutes on an idle m
 
     pace      frames with a time to keep (`--frame_ms`), against a fixed budget of the same mean cost, and against all
               that the network has; the load does what it did before in each of them
-    keeping   what asking the exits costs, and what is lost if a route is kept for k frames, or as long as the picture
+    keeping   what asking the exits costs, and what is lost if a route is kept for k frames, or as long as the image
               is much the same. Without a load
     decoding  milliseconds of a frame as RGB, PyAV against OpenCV, in turns
 """

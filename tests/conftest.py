@@ -1,4 +1,4 @@
-"""Networks and pictures that several tests need."""
+"""Networks and images that several tests need."""
 
 import os
 import shutil

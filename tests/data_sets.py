@@ -29,7 +29,7 @@ def check(data: SegmentationData, split: str, table: tuple[int, ...], least: flo
         image, labels = data.read(index)
         wanted_image, wanted = scene(split, start + index)
         assert image.dtype == labels.dtype == np.uint8 and labels.shape == SIZE
-        assert np.abs(image.astype(int) - wanted_image).mean() < 6, "the picture of this scene, PNG or JPEG"
+        assert np.abs(image.astype(int) - wanted_image).mean() < 6, "the image of this scene, PNG or JPEG"
         known = labels != IGNORE
         assert least <= known.mean() and (least == 1 or known.mean() < 1)
         assert np.array_equal(labels[known], np.array(table)[wanted][known])
@@ -51,8 +51,8 @@ class DataSetContract:
     TABLE       class of the scenes -> class, written out once more, independent of the package
     LABELLED    the least share of pixels with a class; below 1 some have none
     FOLDERS     must be there for `train`, each named where it is not
-    EMPTY       folders without which `train` has no pictures
-    PICTURE, LABEL   of one picture of `train`, the first of its set by name
+    EMPTY       folders without which `train` has no images
+    PICTURE, LABEL   of one image of `train`, the first of its set by name
     NO_PICTURE, NO_LABEL   what is said where one of them is not there
     STRANGE     a label value that the data set has not, and what is said of it
     WIDE        what is said of a label file of 16 bits
@@ -80,7 +80,7 @@ class DataSetContract:
         return data
 
     def as_drawn(self, data: PairedFiles) -> PairedFiles:
-        """The pictures in the order of the scenes."""
+        """The images in the order of the scenes."""
         return data
 
     def test_pictures_and_labels_are_those_of_the_scenes(self, layouts):
@@ -123,7 +123,7 @@ class DataSetContract:
             (tmp_path / "gone").rename(base / path)
 
     def test_a_report_has_all_that_is_absent(self, copied):
-        """As check-data asks: what has no partner is told, file by file, and the other pictures open."""
+        """As check-data asks: what has no partner is told, file by file, and the other images open."""
         root, left_out = copied(self.NAME), []
         whole = self.open(root).pairs
         gone = [whole[0].labels, whole[1].image]
@@ -141,7 +141,7 @@ class DataSetContract:
         for folder in self.EMPTY:
             shutil.rmtree(base / folder)
             (base / folder).mkdir()
-        with pytest.raises(ValueError, match=r"train\w* holds no (images|pictures)"):
+        with pytest.raises(ValueError, match=r"train\w* holds no (images|images)"):
             self.open(root)
 
     def test_labels_that_are_none(self, copied):

@@ -21,7 +21,7 @@ SIZE = 64
 
 
 def draw(folder: Path) -> None:
-    """Pictures whose upper half is bright, with masks that say so."""
+    """Images whose upper half is bright, with masks that say so."""
     rng = np.random.default_rng(0)
     rows = np.arange(SIZE)[:, None] < SIZE // 2
     for part, number in (("train", 12), ("val", 4)):

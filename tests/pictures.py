@@ -1,4 +1,4 @@
-"""Picture files that several tests write, and damage."""
+"""Image files that several tests write, and damage."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The explorer: what it answers, what it refuses, and its page in a real browser.
 
 The browser is Debian's Chromium, driven by playwright; `make browser` installs it. Set ROUTESEG_SCREENSHOTS to a folder
-to keep what the tests see there: the pictures of the documents come from here.
+to keep what the tests see there: the images of the documents come from here.
 """
 
 import asyncio
@@ -177,7 +177,7 @@ class TestAnswers:
     def test_pictures_of_a_data_set_are_opened_by_name(self, explorer, survey):
         name = survey.about()["pictures"][2][0]
         assert explorer.open({"survey": name})["name"] == name
-        assert "no such picture" in explorer.open({"survey": "../../etc/passwd"})["error"]
+        assert "no such image" in explorer.open({"survey": "../../etc/passwd"})["error"]
 
 
 class TestRefusals:
@@ -185,13 +185,13 @@ class TestRefusals:
         "question, words",
         [
             (None, "an object"),
-            ({}, "choose a picture"),
+            ({}, "choose an image"),
             ({"file": "%%%"}, "damaged"),
             ({"file": text(b"words")}, "cannot read"),
             ({"file": text(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")}, "cannot read"),
             ({"file": text(png(np.zeros((1, 60_000_000), np.uint8)))}, "at most"),
             ({"file": "A" * (4 * 20_000_000 // 3 + 8)}, "larger than 20 MB"),
-            ({"file": ["A"]}, "choose a picture"),
+            ({"file": ["A"]}, "choose an image"),
             ({"example": []}, "no text"),
             ({"example": {"small": 1}}, "no text"),
             ({"survey": ["x"]}, "no text"),

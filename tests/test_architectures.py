@@ -329,7 +329,7 @@ class TestCommand:
             (["--depth", "5"], "FCN-32s: depth 5 is too small: its 6 turns"),
             (["--depth", "2"], "depth 2 is too small for 4 scales"),
             (["--convention", "flops"], "cost convention 'flops': choose one of"),
-            (["--figure", "all.jpg"], "all.jpg: a picture is written as .png or .svg"),
+            (["--figure", "all.jpg"], "all.jpg: an image is written as .png or .svg"),
             (["--json", "/proc/none/all.json"], "cannot write into /proc/none"),
         ],
     )

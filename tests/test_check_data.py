@@ -26,7 +26,7 @@ BOTH = ("train", "val")
 
 
 def folder(root, values=(0, 1), text="names: [a, b]", count=3, dtype=np.uint8):
-    """A `folder` data set of 40x32 pictures; each split has all of the values."""
+    """A `folder` data set of 40x32 images; each split has all of the values."""
     names = [f"{split}/p{k}" for split in BOTH for k in range(count)]
     return write_pictures(describe(root, text), names, values, dtype=dtype)
 
@@ -131,7 +131,7 @@ class TestWhatIsWrong:
             ((0, 0, 0), "", "error", "every labelled pixel is a; ", "check the mapping"),
             ((0, 1, 2), "mapping: {1: 0, 2: 1}", "warning", "0 and 1 both mean a", "{0: 255, ...}"),
             ((0, 1) + (255,) * 18, "", "warning", "90.0 % of the pixels are ignored", "is 255 .* a class"),
-            ((0,), "names: [a]", "error", "there is one class only, a", "rest of the picture as a class"),
+            ((0,), "names: [a]", "error", "there is one class only, a", "rest of the image as a class"),
             ((1, 2), "names: [a, b, c, d]", "warning", "a, d never occur: .*lowest label value is 1", "names and map"),
         ],
     )
@@ -182,7 +182,7 @@ class TestWhatIsWrong:
         truncate(root / "images" / "train" / "p1.png")
         truncate(root / "masks" / "train" / "p2.png")
         code, printed, found = check(root, capsys)
-        assert code == 0 and found["verdict"] == "warnings" and "2 of 4 pictures cannot be read" in printed
+        assert code == 0 and found["verdict"] == "warnings" and "2 of 4 images cannot be read" in printed
         assert "images/train/p1.png" in printed and "masks/train/p2.png" in printed
         assert set(found["splits"]["train"]["unreadable"]) == {"p1", "p2"}
         for path in (root / "images" / "train").iterdir():
@@ -251,7 +251,7 @@ class TestWhatIsWrong:
         assert "`mapping: {7: 255}` to ignore" in only(findings(root), "without a class").remedy
 
     def test_all_kinds_of_errors_come_in_one_run(self, tmp_path, capsys):
-        """Each with its count, its files and its remedy; what one picture is wrong in hides none of the others."""
+        """Each with its count, its files and its remedy; what one image is wrong in hides none of the others."""
         root = folder(tmp_path / "mine", count=8)
         images, masks = root / "images" / "train", root / "masks" / "train"
         (masks / "p0.png").unlink()
@@ -271,7 +271,7 @@ class TestWhatIsWrong:
                 [f"{masks}/p2.png", f"{masks}/p3.png"],
                 "{7: 255, 9: 255}",
             ),
-            "1 of 6 pictures cannot be read": (
+            "1 of 6 images cannot be read": (
                 [f"cannot read {images}/p4.png as an image: the file is empty"],
                 "again",
             ),
@@ -323,7 +323,7 @@ class TestWhatIsWrong:
         (root / "masks" / "train" / "p0.png").unlink()
         code, printed, _ = check(root, capsys)
         (heads,) = [line for line in printed.splitlines() if "train" in line and "┃" in line and "%" not in line]
-        (pictures,) = [line for line in printed.splitlines() if line.startswith("│ pictures")]
+        (pictures,) = [line for line in printed.splitlines() if line.startswith("│ images")]
         assert code == 2 and heads.replace("┃", "").split() == ["train", "val"]
         assert "2" in pictures and "cannot be opened" in pictures
         assert "val: no folder" in printed and "train: images without a label" in printed
@@ -349,7 +349,7 @@ class TestWhatIsWrong:
             save(root / "images" / "val" / f"p{k}.png", noise(320, 320, k))
         save(root / "masks" / "val" / "p1.png", np.full((320, 320), IGNORE, np.uint8))
         found = findings(root)
-        assert only(found, "val: 1 of 3 pictures have no labelled pixel").files == (str(root / "masks/val/p1.png"),)
+        assert only(found, "val: 1 of 3 images have no labelled pixel").files == (str(root / "masks/val/p1.png"),)
         assert (
             only(found, "val: 99.4 % of the labelled pixels is a").level == "warning" and verdict(found) == "warnings"
         )
@@ -383,12 +383,12 @@ class TestWhatIsWrong:
         root = folder(tmp_path)
         assert not findings(root, crop=(32, 40))
         text = only(findings(root, crop=(33, 40)), "smaller than the crop").text
-        assert "train: 3 of 3 pictures are smaller than the crop of 40x33" in text
+        assert "train: 3 of 3 images are smaller than the crop of 40x33" in text
         save(root / "images" / "val" / "p0.png", noise(SMALLEST - 1, 40))
         save(root / "masks" / "val" / "p0.png", np.eye(SMALLEST - 1, 40, dtype=np.uint8))
         assert (
             only(
-                findings(root), f"val: pictures with a side under {SMALLEST} pixels, which the network refuses: 1"
+                findings(root), f"val: images with a side under {SMALLEST} pixels, which the network refuses: 1"
             ).level
             == "error"
         )
@@ -481,7 +481,7 @@ class TestContactSheet:
 
         green, magenta = is_tinted((0, 200, 0)), is_tinted((255, 0, 255))
         for tint in (green, magenta):
-            assert tint.any(0).sum() > 4 * 150 and tint.sum() > 5 * 150 * 200, "in the five pictures, half of each"
+            assert tint.any(0).sum() > 4 * 150 and tint.sum() > 5 * 150 * 200, "in the five images, half of each"
         for colour in ((0, 200, 0), (0, 0, 200), (255, 0, 255), (0, 0, 0)):
             assert (sheet == colour).all(-1).sum() > 200, f"{colour} stands in the legend"
 

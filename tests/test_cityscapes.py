@@ -29,7 +29,7 @@ class TestCityscapes(DataSetContract):
     EMPTY = tuple(f"{kind}/train/{city}" for kind in ("leftImg8bit", "gtFine") for city in ("aachen", "bremen"))
     PICTURE = "leftImg8bit/train/aachen/aachen_000000_000019_leftImg8bit.png"
     LABEL = "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png"
-    NO_PICTURE = "aachen_000000_000019_gtFine_labelIds.png has no picture"
+    NO_PICTURE = "aachen_000000_000019_gtFine_labelIds.png has no image"
     NO_LABEL = "aachen_000000_000019_leftImg8bit.png has no label"
     STRANGE = (34, "training ids")
 

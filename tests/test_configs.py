@@ -172,7 +172,7 @@ def test_help_for_people(command, most, capsys):
     assert len(short.splitlines()) <= most and max(map(len, short.splitlines())) <= 120
     for option in re.findall(r"^ +(--[\w.]+)", short, re.MULTILINE):
         assert option in everything
-    assert "of the training pictures, evenly spread" in " ".join(everything.split())
+    assert "of the training images, evenly spread" in " ".join(everything.split())
 
 
 def test_files_of_earlier_runs_may_have_keys_that_are_gone(tmp_path, capsys):

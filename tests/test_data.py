@@ -1,4 +1,4 @@
-"""Reading pictures and labels, augmenting them, and the order in which they come."""
+"""Reading images and labels, augmenting them, and the order in which they come."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def painted(height: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndar
 
 @pytest.fixture
 def small_camvid(tmp_path) -> Path:
-    """Three training and two validation pictures in CamVid's layout."""
+    """Three training and two validation images in CamVid's layout."""
     for split, count in (("train", 3), ("val", 2)):
         for index in range(count):
             labels = painted(40, 48, index)[1]
@@ -160,7 +160,7 @@ class TestSampler:
 
     @pytest.mark.parametrize("world", [1, 2, 3])
     def test_every_picture_once_per_epoch_over_all_processes(self, world):
-        """An epoch ends inside a batch here; still each picture is seen once before any is seen twice."""
+        """An epoch ends inside a batch here; still each image is seen once before any is seen twice."""
         processes = [self.batches(world=world, rank=rank) for rank in range(world)]
         seen = sorted(pair for batches in processes for batch in batches for pair in batch)
         positions, indices = zip(*seen, strict=True)
@@ -316,7 +316,7 @@ class TestReadImage:
     @pytest.mark.parametrize("suffix", [".png", ".jpg"])
     def test_exif_rotation_is_applied(self, tmp_path, suffix):
         stored = np.zeros((32, 64, 3), dtype=np.uint8)
-        stored[:16, :16] = 255  # the corner that comes to the right when the picture is put upright
+        stored[:16, :16] = 255  # the corner that comes to the right when the image is put upright
         exif = Image.Exif()
         exif[ORIENTATION_TAG] = ROTATED_RIGHT
         Image.fromarray(stored).save(tmp_path / f"a{suffix}", exif=exif)
@@ -331,7 +331,7 @@ class TestReadImage:
         assert read_image(tmp_path / "a.png").shape == (40, 30, 3)
 
     def test_damaged_exif_does_not_escape_as_another_error(self, tmp_path):
-        """Rotated, and a width that is text: the picture is read, or refused by name; nothing else."""
+        """Rotated, and a width that is text: the image is read, or refused by name; nothing else."""
         entries = [(256, 2, 4, b"abc\0"), (ORIENTATION_TAG, 3, 1, struct.pack("<HH", ROTATED_RIGHT, 0))]
         body = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
         exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + body + struct.pack("<I", 0)

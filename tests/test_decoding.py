@@ -436,7 +436,7 @@ class TestOneReading:
     def test_heic_is_named(self, tmp_path):
         path = written(tmp_path, b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
         for read in (read_image, lambda path: read_source(path, path)):
-            with pytest.raises(UnreadableImage, match=r"cannot read .*picture\.img.*it is HEIC.*convert it to JPEG"):
+            with pytest.raises(UnreadableImage, match=r"cannot read .*image\.img.*it is HEIC.*convert it to JPEG"):
                 read(path)
 
 

@@ -113,7 +113,7 @@ def test_what_is_small_already_is_left_as_it_is(capsys):
 
 
 def test_a_pace():
-    """Pictures that are new take longer to load; the epoch ends within a step."""
+    """Images that are new take longer to load; the epoch ends within a step."""
     pace = Pace(CHOICE, step_s=2.0, first_load_s=1.0, load_s=0.5, epoch=10.5)
     assert pace.iterations(15.0) == 5 and pace.seconds(5) == 15.0
     assert pace.seconds(20) == pytest.approx(10.5 * 3.0 + 9.5 * 2.5)
@@ -122,7 +122,7 @@ def test_a_pace():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_is_measured(monkeypatch, workers):
-    """Pictures are loaded twice, for they may be drawn the first time; processes that load cost the steps nothing."""
+    """Images are loaded twice, for they may be drawn the first time; processes that load cost the steps nothing."""
     loaded = []
 
     def turns(works, rounds):

@@ -180,7 +180,7 @@ def test_the_final_score_is_that_of_one_process(folder, found):
 
 
 def test_evaluation_over_two_processes_to_the_last_digit(folder, found):
-    """The same checkpoint: five pictures, three for one process and two for the other; also their order."""
+    """The same checkpoint: five images, three for one process and two for the other; also their order."""
     expected = evaluation(routeseg.load(folder / "one" / "last"))
     assert len(set(expected["cost_macs"])) > 2 and expected["passes"] == [2] * PICTURES
     assert expected == found[0]["evaluation"] == found[1]["evaluation"]

@@ -86,7 +86,7 @@ def test_a_precision_that_the_device_lacks(tiny_network, caplog):
 
 @pytest.fixture
 def command_words(tmp_path):
-    """Words of each command that takes a device, with a network and pictures to run on."""
+    """Words of each command that takes a device, with a network and images to run on."""
     checkpoint = scenes_checkpoint(tmp_path / "net")
     save(tmp_path / "a.png", noise(32, 64))
     save(tmp_path / "b.png", noise(32, 64, 1))

@@ -1,4 +1,4 @@
-"""Evaluation: several passes over a picture, boundary IoU, official outputs and the official Cityscapes script."""
+"""Evaluation: several passes over an image, boundary IoU, official outputs and the official Cityscapes script."""
 
 import base64
 import json
@@ -47,7 +47,7 @@ def left_to_right(images):
 
 
 class Watched:
-    """A forward that notes the pictures that it was given."""
+    """A forward that notes the images that it was given."""
 
     def __init__(self, forward=pixel_by_pixel):
         self.forward, self.seen = forward, []
@@ -341,7 +341,7 @@ def test_command_with_scales_flip_and_windows(tmp_path, networks, capsys):
 
 
 def test_the_worst_pictures(tmp_path, networks, capsys):
-    """The lowest mean IoU over the classes of the labels comes first, the best are others, and a picture is drawn."""
+    """The lowest mean IoU over the classes of the labels comes first, the best are others, and an image is drawn."""
     pictures = open_data(DataConfig(image_size=(48, 64), val_images=4), "val")
     ranking, generator = Ranking(pictures, worst=2, best=3), np.random.default_rng(0)
     scores = {}
@@ -434,7 +434,7 @@ def cityscapes(layouts):
 
 
 def test_cityscapes_submission(tmp_path, layouts, networks, capsys):
-    """Every picture of the test split, original ids, and no score where there are no labels."""
+    """Every image of the test split, original ids, and no score where there are no labels."""
     checkpoint, folder, file = networks(19), tmp_path / "sub", tmp_path / "a.json"
     words = ["evaluate", checkpoint, *cityscapes(layouts), "--split=test", "--submission", folder, "--json", file]
     code, out, _ = run(words, capsys)

@@ -74,7 +74,7 @@ def model(folder) -> DynamicRoutingNetwork:
 
 @cache
 def examples(split: str) -> list[dict]:
-    """The pictures of DATA, as an evaluation gets them; only to be read."""
+    """The images of DATA, as an evaluation gets them; only to be read."""
     return list(evaluation_loader(open_data(DATA, split)))
 
 
@@ -361,7 +361,7 @@ class TestCalibration:
         assert np.allclose(means[1:-1], np.linspace(1.0, 0.2, TABLE - 2), atol=0.02)
 
     def test_budgets_are_kept(self, model, images):
-        """Over the pictures that they were set with, whose labels are not read; dearer budgets cost more."""
+        """Over the images that they were set with, whose labels are not read; dearer budgets cost more."""
         pictures = [{**picture, "labels": None} for picture in examples("val")]
         assert calibrate(model, examples("train"), pictures) == 24
         table = model_cost(model, SIZE)
@@ -371,7 +371,7 @@ class TestCalibration:
                 spent.append(float(table.of_gates(model(images, budget=budget).gates).mean() / table.full))
         assert spent == sorted(spent)
         assert spent[0] == pytest.approx(budgets(model)[0], abs=1e-6) and spent[-1] == pytest.approx(1)
-        assert spent == pytest.approx(budgets(model), abs=0.06), "12 pictures cannot cost every mean"
+        assert spent == pytest.approx(budgets(model), abs=0.06), "12 images cannot cost every mean"
 
     def test_budgets_are_those_of_the_other_pictures(self, model):
         """What exits expect comes from the labels, what budgets cost from the others."""
@@ -391,7 +391,7 @@ class TestCalibration:
         assert all(torch.equal(a, b) for a, b in zip(before, model.exits.calibration(), strict=True)) and model.training
 
     def test_what_pictures_lose_is_the_loss_of_the_set(self):
-        """Of many pictures whose exits differ little, the mean is the difference in mIoU; of one, the exact change."""
+        """Of many images whose exits differ little, the mean is the difference in mIoU; of one, the exact change."""
         rng = np.random.default_rng(0)
         confusion = rng.integers(40, 50, (200, 1, 3, 3)) + 300 * np.eye(3, dtype=int)
         change = np.array([-8, 0, 5]) + rng.integers(-2, 3, (200, 3)) * (1, 0, 1)
@@ -564,7 +564,7 @@ class TestCommands:
         assert main(["calibrate", str(own), *self.WORDS]) == 0
         assert "calibrated with 24 images" in capsys.readouterr().out
         for one, other in zip(*(routeseg.load(name).exits.gates.buffers() for name in (own, folder)), strict=True):
-            assert torch.allclose(one, other, rtol=1e-3, atol=1e-3), "the training reads the same pictures"
+            assert torch.allclose(one, other, rtol=1e-3, atol=1e-3), "the training reads the same images"
 
     def test_images_that_are_too_large_for_a_budget_are_skipped(self, folder, tmp_path, capsys):
         """In MACs; the others are segmented."""

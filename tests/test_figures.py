@@ -1,4 +1,4 @@
-"""What the pictures and the report show, as a reader would notice it."""
+"""What the images and the report show, as a reader would notice it."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class TestOverlay:
 
     @pytest.mark.parametrize("name", ["background", "Background", "BACKGROUND "])
     def test_pictures_show_through_a_background_without_a_colour_of_its_own(self, name):
-        """They were red all over, as most of a picture is background."""
+        """They were red all over, as most of an image is background."""
         image, labels = picture(64, 64)
         names = [name, *NAMES[1:]]
         for palette in (default_palette(names), [(0, 0, 0), *PALETTE[1:]]):

@@ -1,4 +1,4 @@
-"""Your own pictures: what a classes.yaml says, and where it finds the files."""
+"""Your own images: what a classes.yaml says, and where it finds the files."""
 
 from __future__ import annotations
 
@@ -450,7 +450,7 @@ class TestBadFiles:
         assert json.loads((tmp_path / "check.json").read_text())["data"]["root"] == str(root)
         truncate(root / "images" / f"{odd}.png")
         code, out, err = run([*words, "--output", tmp_path / "check", "--json", tmp_path / "check.json"], capsys)
-        assert code == 2 and "1 of 1 pictures cannot be read" in out and "caf\\udce9.png" in out
+        assert code == 2 and "1 of 1 images cannot be read" in out and "caf\\udce9.png" in out
 
     @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
     def test_a_full_disk_is_one_clear_message_and_nothing_is_half_written(self, tmp_path, monkeypatch, number):

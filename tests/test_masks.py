@@ -1,4 +1,4 @@
-"""Your own pictures without a classes.yaml: the masks tell the classes."""
+"""Your own images without a classes.yaml: the masks tell the classes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAMES = [f"{split}/p{k}" for split in ("train", "val") for k in range(3)]
 
 
 def unnamed(root: Path, values, dtype=np.uint8) -> Path:
-    """Six pictures without a classes.yaml, whose masks all have these values."""
+    """Six images without a classes.yaml, whose masks all have these values."""
     return write_pictures(root, NAMES, values, dtype=dtype)
 
 

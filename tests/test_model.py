@@ -65,7 +65,7 @@ def test_batch_gives_what_single_images_give(tiny_network, engine):
 
 
 def test_image_types(tiny_network):
-    """uint8 and 0..1 are the same picture."""
+    """uint8 and 0..1 are the same image."""
     bytes_ = torch.randint(0, 256, (1, 3, 40, 40), dtype=torch.uint8)
     with torch.no_grad():
         assert torch.allclose(tiny_network(bytes_).logits, tiny_network(bytes_ / 255.0).logits, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Offsets of classes: they raise the mIoU of the pictures that they are fitted to, and leave the training as it is."""
+"""Offsets of classes: they raise the mIoU of the images that they are fitted to, and leave the training as it is."""
 
 import copy
 import itertools

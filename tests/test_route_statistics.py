@@ -329,7 +329,7 @@ def test_routes_mistakes(tmp_path, checkpoint, own_data, capsys):
         ([static, *SCENES], "static has no gates and no exits: its route is the same for every image"),
         ([four, *SCENES], "4 classes"),
         ([tmp_path / "nothing", *SCENES], "no checkpoint folder"),
-        ([checkpoint, *SCENES, "--images=0"], "one picture at least"),
+        ([checkpoint, *SCENES, "--images=0"], "one image at least"),
         ([checkpoint, *SCENES, "--permutations=0"], "at least 1"),
         ([checkpoint, *SCENES, "--common=1.5"], "--common is 1.5"),
         ([checkpoint, *words, "--split=test"], "no folder"),

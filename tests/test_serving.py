@@ -66,7 +66,7 @@ def model(checkpoint) -> DynamicRoutingNetwork:
 
 @pytest.fixture(scope="module")
 def cases(checkpoint) -> list[Case]:
-    """Images of several sizes, each for every budget, as JSON and as a picture in turns."""
+    """Images of several sizes, each for every budget, as JSON and as an image in turns."""
     alone, made = routeseg.load(checkpoint), []
     for number, (height, width) in enumerate(SIZES):
         image = np.ascontiguousarray(draw_scene(0, number, SIZES[0], "mixed")[0][:height, :width])

@@ -122,7 +122,7 @@ TWO_STEPS = ["--recipe.iterations=2", "--recipe.validate_every=1", "--recipe.log
 
 
 def test_a_report(layouts, tmp_path, capsys, monkeypatch):
-    """Curves, classes, what is taken for what, the worst and the best picture; each picture is segmented once in a
+    """Curves, classes, what is taken for what, the worst and the best image; each image is segmented once in a
     validation, and never again."""
     seen = []
     segment = SkipEngine.__call__
@@ -131,7 +131,7 @@ def test_a_report(layouts, tmp_path, capsys, monkeypatch):
     words = ["train", "--config=small", "--data.name=folder", f"--data.root={layouts('folder')}", *TINY, *TWO_STEPS]
     code, out, err = run([*words, "--recipe.class_offsets=false", "--output", output], capsys)
     assert code == 0 and f"{output}/report.html" in out, err
-    assert sum(seen) == 2 * 2, "two pictures, two validations"
+    assert sum(seen) == 2 * 2, "two images, two validations"
     page = (output / "report.html").read_text()
     for words in ("routeseg on folder", "mIoU on validation images", "The worst images", "The best images"):
         assert words in page
@@ -275,16 +275,16 @@ def test_what_is_refused_comes_first(layouts, copied, tmp_path, capsys, monkeypa
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("tiny", "pictures with a side under 32 pixels"),
+        ("tiny", "images with a side under 32 pixels"),
         ("misfit", "labels have another size than their image"),
         ("unknown", "label values without a class"),
         ("coloured", "colours without a class"),
-        ("unreadable", "pictures cannot be read"),
+        ("unreadable", "images cannot be read"),
         ("alone", "images without a label"),
     ],
 )
 def test_train_and_check_data_refuse_the_same(copied, tmp_path, capsys, monkeypatch, split, damage, message):
-    """Whatever would end a training late, on any picture of the two splits, ends it before its first step."""
+    """Whatever would end a training late, on any image of the two splits, ends it before its first step."""
     root = copied("folder")
     image, mask = (sorted((root / part / split).glob("*"))[-1] for part in ("images", "masks"))
     if damage in ("tiny", "misfit"):
@@ -410,7 +410,7 @@ class TestResumedClasses:
 
 @pytest.mark.usefixtures("no_report")
 def test_epochs(layouts, tmp_path, capsys):
-    """Four pictures, two a step, three times: six iterations."""
+    """Four images, two a step, three times: six iterations."""
     words = ["train", layouts("folder"), "--config=small", *TINY, "--epochs=3", f"--output={tmp_path}/run"]
     assert run(words, capsys)[0] == 0
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["recipe"]["iterations"] == 6

@@ -327,7 +327,7 @@ def test_writes_logs_and_networks(tmp_path):
 
 
 def test_learns(tmp_path):
-    """A few steps on a few pictures bring the loss well below that of a uniform guess."""
+    """A few steps on a few images bring the loss well below that of a uniform guess."""
     fit(tmp_path, recipe(iterations=40, lr=0.1, **QUICK), tiny_model(base_channels=8))
     losses = [float(row["loss"]) for row in logged(tmp_path)]
     assert losses[0] == pytest.approx(math.log(10), abs=0.3)

@@ -47,7 +47,7 @@ def pictures(count, size=SIZE):
 
 
 def write_video(path: Path, times=UNEVEN, size=SIZE, turned=None, sound=False, codec="libx264", aspect=1) -> Path:
-    """A video of such pictures at these times, H.264 in even sizes."""
+    """A video of such images at these times, H.264 in even sizes."""
     with av.open(str(path), "w") as file:
         stream = file.add_stream(codec, rate=25, options={"g": "4", "bf": "0"})
         stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
@@ -75,7 +75,7 @@ def write_tone(file, stream):
 
 
 def read_video(path):
-    """(pictures, times) of a file, by PyAV alone."""
+    """(images, times) of a file, by PyAV alone."""
     with av.open(str(path)) as file:
         frames = list(file.decode(file.streams.video[0]))
         return [frame.to_ndarray(format="rgb24") for frame in frames], [frame.time for frame in frames]
@@ -232,7 +232,7 @@ class TestLive:
 
     @pytest.fixture
     def camera(self, monkeypatch):
-        """What OpenCV opens: number 0 has 5 pictures, the third of which fails; no other is there."""
+        """What OpenCV opens: number 0 has 5 images, the third of which fails; no other is there."""
 
         class Capture:
             def __init__(self, number):

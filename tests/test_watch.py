@@ -72,7 +72,7 @@ def test_few_rows_evenly_spread():
 
 
 def test_pictures_are_kept_small(tmp_path, monkeypatch):
-    """Only what is drawn is kept, whatever the size of the pictures and their number."""
+    """Only what is drawn is kept, whatever the size of the images and their number."""
     drawn = []
     monkeypatch.setattr(figures, "progress_sheet", lambda path, rows: drawn.append(rows))
     pictures = open_data(DataConfig(image_size=(600, 1200), val_images=6), "val")
@@ -101,7 +101,7 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path, caplog):
     model = DynamicRoutingNetwork(num_classes=len(pictures.classes), depth=3, base_channels=4, stem_channels=4)
     watching = Watch(pictures, 10, model.config, tmp_path / "file" / "progress.png")
     look = watching.begin(1)
-    look(pictures.name(0), np.zeros((48, 64), np.uint8))  # the other picture could not be read
+    look(pictures.name(0), np.zeros((48, 64), np.uint8))  # the other image could not be read
     watching.end(1, evaluation(0.5))
     (line,) = caplog.messages
     assert line.startswith("no figure of the progress: ") and "\n" not in line

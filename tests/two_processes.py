@@ -102,7 +102,7 @@ def nodes_that_run():
 
 
 def images_and_labels(count=4):
-    """Pictures of which some open a path and others do not."""
+    """Images of which some open a path and others do not."""
     generator = torch.Generator().manual_seed(5)
     level = torch.linspace(0, 1, count).view(-1, 1, 1, 1)
     images = (torch.rand(count, 3, *SIZE, generator=generator) * level + (1 - level) / 2).clamp(0, 1)
@@ -165,7 +165,7 @@ def statistics(batches):
 
 
 def evaluation(model, rank=0, world=1):
-    """What an evaluation finds out, in two passes over pictures of different sizes, and so of different costs."""
+    """What an evaluation finds out, in two passes over images of different sizes, and so of different costs."""
     examples = []
     for index in range(rank, PICTURES, world):
         image, labels = draw_scene(0, index, (48 + 16 * index, 64), "mixed")

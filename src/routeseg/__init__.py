@@ -6,7 +6,7 @@ result = model("street.jpg")                   # a path, URL, PIL image, array [
 result = model.predict(tensor)                 # also a tensor [3,H,W]; model(images) is the forward of [B,3,H,W]
 result.labels, result.shares, result.route, result.cost_gmacs, result.overlay(), result.save("folder" or "x.png")
 
-run = routeseg.train("my", minutes=20)         # your pictures, as `routeseg train my --minutes 20`
+run = routeseg.train("my", minutes=20)         # your images, as `routeseg train my --minutes 20`
 run.model("photo.jpg"), run.evaluation.miou
 
 engine = routeseg.SkipEngine(model)            # for batches of tensors [B,3,H,W], RGB, uint8 or 0..1

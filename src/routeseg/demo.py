@@ -43,8 +43,8 @@ PICTURES_PER_PRESET = 40
 BUDGETS = (0.25, 0.5, 1.0)  # shares of the full network that one with exits is shown at; at least its cheapest route
 GALLERY = 6
 VALIDATIONS = 4, 3  # without exits, with exits: each calibrates them; at most
-REPORT_SHARE = 0.2  # of the time asked for: at most so much for the pictures that the report looks at
-FIGURES_S, SHOWN = 6.0, 12  # what its figures take, and how many pictures they show
+REPORT_SHARE = 0.2  # of the time asked for: at most so much for the images that the report looks at
+FIGURES_S, SHOWN = 6.0, 12  # what its figures take, and how many images they show
 TRYING_SHARE = 0.15  # of the time asked for: once it is over, no network between this one and the smallest is tried
 FEWEST_ITERATIONS = 300  # with fewer a smaller network learns more
 # What makes iterations shorter, in this order: at most so many channels, layers, a share of the sides of an image.
@@ -109,7 +109,7 @@ class Plan:
     pace: Pace | None = None
 
     def looks(self, val: int) -> tuple[int, int]:
-        """How many pictures of each preset, and of the validation, the report looks at: fewer if they take more than
+        """How many images of each preset, and of the validation, the report looks at: fewer if they take more than
         REPORT_SHARE of the minutes."""
         if self.pace is None or self.minutes is None or not self.pace.picture_s:
             return PICTURES_PER_PRESET, val
@@ -195,7 +195,7 @@ def shrink(
 def preset_costs(
     model: DynamicRoutingNetwork, engine: SkipEngine, data: DataConfig, seed: int, count: int
 ) -> dict[str, np.ndarray]:
-    """Real cost over so many images of each scale preset, as shares of the full network [pictures]."""
+    """Real cost over so many images of each scale preset, as shares of the full network [images]."""
     shares: dict[str, np.ndarray] = {}
     for preset in PRESETS:
         pictures = open_data(replace(data, preset=preset, val_images=count), "val", seed)
@@ -266,7 +266,7 @@ def add_demonstrations(
     if facts["cost_by_preset"]:
         report.heading("Cost by the scale of things")
         report.paragraph(
-            f"Mean real cost over {facts['pictures_of_preset']} pictures of each preset, as a share of the full "
+            f"Mean real cost over {facts['pictures_of_preset']} images of each preset, as a share of the full "
             "network. It is reported as measured: nothing in the training tells the network to follow the scale."
         )
         report.table(

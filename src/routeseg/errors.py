@@ -70,7 +70,7 @@ def how_to_install(extra: str) -> str:
 
 @contextmanager
 def only_warned_of(what: str) -> Iterator[None]:
-    """For what is only to be looked at, such as a picture of a run: an error in this block is one line on the log."""
+    """For what is only to be looked at, such as an image of a run: an error in this block is one line on the log."""
     try:
         yield
     except Exception as error:  # a full disk, too little memory, a file that is gone, a mistake in the drawing

@@ -30,7 +30,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sample() -> Path:
-    """A picture to try a network on: a street, drawn as `routeseg.data.scenes` draws it."""
+    """An image to try a network on: a street, drawn as `routeseg.data.scenes` draws it."""
     return Path(__file__).parent / "street.jpg"
 
 

@@ -54,7 +54,7 @@ def is_background(name: str) -> bool:
 
 
 def see_through(names: Sequence[str], palette: Sequence[Sequence[int]]) -> bool:
-    """Whether class 0 is a background that nobody chose a colour for: pictures show through it."""
+    """Whether class 0 is a background that nobody chose a colour for: images show through it."""
     return is_background(names[0]) and tuple(map(int, palette[0])) in (GREY, BLACK)
 
 

@@ -1,6 +1,6 @@
 """The explorer in the browser: `routeseg app`, or `routeseg.app.launch(model)`. Needs the extra `app` (Gradio).
 
-explorer.py holds pictures and asks the network; page/ is what the browser runs; guard.py says who may ask; this file
+explorer.py holds images and asks the network; page/ is what the browser runs; guard.py says who may ask; this file
 brings them together.
 """
 

@@ -1,9 +1,9 @@
-"""What the explorer shows, without its page: pictures that are held for a while, and what a network makes of them.
+"""What the explorer shows, without its page: images that are held for a while, and what a network makes of them.
 
-Everything here takes and gives what JSON can hold, since a browser is on the other side. Pictures live in memory
+Everything here takes and gives what JSON can hold, since a browser is on the other side. Images live in memory
 alone, the last few of them, under names that nobody can guess.
 
-Legend: H, W picture size, K classes, L depth, S scales.
+Legend: H, W image size, K classes, L depth, S scales.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from routeseg.prediction.torch_runner import TorchNetwork, open_network
 from routeseg.space import Route, padded_size
 
 MAX_BYTES = 20_000_000  # of a file that is sent
-MAX_PIXELS = 50_000_000  # of a picture that is decoded
-SIDE = 1024  # a larger picture is shrunk: one looks at it live
-HELD = 32  # pictures, the last ones
+MAX_PIXELS = 50_000_000  # of an image that is decoded
+SIDE = 1024  # a larger image is shrunk: one looks at it live
+HELD = 32  # images, the last ones
 EXAMPLE_SIZE = (256, 512)
 EXAMPLE_SEED = 7
 EXAMPLES = 3
@@ -57,7 +57,7 @@ class Refused(ValueError):
 
 @dataclass(eq=False)
 class Picture:
-    """A picture that is looked at.
+    """An image that is looked at.
 
     image   uint8 [H,W,3]; labels uint8 [H,W], IGNORE where unknown, or None
     exit_ms what each exit's route takes at this size, ms [K], once it was measured
@@ -88,11 +88,11 @@ def answered(method: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, A
 
 
 class Explorer:
-    """A network, and the pictures that are looked at with it.
+    """A network, and the images that are looked at with it.
 
     name     what the page calls the network
-    survey   what `routeseg routes` wrote of a data set, and how its pictures are read: a page of its own
-    pictures those that the network is for: some are its examples. None: drawn streets, if it knows streets
+    survey   what `routeseg routes` wrote of a data set, and how its images are read: a page of its own
+    images those that the network is for: some are its examples. None: drawn streets, if it knows streets
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Explorer:
     # --- What the page asks ---------------------------------------------------------------------------------------
 
     def about(self) -> dict[str, Any]:
-        """What the page must know of the network before there is a picture."""
+        """What the page must know of the network before there is an image."""
         space = self.config.space
         ramp = (255 * ACTIVATION_COLORS(np.linspace(0, 1, COLOURS))[:, :3]).round().astype(int)
         return {
@@ -140,7 +140,7 @@ class Explorer:
 
     @answered
     def open(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """A picture: {"file": base64, "name"}, {"example": preset} or {"survey": name}; with "labels", base64 of a
+        """An image: {"file": base64, "name"}, {"example": preset} or {"survey": name}; with "labels", base64 of a
         label map, its labels. -> what `look` calls it, its size, what each exit costs there."""
         picture = self._picture(question)
         if question.get("labels"):
@@ -161,18 +161,18 @@ class Explorer:
 
     @answered
     def look(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """What the network makes of a picture.
+        """What the network makes of an image.
 
         picture    what `open` called it
         budget     {"value", "unit": share, gmacs or ms}: the mean cost that is asked for
         route      edges [layer, scale, direction] that may be used; then no budget
         precision  as `SkipEngine` takes it
-        against    a known route (`about`), or edges: what it makes of the picture stands beside
+        against    a known route (`about`), or edges: what it makes of the image stands beside
         """
         token = _text(question, "picture")
         picture = self._pictures.get(token)
         if picture is None:
-            raise Refused("this picture is no longer held: open it again")
+            raise Refused("this image is no longer held: open it again")
         self._pictures.move_to_end(token)
         precision = _text(question, "precision", "float32")
         route = None if question.get("route") is None else self._route(question["route"])
@@ -186,11 +186,11 @@ class Explorer:
             view["changed"] = float((labels != theirs).mean())
         return view
 
-    # --- Pictures ------------------------------------------------------------------------------------------------
+    # --- Images ------------------------------------------------------------------------------------------------
 
     @cached_property
     def examples(self) -> dict[str, Picture]:
-        """Some pictures that the network is for: of its data, or a drawn street of each preset."""
+        """Some images that the network is for: of its data, or a drawn street of each preset."""
         if self.pictures is not None:
             some = evenly_spread(self.pictures, min(EXAMPLES, len(self.pictures)))
             with suppress(UnreadableImage, ValueError, OSError):  # they are gone, or of other classes by now
@@ -226,7 +226,7 @@ class Explorer:
         return Picture(name, np.ascontiguousarray(image), known)
 
     def _labels(self, data: bytes, picture: Picture) -> np.ndarray:
-        """A label map of the picture, shrunk as it was."""
+        """A label map of the image, shrunk as it was."""
         if self.config.num_classes > IGNORE:
             raise Refused(f"the network has {self.config.num_classes} classes: labels hold at most {IGNORE}")
         try:
@@ -241,7 +241,7 @@ class Explorer:
             raise Refused(f"the labels have a class {worst}, the network knows 0 to {self.config.num_classes - 1}")
         height, width = picture.image.shape[:2]
         if abs(labels.shape[1] / labels.shape[0] / (width / height) - 1) > 0.02:
-            raise Refused("the labels have other proportions than the picture")
+            raise Refused("the labels have other proportions than the image")
         return cv2.resize(labels, (width, height), interpolation=cv2.INTER_NEAREST)
 
     # --- The network -----------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ class Explorer:
         return self._runners[precision]
 
     def _segment(self, picture: Picture, runner: TorchNetwork, **how: Any) -> Segmented:
-        """The picture, segmented as `predict` does it; `how`: a route or a budget, as the forward takes them."""
+        """The image, segmented as `predict` does it; `how`: a route or a budget, as the forward takes them."""
         asked = TorchNetwork(partial(runner.forward, **how), self.model, runner.network)
         return segment(asked, picture.image, picture.name, picture.name)
 
@@ -311,7 +311,7 @@ class Explorer:
     # --- Budgets -------------------------------------------------------------------------------------------------
 
     def _exit_costs(self, picture: Picture, unit: str) -> np.ndarray:
-        """[K] of the exits' routes at the size of the picture, ascending: shares, GMACs or ms of this machine."""
+        """[K] of the exits' routes at the size of the image, ascending: shares, GMACs or ms of this machine."""
         assert self.model.exits is not None
         if unit == "ms":
             if picture.exit_ms is None:
@@ -372,7 +372,7 @@ def known_routes(model: DynamicRoutingNetwork) -> dict[str, Known]:
 
 
 class Survey:
-    """A data set as `routeseg routes` saw it: what each picture costs, and how large its objects are."""
+    """A data set as `routeseg routes` saw it: what each image costs, and how large its objects are."""
 
     def __init__(self, facts: Mapping[str, Any], pictures: SegmentationData) -> None:
         """`facts` are those of routes.json, `pictures` the data set that they are of."""
@@ -382,7 +382,7 @@ class Survey:
         self._places = {pictures.name(index): index for index in range(len(pictures))}
 
     def about(self) -> dict[str, Any]:
-        """Title, what the tests say, and (name, cost share, object size) of each picture that can be opened."""
+        """Title, what the tests say, and (name, cost share, object size) of each image that can be opened."""
         return {
             "title": self.title,
             "words": self.words,
@@ -392,9 +392,9 @@ class Survey:
         }
 
     def read(self, name: str) -> tuple[str, np.ndarray, np.ndarray]:
-        """Name, image and labels of a picture."""
+        """Name, image and labels of an image."""
         if name not in self._places:
-            raise Refused("the data set has no such picture")
+            raise Refused("the data set has no such image")
         return name, *self.pictures.read(self._places[name])
 
 
@@ -414,7 +414,7 @@ def _text(question: Mapping[str, Any], key: str, default: str = "") -> str:
 def _bytes(text: Any) -> bytes:
     """The file that a text in base64 holds."""
     if not isinstance(text, str) or not text:
-        raise Refused("no file came: choose a picture")
+        raise Refused("no file came: choose an image")
     if len(text) * 3 // 4 > MAX_BYTES:
         raise Refused(f"the file is larger than {MAX_BYTES // 1_000_000} MB")
     try:
@@ -432,7 +432,7 @@ def _thumbnail(image: np.ndarray) -> np.ndarray:
 
 
 def _jpeg_url(image: np.ndarray) -> str:
-    """uint8 [H,W,3] as an address that holds the picture itself."""
+    """uint8 [H,W,3] as an address that holds the image itself."""
     data = io.BytesIO()
     Image.fromarray(image).save(data, format="JPEG", quality=92, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()

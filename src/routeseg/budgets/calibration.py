@@ -28,7 +28,7 @@ from routeseg.model.exits import TABLE, Exits
 from routeseg.model.grid import RoutedNetwork
 
 WATCHED, LEAST_PRICE = 12, 1e-7  # prices at which places are watched; the least of them
-WALKED = 40  # pictures at least in which they are, if there are so many
+WALKED = 40  # images at least in which they are, if there are so many
 ROUNDING = 1e-9  # of a mean
 
 

@@ -170,7 +170,7 @@ def read_data(parser: Parser, words: Sequence[str], lenient: bool = False) -> tu
 
 
 def refuse_errors(data: DataConfig, seed: int, alone: bool = False) -> None:
-    """Looks at every picture of training and validation, as `routeseg check-data` does, before a training does.
+    """Looks at every image of training and validation, as `routeseg check-data` does, before a training does.
 
     alone  no other processes help: a program that is not guarded against it would start again in each of them
     Raises ValueError, with the remedy, for what would end a training, or make it pointless.

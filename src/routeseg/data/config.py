@@ -1,4 +1,4 @@
-"""The `data` section of a configuration: which data set, and how its pictures are augmented. No torch here."""
+"""The `data` section of a configuration: which data set, and how its images are augmented. No torch here."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ SEED_OFFSETS = {"train": 0, "val": 1_000_003, "test": 2_000_003}  # scenes: each
 class DataConfig:
     """The `data` section of a configuration.
 
-    name          scenes (procedural, no download), camvid, cityscapes, voc, ade20k, or folder (your own pictures);
+    name          scenes (procedural, no download), camvid, cityscapes, voc, ade20k, or folder (your own images);
                   what each expects is in docs/data.md
     root          folder of the data set (not for scenes)
     classes       folder only: what a classes.yaml would say (names, mapping, images, ...), which is not read then.
                   None: that file, or without one what folders, lists and masks tell. A run keeps here what they told
     sbd_root      folder of SBD, for VOC's split train_aug; None: beside VOCdevkit
     train_split, val_split   which parts to train on and to validate on, as the data set calls them
-    train_share   of the training pictures, evenly spread: what would fewer labels do?
-    crop          (height, width) of a training crop; larger than a picture is fine, it is padded
+    train_share   of the training images, evenly spread: what would fewer labels do?
+    crop          (height, width) of a training crop; larger than an image is fine, it is padded
     scales        random scale factors; flip, colour: mirroring, and strength of the colour augmentation
     batch_size    of each process; a step has batch_size * processes * recipe.accumulate images
     workers       loader processes; 0 loads in the training process
     cache         a folder that keeps the decoded training images, 3 bytes a pixel, on a local disk; pays for large PNGs
     image_size, preset, train_images, val_images   scenes only: size (height, width), scale of things
                   (large, small, mixed, or varied: these in turn), how many (val_images of the split test, too)
-    seed          scenes only: which pictures are drawn; None takes the run's seed
+    seed          scenes only: which images are drawn; None takes the run's seed
     """
 
     name: Literal["scenes", "camvid", "cityscapes", "voc", "ade20k", "folder"] = "scenes"
@@ -87,7 +87,7 @@ def pair(size: Sequence[int]) -> tuple[int, int]:
 
 
 class Scenes:
-    """Procedural street scenes; a picture is drawn once and kept."""
+    """Procedural street scenes; an image is drawn once and kept."""
 
     def __init__(self, seed: int, count: int, size: tuple[int, int], preset: str) -> None:
         self.classes = Classes(scenes.CLASSES, scenes.PALETTE)
@@ -139,7 +139,7 @@ def known_classes(config: DataConfig, say: Callable[[str], None] = lambda line: 
 def open_data(config: DataConfig, split: str, seed: int = 0, left_out: list[LeftOut] | None = None) -> SegmentationData:
     """The split (train, val or test) of the data set that the configuration names.
 
-    left_out  takes files that make no picture, for a report; without it they are a ValueError
+    left_out  takes files that make no image, for a report; without it they are a ValueError
     """
     if config.name == "scenes":
         if split not in SEED_OFFSETS:
@@ -166,7 +166,7 @@ def open_data(config: DataConfig, split: str, seed: int = 0, left_out: list[Left
     return open_layout(root, split, left_out)
 
 
-LAYOUTS = {  # what a folder has, one of these, if its pictures lie in a layout of this name; and the classes of it
+LAYOUTS = {  # what a folder has, one of these, if its images lie in a layout of this name; and the classes of it
     "camvid": (("trainannot",), camvid.CLASSES),
     "cityscapes": (("leftImg8bit",), cityscapes.CLASSES),
     "voc": (("VOCdevkit/VOC2012", "VOC2012", "JPEGImages/20[01][0-9]_[0-9][0-9][0-9][0-9][0-9][0-9].jpg"), voc.CLASSES),
@@ -175,13 +175,13 @@ LAYOUTS = {  # what a folder has, one of these, if its pictures lie in a layout 
 
 
 def layout_of(root: Path) -> str:
-    """The name of the layout in which a folder's pictures lie, or of a YAML that describes them.
+    """The name of the layout in which a folder's images lie, or of a YAML that describes them.
 
     What somebody wrote down, a classes.yaml or the classes of a labelling tool, goes before the names of folders.
     Raises ValueError, with a remedy if it knows one, if it is none that is known.
     """
     if not root.exists():
-        raise ValueError(f"no folder {root}: give the folder of your pictures")
+        raise ValueError(f"no folder {root}: give the folder of your images")
     if describing_file(root).is_file() and not is_archive(root):
         return "folder"
     if known := _known_layout(root):

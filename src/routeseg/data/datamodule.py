@@ -53,7 +53,7 @@ class SegmentationDataModule(LightningDataModule):
         return self.train_data.classes
 
     def look_at(self, share: float) -> None:
-        """Leaves this share of the pictures to validate and to calibrate with, evenly spread; some in any case."""
+        """Leaves this share of the images to validate and to calibrate with, evenly spread; some in any case."""
         self.looks = share
         self.val_data = evenly_spread(self.val_data, self._some(len(self.val_data)))
 
@@ -67,7 +67,7 @@ class SegmentationDataModule(LightningDataModule):
         return self._batches(sampler, TRAIN_STREAM, self.config.workers)
 
     def val_dataloader(self) -> DataLoader:
-        """Whole pictures, one at a time, each once over all processes."""
+        """Whole images, one at a time, each once over all processes."""
         rank, world = self._rank()
         return evaluation_loader(self.val_data, self.config.workers, rank, world)
 
@@ -82,8 +82,8 @@ class SegmentationDataModule(LightningDataModule):
         return self._batches(sampler, NORM_STREAM + step, self.config.workers)
 
     def calibration_dataloader(self, part: Literal["train", "val"], count: int = CALIBRATION_PICTURES) -> DataLoader:
-        """At most so many pictures as they are, one at a time, each once over all processes: to calibrate with. If
-        there are too few for validation, the training pictures serve."""
+        """At most so many images as they are, one at a time, each once over all processes: to calibrate with. If
+        there are too few for validation, the training images serve."""
         rank, world = self._rank()
         enough = part == "val" and len(self.val_data) >= LEAST_PICTURES
         data, looks = (self.val_data, 1.0) if enough else (self.train_data, self.looks)  # those are fewer already

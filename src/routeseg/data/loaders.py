@@ -1,4 +1,4 @@
-"""Pictures as tensors, and the order in which they come.
+"""Images as tensors, and the order in which they come.
 
 Batch number n is a pure function of (seed, n): a run that is interrupted goes on with the very batch that is due.
 """
@@ -28,13 +28,13 @@ def image_tensor(image: np.ndarray) -> torch.Tensor:
 
 
 class TrainingPictures(Dataset[dict[str, Any]]):
-    """Augmented pictures. An item is asked for by (position in the run, index), so that it depends on nothing else."""
+    """Augmented images. An item is asked for by (position in the run, index), so that it depends on nothing else."""
 
     def __init__(self, data: SegmentationData, augmentation: Augmentation, seed: int, stream: int) -> None:
         self.data, self.augmentation, self.seed, self.stream = data, augmentation, seed, stream
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """image uint8 [3,h,w], labels int64 [h,w], skipped: how many unreadable pictures were passed over."""
+        """image uint8 [3,h,w], labels int64 [h,w], skipped: how many unreadable images were passed over."""
         position, index = key
         rng = np.random.default_rng([self.seed, self.stream, position])
         for skipped in range(MAX_BAD_IN_A_ROW):
@@ -45,7 +45,7 @@ class TrainingPictures(Dataset[dict[str, Any]]):
             except UnreadableImage as error:
                 self.data.skips(place, error)
         else:
-            raise ValueError(f"{MAX_BAD_IN_A_ROW} unreadable pictures in a row: check the data set's files")
+            raise ValueError(f"{MAX_BAD_IN_A_ROW} unreadable images in a row: check the data set's files")
         image, labels = self.augmentation(image, labels, rng)
         return {
             "image": image_tensor(image),
@@ -83,7 +83,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
 
 class EvaluationPictures(Dataset[dict[str, Any]]):
-    """Pictures as they are, for evaluation; for an unreadable one only `skipped` = 1 comes."""
+    """Images as they are, for evaluation; for an unreadable one only `skipped` = 1 comes."""
 
     def __init__(self, data: SegmentationData, indices: range) -> None:
         self.data, self.indices = data, indices
@@ -107,7 +107,7 @@ class EvaluationPictures(Dataset[dict[str, Any]]):
 
 
 def evaluation_loader(data: SegmentationData, workers: int = 0, rank: int = 0, world: int = 1) -> DataLoader:
-    """Whole pictures of a data set, one at a time: image [1,3,H,W] uint8, labels [1,H,W] int64."""
+    """Whole images of a data set, one at a time: image [1,3,H,W] uint8, labels [1,H,W] int64."""
     pictures = EvaluationPictures(data, range(rank, len(data), world))
     return DataLoader(
         pictures, batch_size=None, num_workers=workers, worker_init_fn=loader_process if workers else None

@@ -36,7 +36,7 @@ IMAGE_SUFFIXES = tuple(
     ".png .jpg .jpeg .jpe .jfif .bmp .dib .tif .tiff .webp .gif .jp2 .j2k .jpx .avif .ppm .pgm .pbm .pnm .pfm".split()
 )
 # What is decoded: no format that runs programs (PostScript) or fetches other files. Pillow knows the first ones from
-# the start (MPO is among JPEG); for the others it imports all that it has, which takes as long as some pictures.
+# the start (MPO is among JPEG); for the others it imports all that it has, which takes as long as some images.
 FORMATS, RARE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM"), ("TIFF", "WEBP", "JPEG2000", "AVIF")
 MAX_SIDE, MAX_PIXELS = 1 << 16, 100_000_000  # of an image: a small file may claim any size
 # What Pillow raises for damaged files (RuntimeError from AVIF, struct.error from EXIF data), and for too large ones.
@@ -58,19 +58,19 @@ FEW_BITS = re.compile("L;([24])I?R?")  # how Pillow names grey values of 2 or 4 
 ORIENTATION_TAG = 0x0112  # of EXIF
 PLAIN_ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}  # the last bytes of a file that is whole
 # What may turn a PNG, make parts of it transparent or animate it: PNG_SPECIAL are the names that Pillow finds for it in
-# the file's head, PNG_TURNED the marks of what turns a picture and comes behind the pixels.
+# the file's head, PNG_TURNED the marks of what turns an image and comes behind the pixels.
 PNG_SPECIAL = {"exif", "XML:com.adobe.xmp", "Raw profile type exif", "transparency", "default_image", "interlace"}
 PNG_TURNED = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
 PNG_TAIL_BYTES = 1 << 16
 _STDERR = threading.Lock()  # only one thread at a time may turn it away
 MOST_VALUES = 1 << 17  # from the lowest to the highest label value that a table is made for
-SKIPS_NAMED = 10  # unreadable pictures of a data set that the log names; of the others it only says that there are some
+SKIPS_NAMED = 10  # unreadable images of a data set that the log names; of the others it only says that there are some
 
 
 class SkipLog:
-    """Says on the log which unreadable pictures of a data set were skipped: each once, and SKIPS_NAMED at most.
+    """Says on the log which unreadable images of a data set were skipped: each once, and SKIPS_NAMED at most.
 
-    What was said is shared with the loader processes of this process, so that no two of them name the same picture.
+    What was said is shared with the loader processes of this process, so that no two of them name the same image.
     """
 
     def __init__(self, pictures: int) -> None:
@@ -91,7 +91,7 @@ class SkipLog:
 class SegmentationData(Protocol):
     """What a data set is: classes, a length, and pairs of image and labels.
 
-    skips  is told of every unreadable picture that is skipped
+    skips  is told of every unreadable image that is skipped
     """
 
     classes: Classes
@@ -549,7 +549,7 @@ def pack_colours(colours: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Pair:
-    """One picture: its name in reports, its image file, and its label file (None: it has none, as in a test split)."""
+    """One image: its name in reports, its image file, and its label file (None: it has none, as in a test split)."""
 
     name: str
     image: Path
@@ -557,7 +557,7 @@ class Pair:
 
 
 class PairedFiles:
-    """Pictures and labels of a list of files.
+    """Images and labels of a list of files.
 
     label_map   what label values mean
     read_values  how a label file is read, if it is no image: Path -> integers [H,W]
@@ -599,7 +599,7 @@ class PairedFiles:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Files of a split that make no picture, all for one reason.
+    """Files of a split that make no image, all for one reason.
 
     what     the files, in the plural: "images without a label"
     files    all of them

@@ -1,4 +1,4 @@
-"""Some pictures of a data set, and what classes they show."""
+"""Some images of a data set, and what classes they show."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LEAST_SHARE = 1e-4  # of the pixels: a class that is rarer, or is not seen, gain
 
 
 class Pictures:
-    """Some pictures of a data set, by their indices."""
+    """Some images of a data set, by their indices."""
 
     def __init__(self, data: SegmentationData, indices: Sequence[int]) -> None:
         self.data, self.indices = data, indices
@@ -34,14 +34,14 @@ class Pictures:
 
 
 def evenly_spread(data: SegmentationData, count: int | None) -> SegmentationData:
-    """`count` pictures of a data set, from its beginning to its end at even steps; all with None.
+    """`count` images of a data set, from its beginning to its end at even steps; all with None.
 
     Raises ValueError if the count is not positive.
     """
     if count is None or count >= len(data):
         return data
     if count < 1:
-        raise ValueError(f"--images is {count}: look at one picture at least")
+        raise ValueError(f"--images is {count}: look at one image at least")
     return Pictures(data, np.linspace(0, len(data) - 1, count).round().astype(int).tolist())
 
 

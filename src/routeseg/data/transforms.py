@@ -19,11 +19,11 @@ LUMA_RGB = np.array([0.299, 0.587, 0.114])
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to a training picture.
+    """What happens to a training image.
 
-    crop    (height, width) of the result; a picture that is smaller after scaling is padded
+    crop    (height, width) of the result; an image that is smaller after scaling is padded
     scales  one of these factors is drawn; the authors' shorter sides 512..2048 on Cityscapes are 0.5..2.0
-    flip    mirror half of the pictures
+    flip    mirror half of the images
     colour  strength of random brightness, contrast and saturation; 0 is none
     """
 
@@ -54,7 +54,7 @@ class Augmentation:
 
 
 def _offset(size: int, crop: int, rng: np.random.Generator) -> int:
-    """Where the crop starts in the scaled picture; negative where there is padding on both sides."""
+    """Where the crop starts in the scaled image; negative where there is padding on both sides."""
     room = size - crop
     return int(rng.integers(min(room, 0), max(room, 0) + 1))
 

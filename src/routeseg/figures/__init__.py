@@ -1,4 +1,4 @@
-"""Pictures of what the network does: label maps, routes, training runs, costs. Draws only.
+"""Images of what the network does: label maps, routes, training runs, costs. Draws only.
 
 labels.py has the label maps, effort.py how far places went, sheet.py many of them on a page, routes.py the routes,
 charts.py training runs and evaluations, comparison.py networks beside each other, route_statistics.py the routes over a

@@ -1,4 +1,4 @@
-"""What all pictures share: colours, and a figure that no global state knows of.
+"""What all images share: colours, and a figure that no global state knows of.
 
 Every `path` of this package ends in .png or .svg. The file is written whole or not at all, and its folder is
 made if missing. Matplotlib is not imported by what draws without it.
@@ -48,7 +48,7 @@ def new_figure(width: float, height: float, **options: Any) -> Figure:
 def picture_kind(path: str | Path) -> str:
     kind = Path(path).suffix.lower().removeprefix(".")
     if kind not in ("png", "svg"):
-        raise ValueError(f"{path}: a picture is written as .png or .svg, name it so")
+        raise ValueError(f"{path}: an image is written as .png or .svg, name it so")
     return kind
 
 

@@ -16,12 +16,12 @@ from routeseg.figures.labels import MIN_PICTURE
 from routeseg.figures.words import text_font
 
 TINT = 0.6  # strength of the heat
-BAR = 0.3  # width of the scale, as a share of the picture's
+BAR = 0.3  # width of the scale, as a share of the image's
 
 
 def effort(image: np.ndarray, shares: np.ndarray, place: int, legend: bool = True) -> np.ndarray:
     """The image uint8 [H,W,3] in grey, and over it what each place cost [hb,wb], a share of what it costs in the full
-    network: uint8 [H',W',3], RGB. With the legend pictures smaller than MIN_PICTURE are enlarged, as overlays are."""
+    network: uint8 [H',W',3], RGB. With the legend images smaller than MIN_PICTURE are enlarged, as overlays are."""
     height, width = image.shape[:2]
     least, most = float(shares.min()), max(float(shares.max()), 1.0)
     heat = shares.repeat(place, 0).repeat(place, 1)[:height, :width]

@@ -1,4 +1,4 @@
-"""Label maps as pictures: in the colours of their classes, and laid over the image with a legend.
+"""Label maps as images: in the colours of their classes, and laid over the image with a legend.
 
 Legend: H, W image size, K classes.
     image    uint8 [H, W, 3]   RGB
@@ -21,7 +21,7 @@ from routeseg.figures.words import fitted, text_font
 from routeseg.labels import IGNORE, see_through
 
 MIN_PICTURE = 480  # pixels of the longer side below which an overlay is enlarged
-SIDE_LEGEND_RATIO = 1.8  # taller than this: the legend stands beside the picture
+SIDE_LEGEND_RATIO = 1.8  # taller than this: the legend stands beside the image
 
 
 def colorize(labels: np.ndarray, palette: Any) -> np.ndarray:
@@ -57,10 +57,10 @@ def overlay(
     """The image tinted with its segmentation, class borders drawn in, and a legend: uint8 [H', W', 3], RGB.
 
     The image shows through a class 0 called background, unless it has a colour of its own (`labels.see_through`).
-    The legend names the classes present, largest first, with their share of the picture; it stands below the
-    picture, or beside it if the picture is tall. Pictures smaller than MIN_PICTURE are enlarged by a whole
+    The legend names the classes present, largest first, with their share of the image; it stands below the
+    image, or beside it if the image is tall. Images smaller than MIN_PICTURE are enlarged by a whole
     factor so that the legend can be read. `alpha` is the strength of the tint, 0 to 1; with `legend` False
-    the picture comes alone, at the size of the image.
+    the image comes alone, at the size of the image.
 
     Raises ValueError if image and labels differ in size, or names, palette and labels do not fit together.
     """
@@ -86,7 +86,7 @@ def overlay(
 
 
 def _inner_border(labels: np.ndarray) -> np.ndarray:
-    """The pixels of each class that lie next to another class, bool [H, W]; thicker in larger pictures."""
+    """The pixels of each class that lie next to another class, bool [H, W]; thicker in larger images."""
     longer = max(labels.shape)
     window = 2 if longer < MIN_PICTURE else 1 + 2 * max(1, round(longer / 900))  # 2: on one side of a border
     kernel = np.ones((window, window), dtype=np.uint8)
@@ -95,7 +95,7 @@ def _inner_border(labels: np.ndarray) -> np.ndarray:
 
 
 def legend_entries(labels: np.ndarray, class_names: Sequence[str], palette: Any) -> list[tuple[str, tuple, float]]:
-    """(name, RGB colour, share of the picture 0..1) of the classes present, largest first; ignored last."""
+    """(name, RGB colour, share of the image 0..1) of the classes present, largest first; ignored last."""
     values, counts = np.unique(labels, return_counts=True)
     ignored = IGNORE if len(palette) <= IGNORE else None
     order = sorted(zip(values.tolist(), counts.tolist(), strict=True), key=lambda e: (e[0] == ignored, -e[1]))

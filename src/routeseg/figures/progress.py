@@ -1,6 +1,6 @@
-"""How a network learns to see: a few pictures, and what it makes of them, time after time.
+"""How a network learns to see: a few images, and what it makes of them, time after time.
 
-Legend: H, W size of a picture.
+Legend: H, W size of an image.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from routeseg.figures.common import INK, MUTED, png_bytes
 from routeseg.figures.words import text_font
 from routeseg.files import write_atomically
 
-CELL = 280  # pixels, of the longer side of a picture
+CELL = 280  # pixels, of the longer side of an image
 GAP, MARGIN, WORDS = 8, 16, 118  # pixels; WORDS is what the words of a row take
 TEXT = 16  # pixels, height of letters
 
@@ -29,7 +29,7 @@ def shrunk(picture: np.ndarray) -> np.ndarray:
 
 
 def progress_sheet(path: str | Path, rows: Sequence[tuple[Sequence[str], Sequence[np.ndarray | None]]]) -> None:
-    """Draws rows of pictures into a .png, the same number in each: (lines of words that stand before them, pictures
+    """Draws rows of images into a .png, the same number in each: (lines of words that stand before them, images
     uint8 [H,W,3] or None for one that is missing).
 
     Raises OSError if it cannot be written.

@@ -1,6 +1,6 @@
-"""A report as one HTML file that needs nothing else: no network, no scripts, pictures inside.
+"""A report as one HTML file that needs nothing else: no network, no scripts, images inside.
 
-`Report` gathers headings, text, tables and pictures in the order given; `write` puts them on a page that
+`Report` gathers headings, text, tables and images in the order given; `write` puts them on a page that
 reads well on a screen (light or dark), on a phone and on paper.
 """
 
@@ -73,14 +73,14 @@ class Report:
         )
 
     def figure(self, picture: Picture, caption: str) -> None:
-        """A picture over the full width, with a caption: a PNG, JPEG or SVG file, or its bytes.
+        """An image over the full width, with a caption: a PNG, JPEG or SVG file, or its bytes.
 
-        Raises ValueError if the file is missing or is no such picture.
+        Raises ValueError if the file is missing or is no such image.
         """
         self._body.append(_figure(picture, caption))
 
     def gallery(self, pictures: Sequence[tuple[Picture, str]]) -> None:
-        """(picture, caption) pairs, as many side by side as fit. Raises ValueError as `figure` does."""
+        """(image, caption) pairs, as many side by side as fit. Raises ValueError as `figure` does."""
         inner = "\n".join(_figure(picture, caption) for picture, caption in pictures)
         self._body.append(f'<div class="gallery">\n{inner}\n</div>')
 
@@ -128,14 +128,14 @@ def _figure(picture: Picture, caption: str) -> str:
 
 def _data_uri(picture: Picture) -> str:
     if isinstance(picture, bytes):
-        name, data = "the picture", picture
+        name, data = "the image", picture
     else:
         name = str(picture)
         try:
             data = Path(picture).read_bytes()
         except OSError as error:
             raise ValueError(
-                f"{name}: cannot be read ({error.strerror}). Draw the picture before the report"
+                f"{name}: cannot be read ({error.strerror}). Draw the image before the report"
             ) from error
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         kind = "png"
@@ -144,7 +144,7 @@ def _data_uri(picture: Picture) -> str:
     elif b"<svg" in data[:2000]:
         kind = "svg+xml"
     else:
-        raise ValueError(f"{name}: is no PNG, JPEG or SVG picture. Save it as one of these")
+        raise ValueError(f"{name}: is no PNG, JPEG or SVG image. Save it as one of these")
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 

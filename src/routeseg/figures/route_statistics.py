@@ -1,5 +1,5 @@
-"""Routes over a data set as pictures: how often and how strongly each edge is open, the cheapest and the dearest
-pictures with their routes, and routes by group. All are drawn on the grid of routes.py.
+"""Routes over a data set as images: how often and how strongly each edge is open, the cheapest and the dearest
+images with their routes, and routes by group. All are drawn on the grid of routes.py.
 
 Legend: L depth, S scales, H, W image size.
     shares, activations  float [L+1, S, 3] in 0..1, one number per edge
@@ -91,7 +91,7 @@ def extreme_routes(
     space: RoutingSpace,
     rows: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, str]]],
 ) -> None:
-    """Pictures with their routes, in rows under headings (such as the cheapest and the dearest pictures).
+    """Images with their routes, in rows under headings (such as the cheapest and the dearest images).
 
     A panel is (image uint8 [H, W, 3], segmentation uint8 [H, W, 3], gates [L+1, S, 3], title): image and
     segmentation side by side, the route below.
@@ -100,7 +100,7 @@ def extreme_routes(
     """
     kind = picture_kind(path)
     if not rows or not all(rows.values()):
-        raise ValueError("no pictures to draw: give each row at least one (image, segmentation, gates, title)")
+        raise ValueError("no images to draw: give each row at least one (image, segmentation, gates, title)")
     columns = max(map(len, rows.values()))
     wide, tall = _panel_size(space, 0.36, 4.2, 5.6)
     between, inner = 0.55, 0.06  # inches between columns, and between image and segmentation
@@ -109,7 +109,7 @@ def extreme_routes(
     thumbs = [  # inches high, by row
         min(max(half * p[0].shape[0] / p[0].shape[1] for p in panels), 0.62 * wide) for panels in rows.values()
     ]
-    below = title + tall + AXIS + 0.25  # inches, of a row below its pictures
+    below = title + tall + AXIS + 0.25  # inches, of a row below its images
     figure = new_figure(columns * (wide + between) - between, sum(thumbs) + (HEADING + below) * len(thumbs))
     place = _Placer(figure)
     top = 0.0

@@ -1,4 +1,4 @@
-"""Routes as pictures: which paths of the grid are open, and how far.
+"""Routes as images: which paths of the grid are open, and how far.
 
 Legend: H, W image size, L depth, S scales.
     gates  [L+1, S, 3]   activations of one image, 0 is closed (see space.py)
@@ -265,14 +265,14 @@ def route_legend(columns: int, words: RouteWords = ONE_IMAGE, stages: int = 0) -
 def save_route(
     path: str | Path, space: RoutingSpace, gates: np.ndarray, title: str | None = None, stages: int = 0
 ) -> None:
-    """One route as a picture file (see `draw_route`, and for its ValueErrors). `gates` [L+1, S, 3]."""
+    """One route as an image file (see `draw_route`, and for its ValueErrors). `gates` [L+1, S, 3]."""
     write_atomically(path, route_picture(space, gates, title, picture_kind(path), stages))
 
 
 def route_picture(
     space: RoutingSpace, gates: np.ndarray, title: str | None = None, kind: str = "png", stages: int = 0
 ) -> bytes:
-    """The picture of `save_route` as the bytes of a file, `kind` "png" or "svg"."""
+    """The image of `save_route` as the bytes of a file, `kind` "png" or "svg"."""
     wide = (space.depth + 2.9) * float(np.clip(10 / (space.depth + 2.9), 0.42, 0.64))  # inches
     tall = 0.6 * space.num_scales
     figure = new_figure(wide, tall)
@@ -313,17 +313,17 @@ def routes_side_by_side(
     stages: int = 0,
     row_names: Sequence[str] = (),
 ) -> None:
-    """One column per panel: its pictures, one below the other, and its route under them (the paper's Figure 1).
+    """One column per panel: its images, one below the other, and its route under them (the paper's Figure 1).
 
-    A panel is (pictures uint8 [H, W, 3] each, gates [L+1, S, 3], title): an image and its segmentation, say, which is
-    any RGB picture (`overlay` with or without its legend, or `colorize`). Sizes may differ between panels, the number
-    of pictures may not. `row_names` stand beside the pictures of the first column.
+    A panel is (images uint8 [H, W, 3] each, gates [L+1, S, 3], title): an image and its segmentation, say, which is
+    any RGB image (`overlay` with or without its legend, or `colorize`). Sizes may differ between panels, the number
+    of images may not. `row_names` stand beside the images of the first column.
 
     Raises ValueError if there is no panel, or the gates do not fit the space.
     """
     kind = picture_kind(path)
     if not panels:
-        raise ValueError("no panels to draw: give at least one (pictures, gates, title)")
+        raise ValueError("no panels to draw: give at least one (images, gates, title)")
     count = len(panels[0][0])
     wide = float(np.clip(0.25 * (space.depth + 2.9), 3.4, 8))  # inches, of a column
     rows = [[pictures[row] for pictures, _, _ in panels] for row in range(count)]
@@ -343,7 +343,7 @@ def routes_side_by_side(
         for number, (ax, picture) in enumerate(zip(axes[:-1], pictures, strict=True)):
             ax.imshow(picture)
             ax.axis("off")
-            ax.set_anchor("S" if number == 0 else "N")  # pictures of unlike shapes meet their segmentation below them
+            ax.set_anchor("S" if number == 0 else "N")  # images of unlike shapes meet their segmentation below them
         if not column:
             for ax, name in zip(axes, row_names, strict=False):
                 ax.text(-0.01, 0.5, name, transform=ax.transAxes, **ROW_NAME)

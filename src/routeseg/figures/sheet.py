@@ -1,4 +1,4 @@
-"""Pictures of a data set on one sheet, tinted with their labels: are they where they belong?"""
+"""Images of a data set on one sheet, tinted with their labels: are they where they belong?"""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LEGEND_LINE = 30
 
 @dataclass(frozen=True)
 class Section:
-    """Pictures that stand together: (name, image uint8 [H,W,3], labels uint8 [H,W], K for a value without a class)."""
+    """Images that stand together: (name, image uint8 [H,W,3], labels uint8 [H,W], K for a value without a class)."""
 
     heading: str
     pictures: Sequence[tuple[str, np.ndarray, np.ndarray]]
@@ -43,7 +43,7 @@ def contact_sheet(
     palette: Any,
     shares: Sequence[float],
 ) -> None:
-    """Draws the pictures in rows, and below them what each colour means, into a .png.
+    """Draws the images in rows, and below them what each colour means, into a .png.
 
     shares  of the labelled pixels of the whole data set, for each class; 0: it never occurs
     """
@@ -76,7 +76,7 @@ def _heading(text: str, size: int, bold: bool = False) -> Image.Image:
 def _tile(
     name: str, image: np.ndarray, labels: np.ndarray, names: Sequence[str], colours: Any, cell: int
 ) -> Image.Image:
-    """The tinted picture, as wide as a cell or as high as one may be, with its name below."""
+    """The tinted image, as wide as a cell or as high as one may be, with its name below."""
     height, width = labels.shape
     factor = min(cell / width, TALLEST * cell / height)
     size = max(1, round(width * factor)), max(1, round(height * factor))

@@ -1,4 +1,4 @@
-"""Words in pictures: class names and file names may have any letters, and no font has them all.
+"""Words in images: class names and file names may have any letters, and no font has them all.
 
 What DejaVu lacks (Chinese, say) is drawn in the first installed font that has all letters of a text. If there is none,
 these letters are written as their codes, such as \\u8f66: no boxes, and two names that differ stay different.
@@ -49,7 +49,7 @@ def letters_of(font: Path) -> frozenset[int]:
 
 @cache
 def installed_fonts() -> tuple[Path, ...]:
-    """Files of fonts, those of upright letters of usual weight first; without fonts of coloured pictures."""
+    """Files of fonts, those of upright letters of usual weight first; without fonts of coloured images."""
     from matplotlib.font_manager import findSystemFonts
 
     paths = [Path(name) for name in findSystemFonts() if Path(name).suffix.lower() in FONT_SUFFIXES]

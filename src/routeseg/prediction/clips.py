@@ -295,7 +295,7 @@ class Newest:
 
 
 class VideoWriter:
-    """An MP4 file that grows by one picture after another, uint8 [H,W,3], each at its own time: H.264 in yuv420p,
+    """An MP4 file that grows by one image after another, uint8 [H,W,3], each at its own time: H.264 in yuv420p,
     as all browsers play it. A side that is odd grows by one pixel, as the format wants it.
 
     Raises OSError if the file cannot be written, and ValueError for a size that the encoder does not take.
@@ -316,7 +316,7 @@ class VideoWriter:
         self._last = -1  # time of the last frame, in ticks
 
     def write(self, picture: np.ndarray, time_s: float) -> None:
-        """A picture of another size than the first is resized to it."""
+        """An image of another size than the first is resized to it."""
         height, width = self.size
         if picture.shape[:2] != self.size:
             picture = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)

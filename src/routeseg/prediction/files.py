@@ -3,7 +3,7 @@
 For every image, named NAME below, the output folder gets
     NAME_labels.png    class of each pixel, a palette PNG: its bytes are the class ids (16 bits, greyscale, beyond 256)
     NAME_overlay.png   the image tinted with its segmentation, and a legend
-    NAME_route.png     the route as a picture
+    NAME_route.png     the route as an image
     NAME_route.json    the route, its activations and its cost; `Route.from_json` reads it
 
 The JSON is written last: if it is there, the other files are, too. `output_names` makes NAME. Images may be
@@ -170,7 +170,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Target:
-    """Where results go, whether pictures are among them, and the fingerprint of the network that makes them; images of
+    """Where results go, whether images are among them, and the fingerprint of the network that makes them; images of
     more than `max_pixels` are skipped."""
 
     folder: ResultFolder
@@ -203,7 +203,7 @@ def predict_files(
 
     on_image  called after each image (for a progress bar)
     resume    images whose results are there already are left as they are
-    pictures  False: no overlay and no picture of the route, which take most of the time of small images
+    pictures  False: no overlay and no image of the route, which take most of the time of small images
     max_pixels  an image that claims more is skipped, and not decoded
 
     Each file is written whole or not at all. An image that cannot be read is skipped, and listed in the

@@ -31,7 +31,7 @@ class Clock:
     validation_steps  what a validation takes, in steps; rest_steps: what comes behind the last one
     validations       how many are to come, the last one included
     due               the share at which the next one comes
-    looks             the share of its pictures that a validation looks at, so that it fits in
+    looks             the share of its images that a validation looks at, so that it fits in
     """
 
     def __init__(self, total_s: float = 0.0) -> None:

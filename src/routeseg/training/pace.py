@@ -25,7 +25,7 @@ from routeseg.training.segmentation import SegmentationTask, check_task, freeze_
 from routeseg.training.trial import Choice, choose_precision, step_seconds
 
 CURVE = 20  # rows that the log of a training has at least
-LOADS = 3  # of the pictures of a step, that are timed
+LOADS = 3  # of the images of a step, that are timed
 VALIDATION_SHARE = 0.2  # of the time: one that takes longer looks at fewer images
 FORWARD = 0.4  # of a step: about what its forward takes
 
@@ -38,9 +38,9 @@ class Pace:
     step_s        seconds of a step of the optimiser
     first_load_s  seconds to load a step's images that were not loaded before
     load_s        seconds to load those that were
-    epoch         steps until each picture was loaded once
-    validation_s  seconds of a validation with all that belongs to it (`ValidateAndSave`), from one picture of it
-    picture_s     seconds of a picture in it
+    epoch         steps until each image was loaded once
+    validation_s  seconds of a validation with all that belongs to it (`ValidateAndSave`), from one image of it
+    picture_s     seconds of an image in it
     """
 
     choice: Choice

@@ -1,4 +1,4 @@
-// The explorer's page: what the network makes of one picture, while one drags the budget or closes paths.
+// The explorer's page: what the network makes of one image, while one drags the budget or closes paths.
 // `element` is the page, `server` the Python functions of Explorer. At most one question is on its way: whatever changes
 // meanwhile is in the next one, so no answer is ever about an old state.
 const $ = (name) => element.querySelector(".rs-" + name);
@@ -142,7 +142,7 @@ function paintOn(figure, labels, other) {
       if (other && other[pixel] !== label) [to[at], to[at + 1], to[at + 2]] = CHANGED;
       continue;
     }
-    if (label === 0 && state.about.clear) continue; // the picture shows through its background
+    if (label === 0 && state.about.clear) continue; // the image shows through its background
     const colour = palette[label];
     for (let c = 0; c < 3; c++) to[at + c] += alpha * (colour[c] - to[at + c]);
   }
@@ -152,7 +152,7 @@ function paintOn(figure, labels, other) {
 function numbers(view) {
   const rows = [["milliseconds", view.ms.toFixed(view.ms < 10 ? 1 : 0)], ["frames per second", (1000 / view.ms).toFixed(1)],
     ["GMACs", view.gmacs.toPrecision(3)], ["of the full network", (100 * view.share).toFixed(0) + " %"], ["paths open", view.open.length]];
-  if (view.score !== null) rows.push(["mIoU of this picture", (100 * view.score).toFixed(1) + " %"]);
+  if (view.score !== null) rows.push(["mIoU of this image", (100 * view.score).toFixed(1) + " %"]);
   $("numbers").replaceChildren(...rows.map(([name, value]) => {
     const row = document.createElement("div"), term = document.createElement("dt"), text = document.createElement("dd");
     term.textContent = name;
@@ -310,10 +310,10 @@ function walkRoute(event) {
 
 function survey(facts) {
   $("tabs").hidden = false;
-  $("survey-title").textContent = facts.title + ": " + facts.pictures.length + " pictures";
+  $("survey-title").textContent = facts.title + ": " + facts.pictures.length + " images";
   $("words").replaceChildren(...facts.words.map((words) => Object.assign(document.createElement("p"), { textContent: words })));
   const sized = facts.pictures.filter(([, , size]) => size !== null), W = 640, H = 372, box = { left: 46, right: 616, top: 30, bottom: 324 };
-  const svg = make("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": "Cost of each picture against the size of its objects" }, $("scatter"));
+  const svg = make("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": "Cost of each image against the size of its objects" }, $("scatter"));
   if (sized.length) {
     const sizes = ticks(sized.map(([, , size]) => size)), costs = ticks(sized.map(([, cost]) => cost));
     const x = (size) => box.left + ((size - sizes.low) / (sizes.high - sizes.low)) * (box.right - box.left);
@@ -324,7 +324,7 @@ function survey(facts) {
       make("text", { x: box.left - 6, y: y(cost) + 4, "text-anchor": "end" }, svg, percent(cost));
     }
     for (const size of sizes.at) make("text", { x: x(size), y: box.bottom + 18, "text-anchor": "middle" }, svg, percent(size));
-    make("text", { x: (box.left + box.right) / 2, y: H - 8, "text-anchor": "middle" }, svg, "mean side of the objects, of the picture's");
+    make("text", { x: (box.left + box.right) / 2, y: H - 8, "text-anchor": "middle" }, svg, "mean side of the objects, of the image's");
     make("text", { x: 4, y: 14 }, svg, "cost, of the full network's");
     for (const [name, cost, size] of sized) {
       const [cx, cy] = at(size, cost), dot = make("circle", { cx, cy, r: 5, "data-name": name }, svg);
@@ -361,7 +361,7 @@ function tab(name) {
   for (const button of $("tabs").children) button.setAttribute("aria-selected", String(button.dataset.tab === name));
 }
 
-// --- Pictures in ------------------------------------------------------------------------------------------------------
+// --- Images in --------------------------------------------------------------------------------------------------------
 
 function base64(file) {
   return new Promise((resolve, reject) => {
@@ -374,8 +374,8 @@ function base64(file) {
 
 async function take(file) {
   if (!file) return;
-  if (file.size > state.about.max_bytes) { complain(`${file.name} is larger than ${state.about.max_bytes / 1e6} MB: give a smaller picture.`); return; }
-  await open((state.source = { file: await base64(file), name: file.name || "pasted picture" }));
+  if (file.size > state.about.max_bytes) { complain(`${file.name} is larger than ${state.about.max_bytes / 1e6} MB: give a smaller image.`); return; }
+  await open((state.source = { file: await base64(file), name: file.name || "pasted image" }));
 }
 
 async function camera() {
@@ -414,7 +414,7 @@ function wire(about) {
   if (!about.budgets) {
     const why = $("why");
     why.hidden = false;
-    why.textContent = about.gated ? "The gates of this network decide for each picture; it takes no budget." : "This network is static: it takes no budget.";
+    why.textContent = about.gated ? "The gates of this network decide for each image; it takes no budget." : "This network is static: it takes no budget.";
     for (const unit of element.querySelectorAll('[name="rs-unit"]')) unit.disabled = true;
   }
   $("examples").hidden = !about.examples.length;

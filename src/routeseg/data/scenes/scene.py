@@ -1,4 +1,4 @@
-"""One picture: lay out a street, paint it from far to near, and look at it through a lens and a sensor.
+"""One image: lay out a street, paint it from far to near, and look at it through a lens and a sensor.
 
 Shapes as in stage.py.
 """
@@ -70,12 +70,12 @@ KINDS = {
 def draw_scene(
     seed: int, index: int, size: tuple[int, int] = (128, 256), preset: str = "mixed"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One picture of the street world, the same for the same arguments.
+    """One image of the street world, the same for the same arguments.
 
-    seed, index: the world and the picture in it, not negative. size: (height, width) in pixels, each >= 32.
-    preset: "large" has a few near things that fill up to half of the picture, "small" many far ones from a
+    seed, index: the world and the image in it, not negative. size: (height, width) in pixels, each >= 32.
+    preset: "large" has a few near things that fill up to half of the image, "small" many far ones from a
     few pixels on, "mixed" both; light, paints and textures are drawn alike in all three. "varied" is each of them in
-    turn: picture number `index` is the one of `preset_of`.
+    turn: image number `index` is the one of `preset_of`.
     Returns image uint8 [H, W, 3] (RGB) and labels uint8 [H, W], indices into CLASSES.
     Raises ValueError for an unknown preset, a size under 32 and a negative seed or index.
     """
@@ -103,7 +103,7 @@ def draw_scene(
 
 
 def preset_of(preset: str, index: int) -> str:
-    """The scale preset of a picture: of "varied", all three in turn."""
+    """The scale preset of an image: of "varied", all three in turn."""
     return PRESETS[index % len(PRESETS)] if preset == "varied" else preset
 
 
@@ -186,7 +186,7 @@ def _apart(a: Thing, b: Thing) -> bool:
 
 
 def _photograph(stage: Stage, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Canvas to picture [H, W, 3]: average down, let the lamps glow, then the lens and the sensor."""
+    """Canvas to image [H, W, 3]: average down, let the lamps glow, then the lens and the sensor."""
     image = cv2.resize(stage.image, size[::-1], interpolation=cv2.INTER_AREA).astype(np.float32)
     _add_glows(image, stage)
     dice = rng.random(4).astype(np.float32)
@@ -202,7 +202,7 @@ def _photograph(stage: Stage, size: tuple[int, int], rng: np.random.Generator) -
 
 
 def _add_glows(image: np.ndarray, stage: Stage) -> None:
-    """Add to a picture [H, W, 3] the light of all lamps that nothing hides."""
+    """Add to an image [H, W, 3] the light of all lamps that nothing hides."""
     strength = 1 - 0.6 * min(1.0, float(stage.light.horizon.max()))  # lamps pale before a bright sky
     for glow in stage.glows:
         if glow.painted is not None and stage.image[int(glow.y), int(glow.x)].tolist() != glow.painted:

@@ -3,7 +3,7 @@
 The canvas has twice the asked size; at the end the image is averaged down, and of the labels every other pixel
 is taken.
 
-Shapes: H, W picture; h, w = 2H, 2W canvas; F faces of P corners; n polygons or rectangles; K = len(CLASSES).
+Shapes: H, W image; h, w = 2H, 2W canvas; F faces of P corners; n polygons or rectangles; K = len(CLASSES).
 World axes: x to the right, y up from the ground, z forward from the camera, all in metres.
 Colours: albedos are RGB in 0..1, colours on the canvas RGB in 0..255.
 """
@@ -24,11 +24,11 @@ SKY, BUILDING, FENCE, POLE, ROAD, PAVEMENT, VEGETATION, SIGN, CAR, PEDESTRIAN = 
 PALETTE = ((142, 202, 230), (94, 84, 108), (188, 138, 95), (238, 238, 226), (58, 64, 84), (200, 170, 200),
            (82, 150, 94), (250, 204, 60), (38, 96, 190), (226, 62, 87))  # fmt: skip
 
-SUPERSAMPLE = 2  # canvas pixels per picture pixel
+SUPERSAMPLE = 2  # canvas pixels per image pixel
 SUBPIXEL = 4  # binary digits after the point in the coordinates that OpenCV fills
 NEAR_M = 0.6  # nothing is drawn nearer than this
 DETAIL_M = 42  # farther than this, shop fronts, branches and the like are left out
-FOCAL = 1.2  # focal length over picture height
+FOCAL = 1.2  # focal length over image height
 TILE = 512  # pixels of a noise tile
 NEUTRAL = 128  # the grey of a relief tile that changes nothing
 NEAREST_ROWS = 512  # canvas rows up to which tiles are sampled to the nearest pixel: 6 times faster (CPU)
@@ -97,7 +97,7 @@ class Stage:
     """
 
     def __init__(self, size: tuple[int, int], dice: np.ndarray, x: float, light: Light) -> None:
-        """size: (height, width) of the picture. dice [4]: how the camera is held. x: where it stands."""
+        """size: (height, width) of the image. dice [4]: how the camera is held. x: where it stands."""
         height, width = self.shape = (size[0] * SUPERSAMPLE, size[1] * SUPERSAMPLE)
         self.image, self.labels = np.zeros((height, width, 3), np.uint8), np.full((height, width), SKY, np.uint8)
         self.light, self.focal = light, FOCAL * height
@@ -162,7 +162,7 @@ class Stage:
         self.fill(points[None], self.tone(albedo, at[1], lit), label)
 
     def limb(self, at: Point, points: list, width: float, albedo: Any, label: int, lit: float = 0.5) -> None:
-        """Paint a line through points of metres (x, y), `width` metres but one picture pixel at least."""
+        """Paint a line through points of metres (x, y), `width` metres but one image pixel at least."""
         scale = 2**SUBPIXEL
         ends = [[round(c * scale) for c in self.spot(at[0] + x, y, at[1])] for x, y in points]
         thick = max(SUPERSAMPLE, round(width * self.focal / at[1]))
@@ -226,7 +226,7 @@ def noise_tiles() -> dict[str, np.ndarray]:
     slabs = 52 * ((row % 64 < 4) | ((column + 32 * (row // 64 % 2)) % 64 < 4))
     bricks = 30 * ((row % 16 < 3) | ((column + 16 * (row // 16 % 2)) % 32 < 2))
     no_joints = 0 * row
-    # the order of the calls of `fractal` is part of the pictures
+    # the order of the calls of `fractal` is part of the images
     blotch, cracks = fractal(1.5), 30 * (np.abs(fractal(1.9)) < 0.012)
     return {
         "cloud": fractal(1.6),

@@ -57,11 +57,11 @@ TRAIN_IDS_SUFFIX = "_labelTrainIds.png"
 
 @dataclass(frozen=True)
 class Part:
-    """Where a split lies: the pictures' folder below leftImg8bit and below `kind`, gtFine or gtCoarse."""
+    """Where a split lies: the images' folder below leftImg8bit and below `kind`, gtFine or gtCoarse."""
 
     folder: str
     kind: str
-    labelled: bool = True  # a picture without a label file is an error
+    labelled: bool = True  # an image without a label file is an error
 
 
 SPLITS = {
@@ -106,7 +106,7 @@ LABEL_IDS = CityscapesLabels(
 def open_cityscapes(root: Path, split: str, left_out: list[LeftOut] | None = None) -> PairedFiles:
     """A split of Cityscapes, or several joined with "+", such as train+train_extra; see SPLITS.
 
-    Pictures of `test` have no labels if the file is not there. Raises ValueError, showing the expected tree, if
+    Images of `test` have no labels if the file is not there. Raises ValueError, showing the expected tree, if
     something is missing.
 
     left_out  takes files without a partner; without it they are an error, too
@@ -134,12 +134,12 @@ def _pairs(root: Path, part: Part, left_out: list[LeftOut] | None) -> list[Pair]
         found |= {(city.name, name): path for name, path in named.items()}
     for what, some, others, lacking in (
         (
-            "pictures without a label",
+            "images without a label",
             pictures,
             found,
             f"label: there is no {root / labels}/{{}}/{{}}_{part.kind}_labelIds.png",
         ),
-        ("labels without a picture", found, pictures, f"picture: there is no {root / images}/{{}}/{{}}{IMAGE_SUFFIX}"),
+        ("labels without an image", found, pictures, f"picture: there is no {root / images}/{{}}/{{}}{IMAGE_SUFFIX}"),
     ):
         alone = [key for key in some if key not in others]
         if alone and (part.labelled or some is found):
@@ -150,6 +150,6 @@ def _pairs(root: Path, part: Part, left_out: list[LeftOut] | None) -> list[Pair]
             remedy = "unpack the data set again, or remove them"
             leave_out(LeftOut(what, tuple(str(some[key]) for key in alone), len(some), message, remedy), left_out)
     if not pictures:
-        raise ValueError(f"{root / images} holds no pictures; {expected(TREE)}")
+        raise ValueError(f"{root / images} holds no images; {expected(TREE)}")
     kept = [key for key in pictures if key in found or not part.labelled]
     return [Pair(key[1], pictures[key], found.get(key)) for key in kept]

@@ -1,10 +1,10 @@
-"""The `folder` layout, for your own pictures: a small YAML says where they are and what their masks mean.
+"""The `folder` layout, for your own images: a small YAML says where they are and what their masks mean.
 
 Without a YAML, folders, lists of classes and masks tell what it would say (undescribed.py). In a YAML, every key but
 `names` may be left out; docs/data.md has examples.
 
 names        the classes, in order
-palette      their RGB colours, for pictures
+palette      their RGB colours, for images
 mapping      label value, or "#rrggbb" in coloured masks -> class (its name or number), or ignore (255)
 images       their folder, seen from the YAML; or one for each split: {train: FOLDER, val: FOLDER}
 masks        the same; a mask lies where its image lies, sub-folders included, and has its name
@@ -62,7 +62,7 @@ Folders = Path | Mapping[str, Path]  # one for all splits, or one for each
 
 @dataclass(frozen=True)
 class Fraction:
-    """The share of the pictures that is for validation; `names` lists the pictures to draw from (None: all)."""
+    """The share of the images that is for validation; `names` lists the images to draw from (None: all)."""
 
     share: float
     seed: int = 0
@@ -106,7 +106,7 @@ class Description:
 def open_folder(
     root: Path, split: str, classes: Mapping[str, Any] | None = None, left_out: list[LeftOut] | None = None
 ) -> PairedFiles:
-    """A split of your own pictures. `root` is the folder of a classes.yaml, or such a file of any name.
+    """A split of your own images. `root` is the folder of a classes.yaml, or such a file of any name.
 
     classes   what a classes.yaml would say; it is not read then. None: the file, or without one what the masks tell
     left_out  takes files without a partner and masks that tell no classes; without it they are an error, too
@@ -226,7 +226,7 @@ def _ending(found: dict[str, Path], about: Description, key: str, folder: Path) 
 
 
 def _listed(about: Description, split: str, listed_in: Path, left_out: list[LeftOut] | None) -> list[Pair]:
-    """The pictures that a list names, with or without the suffix of the file, in its order."""
+    """The images that a list names, with or without the suffix of the file, in its order."""
     images, masks = _list_files(about, split, left_out)
     image_folder, mask_folder = _folders(about, split)
     names = read_names(listed_in, images)
@@ -269,7 +269,7 @@ def _described(name: str, path: Path, data: Any) -> Description:
 
 
 def _undescribed(name: str, error: Exception) -> ValueError:
-    return ValueError(f"{name} does not describe classes and their pictures: {' '.join(str(error).split())}")
+    return ValueError(f"{name} does not describe classes and their images: {' '.join(str(error).split())}")
 
 
 def _description(path: Path, data: Any) -> Description:
@@ -404,7 +404,7 @@ def _split(data: Any, base: Path) -> Mapping[str, Path] | Fraction | None:
     _check_keys(data, FRACTION_KEYS, "key of `split`")
     share, seed, names = data.get("val_fraction"), data.get("seed", 0), data.get("list")
     if not isinstance(share, float) or not 0 < share < 1:
-        raise ValueError(f"`split.val_fraction` is {share}: give a share of the pictures between 0 and 1")
+        raise ValueError(f"`split.val_fraction` is {share}: give a share of the images between 0 and 1")
     if type(seed) is not int:
         raise ValueError(f"`split.seed` is {seed!r}: give a whole number")
     return Fraction(share, seed, None if names is None else _path(names, "split.list", base))

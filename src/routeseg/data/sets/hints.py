@@ -85,7 +85,7 @@ def what_it_lacks(root: Path) -> str:
         )
     if images:
         return f"holds images, and no masks with their names in a folder that is known; {expected(TREE)}"
-    return f"has no layout that is known; for your own pictures {expected(TREE)}"
+    return f"has no layout that is known; for your own images {expected(TREE)}"
 
 
 def _coco(files: Sequence[Path], root: Path) -> str | None:

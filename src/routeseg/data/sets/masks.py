@@ -163,7 +163,7 @@ def find_classes(folder: Path, masks: Sequence[Path] | None = None) -> FoundClas
     if len(description["names"]) < 2:
         there = ", ".join(_hex(value) if survey.coloured else str(value) for value in values)
         raise UnclearMasks(
-            f"the masks in {folder} hold nothing but {there}: label two classes at least (the rest of a picture is "
+            f"the masks in {folder} hold nothing but {there}: label two classes at least (the rest of an image is "
             f"one), {BY_HAND}"
         )
     return FoundClasses(description, len(paths), len(seen), survey.coloured, tuple(notes))

@@ -1,4 +1,4 @@
-"""Finding the parts of a data set: its folders, the lists that name its pictures, and label files of class numbers.
+"""Finding the parts of a data set: its folders, the lists that name its images, and label files of class numbers.
 
 What is missing is named, together with the tree that was expected.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from routeseg.data.pairs import IMAGE_SUFFIXES, LeftOut, Pair, leave_out, one_form, read_label_file
 from routeseg.errors import CONTROL
 
-FILE = "classes.yaml"  # what describes a folder of your own pictures
+FILE = "classes.yaml"  # what describes a folder of your own images
 
 
 def need_folders(root: Path, folders: Iterable[str], data_set: str, tree: str) -> None:
@@ -70,15 +70,15 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_names(path: Path, known: Iterable[str] = ()) -> list[str]:
-    """The names in a list of pictures, one a line, in order; see `read_lines` and `match_names`, which `known` is for.
+    """The names in a list of images, one a line, in order; see `read_lines` and `match_names`, which `known` is for.
 
     Raises ValueError if the list is missing or empty, or has a name twice.
     """
     if not path.is_file():
-        raise ValueError(f"no file {path}: it lists the pictures of a split, one name a line")
+        raise ValueError(f"no file {path}: it lists the images of a split, one name a line")
     names = match_names(read_lines(path), known)
     if not names:
-        raise ValueError(f"{path} is empty: it lists the pictures of a split, one name a line")
+        raise ValueError(f"{path} is empty: it lists the images of a split, one name a line")
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ValueError(f"{path} names {twice[0]} more than once ({len(twice)} names are so): keep one line of each")
@@ -144,7 +144,7 @@ def look_up(
 def check_names(pairs: Sequence[Pair], what: str) -> list[Pair]:
     """The pairs. Raises ValueError if there are none, or two have one name: their results would be mixed up."""
     if not pairs:
-        raise ValueError(f"{what} holds no pictures")
+        raise ValueError(f"{what} holds no images")
     first: dict[str, Pair] = {}
     for pair in pairs:
         if pair.name in first:

@@ -41,7 +41,7 @@ MASK_FOLDERS = (
     "anns ann segmentationclass segmentationclasspng segmentationclassraw segmentations segmentation segmaps segs seg "
     "ground_truth groundtruth gt gtfine targets target outputs output y"
 ).split()
-# What the name of a mask ends in that lies beside its image, or beside other pictures of its labels.
+# What the name of a mask ends in that lies beside its image, or beside other images of its labels.
 MASK_WORDS = set(
     "mask masks label labels labelids gt seg segmentation segmap groundtruth truth annotation anno annot ann matte "
     "target l p m".split()

@@ -101,9 +101,9 @@ def open_voc(
 
 
 def train_aug_names(train: Iterable[str], val: Iterable[str], sbd: Iterable[str]) -> list[str]:
-    """The pictures of VOC's train and of all of SBD, without those of VOC's val; sorted.
+    """The images of VOC's train and of all of SBD, without those of VOC's val; sorted.
 
-    On the real data that is 10,582: SBD has 8,498 + 2,857 = 11,355 pictures. 2,237 of them are in VOC's trainval
+    On the real data that is 10,582: SBD has 8,498 + 2,857 = 11,355 images. 2,237 of them are in VOC's trainval
     (1,464 + 1,449) and 9,118 are not; so 1,464 + 9,118.
     """
     return sorted((set(train) | set(sbd)) - set(val))
@@ -141,7 +141,7 @@ def read_sbd(path: Path) -> np.ndarray:
 
 
 def _listed(voc: Path, split: str, left_out: list[LeftOut] | None) -> list[Pair]:
-    """The pictures that ImageSets/Segmentation/SPLIT.txt lists."""
+    """The images that ImageSets/Segmentation/SPLIT.txt lists."""
     listed_in = voc / "ImageSets" / "Segmentation" / f"{split}.txt"
     files = files_of(voc / "JPEGImages", ".jpg")
     names = read_names(listed_in, files)
@@ -168,7 +168,7 @@ def _train_aug(voc: Path, sbd_root: Path, left_out: list[LeftOut] | None) -> lis
     val = read_names(voc / "ImageSets" / "Segmentation" / "val.txt")
     names = train_aug_names(train, val, sbd_names)
     added = [name for name in names if name not in train]
-    images = files_of(sbd / "img", ".jpg") | files_of(voc / "JPEGImages", ".jpg")  # SBD's pictures are VOC's
+    images = files_of(sbd / "img", ".jpg") | files_of(voc / "JPEGImages", ".jpg")  # SBD's images are VOC's
     lists = f"{sbd}/train.txt or val.txt"
     images = look_up(added, images, lists, sbd / "img", ".jpg", left_out)
     labels = look_up(added, files_of(sbd / "cls", ".mat"), lists, sbd / "cls", ".mat", left_out)

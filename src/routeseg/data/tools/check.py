@@ -1,4 +1,4 @@
-"""A walk over a data set before training: what is in its files, picture by picture and summed up.
+"""A walk over a data set before training: what is in its files, image by image and summed up.
 
 What is wrong with it, and the verdict, is in findings.py.
 
@@ -39,13 +39,13 @@ from routeseg.data.sets.masks import places
 from routeseg.labels import IGNORE, Classes
 
 ALONE_SECONDS = 1.0  # a small data set is looked at before other processes would have started
-CHUNK = 8  # pictures that a process is given at a time
+CHUNK = 8  # images that a process is given at a time
 VALUES_KEPT = 1000  # different label values of a file, or of a split, that are told apart; the rarest are left out
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What a look into the files of one picture found.
+    """What a look into the files of one image found.
 
     unreadable  the message of a file that is damaged or missing
     wrong       the message of what would end a training: a label of another size, or one that is no label image
@@ -87,7 +87,7 @@ class Picture:
 
 
 def look_at_pair(pair: Pair, label_map: LabelMap, read_values: Callable[[Path], np.ndarray]) -> Picture:
-    """Reads the two files of a picture."""
+    """Reads the two files of an image."""
     found = partial(Picture, pair.name, str(pair.image), None if pair.labels is None else str(pair.labels))
     try:
         image = read_image(pair.image)
@@ -144,7 +144,7 @@ def look_at_pairs(pairs: Sequence[Pair], label_map: LabelMap, read_values: Calla
 
 
 def look_at_drawn(data: SegmentationData, index: int) -> Picture:
-    """A picture of a data set that has no files."""
+    """An image of a data set that has no files."""
     image, labels = data.read(index)
     values, counts = count_values(labels)
     return Picture(
@@ -170,8 +170,8 @@ def _histogram(labels: np.ndarray, counts: np.ndarray, classes: int) -> np.ndarr
 class SplitCheck:
     """What was found in a split.
 
-    failure   why it could not be opened at all; then there are no pictures
-    left_out  files that make no picture
+    failure   why it could not be opened at all; then there are no images
+    left_out  files that make no image
     training  it is the split to train on
     """
 
@@ -205,7 +205,7 @@ class SplitCheck:
 
     @cached_property
     def sizes(self) -> Counter[tuple[int, int]]:
-        """(height, width) -> pictures."""
+        """(height, width) -> images."""
         return Counter(picture.size for picture in self.pictures if picture.size)
 
     @cached_property
@@ -232,7 +232,7 @@ class SplitCheck:
 
     @cached_property
     def in_pictures(self) -> np.ndarray:
-        """int64 [K], in how many pictures each class occurs."""
+        """int64 [K], in how many images each class occurs."""
         zero = np.zeros(len(self.classes), dtype=np.int64)
         return sum((picture.pixels[:-1] > 0 for picture in self.counted if picture.pixels is not None), zero)
 
@@ -246,7 +246,7 @@ class SplitCheck:
         return [name for name, count in zip(self.classes.names, self.in_pictures, strict=True) if not count]
 
     def smaller_than(self, crop: tuple[int, int]) -> int:
-        """How many pictures are smaller than a crop, in height or width."""
+        """How many images are smaller than a crop, in height or width."""
         return sum(count for size, count in self.sizes.items() if size[0] < crop[0] or size[1] < crop[1])
 
     def as_dict(self) -> dict[str, Any]:
@@ -281,10 +281,10 @@ def check_split(
     on_picture: Callable[[], None] | None = None,
     left_out: Sequence[LeftOut] = (),
 ) -> SplitCheck:
-    """Looks at every picture of a split.
+    """Looks at every image of a split.
 
     workers     processes that read files, 0 or 1: this one; None: one a core, if it takes more than some seconds
-    on_picture  called after each picture (for a progress bar)
+    on_picture  called after each image (for a progress bar)
     left_out    what was left out when the split was opened
     """
     found: dict[int, Picture] = {}
@@ -324,7 +324,7 @@ def _look(data: SegmentationData, workers: int | None) -> Iterator[tuple[int, li
 
 
 def duplicates(checks: Iterable[SplitCheck]) -> list[list[tuple[str, Picture]]]:
-    """The groups of pictures whose images are the same, byte for byte, with their splits."""
+    """The groups of images whose images are the same, byte for byte, with their splits."""
     groups: dict[str, list[tuple[str, Picture]]] = {}
     for check in checks:
         for picture in check.pictures:
@@ -334,7 +334,7 @@ def duplicates(checks: Iterable[SplitCheck]) -> list[list[tuple[str, Picture]]]:
 
 
 def pictures_to_show(check: SplitCheck, count: int) -> list[int]:
-    """Indices of readable pictures: for each class the one that has most of it, the rarest class first; then others."""
+    """Indices of readable images: for each class the one that has most of it, the rarest class first; then others."""
     pixels = {k: picture.pixels[:-1] for k, picture in enumerate(check.pictures) if picture.pixels is not None}
     chosen: list[int] = []
     for kind in np.argsort(check.in_pictures, kind="stable"):

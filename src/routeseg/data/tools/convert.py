@@ -56,7 +56,7 @@ class Annotations:
 
     categories  id -> entry
     pictures    id -> the name of the file below the folder, without its suffix, and (height, width)
-    objects     id of the picture -> annotations
+    objects     id of the image -> annotations
     """
 
     def __init__(self, path: Path, images: Path) -> None:
@@ -220,7 +220,7 @@ def convert_coco(
 
     parts       split -> its annotations; if there is only one, a part of it is set aside for validation, by name
     background  pixels without an object are the first class, and not ignored
-    on_picture  called after each picture (for a progress bar)
+    on_picture  called after each image (for a progress bar)
     Raises ValueError, naming the extra, if pycocotools is missing, and if OUTPUT holds a data set.
     """
     tool = require("pycocotools.mask", "coco", "a file of COCO annotations")

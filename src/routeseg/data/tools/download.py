@@ -73,7 +73,7 @@ class Source:
 
 
 def check_camvid(folder: Path) -> None:
-    """Every picture of the three splits can be read, has labels of its size, and no other label than CamVid's."""
+    """Every image of the three splits can be read, has labels of its size, and no other label than CamVid's."""
     for split in ("train", "val", "test"):
         data = open_camvid(folder, split)
         for index in range(len(data)):
@@ -240,7 +240,7 @@ def _fetch_archive(
     part = archive.with_name(f"{archive.name}.part")
     there = part.stat().st_size if part.exists() else 0
     if source.archive_bytes is not None:
-        # What is unpacked is pictures, already compressed: about as large as the archive.
+        # What is unpacked is images, already compressed: about as large as the archive.
         _need_space(archive.parent, max(source.archive_bytes - there, 0) + source.archive_bytes)
     if not re.match(r"https?://", source.url):
         raise DownloadError(f"{source.url} is no http address; an archive you have can lie in the folder as {archive}")
@@ -364,7 +364,7 @@ def _unpack_archive(
         if missing:
             raise BadArchive(f"{archive} is not the data set that it should be: it has {missing}")
         if source.check is not None:
-            say("checking the pictures")
+            say("checking the images")
             try:
                 source.check(unpacking)
             except ValueError as error:

@@ -39,7 +39,7 @@ class Finding:
     """Something wrong: an `error` ends a training or makes it pointless, a `warning` makes it worse. A `note` is not
     wrong, and may help.
 
-    files  the files or pictures that it is about, all of them
+    files  the files or images that it is about, all of them
     """
 
     level: Literal["error", "warning", "note"]
@@ -73,10 +73,10 @@ def examine(
     workers: int | None,
     progress: Callable[[str, int], AbstractContextManager[Callable[[], None]]],
 ) -> Examined:
-    """Looks at every picture of some splits: what `routeseg check-data` tells, and `routeseg train` before it trains.
+    """Looks at every image of some splits: what `routeseg check-data` tells, and `routeseg train` before it trains.
 
     workers   as `check_split` takes them
-    progress  of a title and a number of pictures, a context that gives what is called after each (a progress bar)
+    progress  of a title and a number of images, a context that gives what is called after each (a progress bar)
     Raises ValueError if none of the splits can be opened, for one reason.
     """
     checks: list[SplitCheck] = []
@@ -133,7 +133,7 @@ def find(
 
 
 def _of_left_out(check: SplitCheck) -> list[Finding]:
-    """Files that make no picture: a kind that a training refuses is an error."""
+    """Files that make no image: a kind that a training refuses is an error."""
     found = []
     for some in check.left_out:
         if not some.files:  # it is about the data set
@@ -151,7 +151,7 @@ def _of_files(check: SplitCheck) -> list[Finding]:
         found.append(
             Finding(
                 "error" if bad > MOSTLY_UNREADABLE * total else "warning",
-                f"{check.split}: {bad} of {total} pictures cannot be read",
+                f"{check.split}: {bad} of {total} images cannot be read",
                 "save these files again, or remove them; training and evaluation skip them",
                 tuple(str(picture.unreadable) for picture in check.unreadable),
             )
@@ -324,7 +324,7 @@ def _of_near_colours(checks: Sequence[SplitCheck]) -> list[Finding]:
 
 
 def _of_labels(check: SplitCheck) -> list[Finding]:
-    """Pictures that have nothing to learn from, or to score."""
+    """Images that have nothing to learn from, or to score."""
     blank, counted = check.blank, check.counted
     if not counted:
         return []
@@ -338,7 +338,7 @@ def _of_labels(check: SplitCheck) -> list[Finding]:
         found.append(
             Finding(
                 "warning",
-                f"{check.split}: {len(blank)} of {len(check.pictures)} pictures have no labelled pixel",
+                f"{check.split}: {len(blank)} of {len(check.pictures)} images have no labelled pixel",
                 "label them, or remove them: nothing is learnt from them, and they do not count in mIoU",
                 tuple(picture.label or picture.image for picture in blank),
             )
@@ -361,7 +361,7 @@ def _of_classes(check: SplitCheck, label_map: LabelMap | None, described_in: Pat
     if not shares.any():
         return []
     if len(names) == 1:
-        remedy = "name the rest of the picture as a class, too"
+        remedy = "name the rest of the image as a class, too"
         return [Finding("error", f"{check.split}: there is one class only, {names[0]}", remedy)]
     most = int(np.argmax(shares))
     if described_in is not None and len(names) == 2 and set(check.values) == {"0", str(IGNORE)} and shares[0] == 1:
@@ -381,7 +381,7 @@ def _of_classes(check: SplitCheck, label_map: LabelMap | None, described_in: Pat
             Finding(
                 "error" if only and check.training else "warning",
                 f"{check.split}: {what} is {names[most]}; a network that predicts nothing else is right nearly always",
-                "check the mapping; if the labels are right, add pictures with the other classes, or crop to where "
+                "check the mapping; if the labels are right, add images with the other classes, or crop to where "
                 "they are",
             )
         )
@@ -396,7 +396,7 @@ def _of_classes(check: SplitCheck, label_map: LabelMap | None, described_in: Pat
             Finding(
                 "warning",
                 f"{check.split}: {_few(absent)} never {'occurs' if len(absent) == 1 else 'occur'}: {effect}{hint}",
-                "check names and mapping; add pictures that show them, or divide the splits otherwise"
+                "check names and mapping; add images that show them, or divide the splits otherwise"
                 if described_in is not None
                 else "check that the data set is complete",
             )
@@ -430,16 +430,16 @@ def _of_sizes(check: SplitCheck, crop: tuple[int, int] | None) -> list[Finding]:
     found = []
     tiny = tuple(picture.image for picture in check.pictures if picture.size and min(picture.size) < SMALLEST)
     if tiny:
-        text = f"{check.split}: pictures with a side under {SMALLEST} pixels, which the network refuses: {len(tiny)}"
+        text = f"{check.split}: images with a side under {SMALLEST} pixels, which the network refuses: {len(tiny)}"
         found.append(Finding("error", text, "remove or enlarge them, with their labels", tiny))
     if crop is not None and check.training and check.smaller_than(crop) > len(check.pictures) / 2:
         small = check.smaller_than(crop)
         found.append(
             Finding(
                 "warning",
-                f"{check.split}: {small} of {len(check.pictures)} pictures are smaller than the crop of "
+                f"{check.split}: {small} of {len(check.pictures)} images are smaller than the crop of "
                 f"{crop[1]}x{crop[0]} (width x height): the rest of it is padding",
-                "set data.crop ([height, width]) to the size of most pictures or below",
+                "set data.crop ([height, width]) to the size of most images or below",
             )
         )
     return found
@@ -455,7 +455,7 @@ def _of_duplicates(checks: Sequence[SplitCheck]) -> list[Finding]:
         (
             across,
             "the same image, byte for byte, is in two splits",
-            "remove them from one: a score on pictures that were trained on says nothing",
+            "remove them from one: a score on images that were trained on says nothing",
         ),
         (
             within,

@@ -47,14 +47,14 @@ CAMVID, CITYSCAPES, ADE20K, VOC = range(4)
 EGO_VEHICLE_ID, OUT_OF_ROI_ID, UNLABELED_ID = 1, 3, 0
 INSTANCE_IDS = (24, 26)  # person, car
 CITIES = {"train": ("aachen", "bremen"), "val": ("frankfurt",), "test": ("berlin",), "train_extra": ("augsburg",)}
-RIM = 1 / 48  # part of the height that is not labelled at the edge of a picture
+RIM = 1 / 48  # part of the height that is not labelled at the edge of an image
 BONNET = (0.35, 0.10)  # half-axes of the bonnet, parts of width and height
 COARSE = 1 / 32  # part of the height: coarse labels keep this far from every border of classes
 
 
 @dataclass(frozen=True)
 class World:
-    """The pictures to draw: `train` and `val` as in the data set `scenes`; what else a layout has is drawn beyond."""
+    """The images to draw: `train` and `val` as in the data set `scenes`; what else a layout has is drawn beyond."""
 
     config: DataConfig
     seed: int
@@ -78,17 +78,17 @@ class World:
 
     @property
     def extra(self) -> int:
-        """Training pictures beyond `train`: Cityscapes' train_extra, and what only SBD has."""
+        """Training images beyond `train`: Cityscapes' train_extra, and what only SBD has."""
         return max(1, self.train // 2)
 
     @property
     def test(self) -> int:
-        """Test pictures, drawn beyond `val`."""
+        """Test images, drawn beyond `val`."""
         return max(1, self.val // 2)
 
 
 def pictures_of(layout: Layout, config: DataConfig) -> int:
-    """How many pictures `write_layout` draws."""
+    """How many images `write_layout` draws."""
     world = World(config, 0)
     more = {"cityscapes": world.extra + world.test, "voc": world.test, "sbd": world.test + world.extra}
     return world.train + world.val + more.get(layout, 0)
@@ -225,8 +225,8 @@ def _voc_name(drawn_as: str, index: int) -> str:
 def _write_sbd(root: Path, world: World) -> None:
     """VOC 2012 and SBD beside each other.
 
-    SBD's train list: the later half of VOC's train, the first picture of VOC's val, and all new pictures but one; its
-    val list: that one, and the rest of VOC's val. So train_aug is VOC's train and the new pictures.
+    SBD's train list: the later half of VOC's train, the first image of VOC's val, and all new images but one; its
+    val list: that one, and the rest of VOC's val. So train_aug is VOC's train and the new images.
     """
     from scipy.io import savemat
 
@@ -292,7 +292,7 @@ def _write_ade20k(root: Path, world: World) -> None:
 
 
 def _rim(shape: tuple[int, ...]) -> np.ndarray:
-    """The pixels at the edge of a picture, bool [H,W]."""
+    """The pixels at the edge of an image, bool [H,W]."""
     width = max(1, round(RIM * shape[0]))
     rim = np.ones(shape, dtype=bool)
     rim[width:-width, width:-width] = False

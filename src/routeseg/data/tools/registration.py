@@ -19,7 +19,7 @@ cityscapes is not downloaded: it asks for a registration, and may not be passed 
 3. Unpack all of them into one folder; {expected(cityscapes.TREE)}
 4. routeseg train --data.name cityscapes --data.root ROOT ...   (nothing has to be converted first)""",
     "ade20k": f"""\
-ade20k is not downloaded: it is large, and its pictures come with terms that you should read first. What to do:
+ade20k is not downloaded: it is large, and its images come with terms that you should read first. What to do:
 1. Read them at https://ade20k.csail.mit.edu.
 2. Download the scene parsing release of 2016 (150 classes, 923 MB), not the full set with its parts:
    http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip
@@ -29,7 +29,7 @@ ade20k is not downloaded: it is large, and its pictures come with terms that you
 imagenet is not downloaded: it asks for a registration, and may not be passed on. What to do:
 1. Register at https://image-net.org, and ask for access to ILSVRC 2012.
 2. Download ILSVRC2012_img_train.tar (138 GB) and ILSVRC2012_img_val.tar (6.3 GB); the first holds one .tar for each
-   class, to be unpacked into a folder of its name; the pictures of the second have to be sorted into such folders.
+   class, to be unpacked into a folder of its name; the images of the second have to be sorted into such folders.
 3. Give the folder with both as ROOT; {expected(IMAGENET_TREE)}
 4. routeseg pretrain --config imagenet/base --data.root ROOT --output runs/imagenet16""",
 }
