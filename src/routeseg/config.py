@@ -24,6 +24,7 @@ NO_GATE = "fixed"
 # Far beyond any real network: what is larger is a mistake, and asks for more memory than there is.
 MAX_CHANNELS, MAX_CLASSES, MAX_OPERATIONS = 1024, 1 << 15, 8
 LEAST_PLACE, MAX_PLACE = 16, 1024  # pixels
+MAX_SIZE, MAX_SIZES = 4.0, 16  # a factor of an image's sides, and how many of them
 MAX_NAME = 256  # characters of a class name
 MAX_PIXEL, MIN_STD = 1e6, 1e-6  # of the input normalisation
 NamedEdge = tuple[int, int, str]
@@ -50,6 +51,8 @@ class NetworkConfig:
                      default loss for whole images, entropy for places
     place            side of the squares of an image that leave by themselves (model/places.py), in pixels; a multiple
                      of the coarsest stride, and of 16. None: images leave as wholes
+    sizes            at which a budget may have images looked at, factors of their sides, 1 among them
+                     (model/prices.py). None: images are looked at as they are
     backbone         a name in registry.BACKBONES: a pretrained network in the stem's place, whose stages run beside the
                      paths down the diagonal (model/backbone.py); stem_channels means nothing then
     zeros_arrive     closed paths send zeros that arrive, as in the authors' networks (`space.step`): those need it
@@ -72,6 +75,7 @@ class NetworkConfig:
     exits: Sequence[int] | None = None
     choice: str | None = None
     place: int | None = None
+    sizes: Sequence[float] | None = None
     backbone: str | None = None
     zeros_arrive: bool = False
     class_names: Sequence[str] = ()
@@ -120,7 +124,7 @@ class NetworkConfig:
     def _check_choice(self) -> None:
         place, least = self.place, max(self.space.stride, LEAST_PLACE)
         if self.exits is None:
-            for name in ("choice", "place"):
+            for name in ("choice", "place", "sizes"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} is {brief(getattr(self, name))}, but there are no exits: name them")
             return
@@ -128,6 +132,7 @@ class NetworkConfig:
             isinstance(place, bool) or not isinstance(place, int) or not 0 < place <= MAX_PLACE or place % least
         ):
             raise ValueError(f"place is {brief(place)}: it must be a multiple of {least} up to {MAX_PLACE}")
+        self._set("sizes", _sizes(self.sizes))
         self._set("choice", self.choice or ("loss" if place is None else "entropy"))
         if not isinstance(self.choice, str) or self.choice not in CHOICES:
             raise ValueError(f"choice is {brief(self.choice)}: choose one of {', '.join(CHOICES)}")
@@ -249,6 +254,19 @@ def _exits(space: RoutingSpace, gate: str, whole: Route, exits: Any) -> tuple[in
     if len(found) < 2:
         raise ValueError(f"exits is {brief(exits)}: name a layer before the last one, {space.depth}")
     return found
+
+
+def _sizes(sizes: Any) -> tuple[float, ...] | None:
+    """Checked `sizes`, ascending."""
+    if sizes is None:
+        return None
+    listed = _list("sizes", sizes, MAX_SIZES)
+    real = all(isinstance(one, int | float) and not isinstance(one, bool) and 0 < one <= MAX_SIZE for one in listed)
+    if not real or 1 not in listed:
+        raise ValueError(
+            f"sizes is {brief(sizes)}: give factors of an image's sides, above 0 up to {MAX_SIZE:g}, 1 among them"
+        )
+    return tuple(sorted({float(one) for one in listed}))
 
 
 def _list(name: str, value: Any, most: int) -> list[Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from routeseg.config import NetworkConfig
 from routeseg.counting import PartMacs
-from routeseg.model.prices import PriceTable
+from routeseg.model.prices import Prices
 
 if TYPE_CHECKING:
     from routeseg.model.grid import RoutedNetwork
@@ -35,7 +35,7 @@ class NetworkDescription:
     config: NetworkConfig
     macs: PartMacs
     fingerprint: str
-    prices: PriceTable | None = field(default=None, compare=False)  # which the fingerprint covers
+    prices: Prices | None = field(default=None, compare=False)  # which the fingerprint covers
 
     def as_metadata(self) -> dict[str, Any]:
         """The inverse of `from_metadata`."""
@@ -47,7 +47,7 @@ class NetworkDescription:
         """What an exported file says about its network. Raises ValueError if it says too little, or nonsense."""
         try:
             config = NetworkConfig.from_dict(data["config"])
-            prices = None if config.exits is None else PriceTable.from_json(data["exits"], len(config.exits))
+            prices = None if config.exits is None else Prices.from_json(data["exits"], len(config.exits))
             macs = PartMacs.from_json(data["macs"], config.num_scales)
             return cls(config, macs, str(data["fingerprint"]), prices)
         except KeyError as error:

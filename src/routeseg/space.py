@@ -304,6 +304,13 @@ def padded_size(space: RoutingSpace, height: int, width: int) -> tuple[int, int]
     return math.ceil(height / stride) * stride, math.ceil(width / stride) * stride
 
 
+def seen_size(own: tuple[int, int], size: float) -> tuple[int, int]:
+    """The size (height, width) of an image whose sides are `size` times as long, but none below MIN_IMAGE_SIZE for
+    that."""
+    height, width = (min(max(round(side * size), MIN_IMAGE_SIZE), max(side, round(side * size))) for side in own)
+    return height, width
+
+
 def brief(value: Any) -> str:
     """A value as messages show it: 80 characters at most, however large it is."""
     text = reprlib.repr(value)

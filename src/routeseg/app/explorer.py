@@ -343,7 +343,7 @@ class Explorer:
         if value >= costs[-1]:
             return 1.0
         table = self.model.exits.table
-        return min(1.0, table.share_at(float(table.price_of(np.array(max(value, costs[0])), costs, f" {unit}"))))
+        return min(1.0, table.cost_at(float(table.price_of(np.array(max(value, costs[0])), costs, f" {unit}"))))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A budget as users name it: a share of the full network (40%, 0.4), MACs (0.5GMACs) or milliseconds (25ms).
 
-A network with exits (model/exits.py) knows prices; `Asked.price` is the one that keeps a budget at an image size. No
-torch here.
+A network with exits (model/exits.py) knows prices; `Asked.look` is the one that keeps a budget at an image size, and
+says in what size images are looked at. No torch here.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ import numpy as np
 from routeseg.cost.latency import LatencyTable, exit_ms
 from routeseg.cost.macs import exit_costs, model_cost
 from routeseg.errors import NO_EXITS
-from routeseg.space import MIN_IMAGE_SIZE, brief, padded_size
+from routeseg.space import MIN_IMAGE_SIZE, brief, padded_size, seen_size
 
 if TYPE_CHECKING:
     from routeseg.description import NetworkDescription
     from routeseg.model.grid import RoutedNetwork
-    from routeseg.model.prices import PriceTable
+    from routeseg.model.prices import Look, Prices
 
 MMACS = 1e6
+MAX_SHARE = 10.0  # of the full network at the size of the image: larger ones may cost more
 UNITS = {"": 1.0, "%": 0.01, "GMACS": 1e9, "MMACS": MMACS, "MS": 1.0}
 FORMS = "give a share of the full network such as 40%, MACs such as 0.5GMACs, or milliseconds such as 25ms"
 
@@ -35,7 +36,9 @@ FORMS = "give a share of the full network such as 40%, MACs such as 0.5GMACs, or
 @dataclass(frozen=True)
 class Asked:
     """A budget for the mean of the images, in one of three units: a share in 0..1, MACs, or milliseconds by tables.
-    `per_image`: for each of them, of a network whose places leave by themselves.
+
+    per_image  for each of them, of a network whose places leave by themselves
+    fixed      the mean is what the tables say; else what was spent so far corrects it (keeping.py)
 
     `Asked.parse("40%")`, `Asked.parse(0.4)`, `Asked.parse("25ms", LatencyTable.read_all(file), file)`.
     """
@@ -45,6 +48,7 @@ class Asked:
     latency: tuple[LatencyTable, ...] = ()
     file: str | Path = ""
     per_image: bool = False
+    fixed: bool = False
 
     @classmethod
     def parse(cls, budget: Any, latency: LatencyTable | Sequence[LatencyTable] = (), file: str | Path = "") -> Asked:
@@ -69,7 +73,7 @@ class Asked:
                     "CHECKPOINT --size HEIGHTxWIDTH` writes one"
                 )
             return cls(value, "ms", (latency,) if isinstance(latency, LatencyTable) else tuple(latency), file)
-        if unit in ("", "%") and value > 1:
+        if (unit == "" and value > 1) or (unit == "%" and value > MAX_SHARE):
             raise ValueError(f"budget is {text!r}, more than the full network: {FORMS}")
         return cls(value, "macs" if unit.endswith("MACS") else "share")
 
@@ -77,6 +81,8 @@ class Asked:
         """The budget in words: the same for those that mean the same. A table counts by its times."""
         if self.per_image:
             return f"{replace(self, per_image=False)} for each image"
+        if self.fixed:
+            return f"{replace(self, fixed=False)} by the tables alone"
         if self.unit == "share":
             return f"{100 * self.value:.6g}%"
         if self.unit == "macs":
@@ -85,20 +91,38 @@ class Asked:
         times = json.dumps(tables, sort_keys=True)
         return f"{self.value:.6g}ms by the table {hashlib.sha256(times.encode()).hexdigest()[:16]}"
 
-    def price(self, network: RoutedNetwork | NetworkDescription, size: tuple[int, int]) -> float:
-        """The price that keeps the budget for images (height, width).
+    def costs(self, network: RoutedNetwork | NetworkDescription, size: tuple[int, int]) -> list[np.ndarray]:
+        """What leaving at each exit costs, in the unit of the budget (MMACs), for images (height, width) that are
+        looked at in each size that the network knows: float64 [Z][K].
+
+        Raises ValueError for a network without exits, and for latency tables of another one.
+        """
+        prices = check_exits(network)
+        if self.unit == "share":
+            return [table.costs for table in prices.tables]
+        seen = [seen_size(size, one) for one in prices.sizes]
+        if self.unit == "ms":
+            return [exit_ms(self.latency, network.config, one, self.file) for one in seen]
+        return [exit_costs(network, one) / MMACS for one in seen]
+
+    @property
+    def amount(self) -> float:
+        """The value, in the unit of `costs`."""
+        return self.value / MMACS if self.unit == "macs" else self.value
+
+    @property
+    def unit_name(self) -> str:
+        """The unit of `costs`, as messages write it behind a number."""
+        return {"share": "", "macs": " MMACs", "ms": " ms"}[self.unit]
+
+    def look(self, network: RoutedNetwork | NetworkDescription, size: tuple[int, int], at: float | None = None) -> Look:
+        """The price that keeps the budget for images (height, width), and the size in which they are looked at; `at`:
+        only in this one.
 
         Raises BudgetNotKept for a budget that cannot be kept at this size, and ValueError for a network without exits
         or calibration, and for latency tables of another one.
         """
-        table = check_exits(network)
-        if self.unit == "share":
-            return float(table.price_of(np.array(self.value)))
-        if self.unit == "ms":
-            costs = exit_ms(self.latency, network.config, size, self.file)
-            return float(table.price_of(np.array(self.value), costs, " ms"))
-        costs = exit_costs(network, size) / MMACS
-        return float(table.price_of(np.array(self.value / MMACS), costs, " MMACs"))
+        return check_exits(network).look_up(self.amount, self.costs(network, size), self.unit_name, at)
 
 
 def _share(number: Any) -> float:
@@ -129,7 +153,7 @@ def in_words(shares: np.ndarray) -> str:
     return ", ".join(f"{100 * share:.3g}" for share in shares) + " %"
 
 
-def check_exits(network: RoutedNetwork | NetworkDescription) -> PriceTable:
+def check_exits(network: RoutedNetwork | NetworkDescription) -> Prices:
     """What prices cost in a network with exits. Raises ValueError if it has none, and so takes no budget."""
     if network.prices is None:
         raise ValueError(NO_EXITS)

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
-from typing import Any
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,10 +25,17 @@ from routeseg.budgets.worth import LARGEST_PRICE, AllExits, price_between, score
 from routeseg.collectives import gather
 from routeseg.cost.macs import exit_costs, model_cost
 from routeseg.data.subset import LEAST_PICTURES
+from routeseg.evaluation.scores import count_pairs
+from routeseg.model.decoder import most_likely
 from routeseg.model.exits import TABLE, Exits
 from routeseg.model.grid import RoutedNetwork
+from routeseg.model.prices import PriceTable
+from routeseg.model.sizes import look
+from routeseg.space import seen_size
 
-WATCHED, LEAST_PRICE = 12, 1e-7  # prices at which places are watched; the least of them
+Network = TypeVar("Network", bound=RoutedNetwork)
+
+WATCHED, LEAST_PRICE = 10, 1e-7  # prices at which places are watched; the least of them
 WALKED = 40  # images at least in which they are, if there are so many
 ROUNDING = 1e-9  # of a mean
 
@@ -41,7 +49,8 @@ def calibrate(
     least: int = LEAST_PICTURES,
 ) -> int:
     """Fits the exits of a network to images with labels: batches of image [B,3,H,W] and labels [B,H,W]; and its
-    budgets to other images, of which only image is read. `on_batch` is called for each batch.
+    budgets to other images, of which only image is read, unless budgets also choose a size. `on_batch` is
+    called for each batch.
 
     In a job of several processes each brings its share, and all get the same. Returns the number of images with
     labels. Raises ValueError for a network without exits, and for fewer than `least` images.
@@ -84,55 +93,120 @@ def _fit(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]], 
 def _set_budgets(
     model: RoutedNetwork, exits: Exits, pictures: Callable[[], Iterator[dict[str, Any]]], least: int
 ) -> None:
-    """Sets costs, prices and frequencies by where images leave, or their places."""
-    seen, size = [], (0, 0)
+    """Sets the tables of prices of all sizes by where images leave, or their places."""
+    seen, own = [], (0, 0)
     for batch in pictures():
-        size = (batch["image"].shape[-2], batch["image"].shape[-1])
-        kept = model.exit_features(batch["image"].to(exits.costs.device))
-        seen.append([exits.see(exit, maps).cpu().numpy() for exit, maps in enumerate(kept)])
-    own, shares = seen, gather((seen, size))
-    seen, size = [one for share, _ in shares for one in share], max(size for _, size in shares)
+        own = (batch["image"].shape[-2], batch["image"].shape[-1])
+        seen.append(_glances(exits, model.exit_features(batch["image"].to(exits.costs.device))))
+    every, shares = max(1, len(seen) // WALKED), gather((seen, own))
+    seen, own = [one for share, _ in shares for one in share], max(size for _, size in shares)
     check_enough_pictures(sum(len(one[-1]) for one in seen), least, "images to set budgets with")
-    costs = exit_costs(model, size) / model_cost(model, size).full
-    if exits.place is not None:
-        seen = [[values.ravel() for values in one] for one in seen]
-    glances = [torch.from_numpy(np.concatenate(of_exit)) for of_exit in zip(*seen, strict=True)]
-    table = price_table(lambda price: choose(exits, glances, costs, price), costs)
-    if exits.place is not None:
-        table = _walked(model, exits, pictures, table[0], costs, max(1, len(own) // WALKED))
-    for buffer, values in zip((exits.costs, exits.prices, exits.frequencies), (costs, *table), strict=True):
-        buffer.copy_(torch.from_numpy(values))
+
+    def some() -> Iterator[dict[str, Any]]:
+        return (batch for number, batch in enumerate(pictures()) if number % every == 0)
+
+    for size in exits.sizes:
+        costs = exit_costs(model, seen_size(own, size)) / model_cost(model, own).full
+        if exits.place is not None:
+            # Places that have left change what the others see, so that images run; dense glances tell the prices.
+            flat = [np.concatenate([one[exit].ravel() for one in seen]) for exit in range(len(exits.decoders))]
+            prices = price_table(exits, flat, costs)[0]
+            exits.at(size).table = _walked(model, exits, size, some, prices, costs)
+            continue
+        looked = _looked(model, exits, size, some) if len(exits.sizes) > 1 else []
+        glances = [np.concatenate(of) for of in zip(*(seen if size == 1 else [one for one, _ in looked]), strict=True)]
+        found = price_table(exits, glances, costs)
+        scores = np.full(len(found[0]), np.nan)
+        if looked:
+            pairs = np.concatenate([one for _, one in looked])
+            scored = [np.concatenate(of) for of in zip(*(one for one, _ in looked), strict=True)]
+            at = (choose(exits, scored, costs, price) for price in found[0])
+            scores = np.array([_miou(pairs[np.arange(len(exit)), exit].sum(0)) for exit in at])
+        exits.at(size).table = PriceTable(costs, *found, scores)
+
+
+def _glances(exits: Exits, kept: Sequence[Sequence[Any]]) -> list[np.ndarray]:
+    """What decides at each exit but the last, given the features that arrive there."""
+    return [exits.see(exit, maps).cpu().numpy() for exit, maps in enumerate(kept)]
+
+
+def _looked(
+    model: RoutedNetwork, exits: Exits, size: float, pictures: Callable[[], Iterator[dict[str, Any]]]
+) -> list[tuple[list[np.ndarray], np.ndarray]]:
+    """What decides at each exit for each batch of images that are looked at in this size, and what each exit makes of
+    them: confusion matrices [B,K,C,C]."""
+    found = []
+    for batch in pictures():
+        images, labels = batch["image"].to(exits.costs.device), batch["labels"]
+        kept: list[Sequence[Any]] = []
+
+        def run(seen: Tensor, kept: list[Sequence[Any]] = kept) -> Any:
+            result, features = model.all_exits(seen)
+            kept += features
+            return result
+
+        result = look(images, size, run)
+        labelled = [most_likely(logits).cpu() for logits in (*result.earlier, result.logits)]
+        classes = model.config.num_classes
+        pairs = [[count_pairs(labels[i], one[i], classes).numpy() for one in labelled] for i in range(len(labels))]
+        found.append((_glances(exits, kept), np.array(pairs)))
+    return [one for share in gather(found) for one in share]
 
 
 def _walked(
     model: RoutedNetwork,
     exits: Exits,
+    size: float,
     pictures: Callable[[], Iterator[dict[str, Any]]],
     prices: np.ndarray,
     costs: np.ndarray,
-    every: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The table of `price_table` for places. Those that have left change what the others see, so that one image of
-    `every` so many runs at WATCHED of the prices [T], and frequencies between these are interpolated."""
-    inner = prices[1:-1]
+) -> PriceTable:
+    """The table of a network whose places leave: images run at WATCHED of the prices [T], looked at in this size, and
+    what lies between these is interpolated. Scores only if the network knows several sizes."""
+    inner, scored = prices[1:-1], len(exits.sizes) > 1
     watched = np.unique(np.maximum(inner[np.linspace(0, len(inner) - 1, WATCHED).astype(int)], LEAST_PRICE))
-    found = []
-    for number, batch in enumerate(pictures()):
-        for price in watched if number % every == 0 else ():
-            left = model(batch["image"].to(exits.costs.device), price=price).exits
-            assert left is not None
-            found.append(np.bincount(left.flatten().cpu().numpy(), minlength=len(exits.layers)) / left.numel())
-    shares = gather(found)
-    found = [one for share in shares for one in share]
-    frequencies = np.array(found).reshape(-1, len(watched), len(costs)).mean(0)
+    frequencies = np.zeros((len(watched), len(costs)))
+    pairs = np.zeros((len(watched), model.config.num_classes, model.config.num_classes), dtype=np.int64)
+    count = 0
+    for batch in pictures():
+        count += len(batch["image"])
+        for row, price in enumerate(watched):
+            result = model(batch["image"].to(exits.costs.device), price=price, size=size)
+            left = result.exits.flatten().cpu().numpy()
+            frequencies[row] += len(batch["image"]) * np.bincount(left, minlength=len(costs)) / len(left)
+            if scored:
+                pairs[row] += count_pairs(batch["labels"], result.labels.cpu(), model.config.num_classes).numpy()
+    frequencies, pairs, count = (sum(some) for some in zip(*gather((frequencies, pairs, count)), strict=True))
+    frequencies = frequencies / count
     for row in range(1, len(watched)):  # chance may let a higher price cost more
         if frequencies[row] @ costs > frequencies[row - 1] @ costs:
             frequencies[row] = frequencies[row - 1]
+    scores = np.array([_miou(one) for one in pairs]) if scored else np.full(len(watched), np.nan)
     rows, steps = np.linspace(0, len(watched) - 1, TABLE - 2), np.arange(len(watched))
-    between = np.stack([np.interp(rows, steps, column) for column in frequencies.T], axis=1)
+    between = np.stack([np.interp(rows, steps, column) for column in (*frequencies.T, scores)], axis=1)
     ends = np.eye(len(costs))[[-1, 0]]
     geometric = np.exp(np.interp(rows, steps, np.log(watched)))
-    return np.array([0.0, *geometric, LARGEST_PRICE]), np.concatenate([ends[:1], between, ends[1:]])
+    return PriceTable(
+        costs,
+        np.array([0.0, *geometric, LARGEST_PRICE]),
+        np.concatenate([ends[:1], between[:, :-1], ends[1:]]),
+        between[[0, *range(len(between)), -1], -1],
+    )
+
+
+def _miou(pairs: np.ndarray) -> float:
+    """Of a confusion matrix [C,C], over the classes that labels have; NaN without labels."""
+    both, there = np.diag(pairs), pairs.sum(1) > 0
+    return float((both[there] / (pairs.sum(0) + pairs.sum(1) - both)[there]).mean()) if there.any() else float("nan")
+
+
+def with_sizes(model: Network, sizes: Sequence[float]) -> Network:
+    """The network with other sizes at which budgets may have images looked at, not calibrated yet. Raises ValueError
+    for a network without exits, and for no sizes."""
+    found = type(model)(replace(model.config, sizes=sizes))
+    weights = found.state_dict()
+    found.load_state_dict(weights | {key: value for key, value in model.state_dict().items() if key in weights})
+    return found.to(next(model.parameters()).device).train(model.training)
 
 
 def check_enough_pictures(count: int, least: int, kind: str = "images with labels") -> None:
@@ -149,21 +223,22 @@ def readable(batches: Iterable[dict[str, Any]], on_batch: Callable[[], None]) ->
             yield batch
 
 
-def choose(exits: Exits, seen: Sequence[Tensor], costs: np.ndarray, price: float) -> np.ndarray:
+def choose(exits: Exits, seen: Sequence[np.ndarray], costs: np.ndarray, price: float) -> np.ndarray:
     """The exits [N] at which images leave at a price, given what decides [N,...] at each exit k < K-1."""
     at, asked = np.full(len(seen[0]), len(seen)), torch.full((len(seen[0]),), price)
     for exit in reversed(range(len(seen))):
-        at[exits.gates.leaves(exit, seen[exit], asked, torch.from_numpy(costs)).numpy()] = exit
+        leaves = exits.gates.leaves(exit, torch.from_numpy(seen[exit]), asked, torch.from_numpy(costs))
+        at[leaves.numpy()] = exit
     return at
 
 
-def price_table(at: Callable[[float], np.ndarray], costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Prices [T], ascending, and how often images leave at each exit, [T,K], given the exits [N] at a price.
+def price_table(exits: Exits, seen: Sequence[np.ndarray], costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Prices [T], ascending, and how often images leave at each exit, [T,K], given what decides [N,...] there.
 
     Their mean costs are evenly spaced from the dearest route to the cheapest. The first and the last price are beyond
     all others: there every image, also a new one, takes the dearest route or the cheapest.
     """
-    at = cache(at)  # searches begin at the same prices
+    at = cache(partial(choose, exits, seen, costs))  # searches begin at the same prices
 
     def mean(price: float) -> float:
         return float(costs[at(price)].mean())

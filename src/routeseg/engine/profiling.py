@@ -210,7 +210,7 @@ def _seconds(images: Tensor, forward: Callable[[], Any]) -> float:
 
 
 def _forward(engine: SkipEngine, images: Tensor, job: _Job) -> None:
-    job.ms.append(MS * _seconds(images, lambda: engine(images, job.route, "own" if job.gates else "one")))
+    job.ms.append(MS * _seconds(images, lambda: engine(images, job.route, activation="own" if job.gates else "one")))
 
 
 @torch.inference_mode()
@@ -221,7 +221,7 @@ def _clocked_forward(engine: SkipEngine, images: Tensor, job: _Job) -> None:
     seconds = np.zeros(nodes[0] * nodes[1] * len(STEPS) + 2)
     start = time.perf_counter()
     check_images(images)
-    request = Request.of(engine.model.config, 1, job.route, "own" if job.gates else "one")
+    request = Request.of(engine.model.config, 1, job.route, activation="own" if job.gates else "one")
     engine.forward(images, request, seconds)
     call = time.perf_counter() - start - seconds.sum()
     job.steps.append(seconds[:-2].reshape(*nodes, len(STEPS)))

@@ -11,8 +11,9 @@ bfloat16 the features that gates see are rounded to 8 bits, and so an activation
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import cache, partial
-from typing import Any, Generic, Literal, TypeVar, cast, overload
+from typing import Any, Generic, Literal, TypeVar, Unpack, cast, overload
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ from routeseg.engine.folding import FoldedForward
 from routeseg.model.decoder import Segmentation
 from routeseg.model.grid import RoutedNetwork, check_images
 from routeseg.model.network import DynamicRoutingNetwork
-from routeseg.model.request import Activation, Routes, Shares
+from routeseg.model.request import Options, Routes
+from routeseg.model.sizes import look
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Result = TypeVar("Result")
@@ -90,21 +92,14 @@ class SkipEngine(Generic[Result]):
         self.forward = (CompiledForward if backend == "kernels" else FoldedForward)(model, dtype)
 
     @torch.inference_mode()
-    def __call__(
-        self,
-        images: Tensor,
-        route: Routes = None,
-        activation: Activation = "one",
-        budget: Shares = None,
-        price: Shares = None,
-        per_image: bool = False,
-    ) -> Result:
+    def __call__(self, images: Tensor, route: Routes = None, **options: Unpack[Options]) -> Result:
         """See `RoutedNetwork.forward`. Raises ValueError also for images on another device than the engine, and for
         images on a CPU with NaN or infinity."""
         check_images(images)
         if images.device != self.device:
             raise ValueError(f"the images are on {images.device}, the engine is on {self.device}: move them there")
-        found: Any = self.forward(images, self.model.request(len(images), route, activation, budget, price, per_image))
+        request = self.model.request(len(images), route, **options)
+        found: Any = look(images, request.size, partial(self.forward, request=replace(request, size=1.0)))
         return cast(Result, found)
 
 

@@ -230,7 +230,7 @@ def count_pairs(truth: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
 
 def _costs(result: Averaged, table: Callable[[tuple[int, int]], CostTable]) -> tuple[float, float]:
     """Real cost and full cost of all passes over an image, each at its own size, MACs."""
-    real = sum(one.cost_macs(table(one.size)) for one in result.passes)
+    real = sum(one.cost_macs(table) for one in result.passes)
     return real, sum(table(one.size).full * len(one.gates) for one in result.passes)
 
 

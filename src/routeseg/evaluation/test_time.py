@@ -29,16 +29,17 @@ View = tuple[int, int, bool]  # top and left of a window in the scaled image, an
 
 
 class Passes(NamedTuple):
-    """n passes at one size (h, w): what they opened, [n,L+1,S,3], and where places left, [n,hb,wb], if they did so by
-    themselves."""
+    """n passes at one size (h, w): what they opened, [n,L+1,S,3]; where places left, [n,hb,wb], if they did so by
+    themselves; and the size at which the network looked at them, if it chose another."""
 
     size: tuple[int, int]
     gates: Tensor
     exits: Tensor | None = None
+    seen: tuple[int, int] | None = None
 
-    def cost_macs(self, table: CostTable) -> float:
-        """What they cost together, by the table of their size."""
-        return float(table.of_result(self.gates, self.exits).sum())
+    def cost_macs(self, table: Callable[[tuple[int, int]], CostTable]) -> float:
+        """What they cost together, by the tables of all sizes."""
+        return float(table(self.seen or self.size).of_result(self.gates, self.exits).sum())
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class MultiPass:
         height, width = image.shape[-2:]
         if self._is_plain(height, width):
             result = self.forward(image)
-            return Averaged(result.logits, (Passes((height, width), result.gates, result.exits),))
+            return Averaged(result.logits, (Passes((height, width), result.gates, result.exits, result.seen),))
         mean: Tensor | None = None
         passes = []
         for factor in self.scales:
@@ -161,7 +162,7 @@ class MultiPass:
                 cover[top : top + h, left : left + w] += 1
         assert total is not None
         places = [one for one in exits if one is not None]
-        return total.div_(cover), Passes((h, w), torch.cat(gates), torch.cat(places) if places else None)
+        return total.div_(cover), Passes((h, w), torch.cat(gates), torch.cat(places) if places else None, result.seen)
 
     def _views(self, size: tuple[int, int], window: tuple[int, int]) -> list[View]:
         tops, lefts = (starts(side, part, self.overlap) for side, part in zip(size, window, strict=True))

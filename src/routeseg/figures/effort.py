@@ -19,12 +19,21 @@ TINT = 0.6  # strength of the heat
 BAR = 0.3  # width of the scale, as a share of the image's
 
 
-def effort(image: np.ndarray, shares: np.ndarray, place: int, legend: bool = True) -> np.ndarray:
+def effort(
+    image: np.ndarray, shares: np.ndarray, place: int, legend: bool = True, seen: tuple[int, int] | None = None
+) -> np.ndarray:
     """The image uint8 [H,W,3] in grey, and over it what each place cost [hb,wb], a share of what it costs in the full
-    network: uint8 [H',W',3], RGB. With the legend images smaller than MIN_PICTURE are enlarged, as overlays are."""
+    network: uint8 [H',W',3], RGB. With the legend images smaller than MIN_PICTURE are enlarged, as overlays are.
+
+    seen  (h, w), the size of the image of which a place is b x b pixels; None: its own
+    """
     height, width = image.shape[:2]
     least, most = float(shares.min()), max(float(shares.max()), 1.0)
-    heat = shares.repeat(place, 0).repeat(place, 1)[:height, :width]
+    rows, columns = (
+        ((np.arange(side) + 0.5) * there / (side * place)).astype(int)
+        for side, there in zip((height, width), seen or (height, width), strict=True)
+    )
+    heat = shares[rows][:, columns]
     grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     picture = cv2.addWeighted(_colours(heat / most), TINT, grey, 1 - TINT, 0)
     if not legend:

@@ -34,13 +34,15 @@ class Segmentation:
     gates   [B,L+1,S,3] in [0,1] (those of soft gates are below 1): exactly 0 on illegal edges, closed paths and nodes
             that nothing reached. `routeseg.model_cost` turns them into MACs, `Route.from_gates` into a route.
     earlier in training, of a network with exits: the logits of each exit before the last
-    exits   where places have decided: the exit at which each of them left, int64 [B,H/b,W/b] (rounded up); else None
+    exits   where places have decided: the exit at which each of them left, int64 [B,h/b,w/b] (rounded up); else None
+    seen    (h, w), the size at which the images were looked at, if it is not their own
     """
 
     logits: Tensor
     gates: Tensor
     earlier: tuple[Tensor, ...] = ()
     exits: Tensor | None = None
+    seen: tuple[int, int] | None = None
 
     @property
     def labels(self) -> Tensor:

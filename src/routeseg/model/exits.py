@@ -29,7 +29,7 @@ from routeseg.model.decoder import Segmentation
 from routeseg.model.head import Head
 from routeseg.model.layers import widened
 from routeseg.model.places import Running, enlarge
-from routeseg.model.prices import PriceTable
+from routeseg.model.prices import Prices, PriceTable
 from routeseg.model.request import Request
 from routeseg.registry import CHOICES
 from routeseg.space import STEM_STRIDE, walk
@@ -37,29 +37,60 @@ from routeseg.space import STEM_STRIDE, walk
 TABLE = 67  # prices
 
 
-class Exits(nn.Module):
+class Priced(nn.Module):
+    """A table of prices (model/prices.py), as buffers.
+
+    costs        [K] of leaving at each exit, as a share of the full network's, where the table was made
+    prices       [T], ascending; frequencies [T,K]: the share of images, or of their places, that leave at each exit at
+                 this price. All zeros before a calibration
+    scores       [T]: the mIoU at this price, NaN where it is not known; of networks that know several sizes
+    """
+
+    costs: Tensor
+    prices: Tensor
+    frequencies: Tensor
+
+    def __init__(self, exits: int, scored: bool) -> None:
+        super().__init__()
+        self.register_buffer("costs", torch.zeros(exits))
+        self.register_buffer("prices", torch.zeros(TABLE))
+        self.register_buffer("frequencies", torch.zeros(TABLE, exits))
+        if scored:
+            self.register_buffer("scores", torch.full((TABLE,), torch.nan))
+
+    @property
+    def table(self) -> PriceTable:
+        """What prices cost."""
+        return PriceTable(*(one.double().cpu().numpy() for one in self._values()))
+
+    @table.setter
+    def table(self, table: PriceTable) -> None:
+        found = (table.costs, table.prices, table.frequencies, table.scores)
+        for buffer, values in zip(self._values(), found, strict=True):
+            buffer.copy_(torch.from_numpy(values))
+
+    def _values(self) -> tuple[Tensor, ...]:
+        return self.costs, self.prices, self.frequencies, getattr(self, "scores", torch.full((TABLE,), torch.nan))
+
+
+class Exits(Priced):
     """The exits of a network: decoders of all but the last, whose decoder is the network's head, and what decides.
 
     layers       the layers behind which they are
     reached      [K][S]: whether features arrive at each scale of each exit
     gates        the rule (model/choice.py)
-    costs        [K] of leaving at each exit, as a share of the full network's, where the table was made
-    prices       [T], ascending; frequencies [T,K]: the share of images, or of their places, that leave at each exit at
-                 this price. All zeros before a calibration
+    others       tables of prices at other sizes than 1, in the order of `sizes`
 
     Raises ValueError if places cannot decide by the network's rule.
     """
 
     gates: Choice
-    costs: Tensor
-    prices: Tensor
-    frequencies: Tensor
 
     def __init__(self, config: NetworkConfig, head: type[Head]) -> None:
-        super().__init__()
         assert config.exits is not None and config.choice is not None
+        super().__init__(len(config.exits), config.sizes is not None)
         self.layers, self.place, self.scales = config.exits, config.place, config.num_scales
-        count = len(self.layers)
+        self.sizes = config.sizes or (1.0,)
         reached = [now.reached for now in walk(config.space, config.whole_route.to_gates())]
         self.reached = [reached[layer] for layer in self.layers]
         self.decoders = nn.ModuleList(head(config) for _ in self.layers[:-1])
@@ -67,23 +98,26 @@ class Exits(nn.Module):
         if self.place is not None and not choice.by_place:
             raise ValueError(f"choice is {config.choice}, about whole images: choose another, or leave place out")
         self.gates = choice(config)
-        self.register_buffer("costs", torch.zeros(count))
-        self.register_buffer("prices", torch.zeros(TABLE))
-        self.register_buffer("frequencies", torch.zeros(TABLE, count))
+        self.others = nn.ModuleList(Priced(len(self.layers), True) for size in self.sizes if size != 1)
 
     def calibration(self) -> list[Tensor]:
         """The tensors that a calibration sets."""
-        return [self.costs, self.prices, self.frequencies, *self.gates.buffers()]
+        return [*self.buffers(recurse=False), *self.others.buffers(), *self.gates.buffers()]
 
     @property
     def calibrated(self) -> bool:
         """Whether it can be asked for a budget."""
         return bool(self.frequencies.any())
 
+    def at(self, size: float) -> Priced:
+        """The table of a size."""
+        others = [one for one in self.sizes if one != 1]
+        return self if size == 1 else cast(Priced, self.others[others.index(size)])
+
     @property
-    def table(self) -> PriceTable:
-        """What prices cost."""
-        return PriceTable(*(one.double().cpu().numpy() for one in (self.costs, self.prices, self.frequencies)))
+    def known(self) -> Prices:
+        """What prices cost, and what they bring."""
+        return Prices(self.sizes, [self.at(size).table for size in self.sizes])
 
     def see(self, exit: int, features: Sequence[Tensor | None]) -> Tensor:
         """What decides at an exit, given all features by scale (`Choice.see`)."""
@@ -111,8 +145,9 @@ class Exits(nn.Module):
         on_device = torch.from_numpy(np.broadcast_to(price, images).astype(np.float32)).to(self.prices.device)
         if self.place is not None:
             quota = None
-            if request.each:
-                quota = torch.from_numpy(self.table.going_on(np.broadcast_to(price, images))).to(on_device.device)
+            if request.quota is not None:
+                shares = np.broadcast_to(request.quota, (images, request.quota.shape[1]))
+                quota = torch.tensor(shares, device=on_device.device)
             return LeavingPlaces(self, on_device, size, training, quota)
         return Leaving(self, np.full(images, last), on_device if self.calibrated else None)
 

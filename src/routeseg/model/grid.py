@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, Unpack, cast
 
 import numpy as np
 import torch
@@ -33,8 +33,9 @@ from routeseg.model.gate import Gate
 from routeseg.model.head import Head
 from routeseg.model.layers import InputNorm, Stem, Transform, widened
 from routeseg.model.places import Running
-from routeseg.model.prices import PriceTable
-from routeseg.model.request import Activation, Request, Routes, Shares
+from routeseg.model.prices import Prices
+from routeseg.model.request import Options, Request, Routes
+from routeseg.model.sizes import look
 from routeseg.registry import BACKBONES, CHOICES, GATES, OPERATIONS
 from routeseg.space import (
     DIRECTIONS,
@@ -136,9 +137,9 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         return part_macs(self.config, self.head_class)
 
     @property
-    def prices(self) -> PriceTable | None:
+    def prices(self) -> Prices | None:
         """What prices cost, of a network with exits."""
-        return None if self.exits is None else self.exits.table
+        return None if self.exits is None else self.exits.known
 
     def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Another input normalisation of RGB in 0..1, kept with the weights."""
@@ -175,58 +176,43 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         self,
         images: Tensor,
         route: Routes = None,
-        activation: Activation = "one",
+        *,
         drop_path: float = 0.0,
-        budget: Shares = None,
         coarse: bool = False,
-        price: Shares = None,
-        per_image: bool = False,
+        **options: Unpack[Options],
     ) -> Any:
         """The head's result for images [B,3,H,W], RGB, uint8 or float in 0..1, any H, W from 32.
 
         route       None: the gates decide, per image. A Route: exactly its edges are open, for all images, as far as
                     something arrives at them (`Route.check` finds dead ends); or a sequence, one Route for each image.
-        activation  of the open edges of a given route: "one", or "own", the network's own gates (an edge that they
-                    close stays closed).
         drop_path   in training, the probability that an operation of the last layer is dropped. It is lower in the
                     other layers, in proportion to their number (scheduled drop path)
-        budget      of a network with exits: the mean cost of the images, as a share of the full network's; a number,
-                    or one for each image. None: what helps
-        price       of the same, in the budget's place: what its rule compares with (model/choice.py), a number or one
-                    for each image. In training places leave by it, and the logits of all exits come with where they
-                    left
-        per_image   of a network whose places leave by themselves: each image keeps the budget, not the mean of them
+        options     activation, budget, price, per_image, size: see `Options`
 
         In training a network with exits gives the logits of all of them, unless routes are given.
         The result for an image does not depend on the other images of the batch (in eval mode).
         Raises ValueError for images of another shape, for a route of another space, and for a budget that the network
         cannot keep.
         """
-        request = self.request(len(images), route, activation, budget, price, per_image)
+        request = self.request(len(images), route, **options)
         return self.answer(images, request, drop_path if self.training else 0.0, coarse and self.training)
 
-    def request(
-        self,
-        images: int,
-        route: Routes = None,
-        activation: Activation = "one",
-        budget: Shares = None,
-        price: Shares = None,
-        per_image: bool = False,
-    ) -> Request:
+    def request(self, images: int, route: Routes = None, **options: Unpack[Options]) -> Request:
         """What a forward of so many images is asked, as `forward` takes it; raises what it raises."""
-        request = Request.of(self.config, images, route, activation, budget, price, per_image)
-        if request.budget is None or self.exits is None:
-            return request
-        return replace(request, budget=None, price=self.exits.table.price_of(request.budget))
+        return Request.of(self.config, images, route, self.prices, **options)
 
     def answer(self, images: Tensor, request: Request, drop_path: float = 0.0, coarse: bool = False) -> Any:
         """The head's result for images [B,3,H,W] and a request; `forward` says what it is."""
-        leaving = None
-        if self.exits is not None:
-            size = padded_size(self.space, images.shape[-2], images.shape[-1])
-            leaving = self.exits.leaving(request, len(images), size, self.training)
-        return self._run(images, request, drop_path, leaving, coarse)
+
+        def run(images: Tensor) -> Any:
+            leaving = None
+            if self.exits is not None:
+                size = padded_size(self.space, images.shape[-2], images.shape[-1])
+                leaving = self.exits.leaving(request, len(images), size, self.training)
+            return self._run(images, request, drop_path, leaving, coarse)
+
+        check_images(images)
+        return look(images, request.size, run)
 
     def all_exits(self, images: Tensor) -> tuple[Segmentation, list[Sequence[Any]]]:
         """Of a network with exits: what it gives in training, in the mode that it is in, and the features that arrive

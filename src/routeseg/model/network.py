@@ -114,7 +114,9 @@ class DynamicRoutingNetwork(
         if self.exits is not None and (exit := exit_of(self.config, route)) < len(self.exits.decoders):
             own = self.exits.decoders[exit].state_dict()
             weights |= {f"{self.head_class.key}.{key}": value for key, value in own.items()}
-        config = replace(self.config, gate=NO_GATE, small_gate=False, route=edges, exits=None, choice=None, place=None)
+        config = replace(
+            self.config, gate=NO_GATE, small_gate=False, route=edges, exits=None, choice=None, place=None, sizes=None
+        )
         with next(self.parameters()).device:
             static = DynamicRoutingNetwork(config)
         static.load_state_dict({key: weights[key] for key in static.state_dict()})

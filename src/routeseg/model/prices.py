@@ -1,13 +1,17 @@
-"""What prices cost: a network with exits compares with a price, and a budget is looked up in this table. No torch here.
+"""What prices cost, and what they bring: a network with exits compares with a price, and a budget is looked up here. No
+torch here.
 
-Legend: K exits, T prices of the table.
+An image can be looked at in several sizes, and each has a table of prices. Of all pairs of a size and a price that cost
+what was asked, a budget takes the one with the highest score.
+
+Legend: K exits, T prices of a table, Z sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,19 +20,28 @@ from routeseg.errors import NOT_CALIBRATED, BudgetNotKept
 TOLERANCE = 1e-3  # by which a budget may be below the cheapest route: what is shown of that is rounded
 
 
+class Look(NamedTuple):
+    """How images are looked at: the factor of their sides, and the price that the exits compare with."""
+
+    size: float
+    price: float
+
+
 @dataclass(frozen=True, eq=False)
 class PriceTable:
-    """The table of a network with exits (budgets/calibration.py), float64.
+    """The table of a network with exits at one size (budgets/calibration.py), float64.
 
     costs        [K] of leaving at each exit, as a share of the full network's, where the table was made
     prices       [T], ascending
     frequencies  [T,K]: the share of images, or of their places, that leave at each exit at this price. All zeros before
                  a calibration
+    scores       [T]: the mIoU at this price, NaN where it is not known
     """
 
     costs: np.ndarray
     prices: np.ndarray
     frequencies: np.ndarray
+    scores: np.ndarray
 
     @property
     def calibrated(self) -> bool:
@@ -67,24 +80,90 @@ class PriceTable:
         shares: np.ndarray = 1 - at_price.cumsum(1)[:, :-1]
         return shares
 
-    def share_at(self, price: float) -> float:
-        """What images cost at a price, as a share of the full network: the mean."""
-        return float(np.interp(price, self.prices, self.frequencies @ self.costs))
+    def cost_at(self, price: float, costs: np.ndarray | None = None) -> float:
+        """What images cost at a price in the mean, in the unit of `costs` [K]; None: shares of the full network."""
+        return float(np.interp(price, self.prices, self.frequencies @ (self.costs if costs is None else costs)))
+
+    def score_at(self, price: float) -> float:
+        """The mIoU at a price; NaN if it is not known."""
+        return float(np.interp(price, self.prices, self.scores))
+
+
+@dataclass(frozen=True, eq=False)
+class Prices:
+    """The tables [Z] of a network with exits for images of these sizes, factors of their sides, ascending; 1 is among
+    them. All costs are shares of what the full network costs at size 1."""
+
+    sizes: Sequence[float]
+    tables: Sequence[PriceTable]
+
+    def at(self, size: float = 1.0) -> PriceTable:
+        """The table of a size. Raises ValueError if there is none."""
+        if size not in self.sizes:
+            known = ", ".join(f"{one:g}" for one in self.sizes)
+            raise ValueError(f"budgets are known for images at {known} times their sides, not at {size:g}")
+        return self.tables[list(self.sizes).index(size)]
+
+    def look_up(
+        self, budget: float, costs: Sequence[np.ndarray] | None = None, unit: str = "", size: float | None = None
+    ) -> Look:
+        """The size and the price at which images cost this in the mean and score best; all of the full network at size
+        1 if that is what was asked.
+
+        costs  [Z][K] of the routes at each size, in the unit of the budget, which messages name; None: shares of the
+               full network
+        size   only this one
+
+        Raises BudgetNotKept for a budget below the cheapest route, and ValueError without a calibration.
+        """
+        table, found = self.at(1.0 if size is None else size), None
+        costs = [one.costs for one in self.tables] if costs is None else costs
+        for at, table, routes in zip(self.sizes, self.tables, costs, strict=True):
+            if not table.calibrated or size not in (None, at) or budget < routes[0] * (1 - TOLERANCE):
+                continue
+            price = float(table.price_of(np.array(budget), routes, unit))
+            known = -1.0 if np.isnan(score := table.score_at(price)) else score
+            rank = (at == 1 and abs(budget / routes[-1] - 1) < TOLERANCE, known, at == 1)
+            if found is None or rank > found[0]:
+                found = rank, Look(at, price)
+        if found is None:  # says why
+            of = self.sizes.index(size) if size is not None else 0
+            self.tables[of].price_of(np.array(budget), costs[of], unit)
+        assert found is not None
+        return found[1]
 
     def as_json(self) -> dict[str, Any]:
-        """The inverse of `from_json`, with what each price costs in the mean, for other readers."""
-        arrays = {"costs": self.costs, "prices": self.prices, "frequencies": self.frequencies}
-        return {name: values.tolist() for name, values in (arrays | {"means": self.frequencies @ self.costs}).items()}
+        """The inverse of `from_json`, with what each price costs in the mean, for other readers. What is known at size
+        1 stands at the top."""
+        known = [_as_json(table) for table in self.tables]
+        others = {f"{size:g}": one for size, one in zip(self.sizes, known, strict=True) if size != 1}
+        return known[list(self.sizes).index(1)] | ({"sizes": others} if others else {})
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], exits: int) -> PriceTable:
-        """The table of a network with so many exits. Raises ValueError if it is none."""
+    def from_json(cls, data: Mapping[str, Any], exits: int) -> Prices:
+        """The tables of a network with so many exits. Raises ValueError if they are none."""
         try:
-            found = cls(*(np.array(data[name], dtype=np.float64) for name in ("costs", "prices", "frequencies")))
-        except (TypeError, KeyError, ValueError) as error:
+            known = {1.0: data} | {float(size): one for size, one in data.get("sizes", {}).items()}
+            return cls(sorted(known), [_from_json(known[size], exits) for size in sorted(known)])
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError("its table of prices is damaged") from error
-        shapes = [(exits,), (len(np.atleast_1d(found.prices)),), (len(np.atleast_1d(found.prices)), exits)]
-        arrays = (found.costs, found.prices, found.frequencies)
-        if [one.shape for one in arrays] != shapes or not all(np.isfinite(one).all() for one in arrays):
-            raise ValueError("its table of prices is damaged")
-        return found
+
+
+def _as_json(table: PriceTable) -> dict[str, Any]:
+    arrays = {"costs": table.costs, "prices": table.prices, "frequencies": table.frequencies}
+    means = {"means": table.frequencies @ table.costs}
+    known = {"scores": table.scores} if np.isfinite(table.scores).all() else {}
+    return {name: values.tolist() for name, values in (arrays | means | known).items()}
+
+
+def _from_json(data: Mapping[str, Any], exits: int) -> PriceTable:
+    """The table of one size. Raises ValueError, TypeError or KeyError if it is none."""
+    costs, prices, frequencies = (np.array(data[name], dtype=np.float64) for name in ("costs", "prices", "frequencies"))
+    prices = np.atleast_1d(prices)
+    scores = np.array(data.get("scores", np.full(len(prices), np.nan)), dtype=np.float64)
+    shapes = [(exits,), (len(prices),), (len(prices), exits), (len(prices),)]
+    if [one.shape for one in (costs, prices, frequencies, scores)] != shapes:
+        raise ValueError("shapes")
+    if not all(np.isfinite(one).all() for one in (costs, prices, frequencies)):
+        raise ValueError("numbers")
+    return PriceTable(costs, prices, frequencies, scores)

@@ -7,17 +7,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, SupportsFloat, TypedDict
 
 import numpy as np
 
-from routeseg.config import NetworkConfig
+from routeseg.config import MAX_SIZE, NetworkConfig
 from routeseg.errors import NO_EXITS, NO_PLACES
+from routeseg.model.prices import Prices
 from routeseg.space import Route, brief, edge_name
 
 Routes = Route | Sequence[Route] | None
 Shares = float | Sequence[float] | np.ndarray | None  # of the full network's cost; or prices
 Activation = Literal["one", "own"]
+
+
+class Options(TypedDict, total=False):
+    """What a forward may be asked, by name.
+
+    activation  of the open edges of a given route: "one", or "own", the network's own gates (an edge that they close
+                stays closed)
+    budget      of a network with exits: the mean cost of the images, as a share of the full network's; a number, for
+                which a network that knows several sizes chooses one, or one for each image. None: what helps
+    price       of the same, in the budget's place: what its rule compares with (model/choice.py), a number or one for
+                each image. In training places leave by it, and the logits of all exits come with where they left
+    per_image   of a network whose places leave by themselves: each image keeps the budget, not the mean of them
+    size        images are looked at with sides so many times as long (model/sizes.py); None: as they are, unless a
+                budget chooses
+    """
+
+    activation: Activation
+    budget: Shares
+    price: Shares
+    per_image: bool
+    size: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,18 +49,18 @@ class Request:
     mask    bool [N,L+1,S,3]: the edges that may be used
     gated   gates decide which of them are open, and how far; otherwise all of them are, with activation 1
     price   of a network with exits: what its rule compares with, float64 [N]; None: what helps
-    each    each image spends what images spend at its price in the mean: of its places, those that need it most go on
-    budget  the mean cost that is requested, as a share of the full network's, float64 [N], as long as nobody has looked
-            up its price (`RoutedNetwork.request`)
+    quota   [N,K-1] of each image, whose places do not compare with a price but with each other: the shares of them that
+            go on behind each exit, those that need it most; None: the price decides
+    size    images are looked at with sides so many times as long
     exits   of given routes in a network with exits: the exits [N] at which they end; None: the network decides
     """
 
     mask: np.ndarray
     gated: bool
-    budget: np.ndarray | None = None
     exits: np.ndarray | None = None
     price: np.ndarray | None = None
-    each: bool = False
+    quota: np.ndarray | None = None
+    size: float = 1.0
 
     @classmethod
     def of(
@@ -46,17 +68,20 @@ class Request:
         config: NetworkConfig,
         images: int,
         route: Routes = None,
+        prices: Prices | None = None,
+        *,
         activation: Activation = "one",
         budget: Shares = None,
         price: Shares = None,
         per_image: bool = False,
+        size: float | None = None,
     ) -> Request:
-        """The request for a forward of so many images; `route`, `activation`, `budget`, `price` and `per_image` as
-        `DynamicRoutingNetwork.forward` takes them.
+        """The request for a forward of so many images: a route or one for each, and `Options`. `prices` are the tables
+        of a network with exits.
 
         Raises ValueError for a route that the network does not have, for another number of routes or budgets than of
         images, for another activation, for a budget that is no share or that the network does not take, and for one of
-        each image if its places do not leave by themselves.
+        each image if its places do not leave by themselves; and BudgetNotKept.
         """
         if activation not in ("one", "own"):
             raise ValueError(
@@ -64,20 +89,32 @@ class Request:
             )
         if budget is not None and price is not None:
             raise ValueError("give a budget or a price, not both")
+        if size is not None and not 0 < size <= MAX_SIZE:
+            raise ValueError(f"size is {brief(size)}: it is a factor of an image's sides, above 0 up to {MAX_SIZE:g}")
         shares = None if budget is None else _shares(config, images, route, budget)
-        prices = None if price is None else _prices(config, images, route, price)
+        found = None if price is None else _prices(config, images, route, price)
+        at = 1.0 if size is None else float(size)
         if route is None:
             if per_image and config.place is None:
                 raise ValueError(f"a budget cannot be kept by each image: {NO_PLACES}")
-            return cls(config.mask, config.gated, shares, price=prices, each=per_image)
+            if shares is not None and prices is not None:
+                if isinstance(budget, SupportsFloat) and np.ndim(budget) == 0:
+                    at, one = prices.look_up(float(shares[0]), size=size)
+                    found = np.array([one])
+                else:  # images of several budgets have one size
+                    found = np.array([prices.look_up(float(share), size=at).price for share in shares])
+            quota = None
+            if per_image and found is not None and prices is not None:
+                quota = prices.at(at).going_on(found)
+            return cls(config.mask, config.gated, price=found, quota=quota, size=at)
         routes = [route] if isinstance(route, Route) else list(route)
         if not isinstance(route, Route) and len(routes) != images:
             raise ValueError(f"{len(routes)} routes for {images} images: give one route, or one for each image")
-        for one in routes:
-            check_route(config.whole_route, one)
+        for one_route in routes:
+            check_route(config.whole_route, one_route)
         mask = np.stack([one.to_gates() > 0 for one in routes])
         exits = None if config.exits is None else np.array([exit_of(config, one) for one in routes])
-        return cls(mask, config.gated and activation == "own", exits=exits)
+        return cls(mask, config.gated and activation == "own", exits=exits, size=at)
 
 
 def _numbers(config: NetworkConfig, images: int, route: Routes, values: Shares, what: str, hint: str) -> np.ndarray:

@@ -51,7 +51,7 @@ from routeseg.prediction.sources import (
     output_names,
     read_bytes,
 )
-from routeseg.space import MIN_IMAGE_SIZE, Route, padded_size
+from routeseg.space import MIN_IMAGE_SIZE, Route
 
 LABELS, OVERLAY, ROUTE_PICTURE, ROUTE = "_labels.png", "_overlay.png", "_route.png", "_route.json"
 EFFORT = "_effort.png"  # of a network whose places leave by themselves
@@ -70,6 +70,7 @@ class Ran(NamedTuple):
     labels  [H,W] (`label_map`)
     gates   float32 [L+1,S,3]
     exits   where its places left, if they did so by themselves, int64 [hb,wb]
+    seen    (h, w), the size at which it was looked at, if it is not its own
     confidence  the probability of each label, float32 [H,W], of a file that gives labels (`routeseg export --labels`)
     """
 
@@ -77,6 +78,7 @@ class Ran(NamedTuple):
     gates: np.ndarray
     exits: np.ndarray | None = None
     confidence: np.ndarray | None = None
+    seen: tuple[int, int] | None = None
 
 
 class Runner(Protocol):
@@ -283,8 +285,8 @@ class Segmenter:
 
 class Segmented(NamedTuple):
     """One image, segmented: labels [H,W], gates float32 [L+1,S,3], how long the network took, in how many windows,
-    whose mean the gates are, what else the result depends on (`asked_of`), and where the places of an image left that
-    is one window [hb,wb]."""
+    whose mean the gates are, what else the result depends on (`asked_of`); of an image that is one window where its
+    places left [hb,wb], and the size (h, w) at which it was looked at, if not its own."""
 
     prediction: Prediction
     labels: np.ndarray
@@ -293,6 +295,7 @@ class Segmented(NamedTuple):
     windows: int = 1
     asked: Mapping[str, str | None] = MappingProxyType({})
     exits: np.ndarray | None = None
+    seen: tuple[int, int] | None = None
 
 
 def asked_of(runner: Runner) -> dict[str, str | None]:
@@ -315,19 +318,20 @@ def segment(runner: Runner, image: np.ndarray, source: Source, name: str) -> Seg
         ran = runner(view)
         seconds += time.perf_counter() - start
         labels[rows.kept, columns.kept] = ran.labels[rows.inside, columns.inside]
-        table = model_cost(runner.network, padded_size(config.space, *view.shape[:2]))
-        cost, full = cost + float(table.of_result(ran.gates, ran.exits)), full + table.full
+        own = (view.shape[0], view.shape[1])
+        cost += float(model_cost(runner.network, ran.seen or own).of_result(ran.gates, ran.exits))
+        full += model_cost(runner.network, own).full
         opened.append(ran.gates)
     prediction = Prediction(source, name, (height, width), cost, full)
     mean = opened[0] if len(opened) == 1 else np.asarray(np.mean(opened, axis=0, dtype=np.float32))
-    own = np.ascontiguousarray(labels[:height, :width])
-    return Segmented(
-        prediction, own, mean, seconds, len(views), asked_of(runner), ran.exits if len(views) == 1 else None
-    )
+    found = np.ascontiguousarray(labels[:height, :width])
+    whole = (ran.exits, ran.seen) if len(views) == 1 else (None, None)
+    return Segmented(prediction, found, mean, seconds, len(views), asked_of(runner), *whole)
 
 
 def effort_of(network: NetworkDescription, found: Segmented) -> np.ndarray:
-    """What each place of an image cost, as shares of what it costs in the full network: float64 [hb,wb].
+    """What each place of an image cost, as shares of what it costs in the full network at the size at which it was
+    looked at: float64 [hb,wb].
 
     Raises ValueError, with the remedy, if its places did not decide.
     """
@@ -337,7 +341,7 @@ def effort_of(network: NetworkDescription, found: Segmented) -> np.ndarray:
         why = "it was segmented in windows" if found.windows > 1 else "no budget was asked for, or all of it"
         raise ValueError(f"there is no map of effort of {found.prediction.image}: {why}")
     height, width = (max(side, MIN_IMAGE_SIZE) for side in found.prediction.size)
-    table = model_cost(network, (height, width))
+    table = model_cost(network, found.seen or (height, width))
     assert table.exits is not None
     shares: np.ndarray = table.exits[found.exits] / table.full
     return shares
@@ -385,7 +389,7 @@ def write_results(
         shown = os.fsencode(file_name(prediction.image)).decode(errors="replace")
         files[OVERLAY] = figures.png_bytes(figures.overlay(image, found.labels, config.class_names, config.palette))
         if found.exits is not None and config.place is not None:
-            heat = figures.effort(image, effort_of(network, found), config.place)
+            heat = figures.effort(image, effort_of(network, found), config.place, seen=found.seen)
             files[EFFORT] = figures.png_bytes(heat)
         files[ROUTE_PICTURE] = figures.route_picture(
             config.space, found.gates, f"{shown}: {cost}", stages=config.backbone_stages
@@ -420,6 +424,7 @@ def _route_json(
             else {"levels_of_full": levels(network, prediction.size).tolist()}
         ),
         **({} if found.exits is None else {"exits": found.exits.tolist()}),
+        **({} if found.seen is None else {"seen_size": list(found.seen)}),
         "pictures": target.pictures,
         "network": target.network,
         **found.asked,

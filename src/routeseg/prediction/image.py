@@ -123,8 +123,15 @@ class SegmentedImage:
         return Route.from_gates(self.network.config.space, self.gates)
 
     @property
+    def seen(self) -> tuple[int, int]:
+        """(height, width) at which the network looked at the image: a budget may choose a smaller size than its own, or
+        a larger one."""
+        return self.found.seen or self.found.prediction.size
+
+    @property
     def exits(self) -> np.ndarray | None:
-        """Of a network whose places leave by themselves: the exit of each, int64 [H/b,W/b] (rounded up)."""
+        """Of a network whose places leave by themselves: the exit of each, int64 [h/b,w/b] (rounded up), at the size
+        `seen`."""
         return self.found.exits
 
     def effort(self, legend: bool = True) -> Image.Image:
@@ -132,7 +139,7 @@ class SegmentedImage:
         places did not decide."""
         shares, place = effort_of(self.network, self.found), self.network.config.place
         assert place is not None
-        return Image.fromarray(figures.effort(self.image, shares, place, legend))
+        return Image.fromarray(figures.effort(self.image, shares, place, legend, self.found.seen))
 
     def overlay(self, alpha: float = 0.55, legend: bool = True) -> Image.Image:
         """The image tinted with its segmentation; `figures.overlay` says more."""

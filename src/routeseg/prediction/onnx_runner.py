@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from routeseg.budgets.asked import Asked
 from routeseg.description import FORMAT, METADATA_KEY, NetworkDescription
 from routeseg.errors import DIVERGED, NOT_FINITE, require
 from routeseg.files import parse_json
 from routeseg.labels import label_type
+from routeseg.model.prices import Look
 from routeseg.prediction.files import Ran
-from routeseg.space import MIN_IMAGE_SIZE
+from routeseg.space import MIN_IMAGE_SIZE, seen_size
 
 LABEL_TYPES = {np.dtype(kind): f"tensor({kind})" for kind in ("uint8", "uint16")}  # in the words of ONNX Runtime
 FATAL_ONLY = 4  # of the log of ONNX Runtime, which also raises its errors
@@ -64,18 +66,32 @@ class OnnxNetwork:
         _check_tensors(self)
         self._asked = self._check_budget(budget)
         self.budget = None if self._asked is None else str(self._asked)
-        self._prices: dict[tuple[int, int], float] = {}
+        self._looks: dict[tuple[int, int, float | None], Look] = {}
 
     def __call__(self, image: np.ndarray) -> Ran:
         """Segments an image uint8 [H,W,3] RGB, H and W at least 32.
 
         Raises ValueError if an output is not finite, and MemoryError if memory is short.
         """
-        first, *confidence, gates = self.run(image.transpose(2, 0, 1)[None])
+        height, width = image.shape[:2]
+        look = self._look(height, width)
+        seen = seen_size((height, width), look.size)
+        looked_at = image if seen == (height, width) else _resized(image, seen)
+        price = look.price if self.kind == "exits" else None
+        first, *confidence, gates = self.run(looked_at.transpose(2, 0, 1)[None], price)
         labels, certain = (first[0], confidence[0][0]) if self.labels else most_likely(first[0])
         if not np.isfinite(certain).all() or not np.isfinite(gates).all():
             raise ValueError(DIVERGED)
-        return Ran(labels, gates[0], confidence=certain if self.labels else None)
+        if looked_at is image:
+            return Ran(labels, gates[0], confidence=certain if self.labels else None)
+        if self.labels:
+            labels, certain = (
+                _resized(labels, (height, width), Image.Resampling.NEAREST),
+                _resized(certain, (height, width)),
+            )
+        else:
+            labels, certain = most_likely(np.stack([_resized(one, (height, width)) for one in first[0]]))
+        return Ran(labels, gates[0], confidence=certain if self.labels else None, seen=seen)
 
     def run(self, images: np.ndarray, price: float | None = None) -> tuple[np.ndarray, ...]:
         """Images [B,3,H,W] RGB, uint8 or floating point in 0..1, H and W at least 32 -> float32 logits [B,K,H,W],
@@ -109,7 +125,7 @@ class OnnxNetwork:
         height, width = images.shape[2:]
         feed = {"images": as_float(images)}
         if self.kind == "exits":
-            feed["price"] = np.array(self._price(height, width) if price is None else price, dtype=np.float32)
+            feed["price"] = np.array(self._look(height, width, 1.0).price if price is None else price, dtype=np.float32)
         try:
             return self.session.run([*self._segmentation, "gates"], feed)
         except Exception as error:  # ONNX Runtime's errors share no class but this one
@@ -122,13 +138,13 @@ class OnnxNetwork:
         """The outputs of the graph before the gates."""
         return ["labels", "confidence"] if self.labels else ["logits"]
 
-    def _price(self, height: int, width: int) -> float:
-        """The price that keeps the budget for images of this size."""
+    def _look(self, height: int, width: int, size: float | None = None) -> Look:
+        """The size and the price that keep the budget for images of this size; `size`: only this one."""
         if self._asked is None:
-            return 0.0
-        if (height, width) not in self._prices:
-            self._prices[height, width] = self._asked.price(self.network, (height, width))
-        return self._prices[height, width]
+            return Look(1.0, 0.0)
+        if (height, width, size) not in self._looks:
+            self._looks[height, width, size] = self._asked.look(self.network, (height, width), size)
+        return self._looks[height, width, size]
 
     def _check_budget(self, budget: Asked | str | float | None) -> Asked | None:
         """The budget, if the file takes it."""
@@ -143,8 +159,15 @@ class OnnxNetwork:
                 "as 40%, or MACs such as 0.5GMACs"
             )
         if asked.unit == "share":
-            asked.price(self.network, (MIN_IMAGE_SIZE, MIN_IMAGE_SIZE))  # the same for all sizes
+            asked.look(self.network, (MIN_IMAGE_SIZE, MIN_IMAGE_SIZE))  # the same for all sizes
         return asked
+
+
+def _resized(
+    values: np.ndarray, size: tuple[int, int], how: Image.Resampling = Image.Resampling.BILINEAR
+) -> np.ndarray:
+    """An image uint8 [H,W,3], or a map [H,W], of another size."""
+    return np.asarray(Image.fromarray(values).resize(size[::-1], how))
 
 
 def as_float(images: np.ndarray) -> np.ndarray:

@@ -56,7 +56,7 @@ class TorchNetwork:
             raise ValueError(DIVERGED)
         labels = label_map(result.labels[0].cpu().numpy(), self.model.config.num_classes)
         exits = None if result.exits is None else result.exits[0].cpu().numpy()
-        return Ran(labels, result.gates[0].float().cpu().numpy(), exits)
+        return Ran(labels, result.gates[0].float().cpu().numpy(), exits, seen=result.seen)
 
 
 def _finite(values: Tensor) -> bool:
