@@ -61,7 +61,7 @@ SMALL = {
     "demo": STEPS | SCENES | PLAIN,
     "pretrain": STEPS | NETWORK | {"--data.crop": 32, "--data.resize": 40},
     "calibrate": {"--data.crop": "64x96"},
-    "profile": {"--repeats": 1, "--routes": 2},
+    "profile": {"--repeats": 1},
     "app": {"--browser": "false"},
 }
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from routeseg.cost.latency import LatencyTable, exit_ms
+from routeseg.cost.latency import LatencyTable, exit_ms, mean_ms, stretches_at
 from routeseg.cost.macs import exit_costs, model_cost
 from routeseg.errors import NO_EXITS
 from routeseg.space import MIN_IMAGE_SIZE, brief, padded_size
@@ -81,7 +81,7 @@ class Asked:
             return f"{100 * self.value:.6g}%"
         if self.unit == "macs":
             return f"{self.value / UNITS['GMACS']:.6g}GMACs"
-        tables = [[one.size, one.fixed_ms, one.part_ms.tolist()] for one in self.latency]
+        tables = [[one.size, one.stretches_ms.tolist()] for one in self.latency]
         times = json.dumps(tables, sort_keys=True)
         return f"{self.value:.6g}ms by the table {hashlib.sha256(times.encode()).hexdigest()[:16]}"
 
@@ -95,8 +95,9 @@ class Asked:
         if self.unit == "share":
             return float(table.price_of(np.array(self.value)))
         if self.unit == "ms":
-            costs = exit_ms(self.latency, network.config, size, self.file)
-            return float(table.price_of(np.array(self.value), costs, " ms"))
+            measured = (self.latency, network.config, size, self.file)
+            means = mean_ms(stretches_at(*measured), table.frequencies, network.config.place_count(size))
+            return float(table.price_of(np.array(self.value), exit_ms(*measured), " ms", means))
         costs = exit_costs(network, size) / MMACS
         return float(table.price_of(np.array(self.value / MMACS), costs, " MMACs"))
 

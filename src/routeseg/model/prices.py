@@ -35,11 +35,14 @@ class PriceTable:
         """Whether it tells the price of a budget."""
         return bool(self.frequencies.any())
 
-    def price_of(self, budget: np.ndarray, costs: np.ndarray | None = None, unit: str = "") -> np.ndarray:
+    def price_of(
+        self, budget: np.ndarray, costs: np.ndarray | None = None, unit: str = "", means: np.ndarray | None = None
+    ) -> np.ndarray:
         """The prices at which images cost these means: float64, of the shape of the budgets. What is above the dearest
         route costs as much as that.
 
         costs  [K] of the routes, in the unit of the budgets, which messages name; None: shares of the full network
+        means  [T], what images cost in the mean at each price; None: each place or image costs what its route does
 
         Raises BudgetNotKept for a budget below the cheapest route, and ValueError without a calibration.
         """
@@ -53,7 +56,7 @@ class PriceTable:
                     f"a budget of {asked:.4g}{unit} cannot be kept: the cheapest route costs {costs[0]:.4g}{unit}, the "
                     f"full network {costs[-1]:.4g}{unit}"
                 )
-        means = self.frequencies @ costs
+        means = self.frequencies @ costs if means is None else means
         found = np.interp(budget, means[::-1], self.prices[::-1])
         found = np.where(np.asarray(budget) >= whole, self.prices[0], found)  # nobody decides then
         return np.where(np.asarray(budget) <= costs[0] * (1 + TOLERANCE), self.prices[-1], found)
