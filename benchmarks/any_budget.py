@@ -133,9 +133,9 @@ def clock(run: table1.Run, split: str) -> dict[str, Any]:
     pictures = evenly_spread(open_data(run.network.data, split, run.seed), CLOCKED)
     size = pictures.read(0)[1].shape
     table, engine = profile(model, size), SkipEngine(model)
-    routes = table.of_exits(model.config)
+    routes = table.exits_ms
     asked = np.linspace(routes[0], routes[-1], CLOCKED_BUDGETS + 2)[1:-1]
-    engines = [Budgeted(engine, model, Asked(ms, "ms", table)) for ms in asked]
+    engines = [Budgeted(engine, model, Asked(ms, "ms", (table,))) for ms in asked]
     taken = np.zeros((len(pictures), len(asked)))
     for number, picture in enumerate(evaluation_loader(pictures)):
         for which, one in enumerate(engines):

@@ -171,20 +171,6 @@ def architectures(facts: Sequence[Facts], words: str) -> str:
     return table(head, rows)
 
 
-def predictions(facts: Sequence[Facts], words: str) -> str:
-    """What `routeseg profile` found: predicted and measured milliseconds, and what a MAC takes in some parts."""
-    rows = []
-    for found in facts:
-        whole, test = found["all_open"][0], found["test"]
-        rates = {(r["part"], r["scale"]): r["ms"] / r["gmacs"] for r in found["all_open_by_part"] if r["gmacs"]}
-        some = [rates[part] for part in (("stem", None), ("cells", 0), ("cells", 3), ("decoder", None))]
-        cells = [f"{whole['predicted_ms']:.0f}", f"{whole['measured_ms']:.0f}", str(len(test["routes"]))]
-        cells += [f"{100 * test[key]:.1f} %" for key in ("median_error", "worst_error")]
-        rows.append([found["precision"], *cells, " / ".join(f"{rate:.1f}" for rate in some)])
-    head = ["", "all open, predicted, ms", "measured", "random routes", "median error", "worst"]
-    return table([*head, "ms per GMAC: stem / cells at 1/4 / at 1/32 / decoder"], rows)
-
-
 def int8(facts: Sequence[Facts], words: str) -> str:
     """Files of benchmarks/int8.py: a network with gates on CamVid, then those of full size."""
     (found,) = facts

@@ -42,7 +42,6 @@ MAKERS: dict[str, Callable[[Sequence[Facts], str], str]] = {
     "needed": result_tables.needed,
     "places": result_tables.places,
     "overload": result_tables.overload,
-    "predictions": result_tables.predictions,
     "scores": result_tables.scores,
     "serving": result_tables.serving,
     "stages": result_tables.stages,

@@ -61,7 +61,7 @@ SMALL = {
     "demo": STEPS | SCENES | PLAIN,
     "pretrain": STEPS | NETWORK | {"--data.crop": 32, "--data.resize": 40},
     "calibrate": {"--data.crop": "64x96"},
-    "profile": {"--repeats": 1, "--routes": 2},
+    "profile": {"--repeats": 1},
     "app": {"--browser": "false"},
 }
 
@@ -183,7 +183,7 @@ OF_PAGES: dict[str, dict[str, Callable[[Path], object]]] = {  # in this order
         "runs/static/best": network(11, **U_NET),
         "route.json": route_file,
     },
-    "inference": {"runs/a/best": network(11), "route.json": route_file},
+    "inference": {"runs/any/best": lambda path: with_exits(SIZE, exits=[1, 3, 4]).save(path)},
     "prediction": {"runs/a/best": network(11), "runs/my": run_of_own_images},
     "results": {"runs/a/best": network(11)},
     "training": {"CHECKPOINT": network(11, **EXITS)},

@@ -10,13 +10,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import run, spread_gates
-from routeseg import DynamicRoutingNetwork, LatencyTable, Route, SkipEngine, load, model_cost
+from routeseg import DynamicRoutingNetwork, Route, SkipEngine, load, model_cost
 from routeseg.config import NetworkConfig
-from routeseg.cost.latency import STAGE
 from routeseg.counting import CONVENTIONS, PartMacs
 from routeseg.data.config import DataConfig
 from routeseg.engine.compiled import CompiledForward, is_compiled
-from routeseg.engine.profiling import profile
 from routeseg.export import build_onnx
 from routeseg.model.backbone import Backbone, EfficientNetLite0, InvertedResidual
 from routeseg.space import DOWN
@@ -198,15 +196,6 @@ class TestCost:
     def test_costs_travel_as_json(self):
         macs = network().macs
         assert PartMacs.from_json(macs.as_json(), 4) == macs
-
-    @needs_kernels
-    def test_latency(self, tmp_path):
-        model = network(gate="fixed")
-        table = profile(model, SIZE, routes=1, repeats=2)
-        assert (table.part_ms[:3, STAGE] > 0).all() and table.part_ms[3, STAGE] == 0
-        table.write(tmp_path / "table.json")
-        again = LatencyTable.read(tmp_path / "table.json")
-        assert np.array_equal(again.part_ms, table.part_ms)
 
 
 class TestTraining:

@@ -130,7 +130,7 @@ class TestSections:
             "evaluate": ["evaluate", checkpoint, "--json", tmp_path / "evaluate.json"],
             "routes": ["routes", checkpoint, "--permutations=20", "--output", tmp_path / "routes"],
             "check-data": ["check-data", "--output", tmp_path / "check"],
-            "profile": ["profile", checkpoint, "--size=32x32", "--routes=1", "--repeats=1", "--output", tmp_path],
+            "profile": ["profile", checkpoint, "--size=32x32", "--repeats=1", "--output", tmp_path],
         }
 
     @pytest.mark.parametrize("command", ["evaluate", "routes", "check-data", "profile"])

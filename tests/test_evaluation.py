@@ -404,7 +404,7 @@ def test_no_clock_decides_on_a_result(tmp_path, networks, capsys, monkeypatch):
     for words in (
         ["evaluate", checkpoint, *SCENES, "--json", file],
         ["routes", checkpoint, *SCENES, "--output", tmp_path / "routes"],
-        ["profile", checkpoint, "--size=64x64", "--routes=2", "--repeats=1", "--json", file],
+        ["profile", checkpoint, "--size=64x64", "--repeats=1", "--json", file],
         ["predict", checkpoint, photo, "--output", tmp_path / "out"],
     ):
         code, out, err = run(words, capsys)

@@ -1,4 +1,5 @@
-"""What parts run on a route, counted by hand and by the kernels' clocks; predictions; the command and its mistakes."""
+"""Milliseconds of each exit: the arithmetic, the file, what is run for a table, the command and its mistakes. No test
+says how long anything takes."""
 
 import json
 import re
@@ -8,230 +9,192 @@ import numpy as np
 import pytest
 import torch
 
-import routeseg
-from conftest import run, scenes_checkpoint, spread_gates
-from routeseg import DynamicRoutingNetwork, Route, RoutingSpace
-from routeseg.config import NetworkConfig
-from routeseg.cost.latency import PARTS, LatencyTable, by_part, network_shape, node_counts, route_counts
-from routeseg.cost.macs import model_cost
-from routeseg.engine import SkipEngine
-from routeseg.engine.compiled import STEPS, is_compiled
+from conftest import run, scenes_checkpoint
+from routeseg import DynamicRoutingNetwork, LatencyTable, SkipEngine
+from routeseg.budgets.asked import Asked
+from routeseg.budgets.budgeted import Budgeted
+from routeseg.cost.latency import mean_ms, network_shape, stretches_at
+from routeseg.engine import profiling
 from routeseg.engine.profiling import profile
-from routeseg.model.request import Request
 
-needs_kernels = pytest.mark.skipif(not is_compiled(torch.float32), reason="no compiled kernels here")
 SIZE = (64, 96)
+TIMES = np.array([[0.0, 4.0], [2.0, 2.0], [1.0, 5.0], [0.0, 8.0]])
+EXITS = {"gate": "fixed", "route": "diagonal", "exits": [0, 2, 4]}
+NETWORKS = {
+    "gates": {},
+    "static": {"gate": "fixed", "route": "fcn-32s"},
+    "exits": EXITS,
+    "entropy": EXITS | {"choice": "entropy"},
+    "places": EXITS | {"place": 32},
+}
 
 
-def invented(model: DynamicRoutingNetwork) -> LatencyTable:
-    """A table whose times are powers of two, so that a sum tells its parts."""
-    scales = model.space.num_scales
-    times = 2.0 ** np.arange(scales * len(PARTS)).reshape(scales, len(PARTS))
-    return LatencyTable(SIZE, "cpu", "float32", network_shape(model.config), {"stem": 0.25, "decoder": 0.5}, times)
+def network(**options) -> DynamicRoutingNetwork:
+    torch.manual_seed(0)
+    small = {"num_classes": 5, "depth": 6, "base_channels": 8, "stem_channels": 8}
+    return DynamicRoutingNetwork(**small, **options).eval()
 
 
-def test_counts_by_hand():
-    """(0,0) drops its cell; (1,0) keeps and sends down; (2,0) keeps, (2,1) sends up; (3,0) sums both."""
-    route = Route(RoutingSpace(3, 2), [(1, 0, 1), (1, 0, 2), (2, 0, 1), (2, 1, 0)])
-    shape = network_shape(NetworkConfig(depth=3, num_scales=2))
-    forced, gated = (route_counts(shape, route, gates) for gates in (False, True))
-    expected = np.zeros((4, 2, len(PARTS)))
-    expected[1, 0] = (0, 1, 0, 1, 0, 0, 0, 0)
-    expected[2, 0] = (0, 1, 0, 0, 0, 0, 0, 0)  # a single map of weight 1 needs no sum
-    expected[2, 1] = (0, 1, 1, 0, 0, 0, 0, 0)
-    expected[3, 0] = (0, 0, 0, 0, 1, 1, 1, 0)
-    assert (forced == expected).all()
-    expected[[0, 1, 2, 2, 3], [0, 0, 0, 1, 0], 0] = 1  # every node that is reached asks its gate
-    expected[2, :, 4:6] = 1  # an activation is below 1: the map is multiplied
-    assert (gated == expected).all()
+def table_of(model: DynamicRoutingNetwork) -> LatencyTable:
+    times = TIMES if model.config.exits else TIMES[:1]
+    return LatencyTable(SIZE, "cpu", "float32", network_shape(model.config), times, {"repeats": 3})
 
 
-def test_counts_with_a_backbone():
-    """A stage runs with the path down the diagonal, and what it sends arrives beside it; not with other paths down."""
-    route = Route(RoutingSpace(3, 2), [(0, 0, 1), (0, 0, 2), (1, 0, 1), (1, 0, 2), (1, 1, 1), (2, 1, 0)])
-    shapes = [
-        network_shape(NetworkConfig(depth=3, num_scales=2, backbone=name)) for name in (None, "efficientnet_lite0")
-    ]
-    without, with_backbone = (route_counts(shape, route, False) for shape in shapes)
-    expected = without.copy()
-    expected[0, 0, PARTS.index("stage")] = 1
-    expected[1, 1, [PARTS.index("sum"), PARTS.index("arrival")]] = 1, 2
-    assert (with_backbone == expected).all()
+class TestArithmetic:
+    def test_whole_images(self):
+        """The mean over images that leave at one exit each; what a stretch takes in any case is paid by those in it."""
+        ends = np.cumsum(TIMES.sum(1))
+        assert np.allclose(mean_ms(TIMES, np.eye(4)), ends)
+        assert mean_ms(TIMES, np.array([[0.5, 0.0, 0.25, 0.25]])) == pytest.approx([ends @ [0.5, 0, 0.25, 0.25]])
+
+    def test_places(self):
+        """The fixed part is paid as soon as one place goes on, and a share of less than half a place is none."""
+        frequencies = np.array([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 0.75, 0.25], [0, 0, 0, 1]])
+        expected = [4, 4 + 2 + 1, 4 + 4 + 6 + 2, 22]
+        assert mean_ms(TIMES, frequencies, places=8).tolist() == expected
+        assert mean_ms(TIMES, np.array([[0.95, 0.05, 0, 0]]), places=8).tolist() == [4]
+
+    def test_a_stretch_from_two_points(self):
+        """Noise does not turn time back, and no part of a sum is negative or more than the sum."""
+        whole = np.array([4.0, 8.0, 7.0, 20.0])
+        found = profiling._stretches(whole, np.array([7.0, 9.0, 7.0]), 0.5)
+        assert found.tolist() == [[0, 4], [2, 2], [0, 0], [0, 12]]
+        assert profiling._stretches(whole).tolist() == [[0, 4], [0, 4], [0, 0], [0, 12]]
+        assert profiling._stretches(whole[:2], np.array([4.0]), 0.0).tolist() == [[0, 4], [0, 4]]  # of a single place
 
 
-@needs_kernels
-@pytest.mark.parametrize("zeros_arrive", [False, True])
-def test_counts_are_what_the_kernels_run(zeros_arrive):
-    model = spread_gates(
-        DynamicRoutingNetwork(num_classes=5, depth=6, base_channels=16, stem_channels=8, zeros_arrive=zeros_arrive)
-    ).eval()
-    engine = SkipEngine(model)
-    for seed in range(5):
-        images = torch.rand(1, 3, *SIZE, generator=torch.Generator().manual_seed(seed))
-        seconds = np.zeros(7 * 4 * len(STEPS) + 2)
-        gates = engine.forward(images, Request.of(model.config, 1), seconds).gates
-        counts = node_counts(network_shape(model.config), gates[0].numpy(), True)
-        ran = seconds[:-2].reshape(7, 4, len(STEPS)) > 0
-        assert 0 < counts[..., 0].sum() < 7 * 4
-        assert (ran[..., 1:5] == (counts[..., :4] > 0)).all()  # gate, cell, up, down
-        assert not ran[..., 5].any()  # no backbone
+def test_a_budget_in_milliseconds_of_places():
+    """An image takes by the table what was asked: of its places as many go on as that pays for."""
+    model = network(**NETWORKS["places"])
+    model.exits.prices = torch.linspace(0, 1, 5)
+    model.exits.frequencies = torch.tensor(
+        [[0, 0, 0, 1], [0, 0, 0.5, 0.5], [0, 0.5, 0.5, 0], [0.5, 0.5, 0, 0], [1.0, 0, 0, 0]]
+    )
+    table = table_of(model)
+    image = torch.rand(1, 3, *SIZE)
+    spent = []
+    asked = [4, 4 + 2 + 1, 4 + 4 + 1 + 2.5, 4 + 4 + 6 + 4, 22]
+    for ms in asked:
+        engine = Budgeted(SkipEngine(model), model, Asked.parse(f"{ms}ms", table))
+        left = engine(image).exits
+        exits = np.zeros((1, 4)) if left is None else np.bincount(left.flatten().numpy(), minlength=4)[None] / 6
+        exits[0, -1] += left is None
+        spent.append(float(mean_ms(stretches_at([table], model.config, SIZE, "t"), exits, 6)[0]))
+    assert spent == asked
 
 
-def test_latency_is_the_sum_of_what_runs(tiny_network):
-    table = invented(tiny_network)
-    nothing, whole = Route(table.space), Route.all_open(table.space)
-    assert table.of_route(nothing) == 0.75
-    reached = (tiny_network.space.depth + 1) * table.part_ms[0, 0]  # the stem's features pass, and gates of scale 0 ask
-    assert table.of_route(nothing, gates=True) == 0.75 + reached
-    counts = route_counts(table.network, whole, True).sum(0)
-    assert counts[:, 1].tolist() == [5, 4, 3, 2] and counts[:, 2].tolist() == [0, 3, 2, 1]
-    assert table.of_route(whole, gates=True) == 0.75 + (counts * table.part_ms).sum()
-    half = Route(table.space, table.space.edges[::2]).pruned()
-    gates = 0.5 * np.stack([route.to_gates() for route in (nothing, half, whole)])
-    times = table.of_gates(torch.from_numpy(gates))
-    assert times.tolist() == [table.of_route(route, gates=True) for route in (nothing, half, whole)]
-    assert times[0] < times[1] < times[2] and table.of_gates(gates[1]) == times[1]
-    with pytest.raises(ValueError, match="latency table is for"):
-        table.of_route(Route(RoutingSpace(5)))
-    with pytest.raises(ValueError, match="gates have shape"):
-        table.of_gates(np.zeros((1, 6, 4, 3)))
+class TestProfile:
+    @pytest.mark.parametrize("kind", NETWORKS)
+    def test_it_is_measured_by_running(self, kind):
+        """Times go up from exit to exit, and the network stays as it is."""
+        model, steps = network(**NETWORKS[kind]), []
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        table = profile(model, SIZE, repeats=2, step=lambda: steps.append(1))
+        assert len(steps) == 3 and table.size == SIZE and table.precision == "float32"
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        count = 1 if model.config.exits is None else len(model.config.exits)
+        assert table.stretches_ms.shape == (count, 2) and (table.stretches_ms >= 0).all()
+        assert table.exits_ms[0] > 0 and (np.diff(table.exits_ms) >= 0).all()
+        assert ("own_gates" in table.facts) == (kind == "gates")
+        assert kind == "places" or (table.stretches_ms[:, 0] == 0).all(), "whole images"
+
+    def test_of_places_each_exit_is_reached_by_all_and_by_half(self, monkeypatch):
+        """With as many decisions as there are exits on the way."""
+        ran = []
+
+        class Engine(SkipEngine):
+            def __call__(self, images, **how):
+                found = super().__call__(images, **how)
+                ran.append(np.bincount(found.exits.flatten(), minlength=4).tolist())
+                return found
+
+        monkeypatch.setattr(profiling, "SkipEngine", Engine)
+        profile(network(**NETWORKS["places"]), SIZE, repeats=1)
+        whole = (6 * np.eye(4, dtype=int)).tolist()
+        halves = [[3, 3, 0, 0], [0, 3, 3, 0], [0, 0, 3, 3]]
+        assert ran == 2 * (whole + halves)
+
+    @pytest.mark.parametrize("kind", ["exits", "entropy"])
+    def test_decisions_are_measured_with_an_image_that_stays(self, kind, monkeypatch):
+        last = []
+
+        class Engine(SkipEngine):
+            def __call__(self, images, **how):
+                found = super().__call__(images, **how)
+                if "price" in how:
+                    last.append(found.gates[0, -1].any().item())
+                return found
+
+        monkeypatch.setattr(profiling, "SkipEngine", Engine)
+        profile(network(**NETWORKS[kind]), SIZE, repeats=1)
+        assert last == [True, True]
 
 
-def test_parts_add_up_to_cost_and_latency(tiny_network):
-    table, cost = invented(tiny_network), model_cost(tiny_network, SIZE)
-    *rows, total = by_part(table, cost)
-    assert total["gmacs"] == pytest.approx(cost.full / 1e9)
-    assert total["ms"] == pytest.approx(table.of_route(Route.all_open(table.space), gates=True))
-    assert total["ms"] == pytest.approx(sum(row["ms"] for row in rows))
-
-
-@pytest.mark.parametrize("backend", [pytest.param("kernels", marks=needs_kernels), "eager"])
-def test_profile(backend):
-    """What is timed, and that the network stays as it is."""
-    model = DynamicRoutingNetwork(num_classes=5, depth=6, base_channels=8, stem_channels=8).eval()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    steps: list[None] = []
-    table = profile(model, SIZE, routes=3, repeats=1, backend=backend, step=lambda: steps.append(None))
-    assert len(steps) == 40 + 3 + 2
-    assert table.facts["how"] == ("clocked" if backend == "kernels" else "fitted")
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    rows = table.facts["test"]["routes"]
-    assert len(rows) == 3 and all(row["predicted_ms"] > 0 and row["measured_ms"] > 0 for row in rows)
-    if backend == "kernels":
-        assert (
-            (table.part_ms[:, :2] > 0).all() and (table.part_ms[1:, 2] > 0).all() and (table.part_ms[:-1, 3] > 0).all()
-        )
-
-
-def test_profile_of_a_static_network():
-    model = DynamicRoutingNetwork(
-        num_classes=5, depth=6, base_channels=8, stem_channels=8, gate="fixed", route="fcn-32s"
-    ).eval()
-    table = profile(model, SIZE, routes=3, repeats=1)
-    assert table.network["route"] == [list(edge) for edge in model.route.named_edges]
-    assert not any(row["gates"] for row in table.facts["test"]["routes"])
-    assert table.of_route(model.route, gates=True) == table.of_route(model.route) > table.of_route(Route(table.space))
-
-
-def test_file(tmp_path, tiny_network):
-    table, file = invented(tiny_network), tmp_path / "table.json"
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_file(kind, tmp_path):
+    model, file = network(**NETWORKS[kind]), tmp_path / "table.json"
+    table = table_of(model)
     table.write(file)
     read = LatencyTable.read(file)
     assert read.as_dict() == table.as_dict() and read.fingerprint == table.fingerprint
-    read.check(tiny_network.config, file)
-    wider = DynamicRoutingNetwork(num_classes=5, depth=4, base_channels=16, stem_channels=8)
+    read.check(model.config, file)
+    wider = replace(model.config, base_channels=16)
     with pytest.raises(ValueError, match="another network: base_channels is 8 there, 16 here"):
-        read.check(wider.config, file)
+        read.check(wider, file)
     data = json.loads(file.read_text())
     for damage in (
-        {"fixed_ms": {"stem": -1}},
-        {"fixed_ms": None},
+        {"stretches_ms": [{"fixed": -1, "running": 1}] * len(table.stretches_ms)},
+        {"stretches_ms": [{"fixed": 1}] * len(table.stretches_ms)},
+        {"stretches_ms": data["stretches_ms"][1:]},
+        {"stretches_ms": None},
         {"size": [64]},
-        {"scales_ms": data["scales_ms"][:2]},
         {"fingerprint": "0" * 16},
-        {"format": 7},
+        {"format": 1, "scales_ms": [{"gate": 1.0}]},
         {"network": {}},
     ):
         file.write_text(json.dumps(data | damage))
-        with pytest.raises(ValueError, match=re.escape(str(file))):
+        with pytest.raises(ValueError, match=f"{re.escape(str(file))} .*: run `routeseg profile` again"):
             LatencyTable.read(file)
-    for text in ("{", "[]", "\xff", json.dumps({key: value for key, value in data.items() if key != "scales_ms"})):
+    for text in ("{", "[]", "\xff", json.dumps({key: value for key, value in data.items() if key != "stretches_ms"})):
         file.write_bytes(text.encode("latin-1"))
         with pytest.raises(ValueError, match="routeseg profile"):
             LatencyTable.read(file)
+    with pytest.raises(ValueError, match="no latency table .*nothing.json"):
+        LatencyTable.read(tmp_path / "nothing.json")
 
 
 def test_command(tmp_path, capsys):
-    checkpoint = scenes_checkpoint(tmp_path / "net")
-    route = tmp_path / "route.json"
-    route.write_text(Route(RoutingSpace(3), [(0, 0, 1), (1, 0, 2)]).to_json())
-    words = ["profile", checkpoint, "--size=64x96", "--routes=4", "--repeats=2"]
-    code, out, err = run([*words, f"--json={tmp_path / 'result.json'}"], capsys)
+    checkpoint = str(network(**EXITS).save(tmp_path / "net"))
+    words = ["profile", checkpoint, "--size=64x96", "--repeats=2", f"--json={tmp_path / 'result.json'}"]
+    code, out, err = run(words, capsys)
     assert code == 0, err
     file = tmp_path / "net" / "latency_cpu_64x96_float32.json"
-    assert "cells" in out and "ms per GMAC" in out and "4 random routes" in out
-    stored = json.loads(file.read_text())
+    stored, table = json.loads(file.read_text()), LatencyTable.read(file)
     assert stored["machine"]["threads"] == 1 and stored["command"][:2] == ["profile", checkpoint]
-    assert len(stored["test"]["routes"]) == 4 and LatencyTable.read(file).name == file.stem
-    assert json.loads((tmp_path / "result.json").read_text()) == stored
-    table = LatencyTable.read(file)
-    code, out, _ = run(["latency", file], capsys)
-    whole_ms = table.of_route(Route.all_open(table.space), gates=True)
-    assert code == 0 and f"everything open, with gates: {whole_ms:.2f} ms predicted\n" in out
-    found = tmp_path / "found.json"
-    words = ["latency", file, f"--route={route}", f"--json={found}"]
-    code, predicted, _ = run(words, capsys)
-    times = [table.of_route(Route.from_json(route.read_text()), gates) for gates in (False, True)]
-    assert code == 0 and "measured" not in predicted
-    for kind, ms in zip(("without gates", "with gates"), times, strict=True):
-        assert f"{route}, {kind}: {ms:.2f} ms predicted\n" in predicted
-    code, out, _ = run([*words, f"--measure={checkpoint}", "--repeats=2"], capsys)
-    assert code == 0 and out.count(" ms predicted, ") == 2 and out.count(" measured\n") == 2
-    rows = json.loads(found.read_text())["route_ms"]
-    assert [row["predicted_ms"] for row in rows] == times and all(row["measured_ms"] > 0 for row in rows)
+    assert table.name == file.stem and json.loads((tmp_path / "result.json").read_text()) == stored
+    for name, ms in zip(("exit-0", "exit-2", "exit-4", "exit-6"), table.exits_ms, strict=True):
+        assert re.search(rf"{name} .* {ms:.2f} ", out), out
 
 
-def test_latency_of_a_static_network(tmp_path, capsys):
-    """Everything that it has open is its own route, and it has no gates."""
-    model = DynamicRoutingNetwork(
-        num_classes=5, depth=6, base_channels=8, stem_channels=8, gate="fixed", route="fcn-32s"
-    )
-    table = invented(model)
-    table.write(tmp_path / "table.json")
-    code, out, _ = run(["latency", tmp_path / "table.json"], capsys)
-    assert code == 0 and out == f"everything open, without gates: {table.of_route(model.route):.2f} ms predicted\n"
-    code, _, err = run(["latency", tmp_path / "table.json", "--route=hrnet-v2"], capsys)
-    assert code == 2 and "hrnet-v2" in err and err.count("\n") == 1
-
-
-def test_command_without_checkpoint(tmp_path, capsys):
-    words = ["profile", "--model.depth=3", "--model.base_channels=8", "--model.stem_channels=8", "--size=64x64"]
-    code, _, err = run([*words, "--routes=1", "--repeats=1", f"--output={tmp_path / 'made'}"], capsys)
-    assert code == 0, err
+@pytest.mark.parametrize(
+    ("options", "shown"), [([], "its own gates"), (["gate=fixed", "exits=[1]", "place=32"], "half of the places")]
+)
+def test_command_without_checkpoint(tmp_path, capsys, options, shown):
+    words = [f"--model.{one}" for one in ("depth=3", "base_channels=8", "stem_channels=8", *options)]
+    code, out, err = run(["profile", *words, "--size=64x64", "--repeats=1", f"--output={tmp_path / 'made'}"], capsys)
+    assert code == 0 and shown in " ".join(out.split()), err
     table = LatencyTable.read(tmp_path / "made" / "latency_cpu_64x64_float32.json")
     assert table.network["depth"] == 3 and table.network["num_classes"] == 19
 
 
-def test_command_mistakes(tmp_path, tiny_network, capsys):
-    checkpoint = scenes_checkpoint(tmp_path / "net")
-    other, damaged, in_the_way = tmp_path / "other.json", tmp_path / "damaged.json", tmp_path / "file"
-    invented(tiny_network).write(other)
-    table, own = invented(routeseg.load(checkpoint)), tmp_path / "own.json"
-    table.write(own)
-    table.facts["machine"] = {"threads": 64}
-    table.write(tmp_path / "threads.json")
-    replace(table, device="cuda:7").write(tmp_path / "cuda.json")
-    (tmp_path / "deeper.json").write_text(Route(RoutingSpace(5)).to_json())
-    damaged.write_text(other.read_text()[:100])
+def test_command_mistakes(tmp_path, capsys):
+    checkpoint, in_the_way = scenes_checkpoint(tmp_path / "net"), tmp_path / "file"
     in_the_way.touch()
-    route = tmp_path / "route.json"
-    route.write_text(Route(RoutingSpace(3)).to_json())
     for words, expected in (
         (["--size=64"], "HEIGHTxWIDTH"),
         (["--size=16x64"], "at least 32"),
         (["--precision=float8"], "choose one of auto, float32"),
         (["--device=abacus"], "--device abacus"),
-        (["--routes=0"], "--routes is 0"),
         (["--repeats=0"], "--repeats is 0"),
         ([f"--output={in_the_way / 'x'}"], "--output"),
         (["--model.depth=3"], "--model.depth describes a network without a checkpoint"),
@@ -239,22 +202,6 @@ def test_command_mistakes(tmp_path, tiny_network, capsys):
         (["--data.name=camvid"], "does not take --data.name: leave it out"),
         (["--recipe.seed=3"], "does not take --recipe.seed: give --seed instead"),
     ):
-        code, _, err = run(["profile", checkpoint, "--size=64x96", "--repeats=1", "--routes=1", *words], capsys)
+        code, _, err = run(["profile", checkpoint, "--size=64x96", "--repeats=1", *words], capsys)
         assert code == 2 and expected in err and err.count("\n") == 1, (words, err)
     assert not list((tmp_path / "net").glob("latency*"))
-    measure = [f"--route={route}", f"--measure={checkpoint}"]
-    for words, expected in (
-        ([own, "--route=v-net"], "no such file, and no route of this name"),
-        ([own, f"--route={tmp_path / 'deeper.json'}"], "deeper.json: the route is drawn in"),
-        ([own, "--repeats=3"], "--repeats only applies to --measure"),
-        ([own, *measure, "--repeats=0"], "--repeats is 0"),
-        ([own, f"--measure={tmp_path / 'nothing'}"], "no checkpoint folder"),
-        ([own, f"--json={in_the_way / 'x.json'}"], "--json"),
-        ([tmp_path / "threads.json", *measure], "measured with 64 threads"),
-        ([tmp_path / "cuda.json", *measure], "measured on cuda:7"),
-        ([other, f"--measure={checkpoint}"], "another network: num_classes is 5 there, 10 here"),
-        ([damaged, f"--route={route}"], "damaged"),
-        ([tmp_path / "nothing.json"], "no latency table"),
-    ):
-        code, _, err = run(["latency", *words], capsys)
-        assert code == 2 and expected in err and err.count("\n") == 1, (words, err)

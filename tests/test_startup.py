@@ -44,7 +44,6 @@ MISTAKES = {
     "routes, data": (["routes", "NET", *NO_ROOT], "no file nowhere/classes.yaml"),
     "routes, checkpoint": (["routes", "nowhere"], "no checkpoint folder nowhere"),
     "profile, checkpoint": (["profile", "nowhere"], "no checkpoint folder nowhere"),
-    "latency, table": (["latency", "nowhere"], "nowhere"),
     "export, checkpoint": (["export", "nowhere", "net.onnx"], "no checkpoint folder nowhere"),
     "predict, images": (["predict", "nowhere"], "no file or folder nowhere"),
     "predict, images of a checkpoint": (["predict", "NET", "nowhere"], "no file or folder nowhere"),

@@ -78,7 +78,7 @@ def test_a_run_remembers_itself(layouts, tmp_path, capsys):
     assert code == 0 and len(list((tmp_path / "predictions").iterdir())) == 4, err
     code, out, err = run(["export", output, tmp_path / "net.onnx"], capsys)
     assert code == 0 and (tmp_path / "net.onnx").is_file(), err
-    code, _, err = run(["profile", output, "--size=64x64", "--routes=2", "--repeats=1"], capsys)
+    code, _, err = run(["profile", output, "--size=64x64", "--repeats=1"], capsys)
     assert code == 0 and list((output / "best").glob("latency*.json")), err
     for option in ("--minutes=1", "--epochs=1"):
         code, _, err = run(["train", "--resume", f"--output={output}", option], capsys)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -16,7 +17,7 @@ import numpy as np
 from routeseg.architectures import architecture
 from routeseg.labels import Colour, default_palette
 from routeseg.registry import BACKBONES, CHOICES, GATES, OPERATIONS
-from routeseg.space import DOWN, MAX_DEPTH, MAX_EDGES, Route, RoutingSpace, brief
+from routeseg.space import DOWN, MAX_DEPTH, MAX_EDGES, Route, RoutingSpace, brief, padded_size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -199,6 +200,12 @@ class NetworkConfig:
         while (count - 1, count - 1, DOWN) in self.whole_route.edges:
             count += 1
         return count
+
+    def place_count(self, size: tuple[int, int]) -> int | None:
+        """How many places an image (height, width) has; None if images leave as wholes."""
+        if self.place is None:
+            return None
+        return math.prod(math.ceil(side / self.place) for side in padded_size(self.space, *size))
 
     @property
     def gated(self) -> bool:

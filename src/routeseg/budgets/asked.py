@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from routeseg.cost.latency import LatencyTable, exit_ms
+from routeseg.cost.latency import LatencyTable, exit_ms, mean_ms, stretches_at
 from routeseg.cost.macs import exit_costs, model_cost
 from routeseg.errors import NO_EXITS
 from routeseg.space import MIN_IMAGE_SIZE, brief, padded_size, seen_size
@@ -87,7 +87,7 @@ class Asked:
             return f"{100 * self.value:.6g}%"
         if self.unit == "macs":
             return f"{self.value / UNITS['GMACS']:.6g}GMACs"
-        tables = [[one.size, one.fixed_ms, one.part_ms.tolist()] for one in self.latency]
+        tables = [[one.size, one.stretches_ms.tolist()] for one in self.latency]
         times = json.dumps(tables, sort_keys=True)
         return f"{self.value:.6g}ms by the table {hashlib.sha256(times.encode()).hexdigest()[:16]}"
 
@@ -122,7 +122,18 @@ class Asked:
         Raises BudgetNotKept for a budget that cannot be kept at this size, and ValueError for a network without exits
         or calibration, and for latency tables of another one.
         """
-        return check_exits(network).look_up(self.amount, self.costs(network, size), self.unit_name, at)
+        prices, means = check_exits(network), None
+        if self.unit == "share":
+            if self.value > max(1.0, *prices.sizes):
+                raise ValueError(f"budget is {self}, more than the full network, which knows no larger images: {FORMS}")
+            return prices.look_up(self.value, size=at)
+        if self.unit == "ms":
+            means = []
+            for one, table in zip(prices.sizes, prices.tables, strict=True):
+                seen = seen_size(size, one)
+                stretches = stretches_at(self.latency, network.config, seen, self.file)
+                means.append(mean_ms(stretches, table.frequencies, network.config.place_count(seen)))
+        return prices.look_up(self.amount, self.costs(network, size), self.unit_name, at, means)
 
 
 def _share(number: Any) -> float:

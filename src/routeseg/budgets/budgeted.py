@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from routeseg.budgets.asked import MMACS, Asked, check_exits
-from routeseg.budgets.keeping import Keeper
-from routeseg.cost.macs import exit_costs, model_cost
+from routeseg.budgets.asked import Asked, check_exits
+from routeseg.budgets.keeping import Spending
+from routeseg.cost.macs import exit_costs
 from routeseg.errors import NO_PLACES
 from routeseg.model.grid import RoutedNetwork
-from routeseg.model.prices import Look
 from routeseg.space import MIN_IMAGE_SIZE
 
 
@@ -40,7 +38,6 @@ class Budgeted(_Asked):
 
     def __init__(self, forward: Any, model: RoutedNetwork, asked: Asked) -> None:
         super().__init__(forward, model)
-        self._prices = check_exits(model)
         tables = [table for table in asked.latency if table.precision == self.precision]
         device = next(model.parameters()).device.type
         tables = [table for table in tables if table.device.startswith(device)] or tables
@@ -58,28 +55,14 @@ class Budgeted(_Asked):
         if asked.per_image and model.config.place is None:
             raise ValueError(f"a budget cannot be kept by each image: {NO_PLACES}")
         self.per_image = asked.per_image or (asked.unit == "ms" and model.config.place is not None)
-        self._looks: dict[tuple[int, int], tuple[Look, np.ndarray]] = {}
-        self._keeper = None if self.per_image or asked.fixed or asked.unit == "ms" else Keeper(asked.amount)
-        self._cost_at = cache(lambda size: model_cost(model, size))
+        self.spending = Spending(replace(self.asked, per_image=self.per_image), model)
 
     def __call__(self, images: Tensor, **how: Any) -> Any:
         size = (images.shape[-2], images.shape[-1])
-        if size not in self._looks:
-            look = self.asked.look(self.model, size)
-            self._looks[size] = look, self.asked.costs(self.model, size)[self._prices.sizes.index(look.size)]
-        look, costs = self._looks[size]
-        if self._keeper is None:
-            return self.forward(images, price=look.price, size=look.size, per_image=self.per_image, **how)
-        table, whole = self._prices.at(look.size), self._keeper.images == 0
-        price = look.price if whole else float(table.price_of(np.array(max(self._keeper.next(), costs[0])), costs))
-        result = self.forward(images, price=price, size=look.size, **how)
-        self._keeper.saw(table.cost_at(price, costs), self._spent(result, size), len(images))
+        look = self.spending.look(size)
+        result = self.forward(images, price=look.price, size=look.size, per_image=self.per_image, **how)
+        self.spending.saw(size, look, result.gates, result.exits, result.seen)
         return result
-
-    def _spent(self, result: Any, size: tuple[int, int]) -> float:
-        """What images (height, width) cost in the mean, in the unit of the budget."""
-        macs = float(self._cost_at(result.seen or size).of_result(result.gates, result.exits).mean())
-        return macs / MMACS if self.asked.unit == "macs" else macs / self._cost_at(size).full
 
 
 class Steered(_Asked):

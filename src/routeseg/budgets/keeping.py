@@ -11,6 +11,19 @@ the start or is owed (below 0), is paid back over the images that come.
 
 from __future__ import annotations
 
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from routeseg.budgets.asked import MMACS, Asked, check_exits
+from routeseg.cost.macs import CostTable, model_cost
+from routeseg.model.prices import Look
+
+if TYPE_CHECKING:
+    from routeseg.description import NetworkDescription
+    from routeseg.model.grid import RoutedNetwork
+
 HORIZON = 12.0  # images over which a debt is paid back
 MEMORY = 12.0  # images that the ratio follows, at most
 MOST_RATIO = 8.0
@@ -37,3 +50,42 @@ class Keeper:
         share = min(1.0, images / min(self.images + 1, MEMORY))
         self._ratio *= min(max(spent / promised / self._ratio, 1 / MOST_RATIO), MOST_RATIO) ** share
         self._ratio = min(max(self._ratio, 1 / MOST_RATIO), MOST_RATIO)
+
+
+class Spending:
+    """How each image of a network with exits is looked at, so that a budget is kept: its size and its price. The size
+    is that of the tables, the price follows what images have cost, unless the budget is `fixed`, for each image, or in
+    milliseconds, which nobody counts.
+
+    Raises ValueError for a network without exits.
+    """
+
+    def __init__(self, asked: Asked, network: RoutedNetwork | NetworkDescription) -> None:
+        self.asked, self.network, self.prices = asked, network, check_exits(network)
+        follows = not (asked.per_image or asked.fixed or asked.unit == "ms")
+        self.keeper = Keeper(asked.amount) if follows else None
+        self._known: dict[tuple[int, int], tuple[Look, np.ndarray]] = {}
+        self._cost_at = cache(lambda size: model_cost(network, size))
+
+    def look(self, size: tuple[int, int]) -> Look:
+        """For the next images (height, width). Raises BudgetNotKept if the budget cannot be kept at this size."""
+        if size not in self._known:
+            look = self.asked.look(self.network, size)
+            costs = self.asked.costs(self.network, size)[list(self.prices.sizes).index(look.size)]
+            self._known[size] = look, costs
+        look, costs = self._known[size]
+        if self.keeper is None or self.keeper.images == 0:
+            return look
+        table = self.prices.at(look.size)
+        return Look(look.size, float(table.price_of(np.array(max(self.keeper.next(), costs[0])), costs)))
+
+    def saw(self, size: tuple[int, int], look: Look, gates: Any, exits: Any, seen: tuple[int, int] | None) -> None:
+        """What images (height, width) made of a look: gates [B,L+1,S,3], exits [B,hb,wb] of places, and the size at
+        which they were looked at, if not their own."""
+        if self.keeper is None:
+            return
+        table: CostTable = self._cost_at(seen or size)
+        macs = table.of_result(gates, exits)
+        whole = MMACS if self.asked.unit == "macs" else self._cost_at(size).full
+        promised = self.prices.at(look.size).cost_at(look.price, self._known[size][1])
+        self.keeper.saw(promised, float(macs.mean()) / whole, len(macs))

@@ -23,7 +23,7 @@ from routeseg.cli.data import check_data_command, convert_data_command, download
 from routeseg.cli.export import export_command
 from routeseg.cli.parser import USAGE_ERROR
 from routeseg.cli.prediction import import_command, predict_command
-from routeseg.cli.profiling import latency_command, profile_command
+from routeseg.cli.profiling import profile_command
 from routeseg.cli.training import calibrate_command, demo_command, pretrain_command, train_command
 from routeseg.errors import printable
 
@@ -125,8 +125,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "pretrain": (pretrain_command, "train a classifier (ImageNet), whose weights `train --init` starts from"),
     "evaluate": (evaluate_command, "mIoU and real cost of a checkpoint over a data set"),
     "routes": (routes_command, "how often each path is open over a data set, and whether routes follow scale"),
-    "profile": (profile_command, "measure the milliseconds of each part on this machine: --size HxW"),
-    "latency": (latency_command, "predict the milliseconds of a route from a table that profile wrote"),
+    "profile": (profile_command, "measure the milliseconds of a network on this machine, exit by exit: --size HxW"),
     "architectures": (architectures_command, "the known networks as routes: size, cost, and a drawing"),
     "predict": (predict_command, "segment image files: labels, overlays and routes"),
     "app": (app_command, "see it choose: the explorer in the browser, [CHECKPOINT]"),

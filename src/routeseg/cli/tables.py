@@ -15,6 +15,7 @@ from routeseg.data.tools.findings import VERDICTS, Finding, verdict
 from routeseg.errors import printable
 
 if TYPE_CHECKING:
+    from routeseg.cost.latency import LatencyTable
     from routeseg.evaluation import Evaluation
     from routeseg.model import DynamicRoutingNetwork
     from routeseg.survey.routes import RouteSurvey
@@ -191,27 +192,29 @@ def print_architectures(rows: Sequence[dict[str, Any]], title: str) -> None:
     Console().print(table)
 
 
-def print_latency(rows: Sequence[dict[str, Any]], facts: dict[str, Any], title: str) -> None:
-    """The table of `routeseg profile`: GMACs and milliseconds of all parts side by side, and how well it predicts."""
-    table = Table(title=f"{title}\n(everything open)", title_justify="left", caption_justify="left")
-    for column in ("", "scale", "GMACs", "ms", "% of ms", "ms per GMAC"):
-        table.add_column(column, justify="right" if table.columns else "left")
-    total = rows[-1]["ms"]
+def print_latency(table: LatencyTable, model: DynamicRoutingNetwork) -> None:
+    """The table of `routeseg profile`: what an image takes that leaves at each exit, or with all paths open and with
+    those that its own gates open."""
+    from routeseg.budgets.asked import levels
+
+    config, ms = model.config, table.exits_ms
+    if config.exits is None:
+        rows = [["all open", "100", f"{ms[0]:.2f}"]]
+        if own := table.facts.get("own_gates"):
+            rows.append(["its own gates, on one image", f"{100 * own['share_of_full']:.1f}", f"{own['ms']:.2f}"])
+    else:
+        shares = levels(model, table.size)
+        rows = [
+            [name, f"{100 * share:.1f}", f"{time:.2f}"]
+            for name, share, time in zip(config.named_routes, shares, ms, strict=True)
+        ]
+    shown = Table(title=f"{table.size[0]}x{table.size[1]}, {table.device}, {table.precision}", title_justify="left")
+    for column in ("", "% of the full cost", "ms"):
+        shown.add_column(column, justify="right" if shown.columns else "left")
+    if config.place is not None:
+        shown.add_column("ms if half of the places left before", justify="right")
+        halves = ["", *(f"{half:.2f}" for half in (ms - table.stretches_ms[:, 1] / 2)[1:])]
+        rows = [[*row, half] for row, half in zip(rows, halves, strict=True)]
     for row in rows:
-        rate = f"{row['ms'] / row['gmacs']:.1f}" if row["gmacs"] else ""
-        scale = "" if row["scale"] is None else str(row["scale"])
-        if row is rows[-1]:
-            table.add_section()
-        share = 100 * row["ms"] / total
-        table.add_row(row["part"], scale, f"{row['gmacs']:.4g}", f"{row['ms']:.3f}", f"{share:.1f}", rate)
-    if facts["how"] == "fitted":
-        table.caption = "fitted to whole forwards: the sum holds better than its parts"
-    Console().print(table)
-    for one in facts["all_open"]:
-        kind = "with gates" if one["gates"] else "without gates"
-        print(f"all open, {kind}: {one['predicted_ms']:.2f} ms predicted, {one['measured_ms']:.2f} measured")
-    test = facts["test"]
-    print(
-        f"over {len(test['routes'])} random routes predictions are off by {100 * test['median_error']:.1f} % in the "
-        f"median, by {100 * test['worst_error']:.1f} % at worst"
-    )
+        shown.add_row(*row)
+    Console().print(shown)

@@ -1,279 +1,120 @@
-"""Measuring a LatencyTable (latency.py) on this machine, and how well it predicts.
+"""Measuring a LatencyTable (cost/latency.py) on this machine: a network runs as far as each of its exits.
 
-Two sets of random routes run in turns, in another order every round. The table is taken from one set and tested on the
-other (`--routes`). In each set half of the routes run their gates.
+An image that leaves at an exit as a whole gives the sum of each stretch. Of a network whose places leave, a second
+point splits it: half of the places go on there, the others have left at the exit before. Forwards run in turns, and the
+median of each counts.
 
-clocked  if the engine has compiled kernels (engine/compiled.py), they take the time of each step of each node. A part's
-         time is the median over all nodes of a scale, routes and rounds, times a factor near 1. The factor is the same
-         for all parts: disturbances only lengthen times, so the median of a sum is more than the sum of the medians.
-fitted   otherwise (GPUs, CPUs without a compiler) the parts' times are the non-negative ones that explain best, in
-         relative error, what whole forwards took. Stem and decoder always run together and cannot be told apart, nor
-         can a path up and what its arrival costs. The sum is more reliable than its parts, which trade time among each
-         other: read those as rough.
-
-Legend: L depth, S scales, P parts of a node, N routes.
+Legend: K exits.
 """
 
 from __future__ import annotations
 
-import random
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
-from torch import Tensor
+from PIL import Image
 
-from routeseg.cost.latency import (
-    ARRIVAL,
-    CALL,
-    CELL,
-    DECODER,
-    GATE,
-    GLANCE,
-    HALVED,
-    PARTS,
-    REPEATS,
-    ROUTES,
-    SEND_DOWN,
-    SEND_UP,
-    STAGE,
-    STEM,
-    STEM_AND_DECODER,
-    SUM,
-    LatencyTable,
-    network_shape,
-    route_counts,
-)
+from routeseg.bfloat16 import take_turns
+from routeseg.cost.latency import REPEATS, LatencyTable, network_shape
+from routeseg.cost.macs import exit_costs, model_cost
 from routeseg.engine import Precision, SkipEngine
-from routeseg.engine.compiled import STEPS, CompiledForward
 from routeseg.engine.skip import Backend
+from routeseg.files import sample
 from routeseg.model import DynamicRoutingNetwork
-from routeseg.model.gate import GATE_BIAS
 from routeseg.model.grid import check_images
-from routeseg.model.request import Request
-from routeseg.space import Route
 
-CALIBRATION_ROUTES = 40  # the fit has up to 24 unknowns
-STEP_PARTS = (None, GATE, CELL, SEND_UP, SEND_DOWN, STAGE)  # the part that each of STEPS times; gather times three
-FITTED = (GATE, CELL, SEND_UP, SEND_DOWN, ARRIVAL, STAGE)
 MS = 1000.0
-
-
-@dataclass
-class _Job:
-    """A route to be timed, with its gates or without, and what the rounds gave: `ms` of each, `steps` [L+1,S,6] and
-    `fixed` stem, decoder, call, in seconds, if there are clocks."""
-
-    route: Route
-    gates: bool
-    ms: list[float] = field(default_factory=list)
-    steps: list[np.ndarray] = field(default_factory=list)
-    fixed: list[np.ndarray] = field(default_factory=list)
+STAY = -1e6  # a price at which no image leaves early
 
 
 def profile(
     model: DynamicRoutingNetwork,
     size: tuple[int, int],
     precision: Precision = "float32",
-    routes: int = ROUTES,
     repeats: int = REPEATS,
-    seed: int = 0,
     backend: Backend = "auto",
     step: Callable[[], None] = lambda: None,
 ) -> LatencyTable:
     """The latency table of a network for images of this size, on the device where it is, with as many threads as
-    PyTorch uses. `step` is called after each of the `forwards(routes) * repeats` forwards.
+    PyTorch uses.
 
-    routes    how many routes the table is tested on
-    repeats   how many rounds; their median counts
-    backend   as SkipEngine takes it
+    repeats  how many rounds count, after one that does not; their medians are in the table
+    backend  as SkipEngine takes it
+    step     called after each of the 1 + repeats rounds
 
-    Raises ValueError for fewer than one route or repeat, and what SkipEngine raises.
+    Raises ValueError for fewer than one repeat, and what SkipEngine raises.
     """
-    for name, value in (("routes", routes), ("repeats", repeats)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}: it must be at least 1")
-    engine = SkipEngine(_opened(model), precision, backend)
-    clocked = isinstance(engine.forward, CompiledForward)
-    device = next(model.parameters()).device
-    images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(seed)).to(device)
-    check_images(images)
-    calibration, tested = _jobs(model, routes, random.Random(seed))
-    runs = [(job, clocked) for job in calibration] + [(job, False) for job in tested]
-    runs += [(job, False) for job in calibration[:2]]  # everything open is shown as well, measured without clocks
-    for job in calibration[:2]:  # warms up
-        _forward(engine, images, job)
-        job.ms.clear()
-    order = random.Random(seed)
-    for _ in range(repeats):
-        order.shuffle(runs)
-        for job, with_clocks in runs:
-            (_clocked_forward if with_clocks else _forward)(engine, images, job)
-            step()
-    fixed_ms, part_ms = _from_clocks(model, calibration) if clocked else _from_fit(model, calibration)
-    table = LatencyTable(size, str(device), engine.precision, network_shape(model.config), fixed_ms, part_ms)
-    table.facts.update(how="clocked" if clocked else "fitted", repeats=repeats, seed=seed)
-    if model.exits is not None and model.exits.calibrated:
-        table.facts[GLANCE] = _glance_ms(SkipEngine(model, precision, backend), images, repeats)
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}: it must be at least 1")
+    config, device = model.config, next(model.parameters()).device
+    with Image.open(sample()) as file:
+        pixels = np.array(file.convert("RGB").resize(size[::-1]))
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device)  # uint8 [1,3,H,W]
+    check_images(image)
+
+    def median_ms(engine: SkipEngine, asked: Sequence[dict[str, Any]]) -> np.ndarray:
+        """The milliseconds of each of these forwards."""
+
+        def forward(how: dict[str, Any]) -> None:
+            engine(image, **how)
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+
+        seconds = take_turns([*(partial(forward, how) for how in asked), step], repeats)
+        return MS * np.median(seconds[:-1], axis=1)
+
+    facts: dict[str, Any] = {"repeats": repeats}
+    if config.exits is None:
+        engine = SkipEngine(model, precision, backend)
+        ms = median_ms(engine, [{"route": model.route}, {}][: 1 + config.gated])
+        stretches = np.array([[0.0, ms[0]]])
+        if config.gated:
+            cost = model_cost(model, size)
+            share = float(cost.of_gates(engine(image).gates)[0] / cost.full)
+            facts["own_gates"] = {"ms": float(ms[1]), "share_of_full": share}
+    else:
+        whole, places = np.eye(len(config.exits)), config.place_count(size)
+        halves = (whole[1:] + whole[:-1]) / 2
+        engine = SkipEngine(_asking(model, size, np.concatenate([whole, halves])), precision, backend)
+        if places is None:
+            asked: list[dict[str, Any]] = [{"route": route} for route in config.exit_routes]
+            ms = median_ms(engine, [*asked, {"price": STAY}])
+            decisions = np.minimum(np.arange(len(whole)) + 1, len(whole) - 1)  # on the way to each exit
+            decision_ms = max(0.0, ms[-1] - ms[-2]) / decisions[-1]
+            stretches = _stretches(ms[:-1] + decisions * decision_ms)
+        else:
+            prices = 1 + np.arange(len(whole) + len(halves))
+            ms = median_ms(engine, [{"price": price, "per_image": True} for price in prices])
+            stretches = _stretches(ms[: len(whole)], ms[len(whole) :], round(places / 2) / places)
     if engine.precision_reason is not None:
-        table.facts["precision_reason"] = engine.precision_reason
-    table.facts.update(all_open=[_tested(table, job) for job in calibration[:2]], test=_test(table, tested))
-    return table
+        facts["precision_reason"] = engine.precision_reason
+    return LatencyTable(size, str(device), engine.precision, network_shape(config), stretches, facts)
 
 
-def forwards(routes: int) -> int:
-    """How many forwards a round of `profile` has."""
-    return CALIBRATION_ROUTES + routes + 2
+def _asking(model: DynamicRoutingNetwork, size: tuple[int, int], frequencies: np.ndarray) -> DynamicRoutingNetwork:
+    """A copy of a network with exits, calibrated or not, with a table of prices 1, 2, ...: at each, these shares [T,K]
+    of an image's places leave."""
+    model = deepcopy(model)
+    exits = model.exits
+    assert exits is not None
+    costs = exit_costs(model, size)
+    exits.costs = exits.costs.new_tensor(costs / costs[-1])
+    exits.prices = exits.prices.new_tensor(1 + np.arange(len(frequencies)))
+    exits.frequencies = exits.frequencies.new_tensor(frequencies)
+    return model
 
 
-def measure_route(
-    model: DynamicRoutingNetwork,
-    table: LatencyTable,
-    route: Route,
-    repeats: int = REPEATS,
-    backend: Backend = "auto",
-) -> list[dict[str, Any]]:
-    """A route's predicted and measured milliseconds, without its gates and, if the network has gates, with them."""
-    engine = SkipEngine(_opened(model), table.precision, backend)  # type: ignore[call-overload]
-    images = torch.rand(1, 3, *table.size).to(next(model.parameters()).device)
-    rows = []
-    for job in [_Job(route, gates) for gates in (False, True)[: 1 + model.config.gated]]:
-        _forward(engine, images, job)
-        job.ms.clear()  # of the first, which warms up
-        for _ in range(repeats):
-            _forward(engine, images, job)
-        rows.append(_tested(table, job))
-    return rows
-
-
-def _opened(model: DynamicRoutingNetwork) -> DynamicRoutingNetwork:
-    """A copy whose gates are computed as ever, but always open every path, so that exactly a given route runs."""
-    other: dict[str, Any] = {"gate": "soft"} if model.config.gated else {"exits": None, "choice": None, "place": None}
-    config = replace(model.config, **other)
-    opened = DynamicRoutingNetwork(config).to(next(model.parameters()))
-    opened.load_state_dict(model.state_dict(), strict=False)  # a gate of another kind may have more
-    with torch.no_grad():
-        for layer, scale in opened.route.nodes:
-            gate = opened.node(layer, scale).gate
-            if gate is not None:
-                gate.score.weight.zero_()
-                gate.score.bias.fill_(GATE_BIAS)
-    return opened.eval()
-
-
-def _jobs(model: DynamicRoutingNetwork, routes: int, rng: random.Random) -> tuple[list[_Job], list[_Job]]:
-    """Calibration: everything open, with gates and without, and routes whose shares of nodes and edges differ between
-    scales, so that no part always comes with another. Test: routes with one share of nodes and one of edges."""
-    calibration = [_Job(model.route, gates=model.config.gated), _Job(model.route, gates=False)]
-    scales = range(model.space.num_scales)
-    while len(calibration) < CALIBRATION_ROUTES:
-        shares = [(rng.random(), rng.random()) for _ in scales]
-        calibration.append(
-            _Job(random_route(model.route, shares, rng), model.config.gated and len(calibration) % 2 == 0)
-        )
-    tested = []
-    for number in range(routes):
-        shares = [(rng.random(), rng.random())] * len(scales)
-        tested.append(_Job(random_route(model.route, shares, rng), model.config.gated and number % 2 == 0))
-    return calibration, tested
-
-
-def random_route(whole: Route, shares: list[tuple[float, float]], rng: random.Random) -> Route:
-    """Some of a route's edges: each node runs with the first share of its scale, each of its edges is then open with
-    the second; without dead ends."""
-    running = {node for node in sorted(whole.nodes) if rng.random() < shares[node[1]][0]}
-    return Route(
-        whole.space, [edge for edge in whole if edge[:2] in running and rng.random() < shares[edge[1]][1]]
-    ).pruned()
-
-
-def _glance_ms(engine: SkipEngine, images: Tensor, repeats: int) -> float:
-    """What the decision at an exit takes: an image that passes all of them, against the same route when it is given."""
-    given, asked = [], []
-    for _ in range(1 + repeats):
-        given.append(_seconds(images, lambda: engine(images, engine.model.route)))
-        asked.append(_seconds(images, lambda: engine(images, budget=1.0)))
-    decisions = len(engine.model.config.exit_routes) - 1
-    return MS * max(0.0, float(np.median(asked[1:]) - np.median(given[1:]))) / decisions  # the first warm up
-
-
-def _seconds(images: Tensor, forward: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    forward()
-    if images.device.type != "cpu":
-        torch.accelerator.synchronize(images.device)
-    return time.perf_counter() - start
-
-
-def _forward(engine: SkipEngine, images: Tensor, job: _Job) -> None:
-    job.ms.append(MS * _seconds(images, lambda: engine(images, job.route, activation="own" if job.gates else "one")))
-
-
-@torch.inference_mode()
-def _clocked_forward(engine: SkipEngine, images: Tensor, job: _Job) -> None:
-    """A forward with the kernels' clocks; time that they do not see belongs to the call."""
-    assert isinstance(engine.forward, CompiledForward)
-    nodes = engine.model.space.legal.shape[:2]
-    seconds = np.zeros(nodes[0] * nodes[1] * len(STEPS) + 2)
-    start = time.perf_counter()
-    check_images(images)
-    request = Request.of(engine.model.config, 1, job.route, activation="own" if job.gates else "one")
-    engine.forward(images, request, seconds)
-    call = time.perf_counter() - start - seconds.sum()
-    job.steps.append(seconds[:-2].reshape(*nodes, len(STEPS)))
-    job.fixed.append(np.array([*seconds[-2:], call]))
-
-
-def _from_clocks(model: DynamicRoutingNetwork, jobs: list[_Job]) -> tuple[dict[str, float], np.ndarray]:
-    counts = np.stack([route_counts(network_shape(model.config), job.route, job.gates) for job in jobs])  # [N,L+1,S,P]
-    steps_ms = MS * np.stack([np.median(job.steps, axis=0) for job in jobs])  # [N,L+1,S,6]
-    part_ms = np.zeros((model.space.num_scales, len(PARTS)))
-    for scale in range(model.space.num_scales):
-        count, ms = counts[:, :, scale], steps_ms[:, :, scale]
-        for number, part in enumerate(STEP_PARTS):
-            if part is not None and (runs := count[..., part] > 0).any():
-                part_ms[scale, part] = np.median(ms[runs, number])
-        if (summed := count[..., SUM] > 0).any():
-            # Sums by what arrives: the median of each kind, then the times of writing and of each map that is read.
-            kinds, kind = np.unique(count[summed][:, [SUM, ARRIVAL, HALVED]], axis=0, return_inverse=True)
-            medians = [np.median(ms[summed][kind.ravel() == k, 0]) for k in range(len(kinds))]
-            part_ms[scale, [SUM, ARRIVAL, HALVED]] = nnls(kinds, np.array(medians))[0]
-    fixed_ms = MS * np.median(np.concatenate([job.fixed for job in jobs]), axis=0).clip(0)
-    whole_ms = [
-        MS * np.median([steps.sum() + fixed.sum() for steps, fixed in zip(job.steps, job.fixed, strict=True)])
-        for job in jobs
-    ]
-    sums_ms = (counts.sum(1) * part_ms).sum((1, 2)) + fixed_ms.sum()
-    factor = float(np.median(whole_ms / sums_ms))
-    return dict(zip((STEM, DECODER, CALL), (factor * fixed_ms).tolist(), strict=True)), factor * part_ms
-
-
-def _from_fit(model: DynamicRoutingNetwork, jobs: list[_Job]) -> tuple[dict[str, float], np.ndarray]:
-    shape = network_shape(model.config)
-    counts = np.stack([route_counts(shape, job.route, job.gates).sum(0) for job in jobs])[..., FITTED]  # [N,S,p]
-    measured = np.array([np.median(job.ms) for job in jobs])
-    rows = np.column_stack([np.ones(len(jobs)), counts.reshape(len(jobs), -1)])
-    times = nnls(rows / measured[:, None], np.ones(len(jobs)))[0]
-    part_ms = np.zeros((model.space.num_scales, len(PARTS)))
-    part_ms[:, FITTED] = times[1:].reshape(-1, len(FITTED))
-    return {STEM_AND_DECODER: float(times[0])}, part_ms
-
-
-def _tested(table: LatencyTable, job: _Job) -> dict[str, Any]:
-    return {
-        "open_edges": len(job.route),
-        "gates": job.gates,
-        "predicted_ms": table.of_route(job.route, job.gates),
-        "measured_ms": float(np.median(job.ms)),
-    }
-
-
-def _test(table: LatencyTable, jobs: list[_Job]) -> dict[str, Any]:
-    """Predicted and measured times of the test's routes; errors as shares of what was measured."""
-    rows = [_tested(table, job) for job in jobs]
-    errors = [abs(row["predicted_ms"] / row["measured_ms"] - 1) for row in rows]
-    return {"median_error": float(np.median(errors)), "worst_error": max(errors), "routes": rows}
+def _stretches(whole_ms: np.ndarray, part_ms: np.ndarray | None = None, share: float = 0.0) -> np.ndarray:
+    """The stretches [K,2] of a table, from the milliseconds of an image that leaves at each exit as a whole [K], and of
+    one of which this share goes on behind each exit but the last [K-1] and leaves at the next. Noise does not make a
+    time negative."""
+    whole_ms = np.maximum.accumulate(whole_ms)
+    both = np.diff(whole_ms, prepend=0.0)
+    running = both.copy()
+    if part_ms is not None:
+        running[1:] = ((whole_ms[1:] - part_ms) / (1 - share)).clip(0, both[1:])
+    return np.stack([both - running, running], axis=1)

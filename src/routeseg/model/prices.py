@@ -48,11 +48,14 @@ class PriceTable:
         """Whether it tells the price of a budget."""
         return bool(self.frequencies.any())
 
-    def price_of(self, budget: np.ndarray, costs: np.ndarray | None = None, unit: str = "") -> np.ndarray:
+    def price_of(
+        self, budget: np.ndarray, costs: np.ndarray | None = None, unit: str = "", means: np.ndarray | None = None
+    ) -> np.ndarray:
         """The prices at which images cost these means: float64, of the shape of the budgets. What is above the dearest
         route costs as much as that.
 
         costs  [K] of the routes, in the unit of the budgets, which messages name; None: shares of the full network
+        means  [T], what images cost in the mean at each price; None: each place or image costs what its route does
 
         Raises BudgetNotKept for a budget below the cheapest route, and ValueError without a calibration.
         """
@@ -66,7 +69,7 @@ class PriceTable:
                     f"a budget of {asked:.4g}{unit} cannot be kept: the cheapest route costs {costs[0]:.4g}{unit}, the "
                     f"full network {costs[-1]:.4g}{unit}"
                 )
-        means = self.frequencies @ costs
+        means = self.frequencies @ costs if means is None else means
         found = np.interp(budget, means[::-1], self.prices[::-1])
         found = np.where(np.asarray(budget) >= whole, self.prices[0], found)  # nobody decides then
         return np.where(np.asarray(budget) <= costs[0] * (1 + TOLERANCE), self.prices[-1], found)
@@ -105,7 +108,12 @@ class Prices:
         return self.tables[list(self.sizes).index(size)]
 
     def look_up(
-        self, budget: float, costs: Sequence[np.ndarray] | None = None, unit: str = "", size: float | None = None
+        self,
+        budget: float,
+        costs: Sequence[np.ndarray] | None = None,
+        unit: str = "",
+        size: float | None = None,
+        means: Sequence[np.ndarray] | None = None,
     ) -> Look:
         """The size and the price at which images cost this in the mean and score best; all of the full network at size
         1 if that is what was asked.
@@ -113,17 +121,21 @@ class Prices:
         costs  [Z][K] of the routes at each size, in the unit of the budget, which messages name; None: shares of the
                full network
         size   only this one
+        means  [Z][T] of the images at each price; None: each place or image costs what its route does
 
         Raises BudgetNotKept for a budget below the cheapest route, and ValueError without a calibration.
         """
-        table, found = self.at(1.0 if size is None else size), None
-        costs = [one.costs for one in self.tables] if costs is None else costs
-        for at, table, routes in zip(self.sizes, self.tables, costs, strict=True):
+        self.at(1.0 if size is None else size)
+        found: tuple[tuple[bool, float, bool], Look] | None = None
+        shares, costs = costs is None, [one.costs for one in self.tables] if costs is None else costs
+        for number, (at, table, routes) in enumerate(zip(self.sizes, self.tables, costs, strict=True)):
             if not table.calibrated or size not in (None, at) or budget < routes[0] * (1 - TOLERANCE):
                 continue
-            price = float(table.price_of(np.array(budget), routes, unit))
+            mean = None if means is None else means[number]
+            price = float(table.price_of(np.array(budget), None if shares and at == 1 else routes, unit, mean))
             known = -1.0 if np.isnan(score := table.score_at(price)) else score
-            rank = (at == 1 and abs(budget / routes[-1] - 1) < TOLERANCE, known, at == 1)
+            whole = at == 1 and abs(budget / (1.0 if shares else routes[-1]) - 1) < TOLERANCE
+            rank = (whole, known, at == 1)
             if found is None or rank > found[0]:
                 found = rank, Look(at, price)
         if found is None:  # says why

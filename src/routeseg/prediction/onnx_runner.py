@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from routeseg.budgets.asked import Asked
+from routeseg.budgets.keeping import Spending
 from routeseg.description import FORMAT, METADATA_KEY, NetworkDescription
 from routeseg.errors import DIVERGED, NOT_FINITE, require
 from routeseg.files import parse_json
@@ -66,7 +67,7 @@ class OnnxNetwork:
         _check_tensors(self)
         self._asked = self._check_budget(budget)
         self.budget = None if self._asked is None else str(self._asked)
-        self._looks: dict[tuple[int, int, float | None], Look] = {}
+self._spending = None if self._asked is None else Spending(self._asked, self.network)
 
     def __call__(self, image: np.ndarray) -> Ran:
         """Segments an image uint8 [H,W,3] RGB, H and W at least 32.
@@ -74,7 +75,7 @@ class OnnxNetwork:
         Raises ValueError if an output is not finite, and MemoryError if memory is short.
         """
         height, width = image.shape[:2]
-        look = self._look(height, width)
+        look = Look(1.0, 0.0) if self._spending is None else self._spending.look((height, width))
         seen = seen_size((height, width), look.size)
         looked_at = image if seen == (height, width) else _resized(image, seen)
         price = look.price if self.kind == "exits" else None
@@ -82,13 +83,13 @@ class OnnxNetwork:
         labels, certain = (first[0], confidence[0][0]) if self.labels else most_likely(first[0])
         if not np.isfinite(certain).all() or not np.isfinite(gates).all():
             raise ValueError(DIVERGED)
+        if self._spending is not None:
+            self._spending.saw((height, width), look, gates, None, seen)
         if looked_at is image:
             return Ran(labels, gates[0], confidence=certain if self.labels else None)
         if self.labels:
-            labels, certain = (
-                _resized(labels, (height, width), Image.Resampling.NEAREST),
-                _resized(certain, (height, width)),
-            )
+            labels = _resized(labels, (height, width), Image.Resampling.NEAREST)
+            certain = _resized(certain, (height, width))
         else:
             labels, certain = most_likely(np.stack([_resized(one, (height, width)) for one in first[0]]))
         return Ran(labels, gates[0], confidence=certain if self.labels else None, seen=seen)
@@ -125,7 +126,7 @@ class OnnxNetwork:
         height, width = images.shape[2:]
         feed = {"images": as_float(images)}
         if self.kind == "exits":
-            feed["price"] = np.array(self._look(height, width, 1.0).price if price is None else price, dtype=np.float32)
+            feed["price"] = np.array(self._price(height, width) if price is None else price, dtype=np.float32)
         try:
             return self.session.run([*self._segmentation, "gates"], feed)
         except Exception as error:  # ONNX Runtime's errors share no class but this one
@@ -138,13 +139,9 @@ class OnnxNetwork:
         """The outputs of the graph before the gates."""
         return ["labels", "confidence"] if self.labels else ["logits"]
 
-    def _look(self, height: int, width: int, size: float | None = None) -> Look:
-        """The size and the price that keep the budget for images of this size; `size`: only this one."""
-        if self._asked is None:
-            return Look(1.0, 0.0)
-        if (height, width, size) not in self._looks:
-            self._looks[height, width, size] = self._asked.look(self.network, (height, width), size)
-        return self._looks[height, width, size]
+    def _price(self, height: int, width: int) -> float:
+        """The price that keeps the budget for images of this size, as they are."""
+        return 0.0 if self._asked is None else self._asked.look(self.network, (height, width), 1.0).price
 
     def _check_budget(self, budget: Asked | str | float | None) -> Asked | None:
         """The budget, if the file takes it."""
