@@ -67,7 +67,7 @@ class OnnxNetwork:
         _check_tensors(self)
         self._asked = self._check_budget(budget)
         self.budget = None if self._asked is None else str(self._asked)
-self._spending = None if self._asked is None else Spending(self._asked, self.network)
+        self._spending = None if self._asked is None else Spending(self._asked, self.network)
 
     def __call__(self, image: np.ndarray) -> Ran:
         """Segments an image uint8 [H,W,3] RGB, H and W at least 32.
