@@ -337,17 +337,23 @@ def find_device(name: str) -> torch.device:
 
 
 def add_budget_arguments(parser: Parser) -> None:
-    """--budget, --per_image and --latency."""
+    """--budget, --per_image, --budget_fixed and --latency."""
     parser.add_argument(
         "--budget",
         type=str | None,
         default=None,
-        help="what a pass may cost in the mean, for a network with exits: 40%, 0.5GMACs, or 25ms with --latency",
+        help="what a pass may cost in the mean, for a network with exits: 40%, 150% (of larger images), 0.5GMACs, or "
+        "25ms with --latency",
     )
     parser.add_argument(
         "--per_image",
         action="store_true",
         help="each image keeps --budget, not the mean of them: for networks whose places leave by themselves",
+    )
+    parser.add_argument(
+        "--budget_fixed",
+        action="store_true",
+        help="what an image may cost does not follow what others have cost: its result depends on it alone",
     )
     parser.add_argument(
         "--latency",
@@ -363,8 +369,9 @@ def read_budget(args: Namespace) -> Asked | None:
     from routeseg.cost.latency import LatencyTable
 
     if args.budget is None:
-        if args.per_image:
-            raise ValueError("--per_image is about --budget: give one, or leave it out")
+        for option in ("per_image", "budget_fixed"):
+            if getattr(args, option):
+                raise ValueError(f"--{option} is about --budget: give one, or leave it out")
         if args.latency is not None:
             raise ValueError("--latency only applies to --budget in ms: give one, or leave it out")
         return None
@@ -372,7 +379,9 @@ def read_budget(args: Namespace) -> Asked | None:
     asked = Asked.parse(args.budget, tables, args.latency or "")
     if tables and asked.unit != "ms":
         raise ValueError("--latency only applies to --budget in ms: leave it out")
-    return replace(asked, per_image=args.per_image)
+    if args.per_image and args.budget_fixed:
+        raise ValueError("--per_image keeps a budget by itself: leave --budget_fixed out")
+    return replace(asked, per_image=args.per_image, fixed=args.budget_fixed)
 
 
 def with_budget(engine: Any, model: DynamicRoutingNetwork, args: Namespace) -> Any:

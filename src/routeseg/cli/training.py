@@ -217,6 +217,13 @@ def calibrate_command(words: Sequence[str]) -> int:
         help="first fit an offset of each class to labels of --split, with which the mIoU there is highest; also of a "
         "network without exits",
     )
+    parser.add_argument(
+        "--sizes",
+        type=list[float] | None,
+        default=None,
+        help="at which budgets may have images looked at, factors of their sides, such as [0.5,0.7,1,1.4]; by default "
+        "those that the network has. Scores of each come from the labels of --budget_split",
+    )
     args, data = read_data(parser, of_run(words))
 
     from routeseg.data.config import open_data
@@ -231,11 +238,13 @@ def calibrate_command(words: Sequence[str]) -> int:
     model = checkpoints.load(args.checkpoint)
     check_classes(args.checkpoint, model, data, pictures.classes)
 
-    from routeseg.budgets.calibration import calibrate
+    from routeseg.budgets.calibration import calibrate, with_sizes
     from routeseg.cli.tables import print_exits
     from routeseg.data.loaders import evaluation_loader
     from routeseg.training.offsets import fit_offsets, shift
 
+    if args.sizes is not None:
+        model = with_sizes(model, args.sizes)
     if args.class_offsets:
         some = evenly_spread(pictures, min(args.images, OFFSET_PICTURES))
         with progress_bar("fit offsets", len(some)) as step:
