@@ -29,8 +29,10 @@ from routeseg import DynamicRoutingNetwork, model_cost
 from routeseg.data.cache import ImageCache
 from routeseg.data.config import DataConfig
 from routeseg.data.datamodule import SegmentationDataModule
+from routeseg.data.decoding import read_image
+from routeseg.data.label_files import read_label_file
 from routeseg.data.loaders import TrainingPictures, image_tensor
-from routeseg.data.pairs import PairedFiles, read_image, read_label_file
+from routeseg.data.pairs import PairedFiles
 from routeseg.data.scenes import draw_scene
 from routeseg.data.sets.cityscapes import OFFICIAL
 from routeseg.data.transforms import Augmentation, jitter

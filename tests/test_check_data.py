@@ -387,9 +387,7 @@ class TestWhatIsWrong:
         save(root / "images" / "val" / "p0.png", noise(SMALLEST - 1, 40))
         save(root / "masks" / "val" / "p0.png", np.eye(SMALLEST - 1, 40, dtype=np.uint8))
         assert (
-            only(
-                findings(root), f"val: images with a side under {SMALLEST} pixels, which the network refuses: 1"
-            ).level
+            only(findings(root), f"val: images with a side under {SMALLEST} pixels, which the network refuses: 1").level
             == "error"
         )
 

@@ -15,8 +15,10 @@ from pictures import ORIENTATION_TAG, ROTATED_RIGHT, noise, save, truncate
 from routeseg.cli.common import log_to_stderr
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.datamodule import SegmentationDataModule
+from routeseg.data.decoding import UnreadableImage, read_image
+from routeseg.data.label_files import LabelMap, read_label_file
 from routeseg.data.loaders import MAX_BAD_IN_A_ROW, EvaluationPictures, StepSampler, TrainingPictures, evaluation_loader
-from routeseg.data.pairs import SKIPS_NAMED, LabelMap, UnreadableImage, read_image, read_label_file
+from routeseg.data.pairs import SKIPS_NAMED
 from routeseg.data.sets import camvid
 from routeseg.data.transforms import PADDING_RGB, Augmentation
 from routeseg.labels import IGNORE

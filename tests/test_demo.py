@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from routeseg import DynamicRoutingNetwork, bfloat16, demo
+from routeseg import DynamicRoutingNetwork, bfloat16, demo, stopwatch
 from routeseg.data.config import DataConfig
 from routeseg.data.scenes import PRESETS
 from routeseg.demo import FEWEST_ITERATIONS, Plan, fit_to_time
@@ -30,7 +30,7 @@ def network(**changes) -> DynamicRoutingNetwork:
 
 @pytest.fixture(autouse=True)
 def _no_time_goes_by(monkeypatch):
-    monkeypatch.setattr(bfloat16, "clock", lambda: 0.0)
+    monkeypatch.setattr(stopwatch, "clock", lambda: 0.0)
     monkeypatch.setattr(clocks, "now", lambda: 0.0)
 
 
@@ -130,7 +130,7 @@ def test_what_is_measured(monkeypatch, workers):
             loaded.append(works[0]()["image"].shape)
         return [[float(len(loaded))] * rounds]
 
-    monkeypatch.setattr(bfloat16, "take_turns", turns)
+    monkeypatch.setattr(stopwatch, "take_turns", turns)
     monkeypatch.setattr(pacing, "choose_precision", lambda task, batch: replace(CHOICE, step_s=[7.0, 8.0, 70.0]))
     monkeypatch.setattr(pacing, "step_seconds", lambda task, batch, precisions: [[5.0]])
     data, calls = replace(DATA, workers=workers), 1 + pacing.LOADS
@@ -145,7 +145,7 @@ def test_one_measurement_gives_the_precision_and_the_time(monkeypatch):
     steps = []
     monkeypatch.setattr(bfloat16, "product_ratio", lambda: 0.5)
     monkeypatch.setattr(trial, "_step", lambda task, batch, optimizer, precision: steps.append(precision))
-    monkeypatch.setattr(bfloat16, "clock", lambda: sum(0.25 if p == "bf16-mixed" else 0.375 for p in steps))
+    monkeypatch.setattr(stopwatch, "clock", lambda: sum(0.25 if p == "bf16-mixed" else 0.375 for p in steps))
     pace = pacing.measure_pace(network(), DATA, Recipe(), Budget())
     assert (pace.choice.precision, pace.step_s) == ("bf16-mixed", 0.25)
-    assert len(steps) == 2 * (1 + bfloat16.ROUNDS)
+    assert len(steps) == 2 * (1 + stopwatch.ROUNDS)

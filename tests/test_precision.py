@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from routeseg import bfloat16
+from routeseg import bfloat16, stopwatch
 from routeseg.bfloat16 import product_ratio as measured_ratio  # conftest.py puts another in its place
 from routeseg.data.config import DataConfig
 from routeseg.data.datamodule import SegmentationDataModule
@@ -29,7 +29,7 @@ class Machine:
 
     def __init__(self, monkeypatch):
         self.now, self.patch = 0.0, monkeypatch
-        monkeypatch.setattr(bfloat16, "clock", lambda: self.now)
+        monkeypatch.setattr(stopwatch, "clock", lambda: self.now)
 
     def products(self, seconds):
         """seconds(size, dtype) of a product; returns the (size, dtype) of those that ran."""
@@ -85,7 +85,7 @@ class TestProducts:
             ran.append(name)
             machine.now += 10.0 if len(ran) <= 2 else {"a": 1.0, "b": 2.0}[name]
 
-        assert bfloat16.take_turns([lambda: work("a"), lambda: work("b")], 2) == [[1.0, 1.0], [2.0, 2.0]]
+        assert stopwatch.take_turns([lambda: work("a"), lambda: work("b")], 2) == [[1.0, 1.0], [2.0, 2.0]]
         assert ran == ["a", "b"] * 3
 
 
@@ -107,7 +107,7 @@ class TestChoice:
     def test_else_steps_decide(self, machine, float32_s, bfloat16_s, said):
         ran = machine.steps(0.3, float32_s, bfloat16_s)
         choice = choose_precision(*task_and_batch())
-        assert str(choice) == said and ran == [FLOAT32, BFLOAT16] * (1 + bfloat16.ROUNDS)
+        assert str(choice) == said and ran == [FLOAT32, BFLOAT16] * (1 + stopwatch.ROUNDS)
         assert choice.step_s == pytest.approx([bfloat16_s if choice.precision == BFLOAT16 else float32_s] * 3)
 
     @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ class TestChoice:
 def test_tried_steps_are_those_of_the_training_and_leave_nothing_behind(monkeypatch):
     """Autocast as the training has it, the gradients of all batches of a step, on a copy of the network."""
     ticks = itertools.count()
-    monkeypatch.setattr(bfloat16, "clock", lambda: 0.001 * next(ticks))  # all steps take equally long
+    monkeypatch.setattr(stopwatch, "clock", lambda: 0.001 * next(ticks))  # all steps take equally long
     task, batch = task_and_batch(accumulate=2, drop_path=0.3)
     seen = []
     task.model.stem.register_forward_pre_hook(
@@ -162,9 +162,9 @@ def test_tried_steps_are_those_of_the_training_and_leave_nothing_behind(monkeypa
     network, before = task.model, {key: value.clone() for key, value in task.model.state_dict().items()}
     state = torch.get_rng_state()
     seconds = step_seconds(task, batch, (FLOAT32, BFLOAT16))
-    assert [len(some) for some in seconds] == [bfloat16.ROUNDS] * 2 and min(map(min, seconds)) > 0
+    assert [len(some) for some in seconds] == [stopwatch.ROUNDS] * 2 and min(map(min, seconds)) > 0
     once = [(False, 2, True)] * 2 + [(True, 2, True)] * 2
-    assert seen == once * (1 + bfloat16.ROUNDS)
+    assert seen == once * (1 + stopwatch.ROUNDS)
     assert task.model is network and task.precision == FLOAT32 and torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import routeseg.cli
 from conftest import spread_gates
-from routeseg import bfloat16
+from routeseg import bfloat16, stopwatch
 from routeseg.collectives import rank_and_world
 from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig
@@ -186,7 +186,7 @@ def fit_as_on_two_machines(output, rank):
 
     with (
         mock.patch.object(trial, "_step", timed_step),
-        mock.patch.object(bfloat16, "clock", lambda: now[0]),
+        mock.patch.object(stopwatch, "clock", lambda: now[0]),
         mock.patch.object(bfloat16, "product_ratio", lambda: (0.5, 430.0)[rank]),
     ):
         return fit(output, GLOBAL_BATCH // 2, precision="auto", precise_bn_batches=0, iterations=CUT)

@@ -27,7 +27,8 @@ from PIL import Image
 
 from routeseg.architectures import ARCHITECTURES
 from routeseg.cost.macs import exit_costs
-from routeseg.data.pairs import BAD_IMAGE, SegmentationData, UnreadableImage, decode_image
+from routeseg.data.decoding import BAD_IMAGE, UnreadableImage, decode_image
+from routeseg.data.pairs import SegmentationData
 from routeseg.data.scenes import CLASSES, PRESETS, draw_scene
 from routeseg.data.subset import evenly_spread
 from routeseg.errors import BudgetNotKept

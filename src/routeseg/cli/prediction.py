@@ -34,7 +34,7 @@ CHECKPOINT_FILES = (WEIGHTS_FILE, CONFIG_FILE, RESUME_FILE)
 
 
 def predict_command(words: Sequence[str]) -> int:
-    from routeseg.data.pairs import MAX_PIXELS
+    from routeseg.data.decoding import MAX_PIXELS
 
     parser = Parser(prog="routeseg predict")
     parser.add_argument(
@@ -116,7 +116,7 @@ def _network_first(words: Sequence[str]) -> tuple[str | None, list[str]]:
         if _is_network(best_of_run(word)):
             raise ValueError(f"{word} is a network: name one, before the images")
     if network is None and words and Path(words[0]).is_file():
-        from routeseg.data.pairs import IMAGE_SUFFIXES, UnreadableImage, read_image
+        from routeseg.data.decoding import IMAGE_SUFFIXES, UnreadableImage, read_image
         from routeseg.prediction.clips import is_video
 
         if Path(words[0]).suffix.lower() not in IMAGE_SUFFIXES and not is_video(words[0]):

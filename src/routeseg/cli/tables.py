@@ -125,7 +125,7 @@ def print_check(checks: Sequence[SplitCheck], findings: Sequence[Finding], crop:
     for column in ("", *(check.split for check in checks)):
         table.add_column(column, justify="right" if table.columns else "left")
     for title, cell in (
-        ("pictures", lambda check: f"{len(check.pictures)}"),
+        ("images", lambda check: f"{len(check.pictures)}"),
         ("files left out", lambda check: f"{sum(len(some.files) for some in check.left_out)}"),
         ("unreadable", lambda check: f"{len(check.unreadable)}"),
         ("labels of another size", lambda check: f"{len(check.misfits)}"),
@@ -162,7 +162,7 @@ def _class_shares(checks: Sequence[SplitCheck]) -> Table:
     table.add_column("class")
     for check in checks:
         table.add_column(f"{check.split}, %", justify="right")
-        table.add_column("pictures", justify="right")
+        table.add_column("images", justify="right")
     for k, name in enumerate(next(check.classes.names for check in checks if check.classes.names)):
         cells: list[str] = []
         for check in checks:

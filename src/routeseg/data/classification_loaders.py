@@ -8,7 +8,6 @@ Legend: B images, h, w size of a crop.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from routeseg.data.classification import ClassificationConfig, ImageTree, open_trees
 from routeseg.data.crops import CentreCrop, RandomResizedCrop
+from routeseg.data.decoding import UnreadableImage
 from routeseg.data.loaders import NORM_STREAM, TRAIN_STREAM, StepSampler, image_tensor, loader_process
-from routeseg.data.pairs import SKIPS_NAMED, UnreadableImage
+from routeseg.data.pairs import SkipLog
 
 Batch = dict[str, Tensor]  # image uint8 [B,3,h,w], label int64 [B], skipped int64 []: how many were left out
 Item = tuple[np.ndarray, int] | None  # a crop uint8 [h,w,3] and its label; None: unreadable
@@ -50,26 +50,12 @@ def collate_training(items: Sequence[Item]) -> Batch:
     return collate([*found, *again]) | {"skipped": torch.tensor(missing)}
 
 
-class SkipLog:
-    """Names unreadable images on the log: each once, and SKIPS_NAMED of a loader process at most."""
-
-    def __init__(self) -> None:
-        self.named: set[str] = set()
-
-    def __call__(self, error: UnreadableImage) -> None:
-        if str(error) in self.named or len(self.named) > SKIPS_NAMED:
-            return
-        self.named.add(str(error))
-        more = len(self.named) > SKIPS_NAMED
-        logging.getLogger("routeseg").warning("skipped: %s", "more unreadable images" if more else error)
-
-
 class TreeImages(Dataset[Item]):
     """Crops of a tree. For training an item is asked for by (position in the run, index), for evaluation by index."""
 
     def __init__(self, tree: ImageTree, crop: RandomResizedCrop | CentreCrop, key: tuple[int, int] = (0, 0)) -> None:
         self.tree, self.crop, self.key = tree, crop, key
-        self.skips = SkipLog()
+        self.skips = SkipLog(len(tree), remedy="")
 
     def __len__(self) -> int:
         return len(self.tree)
@@ -79,7 +65,7 @@ class TreeImages(Dataset[Item]):
         try:
             image, label = self.tree.read(index)
         except UnreadableImage as error:
-            self.skips(error)
+            self.skips(index, error)
             return None
         if isinstance(self.crop, CentreCrop):
             return self.crop(image), label

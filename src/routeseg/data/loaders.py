@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from routeseg.data.pairs import SegmentationData, UnreadableImage
+from routeseg.data.decoding import UnreadableImage
+from routeseg.data.pairs import SegmentationData
 from routeseg.data.transforms import Augmentation
 
 TRAIN_STREAM, NORM_STREAM = 0, 1  # separate random streams: training batches, batches for precise BatchNorm

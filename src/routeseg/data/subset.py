@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from routeseg.data.pairs import SegmentationData, SkipLog, UnreadableImage
+from routeseg.data.decoding import UnreadableImage
+from routeseg.data.pairs import SegmentationData, SkipLog
 from routeseg.labels import IGNORE, Classes
 
 CALIBRATION_PICTURES, LEAST_PICTURES = 300, 8  # at most and at least, to calibrate a network with exits

@@ -134,9 +134,7 @@ def _data_uri(picture: Picture) -> str:
         try:
             data = Path(picture).read_bytes()
         except OSError as error:
-            raise ValueError(
-                f"{name}: cannot be read ({error.strerror}). Draw the image before the report"
-            ) from error
+            raise ValueError(f"{name}: cannot be read ({error.strerror}). Draw the image before the report") from error
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         kind = "png"
     elif data.startswith(b"\xff\xd8\xff"):

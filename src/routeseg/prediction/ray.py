@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from routeseg.data.pairs import MAX_PIXELS
+from routeseg.data.decoding import MAX_PIXELS
 from routeseg.description import NetworkDescription
 from routeseg.errors import require
 from routeseg.prediction.files import (

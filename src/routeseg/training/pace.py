@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from routeseg import bfloat16
+from routeseg import stopwatch
 from routeseg.budgets.calibration import readable
 from routeseg.data.config import DataConfig, pair
 from routeseg.data.datamodule import SegmentationDataModule
@@ -70,7 +70,7 @@ def measure_pace(model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe,
         check_enough_values(model, pair(data.crop), data.batch_size)
     pictures = data.batch_size * recipe.accumulate
     module = SegmentationDataModule(replace(data, workers=0), 1 + LOADS, recipe.seed, 0, recipe.accumulate)
-    loads = [bfloat16.take_turns([partial(next, iter(module.train_dataloader()))], LOADS)[0] for _ in range(2)]
+    loads = [stopwatch.take_turns([partial(next, iter(module.train_dataloader()))], LOADS)[0] for _ in range(2)]
     first_load_s, load_s = (statistics.median(some) if data.workers == 0 else 0.0 for some in loads)
     task = SegmentationTask(model, recipe, budget, pair(data.crop)).to("cuda" if torch.cuda.is_available() else "cpu")
     freeze_stages(model.backbone, recipe, recipe.iterations)  # as in most of the steps
@@ -108,11 +108,11 @@ def _picture_seconds(task: SegmentationTask, module: SegmentationDataModule) -> 
     seconds = 0.0
     for batch in itertools.islice(readable(module.val_dataloader(), lambda: None), 1):
         for _ in range(2):
-            start = bfloat16.clock()
+            start = stopwatch.clock()
             module.val_data.read(0)
             result = forward(batch["image"].to(task.device))
             float((result[0] if isinstance(result, tuple) else result).logits.sum())  # waits for a GPU
-            seconds = bfloat16.clock() - start
+            seconds = stopwatch.clock() - start
     return seconds
 
 

@@ -14,7 +14,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from routeseg import bfloat16
+from routeseg import bfloat16, stopwatch
 from routeseg.collectives import gather, total
 from routeseg.training.recipe import BFLOAT16, FLOAT32, Precision
 from routeseg.training.task import RecipeTask, parameter_groups
@@ -68,7 +68,7 @@ def step_seconds(task: RecipeTask, batch: dict[str, Tensor], precisions: Sequenc
             task.on_train_batch_start(batch, 0)
             steps = [partial(_step, task, batch, optimizer, one) for one in precisions]
             # All processes of a job make the same steps, by the clock of the first one.
-            return bfloat16.take_turns(steps, patience_s=PATIENCE_S, agreed=lambda seconds: gather(seconds)[0])
+            return stopwatch.take_turns(steps, patience_s=PATIENCE_S, agreed=lambda seconds: gather(seconds)[0])
     finally:
         task.model, task.precision = network, precision
 

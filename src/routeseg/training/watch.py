@@ -17,7 +17,8 @@ import torch
 from routeseg import figures
 from routeseg.collectives import gather, rank_and_world
 from routeseg.config import NetworkConfig
-from routeseg.data.pairs import SegmentationData, UnreadableImage
+from routeseg.data.decoding import UnreadableImage
+from routeseg.data.pairs import SegmentationData
 from routeseg.errors import only_warned_of, warn_of
 from routeseg.evaluation import Evaluation
 from routeseg.evaluation.ranking import Ranking

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from routeseg.data.pairs import LabelMap, LeftOut, Pair, PairedFiles, leave_out
+from routeseg.data.label_files import LabelMap
+from routeseg.data.pairs import LeftOut, Pair, PairedFiles, leave_out
 from routeseg.data.sets.roots import check_names, expected, files_of, need_folders, no_split, read_class_numbers
 from routeseg.labels import IGNORE, Classes
 

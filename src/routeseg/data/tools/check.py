@@ -22,19 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from routeseg.data.pairs import (
-    LabelMap,
-    LeftOut,
-    Pair,
-    PairedFiles,
-    SegmentationData,
-    UnreadableImage,
-    count_values,
-    orientation,
-    pack_colours,
-    read_image,
-    value_name,
-)
+from routeseg.data.decoding import UnreadableImage, orientation, read_image
+from routeseg.data.label_files import LabelMap, count_values, pack_colours, value_name
+from routeseg.data.pairs import LeftOut, Pair, PairedFiles, SegmentationData
 from routeseg.data.sets.masks import places
 from routeseg.labels import IGNORE, Classes
 

@@ -12,7 +12,8 @@ from typing import Literal
 import numpy as np
 
 from routeseg.data.config import DataConfig, open_data, pair
-from routeseg.data.pairs import LabelMap, LeftOut, PairedFiles, SegmentationData
+from routeseg.data.label_files import LabelMap
+from routeseg.data.pairs import LeftOut, PairedFiles, SegmentationData
 from routeseg.data.sets.folder import describing_file
 from routeseg.data.sets.masks import IGNORED_16, LOOSE, RARE_VALUE, white_alone
 from routeseg.data.tools.check import Picture, SplitCheck, check_split, duplicates
