@@ -16,9 +16,9 @@ from routeseg.training.clock import Clock
 from routeseg.training.gate_budget import Budget
 from routeseg.training.pace import Pace
 from routeseg.training.recipe import Recipe
-from routeseg.training.trial import Choice
+from routeseg.training.trial import PrecisionChoice
 
-CHOICE = Choice("bf16-mixed", "it is faster")
+CHOICE = PrecisionChoice("bf16-mixed", "it is faster")
 DATA = DataConfig(image_size=(64, 128), crop=(64, 96), train_images=8, batch_size=2, workers=0)
 MINUTES = 10.0
 SECONDS = 60 * MINUTES - demo.FIGURES_S
@@ -138,7 +138,7 @@ def test_what_is_measured(monkeypatch, workers):
     assert (pace.first_load_s, pace.load_s) == ((0.0, 0.0) if workers else (calls, 2 * calls))
     assert set(loaded) == {(4, 3, 64, 96)} and (pace.step_s, pace.epoch) == (8.0, 2)
     pace = pacing.measure_pace(network(), data, Recipe(precision="32-true"), Budget())
-    assert (pace.choice, pace.step_s) == (Choice("32-true", "as the recipe says"), 5.0)
+    assert (pace.choice, pace.step_s) == (PrecisionChoice("32-true", "as the recipe says"), 5.0)
 
 
 def test_one_measurement_gives_the_precision_and_the_time(monkeypatch):

@@ -17,10 +17,11 @@ from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.training import trial
 from routeseg.training.gate_budget import Budget
 from routeseg.training.segmentation import SegmentationTask
-from routeseg.training.trial import Choice, choose_precision, step_seconds
+from routeseg.training.trial import PrecisionChoice, choose_precision, step_seconds
 from test_training import DATA, fit, logged, recipe, same_networks, steps_of, tiny_model
 
 FLOAT32, BFLOAT16 = "32-true", "bf16-mixed"
+FASTER = PrecisionChoice(BFLOAT16, "it is faster")
 AUTO = dict(precision="auto", iterations=6, precise_bn_batches=1, validate_every=6)
 
 
@@ -182,7 +183,11 @@ def test_frozen_norms_are_frozen_in_tried_steps():
 class TestRuns:
     def test_the_choice_is_said_once_and_the_run_goes_on_in_it(self, tmp_path, monkeypatch, capsys):
         """Cut and resumed where another precision is the faster one, it ends bit for bit like a run that was not."""
-        chosen = [Choice(BFLOAT16, "it is faster"), Choice(BFLOAT16, "it is faster"), Choice(FLOAT32, "by now")]
+        chosen = [
+            PrecisionChoice(BFLOAT16, "it is faster"),
+            PrecisionChoice(BFLOAT16, "it is faster"),
+            PrecisionChoice(FLOAT32, "by now"),
+        ]
         monkeypatch.setattr(trial, "choose_precision", lambda task, batch: chosen.pop(0))
         assert fit(tmp_path / "whole", recipe(**AUTO)).precision == BFLOAT16
         assert capsys.readouterr().out.count("precision: bf16-mixed (it is faster)\n") == 1
@@ -208,19 +213,21 @@ class TestRuns:
         for name, precision in (("a", FLOAT32), ("b", BFLOAT16)):
             model = tiny_model()
             model.stem.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
-            monkeypatch.setattr(trial, "choose_precision", lambda *_, precision=precision: Choice(precision, ""))
+            monkeypatch.setattr(
+                trial, "choose_precision", lambda *_, precision=precision: PrecisionChoice(precision, "")
+            )
             fit(tmp_path / name, recipe(**AUTO), model)
         # Six steps, and one batch for the statistics of BatchNorm.
         assert seen == [False] * 7 + [True] * 7
 
     def test_a_checkpoint_without_a_precision_decides_anew(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(trial, "choose_precision", lambda *_: Choice(BFLOAT16, ""))
+        monkeypatch.setattr(trial, "choose_precision", lambda *_: PrecisionChoice(BFLOAT16, ""))
         fit(tmp_path, recipe(**AUTO | {"iterations": 4}))
         path = tmp_path / "last.ckpt"
         checkpoint = torch.load(path, weights_only=True)
         del checkpoint["callbacks"]["precision"]
         torch.save(checkpoint, path)
-        monkeypatch.setattr(trial, "choose_precision", lambda *_: Choice(FLOAT32, ""))
+        monkeypatch.setattr(trial, "choose_precision", lambda *_: PrecisionChoice(FLOAT32, ""))
         assert fit(tmp_path, recipe(**AUTO), resume=True).precision == FLOAT32
 
     def test_a_given_precision_is_taken_also_where_a_run_goes_on(self, tmp_path, monkeypatch, capsys):

@@ -195,7 +195,7 @@ def routes_command(words: Sequence[str]) -> int:
     parser = config_parser("routes", ["data"])
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder, of a network with gates or exits")
     _add_split(parser)
-    parser.add_argument("--output", type=str, default="runs/routes", help="folder for routes.json and the figures")
+    parser.add_argument("--output", type=str, default="runs/routes", help=f"folder for {SURVEY_FILE} and the figures")
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
     parser.add_argument("--images", type=int | None, default=None, help="only so many, evenly spread over the set")
     parser.add_argument(

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import struct
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +17,8 @@ from typing import BinaryIO
 import cv2
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from routeseg.files import silent_stderr
 
 log = logging.getLogger("routeseg")
 IMAGE_SUFFIXES = tuple(
@@ -49,7 +49,6 @@ PLAIN_ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}  # the last bytes o
 PNG_SPECIAL = {"exif", "XML:com.adobe.xmp", "Raw profile type exif", "transparency", "default_image", "interlace"}
 PNG_TURNED = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
 PNG_TAIL_BYTES = 1 << 16
-_STDERR = threading.Lock()  # only one thread at a time may turn it away
 
 
 class UnreadableImage(ValueError):
@@ -238,29 +237,10 @@ def bytes_of(file: ImageFile.ImageFile) -> bytes:
 
 def _by_opencv(data: bytes, flags: int) -> np.ndarray | None:
     try:
-        with _silent_libraries():
+        with silent_stderr():  # libraries in C write what is wrong with a file there, without its name
             return cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:  # too large, for OpenCV or for the memory
         return None
-
-
-@contextmanager
-def _silent_libraries() -> Iterator[None]:
-    """C libraries write what is wrong with a file to stderr, without its name: in this block, to nowhere."""
-    with _STDERR:
-        try:
-            kept = os.dup(2)
-        except OSError:  # there is no stderr
-            yield
-            return
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        try:
-            os.dup2(nowhere, 2)
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-            os.close(nowhere)
 
 
 def orientation(path: Path) -> int:

@@ -22,7 +22,7 @@ from routeseg.training.clock import Clock
 from routeseg.training.gate_budget import Budget
 from routeseg.training.recipe import Recipe
 from routeseg.training.segmentation import SegmentationTask, check_task, freeze_stages
-from routeseg.training.trial import Choice, choose_precision, step_seconds
+from routeseg.training.trial import PrecisionChoice, choose_precision, step_seconds
 
 CURVE = 20  # rows that the log of a training has at least
 LOADS = 3  # of the images of a step, that are timed
@@ -43,7 +43,7 @@ class Pace:
     picture_s     seconds of an image in it
     """
 
-    choice: Choice
+    choice: PrecisionChoice
     step_s: float
     first_load_s: float
     load_s: float
@@ -78,7 +78,7 @@ def measure_pace(model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe,
     if recipe.precision == "auto":
         choice = choose_precision(task, batch)
     else:
-        choice = Choice(recipe.precision, "as the recipe says")
+        choice = PrecisionChoice(recipe.precision, "as the recipe says")
     (step_s,) = [choice.step_s] if choice.step_s else step_seconds(task, batch, [choice.precision])
     seconds, picture_s = statistics.median(step_s), _picture_seconds(task, module)
     looks, norms = _pictures_of_validation(model, module, recipe), recipe.precise_bn_batches
