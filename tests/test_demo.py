@@ -94,14 +94,14 @@ def test_the_time_of_measuring_is_no_time_of_training(monkeypatch, capsys):
 
 def test_the_report_looks_at_fewer_pictures_if_they_take_long():
     """At most a fifth of the time goes to them, as far as they were measured."""
-    pace = Pace(CHOICE, 1.0, 0.0, 0.0, 4, picture_s=0.01)
-    assert Plan(network(), DATA, Recipe(), 10.0, pace).looks(100) == (demo.PICTURES_PER_PRESET, 100)
-    slow = replace(pace, picture_s=1.0)
+    pace = Pace(CHOICE, 1.0, 0.0, 0.0, 4, image_s=0.01)
+    assert Plan(network(), DATA, Recipe(), 10.0, pace).looks(100) == (demo.IMAGES_PER_PRESET, 100)
+    slow = replace(pace, image_s=1.0)
     plan = Plan(network(), DATA, Recipe(), 1.0, slow)
     of_preset, of_val = plan.looks(100)
     assert of_preset * len(PRESETS) + of_val * len(demo.BUDGETS) <= 0.2 * 60 and of_preset > 0 and of_val > 0
     assert plan.report_s(100) <= 0.2 * 60 + demo.SHOWN + demo.FIGURES_S
-    assert Plan(network(), DATA, Recipe()).looks(100) == (demo.PICTURES_PER_PRESET, 100)
+    assert Plan(network(), DATA, Recipe()).looks(100) == (demo.IMAGES_PER_PRESET, 100)
 
 
 def test_what_is_small_already_is_left_as_it_is(capsys):

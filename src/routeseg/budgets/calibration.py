@@ -23,7 +23,7 @@ from torch import Tensor
 from routeseg.budgets.worth import LARGEST_PRICE, AllExits, price_between, score_exits
 from routeseg.collectives import gather
 from routeseg.cost.macs import exit_costs, model_cost
-from routeseg.data.subset import LEAST_PICTURES
+from routeseg.data.subset import LEAST_IMAGES
 from routeseg.model.exits import TABLE, Exits
 from routeseg.model.grid import RoutedNetwork
 
@@ -38,7 +38,7 @@ def calibrate(
     batches: Iterable[dict[str, Any]],
     others: Iterable[dict[str, Any]],
     on_batch: Callable[[], None] = lambda: None,
-    least: int = LEAST_PICTURES,
+    least: int = LEAST_IMAGES,
 ) -> int:
     """Fits the exits of a network to images with labels: batches of image [B,3,H,W] and labels [B,H,W]; and its
     budgets to other images, of which only image is read. `on_batch` is called for each batch.
@@ -75,31 +75,31 @@ def _fit(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]], 
         seen.append(([features[known] for features in glances], scores.chosen(known)))
     seen = [one for share in gather(seen) for one in share]
     count = sum(len(scores.both) for _, scores in seen)
-    check_enough_pictures(count, least)
+    check_enough_images(count, least)
     losses = AllExits.joined([scores for _, scores in seen]).lost()
     exits.gates.fit([np.concatenate([glances[k] for glances, _ in seen]) for k in range(len(exits.decoders))], losses)
     return count
 
 
 def _set_budgets(
-    model: RoutedNetwork, exits: Exits, pictures: Callable[[], Iterator[dict[str, Any]]], least: int
+    model: RoutedNetwork, exits: Exits, images: Callable[[], Iterator[dict[str, Any]]], least: int
 ) -> None:
     """Sets costs, prices and frequencies by where images leave, or their places."""
     seen, size = [], (0, 0)
-    for batch in pictures():
+    for batch in images():
         size = (batch["image"].shape[-2], batch["image"].shape[-1])
         kept = model.exit_features(batch["image"].to(exits.costs.device))
         seen.append([exits.see(exit, maps).cpu().numpy() for exit, maps in enumerate(kept)])
     own, shares = seen, gather((seen, size))
     seen, size = [one for share, _ in shares for one in share], max(size for _, size in shares)
-    check_enough_pictures(sum(len(one[-1]) for one in seen), least, "images to set budgets with")
+    check_enough_images(sum(len(one[-1]) for one in seen), least, "images to set budgets with")
     costs = exit_costs(model, size) / model_cost(model, size).full
     if exits.place is not None:
         seen = [[values.ravel() for values in one] for one in seen]
     glances = [torch.from_numpy(np.concatenate(of_exit)) for of_exit in zip(*seen, strict=True)]
     table = price_table(lambda price: choose(exits, glances, costs, price), costs)
     if exits.place is not None:
-        table = _walked(model, exits, pictures, table[0], costs, max(1, len(own) // WALKED))
+        table = _walked(model, exits, images, table[0], costs, max(1, len(own) // WALKED))
     for buffer, values in zip((exits.costs, exits.prices, exits.frequencies), (costs, *table), strict=True):
         buffer.copy_(torch.from_numpy(values))
 
@@ -107,7 +107,7 @@ def _set_budgets(
 def _walked(
     model: RoutedNetwork,
     exits: Exits,
-    pictures: Callable[[], Iterator[dict[str, Any]]],
+    images: Callable[[], Iterator[dict[str, Any]]],
     prices: np.ndarray,
     costs: np.ndarray,
     every: int,
@@ -117,7 +117,7 @@ def _walked(
     inner = prices[1:-1]
     watched = np.unique(np.maximum(inner[np.linspace(0, len(inner) - 1, WATCHED).astype(int)], LEAST_PRICE))
     found = []
-    for number, batch in enumerate(pictures()):
+    for number, batch in enumerate(images()):
         for price in watched if number % every == 0 else ():
             left = model(batch["image"].to(exits.costs.device), price=price).exits
             assert left is not None
@@ -135,7 +135,7 @@ def _walked(
     return np.array([0.0, *geometric, LARGEST_PRICE]), np.concatenate([ends[:1], between, ends[1:]])
 
 
-def check_enough_pictures(count: int, least: int, kind: str = "images with labels") -> None:
+def check_enough_images(count: int, least: int, kind: str = "images with labels") -> None:
     """Raises ValueError if there are too few images for a calibration."""
     if count < least:
         raise ValueError(f"{count} {kind} are too few to calibrate a network with exits: give {least} or more")

@@ -94,7 +94,7 @@ def evaluate_command(words: Sequence[str]) -> int:
         raise ValueError(f"--boundary_width is {args.boundary_width}: it is a share of the diagonal, 0 to 1")
     window = None if args.window is None else parse_size("--window", args.window)
     args.split = args.split or data.val_split
-    pictures = open_data(data, args.split, args.seed)
+    images = open_data(data, args.split, args.seed)
     model = checkpoints.load(args.checkpoint)
 
     from routeseg.cli.tables import print_evaluation
@@ -109,12 +109,12 @@ def evaluate_command(words: Sequence[str]) -> int:
     engine = with_budget(SkipEngine(model, args.precision), model, args)
     say_precision(engine)
     forward = MultiPass(engine, args.scales, args.flip, window, args.overlap, args.window_batch)
-    check_classes(args.checkpoint, model, data, pictures.classes)
+    check_classes(args.checkpoint, model, data, images.classes)
     for option, path in (("--json", args.json), ("--worst", args.worst)):
         if path is not None:
             check_writable(Path(path).parent, option)
     submission = None if args.submission is None else Submission(args.submission, data.name, args.split)
-    ranking = None if args.worst is None else Ranking(pictures)
+    ranking = None if args.worst is None else Ranking(images)
 
     def tell(name: str, prediction: np.ndarray) -> None:
         if submission is not None:
@@ -123,10 +123,10 @@ def evaluate_command(words: Sequence[str]) -> int:
             ranking(name, prediction)
 
     remedy = "let a window slide over them with --window 768x768, or leave out the larger --scales"
-    with enough_memory(remedy), progress_bar(f"evaluate {data.name} {args.split}", len(pictures)) as step:
+    with enough_memory(remedy), progress_bar(f"evaluate {data.name} {args.split}", len(images)) as step:
         result = evaluate(
             model,
-            evaluation_loader(pictures, data.workers),
+            evaluation_loader(images, data.workers),
             forward,
             args.convention,
             step,
@@ -162,7 +162,7 @@ def _draw_worst(path: str, ranking: Ranking, result: Evaluation, palette: Any) -
     seen = result.confusion.sum(1)
     figures.contact_sheet(
         path,
-        f"The {len(ranking.worst)} worst of {len(ranking.pictures)} images",
+        f"The {len(ranking.worst)} worst of {len(ranking.images)} images",
         [figures.Section("Labels, and beside them the prediction with its mean IoU over their classes", tiles)],
         result.class_names,
         palette,
@@ -209,7 +209,7 @@ def routes_command(words: Sequence[str]) -> int:
     from routeseg.model import checkpoints
 
     args.split = args.split or data.val_split
-    pictures = open_data(data, args.split, args.seed)
+    images = open_data(data, args.split, args.seed)
     model = checkpoints.load(args.checkpoint)
 
     import numpy as np
@@ -222,16 +222,16 @@ def routes_command(words: Sequence[str]) -> int:
     from routeseg.data.subset import evenly_spread
     from routeseg.engine import SkipEngine
     from routeseg.evaluation import machine_facts
-    from routeseg.survey.routes import draw_survey, pictures_to_see, survey_routes
+    from routeseg.survey.routes import draw_survey, images_to_see, survey_routes
 
     quiet_libraries()
     model, output = model.to(find_device(args.device)), Path(args.output)
-    check_classes(args.checkpoint, model, data, pictures.classes)
+    check_classes(args.checkpoint, model, data, images.classes)
     if args.common is not None and not 0 < args.common <= 1:
         raise ValueError(f"--common is {args.common}: it is a share of the images, above 0 and at most 1")
     check_writable(output)
     engine = with_budget(SkipEngine(model), model, args)
-    total = pictures_to_see(data, len(evenly_spread(pictures, args.images)))
+    total = images_to_see(data, len(evenly_spread(images, args.images)))
     with enough_memory("give smaller images"), progress_bar(f"routes over {data.name} {args.split}", total) as step:
         survey = survey_routes(
             model, engine, data, args.split, args.seed, args.images, args.permutations, step, args.checkpoint
@@ -246,8 +246,8 @@ def routes_command(words: Sequence[str]) -> int:
         costs_at = cache(lambda size: exit_costs(model, size))
         costs = np.stack([costs_at(size) for size in observation.sizes])
         costs /= costs[:, -1:]
-        with progress_bar("every exit", len(observation.pictures)) as step:
-            seen = look_at_exits(model, evaluation_loader(observation.pictures, data.workers), step)
+        with progress_bar("every exit", len(observation.images)) as step:
+            seen = look_at_exits(model, evaluation_loader(observation.images, data.workers), step)
         worth = worth_of_choice(seen, exits_of(model, observation.gates), costs, args.seed)
         facts["worth_of_choice"] = worth.as_dict()
     write_json(output / SURVEY_FILE, survey.as_dict() | facts | machine_facts())

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from routeseg.data.pairs import SegmentationData
     from routeseg.data.tools.check import SplitCheck
 
-PICTURES_SHOWN = {"train": 12, "val": 8}  # on the contact sheet
+IMAGES_SHOWN = {"train": 12, "val": 8}  # on the contact sheet
 
 
 def make_data_command(words: Sequence[str]) -> int:
@@ -38,12 +38,12 @@ def make_data_command(words: Sequence[str]) -> int:
         raise ValueError(f"cannot make {args.name!r}: choose scenes")
 
     from routeseg.data.config import DataConfig
-    from routeseg.data.tools.layouts import LAYOUTS, pictures_of, write_layout
+    from routeseg.data.tools.layouts import LAYOUTS, images_of, write_layout
 
     if args.layout not in LAYOUTS:
         raise ValueError(f"no layout {args.layout!r}: choose one of {', '.join(LAYOUTS)}")
     config = DataConfig(image_size=args.size, preset=args.preset, train_images=args.train, val_images=args.val)
-    with progress_bar("make-data", pictures_of(args.layout, config)) as step:
+    with progress_bar("make-data", images_of(args.layout, config)) as step:
         write_layout(args.layout, Path(args.output), config, args.seed, step)
     name, options = ("voc", " --data.train_split train_aug") if args.layout == "sbd" else (args.layout, "")
     print(f"{args.output}: {args.train} training and {args.val} validation images in the layout {args.layout}")
@@ -207,15 +207,15 @@ def _draw_contact_sheet(
     """Images of each split, in a file of a new name; None if no image could be read."""
     import numpy as np
 
-    from routeseg.data.tools.check import pictures_to_show, read_to_show
+    from routeseg.data.tools.check import images_to_show, read_to_show
     from routeseg.figures import Section, contact_sheet
     from routeseg.labels import default_palette
 
     sections = []
     for check in (check for check in checks if check.counted):
-        shown = pictures_to_show(check, PICTURES_SHOWN["train" if check.training else "val"])
-        tiles = [(check.pictures[k].name, *read_to_show(opened[check.split], k)) for k in shown]
-        sections.append(Section(f"{check.split}: {len(shown)} of {len(check.pictures)} images", tiles))
+        shown = images_to_show(check, IMAGES_SHOWN["train" if check.training else "val"])
+        tiles = [(check.images[k].name, *read_to_show(opened[check.split], k)) for k in shown]
+        sections.append(Section(f"{check.split}: {len(shown)} of {len(check.images)} images", tiles))
     if not sections:
         return None
     counted = [check for check in checks if check.counted]

@@ -194,7 +194,7 @@ def _of_epochs(recipe: Recipe, data: DataConfig, epochs: float) -> Recipe:
 
 
 def calibrate_command(words: Sequence[str]) -> int:
-    from routeseg.data.subset import CALIBRATION_PICTURES, OFFSET_PICTURES
+    from routeseg.data.subset import CALIBRATION_IMAGES, OFFSET_IMAGES
 
     parser = config_parser("calibrate", ["data"])
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder of a network with exits; written anew")
@@ -208,7 +208,7 @@ def calibrate_command(words: Sequence[str]) -> int:
         help="whose images tell what budgets cost, without their labels; data.val_split",
     )
     parser.add_argument(
-        "--images", type=int, default=CALIBRATION_PICTURES, help="at most so many, evenly spread over each split"
+        "--images", type=int, default=CALIBRATION_IMAGES, help="at most so many, evenly spread over each split"
     )
     parser.add_argument(
         "--class_offsets",
@@ -237,7 +237,7 @@ def calibrate_command(words: Sequence[str]) -> int:
     from routeseg.training.offsets import fit_offsets, shift
 
     if args.class_offsets:
-        some = evenly_spread(pictures, min(args.images, OFFSET_PICTURES))
+        some = evenly_spread(pictures, min(args.images, OFFSET_IMAGES))
         with progress_bar("fit offsets", len(some)) as step:
             offsets = fit_offsets(model, evaluation_loader(some, data.workers), step)
         shift(model, offsets)

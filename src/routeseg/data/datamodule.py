@@ -14,12 +14,12 @@ from routeseg.data.loaders import (
     NORM_STREAM,
     TRAIN_STREAM,
     StepSampler,
-    TrainingPictures,
+    TrainingImages,
     evaluation_loader,
     loader_process,
 )
 from routeseg.data.pairs import PairedFiles
-from routeseg.data.subset import CALIBRATION_PICTURES, LEAST_PICTURES, evenly_spread
+from routeseg.data.subset import CALIBRATION_IMAGES, LEAST_IMAGES, evenly_spread
 from routeseg.data.transforms import Augmentation
 from routeseg.files import expand_user
 from routeseg.labels import Classes
@@ -77,7 +77,7 @@ class SegmentationDataModule(RunData):
         self.val_data = evenly_spread(self.val_data, self._some(len(self.val_data)))
 
     def _some(self, count: int) -> int:
-        return max(min(count, LEAST_PICTURES), round(self.looks * count))
+        return max(min(count, LEAST_IMAGES), round(self.looks * count))
 
     def train_dataloader(self) -> DataLoader:
         rank, world = self.processes()
@@ -100,14 +100,14 @@ class SegmentationDataModule(RunData):
         )
         return self._batches(sampler, NORM_STREAM + step, self.config.workers)
 
-    def calibration_dataloader(self, part: Literal["train", "val"], count: int = CALIBRATION_PICTURES) -> DataLoader:
+    def calibration_dataloader(self, part: Literal["train", "val"], count: int = CALIBRATION_IMAGES) -> DataLoader:
         """At most so many images as they are, one at a time, each once over all processes: to calibrate with. If
         there are too few for validation, the training images serve."""
         rank, world = self.processes()
-        enough = part == "val" and len(self.val_data) >= LEAST_PICTURES
+        enough = part == "val" and len(self.val_data) >= LEAST_IMAGES
         data, looks = (self.val_data, 1.0) if enough else (self.train_data, self.looks)  # those are fewer already
-        pictures = evenly_spread(data, min(count, len(data)) if looks == 1 else self._some(min(count, len(data))))
-        return evaluation_loader(pictures, self.config.workers, rank, world)
+        images = evenly_spread(data, min(count, len(data)) if looks == 1 else self._some(min(count, len(data))))
+        return evaluation_loader(images, self.config.workers, rank, world)
 
     def _batches(self, sampler: StepSampler, stream: int, workers: int) -> DataLoader:
-        return self.batches(TrainingPictures(self.train_data, self.augmentation, self.seed, stream), sampler, workers)
+        return self.batches(TrainingImages(self.train_data, self.augmentation, self.seed, stream), sampler, workers)

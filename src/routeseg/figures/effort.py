@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from routeseg.figures.common import INK
-from routeseg.figures.labels import MIN_PICTURE
+from routeseg.figures.labels import MIN_IMAGE
 from routeseg.figures.words import text_font
 
 TINT = 0.6  # strength of the heat
@@ -21,7 +21,7 @@ BAR = 0.3  # width of the scale, as a share of the image's
 
 def effort(image: np.ndarray, shares: np.ndarray, place: int, legend: bool = True) -> np.ndarray:
     """The image uint8 [H,W,3] in grey, and over it what each place cost [hb,wb], a share of what it costs in the full
-    network: uint8 [H',W',3], RGB. With the legend images smaller than MIN_PICTURE are enlarged, as overlays are."""
+    network: uint8 [H',W',3], RGB. With the legend images smaller than MIN_IMAGE are enlarged, as overlays are."""
     height, width = image.shape[:2]
     least, most = float(shares.min()), max(float(shares.max()), 1.0)
     heat = shares.repeat(place, 0).repeat(place, 1)[:height, :width]
@@ -29,7 +29,7 @@ def effort(image: np.ndarray, shares: np.ndarray, place: int, legend: bool = Tru
     picture = cv2.addWeighted(_colours(heat / most), TINT, grey, 1 - TINT, 0)
     if not legend:
         return picture
-    factor = max(1, math.ceil(MIN_PICTURE / max(height, width)))
+    factor = max(1, math.ceil(MIN_IMAGE / max(height, width)))
     return _with_scale(picture.repeat(factor, 0).repeat(factor, 1), least, most, float(shares.mean()))
 
 
