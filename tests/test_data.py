@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from pictures import ORIENTATION_TAG, ROTATED_RIGHT, noise, save, truncate
-from routeseg.cli.common import log_to_stderr
+from routeseg.cli.logs import log_to_stderr
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.data.decoding import UnreadableImage, read_image

@@ -8,20 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from routeseg.cli.common import (
-    PRECISION_HELP,
-    best_of_run,
-    config_parser,
-    enough_memory,
-    find_device,
-    network_options,
-    parse_size,
-    progress_bar,
-    quiet_libraries,
-    read_route,
-)
+from routeseg.cli.common import config_parser, network_options
+from routeseg.cli.logs import quiet_libraries
+from routeseg.cli.options import PRECISION_HELP, enough_memory, parse_size, progress_bar, read_route
 from routeseg.cli.parser import Parser
-from routeseg.files import check_writable, write_json
+from routeseg.files import best_of_run, check_writable, write_json
 
 if TYPE_CHECKING:
     from routeseg.cost.latency import LatencyTable
@@ -63,6 +54,7 @@ def profile_command(words: Sequence[str]) -> int:
         _check_positive(option, args[option])
     model = _network(args, words)
 
+    from routeseg.cli.run.networks import find_device
     from routeseg.cli.tables import print_latency
     from routeseg.cost.macs import model_cost
     from routeseg.engine.profiling import forwards, profile
@@ -193,6 +185,8 @@ def _measured(table: LatencyTable, route: Route, args: Namespace) -> list[dict[s
 def _check_machine(table: LatencyTable, name: str) -> None:
     """Raises ValueError if a table was measured on a device that is not here, or with other threads than run now."""
     import torch
+
+    from routeseg.cli.run.networks import find_device
 
     try:
         find_device(table.device)
