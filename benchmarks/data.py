@@ -29,8 +29,10 @@ from routeseg import DynamicRoutingNetwork, model_cost
 from routeseg.data.cache import ImageCache
 from routeseg.data.config import DataConfig
 from routeseg.data.datamodule import SegmentationDataModule
-from routeseg.data.loaders import TrainingPictures, image_tensor
-from routeseg.data.pairs import PairedFiles, read_image, read_label_file
+from routeseg.data.decoding import read_image
+from routeseg.data.label_files import read_label_file
+from routeseg.data.loaders import TrainingImages, image_tensor
+from routeseg.data.pairs import PairedFiles
 from routeseg.data.scenes import draw_scene
 from routeseg.data.sets.cityscapes import OFFICIAL
 from routeseg.data.transforms import Augmentation, jitter
@@ -100,11 +102,11 @@ def stages(root: Path, config: DataConfig) -> tuple[dict[str, Callable[[int], An
     crops = [crop_only(*decoded[index], np.random.default_rng(index)) for index in range(count)]
     values = [read_label_file(path) for path in labels]
     cache = ImageCache(root / "cache")
-    plain = TrainingPictures(data, module.augmentation, 0, 0)
+    plain = TrainingImages(data, module.augmentation, 0, 0)
     cached_module = SegmentationDataModule(config, 1)
     assert isinstance(cached_module.train_data, PairedFiles)
     cached_module.train_data.read_pixels = cache
-    cached = TrainingPictures(cached_module.train_data, module.augmentation, 0, 0)
+    cached = TrainingImages(cached_module.train_data, module.augmentation, 0, 0)
     for path in pngs:
         cache(path)
 

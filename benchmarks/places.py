@@ -40,8 +40,9 @@ from torch.nn import functional as F
 from routeseg.budgets.worth import price_between
 from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig, open_data
+from routeseg.data.decoding import read_image
 from routeseg.data.loaders import evaluation_loader
-from routeseg.data.pairs import list_images, read_image
+from routeseg.data.pairs import list_images
 from routeseg.data.subset import evenly_spread
 from routeseg.evaluation import machine_facts
 from routeseg.evaluation.scores import count_pairs

@@ -105,9 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with torch.no_grad():
         image = torch.rand(1, 3, 360, 480)
         same = (checkpoints.load(args.folder)(image).labels == model(image).labels).float().mean().item()
-    print(
-        f"{args.folder}: {file.stat().st_size / 1e6:.1f} MB, labels of an image of noise agree to {100 * same:.2f} %"
-    )
+    print(f"{args.folder}: {file.stat().st_size / 1e6:.1f} MB, labels of an image of noise agree to {100 * same:.2f} %")
     return 0
 
 

@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect
 import routeseg
 from routeseg.app.guard import stranger
 from routeseg.budgets.asked import Asked, check_exits
-from routeseg.data.pairs import decode_image
+from routeseg.data.decoding import decode_image
 from routeseg.errors import BudgetNotKept
 from routeseg.prediction.files import label_png
 from routeseg.prediction.image import SegmentedImage

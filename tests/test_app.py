@@ -403,7 +403,7 @@ class TestCommand:
         assert "run `routeseg routes` again" in capsys.readouterr().err
 
     def test_a_run_tells_its_data(self, tmp_path, capsys):
-        from routeseg.cli.app import _data_of_run
+        from routeseg.cli.run.app import _data_of_run
 
         assert main(["make-data", "scenes", str(tmp_path / "data"), "--train=1", "--val=2", "--size=[48,64]"]) == 0
         (tmp_path / "run" / "best").mkdir(parents=True)
@@ -414,12 +414,12 @@ class TestCommand:
         assert _data_of_run(str(tmp_path / "run" / "best")) is None
 
     def test_a_survey_tells_its_data_set(self, tmp_path):
-        from routeseg.cli.app import _survey
+        from routeseg.cli.app import read_survey
 
         data = DataConfig(name="scenes", image_size=SIZE, val_images=2)
         facts = {"data_config": asdict(data), "data": "scenes", "split": "val", "seed": 0, "per_image": []}
         (tmp_path / "routes.json").write_text(json.dumps(facts))
-        assert len(_survey(tmp_path).pictures) == 2
+        assert len(read_survey(tmp_path)[1]) == 2
 
 
 def test_the_space_shows_the_same_explorer(monkeypatch):

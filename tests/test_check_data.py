@@ -16,7 +16,7 @@ from pictures import ORIENTATION_TAG, ROTATED_RIGHT, noise, save, truncate
 from routeseg.cli import main
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.sets.folder import open_folder
-from routeseg.data.tools.check import check_split, look_at_pairs, pictures_to_show
+from routeseg.data.tools.check import check_split, images_to_show, look_at_pairs
 from routeseg.data.tools.findings import SMALLEST, find, verdict
 from routeseg.figures import Section, contact_sheet
 from routeseg.labels import IGNORE
@@ -101,9 +101,9 @@ class TestWhatIsThere:
         truncate(root / "images" / "train" / "p4.png")
         data, steps = open_folder(root, "train"), []
         alone = check_split(data, "train", workers=0)
-        shared = check_split(data, "train", workers=2, on_picture=lambda: steps.append(1))
+        shared = check_split(data, "train", workers=2, on_image=lambda: steps.append(1))
         assert shared.as_dict() == alone.as_dict() and len(steps) == 10 and len(alone.unreadable) == 1
-        assert [picture.name for picture in shared.pictures] == [picture.name for picture in alone.pictures]
+        assert [picture.name for picture in shared.images] == [picture.name for picture in alone.images]
 
     def test_16_bits_and_negative_and_coloured_values_are_counted(self, tmp_path):
         root = folder(tmp_path / "mine", values=(1000, 2000), text="names: [a, b]\nmapping: {1000: a}", dtype=np.uint16)
@@ -387,9 +387,7 @@ class TestWhatIsWrong:
         save(root / "images" / "val" / "p0.png", noise(SMALLEST - 1, 40))
         save(root / "masks" / "val" / "p0.png", np.eye(SMALLEST - 1, 40, dtype=np.uint8))
         assert (
-            only(
-                findings(root), f"val: images with a side under {SMALLEST} pixels, which the network refuses: 1"
-            ).level
+            only(findings(root), f"val: images with a side under {SMALLEST} pixels, which the network refuses: 1").level
             == "error"
         )
 
@@ -463,10 +461,10 @@ class TestContactSheet:
         save(root / "masks" / "train" / "p5.png", blocks([0, 0, 2, 2]).astype(np.uint8))
         truncate(root / "images" / "train" / "p0.png")
         found = check_split(open_folder(root, "train"), "train", workers=0)
-        assert pictures_to_show(found, 2) == [5, 7]
-        shown = pictures_to_show(found, 4)
+        assert images_to_show(found, 2) == [5, 7]
+        shown = images_to_show(found, 4)
         assert {5, 7} < set(shown) and 0 not in shown and len(shown) == 4
-        assert pictures_to_show(found, 100) == list(range(1, 9))
+        assert images_to_show(found, 100) == list(range(1, 9))
 
     def test_pictures_are_tinted_with_their_labels_and_the_legend_has_every_class(self, tmp_path):
         image, labels = np.full((60, 80, 3), 128, np.uint8), np.zeros((60, 80), np.uint8)
@@ -496,6 +494,6 @@ class TestContactSheet:
 def test_scenes_are_looked_at_as_they_are_drawn():
     data = open_data(DataConfig(image_size=(48, 64), train_images=3), "train")
     found = check_split(data, "train", training=True)
-    assert len(found.pictures) == 3 and found.sizes == {(48, 64): 3}
+    assert len(found.images) == 3 and found.sizes == {(48, 64): 3}
     counts = sum(np.bincount(data.read(k)[1].ravel(), minlength=256) for k in range(3))
     assert np.array_equal(found.pixels[:-1], counts[: len(data.classes)]) and found.pixels[-1] == counts[IGNORE]

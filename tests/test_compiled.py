@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from conftest import spread_gates
-from routeseg import DynamicRoutingNetwork, Route, SkipEngine, bfloat16, load
+from routeseg import DynamicRoutingNetwork, Route, SkipEngine, bfloat16, load, stopwatch
 from routeseg.config import NetworkConfig
-from routeseg.data.pairs import read_image
+from routeseg.data.decoding import read_image
 from routeseg.engine import compiled, skip
 from routeseg.engine.compiled import BUILDS, STEPS, CompiledForward, find_library, is_compiled
 from routeseg.engine.folding import FoldedForward
@@ -452,7 +452,7 @@ class TestBfloat16:
     def test_what_auto_measures(self, monkeypatch):
         """The kernels in both precisions, in turns; random numbers go on as if nothing had been drawn."""
         ran, forward = [], CompiledForward.__call__
-        monkeypatch.setattr(bfloat16, "clock", lambda: 0.001 * len(ran) ** 2)
+        monkeypatch.setattr(stopwatch, "clock", lambda: 0.001 * len(ran) ** 2)
 
         def note(self, *args):
             ran.append(self._packed.dtype)

@@ -12,11 +12,13 @@ import torch
 from PIL import Image
 
 from pictures import ORIENTATION_TAG, ROTATED_RIGHT, noise, save, truncate
-from routeseg.cli.common import log_to_stderr
+from routeseg.cli.logs import log_to_stderr
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.datamodule import SegmentationDataModule
-from routeseg.data.loaders import MAX_BAD_IN_A_ROW, EvaluationPictures, StepSampler, TrainingPictures, evaluation_loader
-from routeseg.data.pairs import SKIPS_NAMED, LabelMap, UnreadableImage, read_image, read_label_file
+from routeseg.data.decoding import UnreadableImage, read_image
+from routeseg.data.label_files import LabelMap, read_label_file
+from routeseg.data.loaders import MAX_BAD_IN_A_ROW, EvaluationImages, StepSampler, TrainingImages, evaluation_loader
+from routeseg.data.pairs import SKIPS_NAMED
 from routeseg.data.sets import camvid
 from routeseg.data.transforms import PADDING_RGB, Augmentation
 from routeseg.labels import IGNORE
@@ -215,7 +217,7 @@ class TestTrainingOrder:
 
     def test_the_same_picture_is_augmented_anew_each_time(self):
         data = open_data(DataConfig(image_size=(64, 96), train_images=1), "train")
-        pictures = TrainingPictures(data, Augmentation((48, 48)), seed=0, stream=0)
+        pictures = TrainingImages(data, Augmentation((48, 48)), seed=0, stream=0)
         assert not torch.equal(pictures[0, 0]["image"], pictures[1, 0]["image"])
         assert torch.equal(pictures[1, 0]["image"], pictures[1, 0]["image"])
 
@@ -223,7 +225,7 @@ class TestTrainingOrder:
         data = open_data(DataConfig(image_size=(64, 96), train_images=1), "train")
         augmentation = Augmentation((48, 48))
         one, seed, stream = (
-            TrainingPictures(data, augmentation, *key)[0, 0]["image"] for key in ((0, 0), (1, 0), (0, 1))
+            TrainingImages(data, augmentation, *key)[0, 0]["image"] for key in ((0, 0), (1, 0), (0, 1))
         )
         assert not torch.equal(one, seed) and not torch.equal(one, stream)
 
@@ -372,7 +374,7 @@ class TestReadImage:
     def test_a_truncated_file_is_passed_over_in_training_and_counted(self, small_camvid, folder, caplog):
         truncate(small_camvid / folder / "p1.png")
         data = camvid.open_camvid(small_camvid, "train")
-        pictures = TrainingPictures(data, Augmentation((40, 48), scales=(1.0,), flip=False), seed=0, stream=0)
+        pictures = TrainingImages(data, Augmentation((40, 48), scales=(1.0,), flip=False), seed=0, stream=0)
         item = pictures[0, 1]
         (message,) = caplog.messages
         assert message.startswith("skipped: ") and f"{folder}/p1.png" in message
@@ -384,7 +386,7 @@ class TestReadImage:
     def test_after_the_last_picture_the_first_stands_in(self, small_camvid):
         truncate(small_camvid / "train" / "p2.png")
         data = camvid.open_camvid(small_camvid, "train")
-        pictures = TrainingPictures(data, Augmentation((40, 48), scales=(1.0,), flip=False), seed=0, stream=0)
+        pictures = TrainingImages(data, Augmentation((40, 48), scales=(1.0,), flip=False), seed=0, stream=0)
         item = pictures[0, 2]
         assert np.array_equal(item["image"].permute(1, 2, 0).numpy(), data.read(0)[0])
 
@@ -392,14 +394,14 @@ class TestReadImage:
         for path in (small_camvid / "train").iterdir():
             truncate(path)
         data = camvid.open_camvid(small_camvid, "train")
-        pictures = TrainingPictures(data, Augmentation((40, 48)), seed=0, stream=0)
+        pictures = TrainingImages(data, Augmentation((40, 48)), seed=0, stream=0)
         with pytest.raises(ValueError, match=f"{MAX_BAD_IN_A_ROW} unreadable"):
             pictures[0, 0]
 
     def test_a_truncated_file_is_counted_in_evaluation(self, small_camvid, caplog):
         truncate(small_camvid / "val" / "p0.png")
         data = camvid.open_camvid(small_camvid, "val")
-        items = [EvaluationPictures(data, range(2))[k] for k in range(2)]
+        items = [EvaluationImages(data, range(2))[k] for k in range(2)]
         assert "val/p0.png" in caplog.text
         assert items[0] == {"skipped": 1} and items[1]["skipped"] == 0 and items[1]["name"] == "p1"
 
@@ -416,7 +418,7 @@ class TestReadImage:
         for index in range(count):
             for folder in ("train", "trainannot"):
                 save(tmp_path / folder / f"p{index:02d}.png", np.zeros((32, 32), np.uint8)).write_bytes(b"no image")
-        pictures = EvaluationPictures(camvid.open_camvid(tmp_path, "train"), range(count))
+        pictures = EvaluationImages(camvid.open_camvid(tmp_path, "train"), range(count))
         assert all(pictures[index]["skipped"] for index in range(count))
         assert len(caplog.messages) == SKIPS_NAMED + 1 and "check-data" in caplog.messages[-1]
 
@@ -424,4 +426,4 @@ class TestReadImage:
         save(small_camvid / "trainannot" / "p0.png", np.full((40, 48), 99, np.uint8))
         data = camvid.open_camvid(small_camvid, "train")
         with pytest.raises(ValueError, match="label value 99"):
-            TrainingPictures(data, Augmentation((40, 48)), seed=0, stream=0)[0, 0]
+            TrainingImages(data, Augmentation((40, 48)), seed=0, stream=0)[0, 0]

@@ -16,19 +16,12 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 
 from conftest import run
-from routeseg.data import cache, pairs
+from routeseg.data import cache, decoding, label_files
 from routeseg.data.cache import ImageCache
 from routeseg.data.config import DataConfig
 from routeseg.data.datamodule import SegmentationDataModule
-from routeseg.data.pairs import (
-    LabelMap,
-    UnreadableImage,
-    as_bytes,
-    decode_image,
-    read_image,
-    read_label_file,
-    read_pillow,
-)
+from routeseg.data.decoding import UnreadableImage, as_bytes, decode_image, read_image, read_pillow
+from routeseg.data.label_files import LabelMap, read_label_file
 from routeseg.data.transforms import LUMA_RGB, jitter
 from routeseg.labels import IGNORE
 from routeseg.prediction.files import read_source
@@ -68,7 +61,7 @@ def by_pillow(data: bytes) -> np.ndarray:
 
 def is_fast(data: bytes) -> bool:
     with Image.open(io.BytesIO(data)) as file:
-        return pairs._decode_plain(file) is not None
+        return decoding._decode_plain(file) is not None
 
 
 def written(folder: Path, data: bytes) -> Path:
@@ -79,7 +72,7 @@ def written(folder: Path, data: bytes) -> Path:
 
 def orientation(value: int) -> Image.Exif:
     exif = Image.Exif()
-    exif[pairs.ORIENTATION_TAG] = value
+    exif[decoding.ORIENTATION_TAG] = value
     return exif
 
 
@@ -156,7 +149,7 @@ class TestFastImages:
             raise error
 
         path = written(tmp_path, encoded(picture[..., 0], format="PNG"))
-        monkeypatch.setattr(pairs.ImageOps, "exif_transpose", fail)
+        monkeypatch.setattr(decoding.ImageOps, "exif_transpose", fail)
         with pytest.raises(
             UnreadableImage, match="picture.img as an image: (Failed to|it is too large for the memory)"
         ):
@@ -166,7 +159,7 @@ class TestFastImages:
         def fail(data, flags):
             raise cv2.error("Insufficient memory")
 
-        monkeypatch.setattr(pairs.cv2, "imdecode", fail)
+        monkeypatch.setattr(decoding.cv2, "imdecode", fail)
         assert np.array_equal(read_image(written(tmp_path, encoded(picture, format="PNG"))), picture)
 
     def test_a_path_that_is_not_utf8(self, picture, tmp_path):
@@ -395,7 +388,7 @@ class TestOneReading:
     @pytest.mark.parametrize("suffix", ["png", "tif"])
     def test_of_16_bits_the_range_is_that_of_the_values(self, tmp_path, caplog, bits, suffix):
         """Colours and grey; nothing is cut off or black; what was found is said, once."""
-        pairs._say_depth.cache_clear()
+        decoding._say_depth.cache_clear()
         deep = np.random.default_rng(0).integers(0, 1 << bits, (32, 40, 3)).astype(np.uint16)
         deep[0, 0] = (1 << bits) - 1
         expected = deep / ((1 << bits) - 1) * 255
@@ -436,7 +429,7 @@ class TestOneReading:
     def test_heic_is_named(self, tmp_path):
         path = written(tmp_path, b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
         for read in (read_image, lambda path: read_source(path, path)):
-            with pytest.raises(UnreadableImage, match=r"cannot read .*image\.img.*it is HEIC.*convert it to JPEG"):
+            with pytest.raises(UnreadableImage, match=r"cannot read .*picture\.img.*it is HEIC.*convert it to JPEG"):
                 read(path)
 
 
@@ -551,7 +544,7 @@ class TestTransparency:
         assert np.array_equal(got if mode == "LA" else got[..., 0], alpha)
 
     def test_black_beside_transparent_pixels_is_said(self, tmp_path, caplog):
-        pairs._say_black.cache_clear()
+        label_files._say_black.cache_clear()
         rgba = np.dstack([SMALL * (SMALL[..., :1] > 99), 255 * self.HERE]).astype(np.uint8)
         Image.fromarray(rgba).save(tmp_path / "x.png")
         for _ in range(2):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from routeseg import DynamicRoutingNetwork, bfloat16, demo
+from routeseg import DynamicRoutingNetwork, bfloat16, demo, stopwatch
 from routeseg.data.config import DataConfig
 from routeseg.data.scenes import PRESETS
 from routeseg.demo import FEWEST_ITERATIONS, Plan, fit_to_time
@@ -16,9 +16,9 @@ from routeseg.training.clock import Clock
 from routeseg.training.gate_budget import Budget
 from routeseg.training.pace import Pace
 from routeseg.training.recipe import Recipe
-from routeseg.training.trial import Choice
+from routeseg.training.trial import PrecisionChoice
 
-CHOICE = Choice("bf16-mixed", "it is faster")
+CHOICE = PrecisionChoice("bf16-mixed", "it is faster")
 DATA = DataConfig(image_size=(64, 128), crop=(64, 96), train_images=8, batch_size=2, workers=0)
 MINUTES = 10.0
 SECONDS = 60 * MINUTES - demo.FIGURES_S
@@ -30,7 +30,7 @@ def network(**changes) -> DynamicRoutingNetwork:
 
 @pytest.fixture(autouse=True)
 def _no_time_goes_by(monkeypatch):
-    monkeypatch.setattr(bfloat16, "clock", lambda: 0.0)
+    monkeypatch.setattr(stopwatch, "clock", lambda: 0.0)
     monkeypatch.setattr(clocks, "now", lambda: 0.0)
 
 
@@ -94,14 +94,14 @@ def test_the_time_of_measuring_is_no_time_of_training(monkeypatch, capsys):
 
 def test_the_report_looks_at_fewer_pictures_if_they_take_long():
     """At most a fifth of the time goes to them, as far as they were measured."""
-    pace = Pace(CHOICE, 1.0, 0.0, 0.0, 4, picture_s=0.01)
-    assert Plan(network(), DATA, Recipe(), 10.0, pace).looks(100) == (demo.PICTURES_PER_PRESET, 100)
-    slow = replace(pace, picture_s=1.0)
+    pace = Pace(CHOICE, 1.0, 0.0, 0.0, 4, image_s=0.01)
+    assert Plan(network(), DATA, Recipe(), 10.0, pace).looks(100) == (demo.IMAGES_PER_PRESET, 100)
+    slow = replace(pace, image_s=1.0)
     plan = Plan(network(), DATA, Recipe(), 1.0, slow)
     of_preset, of_val = plan.looks(100)
     assert of_preset * len(PRESETS) + of_val * len(demo.BUDGETS) <= 0.2 * 60 and of_preset > 0 and of_val > 0
     assert plan.report_s(100) <= 0.2 * 60 + demo.SHOWN + demo.FIGURES_S
-    assert Plan(network(), DATA, Recipe()).looks(100) == (demo.PICTURES_PER_PRESET, 100)
+    assert Plan(network(), DATA, Recipe()).looks(100) == (demo.IMAGES_PER_PRESET, 100)
 
 
 def test_what_is_small_already_is_left_as_it_is(capsys):
@@ -130,7 +130,7 @@ def test_what_is_measured(monkeypatch, workers):
             loaded.append(works[0]()["image"].shape)
         return [[float(len(loaded))] * rounds]
 
-    monkeypatch.setattr(bfloat16, "take_turns", turns)
+    monkeypatch.setattr(stopwatch, "take_turns", turns)
     monkeypatch.setattr(pacing, "choose_precision", lambda task, batch: replace(CHOICE, step_s=[7.0, 8.0, 70.0]))
     monkeypatch.setattr(pacing, "step_seconds", lambda task, batch, precisions: [[5.0]])
     data, calls = replace(DATA, workers=workers), 1 + pacing.LOADS
@@ -138,14 +138,14 @@ def test_what_is_measured(monkeypatch, workers):
     assert (pace.first_load_s, pace.load_s) == ((0.0, 0.0) if workers else (calls, 2 * calls))
     assert set(loaded) == {(4, 3, 64, 96)} and (pace.step_s, pace.epoch) == (8.0, 2)
     pace = pacing.measure_pace(network(), data, Recipe(precision="32-true"), Budget())
-    assert (pace.choice, pace.step_s) == (Choice("32-true", "as the recipe says"), 5.0)
+    assert (pace.choice, pace.step_s) == (PrecisionChoice("32-true", "as the recipe says"), 5.0)
 
 
 def test_one_measurement_gives_the_precision_and_the_time(monkeypatch):
     steps = []
     monkeypatch.setattr(bfloat16, "product_ratio", lambda: 0.5)
     monkeypatch.setattr(trial, "_step", lambda task, batch, optimizer, precision: steps.append(precision))
-    monkeypatch.setattr(bfloat16, "clock", lambda: sum(0.25 if p == "bf16-mixed" else 0.375 for p in steps))
+    monkeypatch.setattr(stopwatch, "clock", lambda: sum(0.25 if p == "bf16-mixed" else 0.375 for p in steps))
     pace = pacing.measure_pace(network(), DATA, Recipe(), Budget())
     assert (pace.choice.precision, pace.step_s) == ("bf16-mixed", 0.25)
-    assert len(steps) == 2 * (1 + bfloat16.ROUNDS)
+    assert len(steps) == 2 * (1 + stopwatch.ROUNDS)

@@ -489,7 +489,7 @@ class TestAsked:
         with pytest.raises(
             ValueError, match="ms cannot be kept: the cheapest route costs 3 ms, the full network 10 ms"
         ):
-            Asked.parse("1.5ms", table).look(model, SIZE).price
+            Asked.parse("1.5ms", table).look(model, SIZE)
         half = replace(table, precision="bfloat16")
         with pytest.raises(ValueError, match="is for bfloat16, the network runs in float32"):
             Budgeted(SkipEngine(model), model, Asked.parse("9ms", half, "t.json"))

@@ -89,8 +89,8 @@ class TestOverlay:
     def test_picture_on_top_left_and_a_legend_in_the_class_colours(self, height, width):
         image, labels = picture(height, width)
         result = figures.overlay(image, labels, NAMES, PALETTE)
-        factor = max(1, -(-figures.MIN_PICTURE // max(height, width)))
-        assert result.dtype == np.uint8 and max(result.shape) >= figures.MIN_PICTURE
+        factor = max(1, -(-figures.MIN_IMAGE // max(height, width)))
+        assert result.dtype == np.uint8 and max(result.shape) >= figures.MIN_IMAGE
         below = result[height * factor :].reshape(-1, 3)
         beside = result[:, width * factor :].reshape(-1, 3)
         strip = np.concatenate([below, beside])

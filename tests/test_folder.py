@@ -19,7 +19,8 @@ from conftest import run
 from data_sets import DataSetContract
 from pictures import ORIENTATION_TAG, ROTATED_RIGHT, noise, save, truncate
 from routeseg import files
-from routeseg.data.pairs import LabelMap, UnreadableImage
+from routeseg.data.decoding import UnreadableImage
+from routeseg.data.label_files import LabelMap
 from routeseg.data.sets.folder import Fraction, open_folder, read_description, write_classes
 from routeseg.data.sets.voc import voc_palette
 from routeseg.labels import IGNORE

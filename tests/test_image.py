@@ -18,7 +18,9 @@ from routeseg import DynamicRoutingNetwork, Segmentation, SkipEngine, figures
 from routeseg.app.explorer import Explorer
 from routeseg.cli import main
 from routeseg.cost.macs import exit_costs
-from routeseg.data.pairs import LabelMap, Pair, PairedFiles, read_image
+from routeseg.data.decoding import read_image
+from routeseg.data.label_files import LabelMap
+from routeseg.data.pairs import Pair, PairedFiles
 from routeseg.evaluation import evaluate
 from routeseg.figures.labels import legend_entries
 from routeseg.labels import Classes

@@ -42,8 +42,8 @@ class TestMakeData:
     def test_the_progress_bar_ends_at_its_total(self, tmp_path, layout):
         steps: list[int] = []
         config = DataConfig(image_size=(32, 48), train_images=3, val_images=3)
-        writers.write_layout(layout, tmp_path / "a", config, on_picture=lambda: steps.append(1))
-        assert len(steps) == writers.pictures_of(layout, config)
+        writers.write_layout(layout, tmp_path / "a", config, on_image=lambda: steps.append(1))
+        assert len(steps) == writers.images_of(layout, config)
 
     @pytest.mark.parametrize(("train", "val"), [(1, 1), (2, 1), (1, 3)])
     def test_the_smallest_sets_can_be_read(self, tmp_path, train, val):
@@ -62,7 +62,7 @@ class TestMakeData:
             if root.name == "empty":
                 root.mkdir()
             with pytest.raises(KeyboardInterrupt):
-                writers.write_layout("voc", root, DataConfig(image_size=(32, 48)), on_picture=stop)
+                writers.write_layout("voc", root, DataConfig(image_size=(32, 48)), on_image=stop)
         assert not (tmp_path / "new").exists() and not list((tmp_path / "empty").iterdir())
 
     def test_a_killed_write_is_recognised(self, tmp_path, capsys):

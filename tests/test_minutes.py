@@ -22,10 +22,10 @@ from routeseg.training.recipe import Recipe, lr_factor
 from routeseg.training.run import RunOptions
 from routeseg.training.segmentation import train
 from routeseg.training.task import RecipeTask
-from routeseg.training.trial import Choice
+from routeseg.training.trial import PrecisionChoice
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CHOICE = Choice("32-true", "so it is")
+CHOICE = PrecisionChoice("32-true", "so it is")
 
 
 @pytest.fixture

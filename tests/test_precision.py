@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from routeseg import bfloat16
+from routeseg import bfloat16, stopwatch
 from routeseg.bfloat16 import product_ratio as measured_ratio  # conftest.py puts another in its place
 from routeseg.data.config import DataConfig
 from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.training import trial
 from routeseg.training.gate_budget import Budget
 from routeseg.training.segmentation import SegmentationTask
-from routeseg.training.trial import Choice, choose_precision, step_seconds
+from routeseg.training.trial import PrecisionChoice, choose_precision, step_seconds
 from test_training import DATA, fit, logged, recipe, same_networks, steps_of, tiny_model
 
 FLOAT32, BFLOAT16 = "32-true", "bf16-mixed"
+FASTER = PrecisionChoice(BFLOAT16, "it is faster")
 AUTO = dict(precision="auto", iterations=6, precise_bn_batches=1, validate_every=6)
 
 
@@ -29,7 +30,7 @@ class Machine:
 
     def __init__(self, monkeypatch):
         self.now, self.patch = 0.0, monkeypatch
-        monkeypatch.setattr(bfloat16, "clock", lambda: self.now)
+        monkeypatch.setattr(stopwatch, "clock", lambda: self.now)
 
     def products(self, seconds):
         """seconds(size, dtype) of a product; returns the (size, dtype) of those that ran."""
@@ -85,7 +86,7 @@ class TestProducts:
             ran.append(name)
             machine.now += 10.0 if len(ran) <= 2 else {"a": 1.0, "b": 2.0}[name]
 
-        assert bfloat16.take_turns([lambda: work("a"), lambda: work("b")], 2) == [[1.0, 1.0], [2.0, 2.0]]
+        assert stopwatch.take_turns([lambda: work("a"), lambda: work("b")], 2) == [[1.0, 1.0], [2.0, 2.0]]
         assert ran == ["a", "b"] * 3
 
 
@@ -107,7 +108,7 @@ class TestChoice:
     def test_else_steps_decide(self, machine, float32_s, bfloat16_s, said):
         ran = machine.steps(0.3, float32_s, bfloat16_s)
         choice = choose_precision(*task_and_batch())
-        assert str(choice) == said and ran == [FLOAT32, BFLOAT16] * (1 + bfloat16.ROUNDS)
+        assert str(choice) == said and ran == [FLOAT32, BFLOAT16] * (1 + stopwatch.ROUNDS)
         assert choice.step_s == pytest.approx([bfloat16_s if choice.precision == BFLOAT16 else float32_s] * 3)
 
     @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ class TestChoice:
 def test_tried_steps_are_those_of_the_training_and_leave_nothing_behind(monkeypatch):
     """Autocast as the training has it, the gradients of all batches of a step, on a copy of the network."""
     ticks = itertools.count()
-    monkeypatch.setattr(bfloat16, "clock", lambda: 0.001 * next(ticks))  # all steps take equally long
+    monkeypatch.setattr(stopwatch, "clock", lambda: 0.001 * next(ticks))  # all steps take equally long
     task, batch = task_and_batch(accumulate=2, drop_path=0.3)
     seen = []
     task.model.stem.register_forward_pre_hook(
@@ -162,9 +163,9 @@ def test_tried_steps_are_those_of_the_training_and_leave_nothing_behind(monkeypa
     network, before = task.model, {key: value.clone() for key, value in task.model.state_dict().items()}
     state = torch.get_rng_state()
     seconds = step_seconds(task, batch, (FLOAT32, BFLOAT16))
-    assert [len(some) for some in seconds] == [bfloat16.ROUNDS] * 2 and min(map(min, seconds)) > 0
+    assert [len(some) for some in seconds] == [stopwatch.ROUNDS] * 2 and min(map(min, seconds)) > 0
     once = [(False, 2, True)] * 2 + [(True, 2, True)] * 2
-    assert seen == once * (1 + bfloat16.ROUNDS)
+    assert seen == once * (1 + stopwatch.ROUNDS)
     assert task.model is network and task.precision == FLOAT32 and torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())
@@ -182,7 +183,11 @@ def test_frozen_norms_are_frozen_in_tried_steps():
 class TestRuns:
     def test_the_choice_is_said_once_and_the_run_goes_on_in_it(self, tmp_path, monkeypatch, capsys):
         """Cut and resumed where another precision is the faster one, it ends bit for bit like a run that was not."""
-        chosen = [Choice(BFLOAT16, "it is faster"), Choice(BFLOAT16, "it is faster"), Choice(FLOAT32, "by now")]
+        chosen = [
+            PrecisionChoice(BFLOAT16, "it is faster"),
+            PrecisionChoice(BFLOAT16, "it is faster"),
+            PrecisionChoice(FLOAT32, "by now"),
+        ]
         monkeypatch.setattr(trial, "choose_precision", lambda task, batch: chosen.pop(0))
         assert fit(tmp_path / "whole", recipe(**AUTO)).precision == BFLOAT16
         assert capsys.readouterr().out.count("precision: bf16-mixed (it is faster)\n") == 1
@@ -208,19 +213,21 @@ class TestRuns:
         for name, precision in (("a", FLOAT32), ("b", BFLOAT16)):
             model = tiny_model()
             model.stem.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
-            monkeypatch.setattr(trial, "choose_precision", lambda *_, precision=precision: Choice(precision, ""))
+            monkeypatch.setattr(
+                trial, "choose_precision", lambda *_, precision=precision: PrecisionChoice(precision, "")
+            )
             fit(tmp_path / name, recipe(**AUTO), model)
         # Six steps, and one batch for the statistics of BatchNorm.
         assert seen == [False] * 7 + [True] * 7
 
     def test_a_checkpoint_without_a_precision_decides_anew(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(trial, "choose_precision", lambda *_: Choice(BFLOAT16, ""))
+        monkeypatch.setattr(trial, "choose_precision", lambda *_: PrecisionChoice(BFLOAT16, ""))
         fit(tmp_path, recipe(**AUTO | {"iterations": 4}))
         path = tmp_path / "last.ckpt"
         checkpoint = torch.load(path, weights_only=True)
         del checkpoint["callbacks"]["precision"]
         torch.save(checkpoint, path)
-        monkeypatch.setattr(trial, "choose_precision", lambda *_: Choice(FLOAT32, ""))
+        monkeypatch.setattr(trial, "choose_precision", lambda *_: PrecisionChoice(FLOAT32, ""))
         assert fit(tmp_path, recipe(**AUTO), resume=True).precision == FLOAT32
 
     def test_a_given_precision_is_taken_also_where_a_run_goes_on(self, tmp_path, monkeypatch, capsys):

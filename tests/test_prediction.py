@@ -17,7 +17,8 @@ from pictures import ORIENTATION_TAG, ROTATED_RIGHT, noise, save
 from predicting import labels_of, run, sharpen
 from routeseg import DynamicRoutingNetwork, SkipEngine
 from routeseg.cost.macs import model_cost
-from routeseg.data.pairs import read_image, read_label_file
+from routeseg.data.decoding import read_image
+from routeseg.data.label_files import read_label_file
 from routeseg.data.transforms import PADDING_RGB
 from routeseg.description import describe
 from routeseg.prediction import files

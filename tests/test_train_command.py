@@ -48,7 +48,7 @@ def test_a_folder_is_enough(layouts, tmp_path, capsys, monkeypatch):
     root = layouts("folder")
     words = ["train", root, *TINY, "--recipe.iterations=2", "--recipe.validate_every=2", "--output", tmp_path / "run"]
     with monkeypatch.context() as patch:
-        patch.setattr(training, "start_from", lambda model, init, *_: print(f"init {init}"))
+        patch.setattr("routeseg.cli.run.training.start_from", lambda model, init, *_: print(f"init {init}"))
         code, out, err = run(words, capsys)
     assert code == 0, err
     assert f"--config=small --data.name=folder --data.root={root}" in out and f"init {checkpoints.PRETRAINED}" in out

@@ -13,7 +13,7 @@ from scipy.io import loadmat, savemat
 from conftest import run
 from data_sets import SIZE, TRAIN, DataSetContract, first, scene
 from routeseg.data.config import DataConfig, open_data
-from routeseg.data.pairs import UnreadableImage
+from routeseg.data.decoding import UnreadableImage
 from routeseg.data.sets import voc
 from routeseg.data.sets.voc import open_voc, read_sbd, train_aug_names, voc_palette
 from routeseg.labels import IGNORE

@@ -17,11 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import routeseg.cli
 from conftest import spread_gates
-from routeseg import bfloat16
+from routeseg import bfloat16, stopwatch
 from routeseg.collectives import rank_and_world
 from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig
-from routeseg.data.loaders import TRAIN_STREAM, TrainingPictures, image_tensor
+from routeseg.data.loaders import TRAIN_STREAM, TrainingImages, image_tensor
 from routeseg.data.scenes import draw_scene
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import evaluate
@@ -55,7 +55,7 @@ def fit(output, batch_size, budget=0.5, resume=False, **changes):
         precise_bn_batches=3, log_every=1, precision="32-true", seed=3,
     )  # fmt: skip
     model, options = network(), RunOptions(output, resume, accelerator="cpu", progress=False)
-    read, save, item = [], ValidateAndSave._save, TrainingPictures.__getitem__
+    read, save, item = [], ValidateAndSave._save, TrainingImages.__getitem__
 
     def save_and_keep(self, trainer, task):
         save(self, trainer, task)
@@ -67,14 +67,14 @@ def fit(output, batch_size, budget=0.5, resume=False, **changes):
             read.append(key)
         return item(self, key)
 
-    ValidateAndSave._save, TrainingPictures.__getitem__ = save_and_keep, read_and_note
+    ValidateAndSave._save, TrainingImages.__getitem__ = save_and_keep, read_and_note
     try:
         result = train(
             model, DataConfig(**DATA, batch_size=batch_size), Recipe(**{**values, **changes}),
             Budget(budget, 0.2, start=0.2, ramp=0.2), options,
         )  # fmt: skip
     finally:
-        ValidateAndSave._save, TrainingPictures.__getitem__ = save, item
+        ValidateAndSave._save, TrainingImages.__getitem__ = save, item
     return result, read, model
 
 
@@ -186,7 +186,7 @@ def fit_as_on_two_machines(output, rank):
 
     with (
         mock.patch.object(trial, "_step", timed_step),
-        mock.patch.object(bfloat16, "clock", lambda: now[0]),
+        mock.patch.object(stopwatch, "clock", lambda: now[0]),
         mock.patch.object(bfloat16, "product_ratio", lambda: (0.5, 430.0)[rank]),
     ):
         return fit(output, GLOBAL_BATCH // 2, precision="auto", precise_bn_batches=0, iterations=CUT)

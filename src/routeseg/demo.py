@@ -39,7 +39,7 @@ from routeseg.training.run import RunOptions
 from routeseg.training.segmentation import train
 
 SUBTITLE = "A segmentation network that picks its own depth and resolution for every image"
-PICTURES_PER_PRESET = 40
+IMAGES_PER_PRESET = 40
 BUDGETS = (0.25, 0.5, 1.0)  # shares of the full network that one with exits is shown at; at least its cheapest route
 GALLERY = 6
 VALIDATIONS = 4, 3  # without exits, with exits: each calibrates them; at most
@@ -76,17 +76,15 @@ def run_demo(
     network = checkpoints.load(output / "run" / "last")
     run = FinishedRun.of(result, output / "run", network, data, recipe, budget)
     evaluation = run.evaluation
-    pictures = evenly_spread(open_data(data, "val", recipe.seed), len(evaluation.cost_macs))  # those of the validation
+    images = evenly_spread(open_data(data, "val", recipe.seed), len(evaluation.cost_macs))  # those of the validation
     engine: Any = SkipEngine(network)
-    of_preset, of_val = plan.looks(len(pictures))
+    of_preset, of_val = plan.looks(len(images))
     by_preset = preset_costs(network, engine, data, recipe.seed, of_preset) if data.name == "scenes" else {}
     facts = run.facts()
     facts["pictures_of_preset"] = of_preset
     facts["cost_by_preset"] = {name: float(share.mean()) for name, share in by_preset.items()}
-    facts["budgets"] = (
-        [] if network.exits is None else ask_for_budgets(network, engine, evenly_spread(pictures, of_val))
-    )
-    more = partial(add_demonstrations, network, engine, pictures, evaluation, facts, output)
+    facts["budgets"] = [] if network.exits is None else ask_for_budgets(network, engine, evenly_spread(images, of_val))
+    more = partial(add_demonstrations, network, engine, images, evaluation, facts, output)
     write_report(run, path, output, more, SUBTITLE)
     write_json(output / "result.json", facts)
     share = facts["cost_gmacs"]["mean_share"]
@@ -111,24 +109,24 @@ class Plan:
     def looks(self, val: int) -> tuple[int, int]:
         """How many images of each preset, and of the validation, the report looks at: fewer if they take more than
         REPORT_SHARE of the minutes."""
-        if self.pace is None or self.minutes is None or not self.pace.picture_s:
-            return PICTURES_PER_PRESET, val
-        fit = REPORT_SHARE * 60 * self.minutes / self.pace.picture_s
-        share = min(1.0, fit / (PICTURES_PER_PRESET * len(PRESETS) + val * len(BUDGETS)))
-        return max(1, int(share * PICTURES_PER_PRESET)), max(1, int(share * val))
+        if self.pace is None or self.minutes is None or not self.pace.image_s:
+            return IMAGES_PER_PRESET, val
+        fit = REPORT_SHARE * 60 * self.minutes / self.pace.image_s
+        share = min(1.0, fit / (IMAGES_PER_PRESET * len(PRESETS) + val * len(BUDGETS)))
+        return max(1, int(share * IMAGES_PER_PRESET)), max(1, int(share * val))
 
     def report_s(self, val: int) -> float:
         """Seconds of the report."""
         assert self.pace is not None
         of_preset, of_val = self.looks(val)
         looks = of_preset * len(PRESETS) + of_val * len(BUDGETS) + SHOWN
-        return looks * self.pace.picture_s + FIGURES_S
+        return looks * self.pace.image_s + FIGURES_S
 
     def __str__(self) -> str:
-        steps, pictures = self.recipe.iterations, self.data.batch_size * self.recipe.accumulate
+        steps, images = self.recipe.iterations, self.data.batch_size * self.recipe.accumulate
         lines = [
             f"network: {self.network}",
-            f"training: {steps} iterations of {pictures} images, {steps * pictures} in all",
+            f"training: {steps} iterations of {images} images, {steps * images} in all",
         ]
         if self.pace is not None:
             lines[-1] = lines[-1].replace(": ", ": about ", 1)
@@ -198,14 +196,14 @@ def preset_costs(
     """Real cost over so many images of each scale preset, as shares of the full network [images]."""
     shares: dict[str, np.ndarray] = {}
     for preset in PRESETS:
-        pictures = open_data(replace(data, preset=preset, val_images=count), "val", seed)
-        result = evaluate(model, evaluation_loader(pictures), engine)
+        images = open_data(replace(data, preset=preset, val_images=count), "val", seed)
+        result = evaluate(model, evaluation_loader(images), engine)
         shares[preset] = result.cost_macs / result.full_macs
     return shares
 
 
 def ask_for_budgets(
-    model: DynamicRoutingNetwork, engine: SkipEngine, pictures: SegmentationData
+    model: DynamicRoutingNetwork, engine: SkipEngine, images: SegmentationData
 ) -> list[dict[str, float]]:
     """What a network with exits does at each of BUDGETS over images: shares of the full network's cost that were
     asked and spent, and mIoU."""
@@ -213,7 +211,7 @@ def ask_for_budgets(
     rows = []
     for budget in BUDGETS:
         asked = max(budget, float(model.exits.costs[0]))
-        found = evaluate(model, evaluation_loader(pictures), partial(engine, budget=asked))
+        found = evaluate(model, evaluation_loader(images), partial(engine, budget=asked))
         spent = found.cost_macs / found.full_macs
         row = {"asked": asked, "spent": spent.mean(), "least": spent.min(), "most": spent.max(), "miou": found.miou}
         rows.append({name: float(value) for name, value in row.items()})
@@ -223,7 +221,7 @@ def ask_for_budgets(
 def add_demonstrations(
     model: DynamicRoutingNetwork,
     engine: SkipEngine,
-    pictures: SegmentationData,
+    images: SegmentationData,
     evaluation: Evaluation,
     facts: dict[str, Any],
     output: Path,
@@ -233,7 +231,7 @@ def add_demonstrations(
     their figures into `output`."""
     report.heading("One route per image")
     routes, stages = output / "routes.png", model.config.backbone_stages
-    shown = _shown(pictures, evaluation, facts)
+    shown = _shown(images, evaluation, facts)
     figures.routes_side_by_side(routes, model.space, [_panel(model, engine, *one) for one in shown], stages)
     report.paragraph(
         "Columns are layers, rows are scales from 1/4 of the resolution down to 1/32. A filled node runs its cell; "
@@ -276,24 +274,24 @@ def add_demonstrations(
 
     report.heading("Segmentations")
     gallery = []
-    for index in np.linspace(0, len(pictures) - 1, min(GALLERY, len(pictures))).round().astype(int):
-        image, labels, _ = _segment(engine, pictures, int(index))
-        path = output / f"overlay_{pictures.name(int(index))}.png"
+    for index in np.linspace(0, len(images) - 1, min(GALLERY, len(images))).round().astype(int):
+        image, labels, _ = _segment(engine, images, int(index))
+        path = output / f"overlay_{images.name(int(index))}.png"
         overlay = figures.overlay(image, labels, model.config.class_names, model.config.palette)
         write_atomically(path, figures.png_bytes(overlay))
-        gallery.append((path, pictures.name(int(index))))
+        gallery.append((path, images.name(int(index))))
     report.gallery(gallery)
 
 
-def _segment(engine: Any, pictures: SegmentationData, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _segment(engine: Any, images: SegmentationData, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Image [H,W,3], labels [H,W] and gates [L+1,S,3] of an image."""
-    image, _ = pictures.read(index)
+    image, _ = images.read(index)
     result = engine(image_tensor(image)[None])
     return image, label_map(result.labels[0].numpy(), result.logits.shape[1]), result.gates[0].numpy()
 
 
 def _shown(
-    pictures: SegmentationData, evaluation: Evaluation, facts: dict[str, Any]
+    images: SegmentationData, evaluation: Evaluation, facts: dict[str, Any]
 ) -> list[tuple[SegmentationData, int, str]]:
     """The images whose routes are drawn: of scenes a large-, a small- and a mixed-scale one; of other data the
     cheapest, the median and the dearest."""
@@ -302,7 +300,7 @@ def _shown(
         return [(open_data(replace(data, preset=p, val_images=1), "val", seed), 0, p) for p in PRESETS]
     order = np.argsort(evaluation.cost_macs)
     places = {"cheapest": order[0], "median": order[len(order) // 2], "dearest": order[-1]}
-    return [(pictures, int(index), name) for name, index in places.items()]
+    return [(images, int(index), name) for name, index in places.items()]
 
 
 def _panel(

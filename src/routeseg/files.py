@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +28,7 @@ MAX_YAML_NODES = 20_000  # values of a configuration, each alias written out
 MAX_READ_BYTES, MAX_READ_SECONDS = 400_000_000, 60.0  # of a file or a URL, unless told otherwise
 BLOCK_BYTES = 1 << 20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_STDERR = threading.Lock()  # only one thread at a time may turn it away
 
 
 def sample() -> Path:
@@ -213,3 +215,22 @@ def check_run_folder(output: Path, resume: bool) -> None:
 def expand_user(path: str | Path) -> Path:
     """The path with `~` and `~name` as folders; with those of unknown users as they are, for they may be names."""
     return Path(os.path.expanduser(path))
+
+
+@contextmanager
+def silent_stderr() -> Iterator[None]:
+    """In this block, what C and C++ code writes to stderr goes nowhere. Errors still come as Python's."""
+    with _STDERR:
+        try:
+            kept = os.dup(2)
+        except OSError:  # there is no stderr
+            yield
+            return
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            os.close(nowhere)

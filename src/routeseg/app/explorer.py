@@ -27,11 +27,12 @@ from PIL import Image
 
 from routeseg.architectures import ARCHITECTURES
 from routeseg.cost.macs import exit_costs
-from routeseg.data.pairs import BAD_IMAGE, SegmentationData, UnreadableImage, decode_image
+from routeseg.data.decoding import BAD_IMAGE, UnreadableImage, decode_image
+from routeseg.data.pairs import SegmentationData
 from routeseg.data.scenes import CLASSES, PRESETS, draw_scene
 from routeseg.data.subset import evenly_spread
 from routeseg.errors import BudgetNotKept
-from routeseg.evaluation.ranking import picture_score
+from routeseg.evaluation.ranking import image_score
 from routeseg.figures.routes import ACTIVATION_COLORS
 from routeseg.labels import IGNORE, see_through
 from routeseg.model import DynamicRoutingNetwork
@@ -56,7 +57,7 @@ class Refused(ValueError):
 
 
 @dataclass(eq=False)
-class Picture:
+class OpenImage:
     """An image that is looked at.
 
     image   uint8 [H,W,3]; labels uint8 [H,W], IGNORE where unknown, or None
@@ -106,7 +107,7 @@ class Explorer:
         self.config = model.config
         self.lock = threading.Lock()
         self._runners: dict[str, TorchNetwork] = {}
-        self._pictures: OrderedDict[str, Picture] = OrderedDict()
+        self._pictures: OrderedDict[str, OpenImage] = OrderedDict()
         self.known = known_routes(model)
 
     # --- What the page asks ---------------------------------------------------------------------------------------
@@ -189,23 +190,23 @@ class Explorer:
     # --- Images ------------------------------------------------------------------------------------------------
 
     @cached_property
-    def examples(self) -> dict[str, Picture]:
+    def examples(self) -> dict[str, OpenImage]:
         """Some images that the network is for: of its data, or a drawn street of each preset."""
         if self.pictures is not None:
             some = evenly_spread(self.pictures, min(EXAMPLES, len(self.pictures)))
             with suppress(UnreadableImage, ValueError, OSError):  # they are gone, or of other classes by now
-                return {some.name(k): Picture(some.name(k), *some.read(k)) for k in range(len(some))}
+                return {some.name(k): OpenImage(some.name(k), *some.read(k)) for k in range(len(some))}
             return {}
         if not STREET <= set(self.config.class_names):
             return {}
         same = list(self.config.class_names) == list(CLASSES)
         drawn = {preset: draw_scene(EXAMPLE_SEED, 0, EXAMPLE_SIZE, preset) for preset in PRESETS}
         return {
-            preset: Picture(f"drawn street, {preset} things", image, labels if same else None)
+            preset: OpenImage(f"drawn street, {preset} things", image, labels if same else None)
             for preset, (image, labels) in drawn.items()
         }
 
-    def _picture(self, question: Mapping[str, Any]) -> Picture:
+    def _picture(self, question: Mapping[str, Any]) -> OpenImage:
         if example := _text(question, "example"):
             if example not in self.examples:
                 raise Refused("there is no such example")
@@ -223,9 +224,9 @@ class Explorer:
             size = tuple(max(1, round(side * SIDE / max(height, width))) for side in (width, height))
             image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
             known = None if known is None else cv2.resize(known, size, interpolation=cv2.INTER_NEAREST)
-        return Picture(name, np.ascontiguousarray(image), known)
+        return OpenImage(name, np.ascontiguousarray(image), known)
 
-    def _labels(self, data: bytes, picture: Picture) -> np.ndarray:
+    def _labels(self, data: bytes, picture: OpenImage) -> np.ndarray:
         """A label map of the image, shrunk as it was."""
         if self.config.num_classes > IGNORE:
             raise Refused(f"the network has {self.config.num_classes} classes: labels hold at most {IGNORE}")
@@ -254,14 +255,14 @@ class Explorer:
                 raise Refused(str(error)) from error
         return self._runners[precision]
 
-    def _segment(self, picture: Picture, runner: TorchNetwork, **how: Any) -> Segmented:
+    def _segment(self, picture: OpenImage, runner: TorchNetwork, **how: Any) -> Segmented:
         """The image, segmented as `predict` does it; `how`: a route or a budget, as the forward takes them."""
         asked = TorchNetwork(partial(runner.forward, **how), self.model, runner.network)
         return segment(asked, picture.image, picture.name, picture.name)
 
     def _view(
         self,
-        picture: Picture,
+        picture: OpenImage,
         precision: str,
         route: Route | None,
         budget: float | None,
@@ -289,7 +290,7 @@ class Explorer:
             "open": [[*edge, round(float(gates[edge]), 3)] for edge in space.edges if gates[edge] > 0],
             "runs": [node for node in space.nodes if runs[node]],
             "passes": [node for node in space.nodes if arrived[node] and not runs[node]],
-            "score": None if picture.labels is None else picture_score(picture.labels, labels),
+            "score": None if picture.labels is None else image_score(picture.labels, labels),
         }
         picture.seen[key] = {"view": view, "labels": labels}
         while len(picture.seen) > len(self.known) + 2:
@@ -310,7 +311,7 @@ class Explorer:
 
     # --- Budgets -------------------------------------------------------------------------------------------------
 
-    def _exit_costs(self, picture: Picture, unit: str) -> np.ndarray:
+    def _exit_costs(self, picture: OpenImage, unit: str) -> np.ndarray:
         """[K] of the exits' routes at the size of the image, ascending: shares, GMACs or ms of this machine."""
         assert self.model.exits is not None
         if unit == "ms":
@@ -322,14 +323,14 @@ class Explorer:
         costs = exit_costs(self.model, padded_size(self.config.space, *pad_small(picture.image).shape[:2]))
         return costs / GIGA if unit == "gmacs" else costs / costs[-1]
 
-    def _range(self, picture: Picture) -> dict[str, list[float]] | None:
+    def _range(self, picture: OpenImage) -> dict[str, list[float]] | None:
         """What can be asked for, in each unit: lowest and highest."""
         if self.model.exits is None or not self.model.exits.calibrated:
             return None
         costs = {unit: self._exit_costs(picture, unit) for unit in ("share", "gmacs", "ms")}
         return {unit: [float(some[0]), float(some[-1])] for unit, some in costs.items()}
 
-    def _share(self, picture: Picture, budget: Any) -> float | None:
+    def _share(self, picture: OpenImage, budget: Any) -> float | None:
         """The share of the full network that a budget stands for; None leaves it to the network."""
         if budget is None or self.model.exits is None or not self.model.exits.calibrated:
             return None

@@ -24,7 +24,7 @@ from torch import Tensor
 from routeseg.budgets.worth import LARGEST_PRICE, AllExits, price_between, score_exits
 from routeseg.collectives import gather
 from routeseg.cost.macs import exit_costs, model_cost
-from routeseg.data.subset import LEAST_PICTURES
+from routeseg.data.subset import LEAST_IMAGES
 from routeseg.evaluation.scores import count_pairs
 from routeseg.model.decoder import most_likely
 from routeseg.model.exits import TABLE, Exits
@@ -36,7 +36,7 @@ from routeseg.space import seen_size
 Network = TypeVar("Network", bound=RoutedNetwork)
 
 WATCHED, LEAST_PRICE = 10, 1e-7  # prices at which places are watched; the least of them
-WALKED = 40  # images at least in which they are, if there are so many
+WALKED = 30  # images at least in which they are, if there are so many
 ROUNDING = 1e-9  # of a mean
 
 
@@ -46,7 +46,7 @@ def calibrate(
     batches: Iterable[dict[str, Any]],
     others: Iterable[dict[str, Any]],
     on_batch: Callable[[], None] = lambda: None,
-    least: int = LEAST_PICTURES,
+    least: int = LEAST_IMAGES,
 ) -> int:
     """Fits the exits of a network to images with labels: batches of image [B,3,H,W] and labels [B,H,W]; and its
     budgets to other images, of which only image is read, unless budgets also choose a size. `on_batch` is
@@ -84,26 +84,26 @@ def _fit(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]], 
         seen.append(([features[known] for features in glances], scores.chosen(known)))
     seen = [one for share in gather(seen) for one in share]
     count = sum(len(scores.both) for _, scores in seen)
-    check_enough_pictures(count, least)
+    check_enough_images(count, least)
     losses = AllExits.joined([scores for _, scores in seen]).lost()
     exits.gates.fit([np.concatenate([glances[k] for glances, _ in seen]) for k in range(len(exits.decoders))], losses)
     return count
 
 
 def _set_budgets(
-    model: RoutedNetwork, exits: Exits, pictures: Callable[[], Iterator[dict[str, Any]]], least: int
+    model: RoutedNetwork, exits: Exits, images: Callable[[], Iterator[dict[str, Any]]], least: int
 ) -> None:
     """Sets the tables of prices of all sizes by where images leave, or their places."""
     seen, own = [], (0, 0)
-    for batch in pictures():
+    for batch in images():
         own = (batch["image"].shape[-2], batch["image"].shape[-1])
         seen.append(_glances(exits, model.exit_features(batch["image"].to(exits.costs.device))))
     every, shares = max(1, len(seen) // WALKED), gather((seen, own))
     seen, own = [one for share, _ in shares for one in share], max(size for _, size in shares)
-    check_enough_pictures(sum(len(one[-1]) for one in seen), least, "images to set budgets with")
+    check_enough_images(sum(len(one[-1]) for one in seen), least, "images to set budgets with")
 
     def some() -> Iterator[dict[str, Any]]:
-        return (batch for number, batch in enumerate(pictures()) if number % every == 0)
+        return (batch for number, batch in enumerate(images()) if number % every == 0)
 
     for size in exits.sizes:
         costs = exit_costs(model, seen_size(own, size)) / model_cost(model, own).full
@@ -131,13 +131,13 @@ def _glances(exits: Exits, kept: Sequence[Sequence[Any]]) -> list[np.ndarray]:
 
 
 def _looked(
-    model: RoutedNetwork, exits: Exits, size: float, pictures: Callable[[], Iterator[dict[str, Any]]]
+    model: RoutedNetwork, exits: Exits, size: float, images: Callable[[], Iterator[dict[str, Any]]]
 ) -> list[tuple[list[np.ndarray], np.ndarray]]:
     """What decides at each exit for each batch of images that are looked at in this size, and what each exit makes of
     them: confusion matrices [B,K,C,C]."""
     found = []
-    for batch in pictures():
-        images, labels = batch["image"].to(exits.costs.device), batch["labels"]
+    for batch in images():
+        labels = batch["labels"]
         kept: list[Sequence[Any]] = []
 
         def run(seen: Tensor, kept: list[Sequence[Any]] = kept) -> Any:
@@ -145,7 +145,7 @@ def _looked(
             kept += features
             return result
 
-        result = look(images, size, run)
+        result = look(batch["image"].to(exits.costs.device), size, run)
         labelled = [most_likely(logits).cpu() for logits in (*result.earlier, result.logits)]
         classes = model.config.num_classes
         pairs = [[count_pairs(labels[i], one[i], classes).numpy() for one in labelled] for i in range(len(labels))]
@@ -157,7 +157,7 @@ def _walked(
     model: RoutedNetwork,
     exits: Exits,
     size: float,
-    pictures: Callable[[], Iterator[dict[str, Any]]],
+    images: Callable[[], Iterator[dict[str, Any]]],
     prices: np.ndarray,
     costs: np.ndarray,
 ) -> PriceTable:
@@ -168,7 +168,7 @@ def _walked(
     frequencies = np.zeros((len(watched), len(costs)))
     pairs = np.zeros((len(watched), model.config.num_classes, model.config.num_classes), dtype=np.int64)
     count = 0
-    for batch in pictures():
+    for batch in images():
         count += len(batch["image"])
         for row, price in enumerate(watched):
             result = model(batch["image"].to(exits.costs.device), price=price, size=size)
@@ -209,7 +209,7 @@ def with_sizes(model: Network, sizes: Sequence[float]) -> Network:
     return found.to(next(model.parameters()).device).train(model.training)
 
 
-def check_enough_pictures(count: int, least: int, kind: str = "images with labels") -> None:
+def check_enough_images(count: int, least: int, kind: str = "images with labels") -> None:
     """Raises ValueError if there are too few images for a calibration."""
     if count < least:
         raise ValueError(f"{count} {kind} are too few to calibrate a network with exits: give {least} or more")

@@ -55,9 +55,9 @@ class AllExits:
         both, either, labels = zip(*((part.both, part.either, part.labels) for part in parts), strict=True)
         return cls(np.concatenate(both), np.concatenate(either), np.concatenate(labels))
 
-    def chosen(self, pictures: np.ndarray) -> AllExits:
+    def chosen(self, images: np.ndarray) -> AllExits:
         """Those of some images, a mask or indices."""
-        return AllExits(self.both[pictures], self.either[pictures], self.labels[pictures])
+        return AllExits(self.both[images], self.either[images], self.labels[images])
 
     def lost(self) -> np.ndarray:
         """What each image takes away from the mIoU at each exit, float64 [N,K]: the change in the set's mIoU if this
@@ -96,18 +96,18 @@ class Worth:
 
 @torch.no_grad()
 def look_at_exits(
-    model: DynamicRoutingNetwork, pictures: Iterable[dict[str, Any]], on_picture: Callable[[], None] = lambda: None
+    model: DynamicRoutingNetwork, images: Iterable[dict[str, Any]], on_image: Callable[[], None] = lambda: None
 ) -> AllExits:
     """Runs a network with exits over images (as `evaluation_loader` gives them), once as far as each exit."""
     device = next(model.parameters()).device
     seen = []
     was_training = model.training
     model.eval()
-    for picture in pictures:
-        on_picture()
-        if picture["skipped"]:
+    for image in images:
+        on_image()
+        if image["skipped"]:
             continue
-        seen.append(score_exits(model.all_exits(picture["image"].to(device))[0], picture["labels"].to(device)))
+        seen.append(score_exits(model.all_exits(image["image"].to(device))[0], image["labels"].to(device)))
     model.train(was_training)
     return AllExits.joined(seen)
 

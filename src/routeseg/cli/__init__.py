@@ -8,23 +8,17 @@ from __future__ import annotations
 import atexit
 import difflib
 import gc
+import importlib
 import os
 import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from routeseg.cli.analysis import architectures_command, evaluate_command, routes_command
-from routeseg.cli.app import app_command
-from routeseg.cli.common import log_to_stderr
-from routeseg.cli.data import check_data_command, convert_data_command, download_command, make_data_command
-from routeseg.cli.export import export_command
+from routeseg.cli.logs import log_to_stderr
 from routeseg.cli.parser import USAGE_ERROR
-from routeseg.cli.prediction import import_command, predict_command
-from routeseg.cli.profiling import profile_command
-from routeseg.cli.training import calibrate_command, demo_command, pretrain_command, train_command
 from routeseg.errors import printable
 
 __all__ = ["COMMANDS", "main"]
@@ -59,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged files, without their names
     try:
         with log_to_stderr():
-            return COMMANDS[words[0]][0](words[1:])
+            module = importlib.import_module(f"routeseg.cli.{COMMANDS[words[0]][0]}")
+            return getattr(module, f"{words[0].replace('-', '_')}_command")(words[1:])
     except (ValueError, OSError) as error:
         print(f"routeseg: error: {_message(error)}", file=sys.stderr)
         return USAGE_ERROR
@@ -119,21 +114,21 @@ def _overview() -> str:
     return "\n".join(lines + [f"  {name:<18} {text}" for name, (_, text) in COMMANDS.items()])
 
 
-COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "train": (train_command, "train a network: --config FILE [--section.key value]"),
-    "calibrate": (calibrate_command, "fit what a network with exits expects of each to a data set, and its budgets"),
-    "pretrain": (pretrain_command, "train a classifier (ImageNet), whose weights `train --init` starts from"),
-    "evaluate": (evaluate_command, "mIoU and real cost of a checkpoint over a data set"),
-    "routes": (routes_command, "how often each path is open over a data set, and whether routes follow scale"),
-    "profile": (profile_command, "measure the milliseconds of a network on this machine, exit by exit: --size HxW"),
-    "architectures": (architectures_command, "the known networks as routes: size, cost, and a drawing"),
-    "predict": (predict_command, "segment image files: labels, overlays and routes"),
-    "app": (app_command, "see it choose: the explorer in the browser, [CHECKPOINT]"),
-    "export": (export_command, "write a network as an ONNX file: of one route, or with its gates"),
-    "import-checkpoint": (import_command, "read one of the authors' released networks"),
-    "check-data": (check_data_command, "look a data set over before training: files, labels, classes; a verdict"),
-    "convert-data": (convert_data_command, "make a COCO or VOC export of a labelling tool loadable: coco or voc"),
-    "make-data": (make_data_command, "write procedural street scenes in the layout of a known data set"),
-    "download": (download_command, "fetch camvid, voc2012 or sbd, with checksum and resume: NAME FOLDER"),
-    "demo": (demo_command, "train, evaluate and report in a few minutes"),
+COMMANDS = {  # the module of this package that has NAME_command, a function of the words; what it does
+    "train": ("training", "train a network: --config FILE [--section.key value]"),
+    "calibrate": ("training", "fit what a network with exits expects of each to a data set, and its budgets"),
+    "pretrain": ("training", "train a classifier (ImageNet), whose weights `train --init` starts from"),
+    "evaluate": ("analysis", "mIoU and real cost of a checkpoint over a data set"),
+    "routes": ("analysis", "how often each path is open over a data set, and whether routes follow scale"),
+    "profile": ("profiling", "measure the milliseconds of a network on this machine, exit by exit: --size HxW"),
+    "architectures": ("analysis", "the known networks as routes: size, cost, and a drawing"),
+    "predict": ("prediction", "segment image files: labels, overlays and routes"),
+    "app": ("app", "see it choose: the explorer in the browser, [CHECKPOINT]"),
+    "export": ("export", "write a network as an ONNX file: of one route, or with its gates"),
+    "import-checkpoint": ("prediction", "read one of the authors' released networks"),
+    "check-data": ("data", "look a data set over before training: files, labels, classes; a verdict"),
+    "convert-data": ("data", "make a COCO or VOC export of a labelling tool loadable: coco or voc"),
+    "make-data": ("data", "write procedural street scenes in the layout of a known data set"),
+    "download": ("data", "fetch camvid, voc2012 or sbd, with checksum and resume: NAME FOLDER"),
+    "demo": ("training", "train, evaluate and report in a few minutes"),
 }

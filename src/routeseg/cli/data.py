@@ -7,20 +7,38 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from routeseg.cli.common import config_parser, fit_crop, leaves_crop, of_folder, progress_bar, read_data
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from routeseg.cli.common import config_parser, fit_crop, leaves_crop, of_folder, read_data
+from routeseg.cli.options import check_files, progress_bar
 from routeseg.cli.parser import USAGE_ERROR, Parser
+from routeseg.cli.tables import print_check
+from routeseg.data.config import DataConfig, pair
+from routeseg.data.pairs import SegmentationData
+from routeseg.data.sets.folder import describing_file, write_classes
+from routeseg.data.tools.check import SplitCheck, images_to_show, read_to_show
+from routeseg.data.tools.convert import Annotations, convert_coco, convert_voc
+from routeseg.data.tools.download import SOURCES, download, parse_checksum
+from routeseg.data.tools.findings import examine, verdict
+from routeseg.data.tools.layouts import LAYOUTS, images_of, write_layout
+from routeseg.data.tools.registration import BY_HAND
+from routeseg.evaluation import machine_facts
+from routeseg.figures import Section, contact_sheet
 from routeseg.files import check_writable, expand_user, write_json
+from routeseg.labels import default_palette
 
-if TYPE_CHECKING:
-    from rich.progress import TaskID
-
-    from routeseg.data.config import DataConfig
-    from routeseg.data.pairs import SegmentationData
-    from routeseg.data.tools.check import SplitCheck
-
-PICTURES_SHOWN = {"train": 12, "val": 8}  # on the contact sheet
+IMAGES_SHOWN = {"train": 12, "val": 8}  # on the contact sheet
 
 
 def make_data_command(words: Sequence[str]) -> int:
@@ -37,13 +55,10 @@ def make_data_command(words: Sequence[str]) -> int:
     if args.name != "scenes":
         raise ValueError(f"cannot make {args.name!r}: choose scenes")
 
-    from routeseg.data.config import DataConfig
-    from routeseg.data.tools.layouts import LAYOUTS, pictures_of, write_layout
-
     if args.layout not in LAYOUTS:
         raise ValueError(f"no layout {args.layout!r}: choose one of {', '.join(LAYOUTS)}")
     config = DataConfig(image_size=args.size, preset=args.preset, train_images=args.train, val_images=args.val)
-    with progress_bar("make-data", pictures_of(args.layout, config)) as step:
+    with progress_bar("make-data", images_of(args.layout, config)) as step:
         write_layout(args.layout, Path(args.output), config, args.seed, step)
     name, options = ("voc", " --data.train_split train_aug") if args.layout == "sbd" else (args.layout, "")
     print(f"{args.output}: {args.train} training and {args.val} validation images in the layout {args.layout}")
@@ -52,9 +67,6 @@ def make_data_command(words: Sequence[str]) -> int:
 
 
 def download_command(words: Sequence[str]) -> int:
-    from routeseg.data.tools.download import SOURCES, download, parse_checksum
-    from routeseg.data.tools.registration import BY_HAND
-
     parser = Parser(prog="routeseg download")
     parser.add_argument("name", type=str, help=f"{', '.join(SOURCES)}; or {', '.join(BY_HAND)}, for what to do by hand")
     parser.add_argument("folder", type=str, help="where the data sets lie, each in its own folder below it")
@@ -101,8 +113,6 @@ def convert_data_command(words: Sequence[str]) -> int:
     args = parser.parse_args(list(words))
     if args.background not in ("class", "ignore"):
         raise ValueError(f"--background is {args.background!r}: choose class or ignore")
-
-    from routeseg.data.tools.convert import Annotations, convert_coco, convert_voc
 
     keep = args.background == "class"
     if args.format == "voc":
@@ -154,18 +164,12 @@ def check_data_command(words: Sequence[str]) -> int:
         with suppress(ValueError):  # the report tells it
             data = fit_crop(data, args.seed)
 
-    from routeseg.cli.tables import print_check
-    from routeseg.data.config import pair
-    from routeseg.data.tools.findings import examine, verdict
-    from routeseg.evaluation import machine_facts
-
     if args.workers is not None and args.workers < 0:
         raise ValueError(f"--workers is {args.workers}: it must not be negative")
     if args.write_classes:
         print(f"{_write_classes(data)}: written; put names of your own there")
     check_writable(args.output)
-    if args.json is not None:
-        check_writable(Path(args.json).parent, "--json")
+    check_files(args, "json")
     splits = args.split or (data.train_split, data.val_split)
     examined = examine(data, splits, args.seed, args.workers, progress_bar)
     checks, findings = examined.checks, examined.findings
@@ -188,8 +192,6 @@ def check_data_command(words: Sequence[str]) -> int:
 
 def _write_classes(data: DataConfig) -> Path:
     """Writes the classes that the masks tell to the classes.yaml of the folder. Raises ValueError if there are none."""
-    from routeseg.data.sets.folder import describing_file, write_classes
-
     if data.name != "folder" or data.root is None:
         raise ValueError("--write_classes is for a folder of your own images (data.name folder): leave it out")
     path = describing_file(expand_user(data.root))
@@ -205,17 +207,11 @@ def _draw_contact_sheet(
     output: Path, data: DataConfig, checks: Sequence[SplitCheck], opened: Mapping[str, SegmentationData]
 ) -> Path | None:
     """Images of each split, in a file of a new name; None if no image could be read."""
-    import numpy as np
-
-    from routeseg.data.tools.check import pictures_to_show, read_to_show
-    from routeseg.figures import Section, contact_sheet
-    from routeseg.labels import default_palette
-
     sections = []
     for check in (check for check in checks if check.counted):
-        shown = pictures_to_show(check, PICTURES_SHOWN["train" if check.training else "val"])
-        tiles = [(check.pictures[k].name, *read_to_show(opened[check.split], k)) for k in shown]
-        sections.append(Section(f"{check.split}: {len(shown)} of {len(check.pictures)} images", tiles))
+        shown = images_to_show(check, IMAGES_SHOWN["train" if check.training else "val"])
+        tiles = [(check.images[k].name, *read_to_show(opened[check.split], k)) for k in shown]
+        sections.append(Section(f"{check.split}: {len(shown)} of {len(check.images)} images", tiles))
     if not sections:
         return None
     counted = [check for check in checks if check.counted]
@@ -242,9 +238,6 @@ def _new_file(folder: Path, name: str, suffix: str) -> Path:
 @contextmanager
 def byte_bars() -> Iterator[Callable[[str], Callable[[int, int | None], None]]]:
     """Bars that count bytes, on a terminal: of a title, a function of (done, total or None). They go at the end."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
     console = Console()
     columns = (
         TextColumn("{task.description}"),

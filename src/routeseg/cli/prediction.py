@@ -9,33 +9,27 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from jsonargparse import Namespace
 
-from routeseg.cli.common import (
-    PRECISION_HELP,
-    add_budget_arguments,
-    best_of_run,
-    find_device,
-    progress_bar,
-    read_budget,
-    say_precision,
-)
+from routeseg.budgets.asked import in_words, levels
+from routeseg.cli.options import PRECISION_HELP, add_budget_arguments, progress_bar, read_budget, say_precision
 from routeseg.cli.parser import USAGE_ERROR, Parser
 from routeseg.cli.video import add_video_arguments, find_videos, frame_ms, predict_videos
-from routeseg.files import CONFIG_FILE, RESUME_FILE, RUN_CONFIG_FILE, WEIGHTS_FILE
+from routeseg.data.decoding import IMAGE_SUFFIXES, MAX_PIXELS, UnreadableImage, read_image
+from routeseg.description import NetworkDescription
+from routeseg.files import CONFIG_FILE, RESUME_FILE, RUN_CONFIG_FILE, WEIGHTS_FILE, best_of_run
+from routeseg.prediction.clips import is_video
+from routeseg.prediction.files import Runner, asked_of, predict_files
+from routeseg.prediction.onnx_runner import OnnxNetwork
+from routeseg.prediction.ray import OpenRunner, predict_with_ray
+from routeseg.prediction.sources import find_inputs, other_inputs
 
 if TYPE_CHECKING:
-    from routeseg.description import NetworkDescription
     from routeseg.model import DynamicRoutingNetwork
-    from routeseg.prediction.files import Runner
-    from routeseg.prediction.onnx_runner import OnnxNetwork
-    from routeseg.prediction.ray import OpenRunner
 
 NETWORK_SUFFIXES = (".onnx", ".safetensors", ".ckpt", ".pt", ".pth")  # of files that hold weights: never an image
 CHECKPOINT_FILES = (WEIGHTS_FILE, CONFIG_FILE, RESUME_FILE)
 
 
 def predict_command(words: Sequence[str]) -> int:
-    from routeseg.data.pairs import MAX_PIXELS
-
     parser = Parser(prog="routeseg predict")
     parser.add_argument(
         "inputs", nargs="*", help="[CHECKPOINT or FILE.onnx] then image files, folders, globs, URLs, @LIST; or videos"
@@ -61,9 +55,6 @@ def predict_command(words: Sequence[str]) -> int:
     add_video_arguments(parser)
     args = parser.parse_args(list(words))
 
-    from routeseg.prediction.files import predict_files
-    from routeseg.prediction.sources import find_inputs, other_inputs
-
     network, inputs = _network_first(args.inputs or ())
     if not args.inputs and args.source is None:
         raise ValueError("no inputs: name image files, folders, globs, URLs or videos, or a camera with --source")
@@ -75,8 +66,6 @@ def predict_command(words: Sequence[str]) -> int:
     several = args.workers is not None or args.ray_address is not None
     common = {"resume": args.resume, "pictures": args.pictures, "max_pixels": args.max_pixels}
     if several:
-        from routeseg.prediction.ray import predict_with_ray
-
         opener, description, asked = _opener(network, args)
         where = {"workers": args.workers, "address": args.ray_address, "device": args.device}
         with progress_bar("predict", len(images)) as step:
@@ -92,8 +81,6 @@ def predict_command(words: Sequence[str]) -> int:
         print(f"passed over, as no images: {others}")
     network_of = description if several else runner.network
     if args.budget is not None and summary.predictions and network_of.config.place is None:
-        from routeseg.budgets.asked import in_words, levels
-
         steps = in_words(levels(network_of, summary.predictions[0].size))
         print(f"an image costs one of {steps} of the full network: a budget is kept in the mean of many")
     return USAGE_ERROR if summary.skipped else 0
@@ -116,9 +103,6 @@ def _network_first(words: Sequence[str]) -> tuple[str | None, list[str]]:
         if _is_network(best_of_run(word)):
             raise ValueError(f"{word} is a network: name one, before the images")
     if network is None and words and Path(words[0]).is_file():
-        from routeseg.data.pairs import IMAGE_SUFFIXES, UnreadableImage, read_image
-        from routeseg.prediction.clips import is_video
-
         if Path(words[0]).suffix.lower() not in IMAGE_SUFFIXES and not is_video(words[0]):
             try:
                 read_image(Path(words[0]))
@@ -144,6 +128,7 @@ def _open(network: str | None, args: Namespace) -> Runner:
     budget = read_budget(args)
     model = _load(network)
 
+    from routeseg.cli.run.networks import find_device
     from routeseg.prediction.torch_runner import open_network
 
     runner = open_network(
@@ -160,9 +145,6 @@ def _open(network: str | None, args: Namespace) -> Runner:
 def _opener(network: str | None, args: Namespace) -> tuple[OpenRunner, NetworkDescription, Mapping[str, str | None]]:
     """What opens the network in another process, the network, and what is asked of it. Wrong options are found here,
     before Ray starts."""
-    from routeseg.prediction.files import asked_of
-    from routeseg.prediction.onnx_runner import OnnxNetwork
-
     if _is_onnx(network):
         runner: Runner = _open_onnx(network, args)
         opener: OpenRunner = partial(OnnxNetwork, network, content=Path(network).read_bytes(), budget=read_budget(args))
@@ -186,8 +168,6 @@ def _opener(network: str | None, args: Namespace) -> tuple[OpenRunner, NetworkDe
 
 def _open_onnx(file: str, args: Namespace) -> OnnxNetwork:
     """The network of an ONNX file. Raises ValueError for options that only apply to checkpoints."""
-    from routeseg.prediction.onnx_runner import OnnxNetwork
-
     for option, given, why in (
         *((name, getattr(args, name) is not None, f"{file} does not know of time") for name in ("fps", "frame_ms")),
         ("budget in ms", (args.budget or "").lower().endswith("ms"), f"{file} takes shares such as 40%, or GMACs"),
@@ -207,7 +187,7 @@ def _load(checkpoint: str | None) -> DynamicRoutingNetwork:
     return checkpoints.load(checkpoint)
 
 
-def import_command(words: Sequence[str]) -> int:
+def import_checkpoint_command(words: Sequence[str]) -> int:
     parser = Parser(prog="routeseg import-checkpoint")
     parser.add_argument("file", type=str, help="one of the authors' checkpoints, .pth or .safetensors")
     parser.add_argument("output", type=str, help="folder to write")
@@ -215,17 +195,6 @@ def import_command(words: Sequence[str]) -> int:
     parser.add_argument("--normalize", type=bool, default=True, help="fold the authors' input normalisation in")
     args = parser.parse_args(list(words))
 
-    from routeseg.cost.macs import model_cost
-    from routeseg.model.authors import import_checkpoint
+    from routeseg.cli.run.importing import run_import
 
-    model = import_checkpoint(args.file, args.small_gate, args.normalize)
-    folder = model.save(args.output)
-    parameters = sum(p.numel() for p in model.parameters())
-    config = model.config
-    gates = "no" if not config.gated else "small" if config.small_gate else "full"
-    print(
-        f"{folder}: {model.space}, {config.base_channels} channels, {config.num_classes} classes, {gates} gates, "
-        f"{parameters / 1e6:.3f} M parameters, "
-        f"{model_cost(model, (1024, 2048)).full / 1e9:.2f} GMACs at 1024x2048"
-    )
-    return 0
+    return run_import(args)

@@ -8,18 +8,10 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
-from routeseg.cli.common import (
-    PRECISION_HELP,
-    best_of_run,
-    config_parser,
-    enough_memory,
-    find_device,
-    network_options,
-    parse_size,
-    progress_bar,
-    quiet_libraries,
-)
-from routeseg.files import check_writable, write_json
+from routeseg.cli.common import config_parser, network_options
+from routeseg.cli.logs import quiet_libraries
+from routeseg.cli.options import PRECISION_HELP, enough_memory, parse_size, progress_bar
+from routeseg.files import best_of_run, check_writable, write_json
 
 if TYPE_CHECKING:
     from routeseg.model import DynamicRoutingNetwork
@@ -57,6 +49,7 @@ def profile_command(words: Sequence[str]) -> int:
         raise ValueError(f"--repeats is {args.repeats}: it must be at least 1")
     model = _network(args, words)
 
+    from routeseg.cli.run.networks import find_device
     from routeseg.cli.tables import print_latency
     from routeseg.engine.profiling import profile
     from routeseg.evaluation import machine_facts

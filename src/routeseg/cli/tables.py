@@ -126,7 +126,7 @@ def print_check(checks: Sequence[SplitCheck], findings: Sequence[Finding], crop:
     for column in ("", *(check.split for check in checks)):
         table.add_column(column, justify="right" if table.columns else "left")
     for title, cell in (
-        ("pictures", lambda check: f"{len(check.pictures)}"),
+        ("images", lambda check: f"{len(check.images)}"),
         ("files left out", lambda check: f"{sum(len(some.files) for some in check.left_out)}"),
         ("unreadable", lambda check: f"{len(check.unreadable)}"),
         ("labels of another size", lambda check: f"{len(check.misfits)}"),
@@ -135,7 +135,7 @@ def print_check(checks: Sequence[SplitCheck], findings: Sequence[Finding], crop:
         ("largest", lambda check: _size(max(check.sizes, default=None, key=np.prod))),
         ("most frequent", lambda check: "".join(_size(size) for size, _ in check.sizes.most_common(1))),
         (f"smaller than the crop, {_size(crop)}", lambda check: f"{check.smaller_than(crop)}"),
-        ("labels", lambda check: ", ".join(sorted({picture.kind for picture in check.pictures if picture.kind}))),
+        ("labels", lambda check: ", ".join(sorted({image.kind for image in check.images if image.kind}))),
         ("ignored pixels", lambda check: f"{100 * check.pixels[-1] / max(check.pixels.sum(), 1):.1f} %"),
     ):
         failed = "cannot be opened" if not table.rows else ""
@@ -163,11 +163,11 @@ def _class_shares(checks: Sequence[SplitCheck]) -> Table:
     table.add_column("class")
     for check in checks:
         table.add_column(f"{check.split}, %", justify="right")
-        table.add_column("pictures", justify="right")
+        table.add_column("images", justify="right")
     for k, name in enumerate(next(check.classes.names for check in checks if check.classes.names)):
         cells: list[str] = []
         for check in checks:
-            count = 0 if check.failure else int(check.in_pictures[k])
+            count = 0 if check.failure else int(check.in_images[k])
             nothing = ["", ""] if check.failure else ["never", "0"]
             cells += [f"{100 * check.shares()[k]:.2f}", f"{count}"] if count else nothing
         table.add_row(escape(name), *cells)

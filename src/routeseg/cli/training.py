@@ -14,27 +14,30 @@ from jsonargparse import Namespace
 from routeseg.cli.common import (
     NETWORK_SKIP,
     add_config_argument,
-    best_of_run,
     check_classes,
     config_parser,
-    enough_memory,
     fit_crop,
     leaves_crop,
     network_options,
     new_network,
     of_folder,
     of_run,
-    progress_bar,
-    quiet_libraries,
     read_data,
     read_parts,
     refuse_errors,
-    start_from,
 )
+from routeseg.cli.logs import quiet_libraries
+from routeseg.cli.options import enough_memory
 from routeseg.cli.parser import Parser
+from routeseg.config import NetworkConfig
+from routeseg.data.classification import ClassificationConfig, open_trees
+from routeseg.data.config import open_data
+from routeseg.data.subset import CALIBRATION_IMAGES, evenly_spread
 from routeseg.errors import only_warned_of
-from routeseg.files import RUN_CONFIG_FILE, check_run_folder, check_writable
+from routeseg.files import RUN_CONFIG_FILE, best_of_run, check_run_folder, check_writable
+from routeseg.model import checkpoints
 from routeseg.training.clock import Clock
+from routeseg.training.recipe import PretrainingRecipe
 from routeseg.training.trackers import read_trackers
 
 if TYPE_CHECKING:
@@ -131,6 +134,7 @@ def train_by(words: Sequence[str], parser: Parser) -> tuple[RunResult[Evaluation
         data = fit_crop(data, recipe.seed)
     model = new_network(args, data, recipe, pretrained=args.init is None and not args.resume)
 
+    from routeseg.cli.run.training import start_from
     from routeseg.training.pace import fitted, measure_pace
     from routeseg.training.report import FIGURES_FOLDER, REPORT_FILE, FinishedRun, write_report
     from routeseg.training.segmentation import train
@@ -194,7 +198,6 @@ def _of_epochs(recipe: Recipe, data: DataConfig, epochs: float) -> Recipe:
 
 
 def calibrate_command(words: Sequence[str]) -> int:
-    from routeseg.data.subset import CALIBRATION_PICTURES, OFFSET_PICTURES
 
     parser = config_parser("calibrate", ["data"])
     parser.add_argument("checkpoint", type=str, help="a checkpoint folder of a network with exits; written anew")
@@ -208,7 +211,7 @@ def calibrate_command(words: Sequence[str]) -> int:
         help="whose images tell what budgets cost, without their labels; data.val_split",
     )
     parser.add_argument(
-        "--images", type=int, default=CALIBRATION_PICTURES, help="at most so many, evenly spread over each split"
+        "--images", type=int, default=CALIBRATION_IMAGES, help="at most so many, evenly spread over each split"
     )
     parser.add_argument(
         "--class_offsets",
@@ -226,48 +229,20 @@ def calibrate_command(words: Sequence[str]) -> int:
     )
     args, data = read_data(parser, of_run(words))
 
-    from routeseg.data.config import open_data
-    from routeseg.data.subset import evenly_spread
-    from routeseg.model import checkpoints
-
     check_writable(Path(args.checkpoint))
-    pictures, others = (
+    images, others = (
         evenly_spread(open_data(data, split, args.seed), args.images)
         for split in (args.split or data.train_split, args.budget_split or data.val_split)
     )
     model = checkpoints.load(args.checkpoint)
-    check_classes(args.checkpoint, model, data, pictures.classes)
+    check_classes(args.checkpoint, model, data, images.classes)
 
-    from routeseg.budgets.calibration import calibrate, with_sizes
-    from routeseg.cli.tables import print_exits
-    from routeseg.data.loaders import evaluation_loader
-    from routeseg.training.offsets import fit_offsets, shift
+    from routeseg.cli.run.calibration import run_calibrate
 
-    if args.sizes is not None:
-        model = with_sizes(model, args.sizes)
-    if args.class_offsets:
-        some = evenly_spread(pictures, min(args.images, OFFSET_PICTURES))
-        with progress_bar("fit offsets", len(some)) as step:
-            offsets = fit_offsets(model, evaluation_loader(some, data.workers), step)
-        shift(model, offsets)
-        for name, offset in zip(pictures.classes.names, offsets[-1].tolist() if offsets else [], strict=False):
-            print(f"{name}: {offset:+.1f}")
-    if model.exits is not None or not args.class_offsets:
-        with progress_bar(f"calibrate {data.name}", len(pictures) + len(others)) as step:
-            count = calibrate(
-                model, evaluation_loader(pictures, data.workers), evaluation_loader(others, data.workers), step
-            )
-        print_exits(model)
-        print(f"calibrated with {count} images: ask for a budget with --budget")
-    model.save(args.checkpoint)
-    print(f"{args.checkpoint} is changed: it keeps what was fitted here in place of what it had")
-    return 0
+    return run_calibrate(args, data, images, others, model)
 
 
 def pretrain_command(words: Sequence[str]) -> int:
-    from routeseg.config import NetworkConfig
-    from routeseg.data.classification import ClassificationConfig, open_trees
-    from routeseg.training.recipe import PretrainingRecipe
 
     parser = Parser(prog="routeseg pretrain")
     add_config_argument(parser)
@@ -283,22 +258,10 @@ def pretrain_command(words: Sequence[str]) -> int:
     classes = open_trees(data)[0].classes
     config = NetworkConfig(num_classes=len(classes), class_names=classes, **network_options(args))
 
-    import torch
+    from routeseg.cli.run.pretraining import run_pretrain
 
-    from routeseg.model.classifier import DynamicRoutingClassifier
-    from routeseg.training.classification import pretrain
-
-    quiet_libraries()
-    torch.manual_seed(recipe.seed)
-    model = DynamicRoutingClassifier(config)
     with enough_memory(SMALLER_STEPS):
-        result = pretrain(model, data, recipe, run_options(args))
-    if not result.is_global_zero:
-        return 0
-    if result.found is not None:
-        print(f"{len(classes)} classes: {result.found}")
-    print(f"{result.seconds / 60:.1f} minutes; start a segmenter with `routeseg train --init {args.output}/last ...`")
-    return 0
+        return run_pretrain(config, data, recipe, run_options(args))
 
 
 def _add_run_arguments(parser: Parser, output: str) -> None:

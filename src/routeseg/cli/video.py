@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from jsonargparse import Namespace
 
-from routeseg.cli.common import progress_bar
+from routeseg.cli.options import progress_bar
 from routeseg.cli.parser import USAGE_ERROR, Parser
 from routeseg.errors import require
-
-if TYPE_CHECKING:
-    from routeseg.prediction.files import Runner
-    from routeseg.prediction.sources import Source
+from routeseg.prediction.clips import UnreadableVideo, is_video, open_clip
+from routeseg.prediction.files import Runner
+from routeseg.prediction.sources import Source, find_inputs, is_url, output_names
+from routeseg.prediction.video import FramePace, predict_video, video_folder
 
 ONLY_VIDEOS = ("fps", "frame_ms", "frames")  # options that images have no use for
 ONLY_IMAGES = {"resume": "a video is segmented anew", "workers": "one process takes the frames in turn"}
@@ -44,9 +44,6 @@ def find_videos(words: Sequence[str], args: Namespace) -> list[Source]:
 
     Raises ValueError for images and videos together, and for options of the one that are given with the other.
     """
-    from routeseg.prediction.clips import is_video
-    from routeseg.prediction.sources import find_inputs, is_url
-
     if args.source is not None and words:
         raise ValueError(f"--source is {args.source}: leave out {words[0]}, or --source")
     given = list(words) if args.source is None else [args.source]
@@ -89,10 +86,6 @@ def frame_ms(args: Namespace) -> float | None:
 def predict_videos(sources: Sequence[Source], args: Namespace, open_runner: Callable[[], Runner]) -> int:
     """Segments one video after the other. The network is opened once one of them could be."""
     require("av", "video", "a video")
-
-    from routeseg.prediction.clips import UnreadableVideo, open_clip
-    from routeseg.prediction.sources import output_names
-    from routeseg.prediction.video import FramePace, predict_video, video_folder
 
     video_folder(args.output)
     target, runner, skipped = frame_ms(args), None, list[str]()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from routeseg.data.pairs import UnreadableImage, read_image
+from routeseg.data.decoding import UnreadableImage, read_image
 from routeseg.files import check_writable, write_atomically
 
 SPARE_BYTES = 2 << 30  # of the disk stay free for others, such as checkpoints

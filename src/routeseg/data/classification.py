@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from routeseg.data.pairs import IMAGE_SUFFIXES, read_image
+from routeseg.data.decoding import IMAGE_SUFFIXES, read_image
 from routeseg.data.sets.roots import expected
 from routeseg.data.tools.registration import IMAGENET_TREE
 from routeseg.files import expand_user

@@ -8,20 +8,19 @@ Legend: B images, h, w size of a crop.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from routeseg.data.classification import ClassificationConfig, ImageTree, open_trees
 from routeseg.data.crops import CentreCrop, RandomResizedCrop
-from routeseg.data.loaders import NORM_STREAM, TRAIN_STREAM, StepSampler, image_tensor, loader_process
-from routeseg.data.pairs import SKIPS_NAMED, UnreadableImage
+from routeseg.data.datamodule import RunData
+from routeseg.data.decoding import UnreadableImage
+from routeseg.data.loaders import NORM_STREAM, TRAIN_STREAM, StepSampler, image_tensor
+from routeseg.data.pairs import SkipLog
 
 Batch = dict[str, Tensor]  # image uint8 [B,3,h,w], label int64 [B], skipped int64 []: how many were left out
 Item = tuple[np.ndarray, int] | None  # a crop uint8 [h,w,3] and its label; None: unreadable
@@ -50,26 +49,12 @@ def collate_training(items: Sequence[Item]) -> Batch:
     return collate([*found, *again]) | {"skipped": torch.tensor(missing)}
 
 
-class SkipLog:
-    """Names unreadable images on the log: each once, and SKIPS_NAMED of a loader process at most."""
-
-    def __init__(self) -> None:
-        self.named: set[str] = set()
-
-    def __call__(self, error: UnreadableImage) -> None:
-        if str(error) in self.named or len(self.named) > SKIPS_NAMED:
-            return
-        self.named.add(str(error))
-        more = len(self.named) > SKIPS_NAMED
-        logging.getLogger("routeseg").warning("skipped: %s", "more unreadable images" if more else error)
-
-
 class TreeImages(Dataset[Item]):
     """Crops of a tree. For training an item is asked for by (position in the run, index), for evaluation by index."""
 
     def __init__(self, tree: ImageTree, crop: RandomResizedCrop | CentreCrop, key: tuple[int, int] = (0, 0)) -> None:
         self.tree, self.crop, self.key = tree, crop, key
-        self.skips = SkipLog()
+        self.skips = SkipLog(len(tree), remedy="")
 
     def __len__(self) -> int:
         return len(self.tree)
@@ -79,14 +64,14 @@ class TreeImages(Dataset[Item]):
         try:
             image, label = self.tree.read(index)
         except UnreadableImage as error:
-            self.skips(error)
+            self.skips(index, error)
             return None
         if isinstance(self.crop, CentreCrop):
             return self.crop(image), label
         return self.crop(image, np.random.default_rng([*self.key, position])), label
 
 
-class ClassificationDataModule(LightningDataModule):
+class ClassificationDataModule(RunData):
     """Loaders for training (from step `first_step` on), validation and precise BatchNorm.
 
     The `accumulate` batches of a training step come as one.
@@ -115,38 +100,22 @@ class ClassificationDataModule(LightningDataModule):
     def norm_dataloader(self, step: int, batches: int) -> DataLoader:
         """Augmented batches to estimate BatchNorm's statistics from, a function of (seed, step), shared out among the
         processes."""
-        batches = -(-batches // self._rank()[1])
+        batches = -(-batches // self.processes()[1])
         return self._training(self.seed + step + 1, NORM_STREAM + step, self.config.batch_size, batches)
 
     def val_dataloader(self) -> DataLoader:
         """Every image once, over all processes."""
-        rank, world = self._rank()
+        rank, world = self.processes()
         size, workers = self.config.batch_size, self.config.workers
         images = TreeImages(self.val_tree, self.centre)
         here = range(rank, len(images), world)
-        return _loader(images, workers, [here[i : i + size] for i in range(0, len(here), size)], collate)
+        return self.batches(images, [here[i : i + size] for i in range(0, len(here), size)], workers, collate)
 
     def _training(
         self, seed: int, stream: int, images: int, total: int, first: int = 0, workers: int = 0
     ) -> DataLoader:
         """Augmented batches first, first + 1, ..., total - 1 of so many images of this process."""
-        rank, world = self._rank()
+        rank, world = self.processes()
         sampler = StepSampler(len(self.train_tree), images, total, seed, first, rank, world)
         source = TreeImages(self.train_tree, self.augmentation, (self.seed, stream))
-        return _loader(source, workers, sampler, collate_training)
-
-    def _rank(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-
-
-def _loader(
-    dataset: Dataset[Any], workers: int, batch_sampler: Any, collate_fn: Callable[[Sequence[Item]], Batch]
-) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_sampler=batch_sampler,
-        collate_fn=collate_fn,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=loader_process if workers else None,
-    )
+        return self.batches(source, sampler, workers, collate_training)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from routeseg.data.pairs import SegmentationData, UnreadableImage
+from routeseg.data.decoding import UnreadableImage
+from routeseg.data.pairs import SegmentationData
 from routeseg.data.subset import evenly_spread
 from routeseg.data.transforms import jitter
 

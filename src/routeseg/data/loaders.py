@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from routeseg.data.pairs import SegmentationData, UnreadableImage
+from routeseg.data.decoding import UnreadableImage
+from routeseg.data.pairs import SegmentationData
 from routeseg.data.transforms import Augmentation
 
 TRAIN_STREAM, NORM_STREAM = 0, 1  # separate random streams: training batches, batches for precise BatchNorm
@@ -27,7 +28,7 @@ def image_tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
-class TrainingPictures(Dataset[dict[str, Any]]):
+class TrainingImages(Dataset[dict[str, Any]]):
     """Augmented images. An item is asked for by (position in the run, index), so that it depends on nothing else."""
 
     def __init__(self, data: SegmentationData, augmentation: Augmentation, seed: int, stream: int) -> None:
@@ -82,7 +83,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             yield batch
 
 
-class EvaluationPictures(Dataset[dict[str, Any]]):
+class EvaluationImages(Dataset[dict[str, Any]]):
     """Images as they are, for evaluation; for an unreadable one only `skipped` = 1 comes."""
 
     def __init__(self, data: SegmentationData, indices: range) -> None:
@@ -108,10 +109,8 @@ class EvaluationPictures(Dataset[dict[str, Any]]):
 
 def evaluation_loader(data: SegmentationData, workers: int = 0, rank: int = 0, world: int = 1) -> DataLoader:
     """Whole images of a data set, one at a time: image [1,3,H,W] uint8, labels [1,H,W] int64."""
-    pictures = EvaluationPictures(data, range(rank, len(data), world))
-    return DataLoader(
-        pictures, batch_size=None, num_workers=workers, worker_init_fn=loader_process if workers else None
-    )
+    images = EvaluationImages(data, range(rank, len(data), world))
+    return DataLoader(images, batch_size=None, num_workers=workers, worker_init_fn=loader_process if workers else None)
 
 
 def _heed(parent: int) -> None:

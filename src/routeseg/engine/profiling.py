@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from routeseg.bfloat16 import take_turns
 from routeseg.cost.latency import REPEATS, LatencyTable, network_shape
 from routeseg.cost.macs import exit_costs, model_cost
 from routeseg.engine import Precision, SkipEngine
@@ -26,6 +25,7 @@ from routeseg.engine.skip import Backend
 from routeseg.files import sample
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.model.grid import check_images
+from routeseg.stopwatch import take_turns
 
 MS = 1000.0
 STAY = -1e6  # a price at which no image leaves early

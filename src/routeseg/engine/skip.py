@@ -18,7 +18,7 @@ from typing import Any, Generic, Literal, TypeVar, Unpack, cast, overload
 import torch
 from torch import Tensor
 
-from routeseg import bfloat16
+from routeseg import bfloat16, stopwatch
 from routeseg.engine.compiled import CompiledForward
 from routeseg.engine.folding import FoldedForward
 from routeseg.model.decoder import Segmentation
@@ -149,7 +149,7 @@ def kernels_ms() -> tuple[float, float]:
         model = DynamicRoutingNetwork(depth=3, base_channels=32, stem_channels=32).eval()
         image = torch.rand(1, 3, *PROBE_SIZE)
     engines = [SkipEngine(model, precision, "kernels") for precision in ("float32", "bfloat16")]
-    times = bfloat16.take_turns([partial(engine, image, model.route) for engine in engines], PROBE_ROUNDS)
+    times = stopwatch.take_turns([partial(engine, image, model.route) for engine in engines], PROBE_ROUNDS)
     float32_s, bfloat16_s = (min(some) for some in times)
     return 1000 * float32_s, 1000 * bfloat16_s
 

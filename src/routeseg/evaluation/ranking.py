@@ -31,16 +31,16 @@ class Ranking:
     worst, best  the worst first, and the best first; no image is in both
     """
 
-    def __init__(self, pictures: SegmentationData, worst: int = WORST, best: int = 0) -> None:
-        self.pictures, self.counts = pictures, (worst, best)
+    def __init__(self, images: SegmentationData, worst: int = WORST, best: int = 0) -> None:
+        self.images, self.counts = images, (worst, best)
         self.worst: list[Judged] = []
         self.best: list[Judged] = []
-        self._places = {pictures.name(index): index for index in range(len(pictures))}
+        self._places = {images.name(index): index for index in range(len(images))}
 
     def __call__(self, name: str, prediction: np.ndarray) -> None:
-        labels = self.pictures.read(self._places[name])[1]
+        labels = self.images.read(self._places[name])[1]
         if not (labels == IGNORE).all():
-            self._keep([*self.worst, *self.best, Judged(picture_score(labels, prediction), name, prediction)])
+            self._keep([*self.worst, *self.best, Judged(image_score(labels, prediction), name, prediction)])
 
     def gather(self) -> None:
         """To be called in every process of a job, once each has seen its share: all rank the images of all."""
@@ -48,7 +48,7 @@ class Ranking:
 
     def read(self, one: Judged) -> tuple[np.ndarray, np.ndarray]:
         """Image uint8 [H,W,3] and labels uint8 [H,W] of an image. Raises ValueError if the files are gone."""
-        return self.pictures.read(self._places[one.name])
+        return self.images.read(self._places[one.name])
 
     def _keep(self, found: list[Judged]) -> None:
         """Of few images the worst ones are the worst, whatever is left is the best."""
@@ -57,7 +57,7 @@ class Ranking:
         self.best = order[len(self.worst) :][::-1][:best]
 
 
-def picture_score(labels: np.ndarray, prediction: np.ndarray) -> float:
+def image_score(labels: np.ndarray, prediction: np.ndarray) -> float:
     """The mean IoU of one image over the classes that its labels have; labels and prediction are [H,W]."""
     known = labels != IGNORE
     labels, prediction = labels[known], prediction[known]

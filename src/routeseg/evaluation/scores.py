@@ -147,17 +147,17 @@ def check_class_count(classes: int) -> None:
 @torch.no_grad()
 def evaluate(
     model: DynamicRoutingNetwork,
-    pictures: Iterable[dict[str, Any]],
+    images: Iterable[dict[str, Any]],
     forward: Forward | MultiPass | None = None,
     convention: str = "authors",
-    on_picture: Callable[[], None] | None = None,
+    on_image: Callable[[], None] | None = None,
     boundary_width: float = 0.0,
     on_prediction: Callable[[str, np.ndarray], None] | None = None,
 ) -> Evaluation:
     """Runs the network over images (as `evaluation_loader` gives them) at their own size.
 
     forward         what computes the segmentation: the model itself, an engine built from it, or several passes of one
-    on_picture      called after each image (for a progress bar)
+    on_image        called after each image (for a progress bar)
     boundary_width  of boundary IoU, as a share of an image's diagonal; 0 leaves it out
     on_prediction   called with each image's name and its predicted classes, uint8 [H,W]
 
@@ -177,36 +177,36 @@ def evaluate(
     skipped = 0
     was_training = model.training
     model.eval()
-    for picture in pictures:
-        if picture["skipped"]:
+    for image in images:
+        if image["skipped"]:
             skipped += 1
             per_image.append(None)
         else:
-            labels = picture["labels"].to(device)
-            _check_labels(labels, model.config.num_classes, picture["name"])
-            result = segment(picture["image"].to(device))
+            labels = image["labels"].to(device)
+            _check_labels(labels, model.config.num_classes, image["name"])
+            result = segment(image["image"].to(device))
             if not result.scores.isfinite().all():
-                raise ValueError(f"{picture['name']}: {DIVERGED}")
+                raise ValueError(f"{image['name']}: {DIVERGED}")
             found = result.labels
             confusion += count_pairs(labels, found, model.config.num_classes)
             costs = _costs(result, table)
-            per_image.append((picture["name"], *costs, result.count, result.gates.float().cpu().numpy()))
+            per_image.append((image["name"], *costs, result.count, result.gates.float().cpu().numpy()))
             if boundary_width or on_prediction is not None:
                 prediction = label_map(found[0].cpu().numpy(), model.config.num_classes)
             if boundary_width:
-                truth = picture["labels"][0].numpy()
+                truth = image["labels"][0].numpy()
                 boundary += boundary_counts(truth, prediction, model.config.num_classes, boundary_width)
             if on_prediction is not None:
-                on_prediction(picture["name"], prediction)
-        if on_picture is not None:
-            on_picture()
+                on_prediction(image["name"], prediction)
+        if on_image is not None:
+            on_image()
     model.train(was_training)
     shares = gather((per_image, boundary, skipped))
     turns = zip_longest(*(share for share, _, _ in shares))  # the processes take turns: so the order is that of the set
-    images = [image for turn in turns for image in turn if image is not None]
-    if not images:
+    readable = [image for turn in turns for image in turn if image is not None]
+    if not readable:
         raise ValueError("the data set has no readable image to evaluate on")
-    names, reals, fulls, counts, gates = zip(*images, strict=True)
+    names, reals, fulls, counts, gates = zip(*readable, strict=True)
     return Evaluation(
         class_names=tuple(model.config.class_names),
         confusion=total(confusion).cpu().numpy(),

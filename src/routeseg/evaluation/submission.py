@@ -66,10 +66,10 @@ class Submission:
 
     def write(self, name: str, labels: np.ndarray) -> None:
         """Writes the predicted classes [H,W] of an image."""
-        picture = Image.fromarray(self.table[labels])
+        image = Image.fromarray(self.table[labels])
         if self.official.palette is not None:
-            picture.putpalette([part for colour in self.official.palette for part in colour])
-        write_atomically(self.path(name), png_bytes(picture))
+            image.putpalette([part for colour in self.official.palette for part in colour])
+        write_atomically(self.path(name), png_bytes(image))
         self.written.add(self.path(name))
 
     def strangers(self) -> list[Path]:

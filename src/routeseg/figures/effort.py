@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from routeseg.figures.common import INK
-from routeseg.figures.labels import MIN_PICTURE
+from routeseg.figures.labels import MIN_IMAGE
 from routeseg.figures.words import text_font
 
 TINT = 0.6  # strength of the heat
@@ -23,7 +23,7 @@ def effort(
     image: np.ndarray, shares: np.ndarray, place: int, legend: bool = True, seen: tuple[int, int] | None = None
 ) -> np.ndarray:
     """The image uint8 [H,W,3] in grey, and over it what each place cost [hb,wb], a share of what it costs in the full
-    network: uint8 [H',W',3], RGB. With the legend images smaller than MIN_PICTURE are enlarged, as overlays are.
+    network: uint8 [H',W',3], RGB. With the legend images smaller than MIN_IMAGE are enlarged, as overlays are.
 
     seen  (h, w), the size of the image of which a place is b x b pixels; None: its own
     """
@@ -38,7 +38,7 @@ def effort(
     picture = cv2.addWeighted(_colours(heat / most), TINT, grey, 1 - TINT, 0)
     if not legend:
         return picture
-    factor = max(1, math.ceil(MIN_PICTURE / max(height, width)))
+    factor = max(1, math.ceil(MIN_IMAGE / max(height, width)))
     return _with_scale(picture.repeat(factor, 0).repeat(factor, 1), least, most, float(shares.mean()))
 
 

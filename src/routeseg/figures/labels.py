@@ -20,7 +20,7 @@ from routeseg.figures.common import INK, MUTED
 from routeseg.figures.words import fitted, text_font
 from routeseg.labels import IGNORE, see_through
 
-MIN_PICTURE = 480  # pixels of the longer side below which an overlay is enlarged
+MIN_IMAGE = 480  # pixels of the longer side below which an overlay is enlarged
 SIDE_LEGEND_RATIO = 1.8  # taller than this: the legend stands beside the image
 
 
@@ -58,7 +58,7 @@ def overlay(
 
     The image shows through a class 0 called background, unless it has a colour of its own (`labels.see_through`).
     The legend names the classes present, largest first, with their share of the image; it stands below the
-    image, or beside it if the image is tall. Images smaller than MIN_PICTURE are enlarged by a whole
+    image, or beside it if the image is tall. Images smaller than MIN_IMAGE are enlarged by a whole
     factor so that the legend can be read. `alpha` is the strength of the tint, 0 to 1; with `legend` False
     the image comes alone, at the size of the image.
 
@@ -75,7 +75,7 @@ def overlay(
         raise ValueError(f"alpha is {alpha}: it must lie in 0 to 1")
     colors = colorize(labels, palette)
     if legend:
-        factor = max(1, math.ceil(MIN_PICTURE / max(labels.shape)))
+        factor = max(1, math.ceil(MIN_IMAGE / max(labels.shape)))
         image, labels, colors = (a.repeat(factor, 0).repeat(factor, 1) for a in (image, labels, colors))
     picture = cv2.addWeighted(colors, alpha, image, 1 - alpha, 0)
     clear = (labels == 0) & see_through(class_names, palette)
@@ -88,7 +88,7 @@ def overlay(
 def _inner_border(labels: np.ndarray) -> np.ndarray:
     """The pixels of each class that lie next to another class, bool [H, W]; thicker in larger images."""
     longer = max(labels.shape)
-    window = 2 if longer < MIN_PICTURE else 1 + 2 * max(1, round(longer / 900))  # 2: on one side of a border
+    window = 2 if longer < MIN_IMAGE else 1 + 2 * max(1, round(longer / 900))  # 2: on one side of a border
     kernel = np.ones((window, window), dtype=np.uint8)
     values = labels.astype(np.uint16)
     return cv2.dilate(values, kernel) != cv2.erode(values, kernel)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import cv2
 import numpy as np
 
-from routeseg.data.pairs import MAX_PIXELS
+from routeseg.data.decoding import MAX_PIXELS
 from routeseg.errors import require
 from routeseg.prediction.sources import HTTP, Source, file_name, is_url, locate
 

@@ -35,7 +35,7 @@ from PIL import Image, UnidentifiedImageError
 from routeseg import figures
 from routeseg.budgets.asked import levels
 from routeseg.cost.macs import model_cost
-from routeseg.data.pairs import MAX_PIXELS, UnreadableImage, decode_image
+from routeseg.data.decoding import MAX_PIXELS, UnreadableImage, decode_image
 from routeseg.data.transforms import PADDING_RGB
 from routeseg.description import NetworkDescription
 from routeseg.errors import NO_PLACES, BudgetNotKept, lacks_memory

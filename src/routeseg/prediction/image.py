@@ -24,7 +24,7 @@ from routeseg import figures
 from routeseg.budgets.asked import Asked, in_words, levels
 from routeseg.budgets.budgeted import Budgeted
 from routeseg.cost.latency import LatencyTable
-from routeseg.data.pairs import as_bytes, read_pillow
+from routeseg.data.decoding import as_bytes, read_pillow
 from routeseg.description import NetworkDescription
 from routeseg.engine import Precision, SkipEngine
 from routeseg.files import check_writable, expand_user, write_atomically

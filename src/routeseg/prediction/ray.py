@@ -18,9 +18,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from routeseg.data.pairs import MAX_PIXELS
+from routeseg.data.decoding import MAX_PIXELS
 from routeseg.description import NetworkDescription
 from routeseg.errors import require
+from routeseg.files import silent_stderr
 from routeseg.prediction.files import (
     Job,
     Plan,
@@ -229,7 +230,7 @@ def ray_session(
         options |= {"address": "local", "num_cpus": max(cores, workers or 1), "object_store_memory": store_bytes}
         options |= {"include_dashboard": False}
     try:
-        with _silent_stderr():  # Ray says in one line that it was told to be quiet
+        with silent_stderr():  # Ray says in one line that it was told to be quiet
             ray.init(**options)
     except (OSError, RuntimeError, ValueError) as error:
         where = "start Ray" if address is None else f"reach a Ray cluster at {address}"
@@ -238,19 +239,6 @@ def ray_session(
         yield
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """In this block, what C++ code writes to stderr goes nowhere. Errors still come as Python's."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def _check_reachable(address: str) -> None:

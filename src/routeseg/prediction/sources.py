@@ -20,7 +20,8 @@ from urllib.parse import unquote, urlsplit
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from routeseg.data.pairs import IMAGE_SUFFIXES, other_files
+from routeseg.data.decoding import IMAGE_SUFFIXES
+from routeseg.data.pairs import other_files
 from routeseg.files import (
     MAX_READ_BYTES,
     MAX_READ_SECONDS,

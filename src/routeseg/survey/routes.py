@@ -48,7 +48,7 @@ WORDS = {"activation": "Activations", "open": "Sets of open edges"}
 FIGURES, FIGURE_KINDS = ("frequency", "strength", "cost_histogram", "extremes", "groups"), (".png", ".svg")
 
 
-def pictures_to_see(data: DataConfig, count: int) -> int:
+def images_to_see(data: DataConfig, count: int) -> int:
     """How many images `survey_routes` runs the network over, if the data set itself has `count`."""
     return count * (len(PRESETS) + (data.preset not in PRESETS)) if data.name == "scenes" else count
 
@@ -57,7 +57,7 @@ def pictures_to_see(data: DataConfig, count: int) -> int:
 class Observation:
     """The routes of a network over a data set. [B] stands for its readable images, in the order of the set.
 
-    pictures      the data set, and `indices` int64 [B], the place of each image in it
+    images        the data set, and `indices` int64 [B], the place of each image in it
     evaluation    gates, costs and scores (see Evaluation)
     names         what the set calls the images
     sizes         (H, W) of each
@@ -65,7 +65,7 @@ class Observation:
     """
 
     space: RoutingSpace
-    pictures: SegmentationData
+    images: SegmentationData
     indices: np.ndarray
     evaluation: Evaluation
     names: tuple[str, ...]
@@ -84,10 +84,10 @@ class Observation:
 
 def observe(
     model: DynamicRoutingNetwork,
-    pictures: SegmentationData,
+    images: SegmentationData,
     forward: Forward,
     workers: int = 0,
-    on_picture: Callable[[], None] | None = None,
+    on_image: Callable[[], None] | None = None,
 ) -> Observation:
     """Runs the network over a data set, one image at a time at its own size, by `forward` (an engine).
 
@@ -96,20 +96,20 @@ def observe(
     notes: list[tuple[int, str, tuple[int, int], float]] = []
 
     def noted() -> Iterator[dict[str, Any]]:
-        for index, picture in enumerate(evaluation_loader(pictures, workers)):
-            if not picture["skipped"]:
-                labels = picture["labels"][0].numpy()
-                notes.append((index, picture["name"], labels.shape, object_size(labels)))
-            yield picture
+        for index, image in enumerate(evaluation_loader(images, workers)):
+            if not image["skipped"]:
+                labels = image["labels"][0].numpy()
+                notes.append((index, image["name"], labels.shape, object_size(labels)))
+            yield image
         if not notes:
             raise ValueError(
-                f"none of the {len(pictures)} images of the data set can be read: check its files, or choose "
+                f"none of the {len(images)} images of the data set can be read: check its files, or choose "
                 "another --split or --data.root"
             )
 
-    evaluation = evaluate(model, noted(), forward, on_picture=on_picture)
+    evaluation = evaluate(model, noted(), forward, on_image=on_image)
     indices, names, sizes, object_sizes = zip(*notes, strict=True)
-    return Observation(model.space, pictures, np.array(indices), evaluation, names, sizes, np.array(object_sizes))
+    return Observation(model.space, images, np.array(indices), evaluation, names, sizes, np.array(object_sizes))
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def survey_routes(
     seed: int = 0,
     images: int | None = None,
     permutations: int = PERMUTATIONS,
-    on_picture: Callable[[], None] | None = None,
+    on_image: Callable[[], None] | None = None,
     name: str = "the network",
 ) -> RouteSurvey:
     """Observes the routes over a data set, groups the images by scale and tests whether routes follow it.
@@ -217,7 +217,7 @@ def survey_routes(
     For `scenes` as many images again are drawn of each other preset. Other data are cut into quartiles of the mean
     object size of their labels (`object_size`, `size_groups`).
 
-    forward     an engine of the model; on_picture is called after each image
+    forward     an engine of the model; on_image is called after each image
     images      only so many images, evenly spread over the set; None is all
     name        the network's, for error messages
 
@@ -232,7 +232,7 @@ def survey_routes(
         raise ValueError(f"--permutations is {permutations}: it must be at least 1")
 
     def seen(config: DataConfig) -> Observation:
-        return observe(model, evenly_spread(open_data(config, split, seed), images), forward, data.workers, on_picture)
+        return observe(model, evenly_spread(open_data(config, split, seed), images), forward, data.workers, on_image)
 
     observation = seen(data)
     if data.name == "scenes":
@@ -316,15 +316,15 @@ def draw_survey(survey: RouteSurvey, model: DynamicRoutingNetwork, forward: Forw
 def _group_line(group: Group) -> str:
     sizes = group.object_sizes[np.isfinite(group.object_sizes)]
     size = f"object size {100 * sizes.mean():.1f} %, " if sizes.size else ""
-    pictures = f"{len(group)} image{'s' * (len(group) != 1)}"
-    return f"{pictures}\n{size}cost {100 * group.cost_share.mean():.1f} % of full"
+    images = f"{len(group)} image{'s' * (len(group) != 1)}"
+    return f"{images}\n{size}cost {100 * group.cost_share.mean():.1f} % of full"
 
 
 def _panel(
     seen: Observation, model: DynamicRoutingNetwork, forward: Forward, place: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
     """Image [H,W,3], segmentation [H,W,3], gates [L+1,S,3] and title of an image."""
-    image, _ = seen.pictures.read(int(seen.indices[place]))
+    image, _ = seen.images.read(int(seen.indices[place]))
     pixels = image_tensor(image)[None].to(next(model.parameters()).device)
     labels = label_map(forward(pixels).labels[0].cpu().numpy(), model.config.num_classes)
     cost, share = seen.evaluation.cost_macs[place] / 1e9, seen.cost_share[place]

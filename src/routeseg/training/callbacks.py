@@ -16,7 +16,7 @@ from torch import Tensor
 from routeseg.budgets.calibration import calibrate
 from routeseg.data.classification_loaders import ClassificationDataModule
 from routeseg.data.datamodule import SegmentationDataModule
-from routeseg.data.subset import OFFSET_PICTURES
+from routeseg.data.subset import OFFSET_IMAGES
 from routeseg.files import RESUME_FILE, not_written
 from routeseg.model.grid import RoutedNetwork
 from routeseg.training import clock as clocks
@@ -159,8 +159,8 @@ class ValidateAndSave(Callback):
         if task.norms_learn:
             self._set_statistics(task, network, step)
         if isinstance(self.recipe, Recipe) and self.recipe.class_offsets:
-            pictures = cast(SegmentationDataModule, self.data).calibration_dataloader("train", OFFSET_PICTURES)
-            self.offsets = fit_offsets(network, pictures)
+            images = cast(SegmentationDataModule, self.data).calibration_dataloader("train", OFFSET_IMAGES)
+            self.offsets = fit_offsets(network, images)
         with shifted(network, self.offsets):
             self._validate_as_saved(trainer, task)
 
@@ -173,8 +173,8 @@ class ValidateAndSave(Callback):
         network, step = task.network, trainer.global_step
         if network.exits is not None:
             data = cast(SegmentationDataModule, self.data)
-            pictures = data.calibration_dataloader("train"), data.calibration_dataloader("val")
-            calibrate(network, *pictures, least=1)  # few are better than none: `train` says so
+            images = data.calibration_dataloader("train"), data.calibration_dataloader("val")
+            calibrate(network, *images, least=1)  # few are better than none: `train` says so
             assert task.model.exits is not None
             for own, found in zip(task.model.exits.calibration(), network.exits.calibration(), strict=True):
                 own.copy_(found)  # an average of the weights takes over the buffers of the network at each step

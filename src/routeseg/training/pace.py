@@ -11,18 +11,18 @@ from functools import partial
 
 import torch
 
-from routeseg import bfloat16
+from routeseg import stopwatch
 from routeseg.budgets.calibration import readable
 from routeseg.data.config import DataConfig, pair
 from routeseg.data.datamodule import SegmentationDataModule
-from routeseg.data.subset import OFFSET_PICTURES
+from routeseg.data.subset import OFFSET_IMAGES
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.training.batch_norm import check_enough_values
 from routeseg.training.clock import Clock
 from routeseg.training.gate_budget import Budget
 from routeseg.training.recipe import Recipe
 from routeseg.training.segmentation import SegmentationTask, check_task, freeze_stages
-from routeseg.training.trial import Choice, choose_precision, step_seconds
+from routeseg.training.trial import PrecisionChoice, choose_precision, step_seconds
 
 CURVE = 20  # rows that the log of a training has at least
 LOADS = 3  # of the images of a step, that are timed
@@ -40,16 +40,16 @@ class Pace:
     load_s        seconds to load those that were
     epoch         steps until each image was loaded once
     validation_s  seconds of a validation with all that belongs to it (`ValidateAndSave`), from one image of it
-    picture_s     seconds of an image in it
+    image_s       seconds of an image in it
     """
 
-    choice: Choice
+    choice: PrecisionChoice
     step_s: float
     first_load_s: float
     load_s: float
     epoch: float
     validation_s: float = 0.0
-    picture_s: float = 0.0
+    image_s: float = 0.0
 
     def seconds(self, iterations: int) -> float:
         first = min(iterations, self.epoch)
@@ -68,9 +68,9 @@ def measure_pace(model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe,
     check_task(model, budget)
     if recipe.batch_norm != "frozen":
         check_enough_values(model, pair(data.crop), data.batch_size)
-    pictures = data.batch_size * recipe.accumulate
+    images = data.batch_size * recipe.accumulate
     module = SegmentationDataModule(replace(data, workers=0), 1 + LOADS, recipe.seed, 0, recipe.accumulate)
-    loads = [bfloat16.take_turns([partial(next, iter(module.train_dataloader()))], LOADS)[0] for _ in range(2)]
+    loads = [stopwatch.take_turns([partial(next, iter(module.train_dataloader()))], LOADS)[0] for _ in range(2)]
     first_load_s, load_s = (statistics.median(some) if data.workers == 0 else 0.0 for some in loads)
     task = SegmentationTask(model, recipe, budget, pair(data.crop)).to("cuda" if torch.cuda.is_available() else "cpu")
     freeze_stages(model.backbone, recipe, recipe.iterations)  # as in most of the steps
@@ -78,13 +78,13 @@ def measure_pace(model: DynamicRoutingNetwork, data: DataConfig, recipe: Recipe,
     if recipe.precision == "auto":
         choice = choose_precision(task, batch)
     else:
-        choice = Choice(recipe.precision, "as the recipe says")
+        choice = PrecisionChoice(recipe.precision, "as the recipe says")
     (step_s,) = [choice.step_s] if choice.step_s else step_seconds(task, batch, [choice.precision])
-    seconds, picture_s = statistics.median(step_s), _picture_seconds(task, module)
-    looks, norms = _pictures_of_validation(model, module, recipe), recipe.precise_bn_batches
-    validation_s = looks * picture_s + norms * (seconds / recipe.accumulate * FORWARD + load_s)
-    epoch = len(module.train_data) / pictures
-    return Pace(choice, seconds, first_load_s, load_s, epoch, validation_s, picture_s)
+    seconds, image_s = statistics.median(step_s), _image_seconds(task, module)
+    looks, norms = _images_of_validation(model, module, recipe), recipe.precise_bn_batches
+    validation_s = looks * image_s + norms * (seconds / recipe.accumulate * FORWARD + load_s)
+    epoch = len(module.train_data) / images
+    return Pace(choice, seconds, first_load_s, load_s, epoch, validation_s, image_s)
 
 
 def logged_every(recipe: Recipe, iterations: int) -> int:
@@ -92,27 +92,27 @@ def logged_every(recipe: Recipe, iterations: int) -> int:
     return min(recipe.log_every, max(1, iterations // CURVE))
 
 
-def _pictures_of_validation(model: DynamicRoutingNetwork, module: SegmentationDataModule, recipe: Recipe) -> int:
+def _images_of_validation(model: DynamicRoutingNetwork, module: SegmentationDataModule, recipe: Recipe) -> int:
     """How many images a validation looks at: to score, to calibrate exits, to fit offsets of classes."""
     looks = len(module.val_data)
     if model.exits is not None:
         looks += sum(len(module.calibration_dataloader(part)) for part in ("train", "val"))
-    return looks + (min(len(module.train_data), OFFSET_PICTURES) if recipe.class_offsets else 0)
+    return looks + (min(len(module.train_data), OFFSET_IMAGES) if recipe.class_offsets else 0)
 
 
 @torch.no_grad()
-def _picture_seconds(task: SegmentationTask, module: SegmentationDataModule) -> float:
+def _image_seconds(task: SegmentationTask, module: SegmentationDataModule) -> float:
     """The seconds in which a validation image is loaded, and runs through all layers. One comes first, to warm up."""
     model = copy.deepcopy(task.model).eval()
     forward = model if model.exits is None else model.all_exits
     seconds = 0.0
     for batch in itertools.islice(readable(module.val_dataloader(), lambda: None), 1):
         for _ in range(2):
-            start = bfloat16.clock()
+            start = stopwatch.clock()
             module.val_data.read(0)
             result = forward(batch["image"].to(task.device))
             float((result[0] if isinstance(result, tuple) else result).logits.sum())  # waits for a GPU
-            seconds = bfloat16.clock() - start
+            seconds = stopwatch.clock() - start
     return seconds
 
 

@@ -110,7 +110,7 @@ def write_report(
         _add_classes(report, run, folder)
     if run.ranking is not None:
         for title, chosen in (("The worst images", run.ranking.worst), ("The best images", run.ranking.best)):
-            _add_pictures(report, run, run.ranking, title, chosen, folder)
+            _add_images(report, run, run.ranking, title, chosen, folder)
     _add_cost(report, found, folder)
     _add_how(report, run, facts)
     report.write(path)
@@ -153,7 +153,7 @@ def confusions(found: Evaluation) -> list[tuple[int, int, float]]:
     return sorted(((i, j, float(shares[i, j])) for i, j in places), key=lambda row: -row[2])[:CONFUSIONS]
 
 
-def _add_pictures(
+def _add_images(
     report: Report, run: FinishedRun, ranking: Ranking, title: str, chosen: Sequence[Judged], folder: Path
 ) -> None:
     """Images with their labels, what the network made of them, its route, and what that cost."""

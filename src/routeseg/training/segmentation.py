@@ -22,7 +22,7 @@ from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig, pair
 from routeseg.data.datamodule import SegmentationDataModule
 from routeseg.data.pairs import PairedFiles, SegmentationData
-from routeseg.data.subset import LEAST_PICTURES, Pictures, class_weights
+from routeseg.data.subset import LEAST_IMAGES, Subset, class_weights
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import Evaluation, evaluate
 from routeseg.evaluation.scores import check_class_count
@@ -175,7 +175,7 @@ def freeze_stages(backbone: Backbone | None, recipe: Recipe, step: float) -> Non
 
 def meaning_of(data: SegmentationData) -> dict[str, int] | None:
     """Label value, or colour, -> class, as the label files of a data set have them; None if it has no files."""
-    while isinstance(data, Pictures):
+    while isinstance(data, Subset):
         data = data.data
     if not isinstance(data, PairedFiles):
         return None
@@ -189,14 +189,14 @@ def meaning_of(data: SegmentationData) -> dict[str, int] | None:
 
 def _say_few(training: int, validation: int) -> None:
     """Says once if there are too few images for a calibration that can be relied upon."""
-    if training < LEAST_PICTURES:
+    if training < LEAST_IMAGES:
         log.warning(
             "%d training images are too few to tell well which image may leave early, and what a budget costs: they "
             "serve for both. `routeseg calibrate` does better with %d or more",
             training,
-            LEAST_PICTURES,
+            LEAST_IMAGES,
         )
-    elif validation < LEAST_PICTURES:
+    elif validation < LEAST_IMAGES:
         log.warning(
             "%d validation images are too few to set budgets with: the training images serve, on which the network is "
             "overconfident, so that new ones cost more than is asked",

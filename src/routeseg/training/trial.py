@@ -14,7 +14,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from routeseg import bfloat16
+from routeseg import bfloat16, stopwatch
 from routeseg.collectives import gather, total
 from routeseg.training.recipe import BFLOAT16, FLOAT32, Precision
 from routeseg.training.task import RecipeTask, parameter_groups
@@ -23,7 +23,7 @@ PATIENCE_S = 6.0  # of a trial: a tenth of the shortest training that --minutes 
 
 
 @dataclass(frozen=True)
-class Choice:
+class PrecisionChoice:
     """The precision of a training, why it is that one, and the seconds of each step that was tried in it."""
 
     precision: Precision
@@ -34,23 +34,23 @@ class Choice:
         return f"precision: {self.precision} ({self.reason})"
 
 
-def choose_precision(task: RecipeTask, batch: dict[str, Tensor]) -> Choice:
+def choose_precision(task: RecipeTask, batch: dict[str, Tensor]) -> PrecisionChoice:
     """The precision in which this machine is faster at the steps of a task; `batch` has the images of a step.
 
     The processes of a job call it together: they try the same steps, and the clock of the first one decides.
     """
     if task.device.type != "cpu":
         if gather(bfloat16.on_gpu(task.device))[0]:
-            return Choice(BFLOAT16, "this GPU computes in bfloat16")
-        return Choice(FLOAT32, "this GPU does not compute in bfloat16")
+            return PrecisionChoice(BFLOAT16, "this GPU computes in bfloat16")
+        return PrecisionChoice(FLOAT32, "this GPU does not compute in bfloat16")
     ratio, words = gather((bfloat16.product_ratio(), bfloat16.product_words()))[0]
     if ratio >= 1:
-        return Choice(FLOAT32, words)
+        return PrecisionChoice(FLOAT32, words)
     float32_s, bfloat16_s = gather(step_seconds(task, batch, (FLOAT32, BFLOAT16)))[0]
     in_float32, in_bfloat16 = min(float32_s), min(bfloat16_s)
     if bfloat16.pays(in_float32, in_bfloat16):
-        return Choice(BFLOAT16, f"a step takes {in_bfloat16:.3g} s, in float32 {in_float32:.3g} s", bfloat16_s)
-    return Choice(FLOAT32, f"a step takes {in_float32:.3g} s, in bfloat16 {in_bfloat16:.3g} s", float32_s)
+        return PrecisionChoice(BFLOAT16, f"a step takes {in_bfloat16:.3g} s, in float32 {in_float32:.3g} s", bfloat16_s)
+    return PrecisionChoice(FLOAT32, f"a step takes {in_float32:.3g} s, in bfloat16 {in_bfloat16:.3g} s", float32_s)
 
 
 def step_seconds(task: RecipeTask, batch: dict[str, Tensor], precisions: Sequence[Precision]) -> list[list[float]]:
@@ -68,7 +68,7 @@ def step_seconds(task: RecipeTask, batch: dict[str, Tensor], precisions: Sequenc
             task.on_train_batch_start(batch, 0)
             steps = [partial(_step, task, batch, optimizer, one) for one in precisions]
             # All processes of a job make the same steps, by the clock of the first one.
-            return bfloat16.take_turns(steps, patience_s=PATIENCE_S, agreed=lambda seconds: gather(seconds)[0])
+            return stopwatch.take_turns(steps, patience_s=PATIENCE_S, agreed=lambda seconds: gather(seconds)[0])
     finally:
         task.model, task.precision = network, precision
 
@@ -107,7 +107,7 @@ class SettlePrecision(Callback):
             return
         task = cast(RecipeTask, module)
         if task.recipe.precision == "auto":
-            choice = Choice(self.kept, "as the run began") if self.kept else choose_precision(task, batch)
+            choice = PrecisionChoice(self.kept, "as the run began") if self.kept else choose_precision(task, batch)
             task.precision = choice.precision
             if trainer.is_global_zero:
                 print(choice)

@@ -17,7 +17,8 @@ import torch
 from routeseg import figures
 from routeseg.collectives import gather, rank_and_world
 from routeseg.config import NetworkConfig
-from routeseg.data.pairs import SegmentationData, UnreadableImage
+from routeseg.data.decoding import UnreadableImage
+from routeseg.data.pairs import SegmentationData
 from routeseg.errors import only_warned_of, warn_of
 from routeseg.evaluation import Evaluation
 from routeseg.evaluation.ranking import Ranking
@@ -52,7 +53,7 @@ def thinned(rows: list[Row]) -> list[Row]:
 class Watch:
     """Looks at the images of a run's validations, in each of its processes.
 
-    pictures    the validation data
+    images      the validation data
     last_step   the step whose validation is the last one
     config      of the network: names and colours of the classes
     progress    the file of progress.png; None: it is not drawn
@@ -60,22 +61,22 @@ class Watch:
     """
 
     def __init__(
-        self, pictures: SegmentationData, last_step: int, config: NetworkConfig, progress: Path | None = None
+        self, images: SegmentationData, last_step: int, config: NetworkConfig, progress: Path | None = None
     ) -> None:
-        self.pictures, self.last_step, self.config, self.progress = pictures, last_step, config, progress
+        self.images, self.last_step, self.config, self.progress = images, last_step, config, progress
         self.ranking: Ranking | None = None
         self.rows: list[Row] = []
         self._error: Exception | None = None
-        places = np.linspace(0, len(pictures) - 1, min(SHOWN, len(pictures))).round().astype(int).tolist()
-        self._places = {pictures.name(place): place for place in places if progress is not None}
+        places = np.linspace(0, len(images) - 1, min(SHOWN, len(images))).round().astype(int).tolist()
+        self._places = {images.name(place): place for place in places if progress is not None}
         self._predictions: dict[str, np.ndarray] = {}
 
     def begin(self, step: int) -> Callable[[str, np.ndarray], None]:
         """Before the validation of a step: what is to be told of each image, its name and its predicted classes."""
         self._error, self._predictions = None, {}
         if step == self.last_step:
-            few = min(RANKED, (len(self.pictures) + 1) // 2)
-            self.ranking = Ranking(self.pictures, worst=few, best=few)
+            few = min(RANKED, (len(self.images) + 1) // 2)
+            self.ranking = Ranking(self.images, worst=few, best=few)
         return self._look
 
     def _look(self, name: str, prediction: np.ndarray) -> None:
@@ -121,7 +122,7 @@ class Watch:
         shown = {}
         for name, place in self._places.items():
             try:
-                image, labels = self.pictures.read(place)
+                image, labels = self.images.read(place)
             except UnreadableImage:  # the validation has said so
                 continue
             shown[name] = figures.shrunk(image), figures.shrunk(labels)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from routeseg.data.pairs import LabelMap, LeftOut, PairedFiles, pair_folders
+from routeseg.data.label_files import LabelMap
+from routeseg.data.pairs import LeftOut, PairedFiles, pair_folders
 from routeseg.data.sets.roots import need_folders, no_split, read_class_numbers
 from routeseg.labels import IGNORE, Classes
 

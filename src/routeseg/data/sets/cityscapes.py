@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from routeseg.data.pairs import LabelMap, LeftOut, Pair, PairedFiles, leave_out
+from routeseg.data.label_files import LabelMap
+from routeseg.data.pairs import LeftOut, Pair, PairedFiles, leave_out
 from routeseg.data.sets.roots import check_names, expected, files_of, need_folders, no_split, read_class_numbers
 from routeseg.labels import IGNORE, Classes
 
@@ -122,24 +123,24 @@ def open_cityscapes(root: Path, split: str, left_out: list[LeftOut] | None = Non
 
 
 def _pairs(root: Path, part: Part, left_out: list[LeftOut] | None) -> list[Pair]:
-    images, labels = f"leftImg8bit/{part.folder}", f"{part.kind}/{part.folder}"
-    need_folders(root, [images, labels] if part.labelled else [images], "Cityscapes", TREE)
-    pictures: dict[tuple[str, str], Path] = {}  # city and name
+    image_folder, labels = f"leftImg8bit/{part.folder}", f"{part.kind}/{part.folder}"
+    need_folders(root, [image_folder, labels] if part.labelled else [image_folder], "Cityscapes", TREE)
+    images: dict[tuple[str, str], Path] = {}  # city and name
     found: dict[tuple[str, str], Path] = {}
-    for city in sorted(path for path in (root / images).iterdir() if path.is_dir()):
+    for city in sorted(path for path in (root / image_folder).iterdir() if path.is_dir()):
         label_folder = root / labels / city.name
         named = files_of(label_folder, f"_{part.kind}_labelIds.png")
         named |= files_of(label_folder, f"_{part.kind}{TRAIN_IDS_SUFFIX}")
-        pictures |= {(city.name, name): path for name, path in files_of(city, IMAGE_SUFFIX).items()}
+        images |= {(city.name, name): path for name, path in files_of(city, IMAGE_SUFFIX).items()}
         found |= {(city.name, name): path for name, path in named.items()}
     for what, some, others, lacking in (
         (
             "images without a label",
-            pictures,
+            images,
             found,
             f"label: there is no {root / labels}/{{}}/{{}}_{part.kind}_labelIds.png",
         ),
-        ("labels without an image", found, pictures, f"picture: there is no {root / images}/{{}}/{{}}{IMAGE_SUFFIX}"),
+        ("labels without an image", found, images, f"image: there is no {root / image_folder}/{{}}/{{}}{IMAGE_SUFFIX}"),
     ):
         alone = [key for key in some if key not in others]
         if alone and (part.labelled or some is found):
@@ -149,7 +150,7 @@ def _pairs(root: Path, part: Part, left_out: list[LeftOut] | None) -> list[Pair]
             )
             remedy = "unpack the data set again, or remove them"
             leave_out(LeftOut(what, tuple(str(some[key]) for key in alone), len(some), message, remedy), left_out)
-    if not pictures:
-        raise ValueError(f"{root / images} holds no images; {expected(TREE)}")
-    kept = [key for key in pictures if key in found or not part.labelled]
-    return [Pair(key[1], pictures[key], found.get(key)) for key in kept]
+    if not images:
+        raise ValueError(f"{root / image_folder} holds no images; {expected(TREE)}")
+    kept = [key for key in images if key in found or not part.labelled]
+    return [Pair(key[1], images[key], found.get(key)) for key in kept]

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from routeseg.data.pairs import count_values, label_mode, pack_colours, read_label_file
+from routeseg.data.label_files import count_values, label_mode, pack_colours, read_label_file
 from routeseg.data.sets.masks import BACKGROUND, UnclearMasks, find_classes
 from routeseg.data.sets.roots import in_windows_encoding, read_lines
 from routeseg.errors import CONTROL

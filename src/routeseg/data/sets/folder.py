@@ -29,17 +29,8 @@ from typing import Any
 
 import yaml
 
-from routeseg.data.pairs import (
-    LabelMap,
-    LeftOut,
-    Pair,
-    PairedFiles,
-    leave_out,
-    list_images,
-    one_form,
-    pair_files,
-    read_label_file,
-)
+from routeseg.data.label_files import LabelMap, read_label_file
+from routeseg.data.pairs import LeftOut, Pair, PairedFiles, leave_out, list_images, one_form, pair_files
 from routeseg.data.sets.masks import UnclearMasks
 from routeseg.data.sets.roots import FILE, expected, in_windows_encoding, no_split, read_names, read_text
 from routeseg.data.sets.undescribed import VAL_FRACTION, Undescribed, find_description, find_places

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from routeseg.data.pairs import IMAGE_SUFFIXES
+from routeseg.data.decoding import IMAGE_SUFFIXES
 from routeseg.data.sets.folder import TREE
 from routeseg.data.sets.roots import expected
 from routeseg.data.sets.undescribed import IMAGE_FOLDERS, MASK_FOLDERS, ONE_EACH, has_images

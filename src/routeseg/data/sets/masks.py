@@ -18,15 +18,9 @@ import cv2
 import numpy as np
 import yaml
 
-from routeseg.data.pairs import (
-    GREY_MODES,
-    UnreadableImage,
-    count_values,
-    label_mode,
-    list_images,
-    pack_colours,
-    read_label_file,
-)
+from routeseg.data.decoding import UnreadableImage
+from routeseg.data.label_files import GREY_MODES, count_values, label_mode, pack_colours, read_label_file
+from routeseg.data.pairs import list_images
 from routeseg.labels import IGNORE
 
 MOST_MASKS = 5000  # that are looked at

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from routeseg.data.pairs import IMAGE_SUFFIXES, LeftOut, Pair, leave_out, one_form, read_label_file
+from routeseg.data.decoding import IMAGE_SUFFIXES
+from routeseg.data.label_files import read_label_file
+from routeseg.data.pairs import LeftOut, Pair, leave_out, one_form
 from routeseg.errors import CONTROL
 
 FILE = "classes.yaml"  # what describes a folder of your own images

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from routeseg.data.pairs import IMAGE_SUFFIXES, list_images
+from routeseg.data.decoding import IMAGE_SUFFIXES
+from routeseg.data.pairs import list_images
 from routeseg.data.sets.class_lists import ClassList, read_class_lists
 from routeseg.data.sets.masks import find_classes
 from routeseg.data.sets.roots import FILE, read_names

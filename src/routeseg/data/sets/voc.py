@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from routeseg.data.pairs import LabelMap, LeftOut, Pair, PairedFiles, UnreadableImage
+from routeseg.data.decoding import UnreadableImage
+from routeseg.data.label_files import LabelMap
+from routeseg.data.pairs import LeftOut, Pair, PairedFiles
 from routeseg.data.sets.roots import (
     check_names,
     expected,

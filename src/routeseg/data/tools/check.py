@@ -22,19 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from routeseg.data.pairs import (
-    LabelMap,
-    LeftOut,
-    Pair,
-    PairedFiles,
-    SegmentationData,
-    UnreadableImage,
-    count_values,
-    orientation,
-    pack_colours,
-    read_image,
-    value_name,
-)
+from routeseg.data.decoding import UnreadableImage, orientation, read_image
+from routeseg.data.label_files import LabelMap, count_values, pack_colours, value_name
+from routeseg.data.pairs import LeftOut, Pair, PairedFiles, SegmentationData
 from routeseg.data.sets.masks import places
 from routeseg.labels import IGNORE, Classes
 
@@ -44,7 +34,7 @@ VALUES_KEPT = 1000  # different label values of a file, or of a split, that are 
 
 
 @dataclass(frozen=True)
-class Picture:
+class CheckedImage:
     """What a look into the files of one image found.
 
     unreadable  the message of a file that is damaged or missing
@@ -86,9 +76,9 @@ class Picture:
         return self.pixels is not None and not self.unknown and not self.pixels[:-1].any()
 
 
-def look_at_pair(pair: Pair, label_map: LabelMap, read_values: Callable[[Path], np.ndarray]) -> Picture:
+def look_at_pair(pair: Pair, label_map: LabelMap, read_values: Callable[[Path], np.ndarray]) -> CheckedImage:
     """Reads the two files of an image."""
-    found = partial(Picture, pair.name, str(pair.image), None if pair.labels is None else str(pair.labels))
+    found = partial(CheckedImage, pair.name, str(pair.image), None if pair.labels is None else str(pair.labels))
     try:
         image = read_image(pair.image)
         digest = hashlib.blake2b(pair.image.read_bytes(), digest_size=16).hexdigest()
@@ -128,7 +118,7 @@ def _packed(value: np.ndarray) -> int:
 
 
 def _is_turned(image: Path, label: Path, size: tuple[int, ...], label_size: tuple[int, ...]) -> bool:
-    """`Picture.turned` of an image as it is read, and its label."""
+    """`CheckedImage.turned` of an image as it is read, and its label."""
     turn = orientation(image)
     sideways = turn > 4 and size[0] != size[1]
     if turn == 1 or (sideways and size[:2] == label_size[:2]):
@@ -139,15 +129,15 @@ def _is_turned(image: Path, label: Path, size: tuple[int, ...], label_size: tupl
         return True
 
 
-def look_at_pairs(pairs: Sequence[Pair], label_map: LabelMap, read_values: Callable) -> list[Picture]:
+def look_at_pairs(pairs: Sequence[Pair], label_map: LabelMap, read_values: Callable) -> list[CheckedImage]:
     return [look_at_pair(pair, label_map, read_values) for pair in pairs]
 
 
-def look_at_drawn(data: SegmentationData, index: int) -> Picture:
+def look_at_drawn(data: SegmentationData, index: int) -> CheckedImage:
     """An image of a data set that has no files."""
     image, labels = data.read(index)
     values, counts = count_values(labels)
-    return Picture(
+    return CheckedImage(
         name=data.name(index),
         image=data.name(index),
         label=data.name(index),
@@ -177,43 +167,43 @@ class SplitCheck:
 
     split: str
     classes: Classes
-    pictures: list[Picture]
+    images: list[CheckedImage]
     training: bool = False
     failure: str | None = None
     left_out: list[LeftOut] = field(default_factory=list)
 
     @property
-    def unreadable(self) -> list[Picture]:
-        return [picture for picture in self.pictures if picture.unreadable]
+    def unreadable(self) -> list[CheckedImage]:
+        return [image for image in self.images if image.unreadable]
 
     @property
-    def wrong(self) -> list[Picture]:
-        return [picture for picture in self.pictures if picture.wrong]
+    def wrong(self) -> list[CheckedImage]:
+        return [image for image in self.images if image.wrong]
 
     @property
-    def misfits(self) -> list[Picture]:
-        return [picture for picture in self.pictures if picture.misfit]
+    def misfits(self) -> list[CheckedImage]:
+        return [image for image in self.images if image.misfit]
 
     @property
-    def blank(self) -> list[Picture]:
-        return [picture for picture in self.pictures if picture.blank]
+    def blank(self) -> list[CheckedImage]:
+        return [image for image in self.images if image.blank]
 
     @property
-    def counted(self) -> list[Picture]:
+    def counted(self) -> list[CheckedImage]:
         """Those whose labels were read, and fit."""
-        return [picture for picture in self.pictures if picture.pixels is not None]
+        return [image for image in self.images if image.pixels is not None]
 
     @cached_property
     def sizes(self) -> Counter[tuple[int, int]]:
         """(height, width) -> images."""
-        return Counter(picture.size for picture in self.pictures if picture.size)
+        return Counter(image.size for image in self.images if image.size)
 
     @cached_property
     def values(self) -> Counter[str]:
         """Label value -> pixels, of all labels that were read."""
         total: Counter[str] = Counter()
-        for picture in self.pictures:
-            total.update(picture.values)
+        for image in self.images:
+            total.update(image.values)
             if len(total) > 10 * VALUES_KEPT:
                 total = Counter(dict(total.most_common(VALUES_KEPT)))
         return total
@@ -221,20 +211,20 @@ class SplitCheck:
     @cached_property
     def unknown(self) -> list[str]:
         """The label values that mean nothing, the most frequent first."""
-        unknown = {value for picture in self.pictures for value in picture.unknown}
+        unknown = {value for image in self.images for value in image.unknown}
         return [value for value, _ in self.values.most_common() if value in unknown]
 
     @cached_property
     def pixels(self) -> np.ndarray:
         """int64 [K+1], of each class, and ignored."""
         zero = np.zeros(len(self.classes) + 1, dtype=np.int64)
-        return sum((picture.pixels for picture in self.counted if picture.pixels is not None), zero)
+        return sum((image.pixels for image in self.counted if image.pixels is not None), zero)
 
     @cached_property
-    def in_pictures(self) -> np.ndarray:
+    def in_images(self) -> np.ndarray:
         """int64 [K], in how many images each class occurs."""
         zero = np.zeros(len(self.classes), dtype=np.int64)
-        return sum((picture.pixels[:-1] > 0 for picture in self.counted if picture.pixels is not None), zero)
+        return sum((image.pixels[:-1] > 0 for image in self.counted if image.pixels is not None), zero)
 
     def shares(self) -> np.ndarray:
         """float [K], of the pixels that belong to a class; zeros if there are none."""
@@ -243,7 +233,7 @@ class SplitCheck:
 
     def absent(self) -> list[str]:
         """The names of the classes that never occur."""
-        return [name for name, count in zip(self.classes.names, self.in_pictures, strict=True) if not count]
+        return [name for name, count in zip(self.classes.names, self.in_images, strict=True) if not count]
 
     def smaller_than(self, crop: tuple[int, int]) -> int:
         """How many images are smaller than a crop, in height or width."""
@@ -252,21 +242,21 @@ class SplitCheck:
     def as_dict(self) -> dict[str, Any]:
         """For JSON. Sizes are WIDTHxHEIGHT, shares 0..1 of the labelled pixels."""
         named = {f"{width}x{height}": count for (height, width), count in self.sizes.most_common()}
-        rows = zip(self.classes.names, self.pixels, self.shares(), self.in_pictures, strict=False)
+        rows = zip(self.classes.names, self.pixels, self.shares(), self.in_images, strict=False)
         return {
             "failure": self.failure,
-            "pictures": len(self.pictures),
+            "pictures": len(self.images),
             "left_out": {some.what: list(some.files) for some in self.left_out},
-            "unreadable": {picture.name: picture.unreadable for picture in self.unreadable},
-            "wrong": {picture.name: picture.wrong for picture in self.wrong},
-            "without_labels": [picture.name for picture in self.blank],
+            "unreadable": {image.name: image.unreadable for image in self.unreadable},
+            "wrong": {image.name: image.wrong for image in self.wrong},
+            "without_labels": [image.name for image in self.blank],
             "sizes": named,
-            "label_kinds": dict(Counter(picture.kind for picture in self.pictures if picture.kind)),
+            "label_kinds": dict(Counter(image.kind for image in self.images if image.kind)),
             "values": dict(self.values.most_common(VALUES_KEPT)),
             "values_without_class": {value: self.values[value] for value in self.unknown},
             "classes": [
-                {"name": name, "pixels": int(count), "share": float(share), "pictures": int(pictures)}
-                for name, count, share, pictures in rows
+                {"name": name, "pixels": int(count), "share": float(share), "pictures": int(images)}
+                for name, count, share, images in rows
             ],
             "ignored_pixels": int(self.pixels[-1]),
             "never": self.absent(),
@@ -278,26 +268,26 @@ def check_split(
     split: str,
     training: bool = False,
     workers: int | None = None,
-    on_picture: Callable[[], None] | None = None,
+    on_image: Callable[[], None] | None = None,
     left_out: Sequence[LeftOut] = (),
 ) -> SplitCheck:
     """Looks at every image of a split.
 
     workers     processes that read files, 0 or 1: this one; None: one a core, if it takes more than some seconds
-    on_picture  called after each image (for a progress bar)
+    on_image    called after each image (for a progress bar)
     left_out    what was left out when the split was opened
     """
-    found: dict[int, Picture] = {}
+    found: dict[int, CheckedImage] = {}
     for start, some in _look(data, workers):
         found.update(enumerate(some, start))
-        if on_picture is not None:
+        if on_image is not None:
             for _ in some:
-                on_picture()
-    pictures = [found[index] for index in sorted(found)]
-    return SplitCheck(split, data.classes, pictures, training, left_out=list(left_out))
+                on_image()
+    images = [found[index] for index in sorted(found)]
+    return SplitCheck(split, data.classes, images, training, left_out=list(left_out))
 
 
-def _look(data: SegmentationData, workers: int | None) -> Iterator[tuple[int, list[Picture]]]:
+def _look(data: SegmentationData, workers: int | None) -> Iterator[tuple[int, list[CheckedImage]]]:
     """Pictures, in any order, as (index of the first, some of them in a row)."""
     if not isinstance(data, PairedFiles):
         for index in range(len(data)):
@@ -323,22 +313,22 @@ def _look(data: SegmentationData, workers: int | None) -> Iterator[tuple[int, li
             pool.shutdown(cancel_futures=True)
 
 
-def duplicates(checks: Iterable[SplitCheck]) -> list[list[tuple[str, Picture]]]:
+def duplicates(checks: Iterable[SplitCheck]) -> list[list[tuple[str, CheckedImage]]]:
     """The groups of images whose images are the same, byte for byte, with their splits."""
-    groups: dict[str, list[tuple[str, Picture]]] = {}
+    groups: dict[str, list[tuple[str, CheckedImage]]] = {}
     for check in checks:
-        for picture in check.pictures:
-            if picture.digest is not None:
-                groups.setdefault(picture.digest, []).append((check.split, picture))
-    return [group for group in groups.values() if len({(split, picture.image) for split, picture in group}) > 1]
+        for image in check.images:
+            if image.digest is not None:
+                groups.setdefault(image.digest, []).append((check.split, image))
+    return [group for group in groups.values() if len({(split, image.image) for split, image in group}) > 1]
 
 
-def pictures_to_show(check: SplitCheck, count: int) -> list[int]:
+def images_to_show(check: SplitCheck, count: int) -> list[int]:
     """Indices of readable images: for each class the one that has most of it, the rarest class first; then others."""
-    pixels = {k: picture.pixels[:-1] for k, picture in enumerate(check.pictures) if picture.pixels is not None}
+    pixels = {k: image.pixels[:-1] for k, image in enumerate(check.images) if image.pixels is not None}
     chosen: list[int] = []
-    for kind in np.argsort(check.in_pictures, kind="stable"):
-        if len(chosen) < count and check.in_pictures[kind] and not any(pixels[k][kind] for k in chosen):
+    for kind in np.argsort(check.in_images, kind="stable"):
+        if len(chosen) < count and check.in_images[kind] and not any(pixels[k][kind] for k in chosen):
             chosen.append(max((int(counts[kind]), k) for k, counts in pixels.items())[1])
     readable = list(pixels)
     for place in np.linspace(0, len(readable) - 1, min(count, len(readable))).round().astype(int):

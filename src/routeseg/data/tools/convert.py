@@ -55,7 +55,7 @@ class Annotations:
     """A COCO-style JSON and the folder of its images. Raises ValueError if the one does not fit the other.
 
     categories  id -> entry
-    pictures    id -> the name of the file below the folder, without its suffix, and (height, width)
+    images      id -> the name of the file below the folder, without its suffix, and (height, width)
     objects     id of the image -> annotations
     """
 
@@ -79,7 +79,7 @@ class Annotations:
         if not self.folder.is_dir():
             raise ValueError(f"no folder {self.folder}: give the folder of the images with --images")
         names = self._names([entry.text("file_name") for entry in listed.values()])
-        self.pictures = {key: (name, listed[key].size()) for key, name in zip(listed, names, strict=True)}
+        self.images = {key: (name, listed[key].size()) for key, name in zip(listed, names, strict=True)}
         self.objects: dict[int, list[dict]] = defaultdict(list)
         for place, one in enumerate(data["annotations"]):
             entry = _Entry(path, "annotation", place, one)
@@ -88,7 +88,7 @@ class Annotations:
         self._check()
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def _by_id(self, kind: str, listed: list) -> dict[int, _Entry]:
         found: dict[int, _Entry] = {}
@@ -118,7 +118,7 @@ class Annotations:
             yield ends[0]
 
     def _check(self) -> None:
-        names = [name for name, _ in self.pictures.values()]
+        names = [name for name, _ in self.images.values()]
         lost = [name for name in names if name not in self.files]
         if lost:
             raise ValueError(
@@ -130,7 +130,7 @@ class Annotations:
                 raise ValueError(
                     f"{self.path} has {count} images called {name}: rename them, so that each has its mask"
                 )
-        if strangers := set(self.objects) - set(self.pictures):
+        if strangers := set(self.objects) - set(self.images):
             raise ValueError(f"{self.path} has annotations of an image {min(strangers)}, which it does not list")
         unknown = {entry["category_id"] for entries in self.objects.values() for entry in entries} - set(
             self.categories
@@ -214,13 +214,13 @@ def convert_coco(
     parts: Mapping[str, Annotations],
     output: Path,
     background: bool = True,
-    on_picture: Callable[[], None] | None = None,
+    on_image: Callable[[], None] | None = None,
 ) -> Converted:
     """Draws the masks of COCO-style annotations, larger objects first: OUTPUT/masks/, lists, and OUTPUT/classes.yaml.
 
     parts       split -> its annotations; if there is only one, a part of it is set aside for validation, by name
     background  pixels without an object are the first class, and not ignored
-    on_picture  called after each image (for a progress bar)
+    on_image    called after each image (for a progress bar)
     Raises ValueError, naming the extra, if pycocotools is missing, and if OUTPUT holds a data set.
     """
     tool = require("pycocotools.mask", "coco", "a file of COCO annotations")
@@ -240,13 +240,13 @@ def convert_coco(
     check_writable(output, "output folder")
     boxes = 0
     for split, part in parts.items():
-        for number, (name, size) in part.pictures.items():
+        for number, (name, size) in part.images.items():
             mask, without = _paint(tool, part.path, size, part.objects.get(number, []), classes, empty)
             boxes += without
             write_atomically(output / "masks" / split / f"{name}.png", _png(mask))
-            if on_picture is not None:
-                on_picture()
-        lines = "".join(f"{name}\n" for name in sorted(name for name, _ in part.pictures.values()))
+            if on_image is not None:
+                on_image()
+        lines = "".join(f"{name}\n" for name in sorted(name for name, _ in part.images.values()))
         write_atomically(output / f"{split}.txt", lines.encode(errors="surrogateescape"))
     if boxes:
         notes.append(f"annotations without an outline, with a box at most, were left out: {boxes}")
@@ -292,9 +292,9 @@ def _categories(parts: Mapping[str, Annotations]) -> tuple[dict[int, dict], list
 
 def _png(mask: np.ndarray) -> bytes:
     """A palette PNG, whose bytes are the classes and whose colours can be told apart."""
-    picture, data = Image.fromarray(mask), io.BytesIO()
-    picture.putpalette([part for colour in voc_palette() for part in colour])
-    picture.save(data, format="PNG")
+    image, data = Image.fromarray(mask), io.BytesIO()
+    image.putpalette([part for colour in voc_palette() for part in colour])
+    image.save(data, format="PNG")
     return data.getvalue()
 
 
@@ -381,10 +381,10 @@ def convert_voc(export: Path, images: str | None = None, background: bool = True
     background  the class background is kept; else it is ignored
     Raises ValueError, showing the expected tree, if something is missing.
     """
-    pictures = Path(images) if images is not None else export / "JPEGImages"
+    image_folder = Path(images) if images is not None else export / "JPEGImages"
     if (export / FILE).exists():
         raise ValueError(f"{export / FILE} is already there: remove it to write it anew")
-    for folder in (export, pictures):
+    for folder in (export, image_folder):
         if not folder.is_dir():
             raise ValueError(
                 f"no folder {folder}; {expected(VOC_TREE)}\nor give the folder of the images with --images"
@@ -410,10 +410,12 @@ def convert_voc(export: Path, images: str | None = None, background: bool = True
         mapping = mapping or {k: k for k in range(len(names))}
         mapping = {key: IGNORE if k in (gone, IGNORE) else k - (k > gone) for key, k in mapping.items()}
         names, palette = names[:gone] + names[gone + 1 :], palette and palette[:gone] + palette[gone + 1 :]
-    layout: dict[str, Any] = {"images": _seen_from(pictures, export), "masks": masks}
+    layout: dict[str, Any] = {"images": _seen_from(image_folder, export), "masks": masks}
     if mapping:
         layout["mapping"] = mapping
-    layout["split"], said, left = divide(export, sorted(in_masks.keys() & list_images(pictures, nested=True).keys()))
+    layout["split"], said, left = divide(
+        export, sorted(in_masks.keys() & list_images(image_folder, nested=True).keys())
+    )
     check_writable(export, "folder")
     write_classes(export / FILE, names, palette, **layout)
     notes = (said, *([f"left out: {', '.join(left)}"] if left else []))

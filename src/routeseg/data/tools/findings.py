@@ -12,10 +12,11 @@ from typing import Literal
 import numpy as np
 
 from routeseg.data.config import DataConfig, open_data, pair
-from routeseg.data.pairs import LabelMap, LeftOut, PairedFiles, SegmentationData
+from routeseg.data.label_files import LabelMap
+from routeseg.data.pairs import LeftOut, PairedFiles, SegmentationData
 from routeseg.data.sets.folder import describing_file
 from routeseg.data.sets.masks import IGNORED_16, LOOSE, RARE_VALUE, white_alone
-from routeseg.data.tools.check import Picture, SplitCheck, check_split, duplicates
+from routeseg.data.tools.check import CheckedImage, SplitCheck, check_split, duplicates
 from routeseg.files import expand_user
 from routeseg.labels import IGNORE, Classes
 
@@ -145,7 +146,7 @@ def _of_left_out(check: SplitCheck) -> list[Finding]:
 
 
 def _of_files(check: SplitCheck) -> list[Finding]:
-    found, total = [], len(check.pictures)
+    found, total = [], len(check.images)
     if check.unreadable:
         bad = len(check.unreadable)
         found.append(
@@ -153,25 +154,25 @@ def _of_files(check: SplitCheck) -> list[Finding]:
                 "error" if bad > MOSTLY_UNREADABLE * total else "warning",
                 f"{check.split}: {bad} of {total} images cannot be read",
                 "save these files again, or remove them; training and evaluation skip them",
-                tuple(str(picture.unreadable) for picture in check.unreadable),
+                tuple(str(image.unreadable) for image in check.unreadable),
             )
         )
     if misfits := check.misfits:
         remedy = "make these labels again, of the size of their image"
-        if all(_sides_swapped(picture) for picture in misfits):
+        if all(_sides_swapped(image) for image in misfits):
             remedy = "width and height are swapped: turn the labels, or the images"
-            if all(picture.turned for picture in misfits):
+            if all(image.turned for image in misfits):
                 remedy = (
                     "width and height are swapped: a note in the images (EXIF) turns them, and the labels have none. "
                     "Turn the labels, or save the images without the note"
                 )
         text = f"{check.split}: {len(misfits)} of {total} labels have another size than their image"
-        found.append(Finding("error", text, remedy, tuple(str(picture.wrong) for picture in misfits)))
-    if others := [picture for picture in check.wrong if not picture.misfit]:
+        found.append(Finding("error", text, remedy, tuple(str(image.wrong) for image in misfits)))
+    if others := [image for image in check.wrong if not image.misfit]:
         text = f"{check.split}: {len(others)} of {total} labels are no label images"
         remedy = "make these labels again, as PNG with one number or colour a pixel"
-        found.append(Finding("error", text, remedy, tuple(str(picture.wrong) for picture in others)))
-    if turned := [picture for picture in check.pictures if picture.turned and not picture.misfit]:
+        found.append(Finding("error", text, remedy, tuple(str(image.wrong) for image in others)))
+    if turned := [image for image in check.images if image.turned and not image.misfit]:
         text = (
             f"{check.split}: a note (EXIF) turns or mirrors {len(turned)} of {total} images, their labels have none, "
             "and the sizes fit either way"
@@ -180,12 +181,12 @@ def _of_files(check: SplitCheck) -> list[Finding]:
             "look at the contact sheet whether these labels fit; if not, turn them as their image, or save the images "
             "without the note"
         )
-        found.append(Finding("warning", text, remedy, tuple(picture.image for picture in turned)))
+        found.append(Finding("warning", text, remedy, tuple(image.image for image in turned)))
     return found
 
 
-def _sides_swapped(picture: Picture) -> bool:
-    return picture.size is not None and picture.label_size == picture.size[::-1] != picture.size
+def _sides_swapped(image: CheckedImage) -> bool:
+    return image.size is not None and image.label_size == image.size[::-1] != image.size
 
 
 def _of_values(check: SplitCheck, label_map: LabelMap | None, described_in: Path | None) -> list[Finding]:
@@ -195,14 +196,14 @@ def _of_values(check: SplitCheck, label_map: LabelMap | None, described_in: Path
     white = _of_white(check, label_map, described_in)
     if not check.unknown:
         return white + _taken_twice(check, label_map, described_in)
-    files = tuple(str(picture.label) for picture in check.pictures if picture.unknown)
+    files = tuple(str(image.label) for image in check.images if image.unknown)
     total = sum(check.values.values())
     listed = ", ".join(f"{value} ({_percent(check.values[value] / total)})" for value in check.unknown[:8])
     more = f" and {len(check.unknown) - 8} more" if len(check.unknown) > 8 else ""
     coloured = check.unknown[0].startswith('"')
     what = "colours" if coloured else "label values"
-    text = f"{check.split}: {what} without a class in {len(files)} of {len(check.pictures)} labels: {listed}{more}"
-    if "16 bit" in {picture.kind for picture in check.pictures if picture.unknown}:
+    text = f"{check.split}: {what} without a class in {len(files)} of {len(check.images)} labels: {listed}{more}"
+    if "16 bit" in {image.kind for image in check.images if image.unknown}:
         text += "; these files have 16 bits a pixel"
     return [*white, Finding("error", text, _mapping_remedy(check, label_map, described_in), files)]
 
@@ -217,8 +218,8 @@ def _of_white(check: SplitCheck, label_map: LabelMap, described_in: Path | None)
         or set(check.values) == {"0", str(IGNORE)}
     ):
         return []
-    read = [picture for picture in check.pictures if picture.values and picture.kind != "colour"]
-    found = [{int(value): count for value, count in picture.values.items()} for picture in read]
+    read = [image for image in check.images if image.values and image.kind != "colour"]
+    found = [{int(value): count for value, count in image.values.items()} for image in read]
     alone, beside = white_alone(found)
     if alone <= beside:
         return []
@@ -237,7 +238,7 @@ def _of_white(check: SplitCheck, label_map: LabelMap, described_in: Path | None)
 def _mapping_remedy(check: SplitCheck, label_map: LabelMap, described_in: Path | None) -> str:
     names, coloured = check.classes.names, check.unknown[0].startswith('"')
     painted = [value for value in check.values if check.values[value] >= RARE_VALUE * sum(check.values.values())]
-    areas = {value for picture in check.pictures for value in set(picture.unknown) - set(picture.loose)}
+    areas = {value for image in check.images for value in set(image.unknown) - set(image.loose)}
     loose = [value for value in check.unknown if value not in areas]
     if 2 * len(loose) > len(check.unknown):
         ignored = f"`mapping: {{{', '.join(f'{value}: ignore' for value in loose[:LONGEST_MAPPING])}}}`"
@@ -308,10 +309,10 @@ def _taken_twice(check: SplitCheck, label_map: LabelMap, described_in: Path | No
 def _of_near_colours(checks: Sequence[SplitCheck]) -> list[Finding]:
     """Two colours that hardly differ, and no label has both of them: one class may have been painted in two ways."""
     within: dict[str, set[str]] = {}
-    for picture in (picture for check in checks for picture in check.pictures):
-        for value, count in picture.values.items():
-            if value.startswith('"') and picture.label and count >= RARE_VALUE * sum(picture.values.values()):
-                within.setdefault(value, set()).add(picture.label)
+    for image in (image for check in checks for image in check.images):
+        for value, count in image.values.items():
+            if value.startswith('"') and image.label and count >= RARE_VALUE * sum(image.values.values()):
+                within.setdefault(value, set()).add(image.label)
     found = []
     for one, other in itertools.combinations(sorted(within), 2):
         steps = (abs(int(one[k : k + 2], 16) - int(other[k : k + 2], 16)) for k in (2, 4, 6))
@@ -329,7 +330,7 @@ def _of_labels(check: SplitCheck) -> list[Finding]:
     if not counted:
         return []
     if len(blank) == len(counted):
-        none = all(picture.label is None for picture in blank)
+        none = all(image.label is None for image in blank)
         why = "it has no label files" if none else f"every pixel is ignored ({IGNORE})"
         remedy = "choose a split with labels" if none else "check what the masks hold, and the mapping"
         return [Finding("error", f"{check.split}: not a single labelled pixel: {why}", remedy)]
@@ -338,9 +339,9 @@ def _of_labels(check: SplitCheck) -> list[Finding]:
         found.append(
             Finding(
                 "warning",
-                f"{check.split}: {len(blank)} of {len(check.pictures)} images have no labelled pixel",
+                f"{check.split}: {len(blank)} of {len(check.images)} images have no labelled pixel",
                 "label them, or remove them: nothing is learnt from them, and they do not count in mIoU",
-                tuple(picture.label or picture.image for picture in blank),
+                tuple(image.label or image.image for image in blank),
             )
         )
     ignored = check.pixels[-1] / check.pixels.sum()
@@ -428,16 +429,16 @@ def _few(names: Sequence[str]) -> str:
 
 def _of_sizes(check: SplitCheck, crop: tuple[int, int] | None) -> list[Finding]:
     found = []
-    tiny = tuple(picture.image for picture in check.pictures if picture.size and min(picture.size) < SMALLEST)
+    tiny = tuple(image.image for image in check.images if image.size and min(image.size) < SMALLEST)
     if tiny:
         text = f"{check.split}: images with a side under {SMALLEST} pixels, which the network refuses: {len(tiny)}"
         found.append(Finding("error", text, "remove or enlarge them, with their labels", tiny))
-    if crop is not None and check.training and check.smaller_than(crop) > len(check.pictures) / 2:
+    if crop is not None and check.training and check.smaller_than(crop) > len(check.images) / 2:
         small = check.smaller_than(crop)
         found.append(
             Finding(
                 "warning",
-                f"{check.split}: {small} of {len(check.pictures)} images are smaller than the crop of "
+                f"{check.split}: {small} of {len(check.images)} images are smaller than the crop of "
                 f"{crop[1]}x{crop[0]} (width x height): the rest of it is padding",
                 "set data.crop ([height, width]) to the size of most images or below",
             )
@@ -464,7 +465,7 @@ def _of_duplicates(checks: Sequence[SplitCheck]) -> list[Finding]:
         ),
     ):
         if groups:
-            files = tuple(" = ".join(picture.image for _, picture in group) for group in groups)
+            files = tuple(" = ".join(image.image for _, image in group) for group in groups)
             found.append(Finding("warning", f"{text}: {len(groups)} times", remedy, files))
     return found
 

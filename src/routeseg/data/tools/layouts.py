@@ -58,14 +58,14 @@ class World:
 
     config: DataConfig
     seed: int
-    on_picture: Callable[[], None] | None = None
+    on_image: Callable[[], None] | None = None
 
     def draw(self, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
         """-> image uint8 [H,W,3], labels uint8 [H,W], indices into scenes.CLASSES."""
         seed = self.seed + SEED_OFFSETS[split]
         drawn = scenes.draw_scene(seed, index, pair(self.config.image_size), self.config.preset)
-        if self.on_picture is not None:
-            self.on_picture()
+        if self.on_image is not None:
+            self.on_image()
         return drawn
 
     @property
@@ -87,7 +87,7 @@ class World:
         return max(1, self.val // 2)
 
 
-def pictures_of(layout: Layout, config: DataConfig) -> int:
+def images_of(layout: Layout, config: DataConfig) -> int:
     """How many images `write_layout` draws."""
     world = World(config, 0)
     more = {"cityscapes": world.extra + world.test, "voc": world.test, "sbd": world.test + world.extra}
@@ -95,7 +95,7 @@ def pictures_of(layout: Layout, config: DataConfig) -> int:
 
 
 def write_layout(
-    layout: Layout, root: Path, config: DataConfig, seed: int = 0, on_picture: Callable[[], None] | None = None
+    layout: Layout, root: Path, config: DataConfig, seed: int = 0, on_image: Callable[[], None] | None = None
 ) -> None:
     """Writes the scenes of a configuration in a layout. Nothing appears in `root` before all is written.
 
@@ -119,7 +119,7 @@ def write_layout(
         raise ValueError(f"{root} already holds files: choose another folder")
     try:
         work.mkdir(parents=True)
-        write(work, World(config, seed, on_picture))
+        write(work, World(config, seed, on_image))
         for entry in sorted(work.iterdir(), reverse=True):
             entry.rename(root / entry.name)
     except OSError as error:
@@ -240,7 +240,7 @@ def _write_sbd(root: Path, world: World) -> None:
         for drawn_as, index in members:
             name = _voc_name(drawn_as, index)
             new = drawn_as == "train" and index >= world.train
-            quiet = World(world.config, world.seed, world.on_picture if new else None)  # the others were drawn before
+            quiet = World(world.config, world.seed, world.on_image if new else None)  # the others were drawn before
             image, labels = quiet.draw(drawn_as, index)
             classes = voc_classes(labels)
             _save(sbd / "img" / f"{name}.jpg", image)
@@ -301,11 +301,11 @@ def _rim(shape: tuple[int, ...]) -> np.ndarray:
 
 def _save(path: Path, pixels: np.ndarray, palette: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(pixels)
+    image = Image.fromarray(pixels)
     if palette:
-        picture.putpalette([part for colour in voc.voc_palette() for part in colour])
+        image.putpalette([part for colour in voc.voc_palette() for part in colour])
     options: dict[str, Any] = {"quality": JPEG_QUALITY, "subsampling": 0} if path.suffix == ".jpg" else {}
-    picture.save(path, **options)
+    image.save(path, **options)
 
 
 def _write_list(path: Path, names: list[str]) -> None:
