@@ -22,7 +22,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[1]
 OUTSIDE = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 PACKAGES = ("routeseg", "training", "evaluation", "engine", "export", "figures", "data.scenes")
-MORE = {"routeseg": ("prediction.image.predict",), "training": ("data.config.DataConfig",)}  # shown there, too
+MORE = {"training": ("data.config.DataConfig",)}  # shown there, too
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 ABOUT_FILES = re.compile(r"The public names|\w+\.py ")  # paragraphs of a package's docstring
 ROW = re.compile(r"(\S.*?) {2,}(\S.*)")

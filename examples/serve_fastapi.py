@@ -34,7 +34,7 @@ Answer = Literal["json", "png"]
 
 
 def service(
-    model: routeseg.DynamicRoutingNetwork, waiting: int = WAITING, host: str = "127.0.0.1", names: Sequence[str] = ()
+    model: routeseg.Segmenter, waiting: int = WAITING, host: str = "127.0.0.1", names: Sequence[str] = ()
 ) -> FastAPI:
     """POST /segment, with at most `waiting` requests inside, and GET /health; `host`, `names`: see `admit`."""
 

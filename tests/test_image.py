@@ -14,7 +14,7 @@ from PIL import Image
 
 import routeseg
 from conftest import spread_gates
-from routeseg import DynamicRoutingNetwork, Segmentation, SkipEngine, figures
+from routeseg import DynamicRoutingNetwork, Segmentation, Segmenter, SkipEngine, figures
 from routeseg.app.explorer import Explorer
 from routeseg.cli import main
 from routeseg.cost.macs import exit_costs
@@ -25,7 +25,7 @@ from routeseg.evaluation import evaluate
 from routeseg.figures.labels import legend_entries
 from routeseg.labels import Classes
 from routeseg.model.request import Request
-from routeseg.prediction import image as images_in_python
+from routeseg.prediction import segmenter
 from routeseg.prediction.clips import open_clip
 from routeseg.prediction.onnx_runner import most_likely
 from routeseg.training.initialization import initialize
@@ -37,9 +37,9 @@ def picture() -> np.ndarray:
 
 
 @pytest.fixture
-def model() -> DynamicRoutingNetwork:
+def model() -> Segmenter:
     torch.manual_seed(0)
-    return spread_gates(DynamicRoutingNetwork(num_classes=5, depth=3, base_channels=8, stem_channels=8)).eval()
+    return spread_gates(Segmenter(num_classes=5, depth=3, base_channels=8, stem_channels=8)).eval()
 
 
 def tensor(picture: np.ndarray) -> torch.Tensor:
@@ -109,6 +109,15 @@ class TestWhatHoldsAnImage:
         """A tensor is segmented as ever, so that training and engines see no difference."""
         assert np.array_equal(model(picture).labels, model.predict(picture).labels)
         assert isinstance(model(tensor(picture)[None]), routeseg.Segmentation)
+
+    def test_it_is_a_network(self, model, picture):
+        """Also a static one that is made of it; a network that is none says where files are taken."""
+        assert isinstance(routeseg.load(), Segmenter) and isinstance(model, DynamicRoutingNetwork)
+        assert model.specialize(model.route)(picture).labels.shape == (50, 70)
+        plain = DynamicRoutingNetwork(num_classes=5, depth=3, base_channels=8, stem_channels=8)
+        for image in ("photo.jpg", picture):
+            with pytest.raises(ValueError, match=r"no tensor \[B,3,H,W\]: a `Segmenter` .`routeseg.load` gives one"):
+                plain(image)
 
     def test_a_tensor_of_one_image_is_for_predict(self, model, picture):
         for forward in (model, SkipEngine(model)):
@@ -243,7 +252,7 @@ class TestManyClasses:
 
     @pytest.fixture
     def made(self, classes, picture, monkeypatch):
-        model = DynamicRoutingNetwork(num_classes=classes, depth=3, base_channels=8, stem_channels=8).eval()
+        model = Segmenter(num_classes=classes, depth=3, base_channels=8, stem_channels=8).eval()
         expected = np.full((50, 70), classes - 1)
         expected[:, 40:] = min(255, classes - 2)
         forward = model.answer
@@ -344,8 +353,7 @@ def test_type_checkers_see_what_comes_back(tmp_path):
         "Segmentation": [
             "model(torch.zeros(1, 3, 64, 64), budget=0.4)",
             "routeseg.SkipEngine(model, 'bfloat16')(batch)",
-        ]
-        + ["routeseg.build_engine(model)(batch)"],
+        ],
     }
     lines = ["from pathlib import Path", "import numpy as np, torch, routeseg", "from PIL import Image"]
     lines += ["model, batch = routeseg.load(), torch.zeros(1, 3, 64, 64)"]
@@ -360,7 +368,7 @@ def test_type_checkers_see_what_comes_back(tmp_path):
 class TestTheEngine:
     def test_it_is_built_once(self, model, picture, monkeypatch):
         built = []
-        monkeypatch.setattr(images_in_python, "SkipEngine", lambda *args: built.append(1) or SkipEngine(*args))
+        monkeypatch.setattr(segmenter, "SkipEngine", lambda *args: built.append(1) or SkipEngine(*args))
         model.predict(picture), model.predict(picture)
         assert len(built) == 1
 
@@ -387,7 +395,7 @@ class TestTheEngine:
         budgets = ("30%", None)  # that of few scales, and that of all
         expected = [[model.predict(image, budget).labels for budget in budgets] for image in images]
         model.train()  # however it stands: it is left so
-        images_in_python._runners.clear()  # they also build it
+        segmenter._runners.clear()  # they also build it
 
         def work(number: int) -> None:
             for turn in range(12):
@@ -405,7 +413,7 @@ class TestTheEngine:
         assert model.training
 
     def test_a_budget(self, picture):
-        model = DynamicRoutingNetwork(
+        model = Segmenter(
             num_classes=5, depth=4, base_channels=8, stem_channels=8, gate="fixed", route="diagonal", exits=[0, 1, 2]
         ).eval()
         with pytest.raises(ValueError, match="calibrate"):
@@ -429,7 +437,7 @@ class TestTheEngine:
         with pytest.raises(ValueError, match="cannot be kept"):
             model.predict(picture, budget=0.1)
         with pytest.raises(ValueError, match="no gates|exits|budget"):
-            DynamicRoutingNetwork(num_classes=5, depth=3, base_channels=8).predict(picture, budget=0.5)
+            Segmenter(num_classes=5, depth=3, base_channels=8).predict(picture, budget=0.5)
 
 
 def test_the_network_that_comes_along(picture):

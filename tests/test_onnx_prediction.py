@@ -362,7 +362,7 @@ class TestNoTorch:
             "print([name for name in heavy if name in sys.modules])\n"
             "assert set(routeseg.__all__) <= set(dir(routeseg))\n"
             "from routeseg import *\n"
-            "assert load is routeseg.model.checkpoints.load and RoutingSpace is routeseg.space.RoutingSpace\n"
+            "assert load is routeseg.prediction.segmenter.load and RoutingSpace is routeseg.space.RoutingSpace\n"
             "print(sorted(name for name in routeseg.__all__ if name not in globals()))\n"
             "routeseg.nonsense"
         )

@@ -9,7 +9,7 @@ from PIL import Image
 
 import routeseg
 from pictures import noise
-from routeseg import DynamicRoutingNetwork, SkipEngine, model_cost
+from routeseg import DynamicRoutingNetwork, Segmenter, SkipEngine, model_cost
 from routeseg.budgets.calibration import calibrate
 from routeseg.cli import main
 from routeseg.config import NetworkConfig
@@ -34,10 +34,10 @@ DATA = DataConfig(image_size=SIZE, crop=(64, 64), train_images=16, val_images=8,
 ALL = 1e6  # a price at which all places leave at once
 
 
-def network(**options) -> DynamicRoutingNetwork:
+def network(**options) -> Segmenter:
     """Drawn weights whose exits are sure of some places and not of others."""
     torch.manual_seed(3)
-    model = DynamicRoutingNetwork(**{**NETWORK, **options}).eval()
+    model = Segmenter(**{**NETWORK, **options}).eval()
     for decoder in [*model.exits.decoders, model.head]:
         decoder.predictor.weight.data.normal_(std=0.5)
     return model

@@ -11,9 +11,10 @@ from .files import sample as sample
 from .model import DynamicRoutingNetwork as DynamicRoutingNetwork
 from .model import Segmentation as Segmentation
 from .model.authors import import_checkpoint as import_checkpoint
-from .model.checkpoints import load as load
 from .prediction.image import SegmentedImage as SegmentedImage
 from .prediction.onnx_runner import OnnxNetwork as OnnxNetwork
+from .prediction.segmenter import Segmenter as Segmenter
+from .prediction.segmenter import load as load
 from .space import Route as Route
 from .space import RoutingSpace as RoutingSpace
 from .training.gate_budget import Budget as Budget

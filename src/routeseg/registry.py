@@ -59,5 +59,3 @@ CHOICES: Registry[Any] = Registry(
     "choice", {"loss": "routeseg.model.choice:LossChoice", "entropy": "routeseg.model.choice:EntropyChoice"}
 )
 BACKBONES: Registry[Any] = Registry("backbone", {"efficientnet_lite0": "routeseg.model.backbone:EfficientNetLite0"})
-# What a network's `predict` is; it stands in a room above the network's.
-PREDICT: Registry[Any] = Registry("way to predict", {"images": "routeseg.prediction.image:predict"})

@@ -13,7 +13,7 @@ from routeseg.cli.training import RUNS, train_by
 
 if TYPE_CHECKING:
     from routeseg.evaluation import Evaluation
-    from routeseg.model import DynamicRoutingNetwork
+    from routeseg.prediction.segmenter import Segmenter
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Trained:
     """
 
     folder: Path
-    model: DynamicRoutingNetwork
+    model: Segmenter
     evaluation: Evaluation | None
 
 
@@ -60,7 +60,7 @@ def train(
 
     Raises ValueError, with the remedy, for what makes no training; NonFiniteLoss if the loss is no number.
     """
-    from routeseg.model import checkpoints
+    from routeseg.prediction.segmenter import load
     from routeseg.training.callbacks import BEST_FOLDER
 
     words = [] if folder is None else [str(folder)]
@@ -74,7 +74,7 @@ def train(
     parser = config_parser("train")
     parser.in_python = True
     result, place = train_by([*words, *(["--resume"] if resume else [])], parser)
-    return Trained(place, checkpoints.load(place / BEST_FOLDER), result.found)
+    return Trained(place, load(place / BEST_FOLDER), result.found)
 
 
 def _as_word(value: Any) -> str:

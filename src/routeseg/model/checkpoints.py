@@ -9,7 +9,7 @@ import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from safetensors import SafetensorError, safe_open
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from routeseg.model import DynamicRoutingNetwork
 
+Network = TypeVar("Network", bound="DynamicRoutingNetwork")
 PRETRAINED = Path(__file__).parents[1] / "pretrained" / "camvid"  # benchmarks/ship.py makes it
 LENGTH_BYTES = 8  # at the start of a safetensors file: the length of its header
 FLOATS, COUNTS = ("F64", "F32", "F16", "BF16"), ("I64",)  # safetensors' dtypes for weights, and for counts
@@ -34,9 +35,13 @@ class Stored:
     dtype: str
 
 
-def load(folder: str | Path | None = None) -> DynamicRoutingNetwork:
+@overload
+def load(folder: str | Path | None = None) -> DynamicRoutingNetwork: ...
+@overload
+def load(folder: str | Path | None, kind: type[Network]) -> Network: ...
+def load(folder: str | Path | None = None, kind: type[DynamicRoutingNetwork] | None = None) -> DynamicRoutingNetwork:
     """The network of a checkpoint folder, or the best one of a run, in eval mode; without a folder, the CamVid network
-    that is shipped.
+    that is shipped. Its class is DynamicRoutingNetwork, or the subclass `kind`.
 
     Raises ValueError, naming the file, if the folder is no checkpoint, is damaged, or does not fit its config.
     """
@@ -52,10 +57,11 @@ def load(folder: str | Path | None = None) -> DynamicRoutingNetwork:
 
     from routeseg.model import DynamicRoutingNetwork
 
+    kind = kind or DynamicRoutingNetwork
     with torch.device("meta"):
-        expected = DynamicRoutingNetwork(config).state_dict()
+        expected = kind(config).state_dict()
     check_fit(expected, stored, folder / WEIGHTS_FILE)
-    model = DynamicRoutingNetwork(config)
+    model = kind(config)
     model.load_state_dict(read_weights(folder))
     return model.eval()
 

@@ -435,7 +435,12 @@ def prepare(model: RoutedNetwork, images: Tensor) -> tuple[Tensor, tuple[int, in
 
 
 def check_images(images: Tensor) -> tuple[int, int]:
-    """The size (H, W) of images. Raises ValueError for images that are not [B,3,H,W], H, W >= 32."""
+    """The size (H, W) of images. Raises ValueError for what is no tensor [B,3,H,W], H, W >= 32."""
+    if not isinstance(images, Tensor):
+        raise ValueError(
+            f"{type(images).__name__} is no tensor [B,3,H,W]: a `Segmenter` (`routeseg.load` gives one) takes files "
+            "and arrays"
+        )
     if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
         one = "; of a single image `.predict(image)` takes [3,H,W]" if images.ndim == 3 else ""
         raise ValueError(f"images have shape {list(images.shape)}: expected [B,3,H,W], RGB, with B at least 1{one}")
