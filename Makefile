@@ -6,7 +6,7 @@ DATA ?= scenes
 OUTPUT ?= runs/demo
 MINUTES ?= 5
 KERNELS := $(wildcard src/routeseg/engine/kernels/*)
-NATIVE_TESTS ?= tests/test_compiled.py tests/test_fused.py tests/test_kernels_benchmark.py
+NATIVE_TESTS ?= $(addprefix tests/test_,compiled.py places_kernels.py fused.py kernels_benchmark.py)
 PYTEST := $(VENV)/bin/pytest -q -n 2 --dist loadfile
 DEMO := $(VENV)/bin/routeseg demo --config $(DATA)/small --output $(OUTPUT)
 

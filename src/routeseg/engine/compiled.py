@@ -15,6 +15,7 @@ import os
 import weakref
 from collections.abc import Iterator, Sequence
 from ctypes import POINTER, Structure, addressof, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -29,7 +30,7 @@ from routeseg.errors import NOT_FINITE
 from routeseg.model import Segmentation
 from routeseg.model.backbone import Backbone, EfficientNetLite0, FrozenNormConv, InvertedResidual
 from routeseg.model.cell import Cell, RoutingNode
-from routeseg.model.choice import LossChoice, LossGate
+from routeseg.model.choice import Choice, EntropyChoice, LossChoice, LossGate
 from routeseg.model.decoder import Decoder
 from routeseg.model.exits import Exits
 from routeseg.model.gate import Gate, SoftGate
@@ -46,7 +47,7 @@ STEPS = ("gather", "gate", "cell", "up", "down", "stage")  # of a node: each can
 # The only layers that the kernels compute, by their exact type: a subclass may do something else.
 LAYERS = (
     *(InputNorm, Stem, RoutingNode, Cell, SepConv3x3, SepConv5x5, Identity, SoftGate),
-    *(Transform, Upsample, Subsample, Decoder, Exits, LossChoice, LossGate),
+    *(Transform, Upsample, Subsample, Decoder, Exits, LossChoice, LossGate, EntropyChoice),
     *(EfficientNetLite0, InvertedResidual, FrozenNormConv, nn.BatchNorm2d, nn.ReLU6, nn.ZeroPad2d),
     *(nn.Conv2d, BatchNorm, nn.SyncBatchNorm, nn.ReLU, nn.Identity, nn.Linear),
     *(nn.Sequential, nn.ModuleDict, nn.ModuleList),
@@ -129,7 +130,7 @@ class _Network(Structure):
     """`Network` of kernels/forward.cpp."""
 
     _fields_ = [
-        *((name, c_int32) for name in "depth scales zeros_arrive classes exits stages".split()),
+        *((name, c_int32) for name in "depth scales zeros_arrive classes exits stages place".split()),
         ("stem", POINTER(_Conv)),
         ("nodes", POINTER(_Node)),
         ("exit", POINTER(_Exit)),
@@ -145,7 +146,9 @@ class _Request(Structure):
         *((name, c_int32) for name in ("padded_height", "padded_width")),
         ("given", c_void_p),
         ("own", c_int32),
-        *((name, c_void_p) for name in ("prices", "gates", "logits", "seconds")),
+        *((name, c_void_p) for name in ("prices", "left", "most")),
+        ("price", c_float),
+        *((name, c_void_p) for name in ("gates", "logits", "seconds")),
         ("threads", c_int32),
     ]
 
@@ -192,7 +195,9 @@ class CompiledForward:
         self._forward = getattr(library, f"routeseg_forward_{_name(dtype)}")
         self._packed = _Packed(fold_batch_norm(model), dtype, library.routeseg_vector(), library.routeseg_panel())
         exits = model.exits
-        self._costs = None if exits is None or not exits.calibrated else exits.costs.float().numpy().copy()
+        self._table = None if exits is None else exits.table
+        decides = exits is not None and exits.calibrated and exits.place is None
+        self._costs = exits.costs.float().numpy().copy() if exits is not None and decides else None
         self._workspace = library.routeseg_open()
         if self._workspace is None:
             raise MemoryError("not enough memory for an engine")
@@ -212,7 +217,7 @@ class CompiledForward:
         logits = torch.empty((batch, self.config.num_classes, height, width), **FLOAT32)
         gates = torch.empty((batch, self.space.depth + 1, self.space.num_scales, len(DIRECTIONS)), **FLOAT32)
         mask, mean, std = request.mask.astype(np.float32), self.config.pixel_mean, self.config.pixel_std
-        prices = self._prices(request, batch)
+        prices, places = self._prices(request, batch), self._places(request, batch, height, width)
         for number, image in enumerate(pixels):
             asked = _Request(
                 _Image(image.data_ptr(), *image.stride(), height, width, image.dtype == torch.uint8, mean, std),
@@ -220,6 +225,7 @@ class CompiledForward:
                 mask[number % len(mask)].ctypes.data,
                 request.gated,
                 None if prices is None else prices[number].ctypes.data,
+                *(None, None, 0.0) if places is None else places.of(number),
                 gates[number].data_ptr(),
                 logits[number].data_ptr(),
                 None if seconds is None else seconds.ctypes.data,
@@ -227,7 +233,21 @@ class CompiledForward:
             )
             status = self._forward(addressof(self._packed.network), addressof(asked), self._workspace)
             raise_failure(self._library, status, f"a forward of {height}x{width} pixels")
-        return Segmentation(logits, gates)
+        decided = places is not None and bool((places.price > 0).any())
+        return Segmentation(logits, gates, exits=places.left if places is not None and decided else None)
+
+    def _places(self, request: Request, images: int, height: int, width: int) -> _Places | None:
+        """What places go by; None if they do not leave by themselves."""
+        place = self.config.place
+        if place is None or self._table is None or request.exits is not None:
+            return None
+        price = np.broadcast_to(np.zeros(1) if request.price is None else request.price, images)
+        sides = [-(-side // place) for side in padded_size(self.space, height, width)]
+        left = torch.full((images, *sides), len(self._table.costs) - 1)
+        most = None
+        if request.each and request.price is not None:
+            most = (self._table.going_on(price) * math.prod(sides)).round().astype(np.int32)
+        return _Places(price.astype(np.float32), left, most)
 
     def _prices(self, request: Request, images: int) -> np.ndarray | None:
         """Price times cost of each exit for each image, float32 [B,K]; None if the images do not decide."""
@@ -235,6 +255,21 @@ class CompiledForward:
             return None
         price = np.zeros(1) if request.price is None else request.price
         return np.broadcast_to(price, images).astype(np.float32)[:, None] * self._costs
+
+
+@dataclass(frozen=True)
+class _Places:
+    """What the places of the images of a batch go by: price [B] or, if there is one, the number of places that go on
+    behind each exit, `most` [B,K-1]; and the exits at which they leave [B,hb,wb]."""
+
+    price: np.ndarray
+    left: Tensor
+    most: np.ndarray | None
+
+    def of(self, image: int) -> tuple[int, int | None, float]:
+        """The fields of `_Request`."""
+        most = None if self.most is None else self.most[image].ctypes.data
+        return self.left[image].data_ptr(), most, float(self.price[image])
 
 
 def raise_failure(library: ctypes.CDLL, status: int, what: str) -> None:
@@ -253,12 +288,13 @@ def _unknown_parts(model: RoutedNetwork, library: ctypes.CDLL) -> Iterator[str]:
     for name, layer in model.named_modules():
         kind = type(layer).__name__
         if layer is not model and type(layer) not in LAYERS:
-            what = "gate" if isinstance(layer, Gate) else "cell operation" if isinstance(layer, Operation) else "layer"
+            kinds = {Gate: "gate", Operation: "cell operation", Choice: "choice"}
+            what = next((word for base, word in kinds.items() if isinstance(layer, base)), "layer")
             yield f"there is no kernel for the {what} {kind} ({name})"
         if isinstance(layer, nn.Conv2d) and most < max(layer.weight.shape[:2]):
             yield f"the kernels hold {most} channels, {name} has {max(layer.weight.shape[:2])}"
-    if model.exits is not None and not model.exits.gates.kernels:
-        yield f"there is no kernel for the choice {model.config.choice} at exits"
+    if model.config.choice == "entropy" and model.config.place is None:
+        yield "there is no kernel for the choice entropy of whole images"
     if (scales := model.space.num_scales) > (most := library.routeseg_most_scales()):
         yield f"the kernels hold {most} scales, the network has {scales}"
 
@@ -405,7 +441,7 @@ class _Packed(Weights):
             stem, stages = [next(folded.backbone.stages[0].children())], self._stages(folded.backbone)
         self.network = _Network(
             space.depth, space.num_scales, folded.config.zeros_arrive, folded.config.num_classes,
-            len(exits), len(stages),
+            len(exits), len(stages), folded.config.place or 0,
             self._convs([self.conv(_layers(part), image=not i) for i, part in enumerate(stem)]), nodes, exits, stages,
         )  # fmt: skip
 
@@ -429,11 +465,11 @@ class _Packed(Weights):
 
     def _exit(self, layer: int, decoder: Decoder, gate: LossGate | None) -> _Exit:
         merges, predictor = [self.conv(_layers(merge)) for merge in decoder.merge], [decoder.predictor]
+        glance = nn.Conv2d(decoder.predictor.in_channels, decoder.predictor.out_channels, 1)
+        glance.weight, glance.bias = nn.Parameter(decoder.glance_weight), decoder.predictor.bias
         packed = _Exit(layer, merges=self._convs(merges), predictor=self.conv(predictor, wide=True))
+        packed.glance = self.conv([glance], wide=True)
         if gate is not None:
-            glance = nn.Conv2d(decoder.predictor.in_channels, decoder.predictor.out_channels, 1)
-            glance.weight, glance.bias = nn.Parameter(decoder.glance_weight), decoder.predictor.bias
-            packed.glance = self.conv([glance], wide=True)
             packed.later, packed.features = gate.weight.shape
             for name in ("center", "weight", "bias"):
                 setattr(packed, name, self._keep(getattr(gate, name).to(**FLOAT32).contiguous()))
@@ -463,7 +499,8 @@ def _heads(model: RoutedNetwork) -> list[tuple[int, Decoder, LossGate | None]]:
     """What is at each exit: the layer before it, its decoder and its gate. The last one is the end of the grid."""
     found: list[Any] = [(model.space.depth, model.head, None)]
     if model.exits is not None:
-        found = [*zip(model.exits.layers, model.exits.decoders, model.exits.gates, strict=False), *found]
+        gates = [*model.exits.gates, *[None] * len(model.exits.decoders)]  # entropy needs none
+        found = [*zip(model.exits.layers, model.exits.decoders, gates, strict=False), *found]
     return found
 
 

@@ -38,12 +38,10 @@ class Choice(nn.ModuleList):
 
     by_place  places can decide by it
     fits      it is fitted to images with labels
-    kernels   the compiled kernels know it
     """
 
     by_place: ClassVar[bool] = False
     fits: ClassVar[bool] = False
-    kernels: ClassVar[bool] = False
 
     def see(self, head: Head, features: Sequence[Tensor | None]) -> Tensor:
         """What decides at an exit, given its head and features by scale, None where nothing arrives: float32
@@ -98,7 +96,7 @@ class LossChoice(Choice):
     """The head, on features a quarter of the size, tells the share of each class and the entropy where it is. A
     glance costs 0.2 % of the network, which is not counted."""
 
-    fits, kernels = True, True
+    fits = True
 
     def __init__(self, config: NetworkConfig) -> None:
         assert config.exits is not None

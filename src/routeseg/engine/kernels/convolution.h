@@ -15,6 +15,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "places.h"
 #include "threads.h"
 #include "vectors.h"
 
@@ -96,12 +97,13 @@ inline void depthwise_block(const T* const* rows, const Map& in, int left, int v
     }
 }
 
-// Pixels x0..x1 of an output row, to out [x1-x0][c].
-template <class T, int K, int S>
+// Pixels x0..x1 of an output row, to out [x1-x0][c], by BLOCKs that share the inputs they load, in registers.
+template <class T, int K, int S, int BLOCK = V == 16 && S == 1 && K == 3 ? 8 : 4>
 void depthwise_row(const T* const* rows, const Map& in, int padding, int x0, int x1, const float* taps,
                    const Middle& middle, T* out) {
-    constexpr int BLOCK = V == 16 && S == 1 && K == 3 ? 8 : 4;  // that share the inputs they load, in registers
-    constexpr int COLUMNS = (BLOCK - 1) * S + K;
+    constexpr int COLUMNS = (BLOCK - 1) * S + K, HALF = std::max(1, BLOCK / 2);
+    if (HALF < BLOCK && x1 - x0 <= HALF)
+        return depthwise_row<T, K, S, HALF>(rows, in, padding, x0, x1, taps, middle, out);
     for (int x = x0; x < x1; x += BLOCK) {
         if (x + BLOCK > x1) x = std::max(x0, x1 - BLOCK);  // the last one computes some pixels again
         const int left = x * S - padding, valid = std::min(BLOCK, x1 - x);
@@ -258,6 +260,10 @@ struct Epilogue {
     int outputs;
     const char* ahead;  // what the next tile reads first is fetched meanwhile, where memory would idle
     long ahead_bytes;
+    const int32_t* where;  // null, or where pixel p stands in `out` and `residual`: where[p] - origin
+    long origin;
+
+    long place(int p) const { return where ? where[p] - origin : p; }
 };
 enum Mode { STORE, ADD, WIDE, SUM };
 
@@ -274,16 +280,17 @@ class Finish {
     void fetch(int p, int rows) const {
         if (MODE != ADD) return;
         for (int r = 0; r < rows; ++r)
-            for (int i = 0; i < N * V; i += LINE / int(sizeof(T))) __builtin_prefetch(residual(p + r) + i);
+            for (int i = 0; i < N * V; i += LINE / int(sizeof(T))) __builtin_prefetch(residual(then.place(p + r)) + i);
     }
 
     // Of one pixel.
     void operator()(int p, const vec (&sum)[N]) {
-        Out* out = static_cast<Out*>(then.out) + long(p) * then.outputs + first;
+        const long place = then.place(p);
+        Out* out = static_cast<Out*>(then.out) + place * then.outputs + first;
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) {
             vec x = sum[n] + bias[n];
-            if (MODE == ADD) x += load(residual(p) + n * V);
+            if (MODE == ADD) x += load(residual(place) + n * V);
             x = minimum(high, maximum(low, x));
             if (MODE == SUM) total[n] += x;
             else store(out + n * V, x);
@@ -301,7 +308,7 @@ class Finish {
 
   private:
     using Out = std::conditional_t<MODE == WIDE || MODE == SUM, float, T>;
-    const T* residual(int p) const { return static_cast<const T*>(then.residual) + long(p) * then.outputs + first; }
+    const T* residual(long place) const { return static_cast<const T*>(then.residual) + place * then.outputs + first; }
 
     const Epilogue& then;
     const int first;
@@ -366,33 +373,50 @@ void product(const T* a, int depth, const T* weights, int pixels, const Epilogue
     }
 }
 
-// Pixels begin..end, counted from the first row of `out`. With SUM their sum is added to `sums` [outputs] instead.
+// Pixels begin..end, counted from the first row of `out`, or of `pixels`. With SUM their sum is added to `sums`
+// [outputs] instead.
 template <class T, Mode MODE>
 void convolve_pixels(const Conv& conv, const Map& in, const Map& out, const T* residual, float low, float* sums,
-                     long begin, long end) {
+                     long begin, long end, const Pixels* pixels) {
     const bool direct = !conv.depthwise && conv.kernel == 1 && conv.stride == 1;
     const int patch = conv.kernel * conv.kernel * in.c;
     const int depth = conv.depthwise || direct ? in.c : patch + patch % 2;
     const long size = MODE == WIDE ? sizeof(float) : sizeof(T);
-    T* const tile = direct ? nullptr : reinterpret_cast<T*>(scratch(sizeof(T) * TILE * depth));
+    const long origin = pixels ? long(out.first) * out.w : 0;  // what `begin` counts from, in the numbers of `pixels`
+    T* const tile = direct && !pixels ? nullptr : reinterpret_cast<T*>(scratch(sizeof(T) * TILE * depth));
     for (; begin < end; begin += TILE) {
         const long stop = std::min(end, begin + TILE);
+        const int32_t* const at = pixels ? pixels->at.data() + begin : nullptr;
+        const long first = pixels ? *at - origin : begin;
+        const bool whole = !pixels || at[stop - begin - 1] - *at == stop - begin - 1;  // side by side, without gaps
         const T* a = tile;
-        if (direct) a = row_of<T>(in, out.first) + begin * in.c;
+        if (direct && whole) a = row_of<T>(in, out.first) + first * in.c;
         T* fill = tile;
-        for (long p = begin; !direct && p < stop;) {
-            const int y = out.first + int(p / out.w), x0 = int(p % out.w);
-            const int x1 = int(std::min(long(out.w), x0 + stop - p));
+        for (long p = begin; !(direct && whole) && p < stop;) {
+            const long place = pixels ? pixels->at[p] - origin : p;
+            const int y = out.first + int(place / out.w), x0 = int(place % out.w);
+            const int x1 = pixels ? x0 + pixels->stretch(p, stop) : int(std::min(long(out.w), x0 + stop - p));
             if (conv.depthwise) depthwise<T>(conv, in, y, x0, x1, fill);
+            else if (direct) std::memcpy(fill, row_of<T>(in, y) + long(x0) * depth, sizeof(T) * (x1 - x0) * depth);
             else patches<T>(conv, in, y, x0, x1, depth, fill);
             fill += long(x1 - x0) * depth;
             p += x1 - x0;
         }
-        void* to = MODE == SUM ? static_cast<void*>(sums) : static_cast<char*>(out.data) + begin * out.c * size;
+        const long target = whole ? first : 0;
+        void* to = MODE == SUM ? static_cast<void*>(sums) : static_cast<char*>(out.data) + target * out.c * size;
         const float high = low < 0 ? INFINITY : conv.high;
-        Epilogue then{conv.bias, MODE == ADD ? residual + begin * out.c : nullptr, low, high, to, out.c, nullptr, 0};
+        Epilogue then{conv.bias,
+                      MODE == ADD ? residual + target * out.c : nullptr,
+                      low,
+                      high,
+                      to,
+                      out.c,
+                      nullptr,
+                      0,
+                      whole ? nullptr : at,
+                      origin};
         const int y = (out.first + int(stop / out.w)) * conv.stride - conv.padding + conv.kernel - 1;
-        if (!direct && stop < end && y < in.first + in.rows) {
+        if (!direct && !pixels && stop < end && y < in.first + in.rows) {
             const long x = stop % out.w * conv.stride;
             then.ahead = reinterpret_cast<const char*>(row_of<T>(in, y) + x * in.c);
             then.ahead_bytes = sizeof(T) * in.c * std::min(long(in.w) - x, long(TILE) * conv.stride);
@@ -439,20 +463,24 @@ inline void check(const Conv& conv, const Map& in, const Map& out, Mode mode) {
 }
 
 // The convolution of a map: into the rows of `out`, or with SUM the sum over all pixels into sums [outputs]. They are
-// added up in an order that does not depend on the number of threads, so that no result does.
+// added up in an order that does not depend on the number of threads, so that no result does. With `pixels` only these
+// of the rows of `out` are written.
 template <class T, Mode MODE>
-void convolve(const Conv& conv, const Map& in, const Map& out, const T* residual, float low, float* sums, int threads) {
+void convolve(const Conv& conv, const Map& in, const Map& out, const T* residual, float low, float* sums, int threads,
+              const Pixels* pixels) {
     check(conv, in, out, MODE);
     require(threads > 0, "a convolution has no thread");
-    const long pixels = long(out.rows) * out.w;
+    require(!pixels || (pixels->h == out.h && pixels->w == out.w), "a convolution has pixels of another map");
+    const long first = pixels ? pixels->rows[out.first] : 0;
+    const long count = pixels ? pixels->rows[out.first + out.rows] - first : long(out.rows) * out.w;
     const long wanted = MODE == SUM ? SUMS : long(threads) * PARTS;
-    const long part = (pixels / wanted / ROWS + 1) * ROWS;  // neighbours: they read the same rows
-    const long parts = (pixels + part - 1) / part;
+    const long part = (count / wanted / ROWS + 1) * ROWS;  // neighbours: they read the same rows
+    const long parts = (count + part - 1) / part;
     std::vector<float> partial(MODE == SUM ? parts * out.c : 0, 0.0f);
     pool->run(parts, threads, [&](long task) {
-        const long begin = task * part, end = std::min(pixels, begin + part);
+        const long begin = task * part, end = std::min(count, begin + part);
         float* own = MODE == SUM ? partial.data() + task * out.c : nullptr;
-        convolve_pixels<T, MODE>(conv, in, out, residual, low, own, begin, end);
+        convolve_pixels<T, MODE>(conv, in, out, residual, low, own, first + begin, first + end, pixels);
     });
     for (long i = 0; i < long(partial.size()); ++i) sums[i % out.c] += partial[i];
 }
@@ -460,12 +488,12 @@ void convolve(const Conv& conv, const Map& in, const Map& out, const T* residual
 // The convolution of a map as its mode says: WIDE where the convolution is wide, SUM where there are `sums`.
 template <class T>
 void convolve_any(const Conv& conv, const Map& in, const Map& out, const T* residual, bool relu, float* sums,
-                  int threads) {
+                  int threads, const Pixels* pixels = nullptr) {
     auto go = sums        ? convolve<T, SUM>
               : conv.wide ? convolve<T, WIDE>
               : residual  ? convolve<T, ADD>
                           : convolve<T, STORE>;
-    go(conv, in, out, residual, relu ? 0.0f : -INFINITY, sums, threads);
+    go(conv, in, out, residual, relu ? 0.0f : -INFINITY, sums, threads, pixels);
 }
 
 }  // namespace

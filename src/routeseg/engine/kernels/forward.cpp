@@ -33,6 +33,7 @@ constexpr int MOST_SCALES = 12;           // MOST_CHANNELS allows no more
 constexpr long BLOCK_BYTES = 1 << 19;     // of what a block has in the middle, at a time: it stays in an L2 cache
 constexpr int STEM_BAND = 8;  // rows of the stem's output computed at a time: what lies before them stays in the cache
 constexpr float BELOW_ONE = 1 - 1.1920929e-7f;  // activations of gates are below 1
+constexpr float DENSE_SHARE = 2;                // of places that run, above which all pixels are computed
 
 // One node; the network lacks it where it has no direction.
 struct Node {
@@ -51,7 +52,7 @@ struct Exit {
     const Conv* merges;              // of its decoder, [S]
     Conv predictor;
     Conv glance;                          // the predictor, on small maps
-    const float *center, *weight, *bias;  // of the gate: [features], [later][features], [later]; null: the last exit
+    const float *center, *weight, *bias;  // of the gate: [features], [later][features], [later]; null: no gate
 };
 
 // An inverted residual of a backbone: to many channels, depthwise and to few.
@@ -69,6 +70,7 @@ struct Stage {
 
 struct Network {
     int32_t depth, scales, zeros_arrive, classes, exits, stages;
+    int32_t place;  // side of the squares of the image that leave by themselves, in pixels; 0: images leave as wholes
     const Conv* stem;    // [3]; with a backbone its first convolution
     const Node* nodes;   // [L+1][S]
     const Exit* exit;    // [exits], the last one behind layer L
@@ -82,6 +84,9 @@ struct Request {
     const float* given;   // gates of a given route, or null
     int32_t own;          // a given route's open paths have the network's own activations
     const float* prices;  // null, or price times cost of each exit: the image leaves where its gate says so
+    int64_t* left;        // null, or the exit of each place, [places]: they leave by their entropy
+    const int32_t* most;  // null, or how many of them go on behind each exit, [exits - 1]: those that need it most
+    float price;          // the entropy at which they leave, if there is no `most`; at 0 or less none does
     float *gates, *logits;
     double* seconds;  // null, or [L+1][S][6] gather, gate, cell, up, down, stage; then stem, decoder
     int32_t threads;
@@ -272,33 +277,37 @@ class Forward {
         std::vector<char> reached(scales, false);
         reached[0] = true;
         std::fill(request.gates, request.gates + long(net.depth + 1) * scales * DIRECTIONS, 0.0f);
-        int exit = 0;  // the one that comes next
-        for (int layer = 0; layer <= net.depth; ++layer) {
+        std::vector<Held> features(scales);
+        bool runs = true;  // something of the image is still in
+        int exit = 0;      // the one that comes next
+        for (int layer = 0; layer <= net.depth && runs; ++layer) {
             Arrivals next(scales);
             std::vector<char> next_reached(scales, false);
-            std::vector<Held> features(scales);
             for (int scale = 0; scale < scales; ++scale) {  // sums are smaller than what arrives: all of them first
-                if (!reached[scale]) continue;
-                features[scale] = gathered(arrivals[scale], scale, channels(scale));
-                arrivals[scale].clear();
-                clock.lap((long(layer) * scales + scale) * STEPS + GATHER);
+                arrive(features[scale], arrivals[scale], reached[scale], scale);
+                if (reached[scale]) clock.lap((long(layer) * scales + scale) * STEPS + GATHER);
             }
             if (layer == net.exit[exit].layer + 1) {
-                if (leaves(exit, features, layer)) {
-                    for (int scale = 0; scale < scales; ++scale)
-                        if (reached[scale]) arrivals[scale].push_back({std::move(features[scale]), 1, false});
-                    break;
-                }
-                ++exit;
+                runs = request.left ? places_run(exit, features, reached) : !leaves(exit, features, layer);
+                if (runs) ++exit;
             }
             for (int scale = 0; scale < scales; ++scale) {
+                Held x = request.left ? features[scale] : std::move(features[scale]);
                 float* alpha = request.gates + (layer * scales + scale) * DIRECTIONS;
-                if (reached[scale]) visit(layer, scale, std::move(features[scale]), alpha, next, next_reached);
+                if (runs && reached[scale]) visit(layer, scale, std::move(x), alpha, next, next_reached);
+                else if (!runs && x.memory) next[scale].push_back({x, 1, false});
             }
             arrivals = std::move(next);
             reached = next_reached;
         }
-        decode(arrivals, net.exit[exit]);
+        for (int scale = 0; scale < scales && runs && request.left; ++scale) {
+            if (still) arrive(features[scale], arrivals[scale], reached[scale], scale);
+            else if (!reached[scale] && features[scale].memory) arrivals[scale] = {{features[scale], 1, false}};
+        }
+        if (!still) scores = decoded(arrivals, net.exit[exit]);
+        else if (runs) score(net.exit[exit], features, still->places);
+        stem_map = {};
+        enlarge(scores.map, net.classes, request.logits, request.image.height, request.image.width, threads);
         clock.lap(steps + 1);
         return true;
     }
@@ -327,28 +336,53 @@ class Forward {
     static uint64_t number_of(const void* part) { return reinterpret_cast<uintptr_t>(part); }
 
     void convolve_into(const Conv& conv, const Map& x, const Map& out, const Map* residual, bool relu,
-                       bool wide = false) {
+                       bool wide = false, const Pixels* pixels = nullptr) {
         require(bool(conv.wide) == wide, "a convolution's output is of another type");
         require(!residual || (residual->h == out.h && residual->w == out.w && residual->c == out.c),
                 "what is added to a convolution has another size");
         const T* added = residual ? static_cast<const T*>(residual->data) : nullptr;
-        convolve_any<T>(conv, x, out, added, relu, nullptr, threads);
+        convolve_any<T>(conv, x, out, added, relu, nullptr, threads, pixels);
+    }
+
+    // Of a convolution that is of no further use to others: without what is remembered.
+    Held convolved_at(const Pixels* pixels, const Conv& conv, const Held& x, int outputs, bool relu, bool wide) {
+        const Map shape = convolved_shape(conv, x.map);
+        require(shape.c == outputs, "a convolution's outputs are not as many as the network has there");
+        Held out = make(shape.h, shape.w, shape.c, 0, shape.h, wide);
+        convolve_into(conv, x.map, out.map, nullptr, relu, wide, pixels);
+        return out;
     }
 
     // `outputs`: channels that the network has there; weights are not read before they agree.
-    Held convolved(const Conv& conv, const Held& x, int outputs, const Held* residual = nullptr, bool relu = true,
-                   bool wide = false) {
+    Held convolved(const Conv& conv, const Held& x, int outputs, const Held* residual = nullptr, bool relu = true) {
         const Map shape = convolved_shape(conv, x.map);
         require(shape.c == outputs, "a convolution's outputs are not as many as the network has there");
         const auto fill = [&](const Map& out) {
-            convolve_into(conv, x.map, out, residual ? &residual->map : nullptr, relu, wide);
+            convolve_into(conv, x.map, out, residual ? &residual->map : nullptr, relu, false, over(out));
         };
-        if (x.number && (!residual || residual->number) && !wide)
+        if (x.number && (!residual || residual->number))
             return constant({CONVOLUTION, number_of(&conv), x.number, residual ? residual->number : 0, relu}, shape.h,
                             shape.w, shape.c, sizeof(T), fill);
-        Held out = make(shape.h, shape.w, shape.c, 0, shape.h, wide);
+        Held out = make(shape.h, shape.w, shape.c, 0, shape.h);
         fill(out.map);
         return out;
+    }
+
+    // The pixels of a map of the grid that are computed; null: all.
+    const Pixels* over(const Map& map) {
+        return !still || still->share() > DENSE_SHARE ? nullptr : &still->area(stride_of(map)).pixels;
+    }
+    int stride_of(const Map& map) const { return request.padded_height / map.h; }
+
+    // `Running.filled`, in place, of these rows.
+    void fill_around(const Map& map, int reach, int first, int end) {
+        if (still)
+            fill<T>(map, still->area(stride_of(map)).mask, still->around(stride_of(map), reach), reach, first, end,
+                    threads);
+    }
+    Held filled(Held x, int reach) {
+        fill_around(x.map, reach, 0, x.map.h);
+        return x;
     }
 
     bool stem() {
@@ -401,33 +435,53 @@ class Forward {
         return convolved(stage.project, x, channels(number));
     }
 
-    // A block of a backbone, in bands of rows.
+    // A block of a backbone, in bands of rows. What it has in the middle is made again where bands overlap; but once,
+    // and kept, where places have left: then there is less of it, and what fills it reads further rows.
     Held inverted(const Block& block, const Held& x) {
         const Conv& last = block.depthwise;
+        const int reach = last.kernel / 2;
         const Map* added = block.residual ? &x.map : nullptr;
         const Map shape = block.expands ? convolved_shape(block.expand, x.map) : x.map;
         Map rows = convolved_shape(last, shape);
         require(shape.h == x.map.h && shape.w == x.map.w, "a block's first half has another size");
         const Held out = make(rows.h, rows.w, rows.c, 0, rows.h);
         if (!block.expands) {
-            convolve_into(last, x.map, out.map, added, false);
+            convolve_into(last, filled(x, reach).map, out.map, added, false, false, over(out.map));
             return out;
         }
-        const long row_bytes = long(sizeof(T)) * shape.w * shape.c * last.stride;
-        const int band = int(std::clamp<long>(BLOCK_BYTES / row_bytes, 2, rows.h));
+        const float share = still ? still->share() : 1;
+        const float row_bytes = share * float(sizeof(T)) * float(shape.w) * float(shape.c) * float(last.stride);
+        const int band = int(std::clamp<float>(float(BLOCK_BYTES) / row_bytes, 2, float(rows.h)));
+        Held hidden;
+        if (still) hidden = make(shape.h, shape.w, shape.c, 0, shape.h);
+        int made = 0, done = 0;  // rows of it, and those that are filled
         for (rows.first = 0; rows.first < rows.h; rows.first += band) {
             rows.rows = std::min(band, rows.h - rows.first);
             const int first = std::max(0, rows.first * last.stride - last.padding);
             const int end = std::min(shape.h, (rows.first + rows.rows - 1) * last.stride - last.padding + last.kernel);
-            const Held hidden = make(shape.h, shape.w, shape.c, first, end - first);
-            convolve_into(block.expand, x.map, hidden.map, nullptr, true);
-            const long offset = long(rows.first) * rows.w * rows.c;
-            rows.data = static_cast<T*>(out.map.data) + offset;
-            Map beside = x.map;
-            beside.data = static_cast<T*>(x.map.data) + offset;
-            convolve_into(last, hidden.map, rows, added ? &beside : nullptr, false);
+            if (!still) {
+                hidden = make(shape.h, shape.w, shape.c, first, end - first);
+                convolve_into(block.expand, x.map, hidden.map, nullptr, true);
+            } else {
+                const int ahead = std::min(shape.h, end + reach);
+                if (ahead > made)
+                    convolve_into(block.expand, x.map, rows_of(hidden.map, made, ahead), nullptr, true, false,
+                                  over(shape));
+                fill_around(hidden.map, reach, done, end);
+                made = ahead, done = end;
+            }
+            const Map to = rows_of(out.map, rows.first, rows.first + rows.rows);
+            const Map beside = added ? rows_of(x.map, rows.first, rows.first + rows.rows) : Map{};
+            convolve_into(last, hidden.map, to, added ? &beside : nullptr, false, false, over(to));
         }
         return out;
+    }
+
+    // Some rows of a whole map.
+    static Map rows_of(Map map, int first, int end) {
+        map.data = const_cast<T*>(row_of<T>(map, first));
+        map.first = first, map.rows = end - first;
+        return map;
     }
 
     // Whether the image goes no further than this exit, given the features by scale: as its gate says, or a route that
@@ -440,7 +494,7 @@ class Forward {
             return std::all_of(rest, end, [](float open) { return open == 0; });
         }
         const Exit& exit = net.exit[number];
-        const std::vector<double> seen = glanced(exit, features);
+        const std::vector<double> seen = classes_of(glanced(exit, features));
         require(int(seen.size()) == exit.features && exit.weight && exit.later == net.exits - number,
                 "an exit's gate reads other features than there are");
         float here = 0, behind = 0;
@@ -454,46 +508,188 @@ class Forward {
         return here <= behind;
     }
 
-    // What an exit's decoder makes of small features: the share of each class, then its entropy where it is.
-    std::vector<double> glanced(const Exit& exit, const std::vector<Held>& features) {
-        const bool small = long(stem_map.map.h) * stem_map.map.w < SMALL_GLANCE;
-        const int all_threads = std::exchange(threads, small ? 1 : threads);  // to wake them would take longer
+    // The scores that an exit's decoder makes of small features (`Decoder.glance`); for places an even glance, where
+    // they run.
+    Held glanced(const Exit& exit, const std::vector<Held>& features) {
+        const int all_threads = std::exchange(threads, glance_threads());
         Held running;
+        const Pixels* pixels = nullptr;
         for (int scale = net.scales - 1; scale >= 0; --scale) {
+            const int factor = net.place ? std::max(GLANCE >> scale, 1) : GLANCE;
             const int h = stem_map.map.h >> scale, w = stem_map.map.w >> scale;
-            const int small_h = (h + GLANCE - 1) / GLANCE, small_w = (w + GLANCE - 1) / GLANCE;
+            const int small_h = (h + factor - 1) / factor, small_w = (w + factor - 1) / factor;
+            if (still) pixels = &still->area((STEM_STRIDE << scale) * factor).pixels;
             Held x = make(small_h, small_w, channels(scale), 0, small_h);
             const Map* map = features[scale].memory ? &features[scale].map : nullptr;
-            glance<T>(map, running.memory ? &running.map : nullptr, GLANCE, x.map, threads);
-            running = convolved(exit.merges[scale], x, channels(std::max(scale - 1, 0)));
+            glance<T>(map, running.memory ? &running.map : nullptr, factor, x.map, threads, pixels);
+            running = convolved_at(pixels, exit.merges[scale], x, channels(std::max(scale - 1, 0)), true, false);
         }
-        const Held scores = convolved(exit.glance, running, exit.predictor.outputs, nullptr, false, true);
+        const Held scores = convolved_at(pixels, exit.glance, running, exit.predictor.outputs, false, true);
         require(net.classes <= scores.map.c, "an exit has fewer scores than classes");
+        threads = all_threads;
+        return scores;
+    }
+
+    int glance_threads() const {  // to wake others would take longer
+        return long(stem_map.map.h) * stem_map.map.w < SMALL_GLANCE ? 1 : threads;
+    }
+
+    // The entropy of the classes of a pixel with these scores; their shares, not yet divided by their sum, go to
+    // `share`.
+    static float entropy_of(const float* score, int classes, float* share, float& total) {
+        const float largest = *std::max_element(score, score + classes);
+        float expected = 0;
+        total = 0;
+        for (int k = 0; k < classes; ++k) {
+            share[k] = std::exp(score[k] - largest);
+            total += share[k];
+            expected += share[k] * (score[k] - largest);
+        }
+        return std::log(total) - expected / total;
+    }
+
+    // What a glance's scores say of the image: the share of each class, then its entropy where it is.
+    std::vector<double> classes_of(const Held& scores) {
         const int h = scores.map.h, w = scores.map.w, classes = net.classes;
         std::vector<double> rows(long(h) * 2 * classes, 0.0);
-        pool->run(h, threads, [&](long y) {
+        pool->run(h, glance_threads(), [&](long y) {
             double* sums = rows.data() + y * 2 * classes;
             std::vector<float> share(classes);
             for (int x = 0; x < w; ++x) {
+                float total;
                 const float* score = row_of<float>(scores.map, int(y)) + long(x) * scores.map.c;
-                const float largest = *std::max_element(score, score + classes);
-                float total = 0, expected = 0;
-                for (int k = 0; k < classes; ++k) {
-                    share[k] = std::exp(score[k] - largest);
-                    total += share[k];
-                    expected += share[k] * (score[k] - largest);
-                }
-                const float entropy = std::log(total) - expected / total;
+                const float entropy = entropy_of(score, classes, share.data(), total);
                 for (int k = 0; k < classes; ++k) {
                     sums[k] += share[k] / total;
                     sums[classes + k] += share[k] / total * entropy;
                 }
             }
         });
-        threads = all_threads;
         std::vector<double> seen(2 * classes, 0.0);
         for (size_t i = 0; i < rows.size(); ++i) seen[i % seen.size()] += rows[i] / (double(h) * w);
         return seen;
+    }
+
+    // What a glance's scores say of each place that runs: the mean entropy over it.
+    std::vector<float> entropies(const Held& scores, const Mask& runs) {
+        const Map& map = scores.map;
+        const int side = net.place / (STEM_STRIDE * GLANCE);
+        std::vector<float> means(runs.flags.size(), 0.0f), share(net.classes);
+        for (int row = 0; row < runs.h; ++row)
+            for (int column = 0; column < runs.w; ++column) {
+                if (!runs.row(row)[column]) continue;
+                const int top = row * side, bottom = std::min(top + side, int(map.h));
+                const int left = column * side, right = std::min(left + side, int(map.w));
+                double sum = 0;
+                float total;
+                for (int y = top; y < bottom; ++y)
+                    for (int x = left; x < right; ++x)
+                        sum += entropy_of(row_of<float>(map, y) + long(x) * map.c, net.classes, share.data(), total);
+                means[long(row) * runs.w + column] = float(sum / ((bottom - top) * (right - left)));
+            }
+        return means;
+    }
+
+    // At an exit, given the features by scale and which scales are reached: which places leave there, with their
+    // scores. False if none is left.
+    bool places_run(int number, std::vector<Held>& features, const std::vector<char>& reached) {
+        if (!(request.price > 0)) return true;
+        const int side = net.place, height = request.padded_height, width = request.padded_width;
+        const Mask runs = still ? still->places : Mask((height + side - 1) / side, (width + side - 1) / side, 1);
+        std::vector<Held> seen(features);
+        for (int scale = 0; scale < net.scales; ++scale)
+            if (!reached[scale]) seen[scale] = {};
+        const std::vector<float> need = entropies(glanced(net.exit[number], seen), runs);
+        seen.clear();
+        Mask stays(runs.h, runs.w, 0);
+        if (request.most) {
+            std::vector<int> order;
+            for (int place = 0; place < int(need.size()); ++place)
+                if (runs.flags[place]) order.push_back(place);
+            std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return need[a] > need[b]; });
+            for (int i = 0; i < std::min(int(order.size()), int(request.most[number])); ++i) stays.flags[order[i]] = 1;
+        } else {
+            for (size_t place = 0; place < need.size(); ++place)
+                stays.flags[place] = runs.flags[place] && !(need[place] <= request.price);
+        }
+        const Mask leave = both(runs, stays, false);
+        if (!leave.any()) return true;
+        for (size_t place = 0; place < need.size(); ++place)
+            if (leave.flags[place]) request.left[place] = number;
+        if (!still && leave.all()) return false;  // all of the image, as a whole
+        if (!still) still.emplace(runs, side, height, width);
+        score(net.exit[number], features, leave);
+        still.emplace(stays, side, height, width);
+        return stays.any();
+    }
+
+    // The scores of some of the places that come to an exit: its decoder, on the pixels that these read.
+    void score(const Exit& exit, const std::vector<Held>& features, const Mask& places) {
+        if (!scores.memory) {
+            const Map& finest = stem_map.map;
+            scores = make(finest.h, finest.w, exit.predictor.outputs, 0, finest.h, true);
+        }
+        const Mask wanted = pixels_of(places, net.place / STEM_STRIDE, stem_map.map.h, stem_map.map.w);
+        std::vector<Pixels> made, around;  // by scale: what is computed, and what is filled
+        Mask read = grown(wanted, 1);
+        for (int scale = 0; scale < net.scales; ++scale) {
+            const Mask& runs = still->area(STEM_STRIDE << scale).mask;
+            const Mask beyond = both(read, runs, false), here = both(either(read, grown(beyond, 1)), runs);
+            made.emplace_back(here), around.emplace_back(beyond);
+            if (scale + 1 < net.scales) read = halved(here);
+        }
+        Held total;
+        for (int scale = net.scales - 1; scale >= 0; --scale) {
+            Held x = features[scale].memory ? features[scale] : gathered({}, scale, channels(scale));
+            if (total.memory) {
+                const Summand both[] = {{x.map, 1, false}, {total.map, 1, true}};
+                const Map& size = x.map;
+                x = make(size.h, size.w, size.c, 0, size.h);
+                assemble<T>(both, 2, x.map, false, threads, &made[scale]);
+            }
+            const int outputs = channels(std::max(scale - 1, 0));
+            total = convolved_at(&made[scale], exit.merges[scale], x, outputs, true, false);
+            const Map& map = total.map;
+            fill<T>(map, still->area(STEM_STRIDE << scale).mask, around[scale], 1, 0, map.h, threads);
+        }
+        const Pixels pixels(wanted);
+        require(scores.map.c == exit.predictor.outputs, "exits have scores of other numbers of classes");
+        convolve_into(exit.predictor, total.map, scores.map, nullptr, false, true, &pixels);
+    }
+
+    // What comes to a node, in the place of the features that it had in the layer before: these stay where a place has
+    // left, and in a network of places also if nothing comes.
+    void arrive(Held& features, std::vector<Arrival>& arrivals, bool reached, int scale) {
+        if (!reached && request.left) return;
+        if (!reached) features = {};
+        else features = still ? kept(std::move(features), arrivals, scale) : gathered(arrivals, scale, channels(scale));
+        arrivals.clear();
+    }
+
+    // `Running.kept`: what arrives, written where places run into the map that was there before, or into zeros.
+    Held kept(Held before, std::vector<Arrival> arrivals, int scale) {
+        if (!before.memory || before.number) {  // a map that is remembered stays as it is
+            const int h = stem_map.map.h >> scale, w = stem_map.map.w >> scale;
+            Held own = make(h, w, channels(scale), 0, h);
+            const size_t bytes = sizeof(T) * own.map.h * own.map.w * own.map.c;
+            if (before.memory) std::memcpy(own.map.data, before.map.data, bytes);
+            else std::memset(own.map.data, 0, bytes);
+            before = own;
+        }
+        if (arrivals.empty()) arrivals.push_back({gathered({}, scale, channels(scale)), 1, false});
+        Summand all[SIDES];
+        summands(arrivals, all);
+        const bool same = arrivals.size() == 1 && all[0].map.data == before.map.data && all[0].weight == 1;
+        if (!same)
+            assemble<T>(all, int(arrivals.size()), before.map, false, threads,
+                        &still->area(STEM_STRIDE << scale).pixels);
+        return before;
+    }
+
+    static void summands(const std::vector<Arrival>& arrivals, Summand (&all)[SIDES]) {
+        require(arrivals.size() <= SIDES, "more arrives at a node than it has sides");
+        for (size_t i = 0; i < arrivals.size(); ++i)
+            all[i] = {arrivals[i].from.map, arrivals[i].weight, arrivals[i].halved};
     }
 
     // Eq. 5 at a node: the weighted sum of what arrives; zeros where nothing does.
@@ -503,18 +699,19 @@ class Forward {
         if (arrivals.empty())
             return constant({ZEROS, uint64_t(h), uint64_t(w), uint64_t(channels)}, h, w, channels, sizeof(T),
                             [&](const Map& out) { std::memset(out.data, 0, sizeof(T) * h * w * channels); });
-        require(arrivals.size() <= SIDES, "more arrives at a node than it has sides");
         Summand all[SIDES];
+        summands(arrivals, all);
         Workspace::Key key{SUM_OF, uint64_t(relu)};
         bool unchanging = true;
         for (size_t i = 0; i < arrivals.size(); ++i) {
-            all[i] = {arrivals[i].from.map, arrivals[i].weight, arrivals[i].halved};
             unchanging = unchanging && arrivals[i].from.number;
             uint32_t weight;
             std::memcpy(&weight, &arrivals[i].weight, sizeof weight);
             key.insert(key.end(), {arrivals[i].from.number, weight, arrivals[i].halved});
         }
-        const auto fill = [&](const Map& out) { assemble<T>(all, int(arrivals.size()), out, relu, threads); };
+        const auto fill = [&](const Map& out) {
+            assemble<T>(all, int(arrivals.size()), out, relu, threads, over(out));
+        };
         if (unchanging) return constant(key, h, w, channels, sizeof(T), fill);
         Held out = make(h, w, channels, 0, h);
         fill(out.map);
@@ -544,8 +741,9 @@ class Forward {
             next_reached[target] = true;
             if (alpha[direction] > 0) {
                 const bool same = direction == KEEP;
-                next[target].push_back({same ? hidden : convolved(node.transforms[direction], hidden, channels(target)),
-                                        alpha[direction], direction == UP});
+                Held sent = same ? hidden : convolved(node.transforms[direction], hidden, channels(target));
+                if (direction == UP) sent = filled(sent, 1);
+                next[target].push_back({sent, alpha[direction], direction == UP});
                 if (!same) clock.lap(place + (direction == UP ? SEND_UP : SEND_DOWN));
                 if (direction == DOWN && layer == scale && target < net.stages) {
                     next[target].push_back({staged(target, pretrained), alpha[direction], false});
@@ -606,14 +804,15 @@ class Forward {
         require(node.operations > 0 && node.cell, "a cell has no operations");
         Held total = node.identity ? x : Held{};
         for (int i = 0; i < node.operations; ++i) {
-            const Held middle = convolved(node.cell[2 * i], x, x.map.c);
+            const Held middle = filled(convolved(node.cell[2 * i], x, x.map.c), node.cell[2 * i + 1].kernel / 2);
             const bool last = i == node.operations - 1;
             total = convolved(node.cell[2 * i + 1], middle, x.map.c, total.memory ? &total : nullptr, last);
         }
         return total;
     }
 
-    void decode(Arrivals& arrivals, const Exit& exit) {
+    // The scores of the whole image.
+    Held decoded(Arrivals& arrivals, const Exit& exit) {
         std::vector<Arrival> running;
         for (int scale = net.scales - 1; scale >= 0; --scale) {
             std::vector<Arrival> incoming = arrivals[scale];
@@ -624,9 +823,7 @@ class Forward {
             running.clear();
             running = {{convolved(exit.merges[scale], x, channels(std::max(scale - 1, 0))), 1, true}};
         }
-        const Held scores = convolved(exit.predictor, running[0].from, exit.predictor.outputs, nullptr, false, true);
-        stem_map = {};
-        enlarge(scores.map, net.classes, request.logits, request.image.height, request.image.width, threads);
+        return convolved_at(nullptr, exit.predictor, running[0].from, exit.predictor.outputs, false, true);
     }
 
     const Network& net;
@@ -635,7 +832,8 @@ class Forward {
     Arena arena;
     int threads;
     Clock clock;
-    Held stem_map, pretrained;
+    Held stem_map, pretrained, scores;
+    std::optional<Running> still;  // the places that are still in, once some have left
 };
 
 // How a call from Python ended.
@@ -670,6 +868,8 @@ void check(const Network& net, const Request& request) {
     require(request.image.height > 0 && request.image.width > 0, "the image has no size");
     require(request.gates && request.logits, "there is no memory for the results");
     require(request.threads > 0, "there is no thread");
+    require(!request.left || (net.place > 0 && net.place % std::max(stride, STEM_STRIDE * GLANCE) == 0),
+            "a place is no whole pixels");
 }
 
 template <class T>
@@ -706,10 +906,11 @@ constexpr Field LAYOUT[] = {
     STRUCTURE(Block), FIELD(Block, expands), FIELD(Block, residual), FIELD(Block, expand), FIELD(Block, depthwise),
     STRUCTURE(Stage), FIELD(Stage, blocks), FIELD(Stage, block), FIELD(Stage, project),
     STRUCTURE(Network), FIELD(Network, depth), FIELD(Network, scales), FIELD(Network, zeros_arrive),
-    FIELD(Network, classes), FIELD(Network, exits), FIELD(Network, stages),
+    FIELD(Network, classes), FIELD(Network, exits), FIELD(Network, stages), FIELD(Network, place),
     FIELD(Network, stem), FIELD(Network, nodes), FIELD(Network, exit), FIELD(Network, stage),
     STRUCTURE(Request), FIELD(Request, image), FIELD(Request, padded_height), FIELD(Request, padded_width),
-    FIELD(Request, given), FIELD(Request, own), FIELD(Request, prices), FIELD(Request, gates), FIELD(Request, logits),
+    FIELD(Request, given), FIELD(Request, own), FIELD(Request, prices), FIELD(Request, left),
+    FIELD(Request, most), FIELD(Request, price), FIELD(Request, gates), FIELD(Request, logits),
     FIELD(Request, seconds), FIELD(Request, threads),
     {nullptr, 0, 0},
 };

@@ -83,10 +83,17 @@ bool normalized(const Image& image, const Map& out, int threads) {
     return (image.is_uint8 ? normalize<T, uint8_t> : normalize<T, float>)(image, out, threads);
 }
 
-// Eq. 5 at a node: out = sum of weight * map over the summands, of which one may be halved, in one pass.
+// That `pixels`, if there are any, are those of this map.
+inline void check(const Pixels* pixels, const Map& map) {
+    require(!pixels || (pixels->h == map.h && pixels->w == map.w), "a map has pixels of another one");
+}
+
+// Eq. 5 at a node: out = sum of weight * map over the summands, of which one may be halved, in one pass. With `pixels`
+// only these are written; `out` may be one of the summands.
 template <class T>
-void assemble(const Summand* summands, int count, const Map& out, bool relu, int threads) {
-    check(out);
+void assemble(const Summand* summands, int count, const Map& out, bool relu, int threads,
+              const Pixels* pixels = nullptr) {
+    check(out), check(pixels, out);
     require(count > 0 && count <= SIDES, "a sum has no summand, or too many");
     for (int i = 0, halves = 0; i < count; ++i) {
         const Map& map = summands[i].map;
@@ -103,7 +110,8 @@ void assemble(const Summand* summands, int count, const Map& out, bool relu, int
         const T* full[SIDES];
         float weight[SIDES];
         int fulls = 0;
-        float* row = nullptr;  // the arrival of half the size, resized in height: [w/2][c]
+        const T *a = nullptr, *b = nullptr;  // rows of the arrival of half the size
+        vec wa{}, wb{};
         for (int i = 0; i < count; ++i) {
             const T* from = static_cast<const T*>(summands[i].map.data);
             if (!summands[i].halved) {
@@ -112,23 +120,57 @@ void assemble(const Summand* summands, int count, const Map& out, bool relu, int
                 continue;
             }
             const long near = y / 2, far = std::clamp(near + (y % 2 ? 1L : -1L), 0L, long(out.h / 2 - 1));
-            const T *a = from + near * (w / 2) * c, *b = from + far * (w / 2) * c;
-            const vec wa = splat(0.75f * summands[i].weight), wb = splat(0.25f * summands[i].weight);
-            row = reinterpret_cast<float*>(scratch(sizeof(float) * (w / 2) * c));
-            for (int j = 0; j < w / 2 * c; j += V) store(row + j, wa * load(a + j) + wb * load(b + j));
+            a = from + near * (w / 2) * c, b = from + far * (w / 2) * c;
+            wa = splat(0.75f * summands[i].weight), wb = splat(0.25f * summands[i].weight);
         }
-        for (int x = 0; x < w; ++x) {
-            const float *near = nullptr, *far = nullptr;
-            if (row) {
-                near = row + x / 2 * c;
-                far = row + std::clamp(x / 2 + (x % 2 ? 1 : -1), 0, w / 2 - 1) * c;
+        float* const row = a ? reinterpret_cast<float*>(scratch(sizeof(float) * (w / 2) * c)) : nullptr;
+        stretches(pixels, y, w, [&](int x0, int x1) {
+            if (row) {  // both rows as one, resized in height: [w/2][c]
+                const int first = std::max(0, x0 / 2 - 1), end = std::min(w / 2, (x1 - 1) / 2 + 2);
+                for (int j = first * c; j < end * c; j += V) store(row + j, wa * load(a + j) + wb * load(b + j));
             }
-            for (int i = x * c; i < (x + 1) * c; i += V) {
-                vec sum = {};
-                for (int j = 0; j < fulls; ++j) sum += splat(weight[j]) * load(full[j] + i);
-                if (row) sum += splat(0.75f) * load(near + i - x * c) + splat(0.25f) * load(far + i - x * c);
-                sum = maximum(low, sum);
-                store(to + i, sum);
+            for (int x = x0; x < x1; ++x) {
+                const float *near = nullptr, *far = nullptr;
+                if (row) {
+                    near = row + x / 2 * c;
+                    far = row + std::clamp(x / 2 + (x % 2 ? 1 : -1), 0, w / 2 - 1) * c;
+                }
+                for (int i = x * c; i < (x + 1) * c; i += V) {
+                    vec sum = {};
+                    for (int j = 0; j < fulls; ++j) sum += splat(weight[j]) * load(full[j] + i);
+                    if (row) sum += splat(0.75f) * load(near + i - x * c) + splat(0.25f) * load(far + i - x * c);
+                    sum = maximum(low, sum);
+                    store(to + i, sum);
+                }
+            }
+        });
+    });
+}
+
+// `Running.filled` (model/places.py), in place: `around`, of the rows first..end of a map, become the mean of those
+// pixels of `runs` that are `reach` away, or nearer.
+template <class T>
+void fill(const Map& map, const Mask& runs, const Pixels& around, int reach, int first, int end, int threads) {
+    check(&around, map);
+    require(runs.h == map.h && runs.w == map.w && map.c % V == 0, "a map has other pixels that run");
+    require(std::max(0, first - reach) >= map.first && std::min(map.h, end + reach) <= map.first + map.rows,
+            "a map lacks rows");
+    require(reach > 0 && reach <= MOST_TAPS / 2, "a convolution reads too far");
+    pool->rows(std::max(0, end - first), threads, [&](long line) {
+        const int y = first + int(line), c = map.c;
+        for (long i = around.rows[y]; i < around.rows[y + 1]; ++i) {
+            const int x = around.at[i] - y * map.w;
+            const T* near[MOST_TAPS * MOST_TAPS];
+            int count = 0;
+            for (int row = std::max(0, y - reach); row <= std::min(map.h - 1, y + reach); ++row)
+                for (int column = std::max(0, x - reach); column <= std::min(map.w - 1, x + reach); ++column)
+                    if (runs.row(row)[column]) near[count++] = row_of<T>(map, row) + long(column) * c;
+            T* to = const_cast<T*>(row_of<T>(map, y)) + long(x) * c;
+            const vec share = splat(1.0f / float(std::max(count, 1)));
+            for (int j = 0; j < c; j += V) {
+                vec sum{};
+                for (int n = 0; n < count; ++n) sum += load(near[n] + j);
+                store(to + j, share * sum);
             }
         }
     });
@@ -173,11 +215,12 @@ void shrink(const Map& in, const Map& out, int threads) {
 }
 
 // A step of a glance (`Decoder.glance`): out = the means of windows of `factor` times `factor` pixels of a map, of
-// which those at the edges may be smaller, plus each pixel of `coarse` as four. Either may be null.
+// which those at the edges may be smaller, plus each pixel of `coarse` as four, or as one if it has this size. Either
+// may be null. With `pixels` only these are written.
 template <class T>
-void glance(const Map* in, const Map* coarse, int factor, const Map& out, int threads) {
-    check(out);
-    const int c = out.c;
+void glance(const Map* in, const Map* coarse, int factor, const Map& out, int threads, const Pixels* pixels = nullptr) {
+    check(out), check(pixels, out);
+    const int c = out.c, half = coarse && coarse->h == out.h && coarse->w == out.w ? 1 : 2;
     if (in) {
         check(*in);
         require(in->c == c && out.h == (in->h + factor - 1) / factor && out.w == (in->w + factor - 1) / factor,
@@ -185,24 +228,27 @@ void glance(const Map* in, const Map* coarse, int factor, const Map& out, int th
     }
     if (coarse) {
         check(*coarse);
-        require(coarse->c == c && coarse->h * 2 >= out.h && coarse->w * 2 >= out.w, "a glance has maps of other sizes");
+        require(coarse->c == c && coarse->h * half >= out.h && coarse->w * half >= out.w,
+                "a glance has maps of other sizes");
     }
     pool->run(out.h, threads, [&](long y) {
-        T* to = static_cast<T*>(out.data) + y * out.w * c;
         const int top = int(y) * factor, bottom = in ? std::min(top + factor, int(in->h)) : top;
-        for (int x = 0; x < out.w; ++x, to += c) {
-            const int left = x * factor, right = in ? std::min(left + factor, int(in->w)) : left;
-            const vec share = splat(in ? 1.0f / float((bottom - top) * (right - left)) : 0.0f);
-            for (int i = 0; i < c; i += V) {
-                vec sum{};
-                for (int row = top; row < bottom; ++row)
-                    for (int column = left; column < right; ++column)
-                        sum += load(row_of<T>(*in, row) + long(column) * c + i);
-                sum *= share;
-                if (coarse) sum += load(row_of<T>(*coarse, int(y) / 2) + long(x / 2) * c + i);
-                store(to + i, sum);
+        stretches(pixels, y, out.w, [&](int x0, int x1) {
+            T* to = static_cast<T*>(out.data) + (y * out.w + x0) * c;
+            for (int x = x0; x < x1; ++x, to += c) {
+                const int left = x * factor, right = in ? std::min(left + factor, int(in->w)) : left;
+                const vec share = splat(in ? 1.0f / float((bottom - top) * (right - left)) : 0.0f);
+                for (int i = 0; i < c; i += V) {
+                    vec sum{};
+                    for (int row = top; row < bottom; ++row)
+                        for (int column = left; column < right; ++column)
+                            sum += load(row_of<T>(*in, row) + long(column) * c + i);
+                    sum *= share;
+                    if (coarse) sum += load(row_of<T>(*coarse, int(y) / half) + long(x / half) * c + i);
+                    store(to + i, sum);
+                }
             }
-        }
+        });
     });
 }
 
