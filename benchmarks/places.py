@@ -8,7 +8,8 @@ what the network costs with all layers at the image's own size,
 
     exits   all images leave at one exit
     sizes   all layers, of the image at other sizes, as labels of its own size
-    walked  places at each of PRICES and each of --sizes, as the network runs: places that have left stay as they are
+    walked  places at each of PRICES and each of --walked, as the network runs: places that have left stay as they are
+    frontier  of a calibrated network: each of FRONTIER as a budget, which chooses the size, too
     chosen  at each of BUDGETS, from what every exit makes of the image if all layers run everywhere:
               images     each image leaves where its mean entropy is below a threshold
               places     the same of each place
@@ -16,9 +17,9 @@ what the network costs with all layers at the image's own size,
               exchanged  images exchange their maps of exits
               common     all leave at one exit, or at one of two neighbours by chance
               oracle     the labels choose: least wrong pixels, each counts 1 / the pixels of its class, plus a price
-    kept    of a calibrated network: what is spent of ASKED on other sources, as a mean over the images and with
-            per_image, the mean and the largest distance of an image; on the same images at half and twice the size,
-            darkened, blurred and noisy, and on the images of the folders that --others names
+    kept    of a calibrated network: what is spent of ASKED on other sources, as a mean over the images, by the tables
+            alone, and with per_image, the mean and the largest distance of an image; on the same images at half and
+            twice the size, darkened, blurred and noisy, and on the images of the folders that --others names
 
 Legend: N images, K exits, hb, wb places of an image, H, W its size, C classes.
 """
@@ -30,13 +31,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from routeseg.budgets.asked import Asked
+from routeseg.budgets.budgeted import Budgeted
 from routeseg.budgets.worth import price_between
 from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig, open_data
@@ -44,10 +47,11 @@ from routeseg.data.decoding import read_image
 from routeseg.data.loaders import evaluation_loader
 from routeseg.data.pairs import list_images
 from routeseg.data.subset import evenly_spread
+from routeseg.engine import SkipEngine
 from routeseg.evaluation import machine_facts
 from routeseg.evaluation.scores import count_pairs
 from routeseg.files import write_json
-from routeseg.model import DynamicRoutingNetwork, checkpoints
+from routeseg.model import DynamicRoutingNetwork, Segmentation, checkpoints
 from routeseg.model.decoder import most_likely
 from routeseg.space import MIN_IMAGE_SIZE
 
@@ -55,7 +59,8 @@ PRICES = (0.01, 0.03, 0.06, 0.1, 0.15, 0.22, 0.32, 0.45, 0.65, 0.9)  # nats
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 SHUFFLES = 5
 ASKED = (0.35, 0.5, 0.75)
-KEPT_IMAGES = 24  # of each source
+KEPT_IMAGES = 100  # of each source
+FRONTIER = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0, 1.5, 2.0)
 
 
 class Looked:
@@ -154,31 +159,49 @@ def chosen(looked: list[Looked], classes: int, budget: float) -> dict[str, float
 
 
 def resized(image: Tensor, size: float) -> Tensor:
-    """An image uint8 [1,3,H,W] with sides times `size`."""
-    if size == 1:
-        return image
+    """An image uint8 [1,3,H,W] of another source: its sides times `size`."""
     sides = [max(MIN_IMAGE_SIZE, round(side * size)) for side in image.shape[-2:]]
     return F.interpolate(image.float() / 255, sides, mode="bilinear", antialias=True).clamp(0, 1)
 
 
+class Counted:
+    """A forward whose scores and costs are added up."""
+
+    def __init__(self, forward: Callable[..., Any], model: DynamicRoutingNetwork) -> None:
+        self.forward, self.model, self.pairs = forward, model, cast(Any, 0)
+        self.costs: list[float] = []
+
+    def __call__(self, one: dict[str, Any], **how: Any) -> Any:
+        image = one["image"]
+        result, own = self.forward(image, **how), (image.shape[-2], image.shape[-1])
+        if "labels" in one:
+            found = most_likely(result.logits)[0].numpy()
+            self.pairs = self.pairs + pairs_of(one["labels"][0].numpy(), found, self.model.config.num_classes)
+        macs = model_cost(self.model, result.seen or own).of_result(result.gates, result.exits)[0]
+        self.costs.append(float(macs) / model_cost(self.model, own).full)
+        return result
+
+
 def walked(
-    model: DynamicRoutingNetwork, images: list[dict[str, Any]], size: float, price: float | None
-) -> dict[str, float | None]:
-    """Cost and score of all layers (no price), or of places at a price."""
-    pairs: Any = 0
-    costs = []
+    engine: SkipEngine[Segmentation], model: DynamicRoutingNetwork, images: list[Any], size: float, price: float
+) -> dict[str, float]:
+    """Cost and score of images at a size: all layers (price 0), or places at a price."""
+    counted = Counted(engine, model)
     for one in images:
-        own = (one["image"].shape[-2], one["image"].shape[-1])
-        image = resized(one["image"], size)
-        result = model(image, price=price)
-        logits = result.logits
-        if size != 1:
-            logits = F.interpolate(logits, own, mode="bilinear", antialias=size > 1)
-        found = most_likely(logits)[0].numpy()
-        pairs = pairs + pairs_of(one["labels"][0].numpy(), found, model.config.num_classes)
-        table = model_cost(model, (image.shape[-2], image.shape[-1]))
-        costs.append(float(table.of_result(result.gates, result.exits)[0]) / model_cost(model, own).full)
-    return {"size": size, "price": price, "cost": float(np.mean(costs)), "miou": miou(pairs)}
+        counted(one, size=size, price=price)
+    return {"size": size, "price": price, "cost": float(np.mean(counted.costs)), "miou": miou(counted.pairs)}
+
+
+def frontier(
+    engine: SkipEngine[Segmentation], model: DynamicRoutingNetwork, images: list[Any], asked: float
+) -> dict[str, float]:
+    """What a budget makes of the images: the size that it chooses, what is spent, the score."""
+    budget = Asked.parse(f"{100 * asked:g}%")
+    counted = Counted(Budgeted(engine, model, budget), model)
+    for one in images:
+        counted(one)
+    look = budget.look(model, (images[0]["image"].shape[-2], images[0]["image"].shape[-1]))
+    return {"asked": asked, "size": look.size, "cost": float(np.mean(counted.costs)), "miou": miou(counted.pairs)}
 
 
 def sources(images: list[dict[str, Any]], others: list[str]) -> dict[str, list[Tensor]]:
@@ -206,21 +229,21 @@ def sources(images: list[dict[str, Any]], others: list[str]) -> dict[str, list[T
     return found
 
 
-def kept(model: DynamicRoutingNetwork, images: list[Tensor]) -> dict[str, dict[str, float]]:
+def kept(
+    engine: SkipEngine[Segmentation], model: DynamicRoutingNetwork, images: list[Tensor]
+) -> dict[str, dict[str, float]]:
     """What is spent of each of ASKED."""
     found: dict[str, dict[str, float]] = {}
     for asked in ASKED:
-        spent: dict[bool, list[float]] = {False: [], True: []}
-        for image in images:
-            table = model_cost(model, (image.shape[-2], image.shape[-1]))
-            for each, shares in spent.items():
-                result = model(image, budget=asked, per_image=each)
-                shares.append(float(table.of_result(result.gates, result.exits)[0]) / table.full)
-        found[str(asked)] = {
-            "mean": float(np.mean(spent[False])),
-            "per_image": float(np.mean(spent[True])),
-            "per_image_furthest": float(np.abs(np.array(spent[True]) - asked).max()),
-        }
+        costs = {}
+        for name, how in {"mean": {}, "fixed": {"fixed": True}, "per_image": {"per_image": True}}.items():
+            counted = Counted(Budgeted(engine, model, replace(Asked.parse(asked), **cast(Any, how))), model)
+            for image in images:
+                counted({"image": image})
+            costs[name] = counted.costs
+        furthest = float(np.abs(np.array(costs["per_image"]) - asked).max())
+        means = {name: float(np.mean(some)) for name, some in costs.items()}
+        found[str(asked)] = means | {"per_image_furthest": furthest}
     return found
 
 
@@ -269,12 +292,19 @@ def main(words: list[str]) -> int:
         "images": len(images),
         "exits": exits,
         "chosen": {str(budget): chosen(looked, classes, budget) for budget in BUDGETS if budget > least},
-        "sizes": [walked(model, images, size, None) for size in args.sizes],
     }
+    engine = SkipEngine(model)
+    found["sizes"] = [walked(engine, model, images, size, 0.0) for size in args.sizes]
+    write_json(args.output, found | machine_facts())
+    found["walked"] = [walked(engine, model, images, size, price) for size in args.walked for price in PRICES]
     write_json(args.output, found | machine_facts())
     if model.exits is not None and model.exits.calibrated:
-        found["kept"] = {name: kept(model, some) for name, some in sources(images, args.others).items()}
-    found["walked"] = [walked(model, images, size, price) for size in args.walked for price in PRICES]
+        assert model.prices is not None
+        least, most = model.prices.tables[0].costs[0], max(1.0, *model.prices.sizes) ** 2
+        asked = [one for one in FRONTIER if least <= one <= most]
+        found["frontier"] = [frontier(engine, model, images, one) for one in asked]
+        write_json(args.output, found | machine_facts())
+        found["kept"] = {name: kept(engine, model, some) for name, some in sources(images, args.others).items()}
     write_json(args.output, found | {"command": ["benchmarks/places.py", *words]} | machine_facts())
     return 0
 

@@ -21,6 +21,7 @@ from routeseg.errors import BudgetNotKept
 from routeseg.evaluation import evaluate
 from routeseg.model import DynamicRoutingNetwork, checkpoints
 from routeseg.model.prices import Prices, PriceTable
+from routeseg.prediction.segmenter import Segmenter
 from routeseg.space import seen_size
 
 DATA = DataConfig(name="scenes", image_size=(128, 192), train_images=12, val_images=10, workers=0)
@@ -114,7 +115,7 @@ class TestKeeper:
 
 
 @pytest.fixture(scope="module")
-def model() -> DynamicRoutingNetwork:
+def model() -> Segmenter:
     """Random weights, calibrated in three sizes: places of 32, and 4 layers with an exit behind three of them."""
     torch.manual_seed(0)
     fields = {
@@ -125,7 +126,7 @@ def model() -> DynamicRoutingNetwork:
         "gate": "fixed",
         "route": "diagonal",
     }
-    model = DynamicRoutingNetwork(**fields, exits=[0, 1, 2], place=32).eval()
+    model = Segmenter(**fields, exits=[0, 1, 2], place=32).eval()
     model = with_sizes(model, SIZES)
     train, val = (evaluation_loader(open_data(DATA, split), 0) for split in ("train", "val"))
     calibrate(model, train, val)

@@ -15,7 +15,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,9 @@ from routeseg.budgets.worth import LARGEST_PRICE, AllExits, price_between, score
 from routeseg.collectives import gather
 from routeseg.cost.macs import exit_costs, model_cost
 from routeseg.data.subset import LEAST_IMAGES
+from routeseg.engine import SkipEngine
 from routeseg.evaluation.scores import count_pairs
+from routeseg.model import DynamicRoutingNetwork
 from routeseg.model.decoder import most_likely
 from routeseg.model.exits import TABLE, Exits
 from routeseg.model.grid import RoutedNetwork
@@ -167,11 +169,12 @@ def _walked(
     watched = np.unique(np.maximum(inner[np.linspace(0, len(inner) - 1, WATCHED).astype(int)], LEAST_PRICE))
     frequencies = np.zeros((len(watched), len(costs)))
     pairs = np.zeros((len(watched), model.config.num_classes, model.config.num_classes), dtype=np.int64)
-    count = 0
+    engine, count = SkipEngine(cast(DynamicRoutingNetwork, model)), 0
     for batch in images():
         count += len(batch["image"])
         for row, price in enumerate(watched):
-            result = model(batch["image"].to(exits.costs.device), price=price, size=size)
+            result = engine(batch["image"].to(exits.costs.device), price=price, size=size)
+            assert result.exits is not None
             left = result.exits.flatten().cpu().numpy()
             frequencies[row] += len(batch["image"]) * np.bincount(left, minlength=len(costs)) / len(left)
             if scored:

@@ -195,7 +195,6 @@ class CompiledForward:
         self._forward = getattr(library, f"routeseg_forward_{_name(dtype)}")
         self._packed = _Packed(fold_batch_norm(model), dtype, library.routeseg_vector(), library.routeseg_panel())
         exits = model.exits
-        self._table = None if exits is None else exits.table
         decides = exits is not None and exits.calibrated and exits.place is None
         self._costs = exits.costs.float().numpy().copy() if exits is not None and decides else None
         self._workspace = library.routeseg_open()
@@ -239,14 +238,15 @@ class CompiledForward:
     def _places(self, request: Request, images: int, height: int, width: int) -> _Places | None:
         """What places go by; None if they do not leave by themselves."""
         place = self.config.place
-        if place is None or self._table is None or request.exits is not None:
+        if place is None or self.config.exits is None or request.exits is not None:
             return None
         price = np.broadcast_to(np.zeros(1) if request.price is None else request.price, images)
         sides = [-(-side // place) for side in padded_size(self.space, height, width)]
-        left = torch.full((images, *sides), len(self._table.costs) - 1)
+        left = torch.full((images, *sides), len(self.config.exits) - 1)
         most = None
-        if request.each and request.price is not None:
-            most = (self._table.going_on(price) * math.prod(sides)).round().astype(np.int32)
+        if request.quota is not None:
+            quota = np.broadcast_to(request.quota, (images, request.quota.shape[1]))
+            most = (quota * math.prod(sides)).round().astype(np.int32)
         return _Places(price.astype(np.float32), left, most)
 
     def _prices(self, request: Request, images: int) -> np.ndarray | None:
