@@ -158,7 +158,7 @@ def test_a_report_that_cannot_be_drawn_is_one_line(layouts, tmp_path, capsys, mo
                 "no report: {output}/report.html: cannot write it, No space",
             ),
             ("routeseg.figures.charts.new_figure", broken, "no report: a mistake in two lines"),
-            ("routeseg.evaluation.ranking.picture_score", broken, "no worst and best images: a mistake in two lines"),
+            ("routeseg.evaluation.ranking.image_score", broken, "no worst and best images: a mistake in two lines"),
         )
     ):
         output = tmp_path / str(number)

@@ -96,13 +96,14 @@ class Evaluation:
         full = self.full_macs / 1e9
         boundary: dict[str, Any] = {}
         if self.boundary_iou is not None:
-            boundary = {"boundary_miou": _finite(self.boundary_miou), "boundary_iou": self._by_class(self.boundary_iou)}
+            boundary["boundary_miou"] = finite_or_none(self.boundary_miou)
+            boundary["boundary_iou"] = self._by_class(self.boundary_iou)
         return {
-            "miou": _finite(self.miou),
+            "miou": finite_or_none(self.miou),
             "iou": self._by_class(self.iou),
             **boundary,
-            "pixel_accuracy": _finite(self.pixel_accuracy),
-            "majority_class_miou": _finite(self.majority_miou),
+            "pixel_accuracy": finite_or_none(self.pixel_accuracy),
+            "majority_class_miou": finite_or_none(self.majority_miou),
             "cost_gmacs": {
                 "mean": float(gmacs.mean()),
                 "min": float(gmacs.min()),
@@ -124,7 +125,7 @@ class Evaluation:
         return np.divide(part, whole, out=np.full(len(whole), np.nan), where=there)
 
     def _by_class(self, values: np.ndarray) -> dict[str, float | None]:
-        return {name: _finite(value) for name, value in zip(self.class_names, values, strict=True)}
+        return {name: finite_or_none(value) for name, value in zip(self.class_names, values, strict=True)}
 
 
 def _mean(values: np.ndarray) -> float:
@@ -132,7 +133,8 @@ def _mean(values: np.ndarray) -> float:
     return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
 
 
-def _finite(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
+    """For JSON, which has no NaN."""
     return float(value) if math.isfinite(value) else None
 
 

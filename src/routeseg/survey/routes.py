@@ -23,6 +23,7 @@ from routeseg.data.pairs import SegmentationData
 from routeseg.data.scenes import PRESETS
 from routeseg.data.subset import evenly_spread
 from routeseg.evaluation import Evaluation, Forward, evaluate
+from routeseg.evaluation.scores import finite_or_none
 from routeseg.labels import label_map
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.space import RoutingSpace
@@ -166,7 +167,7 @@ class RouteSurvey:
                     "cost_gmacs": float(cost),
                     "cost_share": float(share),
                     "open_edges": int(opened.sum()),
-                    "object_size": _finite(size),
+                    "object_size": finite_or_none(size),
                 }
                 for name, cost, share, size, opened in images
             ],
@@ -186,7 +187,7 @@ class RouteSurvey:
             "images": len(group),
             "cost_share": {f: float(getattr(group.cost_share, f)()) for f in ("mean", "min", "max", "std")},
             "open_edges": float((group.gates > 0).sum((1, 2, 3)).mean()),
-            "object_size": {f: _finite(getattr(group.object_sizes, f)()) for f in ("mean", "min", "max")},
+            "object_size": {f: finite_or_none(getattr(group.object_sizes, f)()) for f in ("mean", "min", "max")},
             "edges": edges.as_list(),
         }
 
@@ -195,10 +196,6 @@ class RouteSurvey:
         if not self.tests:
             return [f"Too few images to ask whether routes follow the {self.grouped_by}: give at least four."]
         return [in_plain_words(WORDS[distance], self.grouped_by, tests) for distance, tests in self.tests.items()]
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def survey_routes(

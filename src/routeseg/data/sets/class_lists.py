@@ -25,7 +25,7 @@ from routeseg.data.label_files import count_values, label_mode, pack_colours, re
 from routeseg.data.sets.masks import BACKGROUND, UnclearMasks, find_classes
 from routeseg.data.sets.roots import in_windows_encoding, read_lines
 from routeseg.errors import CONTROL
-from routeseg.labels import IGNORE
+from routeseg.labels import IGNORE, Colour
 
 FILES = (  # by which goes first
     "labelmap.txt class_names.txt classes.txt class.txt classnames.txt labels.txt label_names.txt names.txt codes.txt "
@@ -42,7 +42,6 @@ COLOUR_BEHIND = re.compile(r"(.*?)[\s:,;]+(\d{1,3})[\s,;]+(\d{1,3})[\s,;]+(\d{1,
 COLOUR_BEFORE = re.compile(r"(\d{1,3})[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})[\s,;]+(.*)")
 NUMBER_BEHIND = re.compile(r"(.*?)\s*[:,;=\t]\s*(\d+)")
 NUMBER_BEFORE = re.compile(r"(\d+)\s*[:,;=\t ]\s*(\D.*)")
-Colour = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
