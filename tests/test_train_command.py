@@ -112,10 +112,38 @@ def test_in_python(layouts, tmp_path, capsys):
         ({"config": "small", "recipe": {"lerning_rate": 1}}, "no key 'recipe.lerning_rate'"),
         ({"config": "small", "model": {"depth": "deep"}}, "--model.depth is deep: it must be a whole number"),
         ({"config": "small", "minutes": 0}, "--minutes is 0"),
+        ({"config": "small", "data": {"crop": 5}}, "--data.crop is 5: it must be two numbers, [HEIGHT, WIDTH]"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             routeseg.train(**wrong)
     assert capsys.readouterr().err == ""
+
+
+def test_in_python_a_folder_is_enough(layouts, tmp_path, monkeypatch):
+    """As of the command; values are what Python has: a path, None, false, a size as a text."""
+    asked: list[tuple] = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(args, began, chooses_crop, alone=False):
+        asked.append((args, chooses_crop, alone))
+        raise Stop
+
+    monkeypatch.setattr(training, "_train", stop)
+    root, sections = layouts("folder"), {"model": {"exits": None}, "recipe": {"class_offsets": False}}
+    for options in ({}, {"data": {"crop": "64x96"}}, {"config": "camvid/small"}):
+        with pytest.raises(Stop):
+            routeseg.train(root, output=tmp_path / "run", **sections, **options)
+    with pytest.raises(Stop):
+        training.train_command([str(root), "--model.exits=null", "--recipe.class_offsets=false", "--output=o"])
+    (args, *how), (cut, *_), (preset, *_), (words, *_) = asked
+    assert how == [True, True] and [one[1] for one in asked] == [True, False, False, True]
+    assert args.init == words.init == str(checkpoints.PRETRAINED) and preset.init is None
+    for section in ("data", "model", "recipe"):
+        assert json.dumps(vars(args[section])) == json.dumps(vars(words[section]))  # lists or tuples
+    assert args.model.exits is None and args.recipe.class_offsets is False and preset.data.name == "folder"
+    assert list(cut.data.crop) == [64, 96] and args.output == str(tmp_path / "run")
 
 
 TWO_STEPS = ["--recipe.iterations=2", "--recipe.validate_every=1", "--recipe.log_every=1"]

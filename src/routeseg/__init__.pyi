@@ -1,8 +1,8 @@
 # The public names, and where each comes from: read when the package is imported (lazy_loader), and by type checkers.
 from .architectures import ARCHITECTURES as ARCHITECTURES
 from .architectures import common_route as common_route
-from .cli.python import Trained as Trained
-from .cli.python import train as train
+from .cli.training import Trained as Trained
+from .cli.training import train as train
 from .config import NetworkConfig as NetworkConfig
 from .cost.latency import LatencyTable as LatencyTable
 from .cost.macs import model_cost as model_cost

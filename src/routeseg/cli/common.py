@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,22 +72,31 @@ def add_config_argument(parser: Parser) -> None:
     )
 
 
-def of_folder(folder: str, words: Sequence[str], more: Sequence[str] = ()) -> list[str]:
-    """The words that a folder in front of others is short for: the preset `small` and `more`, and the layout of the
-    folder. With a --config of its own it only means the data."""
+def options_of(words: Sequence[str]) -> set[str]:
+    """The options among the words of a command, such as config and recipe.lr."""
+    return {word.partition("=")[0].lstrip("-") for word in words if word.startswith("-")}
+
+
+def of_folder(folder: str, given: Collection[str]) -> dict[str, str]:
+    """What a folder of images is short for, by option: its layout, and the preset `small` unless `config` is among the
+    given ones."""
     layout = layout_of(expand_user(folder))
     if layout != "folder":
         print(f"{folder} is taken for {layout}, by its folders; if it is other data, a classes.yaml in it says so")
-    found = [f"--data.name={layout}", f"--data.root={folder}"]
-    if any(word.partition("=")[0] == "--config" for word in words):
-        return [*words, *found]
-    return ["--config=small", *found, *more, *words]
+    data = {"data.name": layout, "data.root": folder}
+    return data if "config" in given else {"config": "small"} | data
 
 
-def leaves_crop(words: Sequence[str]) -> bool:
-    """Whether `train FOLDER`, or `check-data FOLDER`, leaves the crop to the images."""
-    options = {word.partition("=")[0] for word in words}
-    return bool(words) and not words[0].startswith("-") and not options & {"--config", "--data.crop"}
+def with_words(options: Mapping[str, str], words: Sequence[str]) -> list[str]:
+    """These options and the words of a command, which count where both say something; but a --config of its own stands
+    before all options."""
+    added = [f"--{name}={value}" for name, value in options.items()]
+    return [*added, *words] if "config" in options else [*words, *added]
+
+
+def leaves_crop(given: Collection[str]) -> bool:
+    """Whether these options of `train FOLDER`, or `check-data FOLDER`, leave the crop to the images."""
+    return not {"config", "data.crop"} & {*given}
 
 
 def fit_crop(data: DataConfig, seed: int) -> DataConfig:
@@ -102,19 +111,23 @@ def fit_crop(data: DataConfig, seed: int) -> DataConfig:
 
 
 def read_data(parser: Parser, words: Sequence[str], lenient: bool = False) -> tuple[Namespace, DataConfig]:
-    """The parsed words, and the data section as an object, with the classes that the masks of a folder tell: a line
-    says so.
+    """The parsed words, and their `data_of`."""
+    args = parser.parse_args(list(words))
+    return args, data_of(args, lenient)
+
+
+def data_of(args: Namespace, lenient: bool = False) -> DataConfig:
+    """The data section as an object, with the classes that the masks of a folder tell: a line says so.
 
     lenient  classes that are not clear stay unknown, for a report; else they are a ValueError
     """
-    args = parser.parse_args(list(words))
     data = DataConfig(**vars(args.data))
     try:
         data = known_classes(data, print if is_first_process() else lambda line: None)
     except UnclearMasks:
         if not lenient:
             raise
-    return args, data
+    return data
 
 
 def refuse_errors(data: DataConfig, seed: int, alone: bool = False) -> None:
@@ -139,10 +152,9 @@ def is_first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))
 
 
-def read_parts(parser: Parser, words: Sequence[str]) -> tuple[Namespace, Any, Any, Any]:
-    """The parsed words, and the data, recipe and budget sections as objects."""
-    args, data = read_data(parser, words)
-    return args, data, Recipe(**vars(args.recipe)), Budget(**vars(args.gate_budget))
+def parts_of(args: Namespace) -> tuple[DataConfig, Recipe, Budget]:
+    """The sections data, recipe and gate_budget as objects."""
+    return data_of(args), Recipe(**vars(args.recipe)), Budget(**vars(args.gate_budget))
 
 
 def new_network(args: Namespace, data: DataConfig, recipe: Recipe, pretrained: bool = True) -> DynamicRoutingNetwork:

@@ -20,7 +20,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from routeseg.cli.common import config_parser, fit_crop, leaves_crop, of_folder, read_data
+from routeseg.cli.common import config_parser, fit_crop, leaves_crop, of_folder, options_of, read_data, with_words
 from routeseg.cli.options import check_files, progress_bar
 from routeseg.cli.parser import USAGE_ERROR, Parser
 from routeseg.cli.tables import print_check
@@ -153,14 +153,14 @@ def check_data_command(words: Sequence[str]) -> int:
     parser.add_argument(
         "--write_classes", action="store_true", help="write the classes that the masks tell to classes.yaml, to edit"
     )
-    folder = bool(words) and not words[0].startswith("-")
-    args, data = read_data(parser, of_folder(words[0], words[1:]) if folder else words, lenient=True)
-    if not folder and not any(word.startswith(("--config", "--data.")) for word in words):
+    folder, given = bool(words) and not words[0].startswith("-"), options_of(words)
+    args, data = read_data(parser, with_words(of_folder(words[0], given), words[1:]) if folder else words, lenient=True)
+    if not folder and not any(name.startswith(("config", "data.")) for name in given):
         raise ValueError(
             "nothing to check: give the folder of your images, as in `routeseg check-data my`, or a preset, as in "
             "`routeseg check-data --config scenes/small`"
         )
-    if leaves_crop(words):
+    if folder and leaves_crop(given):
         with suppress(ValueError):  # the report tells it
             data = fit_crop(data, args.seed)
 

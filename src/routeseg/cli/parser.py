@@ -74,8 +74,19 @@ class Parser(ArgumentParser):
                 self.error(f"Unrecognized arguments: --{key}")
             if f"--{key}" in SIZES:
                 at = place if value else place + 1
-                words[at : at + 1] = [re.sub(r"(\d+)x(\d+)$", r"[\1, \2]", one) for one in words[at : at + 1]]
+                words[at : at + 1] = [_size(one) for one in words[at : at + 1]]
         return super().parse_args(words, *more, **how)
+
+    def parse_values(self, files: Sequence[str | Path], values: Mapping[str, Any]) -> Namespace:
+        """The same for Python: files of --config, one on top of the other, then values by key, such as recipe.lr. A
+        mistake is a ValueError."""
+        self.in_python = True
+        plain = {
+            key: str(value) if isinstance(value, Path) else _size(value) if f"--{key}" in SIZES else value
+            for key, value in values.items()
+        }
+        found: Namespace = self.parse_object(plain, self.parse_args([f"--config={file}" for file in files]))
+        return found
 
     def format_help(self, formatter: Any = None) -> str:
         if not self.first:
@@ -113,6 +124,11 @@ class Parser(ArgumentParser):
             raise ValueError(_first_lines(message))
         print(f"routeseg: error: {_first_lines(message)}", file=sys.stderr)
         raise SystemExit(USAGE_ERROR)
+
+
+def _size(value: Any) -> Any:
+    """HEIGHTxWIDTH at the end of a text as [HEIGHT, WIDTH]; anything else as it is."""
+    return re.sub(r"(\d+)x(\d+)$", r"[\1, \2]", value) if isinstance(value, str) else value
 
 
 def field_texts(kind: type) -> dict[str, str]:

@@ -1,13 +1,13 @@
-"""The commands that train: train, pretrain, demo."""
+"""The commands that train: train (in Python, too), calibrate, pretrain, demo."""
 
 from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import Namespace
 
@@ -22,9 +22,11 @@ from routeseg.cli.common import (
     new_network,
     of_folder,
     of_run,
+    options_of,
+    parts_of,
     read_data,
-    read_parts,
     refuse_errors,
+    with_words,
 )
 from routeseg.cli.logs import quiet_libraries
 from routeseg.cli.options import enough_memory
@@ -43,6 +45,7 @@ from routeseg.training.trackers import read_trackers
 if TYPE_CHECKING:
     from routeseg.data.config import DataConfig
     from routeseg.evaluation import Evaluation
+    from routeseg.prediction.segmenter import Segmenter
     from routeseg.training.recipe import Recipe
     from routeseg.training.run import RunOptions, RunResult
 
@@ -68,9 +71,75 @@ SMALLER_STEPS = (
 )
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a training left.
+
+    folder      of the run: best/ and last/ (networks, for `routeseg.load`), last.ckpt, logs, config.yaml
+    model       the best network, in eval mode: `model("photo.jpg")` segments an image
+    evaluation  of the last network on the validation images; None if no step was left to do
+    """
+
+    folder: Path
+    model: Segmenter
+    evaluation: Evaluation | None
+
+
+def train(
+    folder: str | Path | None = None,
+    *,
+    config: str | Path | Sequence[str | Path] = (),
+    minutes: float | None = None,
+    epochs: float | None = None,
+    output: str | Path = RUNS,
+    init: str | Path | None = None,
+    resume: bool = False,
+    data: Mapping[str, Any] | None = None,
+    model: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    gate_budget: Mapping[str, Any] | None = None,
+) -> Trained:
+    """What `routeseg train` does (docs/training.md), by the same code.
+
+        run = routeseg.train("my", minutes=20, output="runs/my")
+        run.model("photo.jpg").overlay()
+
+    folder   of your images: what else is needed is chosen
+    config   a preset such as "camvid/small", or a YAML file; or several, one on top of the other
+    minutes  how long this machine may take; or `epochs`: how often each image is seen; else recipe["iterations"]
+    output   folder of the run
+    init     a checkpoint folder to start from; with a folder of images else the bundled network
+    resume   go on with the run in `output`
+    data, model, recipe, gate_budget   keys of these sections of the configuration (`routeseg train --help-all`), such
+             as data={"name": "camvid", "root": "camvid", "batch_size": 4}
+
+    Raises ValueError, with the remedy, for what makes no training; NonFiniteLoss if the loss is no number.
+    """
+    from routeseg.prediction.segmenter import load
+    from routeseg.training.callbacks import BEST_FOLDER
+
+    began, files = Clock(), [config] if isinstance(config, str | Path) else list(config)
+    options = {"output": output, "init": init, "minutes": minutes, "epochs": epochs, "resume": resume or None}
+    values: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    for section, keys in {"data": data, "model": model, "recipe": recipe, "gate_budget": gate_budget}.items():
+        values |= {f"{section}.{key}": value for key, value in (keys or {}).items()}
+    given = {*values, *(["config"] if files else [])}
+    start = _start(None if folder is None else str(folder), given, Path(output))
+    files = [*([start.pop("config")] if "config" in start else []), *files]
+    args = _train_parser().parse_values(files, start | values)
+    result = _train(args, began, folder is not None and leaves_crop(given), alone=True)
+    return Trained(Path(output), load(Path(output) / BEST_FOLDER), result.found)
+
+
 def train_command(words: Sequence[str]) -> int:
     """`routeseg train FOLDER ...` is short for a preset, the layout of the folder, and the bundled weights."""
-    result, output = train_by(words, config_parser("train"))
+    began, given = Clock(), options_of(words)
+    folder = words[0] if words and not words[0].startswith("-") else None
+    words = with_words(_start(folder, given, _output_of(words)), words if folder is None else words[1:])
+    if folder is not None:
+        print(f"routeseg train {shlex.join(words)}")
+    args = _train_parser().parse_args(words)
+    result, output = _train(args, began, folder is not None and leaves_crop(given)), Path(args.output)
     if not result.is_global_zero:
         return 0
 
@@ -84,9 +153,8 @@ def train_command(words: Sequence[str]) -> int:
     return 0
 
 
-def train_by(words: Sequence[str], parser: Parser) -> tuple[RunResult[Evaluation], Path]:
-    """What the words of `routeseg train` ask for: trains, and returns what came of it and the folder of the run."""
-    began = Clock()
+def _train_parser() -> Parser:
+    parser = config_parser("train")
     parser.usage = "routeseg train FOLDER [--minutes M] [options], or routeseg train --config PRESET [options]"
     parser.first = FIRST
     _add_run_arguments(parser, RUNS)
@@ -97,18 +165,39 @@ def train_by(words: Sequence[str], parser: Parser) -> tuple[RunResult[Evaluation
     parser.add_argument(
         "--epochs", type=float | None, default=None, help="how often each image is seen; else recipe.iterations"
     )
-    chooses_crop = leaves_crop(words)
-    if words and not words[0].startswith("-"):
-        words = _of_folder(words[0], words[1:])
-        print(f"routeseg train {shlex.join(words)}")
-    elif "--resume" in words and (known := _output_of(words) / RUN_CONFIG_FILE).is_file():
-        words = ["--config", str(known), *words]
-    elif not any(word.startswith(("--config", "--data.", "--resume", "--help", "-h", "--print")) for word in words):
+    return parser
+
+
+def _start(folder: str | None, given: Collection[str], output: Path) -> dict[str, str]:
+    """What a training starts from beside the options that are given, by option: what a folder of images is short for,
+    with the bundled network's weights; or the configuration of the run that goes on.
+
+    Raises ValueError if there is nothing to train on.
+    """
+    if folder is not None:
+        found = of_folder(folder, given)
+        if "config" in found and not {"init", "resume"} & {*given}:
+            from routeseg.model.checkpoints import PRETRAINED
+
+            found["init"] = str(PRETRAINED)
+        return found
+    if "resume" in given and (known := output / RUN_CONFIG_FILE).is_file():
+        return {"config": str(known)}
+    if not any(name == "h" or name.startswith(("config", "data.", "resume", "help", "print")) for name in given):
         raise ValueError(
             "nothing to train on: give the folder of your images, as in `routeseg train my`, or a preset, as in "
             "`routeseg train --config scenes/small`"
         )
-    args, data, recipe, budget = read_parts(parser, words)
+    return {}
+
+
+def _train(args: Namespace, began: Clock, chooses_crop: bool, alone: bool = False) -> RunResult[Evaluation]:
+    """Trains what the configuration, and the options of `train`, ask for.
+
+    chooses_crop  the images say how large a crop is
+    alone         no other processes help to look the images over
+    """
+    data, recipe, budget = parts_of(args)
     read_trackers(args.logger)  # a mistake is told before PyTorch is imported
     for name in ("minutes", "epochs"):
         if args[name] is not None and not args[name] > 0:
@@ -129,7 +218,7 @@ def train_by(words: Sequence[str], parser: Parser) -> tuple[RunResult[Evaluation
 
         checkpoints.read_config(Path(args.init))  # a wrong folder is told before PyTorch is imported
     clock = None if args.minutes is None else began.given(60 * args.minutes)
-    refuse_errors(data, recipe.seed, alone=parser.in_python)
+    refuse_errors(data, recipe.seed, alone=alone)
     if chooses_crop:
         data = fit_crop(data, recipe.seed)
     model = new_network(args, data, recipe, pretrained=args.init is None and not args.resume)
@@ -161,15 +250,7 @@ def train_by(words: Sequence[str], parser: Parser) -> tuple[RunResult[Evaluation
             recipe = replace(recipe, iterations=result.steps)  # with --minutes they are not known beforehand
             run = FinishedRun.of(result, options.output, model, data, recipe, budget)
             write_report(run, options.output / REPORT_FILE, options.output / FIGURES_FOLDER)
-    return result, options.output
-
-
-def _of_folder(folder: str, words: Sequence[str]) -> list[str]:
-    """The words that `train FOLDER` is short for: also the first weights, unless others are given."""
-    from routeseg.model.checkpoints import PRETRAINED
-
-    given = any(word.partition("=")[0] in ("--init", "--resume") for word in words)
-    return of_folder(folder, words, [] if given else [f"--init={PRETRAINED}"])
+    return result
 
 
 def _output_of(words: Sequence[str]) -> Path:
@@ -295,7 +376,8 @@ def demo_command(words: Sequence[str]) -> int:
     began, parser = Clock(), config_parser("demo")
     parser.add_argument("--output", type=str, default="runs/demo", help="folder of the run and its report")
     parser.add_argument("--minutes", type=float | None, default=None, help="time for all of it; else recipe.iterations")
-    args, data, recipe, budget = read_parts(parser, words)
+    args = parser.parse_args(list(words))
+    data, recipe, budget = parts_of(args)
     if args.minutes is not None and not args.minutes > 0:
         raise ValueError(f"--minutes is {args.minutes}: it must be positive")
     refuse_errors(data, recipe.seed)
