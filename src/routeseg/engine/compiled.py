@@ -32,7 +32,7 @@ from routeseg.model.backbone import Backbone, EfficientNetLite0, FrozenNormConv,
 from routeseg.model.cell import Cell, RoutingNode
 from routeseg.model.choice import Choice, EntropyChoice, LossChoice, LossGate
 from routeseg.model.decoder import Decoder
-from routeseg.model.exits import Exits
+from routeseg.model.exits import Exits, Priced
 from routeseg.model.gate import Gate, SoftGate
 from routeseg.model.grid import RoutedNetwork
 from routeseg.model.layers import BatchNorm, InputNorm, Stem, Subsample, Transform, Upsample
@@ -47,7 +47,7 @@ STEPS = ("gather", "gate", "cell", "up", "down", "stage")  # of a node: each can
 # The only layers that the kernels compute, by their exact type: a subclass may do something else.
 LAYERS = (
     *(InputNorm, Stem, RoutingNode, Cell, SepConv3x3, SepConv5x5, Identity, SoftGate),
-    *(Transform, Upsample, Subsample, Decoder, Exits, LossChoice, LossGate, EntropyChoice),
+    *(Transform, Upsample, Subsample, Decoder, Exits, Priced, LossChoice, LossGate, EntropyChoice),
     *(EfficientNetLite0, InvertedResidual, FrozenNormConv, nn.BatchNorm2d, nn.ReLU6, nn.ZeroPad2d),
     *(nn.Conv2d, BatchNorm, nn.SyncBatchNorm, nn.ReLU, nn.Identity, nn.Linear),
     *(nn.Sequential, nn.ModuleDict, nn.ModuleList),
