@@ -182,12 +182,14 @@ def test_what_has_left_is_the_same_whatever_the_later_weights_are():
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 @torch.inference_mode()
 def test_bfloat16_is_close(changes):
-    """Of places that leave where they leave in float32; each image has one budget, so that few differ."""
+    """Where all leave at once; and as many leave at each exit as in float32 where each image has a budget, though other
+    ones, since drawn weights are hardly surer of one place than of another."""
     model, batch = network(**changes), images(1, 200, 136)
-    found, expected = (
-        SkipEngine(model, one, "kernels")(batch, price=0.5, per_image=True) for one in ("bfloat16", "float32")
-    )
-    assert (found.exits == expected.exits).float().mean() > 0.7
+    engine = SkipEngine(model, "bfloat16", "kernels")
+    found, expected = engine(batch, price=1e6), model(batch, price=1e6)
+    assert float((found.logits - expected.logits).abs().max() / expected.logits.abs().max()) < 0.05
+    found, expected = (one(batch, price=0.5, per_image=True) for one in (engine, model))
+    assert torch.equal(found.exits.flatten().bincount(), expected.exits.flatten().bincount())
     assert found.logits.isfinite().all()
 
 

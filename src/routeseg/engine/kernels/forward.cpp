@@ -33,7 +33,6 @@ constexpr int MOST_SCALES = 12;           // MOST_CHANNELS allows no more
 constexpr long BLOCK_BYTES = 1 << 19;     // of what a block has in the middle, at a time: it stays in an L2 cache
 constexpr int STEM_BAND = 8;  // rows of the stem's output computed at a time: what lies before them stays in the cache
 constexpr float BELOW_ONE = 1 - 1.1920929e-7f;  // activations of gates are below 1
-constexpr float DENSE_SHARE = 2;                // of places that run, above which all pixels are computed
 
 // One node; the network lacks it where it has no direction.
 struct Node {
@@ -368,10 +367,10 @@ class Forward {
         return out;
     }
 
-    // The pixels of a map of the grid that are computed; null: all.
-    const Pixels* over(const Map& map) {
-        return !still || still->share() > DENSE_SHARE ? nullptr : &still->area(stride_of(map)).pixels;
-    }
+    // The pixels of a map of the grid that are computed; null: all. There is no share of places from which on it would
+    // be faster to compute all of them: at 90 % both took as long (camvid_wide_places and the bundled network with
+    // places, 360x480; AMD EPYC with AVX2, one thread).
+    const Pixels* over(const Map& map) { return still ? &still->area(stride_of(map)).pixels : nullptr; }
     int stride_of(const Map& map) const { return request.padded_height / map.h; }
 
     // `Running.filled`, in place, of these rows.
@@ -435,49 +434,50 @@ class Forward {
         return convolved(stage.project, x, channels(number));
     }
 
-    // A block of a backbone, in bands of rows. What it has in the middle is made again where bands overlap; but once,
-    // and kept, where places have left: then there is less of it, and what fills it reads further rows.
+    // A block of a backbone, in bands of rows. What it has in the middle is held as far as a band reads it, and all of
+    // it where places have left: little of that is written.
     Held inverted(const Block& block, const Held& x) {
         const Conv& last = block.depthwise;
         const int reach = last.kernel / 2;
         const Map* added = block.residual ? &x.map : nullptr;
         const Map shape = block.expands ? convolved_shape(block.expand, x.map) : x.map;
-        Map rows = convolved_shape(last, shape);
+        const Map behind = convolved_shape(last, shape);
         require(shape.h == x.map.h && shape.w == x.map.w, "a block's first half has another size");
-        const Held out = make(rows.h, rows.w, rows.c, 0, rows.h);
+        const Held out = make(behind.h, behind.w, behind.c, 0, behind.h);
         if (!block.expands) {
             convolve_into(last, filled(x, reach).map, out.map, added, false, false, over(out.map));
             return out;
         }
         const float share = still ? still->share() : 1;
         const float row_bytes = share * float(sizeof(T)) * float(shape.w) * float(shape.c) * float(last.stride);
-        const int band = int(std::clamp<float>(float(BLOCK_BYTES) / row_bytes, 2, float(rows.h)));
-        Held hidden;
-        if (still) hidden = make(shape.h, shape.w, shape.c, 0, shape.h);
-        int made = 0, done = 0;  // rows of it, and those that are filled
-        for (rows.first = 0; rows.first < rows.h; rows.first += band) {
-            rows.rows = std::min(band, rows.h - rows.first);
-            const int first = std::max(0, rows.first * last.stride - last.padding);
-            const int end = std::min(shape.h, (rows.first + rows.rows - 1) * last.stride - last.padding + last.kernel);
-            if (!still) {
-                hidden = make(shape.h, shape.w, shape.c, first, end - first);
-                convolve_into(block.expand, x.map, hidden.map, nullptr, true);
-            } else {
-                const int ahead = std::min(shape.h, end + reach);
-                if (ahead > made)
-                    convolve_into(block.expand, x.map, rows_of(hidden.map, made, ahead), nullptr, true, false,
-                                  over(shape));
-                fill_around(hidden.map, reach, done, end);
-                made = ahead, done = end;
+        const int band = std::max(2, int(std::min(float(BLOCK_BYTES) / row_bytes, float(behind.h))));
+        const int most = std::min(shape.h, (band - 1) * last.stride + last.kernel);
+        const Held memory = make(shape.h, shape.w, shape.c, 0, still ? shape.h : most);
+        Map middle = memory.map;
+        middle.rows = 0;
+        for (int begin = 0, ready = 0; begin < behind.h; begin += band) {
+            const Map to = rows_of(out.map, begin, std::min(begin + band, behind.h));
+            const int first = std::max(0, begin * last.stride - last.padding);
+            const int end = std::min(shape.h, (begin + to.rows - 1) * last.stride - last.padding + last.kernel);
+            const int made = middle.first + middle.rows;
+            if (!still) {  // rows that the band before has read, too
+                const size_t bytes = sizeof(T) * shape.w * shape.c * std::max(0, made - first);
+                std::memmove(middle.data, row_of<T>(middle, first), bytes);
+                middle.first = first;
             }
-            const Map to = rows_of(out.map, rows.first, rows.first + rows.rows);
-            const Map beside = added ? rows_of(x.map, rows.first, rows.first + rows.rows) : Map{};
-            convolve_into(last, hidden.map, to, added ? &beside : nullptr, false, false, over(to));
+            const int enough = still ? std::min(shape.h, end + reach) : end;  // what is filled reads further
+            middle.rows = enough - middle.first;
+            const Map fresh = rows_of(middle, std::max(made, middle.first), enough);
+            if (fresh.rows > 0) convolve_into(block.expand, x.map, fresh, nullptr, true, false, over(shape));
+            fill_around(middle, reach, ready, end);
+            ready = end;
+            const Map beside = added ? rows_of(x.map, begin, begin + to.rows) : Map{};
+            convolve_into(last, middle, to, added ? &beside : nullptr, false, false, over(to));
         }
         return out;
     }
 
-    // Some rows of a whole map.
+    // Some of the rows of a map.
     static Map rows_of(Map map, int first, int end) {
         map.data = const_cast<T*>(row_of<T>(map, first));
         map.first = first, map.rows = end - first;

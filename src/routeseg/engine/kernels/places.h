@@ -25,9 +25,9 @@ struct Mask {
     bool all() const { return std::find(flags.begin(), flags.end(), 0) == flags.end(); }
 };
 
-// The flags for which both of two masks of a size speak: one has them, the other one has them too, or lacks them.
+// Where both of two masks of a size have a flag; or the first one has it and the other one lacks it.
 inline Mask both(Mask one, const Mask& other, bool has = true) {
-    for (size_t i = 0; i < one.flags.size(); ++i) one.flags[i] = one.flags[i] && bool(other.flags[i]) == has;
+    for (size_t i = 0; i < one.flags.size(); ++i) one.flags[i] &= other.flags[i] ^ char(!has);
     return one;
 }
 inline Mask either(Mask one, const Mask& other) {
@@ -38,21 +38,30 @@ inline Mask either(Mask one, const Mask& other) {
 // The flags of places as those of h x w pixels, of which a place has side x side.
 inline Mask pixels_of(const Mask& places, int side, int h, int w) {
     Mask mask(h, w, 0);
-    for (int y = 0; y < h; ++y)
-        for (int x = 0; x < w; ++x) mask.row(y)[x] = places.row(y / side)[x / side];
+    for (int y = 0; y < h; ++y) {
+        char* row = mask.row(y);
+        if (y % side) std::copy_n(mask.row(y - 1), w, row);
+        else
+            for (int x = 0; x < w; x += side)
+                std::fill_n(row + x, std::min(side, w - x), places.row(y / side)[x / side]);
+    }
     return mask;
 }
 
 // The pixels that are `reach` away from one with a flag, or nearer.
 inline Mask grown(const Mask& mask, int reach) {
-    Mask wide(mask.h, mask.w, 0), out(mask.h, mask.w, 0);
+    Mask wide(mask), out(mask.h, mask.w, 0);
     for (int y = 0; y < mask.h; ++y)
-        for (int x = 0; x < mask.w; ++x)
-            if (mask.row(y)[x])
-                std::fill(wide.row(y) + std::max(0, x - reach), wide.row(y) + std::min(mask.w, x + reach + 1), 1);
+        for (int by = 1; by <= std::min(reach, mask.w - 1); ++by) {
+            for (int x = by; x < mask.w; ++x) wide.row(y)[x] |= mask.row(y)[x - by];
+            for (int x = by; x < mask.w; ++x) wide.row(y)[x - by] |= mask.row(y)[x];
+        }
     for (int y = 0; y < mask.h; ++y)
-        for (int from = std::max(0, y - reach); from < std::min(mask.h, y + reach + 1); ++from)
-            for (int x = 0; x < mask.w; ++x) out.row(y)[x] |= wide.row(from)[x];
+        for (int from = std::max(0, y - reach); from < std::min(mask.h, y + reach + 1); ++from) {
+            char* to = out.row(y);
+            const char* row = wide.row(from);
+            for (int x = 0; x < mask.w; ++x) to[x] |= row[x];
+        }
     return out;
 }
 
