@@ -26,10 +26,13 @@ import routeseg
 from routeseg import Route, SkipEngine, model_cost
 from routeseg.app import Guard, guard
 from routeseg.app.explorer import SIDE, Explorer, Survey
+from routeseg.budgets.calibration import calibrate
 from routeseg.cli import main
 from routeseg.data.config import DataConfig, open_data
+from routeseg.data.loaders import evaluation_loader
 from routeseg.data.scenes import draw_scene
 from routeseg.survey.route_statistics import object_size
+from test_places import DATA, network
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SCREENSHOTS = os.environ.get("ROUTESEG_SCREENSHOTS")
@@ -173,6 +176,27 @@ class TestAnswers:
         tokens = [explorer.open({"file": text(png(street))})["picture"] for _ in range(3)]
         assert "no longer held" in explorer.look({"picture": tokens[0]})["error"]
         assert "error" not in explorer.look({"picture": tokens[-1]})
+
+    def test_how_far_each_place_went(self, explorer, opened, monkeypatch):
+        assert explorer.about()["place"] is None and explorer.look({"picture": opened["picture"]})["effort"] is None
+        model = network()
+        assert calibrate(model, [], list(evaluation_loader(open_data(DATA, "val")))) == 0
+        places, image = Explorer(model, "places"), open_data(DATA, "val").read(0)[0]
+        about = places.about()
+        assert about["place"] == 32 and about["heat"][0] == [68, 1, 84] and about["heat"][-1] == [253, 231, 37]
+        picture = places.open({"file": text(png(image))})["picture"]
+        assert places.look({"picture": picture})["effort"] is None, "nobody decides unless a budget asks"
+        asked = {"picture": picture, "budget": {"value": 0.6, "unit": "share"}}
+        view = places.look(asked | {"against": "all"})
+        alone, table = model.predict(image, budget=view["asked"]), model_cost(model, image.shape[:2])
+        assert np.allclose(view["effort"]["shares"], table.exits[alone.exits] / table.full, atol=1e-3)
+        assert view["effort"]["seen"] == list(image.shape[:2]) and view["against"]["effort"] is None
+        assert json.loads(json.dumps(view))["effort"] == view["effort"]
+
+        run = Explorer._segment
+        monkeypatch.setattr(Explorer, "_segment", lambda *given, **how: run(*given, price=0.5, size=2.0))
+        view = places.look(asked)
+        assert view["effort"]["seen"] == [128, 192] and np.shape(view["effort"]["shares"]) == (4, 6)
 
     def test_pictures_of_a_data_set_are_opened_by_name(self, explorer, survey):
         name = survey.about()["pictures"][2][0]
@@ -549,6 +573,7 @@ class TestBrowser:
         page.after(lambda: window.set_input_files(".rs-file", picture))
         assert "mine.png" in window.locator(".rs-this figcaption").inner_text()
         assert window.locator(".rs-numbers dd").count() >= 5
+        assert window.locator(".rs-places").is_hidden(), "whole images leave this network"
         dear = page.state("view.share")
 
         def drag() -> None:

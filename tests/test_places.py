@@ -1,6 +1,7 @@
 """Places: squares of an image that leave a network with exits by themselves."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,8 +17,12 @@ from routeseg.config import NetworkConfig
 from routeseg.counting import CONVENTIONS
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.loaders import evaluation_loader
+from routeseg.data.scenes import CLASSES, PALETTE
 from routeseg.errors import BudgetNotKept
 from routeseg.model.places import Running, enlarge
+from routeseg.space import over_pixels
+from routeseg.survey.effort import EffortNotes
+from routeseg.survey.routes import observe
 from routeseg.training.fused import Fused
 from routeseg.training.gate_budget import Budget
 from routeseg.training.initialization import initialize
@@ -384,3 +389,71 @@ class TestBudgets:
         assert result.effort(legend=False).size == (135, 75) and not result.levels
         with pytest.raises(ValueError, match="no budget was asked for"):
             routeseg.load(tmp_path / "net").predict(tmp_path / "a.png").effort()
+
+
+class TestEffort:
+    """`routeseg routes`: how far places go over a data set."""
+
+    WORDS = ("--data.image_size=[64,96]", "--data.val_images=8", "--data.workers=0", "--permutations=5")
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def model(cls):
+        model = network(class_names=CLASSES, palette=PALETTE)
+        assert calibrate(model, [], list(evaluation_loader(open_data(DATA, "val")))) == 0
+        return model
+
+    def test_by_class_and_as_a_figure(self, model, tmp_path, capsys):
+        folder = str(model.save(tmp_path / "net"))
+        words = ["routes", folder, *self.WORDS, "--budget=60%", "--per_image", f"--output={tmp_path / 'out'}"]
+        assert main(words) == 0
+        said, told = capsys.readouterr().out, json.loads((tmp_path / "out" / "routes.json").read_text())
+        assert "Where pixels of each class leave" in said and "all pixels" in said and "effort.png, " in said
+        assert "worth_of_choice" not in told, "that is about whole images"
+        pixels, cost, table = np.zeros((len(CLASSES), 4)), np.zeros(len(CLASSES)), model_cost(model, SIZE)
+        for one in evaluation_loader(open_data(DATA, "val")):
+            left = model(one["image"], budget=0.6, per_image=True).exits[0].numpy()
+            at, labels = np.kron(left, np.ones((32, 32), int)), one["labels"][0].numpy()
+            np.add.at(pixels, (labels, at), 1)
+            np.add.at(cost, labels, table.exits[at] / table.full)
+        effort = told["effort"]
+        assert effort["behind_layers"] == [0, 2, 4, 6] and list(effort["classes"]) == list(CLASSES)
+        for number, row in enumerate(effort["classes"].values()):
+            if row is None:
+                assert not pixels[number].any()
+                continue
+            assert np.allclose(row["leave"], pixels[number] / pixels[number].sum())
+            assert row["cost_share"] == pytest.approx(cost[number] / pixels[number].sum())
+        assert effort["all"]["cost_share"] == pytest.approx(told["cost_gmacs"]["mean_share"])
+        with Image.open(tmp_path / "out" / "effort.png") as figure:
+            assert figure.width > 300
+        assert (tmp_path / "out" / "effort.svg").is_file()
+
+    def test_without_a_budget_nobody_decided(self, model):
+        seen = observe(model, open_data(replace(DATA, val_images=2), "val"), SkipEngine(model))
+        assert seen.effort is None and seen.evaluation.precision == "float32"
+
+    def test_images_of_several_sizes(self, model):
+        """Also one that was looked at in another size, one that went all the way, and one without labels."""
+        asked = iter([{"budget": 0.6}, {"budget": 0.7, "size": 1.0}, {"price": 0.3, "size": 0.5}, {"budget": 1.0}])
+        notes, spent = EffortNotes(lambda pixels: model(pixels, **next(asked)), model), []
+        for size in ((96, 64), (75, 135), (128, 192), (96, 64)):
+            pixels = torch.from_numpy(noise(*size)).permute(2, 0, 1)[None]
+            result = notes(pixels)
+            notes.saw(pixels, np.full(size, 255 if size == (75, 135) else 3))
+            seen, full = model_cost(model, result.seen or size), model_cost(model, size).full
+            spent.append(float(seen.of_result(result.gates, result.exits)[0]) / full)
+        found = notes.found()
+        assert found.shares.shape == found.image.shape[:2] == (96, 64) and found.images == 4
+        assert found.pixels[3].sum() == 2 * 96 * 64 + 128 * 192 and found.pixels[-1].sum() == 75 * 135
+        assert not np.delete(found.pixels, (3, -1), axis=0).any()
+        expected = 96 * 64 * (spent[0] + spent[3]) + 128 * 192 * spent[2]
+        assert spent[3] == pytest.approx(1) and spent[2] < 0.3, "a share of the full network at its own size"
+        assert found.spent[3] == pytest.approx(expected, rel=1e-3)
+        assert found.shares.mean() == pytest.approx(np.mean(spent), abs=0.03), "at the edges places are smaller"
+
+    def test_a_value_for_each_pixel(self):
+        places = np.arange(6).reshape(2, 3)
+        own, half = over_pixels(places, 32, (40, 70)), over_pixels(places, 32, (80, 140), seen=(40, 70))
+        assert own.shape == (40, 70) and own[31, 63] == 1 and own[32, 64] == 5 and own[39, 0] == 3
+        assert np.array_equal(half, own.repeat(2, 0).repeat(2, 1))

@@ -311,6 +311,22 @@ def seen_size(own: tuple[int, int], size: float) -> tuple[int, int]:
     return height, width
 
 
+def over_pixels(
+    places: np.ndarray, place: int, own: tuple[int, int], seen: tuple[int, int] | None = None
+) -> np.ndarray:
+    """A value for each place [hb,wb] as one for each pixel [H,W] of an image of this size.
+
+    place  side of a place in pixels
+    seen   (h, w), the size of the image of which a place is so many pixels; None: its own
+    """
+    rows, columns = (
+        ((np.arange(side) + 0.5) * there / (side * place)).astype(int)
+        for side, there in zip(own, seen or own, strict=True)
+    )
+    pixels: np.ndarray = places[rows][:, columns]
+    return pixels
+
+
 def brief(value: Any) -> str:
     """A value as messages show it: 80 characters at most, however large it is."""
     text = reprlib.repr(value)

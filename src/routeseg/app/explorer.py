@@ -25,6 +25,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from routeseg import figures
 from routeseg.architectures import ARCHITECTURES
 from routeseg.cost.macs import exit_costs
 from routeseg.data.decoding import BAD_IMAGE, UnreadableImage, decode_image
@@ -36,7 +37,7 @@ from routeseg.evaluation.ranking import image_score
 from routeseg.figures.routes import ACTIVATION_COLORS
 from routeseg.labels import IGNORE, see_through
 from routeseg.model import DynamicRoutingNetwork
-from routeseg.prediction.files import GIGA, Segmented, class_shares, pad_small, segment
+from routeseg.prediction.files import GIGA, Segmented, class_shares, effort_of, pad_small, segment
 from routeseg.prediction.torch_runner import TorchNetwork, open_network
 from routeseg.space import Route, padded_size
 
@@ -49,7 +50,7 @@ EXAMPLE_SEED = 7
 EXAMPLES = 3
 STREET = {"road", "building", "car"}  # what drawn streets are for: a network of these classes
 MS = 1000.0
-COLOURS = 16  # of the scale of activations
+COLOURS = 16  # of the scales of activations and of effort
 
 
 class Refused(ValueError):
@@ -116,6 +117,7 @@ class Explorer:
         """What the page must know of the network before there is an image."""
         space = self.config.space
         ramp = (255 * ACTIVATION_COLORS(np.linspace(0, 1, COLOURS))[:, :3]).round().astype(int)
+        heat = figures.heat_colours(np.linspace(0, 1, COLOURS))
         return {
             "name": self.name,
             "depth": space.depth,
@@ -128,6 +130,8 @@ class Explorer:
             "ramp": ["#{:02x}{:02x}{:02x}".format(*colour) for colour in ramp],
             "budgets": self.model.exits is not None and self.model.exits.calibrated,
             "gated": self.config.gated,
+            "place": self.config.place,
+            "heat": heat.tolist(),
             "known": [{"key": key, "name": known.name} for key, known in self.known.items()],
             "precisions": ["float32", "bfloat16", "auto"],
             "clear": see_through(self.config.class_names, self.config.palette),
@@ -290,12 +294,23 @@ class Explorer:
             "open": [[*edge, round(float(gates[edge]), 3)] for edge in space.edges if gates[edge] > 0],
             "runs": [node for node in space.nodes if runs[node]],
             "passes": [node for node in space.nodes if arrived[node] and not runs[node]],
+            "effort": self._effort(runner, found),
             "score": None if picture.labels is None else image_score(picture.labels, labels),
         }
         picture.seen[key] = {"view": view, "labels": labels}
         while len(picture.seen) > len(self.known) + 2:
             picture.seen.popitem(last=False)
         return dict(view), labels
+
+    def _effort(self, runner: TorchNetwork, found: Segmented) -> dict[str, Any] | None:
+        """What each place cost (`effort_of`), and the size of the image of which they are places; None: no place
+        decided."""
+        if found.exits is None:
+            return None
+        return {
+            "shares": effort_of(runner.network, found).round(3).tolist(),
+            "seen": list(found.seen or found.labels.shape),
+        }
 
     def _route(self, edges: Any) -> Route:
         """The route of these edges. Raises Refused for what is none of this network's."""

@@ -106,8 +106,23 @@ def print_survey(survey: RouteSurvey) -> None:
             *(f"{100 * share[key]:.2f}" for key in ("mean", "min", "max")),
         )
     console.print(table)
+    if "effort" in data:
+        console.print(_effort_table(data["effort"]))
     for sentence in data["in_words"]:
         print(sentence)
+
+
+def _effort_table(effort: dict[str, Any]) -> Table:
+    """Where the pixels of each class that occurs leave, the dearest class first."""
+    title = "Where pixels of each class leave, and their cost\n(% of them behind each layer, % of the full network)"
+    table = Table(title=title, title_justify="left")
+    for name in ("class", *(f"layer {layer}" for layer in effort["behind_layers"]), "cost"):
+        table.add_column(name, justify="right" if table.columns else "left")
+    known = [(name, row) for name, row in effort["classes"].items() if row is not None]
+    known.sort(key=lambda one: -one[1]["cost_share"])
+    for name, row in [*known, ("all pixels", effort["all"])]:
+        table.add_row(escape(name), *(f"{100 * share:.1f}" for share in (*row["leave"], row["cost_share"])))
+    return table
 
 
 def _add_costs(table: Table, cost: dict[str, float]) -> None:

@@ -6,6 +6,8 @@ from .common import picture_kind as picture_kind
 from .common import png_bytes as png_bytes
 from .comparison import accuracy_cost as accuracy_cost
 from .effort import effort as effort
+from .effort import heat_colours as heat_colours
+from .effort import mean_effort as mean_effort
 from .labels import MIN_IMAGE as MIN_IMAGE
 from .labels import colorize as colorize
 from .labels import legend_entries as legend_entries

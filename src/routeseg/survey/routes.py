@@ -1,7 +1,8 @@
 """Which routes a network takes over a data set, and whether they follow the scale of what is in the images: so the
 paper claims (Sec. 1, Fig. 1). `routeseg routes`.
 
-OUTPUT/routes.json, and as .png and .svg: frequency, strength, cost_histogram, extremes, groups
+OUTPUT/routes.json, and as .png and .svg: frequency, strength, cost_histogram, extremes, groups, and, of a network whose
+places leave by themselves, effort
 
 Legend: B images, L depth, S scales.
     gates [B, L+1, S, 3]   activation of every edge; open if above 0
@@ -27,6 +28,7 @@ from routeseg.evaluation.scores import finite_or_none
 from routeseg.labels import label_map
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.space import RoutingSpace
+from routeseg.survey.effort import Effort, EffortNotes
 from routeseg.survey.route_statistics import (
     MIN_GROUP,
     PERMUTATIONS,
@@ -46,7 +48,8 @@ MIN_SHIFTED = 40  # images; with fewer, shifts are too few for a small p
 EXTREMES = 3  # cheapest and dearest images that are drawn
 DISTANCES = {"activation": False, "open": True}  # names of the two distances of route_distances, and its `binary`
 WORDS = {"activation": "Activations", "open": "Sets of open edges"}
-FIGURES, FIGURE_KINDS = ("frequency", "strength", "cost_histogram", "extremes", "groups"), (".png", ".svg")
+FIGURES = ("frequency", "strength", "cost_histogram", "extremes", "groups", "effort")
+FIGURE_KINDS = (".png", ".svg")
 
 
 def images_to_see(data: DataConfig, count: int) -> int:
@@ -63,6 +66,7 @@ class Observation:
     names         what the set calls the images
     sizes         (H, W) of each
     object_sizes  float64 [B], see `object_size`
+    effort        where the places of images left; None: they did not by themselves
     """
 
     space: RoutingSpace
@@ -72,6 +76,7 @@ class Observation:
     names: tuple[str, ...]
     sizes: tuple[tuple[int, int], ...]
     object_sizes: np.ndarray
+    effort: Effort | None
 
     @property
     def gates(self) -> np.ndarray:
@@ -95,6 +100,7 @@ def observe(
     Raises ValueError if no image can be read, or a label is outside the network's classes.
     """
     notes: list[tuple[int, str, tuple[int, int], float]] = []
+    places = None if model.config.place is None else EffortNotes(forward, model)
 
     def noted() -> Iterator[dict[str, Any]]:
         for index, image in enumerate(evaluation_loader(images, workers)):
@@ -102,15 +108,18 @@ def observe(
                 labels = image["labels"][0].numpy()
                 notes.append((index, image["name"], labels.shape, object_size(labels)))
             yield image
+            if places is not None and not image["skipped"]:
+                places.saw(image["image"], labels)
         if not notes:
             raise ValueError(
                 f"none of the {len(images)} images of the data set can be read: check its files, or choose "
                 "another --split or --data.root"
             )
 
-    evaluation = evaluate(model, noted(), forward, on_image=on_image)
+    evaluation = evaluate(model, noted(), places or forward, on_image=on_image)
+    effort = None if places is None else places.found()
     indices, names, sizes, object_sizes = zip(*notes, strict=True)
-    return Observation(model.space, images, np.array(indices), evaluation, names, sizes, np.array(object_sizes))
+    return Observation(model.space, images, np.array(indices), evaluation, names, sizes, np.array(object_sizes), effort)
 
 
 @dataclass(frozen=True)
@@ -178,6 +187,7 @@ class RouteSurvey:
                 for distance, tests in self.tests.items()
             },
             "in_words": self.in_words(),
+            **({} if seen.effort is None else {"effort": seen.effort.as_dict()}),
         }
 
     def _group_dict(self, group: Group) -> dict[str, Any]:
@@ -297,15 +307,18 @@ def draw_survey(survey: RouteSurvey, model: DynamicRoutingNetwork, forward: Forw
         (f"{group.name}: {_group_line(group)}", edge_statistics(space, group.gates).frequency)
         for group in survey.groups
     ]
+    there = {"groups": bool(groups), "effort": seen.effort is not None}  # no groups: every label is ignored
     written: list[Path] = []
     for kind in FIGURE_KINDS:
-        paths = {n: folder / (n + kind) for n in FIGURES if n != "groups" or groups}
+        paths = {n: folder / (n + kind) for n in FIGURES if there.get(n, True)}
         figures.edge_frequency(paths["frequency"], space, edges.frequency, count)
         figures.edge_strength(paths["strength"], space, edges.mean_activation, edges.mean_when_open, count)
         figures.cost_histogram(paths["cost_histogram"], cost, seen.evaluation.full_macs / 1e9)
         figures.extreme_routes(paths["extremes"], space, extremes)
-        if groups:  # there is none if every label is ignored
+        if groups:
             figures.group_frequencies(paths["groups"], space, groups)
+        if seen.effort is not None:
+            figures.mean_effort(paths["effort"], seen.effort.image, seen.effort.shares, seen.effort.images)
         written += paths.values()
     return written
 

@@ -115,31 +115,48 @@ function pixelsOf(image) {
 
 function paint() {
   if (!state.view) return;
-  const changes = $("changes");
+  const changes = $("changes"), effort = effortShown();
   changes.disabled = !state.other;
+  $("effort").disabled = !state.view.effort;
   $("other").hidden = !state.other;
-  paintOn($("this"), state.labels, changes.checked && state.other);
+  $("scale").hidden = !effort;
+  $("this").querySelector("canvas").setAttribute("aria-label", effort ? "How far each place went" : "Segmentation");
+  paintOn($("this"), state.labels, changes.checked && state.other, effort);
   const name = state.picture.name, title = state.route ? "your route" : state.asks ? "the network, for this budget" : "the network's own choice";
-  $("this").querySelector("figcaption").textContent = name + ": " + title;
+  $("this").querySelector("figcaption").textContent = name + ": " + title + (effort ? "; how far each place went" : "");
   if (!state.other) return;
-  paintOn($("other"), state.other, null);
+  paintOn($("other"), state.other, null, null);
   const other = state.view.against;
   const score = other.score === null ? "" : ", mIoU " + (100 * other.score).toFixed(1) + " %";
   $("other").querySelector("figcaption").textContent = $("against").selectedOptions[0].textContent + ": " +
     other.gmacs.toPrecision(3) + " GMACs, " + other.ms.toFixed(0) + " ms" + score;
 }
 
-function paintOn(figure, labels, other) {
+const effortShown = () => $("effort").checked && state.view.effort;
+
+// What the place of a pixel cost, as a share of the full network; places are squares of the image as it was looked at.
+function costAt(effort, x, y) {
+  const side = state.about.place, { width, height } = state.image, [tall, wide] = effort.seen;
+  return effort.shares[Math.floor(((y + 0.5) * tall) / (height * side))][Math.floor(((x + 0.5) * wide) / (width * side))];
+}
+
+function paintOn(figure, labels, other, effort) {
   const canvas = figure.querySelector("canvas"), { width, height, data } = state.image;
   if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
   const picture = new ImageData(new Uint8ClampedArray(data), width, height), to = picture.data;
-  const alpha = $("alpha").value / 100, palette = state.about.palette;
+  const alpha = $("alpha").value / 100, { palette, heat } = state.about;
   for (let pixel = 0, at = 0; pixel < labels.length; pixel++, at += 4) {
     const label = labels[pixel];
     if (other || (state.marked !== null && label !== state.marked)) {
       const grey = 0.3 * (0.3 * to[at] + 0.59 * to[at + 1] + 0.11 * to[at + 2]) + 130;
       to[at] = to[at + 1] = to[at + 2] = grey;
       if (other && other[pixel] !== label) [to[at], to[at + 1], to[at + 2]] = CHANGED;
+      continue;
+    }
+    if (effort) {
+      const grey = 0.3 * to[at] + 0.59 * to[at + 1] + 0.11 * to[at + 2], cost = costAt(effort, pixel % width, Math.floor(pixel / width));
+      const colour = heat[Math.min(heat.length - 1, Math.floor(cost * heat.length))];
+      for (let c = 0; c < 3; c++) to[at + c] = grey + alpha * (colour[c] - grey);
       continue;
     }
     if (label === 0 && state.about.clear) continue; // the image shows through its background
@@ -195,7 +212,8 @@ function nameAt(figure, event) {
   const x = Math.floor(((event.clientX - box.left) / box.width) * canvas.width), y = Math.floor(((event.clientY - box.top) / box.height) * canvas.height);
   tip.hidden = x < 0 || y < 0 || x >= canvas.width || y >= canvas.height;
   if (tip.hidden) return;
-  tip.textContent = state.about.classes[labels[y * canvas.width + x]];
+  const effort = figure === $("this") && effortShown();
+  tip.textContent = state.about.classes[labels[y * canvas.width + x]] + (effort ? ", " + (100 * costAt(effort, x, y)).toFixed(0) + " %" : "");
   tip.style.left = Math.min(event.clientX - box.left + 12, box.width - tip.offsetWidth - 4) + "px";
   tip.style.top = Math.max(event.clientY - box.top - 26, 2) + "px";
 }
@@ -449,7 +467,9 @@ function wire(about) {
   $("range").oninput = () => { state.asks = true; state.route = null; setRange(); ask(); };
   for (const unit of element.querySelectorAll('[name="rs-unit"]')) unit.onchange = () => { state.unit = unit.value; setRange(); if (state.asks) ask(); };
   $("precision").onchange = ask;
-  $("alpha").oninput = $("changes").onchange = paint;
+  $("alpha").oninput = $("changes").onchange = $("effort").onchange = paint;
+  $("places").hidden = about.place === null;
+  $("scale").querySelector("i").style.background = `linear-gradient(to right, ${about.heat.map((colour) => `rgb(${colour})`)})`;
   $("against").onchange = (event) => { state.against = event.target.value; ask(); };
   $("keep").onclick = () => {
     state.kept = state.view.open.map((edge) => edge.slice(0, 3));

@@ -136,7 +136,7 @@ def run_routes(
     worth: Worth | None = None
     facts: dict[str, Any] = {"command": ["routes", *words], "data": data.name, "split": args.split, "seed": args.seed}
     facts["data_config"] = asdict(replace(data, root=data.root and os.path.abspath(data.root)))  # for `routeseg app`
-    if model.exits is not None and survey.observation.evaluation.has_labels:
+    if model.exits is not None and model.config.place is None and survey.observation.evaluation.has_labels:
         observation = survey.observation
         costs_at = cache(lambda size: exit_costs(model, size))
         costs = np.stack([costs_at(size) for size in observation.sizes])
