@@ -95,7 +95,7 @@ def evaluate_command(words: Sequence[str]) -> int:
     window = None if args.window is None else parse_size("--window", args.window)
     args.split = args.split or data.val_split
     pictures = open_data(data, args.split, args.seed)
-    model = checkpoints.load(args.checkpoint)
+    model = checkpoints.load_segmenter(args.checkpoint)
 
     from routeseg.cli.tables import print_evaluation
     from routeseg.data.loaders import evaluation_loader
@@ -210,7 +210,7 @@ def routes_command(words: Sequence[str]) -> int:
 
     args.split = args.split or data.val_split
     pictures = open_data(data, args.split, args.seed)
-    model = checkpoints.load(args.checkpoint)
+    model = checkpoints.load_segmenter(args.checkpoint)
 
     import numpy as np
 

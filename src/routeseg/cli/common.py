@@ -234,6 +234,8 @@ def new_network(args: Namespace, data: DataConfig, recipe: Recipe, pretrained: b
 
     torch.manual_seed(recipe.seed)
     model = DynamicRoutingNetwork(config)
+    if not model.head.segments:
+        raise ValueError(f"--model.head is {config.head}, which segments nothing: leave it out")
     if pretrained and recipe.pretrained and model.backbone is not None:
         model.load_pretrained()
     return model

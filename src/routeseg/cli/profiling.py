@@ -153,7 +153,7 @@ def _network(args: Namespace, words: Sequence[str]) -> DynamicRoutingNetwork:
                     f"{word.partition('=')[0]} describes a network without a checkpoint: leave it out, or leave out "
                     f"{args.checkpoint}"
                 )
-        return checkpoints.load(args.checkpoint)
+        return checkpoints.load_segmenter(args.checkpoint)
     from routeseg.config import NetworkConfig
 
     config = NetworkConfig(num_classes=args.num_classes or CLASSES, **network_options(args))
@@ -179,7 +179,7 @@ def _measured(table: LatencyTable, route: Route, args: Namespace) -> list[dict[s
     from routeseg.cost.latency import REPEATS
     from routeseg.model import checkpoints
 
-    model = checkpoints.load(args.measure)
+    model = checkpoints.load_segmenter(args.measure)
 
     from routeseg.engine.profiling import measure_route
 

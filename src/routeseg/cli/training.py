@@ -309,7 +309,7 @@ def calibrate_command(words: Sequence[str]) -> int:
         evenly_spread(open_data(data, split, args.seed), args.images)
         for split in (args.split or data.train_split, args.budget_split or data.val_split)
     )
-    model = checkpoints.load(args.checkpoint)
+    model = checkpoints.load_segmenter(args.checkpoint)
     check_classes(args.checkpoint, model, data, pictures.classes)
 
     from routeseg.budgets.calibration import calibrate
@@ -344,7 +344,7 @@ def pretrain_command(words: Sequence[str]) -> int:
     parser = Parser(prog="routeseg pretrain")
     add_config_argument(parser)
     parser.add_class_arguments(
-        NetworkConfig, "model", skip=NETWORK_SKIP | {"zeros_arrive", "exits", "backbone"}, as_group=True
+        NetworkConfig, "model", skip=NETWORK_SKIP | {"zeros_arrive", "exits", "backbone", "head"}, as_group=True
     )
     parser.add_class_arguments(ClassificationConfig, "data")
     parser.add_class_arguments(PretrainingRecipe, "recipe")
@@ -353,16 +353,16 @@ def pretrain_command(words: Sequence[str]) -> int:
     read_trackers(args.logger)
     data, recipe = ClassificationConfig(**vars(args.data)), PretrainingRecipe(**vars(args.recipe))
     classes = open_trees(data)[0].classes
-    config = NetworkConfig(num_classes=len(classes), class_names=classes, **network_options(args))
+    config = NetworkConfig(num_classes=len(classes), class_names=classes, head="classifier", **network_options(args))
 
     import torch
 
-    from routeseg.model.classifier import DynamicRoutingClassifier
+    from routeseg.model import DynamicRoutingNetwork
     from routeseg.training.classification import pretrain
 
     quiet_libraries()
     torch.manual_seed(recipe.seed)
-    model = DynamicRoutingClassifier(config)
+    model = DynamicRoutingNetwork(config)
     with enough_memory(SMALLER_STEPS):
         result = pretrain(model, data, recipe, run_options(args))
     if not result.is_global_zero:
