@@ -252,7 +252,7 @@ def _train(args: Namespace, began: Clock, chooses_crop: bool, alone: bool = Fals
 def _output_of(words: Sequence[str]) -> Path:
     """The folder that --output names, before the words are parsed."""
     found = RUNS
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         key, _, value = word.partition("=")
         found = (value or following) if key == "--output" else found
     return Path(found)
