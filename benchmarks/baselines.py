@@ -41,7 +41,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
 from inference_methods import Method, alternate
-from routeseg.cli.common import config_parser, read_parts
+from routeseg.cli.common import config_parser, parts_of
 from routeseg.config import NetworkConfig
 from routeseg.data.config import open_data, pair
 from routeseg.data.datamodule import SegmentationDataModule
@@ -391,7 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, ms in found["ms"].items():
             print(f"{name}: {ms:.1f} ms")
         return 0
-    _, data, recipe, _ = read_parts(config_parser("baselines"), words)
+    data, recipe, _ = parts_of(config_parser("baselines").parse_args(words))
     asked = args.networks.split(",")
     if unknown := [name for name in asked if name not in NETWORKS]:
         print(f"baselines: error: no network {unknown[0]}: choose from {', '.join(NETWORKS)}", file=sys.stderr)

@@ -44,7 +44,7 @@ from jsonargparse import Namespace
 from result_tables import comparison
 from routeseg import figures
 from routeseg.architectures import ARCHITECTURES, common_route
-from routeseg.cli.common import config_parser, new_network, read_parts
+from routeseg.cli.common import config_parser, new_network, parts_of
 from routeseg.cli.parser import SECTIONS
 from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig, open_data
@@ -145,7 +145,8 @@ def read_experiment(path: Path, words: Sequence[str] = ()) -> dict[str, Network]
                 )
             changes["model"] = changes.get("model", {}) | {"gate": "fixed", "small_gate": False}
         config = ["--config", yaml.safe_dump(shared), *words, "--config", yaml.safe_dump(changes)]
-        args, data, recipe, budget = read_parts(parser, config)
+        args = parser.parse_args(config)
+        data, recipe, budget = parts_of(args)
         data.seed = 0 if data.seed is None else data.seed
         if common is not None and not (
             isinstance(common["threshold"], int | float) and 0 < float(common["threshold"]) <= 1

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from routeseg import Budget, DynamicRoutingNetwork, bfloat16
-from routeseg.cli.common import config_parser, new_network, read_parts
+from routeseg.cli.common import config_parser, new_network, parts_of
 from routeseg.evaluation import machine_facts
 from routeseg.files import write_json
 from routeseg.model.compute import PLAIN
@@ -96,7 +96,8 @@ def whole_trainings(camvid: Path, iterations: int) -> dict:
         parser = config_parser("train")
         words = ["--config", str(CAMVID_CONFIG), "--data.root", str(camvid), "--recipe.iterations", str(iterations)]
         words += ["--recipe.precision", FLOAT32, "--recipe.validate_every", str(iterations), "--recipe.log_every", "1"]
-        args, data, recipe, budget = read_parts(parser, words)
+        args = parser.parse_args(words)
+        data, recipe, budget = parts_of(args)
         model = new_network(args, data, recipe)
         model.compute = PLAIN if way == "pytorch" else None
         with tempfile.TemporaryDirectory() as folder:

@@ -35,14 +35,12 @@ class PartContract:
     refused with a reason.
 
     CHANGES   of the network's arguments
-    NETWORK   class of the network
     TENSORS   in the names of what learns with it
     KERNELS   the compiled kernels know it
     REFUSED   why it is not exported; None: it is
     """
 
     CHANGES: ClassVar[dict[str, Any]] = {}
-    NETWORK: ClassVar[type[RoutedNetwork]] = DynamicRoutingNetwork
     TENSORS: ClassVar[str]
     KERNELS: ClassVar[bool] = True
     REFUSED: ClassVar[str | None] = None
@@ -52,7 +50,7 @@ class PartContract:
     def model(cls) -> RoutedNetwork:
         """With gates that differ from image to image; only to be read."""
         torch.manual_seed(1)
-        return spread_gates(cls.NETWORK(**SMALL | cls.CHANGES)).eval()
+        return spread_gates(DynamicRoutingNetwork(**SMALL | cls.CHANGES)).eval()
 
     def output(self, result) -> Tensor:
         return result.logits
@@ -94,7 +92,7 @@ class PartContract:
         assert 0 < cost.full < 2 * plain.full
 
     def test_it_is_saved_and_loaded(self, model, tmp_path):
-        loaded = self.NETWORK.from_pretrained(model.save(tmp_path / "net")).eval()
+        loaded = DynamicRoutingNetwork.from_pretrained(model.save(tmp_path / "net")).eval()
         with torch.no_grad():
             assert torch.equal(self.output(loaded(images())), self.output(model(images())))
 

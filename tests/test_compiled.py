@@ -21,7 +21,6 @@ from routeseg.engine import compiled, skip
 from routeseg.engine.compiled import BUILDS, STEPS, CompiledForward, find_library, is_compiled
 from routeseg.engine.folding import FoldedForward
 from routeseg.engine.skip import kernels_ms as measured_kernels  # conftest.py puts another in its place
-from routeseg.model.classifier import DynamicRoutingClassifier
 from routeseg.model.decoder import Decoder
 from routeseg.model.gate import SoftGate, SoftmaxGate
 from routeseg.model.operations import SepConv
@@ -299,7 +298,7 @@ class TestSupports:
         assert "need a C++ compiler" in CompiledForward.supports(network(), torch.float32)
 
     def test_a_classifier(self):
-        model = DynamicRoutingClassifier(num_classes=5, depth=3, base_channels=8, stem_channels=8)
+        model = DynamicRoutingNetwork(head="classifier", num_classes=5, depth=3, base_channels=8, stem_channels=8)
         assert "no kernel for the head ClassifierHead" in CompiledForward.supports(model, torch.float32)
 
 

@@ -8,7 +8,6 @@ from pictures import noise, save
 from routeseg import DynamicRoutingNetwork, Route, SkipEngine
 from routeseg.engine import skip
 from routeseg.engine.folding import FoldedForward
-from routeseg.model.classifier import DynamicRoutingClassifier
 from routeseg.model.request import Request
 from test_model import close, images, random_route
 
@@ -63,7 +62,7 @@ def test_half_precision_is_near_to_float32(dtype, bound):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "model",
-    [network(backbone="efficientnet_lite0"), DynamicRoutingClassifier(num_classes=5, depth=3, base_channels=8)],
+    [network(backbone="efficientnet_lite0"), network(head="classifier")],
     ids=["backbone", "classifier"],
 )
 def test_every_kind_of_network_runs_in_half_precision(model, dtype):

@@ -10,19 +10,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import routeseg
 from parts import SIZE, SMALL, ChoiceContract, GateContract, OperationContract, PartContract, images
 from routeseg import DynamicRoutingNetwork, Route, model_cost
-from routeseg.counting import ONCE, Macs, conv_norm_macs, each
+from routeseg.counting import Macs, conv_norm_macs, each
 from routeseg.errors import NotExportable
 from routeseg.export import build_onnx
 from routeseg.model.backbone import Backbone, FrozenNormConv
+from routeseg.model.checkpoints import load_segmenter
 from routeseg.model.choice import EntropyChoice, LossChoice
 from routeseg.model.gate import Gate, SoftGate, SoftmaxGate
-from routeseg.model.grid import RoutedNetwork
 from routeseg.model.head import Head
+from routeseg.model.layers import upsample
 from routeseg.model.operations import Identity, Operation, SepConv3x3, SepConv5x5
-from routeseg.registry import BACKBONES, GATES, OPERATIONS
-from routeseg.space import DOWN
+from routeseg.registry import BACKBONES, GATES, HEADS, OPERATIONS
+from routeseg.space import DOWN, STEM_STRIDE
 
 # docs/extending.md shows the classes between these marks. [gate]
 
@@ -71,39 +73,39 @@ class MaxPool3x3(Operation):
 
 
 @dataclass(frozen=True)
-class Heights:
-    """What the network with this head returns: a value for each image [B], and the gates."""
+class Depth:
+    """What the network with this head returns: the distance of every pixel [B,H,W] in metres, and the gates."""
 
-    values: Tensor
+    metres: Tensor
     gates: Tensor
 
 
-class MeanHead(Head):
-    """One value for each image, from the means over the maps of all scales."""
+class DepthHead(Head):
+    """A map of each scale by a 1x1 convolution, added up from the coarsest to the finest; then to the images' size."""
 
-    key = "mean"
+    key = "depth"
 
     def __init__(self, config) -> None:
         super().__init__(config)
-        self.value = nn.Linear(sum(config.channels(s) for s in range(config.num_scales)), 1)
+        self.read = nn.ModuleList(nn.Conv2d(config.channels(s), 1, 1) for s in range(config.num_scales))
 
     def forward(self, features) -> Tensor:
-        return self.value(torch.cat([x.mean(dim=(2, 3)) for x in features], dim=1))[:, 0]
+        total = self.read[-1](features[-1])
+        for read, x in reversed(list(zip(self.read[:-1], features[:-1], strict=True))):
+            total = read(x) + upsample(total)
+        return upsample(total, STEM_STRIDE)[:, 0]
 
-    def result(self, output: Tensor, gates: Tensor, size: tuple[int, int]) -> Heights:
-        return Heights(output, gates)
+    def result(self, output: Tensor, gates: Tensor, size: tuple[int, int]) -> Depth:
+        return Depth(output[..., : size[0], : size[1]], gates)
 
     @classmethod
     def macs(cls, config) -> Macs:
-        total = Macs()
+        total = each("resize", 1, 1)
         for scale in range(config.num_scales):
-            channels = config.channels(scale)
-            total += each("pool", channels, 4 * 2**scale) + each("conv", channels, 1, ONCE)
+            total += each("conv", config.channels(scale), STEM_STRIDE * 2**scale)
+            if scale:
+                total += each("resize", 1, STEM_STRIDE * 2 ** (scale - 1))
         return total
-
-
-class HeightNetwork(RoutedNetwork):
-    head_class = MeanHead
 
 
 # [backbone]
@@ -139,8 +141,9 @@ class PlainBackbone(Backbone):
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     GATES["hard"], OPERATIONS["max_pool_3x3"], BACKBONES["plain"] = HardGate, MaxPool3x3, PlainBackbone
+    HEADS["depth"] = DepthHead
     yield
-    del GATES["hard"], OPERATIONS["max_pool_3x3"], BACKBONES["plain"]
+    del GATES["hard"], OPERATIONS["max_pool_3x3"], BACKBONES["plain"], HEADS["depth"]
 
 
 class TestSoftGate(GateContract):
@@ -197,20 +200,26 @@ class TestDecoder(PartContract):
     TENSORS = "decoder"
 
 
-class TestMeanHead(PartContract):
-    NETWORK, TENSORS, KERNELS, REFUSED = HeightNetwork, "mean", False, "the head MeanHead has no"
+class TestDepthHead(PartContract):
+    CHANGES, TENSORS, KERNELS, REFUSED = {"head": "depth"}, "depth", False, "the head DepthHead has no"
 
     def output(self, result):
-        return result.values
-
-    def exported(self, model):
-        return [model]
+        return result.metres
 
     def test_its_cost_by_hand(self, model):
-        cost, plain = model_cost(model, SIZE), model_cost(DynamicRoutingNetwork(**SMALL), SIZE)
-        pooled = sum(8 * 2**s * (64 // (4 * 2**s)) * (96 // (4 * 2**s)) for s in range(4))
-        assert cost.head == pooled + 8 + 16 + 32 + 64
+        cost, plain = model_cost(model, SIZE, "conv"), model_cost(DynamicRoutingNetwork(**SMALL), SIZE, "conv")
+        assert cost.head == sum(8 * 2**s * (64 // (4 * 2**s)) * (96 // (4 * 2**s)) for s in range(4))
         assert np.array_equal(cost.cell, plain.cell)
+
+    def test_it_is_loaded_by_its_name(self, model, tmp_path):
+        loaded = routeseg.load(model.save(tmp_path / "net"))
+        with torch.no_grad():
+            assert torch.equal(loaded(images()).metres, model(images()).metres)
+        assert "`depth`" in (tmp_path / "net" / "README.md").read_text()
+        with pytest.raises(ValueError, match="the head depth segments nothing: call the network with a tensor"):
+            loaded.predict(images()[0])
+        with pytest.raises(ValueError, match="its head is depth: start a segmenter from it"):
+            load_segmenter(tmp_path / "net")
 
 
 class TestPlainBackbone(PartContract):
@@ -260,3 +269,5 @@ def test_names_that_are_not_registered_are_refused():
     with pytest.raises(ValueError, match="gate is 'hard': choose one of soft, softmax, fixed"):
         DynamicRoutingNetwork(**SMALL, gate="hard")
     GATES["hard"] = HardGate
+    with pytest.raises(ValueError, match="head is 'height': choose one of decoder, classifier, depth"):
+        DynamicRoutingNetwork(**SMALL, head="height")

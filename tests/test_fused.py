@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from conftest import spread_gates
 from routeseg import DynamicRoutingNetwork
 from routeseg.labels import IGNORE
-from routeseg.model.classifier import DynamicRoutingClassifier
 from routeseg.model.compute import PLAIN
 from routeseg.model.operations import SepConv3x3
 from routeseg.space import DIRECTIONS
@@ -136,7 +135,7 @@ def test_frozen_norms():
 def test_classifier():
     """Another head, which runs on PyTorch's operations."""
     torch.manual_seed(0)
-    model = DynamicRoutingClassifier(num_classes=3, depth=3, base_channels=8, stem_channels=8).train()
+    model = DynamicRoutingNetwork(head="classifier", num_classes=3, depth=3, base_channels=8, stem_channels=8).train()
     losses = []
     for compute in (PLAIN, Fused()):
         trial = copy.deepcopy(model)

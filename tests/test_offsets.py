@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 import routeseg
+from routeseg import DynamicRoutingNetwork
 from routeseg.cli import main
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.loaders import evaluation_loader
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import evaluate
-from routeseg.model.classifier import DynamicRoutingClassifier
 from routeseg.training.gate_budget import Budget
 from routeseg.training.offsets import LARGEST, best_offsets, biases_of, fit_offsets, shift, shifted
 from routeseg.training.recipe import Recipe
@@ -112,7 +112,7 @@ def test_pictures_without_labels():
 
 
 def test_a_classifier_has_none():
-    assert biases_of(DynamicRoutingClassifier(num_classes=3, depth=3, base_channels=4, stem_channels=4)) == []
+    assert biases_of(DynamicRoutingNetwork(head="classifier", num_classes=3, depth=3, base_channels=4)) == []
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])

@@ -20,7 +20,7 @@ from routeseg.cli.parser import PRESETS
 from routeseg.cost.macs import model_cost
 from routeseg.data.classification import ClassificationConfig
 from routeseg.data.classification_loaders import ClassificationDataModule
-from routeseg.model.classifier import DynamicRoutingClassifier
+from routeseg.model import checkpoints
 from routeseg.model.request import Request
 from routeseg.training.classification import ClassificationTask, evaluate_classifier, pretrain
 from routeseg.training.initialization import initialize
@@ -37,9 +37,9 @@ SEGMENTER_DATA = dict(image_size=(32, 64), crop=(32, 64), train_images=4, val_im
 pytestmark = pytest.mark.usefixtures("no_report")
 
 
-def classifier(num_classes: int = 3, **changes) -> DynamicRoutingClassifier:
+def classifier(num_classes: int = 3, **changes) -> DynamicRoutingNetwork:
     torch.manual_seed(1)
-    return DynamicRoutingClassifier(num_classes=num_classes, **{**NETWORK, **changes})
+    return DynamicRoutingNetwork(head="classifier", num_classes=num_classes, **{**NETWORK, **changes})
 
 
 def recipe(**changes) -> PretrainingRecipe:
@@ -135,15 +135,23 @@ class TestClassifier:
     def test_saved_and_read(self, tmp_path):
         model = classifier(class_names=("apple", "leaf", "sea")).eval()
         model.save(tmp_path)
-        again = DynamicRoutingClassifier.from_pretrained(str(tmp_path)).eval()
+        again = DynamicRoutingNetwork.from_pretrained(str(tmp_path)).eval()
         assert again.config.class_names == model.config.class_names
         images = torch.rand(1, 3, 32, 32)
         assert torch.equal(again(images).logits, model(images).logits)
 
     def test_is_no_segmenter(self, tmp_path):
         classifier().save(tmp_path)
-        with pytest.raises(ValueError, match="is a classifier.*--init"):
-            routeseg.load(tmp_path)
+        with pytest.raises(ValueError, match="its head is classifier.*--init"):
+            checkpoints.load_segmenter(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        for _ in range(2):
+            model, images = routeseg.load(tmp_path), torch.rand(1, 3, 32, 32)
+            assert model(images).logits.shape == (1, 3)
+            with pytest.raises(ValueError, match="the head classifier segments nothing"):
+                model("photo.jpg")
+            config.pop("head", None)  # one of an earlier version
+            (tmp_path / "config.json").write_text(json.dumps(config))
 
 
 class TestPretraining:
@@ -158,7 +166,7 @@ class TestPretraining:
         assert result.found.top1 >= 0.75 and result.found.top5 == 1.0 and result.found.images == 12
         validated = [float(row["val_top1"]) for row in rows if row["val_top1"]]
         assert len(validated) == 4 and validated[-1] == pytest.approx(result.found.top1)
-        best = DynamicRoutingClassifier.from_pretrained(str(tmp_path / "best"))
+        best = DynamicRoutingNetwork.from_pretrained(str(tmp_path / "best"))
         found = evaluate_classifier(best, ClassificationDataModule(data, 1).val_dataloader())
         assert found.top1 == pytest.approx(max(validated))
 
@@ -247,7 +255,7 @@ class TestCommand:
     def test_pretrain(self, pretrained, tree):
         written = {path.name for path in pretrained.iterdir() if not path.name.startswith(".")}
         assert written == {"best", "last", "last.ckpt", "logs", "tensorboard"}
-        model = DynamicRoutingClassifier.from_pretrained(str(pretrained / "last"))
+        model = DynamicRoutingNetwork.from_pretrained(str(pretrained / "last"))
         assert model.config.class_names == ("apple", "leaf", "sea") and model.config.base_channels == 8
 
     def test_says_what_came_out(self, tmp_path, tree, capsys):
@@ -281,7 +289,7 @@ class TestCommand:
         assert len(config.read_text().splitlines()) <= 35
         assert given["recipe"]["iterations"] == 120 * -(-1_281_167 // 256) and given["recipe"]["lr"] == 0.2
         with torch.device("meta"):
-            full = DynamicRoutingClassifier(num_classes=1000, **given["model"]).state_dict()
+            full = DynamicRoutingNetwork(head="classifier", num_classes=1000, **given["model"]).state_dict()
             segmenter = DynamicRoutingNetwork(**given["model"]).state_dict()
         names = {name: value.shape for name, value in full.items() if not name.startswith("head.")}
         assert names == {name: value.shape for name, value in segmenter.items() if not name.startswith("decoder.")}
@@ -295,7 +303,7 @@ class TestCommand:
 
 class TestInitialize:
     def test_the_segmenter_computes_the_same_up_to_its_decoder(self, pretrained):
-        source = DynamicRoutingClassifier.from_pretrained(str(pretrained / "last")).eval()
+        source = DynamicRoutingNetwork.from_pretrained(str(pretrained / "last")).eval()
         model = DynamicRoutingNetwork(num_classes=5, **NETWORK).eval()
         decoder = {name: value.clone() for name, value in model.decoder.state_dict().items()}
         report = initialize(model, pretrained / "last")

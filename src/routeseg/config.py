@@ -16,7 +16,7 @@ import numpy as np
 
 from routeseg.architectures import architecture
 from routeseg.labels import Colour, default_palette
-from routeseg.registry import BACKBONES, CHOICES, GATES, OPERATIONS
+from routeseg.registry import BACKBONES, CHOICES, GATES, HEADS, OPERATIONS
 from routeseg.space import DOWN, MAX_DEPTH, MAX_EDGES, Route, RoutingSpace, brief, padded_size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -56,6 +56,7 @@ class NetworkConfig:
                      (model/prices.py). None: images are looked at as they are
     backbone         a name in registry.BACKBONES: a pretrained network in the stem's place, whose stages run beside the
                      paths down the diagonal (model/backbone.py); stem_channels means nothing then
+    head             a name in registry.HEADS: decoder (it segments), or classifier (of a whole image)
     zeros_arrive     closed paths send zeros that arrive, as in the authors' networks (`space.step`): those need it
     class_names      of each class; by default "class 0" and so on
     palette          RGB 0..255 of each class; by default far from each other; grey for a class 0 called background
@@ -78,6 +79,7 @@ class NetworkConfig:
     place: int | None = None
     sizes: Sequence[float] | None = None
     backbone: str | None = None
+    head: str = "decoder"
     zeros_arrive: bool = False
     class_names: Sequence[str] = ()
     palette: Sequence[Colour] = ()
@@ -109,6 +111,8 @@ class NetworkConfig:
             raise ValueError(
                 f"backbone is {brief(self.backbone)}: choose one of {', '.join(BACKBONES)}, or leave it out"
             )
+        if not isinstance(self.head, str) or self.head not in HEADS:
+            raise ValueError(f"head is {brief(self.head)}: choose one of {', '.join(HEADS)}")
         if self.backbone is not None and self.zeros_arrive:
             raise ValueError("zeros_arrive is for the authors' networks, which have no backbone: leave one of them out")
         # A static network has no dead ends, so zeros could change nothing.

@@ -61,7 +61,11 @@ def describe(model: RoutedNetwork) -> NetworkDescription:
 
 def fingerprint(model: RoutedNetwork) -> str:
     """16 hexadecimal digits that tell networks apart, made of configuration and weights."""
-    digest = hashlib.sha256(json.dumps(model.config.as_dict(), sort_keys=True).encode())
+    facts = model.config.as_dict()
+    for field, before in {"head": "decoder", "sizes": None}.items():  # later fields: what was made before stays known
+        if facts[field] == before:
+            del facts[field]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())

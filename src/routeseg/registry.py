@@ -1,4 +1,4 @@
-"""Parts by name: the gates, cell operations and backbones that a configuration may ask for."""
+"""Parts by name: the gates, cell operations, heads, choices and backbones that a configuration may ask for."""
 
 from __future__ import annotations
 
@@ -54,6 +54,9 @@ OPERATIONS: Registry[Any] = Registry(
         "sep_conv_5x5": "routeseg.model.operations:SepConv5x5",
         "identity": "routeseg.model.operations:Identity",
     },
+)
+HEADS: Registry[Any] = Registry(
+    "head", {"decoder": "routeseg.model.decoder:Decoder", "classifier": "routeseg.model.classifier:ClassifierHead"}
 )
 CHOICES: Registry[Any] = Registry(
     "choice", {"loss": "routeseg.model.choice:LossChoice", "entropy": "routeseg.model.choice:EntropyChoice"}

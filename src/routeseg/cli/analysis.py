@@ -68,7 +68,7 @@ def evaluate_command(words: Sequence[str]) -> int:
     args.window_size = None if args.window is None else parse_size("--window", args.window)
     args.split = args.split or data.val_split
     images = open_data(data, args.split, args.seed)
-    model = checkpoints.load(args.checkpoint)
+    model = checkpoints.load_segmenter(args.checkpoint)
 
     from routeseg.cli.run.analysis import run_evaluate
 
@@ -97,7 +97,7 @@ def routes_command(words: Sequence[str]) -> int:
 
     args.split = args.split or data.val_split
     images = open_data(data, args.split, args.seed)
-    model = checkpoints.load(args.checkpoint)
+    model = checkpoints.load_segmenter(args.checkpoint)
 
     from routeseg.cli.run.analysis import run_routes
 

@@ -184,7 +184,7 @@ def _load(checkpoint: str | None) -> DynamicRoutingNetwork:
 
     if checkpoint is None:
         print(f"using the network that is shipped, trained on CamVid ({checkpoints.PRETRAINED.name})")
-    return checkpoints.load(checkpoint)
+    return checkpoints.load_segmenter(checkpoint)
 
 
 def import_checkpoint_command(words: Sequence[str]) -> int:

@@ -85,7 +85,7 @@ def _network(args: Namespace, words: Sequence[str]) -> DynamicRoutingNetwork:
                     f"{word.partition('=')[0]} describes a network without a checkpoint: leave it out, or leave out "
                     f"{args.checkpoint}"
                 )
-        return checkpoints.load(args.checkpoint)
+        return checkpoints.load_segmenter(args.checkpoint)
     from routeseg.config import NetworkConfig
 
     config = NetworkConfig(num_classes=args.num_classes or CLASSES, **network_options(args))

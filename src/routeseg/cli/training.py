@@ -256,7 +256,7 @@ def _train(args: Namespace, began: Clock, chooses_crop: bool, alone: bool = Fals
 def _output_of(words: Sequence[str]) -> Path:
     """The folder that --output names, before the words are parsed."""
     found = RUNS
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         key, _, value = word.partition("=")
         found = (value or following) if key == "--output" else found
     return Path(found)
@@ -315,7 +315,7 @@ def calibrate_command(words: Sequence[str]) -> int:
         evenly_spread(open_data(data, split, args.seed), args.images)
         for split in (args.split or data.train_split, args.budget_split or data.val_split)
     )
-    model = checkpoints.load(args.checkpoint)
+    model = checkpoints.load_segmenter(args.checkpoint)
     check_classes(args.checkpoint, model, data, images.classes)
 
     from routeseg.cli.run.calibration import run_calibrate
@@ -324,11 +324,10 @@ def calibrate_command(words: Sequence[str]) -> int:
 
 
 def pretrain_command(words: Sequence[str]) -> int:
-
     parser = Parser(prog="routeseg pretrain")
     add_config_argument(parser)
     parser.add_class_arguments(
-        NetworkConfig, "model", skip=NETWORK_SKIP | {"zeros_arrive", "exits", "backbone"}, as_group=True
+        NetworkConfig, "model", skip=NETWORK_SKIP | {"zeros_arrive", "exits", "backbone", "head"}, as_group=True
     )
     parser.add_class_arguments(ClassificationConfig, "data")
     parser.add_class_arguments(PretrainingRecipe, "recipe")
@@ -337,7 +336,7 @@ def pretrain_command(words: Sequence[str]) -> int:
     read_trackers(args.logger)
     data, recipe = ClassificationConfig(**vars(args.data)), PretrainingRecipe(**vars(args.recipe))
     classes = open_trees(data)[0].classes
-    config = NetworkConfig(num_classes=len(classes), class_names=classes, **network_options(args))
+    config = NetworkConfig(num_classes=len(classes), class_names=classes, head="classifier", **network_options(args))
 
     from routeseg.cli.run.pretraining import run_pretrain
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from routeseg.config import NetworkConfig
-from routeseg.counting import CONVENTIONS, PartMacs
+from routeseg.counting import CONVENTIONS
 from routeseg.space import DOWN, Route, RoutingSpace, padded_size
 
 if TYPE_CHECKING:
@@ -98,15 +98,16 @@ def model_cost(
 ) -> CostTable:
     """The cost table at an image size (height, width), padded to the space's stride.
 
-    `network` is a network, its description, or the configuration of a segmenter. A static network pays for the parts
-    that it has.
+    `network` is a network, its description, or a configuration. A static network pays for the parts that it has.
     `convention` is "authors" (checked against their network), "full" or "conv": see `CONVENTIONS` and
     docs/inference.md. Raises ValueError for another one.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"cost convention {convention!r}: choose one of {', '.join(CONVENTIONS)}")
     if isinstance(network, NetworkConfig):
-        config, macs = network, _segmenter_macs(network)
+        from routeseg.model.grid import part_macs  # parts need torch; descriptions bring their MACs
+
+        config, macs = network, part_macs(network)
     else:
         config, macs = network.config, network.macs
     unit, space = CONVENTIONS[convention], config.space
@@ -148,10 +149,3 @@ def exit_costs(network: RoutedNetwork | NetworkDescription, image_size: tuple[in
     table = model_cost(network, image_size)
     assert table.exits is not None
     return table.exits
-
-
-def _segmenter_macs(config: NetworkConfig) -> PartMacs:
-    from routeseg.model.decoder import Decoder  # parts need torch; descriptions bring their MACs
-    from routeseg.model.grid import part_macs
-
-    return part_macs(config, Decoder)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import operator
 import struct
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -41,17 +41,14 @@ def load(folder: str | Path | None = None) -> DynamicRoutingNetwork: ...
 def load(folder: str | Path | None, kind: type[Network]) -> Network: ...
 def load(folder: str | Path | None = None, kind: type[DynamicRoutingNetwork] | None = None) -> DynamicRoutingNetwork:
     """The network of a checkpoint folder, or the best one of a run, in eval mode; without a folder, the CamVid network
-    that is shipped. Its class is DynamicRoutingNetwork, or the subclass `kind`.
+    that is shipped. Its class is DynamicRoutingNetwork, or the subclass `kind`, its head the one that its config names.
 
     Raises ValueError, naming the file, if the folder is no checkpoint, is damaged, or does not fit its config.
     """
     folder = Path(best_of_run(folder)) if folder is not None else PRETRAINED
     config, stored = read_config(folder), read_header(folder)
-    if any(key.startswith("head.") for key in stored):
-        raise ValueError(
-            f"{folder} is a classifier, made by `routeseg pretrain`: it segments nothing yet. Start from it with "
-            f"`routeseg train --init {folder}`"
-        )
+    if config.head == "decoder" and any(key.startswith("head.") for key in stored):
+        config = replace(config, head="classifier")  # of earlier versions, which did not say it
     check_nodes(config, stored, folder / WEIGHTS_FILE)  # at once, also for a depth whose network takes seconds to build
     import torch
 
@@ -64,6 +61,17 @@ def load(folder: str | Path | None = None, kind: type[DynamicRoutingNetwork] | N
     model = kind(config)
     model.load_state_dict(read_weights(folder))
     return model.eval()
+
+
+def load_segmenter(folder: str | Path | None = None) -> DynamicRoutingNetwork:
+    """`load`, and a ValueError with the remedy if the head of the network segments nothing."""
+    model = load(folder)
+    if not model.head.segments:
+        raise ValueError(
+            f"{folder} segments nothing, its head is {model.config.head}: start a segmenter from it with "
+            f"`routeseg train --init {folder}`"
+        )
+    return model
 
 
 def read_config(folder: Path) -> NetworkConfig:

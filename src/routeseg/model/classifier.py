@@ -1,4 +1,4 @@
-"""The classifier that pre-trains a segmenter (on ImageNet): the same stem and grid, a decoder turned around.
+"""The head of a classifier, which pre-trains a segmenter (on ImageNet; Sec. 4 of the paper): a decoder turned around.
 
 Legend: B images, H, W image size, K classes, L depth, S scales, C base channels.
 """
@@ -13,18 +13,9 @@ from torch import Tensor, nn
 from routeseg import counting
 from routeseg.config import NetworkConfig
 from routeseg.counting import ONCE, Macs, each
-from routeseg.model.grid import RoutedNetwork
 from routeseg.model.head import Head
 from routeseg.model.layers import Subsample, conv_norm
 from routeseg.space import STEM_STRIDE
-
-MODEL_CARD = """---
-{{ card_data }}
----
-
-An image classifier of `routeseg`, made to start a segmenter from: `routeseg train --init FOLDER`. Its stem and nodes
-have the same names as a segmenter's ("Learning Dynamic Routing for Semantic Segmentation", CVPR 2020).
-"""
 
 
 @dataclass(frozen=True)
@@ -42,8 +33,11 @@ class Classification:
 class ClassifierHead(Head):
     """The decoder turned around: from the finest scale to the coarsest, then the mean over the map and to classes.
 
-    Features of every scale, scale s [B, C*2**s, H/(4*2**s), W/(4*2**s)] -> logits [B,K].
+    Features of every scale, scale s [B, C*2**s, H/(4*2**s), W/(4*2**s)] -> logits [B,K]. Zeros that pad an image to the
+    space's stride count in the mean.
     """
+
+    task = "image-classification"
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__(config)
@@ -82,21 +76,3 @@ class ClassifierHead(Head):
             total += counting.conv_norm_macs(channels, out, stride)
             channels = out
         return total + each("pool", channels, stride) + each("conv", channels * config.num_classes, 1, ONCE)
-
-
-class DynamicRoutingClassifier(
-    RoutedNetwork,
-    library_name="routeseg",
-    tags=["image-classification", "dynamic-routing"],
-    license="apache-2.0",
-    pipeline_tag="image-classification",
-    model_card_template=MODEL_CARD,
-):
-    """Image classification with a route per image: the pre-training of the paper (Sec. 4), down to stride 32.
-
-    `DynamicRoutingClassifier(config)`, or the fields of a `NetworkConfig` by name; the palette is not used. Image sizes
-    that the space's stride does not divide are padded with zeros, which count in the mean. `network(images)` gives a
-    `Classification`.
-    """
-
-    head_class = ClassifierHead

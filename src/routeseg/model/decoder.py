@@ -62,6 +62,8 @@ class Decoder(Head):
     """Features of every scale, scale s [B, C*2**s, H/(4*2**s), W/(4*2**s)] -> logits [B,K,H,W]."""
 
     key = "decoder"
+    segments = True
+    task = "image-segmentation"
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__(config)
@@ -71,6 +73,9 @@ class Decoder(Head):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.predictor.weight, std=0.01)
+
+    def class_bias(self) -> Tensor | None:
+        return self.predictor.bias
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         scores = self.coarse(features)

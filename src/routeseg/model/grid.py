@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Unpack, cast
+from typing import Any, NamedTuple, Unpack, cast
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from routeseg.model.places import Running
 from routeseg.model.prices import Prices
 from routeseg.model.request import Options, Request, Routes
 from routeseg.model.sizes import look
-from routeseg.registry import BACKBONES, CHOICES, GATES, OPERATIONS
+from routeseg.registry import BACKBONES, CHOICES, GATES, HEADS, OPERATIONS
 from routeseg.space import (
     DIRECTIONS,
     MIN_IMAGE_SIZE,
@@ -55,15 +55,13 @@ from routeseg.space import (
 class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
     """Stem, nodes and a head: `RoutedNetwork(config)`, or the fields of a `NetworkConfig` by name.
 
-    A kind of network is a subclass with a `Head`. The tensors of stem and nodes have the same names in all of them
-    (`stem.*`, `nodes.*`); those of the head are named by its `key`.
+    The tensors of stem and nodes have the same names whatever the head (`stem.*`, `nodes.*`); those of the head are
+    named by its `key`.
 
     compute  how the parts are computed in training; None: PyTorch's operations, and what is fastest in a task's steps
 
     Raises ValueError, naming the field, if the fields make no network.
     """
-
-    head_class: ClassVar[type[Head]]
 
     def __init__(self, network: NetworkConfig | None = None, /, **fields: Any) -> None:
         super().__init__()
@@ -112,6 +110,11 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         return self.config.whole_route
 
     @property
+    def head_class(self) -> type[Head]:
+        """The class of the head."""
+        return cast(type[Head], HEADS[self.config.head])
+
+    @property
     def head(self) -> Head:
         """The part that reads out the features of all scales."""
         return cast(Head, self._modules[self.head_class.key])
@@ -134,7 +137,7 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
     @property
     def macs(self) -> PartMacs:
         """What each part costs, for any image size."""
-        return part_macs(self.config, self.head_class)
+        return part_macs(self.config)
 
     @property
     def prices(self) -> Prices | None:
@@ -399,8 +402,9 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
                 head.reset_parameters()
 
 
-def part_macs(config: NetworkConfig, head: type[Head]) -> PartMacs:
+def part_macs(config: NetworkConfig) -> PartMacs:
     """What each part of a network costs, for any image size."""
+    head = HEADS[config.head]
     cell, gate, transform = [], [], []
     for scale in range(config.num_scales):
         channels, stride = config.channels(scale), STEM_STRIDE * 2**scale

@@ -1,7 +1,7 @@
 """What stands behind the grid: a head reads out the features of all scales.
 
 The decoder (decoder.py) segments, the classifier's head (classifier.py) classifies; another one is a subclass of `Head`
-with the class of network that has it (docs/extending.md).
+with a name in registry.HEADS (docs/extending.md).
 
 Legend: B images, H, W (padded) image size, C base channels, L depth, S scales.
 """
@@ -25,10 +25,14 @@ GLANCE = 4  # by which a glance shrinks both sides of the features
 class Head(nn.Module):
     """Features of every scale, scale s [B, C*2**s, H/(4*2**s), W/(4*2**s)] -> the network's output.
 
-    key  the name of its tensors in a checkpoint
+    key       the name of its tensors in a checkpoint
+    segments  the network's result is a `Segmentation`
+    task      what the network does, as the Hub calls it: image-segmentation; None: it has no name there
     """
 
     key: ClassVar[str] = "head"
+    segments: ClassVar[bool] = False
+    task: ClassVar[str | None] = None
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -67,6 +71,10 @@ class Head(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws the weights that need other values than those of most convolutions; called once all parts are there."""
+
+    def class_bias(self) -> Tensor | None:
+        """What is added to the logit of each class [K], if the head segments and has such a parameter."""
+        return None
 
     def onnx(self, graph: Graph, maps: Sequence[str | None]) -> str:
         """Adds the head to a graph of ONNX: a map of each scale, None for zeros -> the output's name.

@@ -1,12 +1,15 @@
-"""The segmenter: the grid of gated nodes (grid.py) with the decoder for a head. Its dense forward is the oracle."""
+"""The network: the grid of gated nodes (grid.py) with the head that its configuration names. Its dense forward is the
+oracle."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
+
+from huggingface_hub import ModelCard
 
 from routeseg.config import NO_GATE
-from routeseg.model.decoder import Decoder, Segmentation
+from routeseg.model.decoder import Segmentation
 from routeseg.model.grid import RoutedNetwork
 from routeseg.model.request import check_route, exit_of
 from routeseg.space import Route
@@ -15,8 +18,9 @@ MODEL_CARD = """---
 {{ card_data }}
 ---
 
-A network of `routeseg`: semantic segmentation with a route per image ("Learning Dynamic Routing for Semantic
-Segmentation", CVPR 2020). `routeseg.load(folder)` reads it; `config.json` has its classes and its normalisation.
+A network of `routeseg` with a route per image ("Learning Dynamic Routing for Semantic Segmentation", CVPR 2020) and the
+head `{{ head }}`. `routeseg.load(folder)` reads it; `config.json` has its classes and its normalisation. A segmenter of
+other classes starts from it: `routeseg train --init folder`.
 """
 
 __all__ = ["DynamicRoutingNetwork", "Segmentation"]
@@ -25,18 +29,22 @@ __all__ = ["DynamicRoutingNetwork", "Segmentation"]
 class DynamicRoutingNetwork(
     RoutedNetwork,
     library_name="routeseg",
-    tags=["semantic-segmentation", "dynamic-routing"],
+    tags=["dynamic-routing"],
     license="apache-2.0",
-    pipeline_tag="image-segmentation",
     model_card_template=MODEL_CARD,
 ):
-    """Semantic segmentation with a route per image ("Learning Dynamic Routing for Semantic Segmentation", CVPR 2020).
+    """Stem, grid and head, with a route per image ("Learning Dynamic Routing for Semantic Segmentation", CVPR 2020).
 
-    `DynamicRoutingNetwork(config)`, or the fields of a `NetworkConfig` by name; `network(images)` gives a
-    `Segmentation` of a tensor [B,3,H,W]. `routeseg.load` gives a `Segmenter`, which takes files and arrays, too.
+    `DynamicRoutingNetwork(config)`, or the fields of a `NetworkConfig` by name. `network(images)` gives what its head
+    makes of a tensor [B,3,H,W]: a `Segmentation`, unless the configuration names another `head`. `routeseg.load` gives
+    a `Segmenter`, which takes files and arrays, too.
     """
 
-    head_class = Decoder
+    def generate_model_card(self, *args: Any, **values: Any) -> ModelCard:
+        """The model card of a saved network, for the Hub."""
+        card = super().generate_model_card(*args, head=self.config.head, **values)
+        card.data["pipeline_tag"] = self.head_class.task
+        return card
 
     def specialize(self, route: Route) -> Self:
         """A static network of this route: no gates, no unused parameters, the same interface, with copies of the

@@ -90,8 +90,10 @@ class Segmenter(DynamicRoutingNetwork):
         per_image  each image keeps the budget, not the mean of them: of a network whose places leave by themselves
 
         Raises ValueError, with the remedy, for what is no image, cannot be read, or holds floats beyond 0..1; and for a
-        budget that the network cannot keep.
+        budget that the network cannot keep; and if its head segments nothing.
         """
+        if not self.head.segments:
+            raise ValueError(f"the head {self.config.head} segments nothing: call the network with a tensor [B,3,H,W]")
         several = isinstance(images, list | tuple) or (isinstance(images, Tensor | np.ndarray) and images.ndim == 4)
         parts = [one for some in (images if several else [images]) for one in _read(some)]
         runner = _runner(self, precision)
@@ -111,7 +113,7 @@ class Segmenter(DynamicRoutingNetwork):
 
 def load(folder: str | Path | None = None) -> Segmenter:
     """The network of a checkpoint folder, or the best one of a run, in eval mode; without a folder, the CamVid network
-    that comes with the package.
+    that comes with the package. It has the head that its config names; one that segments nothing takes tensors alone.
 
     Raises ValueError, naming the file, if the folder is no checkpoint, is damaged, or does not fit its config.
     """

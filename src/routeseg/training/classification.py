@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from routeseg.collectives import rank_and_world, total
 from routeseg.cost.macs import model_cost
 from routeseg.data.classification import ClassificationConfig
 from routeseg.data.classification_loaders import Batch, ClassificationDataModule
-from routeseg.model.classifier import Classification, DynamicRoutingClassifier
+from routeseg.model.classifier import Classification
+from routeseg.model.grid import RoutedNetwork
 from routeseg.training.batch_norm import Mode
 from routeseg.training.recipe import PretrainingRecipe
 from routeseg.training.run import Run, RunOptions, RunResult
@@ -53,9 +54,7 @@ class ClassificationTask(RecipeTask[Accuracy]):
 
     labels_key = "label"
 
-    def __init__(
-        self, model: DynamicRoutingClassifier, recipe: PretrainingRecipe, crop: int, batch_norm: Mode = "own"
-    ) -> None:
+    def __init__(self, model: RoutedNetwork, recipe: PretrainingRecipe, crop: int, batch_norm: Mode = "own") -> None:
         super().__init__(model, recipe, model_cost(model, (crop, crop)), batch_norm)
         self.label_smoothing = recipe.label_smoothing
 
@@ -72,12 +71,12 @@ class ClassificationTask(RecipeTask[Accuracy]):
     def validate(self, batches: Iterable[Batch]) -> Validation[Accuracy]:
         """The score is top-1."""
         with self.autocast():
-            found = evaluate_classifier(cast(DynamicRoutingClassifier, self.network), batches)
+            found = evaluate_classifier(self.network, batches)
         return Validation(found, found.top1, {"val_top1": found.top1, "val_top5": found.top5})
 
 
 @torch.no_grad()
-def evaluate_classifier(model: DynamicRoutingClassifier, batches: Iterable[Batch]) -> Accuracy:
+def evaluate_classifier(model: RoutedNetwork, batches: Iterable[Batch]) -> Accuracy:
     """Top-1 and top-5 over batches, summed over the processes of a job; the model keeps its mode (train or eval).
 
     Raises ValueError if no image can be read.
@@ -103,7 +102,7 @@ def evaluate_classifier(model: DynamicRoutingClassifier, batches: Iterable[Batch
 
 
 def pretrain(
-    model: DynamicRoutingClassifier, data: ClassificationConfig, recipe: PretrainingRecipe, options: RunOptions
+    model: RoutedNetwork, data: ClassificationConfig, recipe: PretrainingRecipe, options: RunOptions
 ) -> RunResult[Accuracy]:
     """Trains the classifier as `routeseg.training.train` does a segmenter, and writes the same things into
     `options.output`.

@@ -15,7 +15,7 @@ from routeseg.model.grid import RoutedNetwork
 
 SIZE_FIELDS = ("depth", "num_scales", "base_channels", "stem_channels", "cell_operations")
 FREE_FIELDS = frozenset(
-    ("num_classes", "class_names", "palette", "pixel_mean", "pixel_std")
+    ("num_classes", "class_names", "palette", "pixel_mean", "pixel_std", "head")
 )  # may differ without a word
 CALIBRATED = tuple(f"exits.{name}" for name in ("costs", "prices", "frequencies", "gates"))  # what budgets rest on
 LISTED = 4  # names in a line of a report

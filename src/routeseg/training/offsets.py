@@ -23,8 +23,8 @@ from routeseg.collectives import gather
 from routeseg.engine import SkipEngine
 from routeseg.evaluation.scores import count_pairs
 from routeseg.labels import IGNORE
-from routeseg.model.decoder import Decoder
 from routeseg.model.grid import RoutedNetwork
+from routeseg.model.head import Head
 
 PIXELS = 2600  # that are looked at, of an image
 STEPS = (-0.8, -0.4, -0.2, 0.2, 0.4, 0.8)  # by which an offset changes
@@ -33,9 +33,9 @@ LEAST_GAIN = 1e-4  # in mIoU, for which an offset changes
 
 
 def biases_of(model: RoutedNetwork) -> list[Tensor]:
-    """The predictors' biases [K] of a network's decoders: of each exit, the last one at the end."""
+    """The `class_bias` [K] of each of a network's heads that have one: of each exit, the last one at the end."""
     heads = [*(() if model.exits is None else model.exits.decoders), model.head]
-    return [cast(Tensor, head.predictor.bias) for head in heads if isinstance(head, Decoder)]
+    return [bias for head in heads if (bias := cast(Head, head).class_bias()) is not None]
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from routeseg.model import checkpoints
 
 def run_app(args: Namespace) -> int:
     checkpoint = None if args.checkpoint is None else best_of_run(args.checkpoint)
-    model = checkpoints.load(checkpoint)
+    model = checkpoints.load_segmenter(checkpoint)
     about: dict[str, Any] = {} if checkpoint is None else {"name": str(args.checkpoint)}
     if checkpoint is not None and (Path(checkpoint).parent / RUN_CONFIG_FILE).is_file():
         about["pictures"] = _data_of_run(checkpoint)

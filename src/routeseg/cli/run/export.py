@@ -22,7 +22,7 @@ def run_export(args: Namespace) -> int:
     path = check_name(args.output)
     require_onnx()
     check_writable(path.parent, "OUT")
-    model = checkpoints.load(args.checkpoint)
+    model = checkpoints.load_segmenter(args.checkpoint)
     if args.route is not None:
         route = model.config.named_routes.get(args.route)
         model = model.specialize(read_route(args.route, model.route) if route is None else route)

@@ -28,13 +28,13 @@ def find_device(name: str) -> torch.device:
 def with_budget(engine: Any, model: DynamicRoutingNetwork, args: Namespace) -> Any:
     """An engine that keeps the budget that is asked for, if one is. Raises ValueError if the network takes none."""
     asked = read_budget(args)
-    if asked is None:
-        return engine
-
-    return Budgeted(engine, model, asked)
+    return engine if asked is None else Budgeted(engine, model, asked)
 
 
 def draw_network(config: NetworkConfig, seed: int) -> DynamicRoutingNetwork:
-    """A network whose weights are drawn from a seed."""
+    """A network that segments, whose weights are drawn from a seed. Raises ValueError if its head segments nothing."""
     torch.manual_seed(seed)
-    return DynamicRoutingNetwork(config)
+    model = DynamicRoutingNetwork(config)
+    if not model.head.segments:
+        raise ValueError(f"--model.head is {config.head}, which segments nothing: leave it out")
+    return model

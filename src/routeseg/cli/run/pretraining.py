@@ -7,7 +7,7 @@ import torch
 from routeseg.cli.logs import quiet_libraries
 from routeseg.config import NetworkConfig
 from routeseg.data.classification import ClassificationConfig
-from routeseg.model.classifier import DynamicRoutingClassifier
+from routeseg.model import DynamicRoutingNetwork
 from routeseg.training.classification import pretrain
 from routeseg.training.recipe import PretrainingRecipe
 from routeseg.training.run import RunOptions
@@ -18,7 +18,7 @@ def run_pretrain(
 ) -> int:
     quiet_libraries()
     torch.manual_seed(recipe.seed)
-    model = DynamicRoutingClassifier(config)
+    model = DynamicRoutingNetwork(config)
     result = pretrain(model, data, recipe, options)
     if not result.is_global_zero:
         return 0
