@@ -62,9 +62,9 @@ def describe(model: RoutedNetwork) -> NetworkDescription:
 def fingerprint(model: RoutedNetwork) -> str:
     """16 hexadecimal digits that tell networks apart, made of configuration and weights."""
     facts = model.config.as_dict()
-    for field, before in {"head": "decoder", "sizes": None}.items():  # later fields: what was made before stays known
-        if facts[field] == before:
-            del facts[field]
+    for name, before in {"head": "decoder", "sizes": None}.items():  # later names: what was made before stays known
+        if facts[name] == before:
+            del facts[name]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
