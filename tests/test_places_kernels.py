@@ -178,6 +178,16 @@ def test_what_has_left_is_the_same_whatever_the_later_weights_are():
         assert torch.equal(before.logits[inner], after.logits[inner])
 
 
+@pytest.mark.parametrize("num_scales", [2, 4])
+@torch.inference_mode()
+def test_whole_images_decide_by_their_entropy(num_scales):
+    model, batch = network(place=None, choice="entropy", num_scales=num_scales), images(8, 72, 130)
+    price = price_between(model, batch, 0.5)
+    found, expected = SkipEngine(model, backend="kernels")(batch, price=price), model(batch, price=price)
+    assert torch.equal(found.gates, expected.gates) and len(found.gates.flatten(1).sum(1).unique()) > 1
+    assert torch.allclose(found.logits, expected.logits, atol=1e-4) and found.exits is None
+
+
 @needs_bfloat16
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 @torch.inference_mode()
@@ -200,10 +210,6 @@ class TestMistakes:
         forward._packed.network.place = 40
         with pytest.raises(RuntimeError, match="a place is no whole pixels"):
             forward(batch, model.request(1, price=0.5))
-
-    def test_entropy_of_whole_images_has_no_kernels(self):
-        model = network(place=None, choice="entropy")
-        assert "no kernel for the choice entropy of whole images" in CompiledForward.supports(model, torch.float32)
 
     @torch.inference_mode()
     def test_values_that_are_not_finite(self):

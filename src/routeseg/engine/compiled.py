@@ -195,8 +195,10 @@ class CompiledForward:
         self._forward = getattr(library, f"routeseg_forward_{_name(dtype)}")
         self._packed = _Packed(fold_batch_norm(model), dtype, library.routeseg_vector(), library.routeseg_panel())
         exits = model.exits
-        decides = exits is not None and exits.calibrated and exits.place is None
-        self._costs = exits.costs.float().numpy().copy() if exits is not None and decides else None
+        self._costs = None  # of images that decide as wholes
+        if exits is not None and exits.calibrated and exits.place is None:
+            by_loss = isinstance(exits.gates, LossChoice)
+            self._costs = exits.costs.float().numpy().copy() if by_loss else np.ones(len(exits.layers), np.float32)
         self._workspace = library.routeseg_open()
         if self._workspace is None:
             raise MemoryError("not enough memory for an engine")
@@ -250,7 +252,8 @@ class CompiledForward:
         return _Places(price.astype(np.float32), left, most)
 
     def _prices(self, request: Request, images: int) -> np.ndarray | None:
-        """Price times cost of each exit for each image, float32 [B,K]; None if the images do not decide."""
+        """Price times cost of each exit for each image, or the price where entropy decides, float32 [B,K]; None if the
+        images do not decide."""
         if self._costs is None or request.exits is not None:
             return None
         price = np.zeros(1) if request.price is None else request.price
@@ -293,8 +296,6 @@ def _unknown_parts(model: RoutedNetwork, library: ctypes.CDLL) -> Iterator[str]:
             yield f"there is no kernel for the {what} {kind} ({name})"
         if isinstance(layer, nn.Conv2d) and most < max(layer.weight.shape[:2]):
             yield f"the kernels hold {most} channels, {name} has {max(layer.weight.shape[:2])}"
-    if model.config.choice == "entropy" and model.config.place is None:
-        yield "there is no kernel for the choice entropy of whole images"
     if (scales := model.space.num_scales) > (most := library.routeseg_most_scales()):
         yield f"the kernels hold {most} scales, the network has {scales}"
 

@@ -82,7 +82,8 @@ struct Request {
     int32_t padded_height, padded_width;
     const float* given;   // gates of a given route, or null
     int32_t own;          // a given route's open paths have the network's own activations
-    const float* prices;  // null, or price times cost of each exit: the image leaves where its gate says so
+    const float* prices;  // null, or [exits] price times cost: the image leaves where its gate says so. Without gates
+                          // the price itself: where its entropy is not above that
     int64_t* left;        // null, or the exit of each place, [places]: they leave by their entropy
     const int32_t* most;  // null, or how many of them go on behind each exit, [exits - 1]: those that need it most
     float price;          // the entropy at which they leave, if there is no `most`; at 0 or less none does
@@ -494,8 +495,9 @@ class Forward {
             return std::all_of(rest, end, [](float open) { return open == 0; });
         }
         const Exit& exit = net.exit[number];
+        if (!exit.weight) return entropies(glanced(exit, features), Mask(1, 1, 1))[0] <= request.prices[number];
         const std::vector<double> seen = classes_of(glanced(exit, features));
-        require(int(seen.size()) == exit.features && exit.weight && exit.later == net.exits - number,
+        require(int(seen.size()) == exit.features && exit.later == net.exits - number,
                 "an exit's gate reads other features than there are");
         float here = 0, behind = 0;
         for (int k = 0; k < exit.later; ++k) {
@@ -508,14 +510,14 @@ class Forward {
         return here <= behind;
     }
 
-    // The scores that an exit's decoder makes of small features (`Decoder.glance`); for places an even glance, where
-    // they run.
+    // The scores that an exit's decoder makes of small features (`Decoder.glance`), where places run. Without a gate it
+    // is an even glance.
     Held glanced(const Exit& exit, const std::vector<Held>& features) {
         const int all_threads = std::exchange(threads, glance_threads());
         Held running;
         const Pixels* pixels = nullptr;
         for (int scale = net.scales - 1; scale >= 0; --scale) {
-            const int factor = net.place ? std::max(GLANCE >> scale, 1) : GLANCE;
+            const int factor = exit.weight ? GLANCE : std::max(GLANCE >> scale, 1);
             const int h = stem_map.map.h >> scale, w = stem_map.map.w >> scale;
             const int small_h = (h + factor - 1) / factor, small_w = (w + factor - 1) / factor;
             if (still) pixels = &still->area((STEM_STRIDE << scale) * factor).pixels;
@@ -570,10 +572,10 @@ class Forward {
         return seen;
     }
 
-    // What a glance's scores say of each place that runs: the mean entropy over it.
+    // What a glance's scores say of each place that runs, or of the image: the mean entropy over it.
     std::vector<float> entropies(const Held& scores, const Mask& runs) {
         const Map& map = scores.map;
-        const int side = net.place / (STEM_STRIDE * GLANCE);
+        const int side = net.place ? net.place / (STEM_STRIDE * GLANCE) : MOST_SIDE;
         std::vector<float> means(runs.flags.size(), 0.0f), share(net.classes);
         for (int row = 0; row < runs.h; ++row)
             for (int column = 0; column < runs.w; ++column) {
