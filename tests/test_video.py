@@ -5,19 +5,23 @@ import json
 import sys
 import threading
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
 import cv2
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from conftest import run, spread_gates
 from pictures import noise, save, truncate
-from routeseg import DynamicRoutingNetwork
+from routeseg import DynamicRoutingNetwork, figures
 from routeseg.budgets.budgeted import Steered
 from routeseg.prediction import clips
 from routeseg.prediction.clips import Frame, Newest, UnreadableVideo, VideoFile, VideoWriter, is_video, open_clip
+from routeseg.prediction.files import effort_of, segment
 from routeseg.prediction.torch_runner import TorchNetwork
 from routeseg.prediction.video import FramePace, predict_video
 
@@ -341,6 +345,25 @@ class TestPredict:
         _, rows = segmented(write_video(tmp_path / "a.mp4"), tmp_path / "out", network(**EXITS), most=2)
         assert [row["exit"] for row in rows] == ["2", "2"] and rows[0]["requested_share"] == ""
 
+    def test_how_far_places_went(self, tmp_path):
+        path, model = write_video(tmp_path / "a.mp4", size=(64, 96)), network(**EXITS, place=32)
+        pixels, own = next(iter(open_clip(path))).pixels, TorchNetwork(model, model)
+        with torch.no_grad():
+            features = model.exit_features(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
+            price = float(model.exits.see(0, features).median())
+        asked = TorchNetwork(partial(model, price=price), model)
+        whole, found = (segment(runner, pixels, "a", "a") for runner in (own, asked))
+        maps = np.ones((1, 1)), effort_of(asked.network, found)
+        assert whole.exits is None and np.ptp(maps[1]) > 0, "places left at different exits"
+        for runner, shares, place in ((own, maps[0], 96), (asked, maps[1], 32)):
+            predict_video(runner, open_clip(path), tmp_path / "out", "clip", effort=True)
+            with Image.open(tmp_path / "out" / "clip_overlay.png") as still:
+                assert np.array_equal(np.asarray(still), figures.effort(pixels, shares, place))
+        drawn = read_video(tmp_path / "out" / "clip_overlay.mp4")[0][0].astype(int)
+        assert np.abs(drawn - figures.effort(pixels, maps[1], 32, legend=False)).mean() < 8
+        with pytest.raises(ValueError, match="Train one with --model.place 32"):
+            segmented(path, tmp_path / "none", effort=True)
+
     def test_pictures_false_and_most(self, tmp_path):
         path = write_video(tmp_path / "a.mp4")
         summary, rows = segmented(path, tmp_path / "out", pictures=False, most=3)
@@ -424,6 +447,9 @@ class TestCommand:
             (["GATED", "VIDEO", "--fps=15"], "this network takes no budget: it has no exits"),
             (["IMAGE", "--fps=15"], "--fps only applies to videos: leave it out"),
             (["IMAGE", "--frames=15"], "--frames only applies to videos: leave it out"),
+            (["IMAGE", "--effort"], "--effort only applies to videos: leave it out"),
+            (["VIDEO", "--effort"], "--effort draws how far places go at a budget: give --budget"),
+            (["VIDEO", "--effort", "--budget=40%", "--pictures=false"], "and no --pictures false"),
             (["IMAGE", "--source=0"], "--source is 0: leave out IMAGE, or --source"),
             (["nowhere.mp4"], "no file or folder nowhere.mp4"),
             (["--source=nowhere"], "no file or folder nowhere"),

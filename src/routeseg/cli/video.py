@@ -16,14 +16,14 @@ from routeseg.prediction.files import Runner
 from routeseg.prediction.sources import Source, find_inputs, is_url, output_names
 from routeseg.prediction.video import FramePace, predict_video, video_folder
 
-ONLY_VIDEOS = ("fps", "frame_ms", "frames")  # options that images have no use for
+ONLY_VIDEOS = ("fps", "frame_ms", "frames", "effort")  # options that images have no use for
 ONLY_IMAGES = {"resume": "a video is segmented anew", "workers": "one process takes the frames in turn"}
 ONLY_IMAGES["ray_address"] = ONLY_IMAGES["workers"]
 MS_PER_S = 1000.0
 
 
 def add_video_arguments(parser: Parser) -> None:
-    """--source, --fps, --frame_ms and --frames."""
+    """--source, --fps, --frame_ms, --frames and --effort."""
     parser.add_argument(
         "--source", type=str | None, default=None, help="a video: the number of a camera, a stream (rtsp://...), a file"
     )
@@ -37,6 +37,12 @@ def add_video_arguments(parser: Parser) -> None:
         "--frame_ms", type=float | None, default=None, help="the same as milliseconds that a frame may take"
     )
     parser.add_argument("--frames", type=int | None, default=None, help="of a video, end after so many frames")
+    parser.add_argument(
+        "--effort",
+        action="store_true",
+        default=None,
+        help="of a video, its overlay shows how far each place went at --budget, with a network with places",
+    )
 
 
 def find_videos(words: Sequence[str], args: Namespace) -> list[Source]:
@@ -61,6 +67,8 @@ def find_videos(words: Sequence[str], args: Namespace) -> list[Source]:
             raise ValueError(f"--{option} only applies to images, {why}: leave it out")
     if args.frames is not None and args.frames < 1:
         raise ValueError(f"--frames is {args.frames}: give 1 or more")
+    if args.effort and (args.budget is None or not args.pictures):
+        raise ValueError("--effort draws how far places go at a budget: give --budget, and no --pictures false")
     frame_ms(args)
     found: list[Source] = []
     for word in videos:
@@ -99,7 +107,7 @@ def predict_videos(sources: Sequence[Source], args: Namespace, open_runner: Call
             pace = None if target is None else FramePace(cast(Any, runner).forward, target)
             with progress_bar(name, clip.frames if args.frames is None else args.frames) as step:
                 summary = predict_video(
-                    runner, clip, args.output, name, args.pictures, pace, args.frames, on_frame=step
+                    runner, clip, args.output, name, args.pictures, pace, args.frames, step, bool(args.effort)
                 )
         except UnreadableVideo as error:
             if len(sources) == 1:

@@ -29,11 +29,11 @@ import numpy as np
 
 from routeseg import figures
 from routeseg.budgets.pacing import Leave, Pacer, time_weights
-from routeseg.config import NetworkConfig
-from routeseg.errors import BudgetNotKept, lacks_memory
+from routeseg.description import NetworkDescription
+from routeseg.errors import NO_PLACES, BudgetNotKept, lacks_memory
 from routeseg.files import check_writable, expand_user, write_atomically, write_json, written_whole
 from routeseg.prediction.clips import Clip, Frame, UnreadableVideo, VideoWriter
-from routeseg.prediction.files import GIGA, Runner, segment
+from routeseg.prediction.files import GIGA, Runner, Segmented, effort_of, segment
 from routeseg.prediction.sources import Source, is_url
 
 OVERLAY, STILL, FRAMES, SUMMARY = "_overlay.mp4", "_overlay.png", "_frames.csv", "_summary.json"
@@ -48,7 +48,8 @@ class Row(NamedTuple):
     frame            its number; time_s since the first one
     cost_gmacs       of what ran, and as a share of the full network's
     requested_share  what the time for a frame would have allowed; None without a `FramePace`, as `late`
-    exit             at which it left, 0 the cheapest; None: there are none, or it ran in windows that left at several
+    exit             at which it left, 0 the cheapest, or the last of its places did; None: there are none, or it ran in
+                     windows that left at several
     ms               of the network; frame_ms of all: reading, drawing and writing, too
     late             it took longer than was asked
     """
@@ -158,6 +159,7 @@ def predict_video(
     pace: FramePace | None = None,
     most: int | None = None,
     on_frame: Callable[[], None] | None = None,
+    effort: bool = False,
 ) -> VideoSummary:
     """Segments a video frame by frame and writes its files into the folder `output`, replacing older ones.
 
@@ -166,16 +168,20 @@ def predict_video(
     pace      what keeps the time of each frame; None: all take what they take
     most      frames after which it ends; None: at the end of the video
     on_frame  called after each frame (for a progress bar)
+    effort    overlays show how far each place of a frame went, in place of its classes
 
     Each file is written whole or not at all: Ctrl-C leaves none, but for a live video, which ends by it. The video is
     closed in any case. Raises UnreadableVideo for one without a frame, or too large for the memory or the budget;
-    ValueError if the folder cannot be written or is none of this machine, or a result would overwrite the video.
+    ValueError if the folder cannot be written or is none of this machine, a result would overwrite the video, or effort
+    is asked of a network whose places do not leave by themselves.
     """
     with ExitStack() as stack:
         stack.callback(clip.close)
         folder, rows, began = video_folder(output), list[Row](), time.perf_counter()
         _keep_input(clip.source, folder, name)
-        overlays = _Overlays(stack, folder / name, clip, runner.network.config) if pictures else None
+        if effort and runner.network.config.place is None:
+            raise ValueError(f"there is no effort to draw: {NO_PLACES}")
+        overlays = _Overlays(stack, folder / name, clip, runner.network, effort) if pictures else None
         try:
             for row in _rows(runner, clip, name, overlays, pace):
                 rows.append(row)
@@ -219,18 +225,18 @@ def video_folder(output: Source) -> Path:
 class _Overlays:
     """The overlay video and the still of it, begun with the first frame; `stack` ends them."""
 
-    def __init__(self, stack: ExitStack, path: Path, clip: Clip, config: NetworkConfig) -> None:
-        self.stack, self.path, self.clip, self.config = stack, path, clip, config
+    def __init__(self, stack: ExitStack, path: Path, clip: Clip, network: NetworkDescription, effort: bool) -> None:
+        self.stack, self.path, self.clip, self.network, self.effort = stack, path, clip, network, effort
         self.writer: VideoWriter | None = None
-        self.first: tuple[np.ndarray, np.ndarray] | None = None
+        self.first: tuple[np.ndarray, Segmented] | None = None
 
-    def add(self, frame: Frame, labels: np.ndarray) -> None:
+    def add(self, frame: Frame, found: Segmented) -> None:
         if self.writer is None:
             file = self.stack.enter_context(written_whole(_named(self.path.parent, self.path.name, OVERLAY)))
-            self.writer = VideoWriter(file, labels.shape, self.clip.rate, self.clip.aspect)
+            self.writer = VideoWriter(file, found.labels.shape, self.clip.rate, self.clip.aspect)
             self.stack.callback(self.writer.close)
-            self.first = frame.pixels, labels
-        self.writer.write(self._picture(frame.pixels, labels, legend=False), frame.time_s)
+            self.first = frame.pixels, found
+        self.writer.write(self._picture(frame.pixels, found, legend=False), frame.time_s)
 
     def finish(self) -> None:
         assert self.writer is not None and self.first is not None
@@ -238,8 +244,13 @@ class _Overlays:
         still = figures.png_bytes(self._picture(*self.first, legend=True))
         write_atomically(_named(self.path.parent, self.path.name, STILL), still)
 
-    def _picture(self, pixels: np.ndarray, labels: np.ndarray, legend: bool) -> np.ndarray:
-        return figures.overlay(pixels, labels, self.config.class_names, self.config.palette, legend=legend)
+    def _picture(self, pixels: np.ndarray, found: Segmented, legend: bool) -> np.ndarray:
+        config = self.network.config
+        if not self.effort:
+            return figures.overlay(pixels, found.labels, config.class_names, config.palette, legend=legend)
+        if found.exits is None or config.place is None:  # all of it was asked for
+            return figures.effort(pixels, np.full((1, 1), found.prediction.share), max(pixels.shape), legend)
+        return figures.effort(pixels, effort_of(self.network, found), config.place, legend, found.seen)
 
 
 def _rows(
@@ -266,7 +277,7 @@ def _rows(
         leave = None if pace is None else pace.next()
         found = run()
         if overlays is not None:
-            overlays.add(frame, found.labels)
+            overlays.add(frame, found)
         frame_ms = MS * (time.perf_counter() - start)
         row = Row(
             number,
