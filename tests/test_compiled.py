@@ -223,10 +223,10 @@ def test_what_is_remembered_of_zeros_is_right():
     for route, activation in ((None, "one"), (some, "one"), (model.route, "own"), (some, "own")) * 2:
         for seed, size in enumerate([(64, 96), (96, 64), (64, 96)]):
             batch = images(1, *size, seed=seed)
-            found = engine(batch, route, activation)
-            fresh = SkipEngine(model, backend="kernels")(batch, route, activation)
+            found = engine(batch, route, activation=activation)
+            fresh = SkipEngine(model, backend="kernels")(batch, route, activation=activation)
             assert torch.equal(found.logits, fresh.logits) and torch.equal(found.gates, fresh.gates)
-            assert relative_error(found, model(batch, route, activation)) < 1e-5
+            assert relative_error(found, model(batch, route, activation=activation)) < 1e-5
 
 
 class OtherOperation(SepConv):
@@ -393,7 +393,7 @@ class TestBfloat16:
         flipped = (found.gates > 0) != (expected.gates > 0)
         assert not flipped.any() or torch.maximum(found.gates, expected.gates)[flipped].max() < 0.05
         routes = [Route.from_gates(model.space, gates) for gates in found.gates]
-        assert relative_error(found, model(batch, routes, "own")) < 0.05
+        assert relative_error(found, model(batch, routes, activation="own")) < 0.05
 
     @needs_bfloat16
     @torch.no_grad()

@@ -26,8 +26,8 @@ def test_the_operations_for_gpus_give_what_dense_gives(changes):
     for route in (None, Route(model.space), Route.all_open(model.space), some):
         for activation in ("one", "own"):
             with torch.no_grad():
-                expected = model(batch, route, activation)
-            found = engine(batch, route, activation)
+                expected = model(batch, route, activation=activation)
+            found = engine(batch, route, activation=activation)
             assert close(found.logits, expected.logits) and torch.allclose(found.gates, expected.gates, atol=1e-6)
             assert found.logits.dtype == found.gates.dtype == torch.float32
 
@@ -50,7 +50,7 @@ def test_half_precision_is_near_to_float32(dtype, bound):
         exact = model(batch, routes)
         for image in range(3):  # by its own choices
             route = Route.from_gates(model.space, gates[image].numpy())
-            chosen = model(batch[image : image + 1], route, "own")
+            chosen = model(batch[image : image + 1], route, activation="own")
             opened = chosen.gates > 0
             assert (chosen.gates[0] - gates[image])[opened[0]].abs().max() < 4 * bound
     assert set(layouts) == {(dtype, True)}
@@ -124,7 +124,7 @@ class TestOnCuda:
         engine, batch = SkipEngine(model, precision), images(3, 75, 90).cuda()
         found = engine(batch)
         routes = [Route.from_gates(model.space, gates) for gates in found.gates.cpu()]
-        assert close(found.logits, model(batch, routes, "own").logits, tolerance)
+        assert close(found.logits, model(batch, routes, activation="own").logits, tolerance)
 
     @torch.no_grad()
     def test_streams_do_not_disturb_each_other(self):

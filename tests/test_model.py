@@ -125,9 +125,9 @@ def test_skip_engine_equals_dense(changes, size, activation):
     engines = [ENGINES[name](model) for name in ("skip", "skip eager")]
     for route in (None, Route(model.space), Route.all_open(model.space), some):
         with torch.no_grad():
-            dense = model(batch, route, activation)
+            dense = model(batch, route, activation=activation)
         for engine in engines:
-            skip = engine(batch, route, activation)
+            skip = engine(batch, route, activation=activation)
             assert close(skip.logits, dense.logits)
             assert torch.allclose(skip.gates, dense.gates, atol=1e-6)
 
