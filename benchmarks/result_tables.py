@@ -350,14 +350,30 @@ def busy(facts: Sequence[Facts], words: str) -> str:
 
 
 def places(facts: Sequence[Facts], words: str) -> str:
-    """`chosen`: what choosing is worth, of one file. `kept`: what budgets cost on other sources. `walked: NAME, NAME`:
-    the scores of networks at shares of the cost, between those that were measured, with places and with smaller images.
+    """`chosen`: what choosing is worth, of one file. `kept`: what budgets cost on other sources. `frontier`: what
+    budgets bring, beside smaller images of the same cost. `walked: NAME, NAME`: the scores of networks at shares of the
+    cost, between those that were measured, with places and with smaller images.
     """
+    if words == "frontier":
+        points = sorted(facts[0]["sizes"], key=lambda row: row["cost"])
+        costs, scores = [row["cost"] for row in points], [row["miou"] for row in points]
+        rows = [
+            [
+                f"`--budget {100 * row['asked']:.0f}%`",
+                f"{row['size']:g}",
+                _share(row["cost"]),
+                _share(row["miou"]),
+                _share(_between(row["cost"], costs, scores)),
+            ]
+            for row in facts[0]["frontier"]
+        ]
+        return table(["", "times the sides", "spent, %", "mIoU, %", "a smaller or larger image, all layers"], rows)
     if words == "kept":
         rows = []
         for source, found in facts[0]["kept"].items():
             cells = [
-                f"{_share(one['mean'])}; {_share(one['per_image'])} (± {_share(one['per_image_furthest'])})"
+                f"{_share(one['mean'])} ({_share(one['fixed'])}); {_share(one['per_image'])} "
+                f"(± {_share(one['per_image_furthest'])})"
                 for one in found.values()
             ]
             rows.append([source, *cells])
@@ -386,6 +402,23 @@ def places(facts: Sequence[Facts], words: str) -> str:
             found = [_share(_between(share, costs, scores)) for share in shares]
             rows.append([f"{name}: {way}", *found])
     return table(["mIoU, % at a share of the cost of", *(f"{100 * share:.0f} %" for share in shares)], rows)
+
+
+def clock(facts: Sequence[Facts], words: str) -> str:
+    """`budgets`: milliseconds of budgets at each size. `places`: what share of the time a share of the MACs takes."""
+    sizes = facts[0]["sizes"]
+    known = next(iter(sizes.values()))
+    if words == "places":
+        ways = [way for way in known if way.startswith("places")]
+        rows = [
+            [size, *(f"{_share(found[way]['share_of_macs'])} -> {_share(found[way]['of_full'])}" for way in ways)]
+            for size, found in sizes.items()
+        ]
+        return table(["% of the MACs -> % of the time", *("" for _ in ways)], rows)
+    ways = {f"`--budget {way.removeprefix('budget ')}`": way for way in known if way.startswith("budget")}
+    ways |= {"full network": "full", "full network, ONNX Runtime": "onnx"}
+    rows = [[name, *(f"{found[way]['ms']:.0f}" for found in sizes.values())] for name, way in ways.items()]
+    return table(["ms", *sizes], rows)
 
 
 def _between(share: float, costs: Sequence[float], scores: Sequence[float]) -> float | None:

@@ -32,6 +32,7 @@ MAKERS: dict[str, Callable[[Sequence[Facts], str], str]] = {
     "baselines": result_tables.baselines,
     "busy": result_tables.busy,
     "classes": result_tables.classes,
+    "clock": result_tables.clock,
     "comparison": result_tables.comparison,
     "exits file": result_tables.exits_file,
     "exits times": result_tables.exits_times,

@@ -1,0 +1,115 @@
+"""Does time follow the cost? Milliseconds of a network whose places leave, at shares of its cost, by the clock.
+
+    python benchmarks/clock.py bundled --data.name camvid --data.root FOLDER --output results/places_clock_avx2.json
+
+For images at each of --sizes (HEIGHTxWIDTH, resized) it writes
+
+    full       all layers, by the kernels; `onnx`: the exported full network in ONNX Runtime, beside it in turns
+    places     at each of SHARES as a budget of each image, which is looked at as it is: the share of the MACs that is
+               spent, and of the full network's time
+    budgets    at each of BUDGETS as `routeseg predict --budget` keeps it, which may look at a smaller image
+
+Times are medians over the images of the median of rounds in which all ways take turns. One process, threads as PyTorch
+takes them (OMP_NUM_THREADS); for an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from routeseg.budgets.asked import Asked
+from routeseg.cost.macs import model_cost
+from routeseg.data.config import DataConfig, open_data
+from routeseg.data.loaders import evaluation_loader
+from routeseg.data.subset import evenly_spread
+from routeseg.engine import SkipEngine
+from routeseg.evaluation import machine_facts
+from routeseg.export import export
+from routeseg.files import write_json
+from routeseg.model import DynamicRoutingNetwork, checkpoints
+from routeseg.prediction.onnx_runner import OnnxNetwork
+from routeseg.stopwatch import take_turns
+
+SHARES = (0.35, 0.5, 0.65, 0.8)
+BUDGETS = ("15%", "25%", "35%", "50%", "75%", "100%")
+
+
+def spent(model: DynamicRoutingNetwork, result: Any, own: tuple[int, int]) -> float:
+    """The share of the full network's MACs."""
+    macs = model_cost(model, result.seen or own).of_result(result.gates, result.exits)[0]
+    return float(macs) / model_cost(model, own).full
+
+
+def ways(model: DynamicRoutingNetwork, engine: Any, own: tuple[int, int]) -> dict[str, Callable[[Tensor], Any]]:
+    """What is timed, by name."""
+    found: dict[str, Callable[[Tensor], Any]] = {"full": partial(engine, price=0.0)}
+    least = float(model.exits.costs[0]) if model.exits is not None else 1.0
+    for share in SHARES:
+        if model.config.place is not None and share > least:
+            found[f"places {share:g}"] = partial(engine, budget=share, per_image=True, size=1.0)
+    for text in BUDGETS:
+        look = Asked.parse(text).look(model, own)
+        found[f"budget {text}"] = partial(engine, price=look.price, size=look.size)
+    return found
+
+
+@torch.no_grad()
+def main(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("network", help="a checkpoint folder, or `bundled`")
+    parser.add_argument("--data.name", dest="name", default="folder")
+    parser.add_argument("--data.root", dest="root", required=True)
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sizes", nargs="*", default=["360x480", "1024x2048"])
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args(words)
+    model = checkpoints.load(None if args.network == "bundled" else args.network)
+    data = evenly_spread(open_data(DataConfig(name=args.name, root=args.root), args.split), args.images)
+    images = [one["image"].float() / 255 for one in evaluation_loader(data) if not one["skipped"]]
+    engine: Any = SkipEngine(model)
+    found: dict[str, Any] = {"network": args.network, "images": len(images), "rounds": args.rounds, "sizes": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "full.onnx"
+        export(model.specialize(model.route), file)
+        onnx = OnnxNetwork(file, torch.get_num_threads())
+        for name in args.sizes:
+            height, width = map(int, name.split("x"))
+            own = height, width
+            asked = ways(model, engine, own)
+            ms: dict[str, list[float]] = {way: [] for way in (*asked, "onnx")}
+            shares: dict[str, list[float]] = {way: [] for way in asked}
+            for image in images:
+                view = F.interpolate(image, own, mode="bilinear", antialias=True).clamp(0, 1).contiguous()
+                for way, run in asked.items():
+                    shares[way].append(spent(model, run(view), own))
+                turns = [partial(run, view) for run in asked.values()] + [partial(onnx.run, view.numpy())]
+                for way, times in zip(ms, take_turns(turns, args.rounds), strict=True):
+                    ms[way].append(1000 * float(np.median(times)))
+            full = float(np.median(ms["full"]))
+            found["sizes"][name] = {
+                way: {
+                    "ms": float(np.median(times)),
+                    "of_full": float(np.median(times)) / full,
+                    "share_of_macs": float(np.mean(shares[way])) if way in shares else 1.0,
+                }
+                for way, times in ms.items()
+            }
+            write_json(args.output, found | {"command": ["benchmarks/clock.py", *words]} | machine_facts())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
