@@ -124,7 +124,7 @@ class Asked:
         """
         prices, means = check_exits(network), None
         if self.unit == "share":
-            if self.value > max(1.0, *prices.sizes):
+            if self.value > max(1.0, *(float(table.costs[-1]) for table in prices.tables)):
                 raise ValueError(f"budget is {self}, more than the full network, which knows no larger images: {FORMS}")
             return prices.look_up(self.value, size=at)
         if self.unit == "ms":
