@@ -19,8 +19,10 @@ from routeseg.data.loaders import evaluation_loader
 from routeseg.engine import SkipEngine
 from routeseg.errors import BudgetNotKept
 from routeseg.evaluation import evaluate
+from routeseg.export import export
 from routeseg.model import DynamicRoutingNetwork, checkpoints
 from routeseg.model.prices import Prices, PriceTable
+from routeseg.prediction.onnx_runner import OnnxNetwork
 from routeseg.prediction.segmenter import Segmenter
 from routeseg.space import seen_size
 
@@ -185,6 +187,20 @@ class TestNetwork:
         found = model.predict(pixels, budget=1.5 * float(model.prices.at(0.5).costs[0]))
         assert found.seen == (64, 96) and found.labels.shape == (128, 192)
         assert found.effort().size[0] >= 192 and model.predict(pixels).seen == (128, 192)
+
+    def test_a_file_has_images_leave_as_wholes(self, model, images, tmp_path):
+        """ONNX holds no places: the file keeps budgets in the mean of images, in the sizes that the network knows."""
+        file = export(model, tmp_path / "net.onnx")
+        whole = model.as_wholes()
+        assert whole.config.place is None and torch.equal(whole(images).logits, model(images).logits)
+        least = float(whole.prices.at(0.5).costs[0])
+        for budget in (1.2 * least, 0.7):
+            onnx = OnnxNetwork(file, budget=budget)
+            own = Budgeted(SkipEngine(whole), whole, Asked.parse(budget))
+            for image in images:
+                ran, expected = onnx(image.permute(1, 2, 0).numpy()), own(image[None])
+                assert ran.seen == expected.seen and np.array_equal(ran.gates, expected.gates[0])
+                assert (ran.labels == expected.labels[0].numpy()).mean() > 0.97, "bytes are resized by other code"
 
     def test_it_survives_a_checkpoint(self, model, images, tmp_path):
         again = checkpoints.load(model.save(tmp_path))

@@ -29,7 +29,7 @@ from routeseg.engine import SkipEngine
 from routeseg.evaluation.scores import count_pairs
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.model.decoder import most_likely
-from routeseg.model.exits import TABLE, Exits
+from routeseg.model.exits import TABLE, Exits, Priced
 from routeseg.model.grid import RoutedNetwork
 from routeseg.model.prices import PriceTable
 from routeseg.model.sizes import look
@@ -107,16 +107,12 @@ def _set_budgets(
     def some() -> Iterator[dict[str, Any]]:
         return (batch for number, batch in enumerate(images()) if number % every == 0)
 
-    for size in exits.sizes:
+    of_images = [[_whole(values) for values in one] for one in seen]
+    for number, size in enumerate(exits.sizes):
         costs = exit_costs(model, seen_size(own, size)) / model_cost(model, own).full
-        if exits.place is not None:
-            # Places that have left change what the others see, so that images run; dense glances tell the prices.
-            flat = [np.concatenate([one[exit].ravel() for one in seen]) for exit in range(len(exits.decoders))]
-            prices = price_table(exits, flat, costs)[0]
-            exits.at(size).table = _walked(model, exits, size, some, prices, costs)
-            continue
         looked = _looked(model, exits, size, some) if len(exits.sizes) > 1 else []
-        glances = [np.concatenate(of) for of in zip(*(seen if size == 1 else [one for one, _ in looked]), strict=True)]
+        whole = of_images if size == 1 else [one for one, _ in looked]
+        glances = [np.concatenate(of) for of in zip(*whole, strict=True)]
         found = price_table(exits, glances, costs)
         scores = np.full(len(found[0]), np.nan)
         if looked:
@@ -124,7 +120,19 @@ def _set_budgets(
             scored = [np.concatenate(of) for of in zip(*(one for one, _ in looked), strict=True)]
             at = (choose(exits, scored, costs, price) for price in found[0])
             scores = np.array([_miou(pairs[np.arange(len(exit)), exit].sum(0)) for exit in at])
-        exits.at(size).table = PriceTable(costs, *found, scores)
+        table = PriceTable(costs, *found, scores)
+        if exits.place is None:
+            exits.at(size).table = table
+            continue
+        cast(Priced, exits.wholes[number]).table = table
+        # Places that have left change what the others see, so that images run; dense glances tell the prices.
+        flat = [np.concatenate([one[exit].ravel() for one in seen]) for exit in range(len(exits.decoders))]
+        exits.at(size).table = _walked(model, exits, size, some, price_table(exits, flat, costs)[0], costs)
+
+
+def _whole(seen: np.ndarray) -> np.ndarray:
+    """What decides about whole images [B,...], given the same of their places [B,...,hb,wb]; of images it is that."""
+    return seen.mean((-2, -1)) if seen.ndim == 3 else seen
 
 
 def _glances(exits: Exits, kept: Sequence[Sequence[Any]]) -> list[np.ndarray]:
@@ -151,7 +159,7 @@ def _looked(
         labelled = [most_likely(logits).cpu() for logits in (*result.earlier, result.logits)]
         classes = model.config.num_classes
         pairs = [[count_pairs(labels[i], one[i], classes).numpy() for one in labelled] for i in range(len(labels))]
-        found.append((_glances(exits, kept), np.array(pairs)))
+        found.append(([_whole(values) for values in _glances(exits, kept)], np.array(pairs)))
     return [one for share in gather(found) for one in share]
 
 

@@ -13,6 +13,7 @@ from routeseg.errors import require
 from routeseg.export.metadata import metadata
 from routeseg.files import write_atomically
 from routeseg.labels import label_type
+from routeseg.model import DynamicRoutingNetwork
 from routeseg.model.grid import RoutedNetwork
 from routeseg.prediction.sources import is_url
 
@@ -53,8 +54,9 @@ def build_onnx(model: RoutedNetwork, labels: bool = False) -> onnx.ModelProto:
     """The ONNX model of a network. Input `images` [B,3,H,W] of any size, outputs `logits` [B,K,H,W] and `gates`
     [B,L+1,S,3]; or in the place of the logits, with `labels`, `labels` [B,H,W] and their probability, `confidence`.
 
-    With exits it also takes a `price`, and runs as far as the exit at which that has the image leave. With gates closed
-    paths are computed and multiplied by 0. Both take one image at a time.
+    With exits it also takes a `price`, and runs as far as the exit at which that has the image leave: as a whole, also
+    of a network whose places leave by themselves. With gates closed paths are computed and multiplied by 0. Both take
+    one image at a time.
 
     Raises ValueError if no file holds the network, or onnx is not installed.
     """
@@ -76,6 +78,8 @@ def build_flat(model: RoutedNetwork, labels: bool = False) -> onnx.ModelProto:
     from routeseg.export.static import static_outputs
 
     kind, config, space = kind_of(model), model.config, model.space
+    if isinstance(model, DynamicRoutingNetwork) and config.place is not None:
+        model = model.as_wholes()
     graph, folded = Graph(), fold_batch_norm(model).float().cpu()
     batch: int | str = "batch" if kind == STATIC else 1
     inputs = [helper.make_tensor_value_info("images", FLOAT, [batch, 3, "height", "width"])]
@@ -109,8 +113,6 @@ def kind_of(model: RoutedNetwork) -> str:
     if model.exits is None:
         return DENSE if config.gated else STATIC
     remedy = f"name an exit for all images with --route {' or '.join(config.named_routes)}"
-    if config.place is not None:
-        raise ValueError(f"the places of this network leave by themselves, and no file holds that: {remedy}")
     if not model.exits.calibrated:
         raise ValueError(f"the network was not calibrated, so it cannot decide: run `routeseg calibrate`, or {remedy}")
     return EXITS

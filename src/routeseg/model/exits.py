@@ -80,6 +80,7 @@ class Exits(Priced):
     reached      [K][S]: whether features arrive at each scale of each exit
     gates        the rule (model/choice.py)
     others       tables of prices at other sizes than 1, in the order of `sizes`
+    wholes       of a network whose places leave, tables of all sizes for images that leave as wholes (`as_wholes`)
 
     Raises ValueError if places cannot decide by the network's rule.
     """
@@ -99,10 +100,13 @@ class Exits(Priced):
             raise ValueError(f"choice is {config.choice}, about whole images: choose another, or leave place out")
         self.gates = choice(config)
         self.others = nn.ModuleList(Priced(len(self.layers), True) for size in self.sizes if size != 1)
+        scored, sizes = config.sizes is not None, () if self.place is None else self.sizes
+        self.wholes = nn.ModuleList(Priced(len(self.layers), scored) for _ in sizes)
 
     def calibration(self) -> list[Tensor]:
         """The tensors that a calibration sets."""
-        return [*self.buffers(recurse=False), *self.others.buffers(), *self.gates.buffers()]
+        tables = [*self.others.buffers(), *self.wholes.buffers()]
+        return [*self.buffers(recurse=False), *tables, *self.gates.buffers()]
 
     @property
     def calibrated(self) -> bool:

@@ -4,12 +4,14 @@ oracle."""
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from huggingface_hub import ModelCard
 
 from routeseg.config import NO_GATE
+from routeseg.errors import NO_PLACES
 from routeseg.model.decoder import Segmentation
+from routeseg.model.exits import Priced
 from routeseg.model.grid import RoutedNetwork
 from routeseg.model.request import check_route, exit_of
 from routeseg.space import Route
@@ -66,3 +68,19 @@ class DynamicRoutingNetwork(
             static = type(self)(config)
         static.load_state_dict({key: weights[key] for key in static.state_dict()})
         return static.to(next(self.parameters()).dtype).train(self.training)
+
+    def as_wholes(self) -> Self:
+        """Of a network whose places leave by themselves, one whose images leave as wholes, with copies of the weights.
+
+        Raises ValueError if its places do not.
+        """
+        if self.exits is None or self.exits.place is None:
+            raise ValueError(f"there is nothing to change: {NO_PLACES}")
+        weights = self.state_dict()
+        with next(self.parameters()).device:
+            found = type(self)(replace(self.config, place=None))
+        found.load_state_dict({key: weights[key] for key in found.state_dict()})
+        assert found.exits is not None
+        for size, table in zip(self.exits.sizes, self.exits.wholes, strict=True):
+            found.exits.at(size).table = cast(Priced, table).table
+        return found.to(next(self.parameters()).dtype).train(self.training)
