@@ -45,13 +45,13 @@ struct Node {
     const float *weight, *bias;   // of the gate: [3][features], [3]
 };
 
-// A place where an image may leave the grid, behind a layer. Without exits a network has one, behind the last layer.
+// Where an image may leave the grid, behind a layer. Without exits a network has one, behind the last layer.
 struct Exit {
-    int32_t layer, features, later;  // what its gate reads and predicts: losses at this exit and those behind it
+    int32_t layer, features, later;  // what its gate reads and predicts: losses at this exit and later ones; 0: no gate
     const Conv* merges;              // of its decoder, [S]
     Conv predictor;
     Conv glance;                          // the predictor, on small maps
-    const float *center, *weight, *bias;  // of the gate: [features], [later][features], [later]; null: no gate
+    const float *center, *weight, *bias;  // of the gate: [features], [later][features], [later]
 };
 
 // An inverted residual of a backbone: to many channels, depthwise and to few.
@@ -495,9 +495,9 @@ class Forward {
             return std::all_of(rest, end, [](float open) { return open == 0; });
         }
         const Exit& exit = net.exit[number];
-        if (!exit.weight) return entropies(glanced(exit, features), Mask(1, 1, 1))[0] <= request.prices[number];
+        if (!exit.later) return entropies(glanced(exit, features), Mask(1, 1, 1))[0] <= request.prices[number];
         const std::vector<double> seen = classes_of(glanced(exit, features));
-        require(int(seen.size()) == exit.features && exit.later == net.exits - number,
+        require(int(seen.size()) == exit.features && exit.weight && exit.later == net.exits - number,
                 "an exit's gate reads other features than there are");
         float here = 0, behind = 0;
         for (int k = 0; k < exit.later; ++k) {
@@ -517,7 +517,7 @@ class Forward {
         Held running;
         const Pixels* pixels = nullptr;
         for (int scale = net.scales - 1; scale >= 0; --scale) {
-            const int factor = exit.weight ? GLANCE : std::max(GLANCE >> scale, 1);
+            const int factor = exit.later ? GLANCE : std::max(GLANCE >> scale, 1);
             const int h = stem_map.map.h >> scale, w = stem_map.map.w >> scale;
             const int small_h = (h + factor - 1) / factor, small_w = (w + factor - 1) / factor;
             if (still) pixels = &still->area((STEM_STRIDE << scale) * factor).pixels;
