@@ -206,7 +206,7 @@ class TestNetwork:
                 forward(images, budget=budget)
 
     @needs_kernels
-    @pytest.mark.parametrize("part", ["glance", "features", "classes"])
+    @pytest.mark.parametrize("part", ["glance", "features", "weight", "classes"])
     def test_kernels_refuse_what_they_cannot_glance_at(self, model, images, part):
         forward, request = CompiledForward(model, torch.float32), model.request(1, budget=0.6)
         forward(images[:1], request)
@@ -216,7 +216,7 @@ class TestNetwork:
         elif part == "glance":
             exit.glance.weights = None
         else:
-            exit.features = 1000
+            setattr(exit, part, None if part == "weight" else 1000)
         with pytest.raises(RuntimeError, match="the compiled kernels failed in a forward of 64x96 pixels: [a-z]"):
             forward(images[:1], request)
 

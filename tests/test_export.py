@@ -370,9 +370,7 @@ def test_the_document_runs_a_file(kind, tmp_path, monkeypatch):
     found: dict[str, Any] = {}
     exec(block, found)
     assert found["labels"].shape == (360, 480)
-    assert kind == "static" or float(found["feed"]["price"]) == pytest.approx(
-        float(model.prices.price_of(np.array(0.5)))
-    )
+    assert kind == "static" or float(found["feed"]["price"]) == pytest.approx(model.prices.look_up(0.5).price)
 
 
 def test_weights_stand_once():
