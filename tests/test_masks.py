@@ -420,7 +420,8 @@ class TestCommands:
         """0, 1, 2 become 0, 2, 7."""
         root, output = unnamed(tmp_path / "mine", (0, 1, 2)), tmp_path / "run"
         words = ["train", root, "--config=small", *TINY, "--recipe.save_every=1", "--output", output]
-        assert run([*words, "--recipe.iterations=1"], capsys)[0] == 0
+        code, out, err = run([*words, "--recipe.iterations=1"], capsys)
+        assert code == 0, err
         before = (output / "config.yaml").read_bytes()
         for path in mask_files(root):
             mask = np.array(Image.open(path))

@@ -212,7 +212,14 @@ def test_the_command(layouts, tmp_path, capsys, time, slow, monkeypatch):
     """Minutes count from the start of the command; config.yaml has the steps that there were."""
     seconds, rates, _ = slow
     tiny = ["--model.depth=3", "--model.base_channels=4", "--model.stem_channels=4", "--model.backbone=null"]
-    tiny += ["--model.exits=null", "--data.crop=[32,64]", "--data.batch_size=2", "--recipe.precise_bn_batches=1"]
+    tiny += [
+        "--model.exits=null",
+        "--model.place=null",
+        "--model.sizes=null",
+        "--data.crop=[32,64]",
+        "--data.batch_size=2",
+        "--recipe.precise_bn_batches=1",
+    ]
 
     def measure(*_):
         time[0] += 10.0

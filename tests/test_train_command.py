@@ -29,6 +29,8 @@ TINY = [
     "--model.stem_channels=4",
     "--model.route=diagonal",
     "--model.exits=null",
+    "--model.place=null",
+    "--model.sizes=null",
     "--model.backbone=null",
     "--data.crop=[32, 64]",
     "--data.batch_size=2",
@@ -136,7 +138,16 @@ def test_in_python_a_folder_is_enough(layouts, tmp_path, monkeypatch):
         with pytest.raises(Stop):
             routeseg.train(root, output=tmp_path / "run", **sections, **options)
     with pytest.raises(Stop):
-        training.train_command([str(root), "--model.exits=null", "--recipe.class_offsets=false", "--output=o"])
+        training.train_command(
+            [
+                str(root),
+                "--model.exits=null",
+                "--model.place=null",
+                "--model.sizes=null",
+                "--recipe.class_offsets=false",
+                "--output=o",
+            ]
+        )
     (args, *how), (cut, *_), (preset, *_), (words, *_) = asked
     assert how == [True, True] and [one[1] for one in asked] == [True, False, False, True]
     assert args.init == words.init == str(checkpoints.PRETRAINED) and preset.init is None
@@ -267,7 +278,16 @@ def test_a_tracker_that_is_not_there(capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--data.batch_size=1", "--model.exits=null", "--data.crop=[32,32]"], "leave a single value per channel"),
+        (
+            [
+                "--data.batch_size=1",
+                "--model.exits=null",
+                "--model.place=null",
+                "--model.sizes=null",
+                "--data.crop=[32,32]",
+            ],
+            "leave a single value per channel",
+        ),
         (["--gate_budget.weight=0.5"], "a network without gates cannot keep a budget"),
     ],
 )
@@ -275,7 +295,17 @@ def test_what_is_refused_comes_before_the_pace(layouts, tmp_path, capsys, monkey
     monkeypatch.setattr("routeseg.training.pace.choose_precision", lambda *_: 1 / 0)
     monkeypatch.setattr("routeseg.training.pace.step_seconds", lambda *_: 1 / 0)
     tiny = [word for word in TINY if not word.startswith(("--data", "--model.depth"))]
-    words = ["train", layouts("folder"), *tiny, "--model.depth=6", "--model.exits=null", *words, "--init=null"]
+    words = [
+        "train",
+        layouts("folder"),
+        *tiny,
+        "--model.depth=6",
+        "--model.exits=null",
+        "--model.place=null",
+        "--model.sizes=null",
+        *words,
+        "--init=null",
+    ]
     code, _, err = run([*words, "--minutes=1", "--output", tmp_path / "run"], capsys)
     assert code == 2 and message in err and err.count("\n") == 1
 

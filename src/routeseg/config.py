@@ -131,7 +131,9 @@ class NetworkConfig:
         if self.exits is None:
             for name in ("choice", "place", "sizes"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name} is {brief(getattr(self, name))}, but there are no exits: name them")
+                    raise ValueError(
+                        f"{name} is {brief(getattr(self, name))}, but there are no exits: name them, or set {name} to null"
+                    )
             return
         if place is not None and (
             isinstance(place, bool) or not isinstance(place, int) or not 0 < place <= MAX_PLACE or place % least
