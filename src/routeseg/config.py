@@ -132,7 +132,7 @@ class NetworkConfig:
             for name in ("choice", "place", "sizes"):
                 if getattr(self, name) is not None:
                     raise ValueError(
-                        f"{name} is {brief(getattr(self, name))}, but there are no exits: name them, or set {name} to null"
+                        f"{name} is {brief(getattr(self, name))}, but there are no exits: name some, or make it null"
                     )
             return
         if place is not None and (
