@@ -59,7 +59,7 @@ PRICES = (0.01, 0.03, 0.06, 0.1, 0.15, 0.22, 0.32, 0.45, 0.65, 0.9)  # nats
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 SHUFFLES = 5
 ASKED = (0.35, 0.5, 0.75)
-KEPT_IMAGES = 100  # of each source
+KEPT_IMAGES = 40  # of each source
 FRONTIER = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0, 1.5, 2.0)
 
 

@@ -1,7 +1,8 @@
 """Makes the network that comes with the package, or another one to pass on, of a trained one: float16, with a card that
 says what it is.
 
-    python benchmarks/ship.py runs/camvid/best --run runs/camvid --results results/camvid_pretrained_cpu.json
+    python benchmarks/ship.py runs/camvid/best --run runs/camvid --results results/camvid_pretrained_cpu.json \\
+        --before "4500 iterations of camvid/pretrained"
     python benchmarks/ship.py runs/wide/best results/camvid_wide --run runs/wide --results results/camvid_wide_cpu.json
 
 Writes FOLDER (src/routeseg/pretrained/camvid unless given): model.safetensors, config.json, README.md. --run is the
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER)
     parser.add_argument("--run", type=Path, required=True, help="folder of the training")
+    parser.add_argument("--before", default="", help="what the weights had learned before that training, in words")
     parser.add_argument("--results", type=Path, help="of `routeseg evaluate --json`; without it the card has no scores")
     parser.add_argument("--curves", type=Path, help="draw loss and scores of the training into this .png")
     args = parser.parse_args(arguments)
@@ -90,10 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         CARD.format(
             classes=config.num_classes,
             million=sum(p.numel() for p in model.parameters()) / 1e6,
-            least=100.0 if model.exits is None else 100 * float(model.exits.costs[0]),
+            least=100.0 if model.prices is None else 100 * min(table.costs[0] for table in model.prices.tables),
             what=DEFAULT if args.folder == FOLDER else OTHER,
             features=IMAGENET.format(config.backbone) if config.backbone else "from scratch, of these frames alone",
-            recipe=recipe_of(args.run),
+            recipe=f"{args.before}, then {recipe_of(args.run)}" if args.before else recipe_of(args.run),
             precision="float32" if facts is None else facts["precision"],
             how="not measured" if facts is None else result_tables.how([facts], ""),
             scores="" if facts is None else result_tables.classes([facts], "this network"),
@@ -117,6 +119,7 @@ def recipe_of(run: Path) -> str:
     return (
         f"{recipe['iterations']} iterations of {data['batch_size']} crops of {crop}, {recipe['optimizer']}, learning "
         f"rate {recipe['lr']:g}, class balance {recipe['class_balance']:g}, averaged weights ({recipe['ema_decay']:g})"
+        + (", places leave" if known["model"].get("place") and recipe["places_from"] < 1 else "")
         + (", offsets of classes" if recipe.get("class_offsets") else "")
     )
 

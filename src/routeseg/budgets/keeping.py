@@ -74,9 +74,9 @@ class Spending:
             costs = self.asked.costs(self.network, size)[list(self.prices.sizes).index(look.size)]
             self._known[size] = look, costs
         look, costs = self._known[size]
-        if self.keeper is None or self.keeper.images == 0:
-            return look
         table = self.prices.at(look.size)
+        if self.keeper is None or self.keeper.images == 0 or look.price == table.prices[0]:  # all of that size
+            return look
         return Look(look.size, float(table.price_of(np.array(max(self.keeper.next(), costs[0])), costs)))
 
     def saw(self, size: tuple[int, int], look: Look, gates: Any, exits: Any, seen: tuple[int, int] | None) -> None:

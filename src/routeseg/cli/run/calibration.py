@@ -37,7 +37,8 @@ def run_calibrate(
                 model, evaluation_loader(images, data.workers), evaluation_loader(others, data.workers), step
             )
         print_exits(model)
-        print(f"calibrated with {count} images: ask for a budget with --budget")
+        labelled = f" with {count} images" if count else ""  # a rule that is not fitted reads no labels
+        print(f"calibrated{labelled}: ask for a budget with --budget")
     model.save(args.checkpoint)
     print(f"{args.checkpoint} is changed: it keeps what was fitted here in place of what it had")
     return 0
