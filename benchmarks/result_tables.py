@@ -351,10 +351,12 @@ def busy(facts: Sequence[Facts], words: str) -> str:
 
 def places(facts: Sequence[Facts], words: str) -> str:
     """`chosen`: what choosing is worth, of one file. `kept`: what budgets cost on other sources. `frontier`: what
-    budgets bring, beside smaller images of the same cost. `walked: NAME, NAME`: the scores of networks at shares of the
-    cost, between those that were measured, with places and with smaller images.
+    budgets bring, or some of them (`frontier 30 50`, in percent), beside smaller images of the same cost. `walked:
+    NAME, NAME`: the scores of networks at shares of the cost, between those that were measured, with places and with
+    smaller images.
     """
-    if words == "frontier":
+    if words.startswith("frontier"):
+        some = {float(one) / 100 for one in words.split()[1:]}
         points = sorted(facts[0]["sizes"], key=lambda row: row["cost"])
         costs, scores = [row["cost"] for row in points], [row["miou"] for row in points]
         rows = [
@@ -366,6 +368,7 @@ def places(facts: Sequence[Facts], words: str) -> str:
                 _share(_between(row["cost"], costs, scores)),
             ]
             for row in facts[0]["frontier"]
+            if not some or row["asked"] in some
         ]
         return table(["", "times the sides", "spent, %", "mIoU, %", "a smaller or larger image, all layers"], rows)
     if words == "kept":
