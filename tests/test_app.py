@@ -178,7 +178,7 @@ class TestAnswers:
         assert "error" not in explorer.look({"picture": tokens[-1]})
 
     def test_how_far_each_place_went(self, explorer, opened, monkeypatch):
-        plain = Explorer(DynamicRoutingNetwork(depth=4, base_channels=4, num_classes=2), "plain")
+        plain = Explorer(routeseg.DynamicRoutingNetwork(depth=4, base_channels=4, num_classes=2), "plain")
         assert plain.about()["place"] is None and explorer.look({"picture": opened["picture"]})["effort"] is None
         model = network()
         assert calibrate(model, [], list(evaluation_loader(open_data(DATA, "val")))) == 0
