@@ -124,8 +124,13 @@ class Asked:
         """
         prices, means = check_exits(network), None
         if self.unit == "share":
-            if self.value > max(1.0, *(float(table.costs[-1]) for table in prices.tables)):
-                raise ValueError(f"budget is {self}, more than the full network, which knows no larger images: {FORMS}")
+            most = max(1.0, *(float(table.costs[-1]) for table in prices.tables))
+            if self.value > most:
+                size = max(prices.sizes)
+                larger = f" on images of {size:g} times the sides, the largest that it knows" if size > 1 else ""
+                raise ValueError(
+                    f"budget is {self}, more than the full network costs{larger}, {100 * most:.0f}%: {FORMS}"
+                )
             return prices.look_up(self.value, size=at)
         if self.unit == "ms":
             means = []
