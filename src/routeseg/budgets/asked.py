@@ -126,8 +126,8 @@ class Asked:
         if self.unit == "share":
             most = max(1.0, *(float(table.costs[-1]) for table in prices.tables))
             if self.value > most:
-                size = max(prices.sizes)
-                larger = f" on images of {size:g} times the sides, the largest that it knows" if size > 1 else ""
+                largest = max(prices.sizes)
+                larger = f" on images of {largest:g} times the sides, the largest that it knows" if largest > 1 else ""
                 raise ValueError(
                     f"budget is {self}, more than the full network costs{larger}, {100 * most:.0f}%: {FORMS}"
                 )
