@@ -17,10 +17,9 @@ from PIL import Image
 import page
 import routeseg
 import tables
-from routeseg.cli import main
+from routeseg.cli import common, main
 from routeseg.cli.parser import Parser
 from routeseg.cost.macs import exit_costs
-from routeseg.data import config
 from routeseg.data.scenes import draw_scene
 
 ROOT = Path(__file__).parents[1]
@@ -116,7 +115,7 @@ def test_commands_parse(path, monkeypatch, capsys):
         raise ParsedError
 
     monkeypatch.setattr(Parser, "parse_args", parse_alone)
-    monkeypatch.setattr(config, "layout_of", lambda root: "folder")  # no folder of theirs is here
+    monkeypatch.setattr(common, "layout_of", lambda root: "folder")  # no folder of theirs is here
     monkeypatch.chdir(ROOT)
     for words in commands(path):
         try:
