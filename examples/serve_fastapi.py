@@ -97,9 +97,10 @@ def parse(budget: str | None, model: routeseg.DynamicRoutingNetwork) -> Asked | 
     if budget is None:
         return None
     try:
-        exits, asked = check_exits(model), Asked.parse(budget)
+        check_exits(model)
+        asked = Asked.parse(budget)
         if asked.unit == "share":
-            exits.price_of(np.array(asked.value))  # whether it can be kept; of MACs the size of the image decides
+            asked.look(model, (64, 64))  # whether it can be kept; of MACs the size of the image decides
         return asked
     except ValueError as error:
         raise HTTPException(400, str(error)) from error

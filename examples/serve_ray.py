@@ -109,7 +109,7 @@ class Replica:
         asked = parse(budget, model)
         image = await asyncio.to_thread(decode, body)
         try:
-            price = None if asked is None else asked.price(model, pad_small(image).shape[:2])
+            price = None if asked is None else asked.look(model, pad_small(image).shape[:2], 1.0).price
         except BudgetNotKept as error:
             raise HTTPException(400, str(error)) from error
         return await asyncio.to_thread(respond, await self.batch(Job(image, price)), answer)

@@ -221,7 +221,7 @@ class TestRayServe:
         alone, jobs = routeseg.load(checkpoint), []
         for case in cases:
             asked = serve_fastapi.parse(case.query.get("budget"), alone)
-            jobs.append(serve_ray.Job(case.result.image, asked and asked.price(alone, SIZES[0])))
+            jobs.append(serve_ray.Job(case.result.image, asked and asked.look(alone, SIZES[0], 1.0).price))
         for case, found in zip(cases, serve_ray.Batches(model)(jobs), strict=True):
             assert np.array_equal(found.labels, case.result.labels)
             assert np.array_equal(found.gates, case.result.gates)
