@@ -81,7 +81,7 @@ def with_exits(size: tuple[int, int], **options) -> DynamicRoutingNetwork:
     several classes."""
     torch.manual_seed(0)
     options = {"num_classes": 5, "depth": 6, "route": "diagonal", "exits": [0, 2, 4]} | options
-    model = spread_gates(DynamicRoutingNetwork(base_channels=8, stem_channels=8, gate="fixed", **options)).eval()
+    model = spread_gates(routeseg.Segmenter(base_channels=8, stem_channels=8, gate="fixed", **options)).eval()
     exits, costs = model.exits, exit_costs(model, size)
     losses = np.array((0.9, 0.5, 0.2, 0.0))[-len(costs) :]  # that images expect at the exits, about
     costs, prices = costs / costs[-1], np.linspace(0, 4, len(exits.prices))

@@ -133,7 +133,10 @@ def test_in_python_a_folder_is_enough(layouts, tmp_path, monkeypatch):
         raise Stop
 
     monkeypatch.setattr(training, "_train", stop)
-    root, sections = layouts("folder"), {"model": {"exits": None}, "recipe": {"class_offsets": False}}
+    root, sections = (
+        layouts("folder"),
+        {"model": {"exits": None, "place": None, "sizes": None}, "recipe": {"class_offsets": False}},
+    )
     for options in ({}, {"data": {"crop": "64x96"}}, {"config": "camvid/small"}):
         with pytest.raises(Stop):
             routeseg.train(root, output=tmp_path / "run", **sections, **options)
