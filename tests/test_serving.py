@@ -186,8 +186,8 @@ class TestFastAPI:
                 assert send.http.get("/health", headers=headers).status_code == code
             assert send.http.post("/segment", content=case.body, headers={"Host": "evil.example"}).json()["detail"]
 
-    def test_a_network_without_exits(self, tiny_network, cases):
-        with serving(tiny_network) as send:
+    def test_a_network_without_exits(self, tiny_network, cases, tmp_path):
+        with serving(routeseg.load(tiny_network.save(tmp_path))) as send:
             answer = send(cases[1])
             assert answer.status_code == 400 and "takes no budget" in answer.json()["detail"]
             assert send(cases[0]).status_code == 200
