@@ -70,7 +70,12 @@ class Priced(nn.Module):
             buffer.copy_(torch.from_numpy(values))
 
     def _values(self) -> tuple[Tensor, ...]:
-        return self.costs, self.prices, self.frequencies, getattr(self, "scores", torch.full((TABLE,), torch.nan))
+        return (
+            self.costs,
+            self.prices,
+            self.frequencies,
+            getattr(self, "scores", torch.full_like(self.prices, torch.nan)),
+        )
 
 
 class Exits(Priced):
