@@ -202,7 +202,8 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
 
     def request(self, images: int, route: Routes = None, **options: Unpack[Options]) -> Request:
         """What a forward of so many images is asked, as `forward` takes it; raises what it raises."""
-        return Request.of(self.config, images, route, self.prices, **options)
+        looks_up = options.get("budget") is not None or options.get("per_image", False)
+        return Request.of(self.config, images, route, self.prices if looks_up else None, **options)
 
     def answer(self, images: Tensor, request: Request, drop_path: float = 0.0, coarse: bool = False) -> Any:
         """The head's result for images [B,3,H,W] and a request; `forward` says what it is."""

@@ -319,8 +319,9 @@ def segment(runner: Runner, image: np.ndarray, source: Source, name: str) -> Seg
         seconds += time.perf_counter() - start
         labels[rows.kept, columns.kept] = ran.labels[rows.inside, columns.inside]
         own = (view.shape[0], view.shape[1])
-        cost += float(model_cost(runner.network, ran.seen or own).of_result(ran.gates, ran.exits))
-        full += model_cost(runner.network, own).full
+        table = model_cost(runner.network, own)
+        seen = table if ran.seen in (None, own) else model_cost(runner.network, ran.seen)
+        cost, full = cost + float(seen.of_result(ran.gates, ran.exits)), full + table.full
         opened.append(ran.gates)
     prediction = Prediction(source, name, (height, width), cost, full)
     mean = opened[0] if len(opened) == 1 else np.asarray(np.mean(opened, axis=0, dtype=np.float32))
