@@ -21,14 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from routeseg.budgets.worth import LARGEST_PRICE, AllExits, price_between, score_exits
+from routeseg.budgets.worth import LARGEST_PRICE, AllExits, mean_iou, price_between, score_exits
 from routeseg.collectives import gather
 from routeseg.cost.macs import exit_costs, model_cost
 from routeseg.data.subset import LEAST_IMAGES
 from routeseg.engine import SkipEngine
 from routeseg.evaluation.scores import count_pairs
 from routeseg.model import DynamicRoutingNetwork
-from routeseg.model.decoder import most_likely
 from routeseg.model.exits import TABLE, Exits, Priced
 from routeseg.model.grid import RoutedNetwork
 from routeseg.model.prices import PriceTable
@@ -116,10 +115,10 @@ def _set_budgets(
         found = price_table(exits, glances, costs)
         scores = np.full(len(found[0]), np.nan)
         if looked:
-            pairs = np.concatenate([one for _, one in looked])
+            known = AllExits.joined([one for _, one in looked])
             scored = [np.concatenate(of) for of in zip(*(one for one, _ in looked), strict=True)]
             at = (choose(exits, scored, costs, price) for price in found[0])
-            scores = np.array([_miou(pairs[np.arange(len(exit)), exit].sum(0)) for exit in at])
+            scores = np.array([_miou(known, exit) for exit in at])
         table = PriceTable(costs, *found, scores)
         if exits.place is None:
             exits.at(size).table = table
@@ -142,12 +141,11 @@ def _glances(exits: Exits, kept: Sequence[Sequence[Any]]) -> list[np.ndarray]:
 
 def _looked(
     model: RoutedNetwork, exits: Exits, size: float, images: Callable[[], Iterator[dict[str, Any]]]
-) -> list[tuple[list[np.ndarray], np.ndarray]]:
+) -> list[tuple[list[np.ndarray], AllExits]]:
     """What decides at each exit for each batch of images that are looked at in this size, and what each exit makes of
-    them: confusion matrices [B,K,C,C]."""
+    them."""
     found = []
     for batch in images():
-        labels = batch["labels"]
         kept: list[Sequence[Any]] = []
 
         def run(seen: Tensor, kept: list[Sequence[Any]] = kept) -> Any:
@@ -156,10 +154,8 @@ def _looked(
             return result
 
         result = look(batch["image"].to(exits.costs.device), size, run)
-        labelled = [most_likely(logits).cpu() for logits in (*result.earlier, result.logits)]
-        classes = model.config.num_classes
-        pairs = [[count_pairs(labels[i], one[i], classes).numpy() for one in labelled] for i in range(len(labels))]
-        found.append(([_whole(values) for values in _glances(exits, kept)], np.array(pairs)))
+        scores = score_exits(result, batch["labels"].to(exits.costs.device))
+        found.append(([_whole(values) for values in _glances(exits, kept)], scores))
     return [one for share in gather(found) for one in share]
 
 
@@ -192,7 +188,9 @@ def _walked(
     for row in range(1, len(watched)):  # chance may let a higher price cost more
         if frequencies[row] @ costs > frequencies[row - 1] @ costs:
             frequencies[row] = frequencies[row - 1]
-    scores = np.array([_miou(one) for one in pairs]) if scored else np.full(len(watched), np.nan)
+    scores = np.full(len(watched), np.nan)
+    if scored:  # all images together, at each price
+        scores = np.array([_miou(AllExits.of(pairs[None]), np.array([row])) for row in range(len(watched))])
     rows, steps = np.linspace(0, len(watched) - 1, TABLE - 2), np.arange(len(watched))
     between = np.stack([np.interp(rows, steps, column) for column in (*frequencies.T, scores)], axis=1)
     ends = np.eye(len(costs))[[-1, 0]]
@@ -205,10 +203,9 @@ def _walked(
     )
 
 
-def _miou(pairs: np.ndarray) -> float:
-    """Of a confusion matrix [C,C], over the classes that labels have; NaN without labels."""
-    both, there = np.diag(pairs), pairs.sum(1) > 0
-    return float((both[there] / (pairs.sum(0) + pairs.sum(1) - both)[there]).mean()) if there.any() else float("nan")
+def _miou(seen: AllExits, exits: np.ndarray) -> float:
+    """`mean_iou`; NaN without labels."""
+    return mean_iou(seen, exits) if seen.labels.any() else float("nan")
 
 
 def with_sizes(model: Network, sizes: Sequence[float]) -> Network:
