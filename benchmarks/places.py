@@ -165,10 +165,14 @@ def resized(image: Tensor, size: float) -> Tensor:
 
 
 class Counted:
-    """A forward whose scores and costs are added up."""
+    """A forward whose scores and costs are added up: shares of what `reference`, or else the model, costs with all
+    layers at the images' own size."""
 
-    def __init__(self, forward: Callable[..., Any], model: DynamicRoutingNetwork) -> None:
+    def __init__(
+        self, forward: Callable[..., Any], model: DynamicRoutingNetwork, reference: DynamicRoutingNetwork | None = None
+    ) -> None:
         self.forward, self.model, self.pairs = forward, model, cast(Any, 0)
+        self.reference = reference or model
         self.costs: list[float] = []
 
     def __call__(self, one: dict[str, Any], **how: Any) -> Any:
@@ -178,7 +182,7 @@ class Counted:
             found = most_likely(result.logits)[0].numpy()
             self.pairs = self.pairs + pairs_of(one["labels"][0].numpy(), found, self.model.config.num_classes)
         macs = model_cost(self.model, result.seen or own).of_result(result.gates, result.exits)[0]
-        self.costs.append(float(macs) / model_cost(self.model, own).full)
+        self.costs.append(float(macs) / model_cost(self.reference, own).full)
         return result
 
 

@@ -16,7 +16,7 @@ from routeseg.counting import CONVENTIONS, PartMacs
 from routeseg.data.config import DataConfig
 from routeseg.engine.compiled import CompiledForward, is_compiled
 from routeseg.export import build_onnx
-from routeseg.model.backbone import Backbone, EfficientNetLite0, InvertedResidual
+from routeseg.model.backbone import Backbone, InvertedResidual
 from routeseg.space import DOWN
 from routeseg.training.batch_norm import images_of_norms, norms_of
 from routeseg.training.gate_budget import Budget
@@ -27,6 +27,26 @@ from routeseg.training.segmentation import SegmentationTask, train
 SIZE = (64, 96)
 NETWORK = {"num_classes": 5, "depth": 4, "base_channels": 8, "backbone": "efficientnet_lite0"}
 NO_STAGE_BUT_THE_FIRST = [[layer, 0, "keep"] for layer in range(5)]
+FEATURES = {
+    0: [
+        (0.44468, 11.38363, -2.32314, 11.66937),
+        (0.16824, 10.30011, -13.04395, -2.90865),
+        (0.32956, 6.05744, 1.67152, 3.03812),
+        (-0.19239, 2.59584, -5.18553, 0.32836),
+    ],
+    1: [
+        (4.53461, 13.30343, 8.28147, -5.89112),
+        (0.39975, 13.41467, 6.21653, 3.57809),
+        (-0.25072, 6.08061, 2.89054, 6.5666),
+        (-0.18506, 3.19268, -0.22773, -0.54561),
+    ],
+    2: [
+        (-1.18765, 13.46164, -24.87822, 16.33481),
+        (1.01294, 12.0786, 9.40206, 4.95667),
+        (-0.14833, 6.39608, -2.73004, -10.09021),
+        (0.14774, 2.65172, 1.99178, -3.72201),
+    ],
+}
 needs_kernels = pytest.mark.skipif(not is_compiled(torch.float32), reason="there are no kernels here")
 
 
@@ -60,24 +80,35 @@ def stages_that_ran(model: DynamicRoutingNetwork, *args) -> list[int]:
 
 
 class TestWeights:
-    def test_features_are_those_of_another_implementation(self):
-        """Of the same file, read by the package efficientnet-lite-pytorch 0.1.0: mean, deviation and two values."""
-        model = DynamicRoutingNetwork(**NETWORK).eval()
+    @pytest.mark.parametrize(("version", "expected"), FEATURES.items())
+    def test_features_are_those_of_another_implementation(self, version, expected):
+        """Of the same file, read by the package efficientnet-lite-pytorch 0.1.0, padded for this size: mean, deviation
+        and two values of each stage."""
+        model = DynamicRoutingNetwork(**NETWORK | {"backbone": f"efficientnet_lite{version}"}).eval()
         model.load_pretrained()
         y, x = torch.meshgrid(torch.arange(64.0), torch.arange(96.0), indexing="ij")
         features = torch.stack([torch.sin(x / 7 + c) * torch.cos(y / 5 - c) for c in range(3)])[None]
-        expected = [
-            (0.44468, 11.38363, -2.32314, 11.66937),
-            (0.16824, 10.30011, -13.04395, -2.90865),
-            (0.32956, 6.05744, 1.67152, 3.03812),
-            (-0.19239, 2.59584, -5.18553, 0.32836),
-        ]
-        for stage, numbers, channels in zip(model.backbone.stages, expected, EfficientNetLite0.channels, strict=True):
+        for stage, numbers, channels in zip(model.backbone.stages, expected, model.backbone.channels, strict=True):
             with torch.no_grad():
                 features = stage(features)
             found = (features.mean(), features.std(), features[0, 3, 1, 2], features[0, -1, -1, -1])
             assert features.shape[1] == channels
             assert [value.item() for value in found] == pytest.approx(numbers, abs=2e-4)
+
+    @needs_kernels
+    @pytest.mark.parametrize("version", FEATURES)
+    def test_a_member_of_the_family_is_its_table_alone(self, version):
+        """Cost, kernels, and files that run elsewhere come with it."""
+        model = network(gate="fixed", route="diagonal", backbone=f"efficientnet_lite{version}")
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            expected = model(images(1))
+        macs = model_cost(model, SIZE, "conv").full
+        assert counter.get_total_flops() / 2 == macs
+        engine = SkipEngine(model, backend="kernels")
+        assert torch.allclose(engine(images(1)).logits, expected.logits, atol=1e-3 * float(expected.logits.abs().max()))
+        session = onnxruntime.InferenceSession(build_onnx(model).SerializeToString())
+        found = session.run(None, {"images": images(1).numpy()})[0]
+        assert np.allclose(found, expected.logits, atol=1e-3 * float(expected.logits.abs().max()))
 
     def test_the_network_takes_the_normalisation_of_the_weights(self):
         model = DynamicRoutingNetwork(**NETWORK)

@@ -18,7 +18,7 @@ from routeseg import DynamicRoutingNetwork, Route, SkipEngine, bfloat16, load, s
 from routeseg.config import NetworkConfig
 from routeseg.data.decoding import read_image
 from routeseg.engine import compiled, skip
-from routeseg.engine.compiled import BUILDS, STEPS, CompiledForward, find_library, is_compiled
+from routeseg.engine.compiled import BUILDS, CompiledForward, find_library, is_compiled
 from routeseg.engine.folding import FoldedForward
 from routeseg.engine.skip import kernels_ms as measured_kernels  # conftest.py puts another in its place
 from routeseg.model.decoder import Decoder
@@ -122,33 +122,66 @@ def test_images_in_any_form(images_as):
     )
 
 
+SEEN = [1.0, 0.33, 0.5, 0.71, 1.4, 2.3]  # sizes at which images are looked at
+
+
+@pytest.mark.parametrize("size", SEEN)
+@pytest.mark.parametrize("own", [(93, 141), (40, 33)])
 @torch.no_grad()
-def test_only_what_is_open_is_computed():
-    """Every step of a node takes time exactly where the gates say that it is run."""
-    model = network(seed=3)
-    forward = CompiledForward(model, torch.float32)
-    seconds = np.zeros((model.space.depth + 1, model.space.num_scales, len(STEPS)))
-    times = np.concatenate([seconds.ravel(), np.zeros(2)])
-    gates = forward(images(1, 64, 96), Request.of(model.config, 1), times).gates
-    took = times[:-2].reshape(seconds.shape) > 0
-    is_open = gates[0].numpy() > 0
-    reached = model.space.reached(gates[0].numpy())
-    assert 0 < is_open.sum() < len(model.space.edges)
-    no_backbone = np.zeros_like(reached)
-    for step, expected in zip(
-        STEPS, (reached, reached, is_open.any(-1), is_open[..., UP], is_open[..., DOWN], no_backbone), strict=True
-    ):
-        assert (took[..., STEPS.index(step)] == expected).all(), step
-    assert (times[-2:] > 0).all()
+def test_images_are_resized_within_the_forward(own, size):
+    """As PyTorch does it, to rounding: what is read, and the logits."""
+    model = network(gate="fixed")
+    engine = SkipEngine(model, backend="kernels")
+    for batch in (images(2, *own), (images(1, *own) * 255).to(torch.uint8)):
+        found, expected = engine(batch, size=size), model(batch, size=size)
+        assert found.seen == expected.seen and (found.seen is None) == (size == 1)
+        assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("size", SEEN)
+@pytest.mark.parametrize("changes", [{}, {"num_classes": 21}, {"num_classes": 2}], ids=["5", "21", "2"])
+@torch.no_grad()
+def test_labels_are_those_of_the_logits(changes, size):
+    engine, batch = SkipEngine(network(**changes), backend="kernels"), images(2, 93, 141)
+    found, expected = engine.labels(batch, size=size), engine(batch, size=size)
+    assert found.labels.dtype == torch.uint8 and len(found.labels.unique()) > 1
+    top = expected.logits.topk(2, dim=1).values
+    differ = found.labels != expected.labels
+    assert (top[:, 0] - top[:, 1])[differ].le(1e-5).all(), "only where two classes are equally likely"
+    assert torch.equal(found.gates, expected.gates) and found.seen == expected.seen
+
+
+@pytest.mark.parametrize("backend", ["kernels", "eager"])
+def test_an_engine_draws_no_random_numbers(backend):
+    """A training that validates goes on as one that does not."""
+    model, state = network(gate="fixed", exits=[1, 2], place=32), torch.get_rng_state()
+    SkipEngine(model, backend=backend)(images(1, 64, 64))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @torch.no_grad()
-def test_a_forced_route_runs_no_gate():
-    model = network()
-    route = Route(model.space, [(0, 0, DOWN), (1, 1, KEEP), (2, 1, UP)])
-    times = np.zeros((model.space.depth + 1) * model.space.num_scales * len(STEPS) + 2)
-    CompiledForward(model, torch.float32)(images(1, 64, 96), Request.of(model.config, 1, route), times)
-    assert times[:-2].reshape(-1, len(STEPS))[:, STEPS.index("cell")].astype(bool).sum() == 3
+def test_labels_on_pytorch_s_operations():
+    engine, batch = SkipEngine(network(), backend="eager"), images(2, 45, 61)
+    assert torch.equal(engine.labels(batch, size=0.7).labels, engine(batch, size=0.7).labels)
+
+
+@pytest.mark.parametrize("backend", ["kernels", "eager"])
+@pytest.mark.parametrize("size", [1.0, 0.7])
+@torch.no_grad()
+def test_weights_that_diverged_give_no_labels(backend, size):
+    model = network(gate="fixed")
+    model.head.predictor.bias[2] = torch.nan
+    with pytest.raises(ValueError, match="diverged"):
+        SkipEngine(model, backend=backend).labels(images(1, 45, 61), size=size)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("size", [0.5, 1.3])
+def test_images_that_are_not_finite_are_refused_in_every_size(value, size):
+    batch = images(1, 64, 96)
+    batch[0, 1, 37, 51] = value
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        SkipEngine(network(), backend="kernels").labels(batch, size=size)
 
 
 def test_weights_of_what_is_closed_are_not_touched():
@@ -453,9 +486,9 @@ class TestBfloat16:
         ran, forward = [], CompiledForward.__call__
         monkeypatch.setattr(stopwatch, "clock", lambda: 0.001 * len(ran) ** 2)
 
-        def note(self, *args):
+        def note(self, *args, **options):
             ran.append(self._packed.dtype)
-            return forward(self, *args)
+            return forward(self, *args, **options)
 
         monkeypatch.setattr(CompiledForward, "__call__", note)
         state = torch.get_rng_state()

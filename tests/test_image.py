@@ -265,9 +265,9 @@ class TestManyClasses:
                 torch.nn.functional.one_hot(labels, classes).permute(2, 0, 1)[None].float(), found.gates
             )
 
-        monkeypatch.setattr(
-            SkipEngine, "__call__", lambda self, images, **how: answer(images, Request.of(model.config, 1))
-        )
+        request = Request.of(model.config, 1)
+        monkeypatch.setattr(SkipEngine, "__call__", lambda self, images, **how: answer(images, request))
+        monkeypatch.setattr(SkipEngine, "labels", lambda self, images, **how: answer(images, request).labelled())
         return model, expected
 
     def test_in_python_and_files(self, made, picture, tmp_path, dtype, mode):

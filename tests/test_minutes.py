@@ -81,6 +81,15 @@ def test_it_ends_in_time_and_has_decayed(time, slower, steps, validation_s):
     assert 1 <= len(validated) <= 4 and validated[-1] > 0.9
 
 
+def test_a_slow_beginning_does_not_end_it(time):
+    """Steps beside other work made the end look longer than all of the time that was left."""
+    start = time[0]
+    clock = Clock(600.0)
+    fitted(Recipe(), Pace(CHOICE, 1.0, 0.0, 0.0, 4, 120.0), clock, 4, rest_s=10.0)
+    shares, _ = drive(time, clock, lambda n: 4.0 if n < 40 else 1.0, lambda n: 120.0)
+    assert 0.85 * 600 < time[0] - start < 1.03 * 600 and len(shares) > 200
+
+
 def test_validations_that_do_not_fit_are_left_out(time):
     """One that takes longer than it was measured to: the next ones are left out, but for the last."""
     clock = Clock(300.0)

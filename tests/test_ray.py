@@ -189,7 +189,7 @@ class TestOptionsOfTheCommand:
 
         def ask(network, *words):
             path = make_images(tmp_path / "in", 1)[0]
-            monkeypatch.setattr(prediction_ray, "predict_with_ray", remember)
+            monkeypatch.setattr("routeseg.cli.prediction.predict_with_ray", remember)
             code, _, err = run_command(["predict", network, path, "--output", tmp_path / "out", *words], capsys)
             assert code == 0, err
             return seen

@@ -61,4 +61,11 @@ HEADS: Registry[Any] = Registry(
 CHOICES: Registry[Any] = Registry(
     "choice", {"loss": "routeseg.model.choice:LossChoice", "entropy": "routeseg.model.choice:EntropyChoice"}
 )
-BACKBONES: Registry[Any] = Registry("backbone", {"efficientnet_lite0": "routeseg.model.backbone:EfficientNetLite0"})
+BACKBONES: Registry[Any] = Registry(
+    "backbone",
+    {
+        "efficientnet_lite0": "routeseg.model.backbone:EfficientNetLite0",
+        "efficientnet_lite1": "routeseg.model.backbone:EfficientNetLite1",
+        "efficientnet_lite2": "routeseg.model.backbone:EfficientNetLite2",
+    },
+)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial, wraps
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -261,7 +261,7 @@ class Explorer:
 
     def _segment(self, picture: OpenImage, runner: TorchNetwork, **how: Any) -> Segmented:
         """The image, segmented as `predict` does it; `how`: a route or a budget, as the forward takes them."""
-        asked = TorchNetwork(partial(runner.forward, **how), self.model, runner.network)
+        asked = TorchNetwork(partial(cast(Any, runner.forward).labels, **how), self.model, runner.network)
         return segment(asked, picture.image, picture.name, picture.name)
 
     def _view(

@@ -26,6 +26,16 @@ class _Asked:
         self.precision = getattr(forward, "precision", str(next(model.parameters()).dtype).removeprefix("torch."))
         self.precision_reason = getattr(forward, "precision_reason", None)
 
+    def __call__(self, images: Tensor, **how: Any) -> Any:
+        return self._run(self.forward, images, how)
+
+    def labels(self, images: Tensor, **how: Any) -> Any:
+        """`SkipEngine.labels` of an engine; what the forward gives of another one."""
+        return self._run(getattr(self.forward, "labels", self.forward), images, how)
+
+    def _run(self, forward: Any, images: Tensor, how: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
 
 class Budgeted(_Asked):
     """A network with exits, or an engine of it, that keeps a budget: `Budgeted(engine, model, Asked.parse("40%"))`. The
@@ -57,10 +67,10 @@ class Budgeted(_Asked):
         self.per_image = asked.per_image or (asked.unit == "ms" and model.config.place is not None)
         self.spending = Spending(replace(self.asked, per_image=self.per_image), model)
 
-    def __call__(self, images: Tensor, **how: Any) -> Any:
+    def _run(self, forward: Any, images: Tensor, how: dict[str, Any]) -> Any:
         size = (images.shape[-2], images.shape[-1])
         look = self.spending.look(size)
-        result = self.forward(images, price=look.price, size=look.size, per_image=self.per_image, **how)
+        result = forward(images, price=look.price, size=look.size, per_image=self.per_image, **how)
         self.spending.saw(size, look, result.gates, result.exits, result.seen)
         return result
 
@@ -84,5 +94,5 @@ class Steered(_Asked):
         macs = exit_costs(self.model, size)
         return macs / macs[-1]
 
-    def __call__(self, images: Tensor, **how: Any) -> Any:
-        return self.forward(images, route=self.routes[self.exit], **how)
+    def _run(self, forward: Any, images: Tensor, how: dict[str, Any]) -> Any:
+        return forward(images, route=self.routes[self.exit], **how)

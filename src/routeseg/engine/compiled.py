@@ -26,29 +26,31 @@ import torch
 from torch import Tensor, nn
 
 from routeseg.engine.folding import fold_batch_norm
-from routeseg.errors import NOT_FINITE
+from routeseg.errors import DIVERGED, NOT_FINITE
 from routeseg.model import Segmentation
-from routeseg.model.backbone import Backbone, EfficientNetLite0, FrozenNormConv, InvertedResidual
+from routeseg.model.backbone import Backbone, EfficientNetLite, FrozenNormConv, InvertedResidual
 from routeseg.model.cell import Cell, RoutingNode
 from routeseg.model.choice import Choice, EntropyChoice, LossChoice, LossGate
-from routeseg.model.decoder import Decoder
+from routeseg.model.decoder import Decoder, Labelled
 from routeseg.model.exits import Exits, Priced
 from routeseg.model.gate import Gate, SoftGate
 from routeseg.model.grid import RoutedNetwork
 from routeseg.model.layers import BatchNorm, InputNorm, Stem, Subsample, Transform, Upsample
 from routeseg.model.operations import Identity, Operation, SepConv3x3, SepConv5x5
 from routeseg.model.request import Request
-from routeseg.space import DIRECTIONS, padded_size
+from routeseg.space import DIRECTIONS, padded_size, seen_size
 
 BUILDS = ("generic", "avx2", "avx512", "avx512bf16", "amx")  # in the order of `routeseg_level`; see setup.py
 FOLDER = "ROUTESEG_KERNELS"  # environment variable: a folder whose builds are used in place of the installed ones
-DONE, NOT_FINITE_STATUS, NO_MEMORY = range(3)  # `Status` of kernels/forward.cpp; any other value comes with a text
-STEPS = ("gather", "gate", "cell", "up", "down", "stage")  # of a node: each can be timed
+DONE, NOT_FINITE_STATUS, NO_MEMORY, DIVERGED_STATUS = range(
+    4
+)  # `Status` of kernels/forward.cpp; any other value comes with a text
+MOST_LABELS = 256  # that a label of the kernels tells apart
 # The only layers that the kernels compute, by their exact type: a subclass may do something else.
 LAYERS = (
     *(InputNorm, Stem, RoutingNode, Cell, SepConv3x3, SepConv5x5, Identity, SoftGate),
     *(Transform, Upsample, Subsample, Decoder, Exits, Priced, LossChoice, LossGate, EntropyChoice),
-    *(EfficientNetLite0, InvertedResidual, FrozenNormConv, nn.BatchNorm2d, nn.ReLU6, nn.ZeroPad2d),
+    *(InvertedResidual, FrozenNormConv, nn.BatchNorm2d, nn.ReLU6, nn.ZeroPad2d),
     *(nn.Conv2d, BatchNorm, nn.SyncBatchNorm, nn.ReLU, nn.Identity, nn.Linear),
     *(nn.Sequential, nn.ModuleDict, nn.ModuleList),
 )
@@ -143,12 +145,12 @@ class _Request(Structure):
 
     _fields_ = [
         ("image", _Image),
-        *((name, c_int32) for name in ("padded_height", "padded_width")),
+        *((name, c_int32) for name in ("seen_height", "seen_width", "padded_height", "padded_width")),
         ("given", c_void_p),
         ("own", c_int32),
         *((name, c_void_p) for name in ("prices", "left", "most")),
         ("price", c_float),
-        *((name, c_void_p) for name in ("gates", "logits", "seconds")),
+        *((name, c_void_p) for name in ("gates", "logits", "labels")),
         ("threads", c_int32),
     ]
 
@@ -205,37 +207,56 @@ class CompiledForward:
         close = weakref.finalize(self, library.routeseg_close, self._workspace)
         close.atexit = False  # at exit a thread may still be inside a forward
 
-    def __call__(self, images: Tensor, request: Request, seconds: np.ndarray | None = None) -> Segmentation:
+    def __call__(self, images: Tensor, request: Request) -> Segmentation:
         """Segments images [B,3,H,W].
-
-        seconds  float64, zeros: adds the time of each step of each node, [L+1,S,6], then those of stem and decoder [2]
 
         Raises ValueError for images with values that are not finite, MemoryError, and RuntimeError with its text for
         any other failure of the kernels.
         """
         batch, _, height, width = images.shape
-        pixels = images if images.dtype in (torch.uint8, torch.float32) else images.float()
         logits = torch.empty((batch, self.config.num_classes, height, width), **FLOAT32)
+        gates, exits, seen = self._run(images, request, logits=logits)
+        return Segmentation(logits, gates, exits=exits, seen=seen)
+
+    def labels(self, images: Tensor, request: Request) -> Labelled:
+        """The most likely classes; up to 256 without writing their logits. Raises as `__call__`, and ValueError if
+        scores are not finite."""
+        if self.config.num_classes > MOST_LABELS:
+            return self(images, request).labelled()
+        batch, _, height, width = images.shape
+        labels = torch.empty((batch, height, width), dtype=torch.uint8)
+        return Labelled(labels, *self._run(images, request, labels=labels))
+
+    def _run(
+        self, images: Tensor, request: Request, logits: Tensor | None = None, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, tuple[int, int] | None]:
+        """The gates, the exits of places, and the size at which the images were looked at; writes what is given."""
+        batch, _, height, width = images.shape
+        own = height, width
+        seen = seen_size(own, request.size)
+        pixels = images if images.dtype in (torch.uint8, torch.float32) else images.float()
         gates = torch.empty((batch, self.space.depth + 1, self.space.num_scales, len(DIRECTIONS)), **FLOAT32)
         mask, mean, std = request.mask.astype(np.float32), self.config.pixel_mean, self.config.pixel_std
-        prices, places = self._prices(request, batch), self._places(request, batch, height, width)
+        prices, places = self._prices(request, batch), self._places(request, batch, *seen)
         for number, image in enumerate(pixels):
             asked = _Request(
                 _Image(image.data_ptr(), *image.stride(), height, width, image.dtype == torch.uint8, mean, std),
-                *padded_size(self.space, height, width),
+                *seen,
+                *padded_size(self.space, *seen),
                 mask[number % len(mask)].ctypes.data,
                 request.gated,
                 None if prices is None else prices[number].ctypes.data,
                 *(None, None, 0.0) if places is None else places.of(number),
                 gates[number].data_ptr(),
-                logits[number].data_ptr(),
-                None if seconds is None else seconds.ctypes.data,
+                None if logits is None else logits[number].data_ptr(),
+                None if labels is None else labels[number].data_ptr(),
                 torch.get_num_threads(),
             )
             status = self._forward(addressof(self._packed.network), addressof(asked), self._workspace)
             raise_failure(self._library, status, f"a forward of {height}x{width} pixels")
         decided = places is not None and bool((places.price > 0).any())
-        return Segmentation(logits, gates, exits=places.left if places is not None and decided else None)
+        exits = places.left if places is not None and decided else None
+        return gates, exits, None if seen == own else seen
 
     def _places(self, request: Request, images: int, height: int, width: int) -> _Places | None:
         """What places go by; None if they do not leave by themselves."""
@@ -279,6 +300,8 @@ def raise_failure(library: ctypes.CDLL, status: int, what: str) -> None:
     """Raises the error that a status of the kernels means, if they have failed; `what` names what they were to do."""
     if status == NOT_FINITE_STATUS:
         raise ValueError(NOT_FINITE)
+    if status == DIVERGED_STATUS:
+        raise ValueError(DIVERGED)
     if status == NO_MEMORY:
         raise MemoryError(f"not enough memory for {what}")
     if status != DONE:
@@ -290,7 +313,7 @@ def _unknown_parts(model: RoutedNetwork, library: ctypes.CDLL) -> Iterator[str]:
     most = library.routeseg_most_channels()
     for name, layer in model.named_modules():
         kind = type(layer).__name__
-        if layer is not model and type(layer) not in LAYERS:
+        if layer is not model and type(layer) not in LAYERS and not _is_lite(layer):
             kinds = {Gate: "gate", Operation: "cell operation", Choice: "choice"}
             what = next((word for base, word in kinds.items() if isinstance(layer, base)), "layer")
             yield f"there is no kernel for the {what} {kind} ({name})"
@@ -298,6 +321,12 @@ def _unknown_parts(model: RoutedNetwork, library: ctypes.CDLL) -> Iterator[str]:
             yield f"the kernels hold {most} channels, {name} has {max(layer.weight.shape[:2])}"
     if (scales := model.space.num_scales) > (most := library.routeseg_most_scales()):
         yield f"the kernels hold {most} scales, the network has {scales}"
+
+
+def _is_lite(layer: nn.Module) -> bool:
+    """Whether it is a member of the family of EfficientNet-Lite that is its tables alone."""
+    kind = type(layer)
+    return EfficientNetLite in kind.__bases__ and not vars(kind).keys() & {"forward", "run", "stage"}
 
 
 def is_compiled(dtype: torch.dtype) -> bool:
@@ -466,7 +495,7 @@ class _Packed(Weights):
 
     def _exit(self, layer: int, decoder: Decoder, gate: LossGate | None) -> _Exit:
         merges, predictor = [self.conv(_layers(merge)) for merge in decoder.merge], [decoder.predictor]
-        glance = nn.Conv2d(decoder.predictor.in_channels, decoder.predictor.out_channels, 1)
+        glance = nn.utils.skip_init(nn.Conv2d, decoder.predictor.in_channels, decoder.predictor.out_channels, 1)
         glance.weight, glance.bias = nn.Parameter(decoder.glance_weight), decoder.predictor.bias
         packed = _Exit(layer, merges=self._convs(merges), predictor=self.conv(predictor, wide=True))
         packed.glance = self.conv([glance], wide=True)

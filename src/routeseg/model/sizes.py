@@ -31,6 +31,6 @@ def look(images: Tensor, size: float, run: Callable[[Tensor], Segmentation]) -> 
 def resized(images: Tensor, seen: tuple[int, int]) -> Tensor:
     """Images [B,3,H,W], uint8 or floating point, of another size [B,3,h,w]: bilinear, over all pixels that a smaller
     one stands for."""
-    if images.dtype == torch.uint8 and images.device.type != "cpu":  # PyTorch resizes bytes on CPUs alone
+    if images.dtype == torch.uint8:
         images = images.float() / 255
     return F.interpolate(images, seen, mode="bilinear", align_corners=False, antialias=True)

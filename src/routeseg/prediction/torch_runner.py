@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from routeseg.budgets.budgeted import Budgeted, Steered
 from routeseg.description import describe
 from routeseg.engine import SkipEngine
-from routeseg.errors import DIVERGED
 from routeseg.labels import label_map
-from routeseg.model import DynamicRoutingNetwork
+from routeseg.model import DynamicRoutingNetwork, Segmentation
 from routeseg.prediction.files import Ran
 
 if TYPE_CHECKING:
@@ -25,7 +23,8 @@ if TYPE_CHECKING:
 class TorchNetwork:
     """Segments one image after another.
 
-    forward    what computes the segmentation: the model itself, or an engine that is built from it
+    forward    what computes the segmentation: the model itself, or an engine that is built from it, which is asked for
+               labels alone
     model      tells classes, colours and cost
     precision  of the engine, or of the model's weights
     budget     that is asked for, in words; None: there is none
@@ -48,20 +47,15 @@ class TorchNetwork:
         if was_training:
             self.model.eval()
         try:
-            result = self.forward(pixels)
+            result = getattr(self.forward, "labels", self.forward)(pixels)
         finally:
             if was_training:
                 self.model.train()
-        if not (_finite(result.logits) and _finite(result.gates)):
-            raise ValueError(DIVERGED)
+        if isinstance(result, Segmentation):
+            result = result.labelled()
         labels = label_map(result.labels[0].cpu().numpy(), self.model.config.num_classes)
         exits = None if result.exits is None else result.exits[0].cpu().numpy()
         return Ran(labels, result.gates[0].float().cpu().numpy(), exits, seen=result.seen)
-
-
-def _finite(values: Tensor) -> bool:
-    """Whether all are. Their sum tells it, in a tenth of the time, unless it overflows."""
-    return bool(values.sum().isfinite() or values.isfinite().all())
 
 
 def open_network(

@@ -19,6 +19,8 @@ RECENT, KNOWN = 40, 4  # the time of a step comes from so many; what was measure
 LATELY = 5  # steps, that a validation is compared with
 SLOW = 0.8  # the share of them that was faster: what is kept for the end must do on a machine that other work comes to
 VALIDATING = 0.3  # at most this share of the time that is left goes to validations before the last one
+KEPT = 0.4  # at most this share of all time is kept for validations and the end: a machine that is slow for a moment
+# would otherwise seem to need all of it, and the steps would end there
 FOLLOWED = ("share", "total_s", "step_s", "validation_steps", "rest_steps", "validations", "due", "looks")
 
 
@@ -60,8 +62,8 @@ class Clock:
 
     def left_s(self, spent_s: float) -> float:
         """Seconds that are left for steps."""
-        reserved = self.validations * self.validation_steps + self.rest_steps
-        return self.total_s - spent_s - reserved * self.step_s
+        reserved = (self.validations * self.validation_steps + self.rest_steps) * self.step_s
+        return self.total_s - spent_s - min(reserved, KEPT * self.total_s)
 
     def begin(self) -> None:
         """Before the first step of a run, or of the rest of one. The processes of a job take over the plan of the first

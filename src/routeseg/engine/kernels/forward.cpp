@@ -14,13 +14,13 @@
 #include <unistd.h>
 #endif
 
-#include <chrono>
 #include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <utility>
 
 namespace {
@@ -76,23 +76,25 @@ struct Network {
     const Stage* stage;  // [stages] of a backbone: the first behind the stem, the others beside paths down the diagonal
 };
 
-// What a forward is asked for. Raster sizes are those of the image; `padded` ones are multiples of the stride.
+// What a forward is asked for. The image is resized to `seen` before it is looked at; `padded` are multiples of the
+// stride.
 struct Request {
     Image image;
-    int32_t padded_height, padded_width;
-    const float* given;   // gates of a given route, or null
-    int32_t own;          // a given route's open paths have the network's own activations
-    const float* prices;  // null, or [exits] price times cost: the image leaves where its gate says so. Without gates
-                          // the price itself: where its entropy is not above that
-    int64_t* left;        // null, or the exit of each place, [places]: they leave by their entropy
-    const int32_t* most;  // null, or how many of them go on behind each exit, [exits - 1]: those that need it most
-    float price;          // the entropy at which they leave, if there is no `most`; at 0 or less none does
-    float *gates, *logits;
-    double* seconds;  // null, or [L+1][S][6] gather, gate, cell, up, down, stage; then stem, decoder
+    int32_t seen_height, seen_width, padded_height, padded_width;
+    const float* given;     // gates of a given route, or null
+    int32_t own;            // a given route's open paths have the network's own activations
+    const float* prices;    // null, or [exits] price times cost: the image leaves where its gate says so. Without gates
+                            // the price itself: where its entropy is not above that
+    int64_t* left;          // null, or the exit of each place, [places]: they leave by their entropy
+    const int32_t* most;    // null, or how many of them go on behind each exit, [exits - 1]: those that need it most
+    float price;            // the entropy at which they leave, if there is no `most`; at 0 or less none does
+    float *gates, *logits;  // of the image's own size; null: not wanted
+    uint8_t* labels;        // the most likely class of each pixel, likewise
     int32_t threads;
 };
 
-enum { GATHER, GATE, CELL, SEND_UP, SEND_DOWN, STAGE, STEPS };
+// How a call from Python ended.
+enum Status { DONE, NOT_FINITE, NO_MEMORY, DIVERGED, FAILED };
 
 // A map and its memory. `number`: of what was remembered (see Workspace); 0: it depends on the image.
 struct Held {
@@ -242,36 +244,19 @@ struct Arrival {
 };
 using Arrivals = std::vector<std::vector<Arrival>>;  // by scale
 
-class Clock {
-  public:
-    explicit Clock(double* seconds) : seconds(seconds), start(Now::now()) {}
-    void lap(long place) {
-        if (!seconds) return;
-        const Now::time_point now = Now::now();
-        seconds[place] += std::chrono::duration<double>(now - start).count();
-        start = now;
-    }
-
-  private:
-    using Now = std::chrono::steady_clock;
-    double* seconds;
-    Now::time_point start;
-};
-
 template <class T>
 class Forward {
   public:
     Forward(const Network& net, const Request& request, Workspace& workspace)
         : net(net), request(request), workspace(workspace),
-          arena(workspace, request.logits, sizeof(float) * net.classes * request.image.height * request.image.width),
-          threads(request.threads), clock(request.seconds) {}
+          arena(workspace, request.logits,
+                request.logits ? sizeof(float) * net.classes * request.image.height * request.image.width : 0),
+          threads(request.threads) {}
 
-    // False where the image has values that are not finite.
-    bool run() {
+    // Whether the image's values were finite, and the scores.
+    Status run() {
         const int scales = net.scales;
-        if (!stem()) return false;
-        const long steps = long(net.depth + 1) * scales * STEPS;
-        clock.lap(steps);
+        if (!stem()) return NOT_FINITE;
         Arrivals arrivals(scales);
         arrivals[0].push_back({stem_map, 1, false});
         std::vector<char> reached(scales, false);
@@ -283,10 +268,8 @@ class Forward {
         for (int layer = 0; layer <= net.depth && runs; ++layer) {
             Arrivals next(scales);
             std::vector<char> next_reached(scales, false);
-            for (int scale = 0; scale < scales; ++scale) {  // sums are smaller than what arrives: all of them first
+            for (int scale = 0; scale < scales; ++scale)  // sums are smaller than what arrives: all of them first
                 arrive(features[scale], arrivals[scale], reached[scale], scale);
-                if (reached[scale]) clock.lap((long(layer) * scales + scale) * STEPS + GATHER);
-            }
             if (layer == net.exit[exit].layer + 1) {
                 runs = request.left ? places_run(exit, features, reached) : !leaves(exit, features, layer);
                 if (runs) ++exit;
@@ -307,9 +290,17 @@ class Forward {
         if (!still) scores = decoded(arrivals, net.exit[exit]);
         else if (runs) score(net.exit[exit], features, still->places);
         stem_map = {};
-        enlarge(scores.map, net.classes, request.logits, request.image.height, request.image.width, threads);
-        clock.lap(steps + 1);
-        return true;
+        const Image& image = request.image;
+        const int seen_height = request.seen_height, seen_width = request.seen_width;
+        if (request.labels && !label(scores.map, net.classes, seen_height, seen_width, request.labels, image.height,
+                                     image.width, threads))
+            return DIVERGED;
+        if (request.logits && seen_height == image.height && seen_width == image.width)
+            enlarge(scores.map, net.classes, request.logits, image.height, image.width, threads);
+        else if (request.logits)
+            enlarge_twice(scores.map, net.classes, seen_height, seen_width, request.logits, image.height, image.width,
+                          threads);
+        return DONE;
     }
 
   private:
@@ -389,7 +380,7 @@ class Forward {
         const int height = request.padded_height, width = request.padded_width;
         workspace.expect(height, width);
         Held image = make(height, width, 3, 0, height);
-        if (!normalized<T>(request.image, image.map, threads)) return false;
+        if (!normalized<T>(request.image, request.seen_height, request.seen_width, image.map, threads)) return false;
         if (net.stages) {
             stem_map = staged(0, convolved(net.stem[0], image, net.stem[0].outputs));
             require(stem_map.map.h * STEM_STRIDE == height && stem_map.map.w * STEM_STRIDE == width,
@@ -723,10 +714,8 @@ class Forward {
     // A node that something arrives at: its gate, its cell, and what it sends to the next layer.
     void visit(int layer, int scale, Held x, float* alpha, Arrivals& next, std::vector<char>& next_reached) {
         const Node& node = net.nodes[layer * net.scales + scale];
-        const long place = (long(layer) * net.scales + scale) * STEPS;
         const long edges = (long(layer) * net.scales + scale) * DIRECTIONS;
         activations(node, x, request.given ? request.given + edges : nullptr, alpha);
-        clock.lap(place + GATE);
         if (!(alpha[UP] > 0 || alpha[KEEP] > 0 || alpha[DOWN] > 0)) {  // dropped cell: the input is kept, for free
             next[scale].push_back({x, 1, false});
             next_reached[scale] = true;
@@ -734,7 +723,6 @@ class Forward {
         }
         const Held hidden = cell(node, x, scale);
         x = {};
-        clock.lap(place + CELL);
         for (int direction = UP; direction <= DOWN; ++direction) {
             const int target = scale + direction - KEEP;
             const bool sends = alpha[direction] > 0 || (net.zeros_arrive && node.directions[direction]);
@@ -742,15 +730,12 @@ class Forward {
             require(target >= 0 && target < net.scales, "a path leads to a scale that the network lacks");
             next_reached[target] = true;
             if (alpha[direction] > 0) {
-                const bool same = direction == KEEP;
-                Held sent = same ? hidden : convolved(node.transforms[direction], hidden, channels(target));
+                Held sent =
+                    direction == KEEP ? hidden : convolved(node.transforms[direction], hidden, channels(target));
                 if (direction == UP) sent = filled(sent, 1);
                 next[target].push_back({sent, alpha[direction], direction == UP});
-                if (!same) clock.lap(place + (direction == UP ? SEND_UP : SEND_DOWN));
-                if (direction == DOWN && layer == scale && target < net.stages) {
+                if (direction == DOWN && layer == scale && target < net.stages)
                     next[target].push_back({staged(target, pretrained), alpha[direction], false});
-                    clock.lap(place + STAGE);
-                }
             }
         }
     }
@@ -833,20 +818,18 @@ class Forward {
     Workspace& workspace;
     Arena arena;
     int threads;
-    Clock clock;
     Held stem_map, pretrained, scores;
     std::optional<Running> still;  // the places that are still in, once some have left
 };
 
-// How a call from Python ended.
-enum Status { DONE, NOT_FINITE, NO_MEMORY, FAILED };
 thread_local char failure[256];  // what FAILED says, of this thread's last call
 
-// `work` returns whether all values were finite.
+// `work` returns a status, or whether all values were finite.
 template <class Work>
 int guarded(const Work& work) {
     try {
-        return work() ? DONE : NOT_FINITE;
+        if constexpr (std::is_same_v<decltype(work()), Status>) return work();
+        else return work() ? DONE : NOT_FINITE;
     } catch (const std::bad_alloc&) {
         return NO_MEMORY;
     } catch (const std::exception& error) {
@@ -868,7 +851,11 @@ void check(const Network& net, const Request& request) {
     require(std::min(height, width) > 0 && std::max(height, width) <= MOST_SIDE, "the image is too large");
     require(height % stride == 0 && width % stride == 0, "the image's sides are not padded to the stride");
     require(request.image.height > 0 && request.image.width > 0, "the image has no size");
-    require(request.gates && request.logits, "there is no memory for the results");
+    require(request.seen_height > 0 && request.seen_width > 0 && request.seen_height <= height &&
+                request.seen_width <= width,
+            "an image does not fit into its map");
+    require(request.gates && (request.logits || request.labels), "there is no memory for the results");
+    require(!request.labels || net.classes <= 256, "there are more classes than labels hold");
     require(request.threads > 0, "there is no thread");
     require(!request.left || (net.place > 0 && net.place % std::max(stride, STEM_STRIDE * GLANCE) == 0),
             "a place is no whole pixels");
@@ -910,10 +897,10 @@ constexpr Field LAYOUT[] = {
     STRUCTURE(Network), FIELD(Network, depth), FIELD(Network, scales), FIELD(Network, zeros_arrive),
     FIELD(Network, classes), FIELD(Network, exits), FIELD(Network, stages), FIELD(Network, place),
     FIELD(Network, stem), FIELD(Network, nodes), FIELD(Network, exit), FIELD(Network, stage),
-    STRUCTURE(Request), FIELD(Request, image), FIELD(Request, padded_height), FIELD(Request, padded_width),
+    STRUCTURE(Request), FIELD(Request, image), FIELD(Request, seen_height), FIELD(Request, seen_width), FIELD(Request, padded_height), FIELD(Request, padded_width),
     FIELD(Request, given), FIELD(Request, own), FIELD(Request, prices), FIELD(Request, left),
     FIELD(Request, most), FIELD(Request, price), FIELD(Request, gates), FIELD(Request, logits),
-    FIELD(Request, seconds), FIELD(Request, threads),
+    FIELD(Request, labels), FIELD(Request, threads),
     {nullptr, 0, 0},
 };
 constexpr Field TRAINING_LAYOUT[] = {
@@ -1011,7 +998,7 @@ const char* routeseg_failure() { return failure; }
         return guarded([&] { return shrink<T>(*in, *out, threads), true; });                                      \
     }                                                                                                             \
     int routeseg_normalize_##NAME(const Image* image, const Map* out, int threads) {                              \
-        return guarded([&] { return normalized<T>(*image, *out, threads); });                                     \
+        return guarded([&] { return normalized<T>(*image, image->height, image->width, *out, threads); });        \
     }
 
 ENTRY_POINTS(float32, float)

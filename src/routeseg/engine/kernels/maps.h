@@ -78,9 +78,83 @@ bool normalize(const Image& image, const Map& out, int threads) {
     return finite;
 }
 
+// Where resizing that averages over all pixels a smaller one stands for reads: a triangle around each output index.
+struct Windows {
+    int most;                    // indices that one reads
+    std::vector<int> first;      // of each output index
+    std::vector<float> weights;  // [out][most]
+
+    Windows(int in, int out) {
+        const float scale = float(in) / float(out), support = std::max(scale, 1.0f);
+        most = int(2 * support) + 2;
+        first.resize(out), weights.assign(size_t(out) * most, 0.0f);
+        for (int i = 0; i < out; ++i) {
+            const float center = scale * (float(i) + 0.5f);
+            const int begin = std::max(int(center - support + 0.5f), 0);
+            const int end = std::min({int(center + support + 0.5f), in, begin + most});
+            float* to = weights.data() + size_t(i) * most;
+            float total = 0;
+            for (int j = begin; j < end; ++j) {
+                to[j - begin] = std::max(0.0f, 1 - std::fabs((float(j) - center + 0.5f) / support));
+                total += to[j - begin];
+            }
+            for (int j = begin; j < end; ++j) to[j - begin] /= total;
+            first[i] = begin;
+        }
+    }
+    const float* of(long i) const { return weights.data() + i * most; }
+};
+
+// The same of an image that is looked at as height x width.
+template <class T, class Pixel>
+bool resize(const Image& image, int height, int width, const Map& out, int threads) {
+    require(image.data && out.data && out.c == 3 && out.rows == out.h, "an image has no map to go to");
+    require(std::min({image.height, image.width, height, width}) > 0 && height <= out.h && width <= out.w &&
+                std::max({out.h, out.w, image.height, image.width}) <= MOST_SIDE,
+            "an image does not fit into its map");
+    const Windows rows(image.height, height), columns(image.width, width);
+    std::atomic<bool> finite{true};
+    pool->rows(out.h, threads, [&](long y) {
+        T* to = static_cast<T*>(out.data) + y * out.w * 3;
+        std::memset(to, 0, sizeof(T) * out.w * 3);
+        if (y >= height) return;
+        float* line = reinterpret_cast<float*>(scratch(sizeof(float) * image.width));
+        const int count = std::min(rows.most, image.height - rows.first[y]);
+        for (int channel = 0; channel < 3; ++channel) {
+            const Pixel* plane = static_cast<const Pixel*>(image.data) + channel * image.channel_step;
+            std::fill_n(line, image.width, 0.0f);
+            for (int j = 0; j < count; ++j) {
+                const Pixel* from = plane + (rows.first[y] + j) * image.row_step;
+                const float weight = rows.of(y)[j] / (sizeof(Pixel) == 1 ? 255.0f : 1.0f);
+                if (weight == 0) continue;
+                if (image.column_step == 1)
+                    for (int x = 0; x < image.width; ++x) line[x] += weight * float(from[x]);
+                else
+                    for (int x = 0; x < image.width; ++x) line[x] += weight * float(from[x * image.column_step]);
+            }
+            const float mean = image.mean[channel], std = image.std[channel];
+            float check = 0;
+            for (int x = 0; x < width; ++x) {
+                const int here = std::min(columns.most, image.width - columns.first[x]);
+                const float* from = line + columns.first[x];
+                const float* weight = columns.of(x);
+                float value = 0;
+                for (int j = 0; j < here; ++j) value += weight[j] * from[j];
+                check += value * 0;
+                put(to + 3 * x + channel, (value - mean) / std);
+            }
+            if (check != 0) finite = false;
+        }
+    });
+    return finite;
+}
+
+// The image as it is looked at, height x width, normalised.
 template <class T>
-bool normalized(const Image& image, const Map& out, int threads) {
-    return (image.is_uint8 ? normalize<T, uint8_t> : normalize<T, float>)(image, out, threads);
+bool normalized(const Image& image, int height, int width, const Map& out, int threads) {
+    if (height == image.height && width == image.width)
+        return (image.is_uint8 ? normalize<T, uint8_t> : normalize<T, float>)(image, out, threads);
+    return (image.is_uint8 ? resize<T, uint8_t> : resize<T, float>)(image, height, width, out, threads);
 }
 
 // That `pixels`, if there are any, are those of this map.
@@ -281,6 +355,102 @@ void enlarge(const Map& in, int classes, float* out, int height, int width, int 
             if (target != to) std::memcpy(to, target, sizeof(float) * width);
         }
     });
+}
+
+// Which scores a pixel's logits are made of: those of the size at which the image was looked at, bilinear by factor 4
+// from the scores, then bilinear to the image's own size.
+struct Taps {
+    static constexpr int MOST = 4;
+    int first = 0;
+    float weight[MOST] = {};
+
+    static std::vector<Taps> of(int scores, int seen, int own) {
+        std::vector<Taps> found(own);
+        for (int i = 0; i < own; ++i) {
+            const Between at(i, float(seen) / float(own), seen);
+            found[i].first = Between(at.near, 0.25f, scores).near;
+            for (const auto& [index, share] : {std::pair(at.near, 1 - at.weight), std::pair(at.far, at.weight)}) {
+                const Between from(index, 0.25f, scores);
+                found[i].weight[from.near - found[i].first] += share * (1 - from.weight);
+                found[i].weight[from.far - found[i].first] += share * from.weight;
+            }
+        }
+        return found;
+    }
+};
+
+// That scores [h,w,c] are those of so many classes, and of an image that is looked at as seen_h x seen_w.
+inline void check(const Map& in, int classes, int seen_h, int seen_w, const void* out, int height, int width) {
+    check(in);
+    require(out && classes > 0 && classes <= in.c, "there are fewer scores than classes");
+    require(std::min({seen_h, seen_w, height, width}) > 0 && seen_h <= 4 * in.h && seen_w <= 4 * in.w,
+            "logits are larger than their scores");
+}
+
+// A row of scores as the pixels of a row of the image read them, [w,c]. False where one is not finite.
+inline bool blend(const Map& in, const Taps& rows, float* line) {
+    const long length = long(in.w) * in.c;
+    vec check{};
+    for (long j = 0; j < length; j += V) {
+        vec sum{};
+        for (int k = 0; k < Taps::MOST; ++k)
+            if (rows.weight[k] != 0) sum += splat(rows.weight[k]) * load(row_of<float>(in, rows.first + k) + j);
+        store(line + j, sum);
+        check += sum * splat(0.0f);
+    }
+    for (int i = 0; i < V; ++i)
+        if (check[i] != 0) return false;
+    return true;
+}
+
+// Scores, float [h,w,c], to logits [classes][height][width] of an image that was looked at as seen_h x seen_w.
+void enlarge_twice(const Map& in, int classes, int seen_h, int seen_w, float* out, int height, int width, int threads) {
+    check(in, classes, seen_h, seen_w, out, height, width);
+    const std::vector<Taps> rows = Taps::of(in.h, seen_h, height), columns = Taps::of(in.w, seen_w, width);
+    pool->rows(height, threads, [&](long y) {
+        const int w = in.w, c = in.c;
+        float* line = reinterpret_cast<float*>(scratch(sizeof(float) * (long(w) * c + w + Taps::MOST)));
+        float* plane = line + long(w) * c;  // one class
+        blend(in, rows[y], line);
+        std::fill_n(plane + w, Taps::MOST, 0.0f);
+        for (int k = 0; k < classes; ++k) {
+            for (int x = 0; x < w; ++x) plane[x] = line[long(x) * c + k];
+            float* to = out + (long(k) * height + y) * width;
+            for (int x = 0; x < width; ++x) {
+                const float* from = plane + columns[x].first;
+                float sum = 0;
+                for (int j = 0; j < Taps::MOST; ++j) sum += columns[x].weight[j] * from[j];
+                to[x] = sum;
+            }
+        }
+    });
+}
+
+// The most likely class of each pixel, [height][width], of the same logits, which are not written. False where scores
+// are not finite.
+bool label(const Map& in, int classes, int seen_h, int seen_w, uint8_t* out, int height, int width, int threads) {
+    check(in, classes, seen_h, seen_w, out, height, width);
+    const std::vector<Taps> rows = Taps::of(in.h, seen_h, height), columns = Taps::of(in.w, seen_w, width);
+    std::atomic<bool> finite{true};
+    pool->rows(height, threads, [&](long y) {
+        const int w = in.w, c = in.c;
+        float* line = reinterpret_cast<float*>(scratch(sizeof(float) * ((long(w) + Taps::MOST) * c + c)));
+        float* score = line + (long(w) + Taps::MOST) * c;
+        if (!blend(in, rows[y], line)) finite = false;
+        std::fill_n(line + long(w) * c, long(Taps::MOST) * c, 0.0f);
+        for (int x = 0; x < width; ++x) {
+            const float *weight = columns[x].weight, *from = line + long(columns[x].first) * c;
+            for (int i = 0; i < c; i += V) {
+                vec sum = splat(weight[0]) * load(from + i);
+                for (int j = 1; j < Taps::MOST; ++j) sum += splat(weight[j]) * load(from + long(j) * c + i);
+                store(score + i, sum);
+            }
+            int best = 0;
+            for (int k = 1; k < classes; ++k) best = score[k] > score[best] ? k : best;
+            out[y * width + x] = uint8_t(best);
+        }
+    });
+    return finite;
 }
 
 }  // namespace

@@ -1,0 +1,178 @@
+"""One network for any budget beside static networks that were trained for the same time, all of them at any image size.
+
+    python benchmarks/equal_time.py configs/equal_time/voc_animals.yaml --data.root FOLDER --seeds 0,1,2
+
+The experiment file has the words of a training that all networks share, and what is different in each; those with exits
+are asked for budgets, the others cost what their layers cost. Each is trained for --minutes of one core's time, by the
+clock of its process: a machine that does other things beside it takes longer, and trains as many steps. A run that is
+there is not trained again. The network with exits is calibrated in several sizes afterwards. Then each looks at the
+validation images in each of SIZES, with all layers, and networks with exits keep each of BUDGETS, which choose size and
+places.
+
+Costs are shares of what the network with exits costs with all layers at the image's own size. `rows` has, for each
+budget, the mean over the seeds of what it spends and scores, and the best static network and size of no more cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from places import Counted, miou
+from routeseg.budgets.asked import Asked
+from routeseg.budgets.budgeted import Budgeted
+from routeseg.data.config import DataConfig, open_data
+from routeseg.data.loaders import evaluation_loader
+from routeseg.data.subset import evenly_spread
+from routeseg.engine import SkipEngine
+from routeseg.evaluation import machine_facts
+from routeseg.files import write_json
+from routeseg.model import DynamicRoutingNetwork, checkpoints
+
+SIZES = (0.35, 0.42, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.4)
+BUDGETS = (0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)
+# In the process of a training: its clock counts the time of the core, not that of the wall.
+TRAIN = """
+import sys, time
+from routeseg.training import clock
+clock.now = time.process_time
+from routeseg.cli.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def trained(name: str, own: Mapping[str, Any], shared: list[str], seed: int, minutes: float, runs: Path) -> Path:
+    """The folder of a run, trained if it is not there."""
+    folder = runs / f"{name}_{seed}"
+    if not (folder / "report.html").is_file():
+        different = [f"--{key}={json.dumps(value)}" for key, value in own.items()]
+        output = ["--recipe.seed", str(seed), "--minutes", f"{minutes:g}", "--output", str(folder)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        words = ["train", *shared, *different, *output]
+        subprocess.run([sys.executable, "-c", TRAIN, *words], env=environment, check=True)
+    return folder
+
+
+def calibrated(folder: Path, sizes: list[float], data: list[str]) -> DynamicRoutingNetwork:
+    """The network of a run in these sizes, if it has exits. This is not part of the minutes."""
+    model = checkpoints.load(folder / "last")
+    if model.exits is not None and list(model.config.sizes or ()) != sizes:
+        words = ["calibrate", str(folder / "last"), *data, f"--sizes={json.dumps(sizes)}"]
+        subprocess.run([sys.executable, "-m", "routeseg.cli", *words], check=True)
+        model = checkpoints.load(folder / "last")
+    return model.eval()
+
+
+def looked_at(model: DynamicRoutingNetwork, images: list[Any], reference: DynamicRoutingNetwork) -> dict[str, Any]:
+    """Scores and costs in each of SIZES with all layers, and of a network with exits at each of BUDGETS."""
+    engine = SkipEngine(model)
+    found: dict[str, Any] = {"sizes": [], "budgets": []}
+    for size in SIZES:
+        counted = Counted(engine, model, reference)
+        for one in images:
+            counted(one, size=size, **({} if model.exits is None else {"price": 0.0}))
+        found["sizes"].append({"size": size, "cost": float(np.mean(counted.costs)), "miou": miou(counted.pairs)})
+    for asked in BUDGETS if model.exits is not None else ():
+        budget = Asked.parse(f"{100 * asked:g}%")
+        counted = Counted(Budgeted(engine, model, budget), model, reference)
+        for one in images:
+            counted(one)
+        look = budget.look(model, (images[0]["image"].shape[-2], images[0]["image"].shape[-1]))
+        row = {"asked": asked, "size": look.size, "cost": float(np.mean(counted.costs)), "miou": miou(counted.pairs)}
+        found["budgets"].append(row)
+    return found
+
+
+def compared(dynamic: str, found: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A row for each budget: means over the seeds, and the best of the others that costs no more; the same of the
+    network's own sizes, with all layers."""
+
+    def mean(name: str, table: str, number: int) -> dict[str, Any]:
+        some = [one[table][number] for one in found[name]]
+        scores = [one["miou"] for one in some]
+        spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
+        return some[0] | {
+            "cost": float(np.mean([one["cost"] for one in some])),
+            "miou": float(np.mean(scores)),
+            "std": spread,
+        }
+
+    points = {name: [mean(name, "sizes", k) for k in range(len(SIZES))] for name in found}
+
+    def best(names: list[str], cost: float) -> dict[str, Any] | None:
+        cheaper = [{"name": name} | one for name in names for one in points[name] if one["cost"] <= 1.001 * cost]
+        return max(cheaper, key=lambda one: one["miou"], default=None)
+
+    rows = []
+    for number in range(len(BUDGETS)):
+        own = mean(dynamic, "budgets", number)
+        others = [name for name in found if name != dynamic]
+        rows.append(own | {"static": best(others, own["cost"]), "sizes_alone": best([dynamic], own["cost"])})
+    return rows
+
+
+@torch.no_grad()
+def main(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", type=Path)
+    parser.add_argument("--data.root", dest="root", required=True)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--minutes", type=float, default=15.0)
+    parser.add_argument("--images", type=int, default=None, help="of the validation, at most")
+    parser.add_argument("--runs", type=Path, help="runs/equal_time_NAME unless given")
+    parser.add_argument("--output", type=Path, help="results/equal_time_NAME.json unless given")
+    args = parser.parse_args(words)
+    experiment = yaml.safe_load(args.experiment.read_text(encoding="utf-8"))
+    networks, name = experiment["networks"], args.experiment.stem
+    dynamic = next(iter(networks))
+    runs = args.runs or Path("runs") / f"equal_time_{name}"
+    output = args.output or Path("results") / f"equal_time_{name}.json"
+    shared = [*map(str, experiment["train"]), "--data.root", args.root]
+    kind = experiment.get("data", "folder")
+    images = [
+        one
+        for one in evaluation_loader(
+            evenly_spread(open_data(DataConfig(name=kind, root=args.root), "val"), args.images)
+        )
+        if not one["skipped"]
+    ]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for seed in map(int, args.seeds.split(",")):
+        for network, own in networks.items():
+            folder = trained(network, own, shared, seed, args.minutes, runs)
+            model = calibrated(folder, experiment["sizes"], [f"--data.name={kind}", "--data.root", args.root])
+            reference = checkpoints.load(runs / f"{dynamic}_{seed}" / "last")
+            found.setdefault(network, []).append(looked_at(model, images, reference))
+            done = {key: some for key, some in found.items() if len(some) == len(found[dynamic])}
+            write_json(
+                output,
+                {
+                    "experiment": experiment,
+                    "minutes": args.minutes,
+                    "seeds": args.seeds,
+                    "images": len(images),
+                    "rows": compared(dynamic, done),
+                    "networks": found,
+                    "command": ["benchmarks/equal_time.py", *words],
+                    **machine_facts(),
+                },
+            )
+    for row in compared(dynamic, found):
+        static = row["static"]
+        beside = "" if static is None else f", {static['name']} at size {static['size']:g} {100 * static['miou']:.1f}"
+        print(f"{100 * row['cost']:.1f} %: {100 * row['miou']:.1f} %{beside}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
