@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -37,6 +40,16 @@ def test_help_and_version(capsys):
     assert run([], capsys)[0] == 2
     code, _, err = run(["trian"], capsys)
     assert code == 2 and "did you mean train?" in err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"]])
+def test_a_reader_that_has_seen_enough(words):
+    """`routeseg --help | head -1`: the command ends without a word."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as pipe:
+        done = subprocess.run([sys.executable, "-m", "routeseg.cli", *words], stdout=pipe, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 @pytest.mark.parametrize(

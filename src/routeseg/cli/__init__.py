@@ -31,6 +31,17 @@ OTHER_WORK = 0.7  # processes that want to run, in the mean of the last minute
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         _print_any_name(stream)
     if arguments is None:  # the process is the command's own
@@ -55,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with log_to_stderr():
             module = importlib.import_module(f"routeseg.cli.{COMMANDS[words[0]][0]}")
             return getattr(module, f"{words[0].replace('-', '_')}_command")(words[1:])
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"routeseg: error: {_message(error)}", file=sys.stderr)
         return USAGE_ERROR
