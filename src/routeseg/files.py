@@ -36,15 +36,23 @@ def sample() -> Path:
     return Path(__file__).parent / "street.jpg"
 
 
+def bundled_networks() -> dict[str, Path]:
+    """The networks that come with the package, name -> folder; benchmarks/ship.py makes them."""
+    folder = Path(__file__).parent / "pretrained"
+    return {path.name: path for path in sorted(folder.iterdir()) if (path / CONFIG_FILE).is_file()}
+
+
 def best_of_run(word: str | Path) -> str:
     """The folder of the network that a word names: a run stands for its best network, or for its last one as long as
-    there is no other; its last.ckpt for its last one; weights, and the config beside them, for their folder. Any other
-    word stands for itself."""
+    there is no other; its last.ckpt for its last one; weights, and the config beside them, for their folder; the name
+    of a bundled network for that, unless something of this name is here. Any other word stands for itself."""
     path, names = Path(word), ["best", "last"]
     if path.is_file() and path.name in (WEIGHTS_FILE, CONFIG_FILE, RESUME_FILE):
         path, names = path.parent, ["last"] if path.name == RESUME_FILE else []
     if (path / CONFIG_FILE).is_file():
         return str(path)
+    if not path.exists() and (bundled := bundled_networks().get(str(word))):
+        return str(bundled)
     return next((str(path / name) for name in names if (path / name / CONFIG_FILE).is_file()), str(word))
 
 

@@ -15,7 +15,7 @@ from routeseg.cli.parser import USAGE_ERROR, Parser
 from routeseg.cli.video import add_video_arguments, find_videos, frame_ms, predict_videos
 from routeseg.data.decoding import IMAGE_SUFFIXES, MAX_PIXELS, UnreadableImage, read_image
 from routeseg.description import NetworkDescription
-from routeseg.files import CONFIG_FILE, RESUME_FILE, RUN_CONFIG_FILE, WEIGHTS_FILE, best_of_run
+from routeseg.files import CONFIG_FILE, RESUME_FILE, RUN_CONFIG_FILE, WEIGHTS_FILE, best_of_run, bundled_networks
 from routeseg.prediction.clips import is_video
 from routeseg.prediction.files import Runner, asked_of, predict_files
 from routeseg.prediction.onnx_runner import OnnxNetwork
@@ -33,6 +33,12 @@ def predict_command(words: Sequence[str]) -> int:
     parser = Parser(prog="routeseg predict")
     parser.add_argument(
         "inputs", nargs="*", help="[CHECKPOINT or FILE.onnx] then image files, folders, globs, URLs, @LIST; or videos"
+    )
+    parser.add_argument(
+        "--model",
+        type=str | None,
+        default=None,
+        help="the network, if it is not the first word; or a bundled one: " + ", ".join(bundled_networks()),
     )
     parser.add_argument("--output", type=str, default="predictions", help="folder for the results, or a URL")
     parser.add_argument("--device", type=str, default="cpu", help="cpu; a checkpoint also runs on cuda")
@@ -55,7 +61,10 @@ def predict_command(words: Sequence[str]) -> int:
     add_video_arguments(parser)
     args = parser.parse_args(list(words))
 
-    network, inputs = _network_first(args.inputs or ())
+    named = [] if args.model is None else [args.model]
+    network, inputs = _network_first([*named, *(args.inputs or ())])
+    if named and network is None:
+        raise ValueError(f"--model {args.model} is no network: name a folder, an ONNX file, or a bundled one")
     if not args.inputs and args.source is None:
         raise ValueError("no inputs: name image files, folders, globs, URLs or videos, or a camera with --source")
     if network is not None and not inputs and args.source is None:
@@ -183,7 +192,8 @@ def _load(checkpoint: str | None) -> DynamicRoutingNetwork:
     from routeseg.model import checkpoints
 
     if checkpoint is None:
-        print(f"using the network that is shipped, trained on CamVid ({checkpoints.PRETRAINED.name})")
+        others = [name for name, folder in bundled_networks().items() if folder != checkpoints.PRETRAINED]
+        print(f"using the bundled network for streets ({checkpoints.PRETRAINED.name}); others: {', '.join(others)}")
     return checkpoints.load_segmenter(checkpoint)
 
 

@@ -8,6 +8,7 @@ Legend: C channels, padded with zeros to whole vectors; L depth, S scales.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import logging
 import math
@@ -495,8 +496,8 @@ class _Packed(Weights):
 
     def _exit(self, layer: int, decoder: Decoder, gate: LossGate | None) -> _Exit:
         merges, predictor = [self.conv(_layers(merge)) for merge in decoder.merge], [decoder.predictor]
-        glance = nn.utils.skip_init(nn.Conv2d, decoder.predictor.in_channels, decoder.predictor.out_channels, 1)
-        glance.weight, glance.bias = nn.Parameter(decoder.glance_weight), decoder.predictor.bias
+        glance = copy.deepcopy(decoder.predictor)  # a new one would draw random numbers
+        glance.weight, glance.kernel_size, glance.padding = nn.Parameter(decoder.glance_weight), (1, 1), (0, 0)
         packed = _Exit(layer, merges=self._convs(merges), predictor=self.conv(predictor, wide=True))
         packed.glance = self.conv([glance], wide=True)
         if gate is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 from safetensors import SafetensorError, safe_open
 
 from routeseg.config import NetworkConfig
-from routeseg.files import CONFIG_FILE, MAX_JSON, WEIGHTS_FILE, best_of_run, parse_json, read_json
+from routeseg.files import CONFIG_FILE, MAX_JSON, WEIGHTS_FILE, best_of_run, bundled_networks, parse_json, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from routeseg.model import DynamicRoutingNetwork
 
 Network = TypeVar("Network", bound="DynamicRoutingNetwork")
-PRETRAINED = Path(__file__).parents[1] / "pretrained" / "camvid"  # benchmarks/ship.py makes it
+PRETRAINED = bundled_networks()["camvid"]  # the one that is taken if none is named
 LENGTH_BYTES = 8  # at the start of a safetensors file: the length of its header
 FLOATS, COUNTS = ("F64", "F32", "F16", "BF16"), ("I64",)  # safetensors' dtypes for weights, and for counts
 
@@ -40,8 +40,9 @@ def load(folder: str | Path | None = None) -> DynamicRoutingNetwork: ...
 @overload
 def load(folder: str | Path | None, kind: type[Network]) -> Network: ...
 def load(folder: str | Path | None = None, kind: type[DynamicRoutingNetwork] | None = None) -> DynamicRoutingNetwork:
-    """The network of a checkpoint folder, or the best one of a run, in eval mode; without a folder, the CamVid network
-    that is shipped. Its class is DynamicRoutingNetwork, or the subclass `kind`, its head the one that its config names.
+    """The network of a checkpoint folder, the best one of a run, or the bundled one of a name, in eval mode; without a
+    folder, the bundled one for streets. Its class is DynamicRoutingNetwork, or the subclass `kind`, its head the one
+    that its config names.
 
     Raises ValueError, naming the file, if the folder is no checkpoint, is damaged, or does not fit its config.
     """
@@ -77,7 +78,11 @@ def load_segmenter(folder: str | Path | None = None) -> DynamicRoutingNetwork:
 def read_config(folder: Path) -> NetworkConfig:
     """What makes the network in a checkpoint folder. Raises ValueError, naming the file, if there is none."""
     if not folder.is_dir():
-        raise ValueError(f"no checkpoint folder {folder}: give a folder with {WEIGHTS_FILE} and {CONFIG_FILE}")
+        names = ", ".join(bundled_networks())
+        raise ValueError(
+            f"no checkpoint folder {folder}: give a folder with {WEIGHTS_FILE} and {CONFIG_FILE}, or the name of a "
+            f"bundled network ({names})"
+        )
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         if not (folder / name).is_file():
             inside = [str(path.parent) for path in sorted(folder.glob(f"*/{WEIGHTS_FILE}"))]

@@ -112,8 +112,9 @@ class Segmenter(DynamicRoutingNetwork):
 
 
 def load(folder: str | Path | None = None) -> Segmenter:
-    """The network of a checkpoint folder, or the best one of a run, in eval mode; without a folder, the CamVid network
-    that comes with the package. It has the head that its config names; one that segments nothing takes tensors alone.
+    """The network of a checkpoint folder, the best one of a run, or a bundled one by its name, in eval mode: `animals`
+    (cat, cow, dog, horse, sheep, person) or `camvid` (streets), which is also taken without a name. It has the head
+    that its config names; one that segments nothing takes tensors alone.
 
     Raises ValueError, naming the file, if the folder is no checkpoint, is damaged, or does not fit its config.
     """
