@@ -2,12 +2,15 @@
 
     python benchmarks/clock.py bundled --data.name camvid --data.root FOLDER --output results/places_clock_avx2.json
 
-For images at each of --sizes (HEIGHTxWIDTH, resized) it writes
+For images at each of --sizes (HEIGHTxWIDTH, resized) it writes the time from an image to its labels,
 
-    full       all layers, by the kernels; `onnx`: the exported full network in ONNX Runtime, beside it in turns
+    full       all layers, by the kernels; `onnx`: the exported full network in ONNX Runtime, beside it in turns, whose
+               file has the most likely class in it, too
     places     at each of SHARES as a budget of each image, which is looked at as it is: the share of the MACs that is
                spent, and of the full network's time
     budgets    at each of BUDGETS as `routeseg predict --budget` keeps it, which may look at a smaller image
+    bfloat16   full and budgets in it, on machines that compute in it
+    call       of `routeseg.load()(array)`, which checks the weights and counts the cost as well
 
 Times are medians over the images of the median of rounds in which all ways take turns. One process, threads as PyTorch
 takes them (OMP_NUM_THREADS); for an idle machine.
@@ -29,16 +32,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import routeseg
 from routeseg.budgets.asked import Asked
 from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.loaders import evaluation_loader
 from routeseg.data.subset import evenly_spread
 from routeseg.engine import SkipEngine
+from routeseg.engine.compiled import is_compiled
 from routeseg.evaluation import machine_facts
 from routeseg.export import export
 from routeseg.files import write_json
-from routeseg.model import DynamicRoutingNetwork, checkpoints
+from routeseg.model import DynamicRoutingNetwork
 from routeseg.prediction.onnx_runner import OnnxNetwork
 from routeseg.stopwatch import take_turns
 
@@ -55,14 +60,19 @@ def spent(model: DynamicRoutingNetwork, result: Any, own: tuple[int, int]) -> fl
 
 def ways(model: DynamicRoutingNetwork, engine: Any, own: tuple[int, int]) -> dict[str, Callable[[Tensor], Any]]:
     """What is timed, by name."""
-    found: dict[str, Callable[[Tensor], Any]] = {"full": partial(engine, price=0.0)}
+    found: dict[str, Callable[[Tensor], Any]] = {"full": partial(engine.labels, price=0.0)}
     least = float(model.exits.costs[0]) if model.exits is not None else 1.0
     for share in SHARES:
         if model.config.place is not None and share > least:
-            found[f"places {share:g}"] = partial(engine, budget=share, per_image=True, size=1.0)
-    for text in BUDGETS:
-        look = Asked.parse(text).look(model, own)
-        found[f"budget {text}"] = partial(engine, price=look.price, size=look.size)
+            found[f"places {share:g}"] = partial(engine.labels, budget=share, per_image=True, size=1.0)
+    engines = {"": engine}
+    if is_compiled(torch.bfloat16):
+        engines[" bfloat16"] = SkipEngine(model, "bfloat16")
+        found["full bfloat16"] = partial(engines[" bfloat16"].labels, price=0.0)
+    for precision, one in engines.items():
+        for text in BUDGETS:
+            look = Asked.parse(text).look(model, own)
+            found[f"budget {text}{precision}"] = partial(one.labels, price=look.price, size=look.size)
     return found
 
 
@@ -75,29 +85,32 @@ def main(words: list[str]) -> int:
     parser.add_argument("--split", default="val")
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sizes", nargs="*", default=["360x480", "1024x2048"])
+    parser.add_argument("--sizes", nargs="*", default=["360x480", "512x1024", "1024x2048"])
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(words)
-    model = checkpoints.load(None if args.network == "bundled" else args.network)
+    segmenter = routeseg.load(None if args.network == "bundled" else args.network)
+    model: DynamicRoutingNetwork = segmenter
     data = evenly_spread(open_data(DataConfig(name=args.name, root=args.root), args.split), args.images)
     images = [one["image"].float() / 255 for one in evaluation_loader(data) if not one["skipped"]]
     engine: Any = SkipEngine(model)
     found: dict[str, Any] = {"network": args.network, "images": len(images), "rounds": args.rounds, "sizes": {}}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "full.onnx"
-        export(model.specialize(model.route), file)
+        export(model.specialize(model.route), file, labels=True)
         onnx = OnnxNetwork(file, torch.get_num_threads())
         for name in args.sizes:
             height, width = map(int, name.split("x"))
             own = height, width
             asked = ways(model, engine, own)
-            ms: dict[str, list[float]] = {way: [] for way in (*asked, "onnx")}
+            ms: dict[str, list[float]] = {way: [] for way in (*asked, "call", "onnx")}
             shares: dict[str, list[float]] = {way: [] for way in asked}
             for image in images:
                 view = F.interpolate(image, own, mode="bilinear", antialias=True).clamp(0, 1).contiguous()
                 for way, run in asked.items():
                     shares[way].append(spent(model, run(view), own))
-                turns = [*(partial(run, view) for run in asked.values()), partial(onnx.run, view.numpy())]
+                turns: list[Callable[[], Any]] = [partial(run, view) for run in asked.values()]
+                pixels = (255 * view[0].permute(1, 2, 0)).round().to(torch.uint8).numpy()
+                turns += [partial(segmenter.predict, pixels), partial(onnx.run, view.numpy())]
                 rest = partial(time.sleep, REST_S)  # ONNX Runtime's threads spin for a while behind a run
                 for way, times in zip(ms, take_turns([*turns, rest], args.rounds), strict=False):
                     ms[way].append(1000 * float(np.median(times)))

@@ -408,7 +408,8 @@ def places(facts: Sequence[Facts], words: str) -> str:
 
 
 def clock(facts: Sequence[Facts], words: str) -> str:
-    """`budgets`: milliseconds of budgets at each size. `places`: what share of the time a share of the MACs takes."""
+    """`budgets`: milliseconds of budgets at each size, in bfloat16 too where it was measured. `places`: what share of
+    the time a share of the MACs takes."""
     sizes = facts[0]["sizes"]
     known = next(iter(sizes.values()))
     if words == "places":
@@ -418,10 +419,40 @@ def clock(facts: Sequence[Facts], words: str) -> str:
             for size, found in sizes.items()
         ]
         return table(["% of the MACs -> % of the time", *("" for _ in ways)], rows)
-    ways = {f"`--budget {way.removeprefix('budget ')}`": way for way in known if way.startswith("budget")}
+    ways = {f"`--budget {way.split()[1]}`": way for way in known if way.startswith("budget") and "bf" not in way}
     ways |= {"full network": "full", "full network, ONNX Runtime": "onnx"}
-    rows = [[name, *(f"{found[way]['ms']:.0f}" for found in sizes.values())] for name, way in ways.items()]
-    return table(["ms", *sizes], rows)
+
+    def cell(found: Any, way: str) -> str:
+        other = found.get(f"{way} bfloat16")
+        return f"{found[way]['ms']:.0f}" + ("" if other is None else f" ({other['ms']:.0f})")
+
+    rows = [[name, *(cell(found, way) for found in sizes.values())] for name, way in ways.items()]
+    return table(["ms" + (" (in bfloat16)" if "full bfloat16" in known else ""), *sizes], rows)
+
+
+def equal_time(facts: Sequence[Facts], words: str) -> str:
+    """What a network makes of budgets, beside all of its layers on a smaller image, and the best static network and
+    size of no more cost."""
+    rows = []
+    for row in facts[0]["rows"]:
+        static, alone = row["static"], row["sizes_alone"]
+        rows.append(
+            [
+                f"{100 * row['asked']:.0f} %",
+                _share(row["cost"]),
+                f"**{_share(row['miou'])}**",
+                "" if alone is None else f"{_share(alone['miou'])} ({alone['size']:g})",
+                "" if static is None else f"{_share(static['miou'])} ({static['name']}, {static['size']:g})",
+            ]
+        )
+    head = [
+        "budget",
+        "spent, %",
+        "any budget",
+        "all of its layers (times the sides)",
+        "best static network (times the sides)",
+    ]
+    return table(head, rows)
 
 
 def _between(share: float, costs: Sequence[float], scores: Sequence[float]) -> float | None:

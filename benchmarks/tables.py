@@ -34,6 +34,7 @@ MAKERS: dict[str, Callable[[Sequence[Facts], str], str]] = {
     "classes": result_tables.classes,
     "clock": result_tables.clock,
     "comparison": result_tables.comparison,
+    "equal time": result_tables.equal_time,
     "exits file": result_tables.exits_file,
     "exits times": result_tables.exits_times,
     "explorer": result_tables.explorer,
