@@ -5,7 +5,7 @@
 The experiment file has the words of a training that all networks share, and what is different in each; those with exits
 are asked for budgets, the others cost what their layers cost. Each is trained for --minutes of one core's time, by the
 clock of its process: a machine that does other things beside it takes longer, and trains as many steps. A run that is
-there is not trained again. The network with exits is calibrated in several sizes afterwards. Then each looks at the
+there is not trained again, nor looked at again. The network with exits is calibrated in several sizes afterwards. Then each looks at the
 validation images in each of SIZES, with all layers, and networks with exits keep each of BUDGETS, which choose size and
 places.
 
@@ -152,7 +152,10 @@ def main(words: list[str]) -> int:
             folder = trained(network, own, shared, seed, args.minutes, runs)
             model = calibrated(folder, experiment["sizes"], [f"--data.name={kind}", "--data.root", args.root])
             reference = checkpoints.load(runs / f"{dynamic}_{seed}" / "last")
-            found.setdefault(network, []).append(looked_at(model, images, reference))
+            kept = folder / "equal_time.json"
+            if not kept.is_file():
+                write_json(kept, looked_at(model, images, reference))
+            found.setdefault(network, []).append(json.loads(kept.read_text()))
             done = {key: some for key, some in found.items() if len(some) == len(found[dynamic])}
             write_json(
                 output,
