@@ -5,12 +5,12 @@
 The experiment file has the words of a training that all networks share, and what is different in each; those with exits
 are asked for budgets, the others cost what their layers cost. Each is trained for --minutes of one core's time, by the
 clock of its process: a machine that does other things beside it takes longer, and trains as many steps. A run that is
-there is not trained again, nor looked at again. The network with exits is calibrated in several sizes afterwards. Then each looks at the
-validation images in each of SIZES, with all layers, and networks with exits keep each of BUDGETS, which choose size and
-places.
+there is not trained again, nor looked at again. Networks with exits are calibrated in several sizes afterwards. Then
+each looks at the validation images in each of SIZES, with all layers, and networks with exits keep each of BUDGETS,
+which choose size and places.
 
-Costs are shares of what the network with exits costs with all layers at the image's own size. `rows` has, for each
-budget, the mean over the seeds of what it spends and scores, and the best static network and size of no more cost.
+Costs are shares of what the first network costs with all layers at the image's own size. `rows` has, for each network
+with exits and each budget, the mean over the seeds of what it spends and scores, and the best static network and size of no more cost.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def compared(dynamic: str, found: Mapping[str, list[dict[str, Any]]]) -> list[di
     rows = []
     for number in range(len(BUDGETS)):
         own = mean(dynamic, "budgets", number)
-        others = [name for name in found if name != dynamic]
+        others = [name for name in found if not found[name][0]["budgets"]]
         rows.append(own | {"static": best(others, own["cost"]), "sizes_alone": best([dynamic], own["cost"])})
     return rows
 
@@ -164,16 +164,19 @@ def main(words: list[str]) -> int:
                     "minutes": args.minutes,
                     "seeds": args.seeds,
                     "images": len(images),
-                    "rows": compared(dynamic, done),
+                    "rows": {one: compared(one, done) for one in done if done[one][0]["budgets"]},
                     "networks": found,
                     "command": ["benchmarks/equal_time.py", *words],
                     **machine_facts(),
                 },
             )
-    for row in compared(dynamic, found):
-        static = row["static"]
-        beside = "" if static is None else f", {static['name']} at size {static['size']:g} {100 * static['miou']:.1f}"
-        print(f"{100 * row['cost']:.1f} %: {100 * row['miou']:.1f} %{beside}")
+    for one in networks:
+        for row in compared(one, found) if found[one][0]["budgets"] else ():
+            static = row["static"]
+            beside = (
+                "" if static is None else f", {static['name']} at size {static['size']:g} {100 * static['miou']:.1f}"
+            )
+            print(f"{one}: {100 * row['cost']:.1f} %: {100 * row['miou']:.1f} %{beside}")
     return 0
 
 

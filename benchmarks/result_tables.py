@@ -431,10 +431,10 @@ def clock(facts: Sequence[Facts], words: str) -> str:
 
 
 def equal_time(facts: Sequence[Facts], words: str) -> str:
-    """What a network makes of budgets, beside all of its layers on a smaller image, and the best static network and
-    size of no more cost."""
-    rows = []
-    for row in facts[0]["rows"]:
+    """What a network, the first or the one that is named, makes of budgets, beside all of its layers on a smaller
+    image, and the best static network and size of no more cost."""
+    rows, known = [], facts[0]["rows"]
+    for row in known[words.strip() or next(iter(known))]:
         static, alone = row["static"], row["sizes_alone"]
         rows.append(
             [
