@@ -10,7 +10,8 @@ each looks at the validation images in each of SIZES, with all layers, and netwo
 which choose size and places.
 
 Costs are shares of what the first network costs with all layers at the image's own size. `rows` has, for each network
-with exits and each budget, the mean over the seeds of what it spends and scores, and the best static network and size of no more cost.
+with exits and each budget, the mean over the seeds of what it spends and scores, and the best static network and size
+of no more cost.
 """
 
 from __future__ import annotations
