@@ -3,11 +3,11 @@
     python benchmarks/equal_time.py configs/equal_time/voc_animals.yaml --data.root FOLDER --seeds 0,1,2
 
 The experiment file has the words of a training that all networks share, and what is different in each; those with exits
-are asked for budgets, the others cost what their layers cost. Each is trained for --minutes of one core's time, by the
-clock of its process: a machine that does other things beside it takes longer, and trains as many steps. A run that is
-there is not trained again, nor looked at again. Networks with exits are calibrated in several sizes afterwards. Then
-each looks at the validation images in each of SIZES, with all layers, and networks with exits keep each of BUDGETS,
-which choose size and places.
+are asked for budgets, the others cost what their layers cost. Each is trained for as many steps as fit into the same
+time: --steps measures what a step of each takes, in turns, and says how many that are; the file has these numbers as
+recipe.iterations. A run that is there is not trained again, nor looked at again. Networks with exits are calibrated in
+several sizes afterwards. Then each looks at the validation images in each of SIZES, with all layers, and networks with
+exits keep each of BUDGETS, which choose size and places.
 
 Costs are shares of what the first network costs with all layers at the image's own size. `rows` has, for each network
 with exits and each budget, the mean over the seeds of what it spends and scores, and the best static network and size
@@ -18,10 +18,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,35 +35,71 @@ import yaml
 from places import Counted, miou
 from routeseg.budgets.asked import Asked
 from routeseg.budgets.budgeted import Budgeted
-from routeseg.data.config import DataConfig, open_data
+from routeseg.cli.common import config_parser, new_network, parts_of
+from routeseg.data.config import DataConfig, open_data, pair
 from routeseg.data.loaders import evaluation_loader
 from routeseg.data.subset import evenly_spread
 from routeseg.engine import SkipEngine
 from routeseg.evaluation import machine_facts
 from routeseg.files import write_json
 from routeseg.model import DynamicRoutingNetwork, checkpoints
+from routeseg.training.segmentation import SegmentationTask, freeze_stages
 
 SIZES = (0.35, 0.42, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.4)
 BUDGETS = (0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)
-# In the process of a training: its clock counts the time of the core, not that of the wall.
-TRAIN = """
-import sys, time
-from routeseg.training import clock
-clock.now = time.process_time
-from routeseg.cli.__main__ import main
-sys.exit(main(sys.argv[1:]))
-"""
+ROUNDS = 6  # of steps, of which the fastest counts
 
 
-def trained(name: str, own: Mapping[str, Any], shared: list[str], seed: int, minutes: float, runs: Path) -> Path:
+def words_of(network: Mapping[str, Any], shared: list[str]) -> list[str]:
+    return [
+        *shared,
+        *(f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in network.items()),
+    ]
+
+
+def step_seconds(networks: Mapping[str, Mapping[str, Any]], shared: list[str]) -> dict[str, float]:
+    """Seconds of a core that a step takes, all networks in turns, a mean over the training of those whose places leave
+    from some step on."""
+    turns, shares = {}, {}
+    for name, network in networks.items():
+        args = config_parser("train").parse_args(words_of(network, shared))
+        data, recipe, budget = parts_of(args)
+        model = new_network(args, data, recipe, pretrained=False)
+        sides = pair(data.crop)
+        batch = {
+            "image": torch.randint(0, 256, (data.batch_size, 3, *sides), dtype=torch.uint8),
+            "labels": torch.randint(0, model.config.num_classes, (data.batch_size, *sides)),
+        }
+        leaving = 0.0 if model.config.place is None else 1 - recipe.places_from
+        for way, start, share in (("", 1.0, 1 - leaving), (" places", 0.0, leaving)):
+            if share > 0:
+                task = SegmentationTask(model, replace(recipe, places_from=start), budget, sides)
+                task.model.train()
+                task.precision = recipe.precision
+                freeze_stages(model.backbone, recipe, recipe.iterations)
+                turns[name + way] = (task, batch, torch.optim.SGD(model.parameters(), lr=0.0))
+                shares[name + way] = (name, share)
+    best = dict.fromkeys(turns, math.inf)
+    for _ in range(ROUNDS):
+        for way, (task, batch, optimizer) in turns.items():
+            start = time.process_time()
+            task.parts(batch, task.count(batch["labels"]), lambda loss, _: loss.backward())
+            optimizer.step()
+            optimizer.zero_grad()
+            best[way] = min(best[way], time.process_time() - start)
+    found = dict.fromkeys(networks, 0.0)
+    for way, (name, share) in shares.items():
+        found[name] += share * best[way]
+    return found
+
+
+def trained(name: str, own: Mapping[str, Any], shared: list[str], seed: int, runs: Path) -> Path:
     """The folder of a run, trained if it is not there."""
     folder = runs / f"{name}_{seed}"
     if not (folder / "report.html").is_file():
-        different = [f"--{key}={json.dumps(value)}" for key, value in own.items()]
-        output = ["--recipe.seed", str(seed), "--minutes", f"{minutes:g}", "--output", str(folder)]
+        words = ["train", *words_of(own, shared), "--recipe.seed", str(seed), "--output", str(folder)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        words = ["train", *shared, *different, *output]
-        subprocess.run([sys.executable, "-c", TRAIN, *words], env=environment, check=True)
+        subprocess.run([sys.executable, "-m", "routeseg.cli", *words], env=environment, check=True)
     return folder
 
 
@@ -128,17 +167,24 @@ def main(words: list[str]) -> int:
     parser.add_argument("experiment", type=Path)
     parser.add_argument("--data.root", dest="root", required=True)
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--minutes", type=float, default=15.0)
+    parser.add_argument("--steps", type=float, default=None, help="train nothing: how many fit into so many minutes")
     parser.add_argument("--images", type=int, default=None, help="of the validation, at most")
     parser.add_argument("--runs", type=Path, help="runs/equal_time_NAME unless given")
     parser.add_argument("--output", type=Path, help="results/equal_time_NAME.json unless given")
     args = parser.parse_args(words)
     experiment = yaml.safe_load(args.experiment.read_text(encoding="utf-8"))
     networks, name = experiment["networks"], args.experiment.stem
+    shared = [*map(str, experiment["train"]), "--data.root", args.root]
+    if args.steps:
+        torch.set_num_threads(1)
+        with torch.enable_grad():
+            took = step_seconds(networks, shared)
+        for one, step_s in took.items():
+            print(f"{one}: a step takes {step_s:.3f} s, {60 * args.steps / step_s:.0f} steps")
+        return 0
     dynamic = next(iter(networks))
     runs = args.runs or Path("runs") / f"equal_time_{name}"
     output = args.output or Path("results") / f"equal_time_{name}.json"
-    shared = [*map(str, experiment["train"]), "--data.root", args.root]
     kind = experiment.get("data", "folder")
     images = [
         one
@@ -150,7 +196,7 @@ def main(words: list[str]) -> int:
     found: dict[str, list[dict[str, Any]]] = {}
     for seed in map(int, args.seeds.split(",")):
         for network, own in networks.items():
-            folder = trained(network, own, shared, seed, args.minutes, runs)
+            folder = trained(network, own, shared, seed, runs)
             model = calibrated(folder, experiment["sizes"], [f"--data.name={kind}", "--data.root", args.root])
             reference = checkpoints.load(runs / f"{dynamic}_{seed}" / "last")
             kept = folder / "equal_time.json"
@@ -162,7 +208,6 @@ def main(words: list[str]) -> int:
                 output,
                 {
                     "experiment": experiment,
-                    "minutes": args.minutes,
                     "seeds": args.seeds,
                     "images": len(images),
                     "rows": {one: compared(one, done) for one in done if done[one][0]["budgets"]},

@@ -30,9 +30,20 @@ constexpr int STEM_CONVOLUTIONS = 3, STEM_STRIDE = 4;
 constexpr int GLANCE = 4;                 // of decoder.py
 constexpr long SMALL_GLANCE = 128 * 128;  // pixels of the finest features
 constexpr int MOST_SCALES = 12;           // MOST_CHANNELS allows no more
-constexpr long BLOCK_BYTES = 1 << 19;     // of what a block has in the middle, at a time: it stays in an L2 cache
 constexpr int STEM_BAND = 8;  // rows of the stem's output computed at a time: what lies before them stays in the cache
 constexpr float BELOW_ONE = 1 - 1.1920929e-7f;  // activations of gates are below 1
+
+// Bytes of what a block of a backbone has in the middle, at a time: it stays in an L2 cache.
+long block_bytes() {
+    static const long bytes = [] {
+        long size = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+        size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+        return size > 0 ? std::clamp(size, 1L << 18, 1L << 22) : 1L << 19;
+    }();
+    return bytes;
+}
 
 // One node; the network lacks it where it has no direction.
 struct Node {
@@ -442,7 +453,7 @@ class Forward {
         }
         const float share = still ? still->share() : 1;
         const float row_bytes = share * float(sizeof(T)) * float(shape.w) * float(shape.c) * float(last.stride);
-        const int band = std::max(2, int(std::min(float(BLOCK_BYTES) / row_bytes, float(behind.h))));
+        const int band = std::max(2, int(std::min(float(block_bytes()) / row_bytes, float(behind.h))));
         const int most = std::min(shape.h, (band - 1) * last.stride + last.kernel);
         const Held memory = make(shape.h, shape.w, shape.c, 0, still ? shape.h : most);
         Map middle = memory.map;

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "convolution.h"
 
@@ -56,6 +57,10 @@ bool normalize(const Image& image, const Map& out, int threads) {
     require(image.height > 0 && image.width > 0 && image.height <= out.h && image.width <= out.w &&
                 std::max(out.h, out.w) <= MOST_SIDE,
             "an image does not fit into its map");
+    float of_byte[3][256];  // a division for each pixel would take longer
+    for (int channel = 0; channel < 3; ++channel)
+        for (int value = 0; value < 256; ++value)
+            of_byte[channel][value] = (float(value) / 255 - image.mean[channel]) / image.std[channel];
     std::atomic<bool> finite{true};
     pool->rows(out.h, threads, [&](long y) {
         T* to = static_cast<T*>(out.data) + y * out.w * 3;
@@ -65,11 +70,15 @@ bool normalize(const Image& image, const Map& out, int threads) {
             const Pixel* plane = static_cast<const Pixel*>(image.data) + channel * image.channel_step;
             const Pixel* from = plane + y * image.row_step;
             const float mean = image.mean[channel], std = image.std[channel];
+            if constexpr (sizeof(Pixel) == 1) {
+                for (int x = 0; x < image.width; ++x)
+                    put(to + 3 * x + channel, of_byte[channel][from[x * image.column_step]]);
+                continue;
+            }
             float check = 0;
             for (int x = 0; x < image.width; ++x) {
-                float value = from[x * image.column_step];
+                const float value = from[x * image.column_step];
                 check += value * 0;  // NaN from NaN and from infinity
-                if (sizeof(Pixel) == 1) value /= 255;
                 put(to + 3 * x + channel, (value - mean) / std);
             }
             if (check != 0) finite = false;
@@ -132,7 +141,7 @@ bool resize(const Image& image, int height, int width, const Map& out, int threa
                 else
                     for (int x = 0; x < image.width; ++x) line[x] += weight * float(from[x * image.column_step]);
             }
-            const float mean = image.mean[channel], std = image.std[channel];
+            const float mean = image.mean[channel], scale = 1 / image.std[channel];
             float check = 0;
             for (int x = 0; x < width; ++x) {
                 const int here = std::min(columns.most, image.width - columns.first[x]);
@@ -141,7 +150,7 @@ bool resize(const Image& image, int height, int width, const Map& out, int threa
                 float value = 0;
                 for (int j = 0; j < here; ++j) value += weight[j] * from[j];
                 check += value * 0;
-                put(to + 3 * x + channel, (value - mean) / std);
+                put(to + 3 * x + channel, (value - mean) * scale);
             }
             if (check != 0) finite = false;
         }
@@ -361,7 +370,7 @@ void enlarge(const Map& in, int classes, float* out, int height, int width, int 
 // from the scores, then bilinear to the image's own size.
 struct Taps {
     static constexpr int MOST = 4;
-    int first = 0;
+    int first = 0, count = 0;
     float weight[MOST] = {};
 
     static std::vector<Taps> of(int scores, int seen, int own) {
@@ -374,6 +383,8 @@ struct Taps {
                 found[i].weight[from.near - found[i].first] += share * (1 - from.weight);
                 found[i].weight[from.far - found[i].first] += share * from.weight;
             }
+            for (int k = 0; k < MOST; ++k)
+                if (found[i].weight[k] != 0) found[i].count = k + 1;
         }
         return found;
     }
@@ -387,20 +398,14 @@ inline void check(const Map& in, int classes, int seen_h, int seen_w, const void
             "logits are larger than their scores");
 }
 
-// A row of scores as the pixels of a row of the image read them, [w,c]. False where one is not finite.
-inline bool blend(const Map& in, const Taps& rows, float* line) {
+// A row of scores as the pixels of a row of the image read them, [w,c].
+inline void blend(const Map& in, const Taps& rows, float* line) {
     const long length = long(in.w) * in.c;
-    vec check{};
     for (long j = 0; j < length; j += V) {
         vec sum{};
-        for (int k = 0; k < Taps::MOST; ++k)
-            if (rows.weight[k] != 0) sum += splat(rows.weight[k]) * load(row_of<float>(in, rows.first + k) + j);
+        for (int k = 0; k < rows.count; ++k) sum += splat(rows.weight[k]) * load(row_of<float>(in, rows.first + k) + j);
         store(line + j, sum);
-        check += sum * splat(0.0f);
     }
-    for (int i = 0; i < V; ++i)
-        if (check[i] != 0) return false;
-    return true;
 }
 
 // Scores, float [h,w,c], to logits [classes][height][width] of an image that was looked at as seen_h x seen_w.
@@ -426,31 +431,62 @@ void enlarge_twice(const Map& in, int classes, int seen_h, int seen_w, float* ou
     });
 }
 
+inline int most_likely(const float* score, int classes) {
+    int best = 0;
+    for (int k = 1; k < classes; ++k) best = score[k] > score[best] ? k : best;
+    return best;
+}
+
 // The most likely class of each pixel, [height][width], of the same logits, which are not written. False where scores
-// are not finite.
+// are not finite. Logits are means of some scores: where these have one most likely class, so has the pixel.
 bool label(const Map& in, int classes, int seen_h, int seen_w, uint8_t* out, int height, int width, int threads) {
     check(in, classes, seen_h, seen_w, out, height, width);
     const std::vector<Taps> rows = Taps::of(in.h, seen_h, height), columns = Taps::of(in.w, seen_w, width);
+    const int w = in.w, c = in.c;
+    constexpr int SEVERAL = -1;
+    std::vector<int16_t> coarse(size_t(in.h) * w);
     std::atomic<bool> finite{true};
+    pool->rows(in.h, threads, [&](long y) {
+        float check = 0;
+        for (int x = 0; x < w; ++x) {
+            const float* score = row_of<float>(in, int(y)) + long(x) * c;
+            for (int k = 0; k < classes; ++k) check += score[k] * 0;
+            coarse[y * w + x] = int16_t(most_likely(score, classes));
+        }
+        if (check != 0) finite = false;
+    });
+    if (!finite) return false;
     pool->rows(height, threads, [&](long y) {
-        const int w = in.w, c = in.c;
-        float* line = reinterpret_cast<float*>(scratch(sizeof(float) * ((long(w) + Taps::MOST) * c + c)));
+        const size_t floats = (long(w) + Taps::MOST) * c + c;
+        float* line = reinterpret_cast<float*>(scratch(sizeof(float) * floats + sizeof(int16_t) * w));
         float* score = line + (long(w) + Taps::MOST) * c;
-        if (!blend(in, rows[y], line)) finite = false;
-        std::fill_n(line + long(w) * c, long(Taps::MOST) * c, 0.0f);
+        int16_t* alike = reinterpret_cast<int16_t*>(line + floats);  // the class of all rows that are read
+        const int16_t* above = coarse.data() + long(rows[y].first) * w;
+        bool blended = false;
+        for (int x = 0; x < w; ++x) {
+            alike[x] = above[x];
+            for (int k = 1; k < rows[y].count; ++k)
+                if (above[long(k) * w + x] != above[x]) alike[x] = SEVERAL;
+        }
         for (int x = 0; x < width; ++x) {
-            const float *weight = columns[x].weight, *from = line + long(columns[x].first) * c;
-            for (int i = 0; i < c; i += V) {
-                vec sum = splat(weight[0]) * load(from + i);
-                for (int j = 1; j < Taps::MOST; ++j) sum += splat(weight[j]) * load(from + long(j) * c + i);
-                store(score + i, sum);
+            const Taps& taps = columns[x];
+            int found = alike[taps.first];
+            for (int k = 1; k < taps.count; ++k)
+                if (alike[taps.first + k] != found) found = SEVERAL;
+            if (found == SEVERAL) {
+                if (!std::exchange(blended, true)) blend(in, rows[y], line);
+                const float* from = line + long(taps.first) * c;
+                for (int i = 0; i < c; i += V) {
+                    vec sum{};
+                    for (int k = 0; k < taps.count; ++k) sum += splat(taps.weight[k]) * load(from + long(k) * c + i);
+                    store(score + i, sum);
+                }
+                found = most_likely(score, classes);
             }
-            int best = 0;
-            for (int k = 1; k < classes; ++k) best = score[k] > score[best] ? k : best;
-            out[y * width + x] = uint8_t(best);
+            out[y * width + x] = uint8_t(found);
         }
     });
-    return finite;
+    return true;
 }
 
 }  // namespace
