@@ -12,6 +12,7 @@ Legend: N images, K exits, F features of a glance, T prices of the table.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -38,6 +39,7 @@ Network = TypeVar("Network", bound=RoutedNetwork)
 
 WATCHED, LEAST_PRICE = 10, 1e-7  # prices at which places are watched; the least of them
 WALKED = 30  # images at least in which they are, if there are so many
+LEVELLED = 100  # images at least that tell which size is better
 ROUNDING = 1e-9  # of a mean
 
 
@@ -104,9 +106,10 @@ def _set_budgets(
     check_enough_images(sum(len(one[-1]) for one in seen), least, "images to set budgets with")
 
     def some() -> Iterator[dict[str, Any]]:
-        return (batch for number, batch in enumerate(images()) if number % every == 0)
+        return itertools.islice(images(), 0, None, every)
 
     of_images = [[_whole(values) for values in one] for one in seen]
+    levels = _levels(model, exits.sizes, lambda: itertools.islice(images(), 0, None, max(1, len(seen) // LEVELLED)))
     for number, size in enumerate(exits.sizes):
         costs = exit_costs(model, seen_size(own, size)) / model_cost(model, own).full
         looked = _looked(model, exits, size, some) if len(exits.sizes) > 1 else []
@@ -119,14 +122,40 @@ def _set_budgets(
             scored = [np.concatenate(of) for of in zip(*(one for one, _ in looked), strict=True)]
             at = (choose(exits, scored, costs, price) for price in found[0])
             scores = np.array([_miou(known, exit) for exit in at])
-        table = PriceTable(costs, *found, scores)
+        table = _levelled(PriceTable(costs, *found, scores), levels[number])
         if exits.place is None:
             exits.at(size).table = table
             continue
         cast(Priced, exits.wholes[number]).table = table
         # Places that have left change what the others see, so that images run; dense glances tell the prices.
         flat = [np.concatenate([one[exit].ravel() for one in seen]) for exit in range(len(exits.decoders))]
-        exits.at(size).table = _walked(model, exits, size, some, price_table(exits, flat, costs)[0], costs)
+        table = _walked(model, exits, size, some, price_table(exits, flat, costs)[0], costs)
+        exits.at(size).table = _levelled(table, levels[number])
+
+
+def _levels(model: RoutedNetwork, sizes: Sequence[float], images: Callable[[], Iterator[dict[str, Any]]]) -> np.ndarray:
+    """The mIoU of all layers in each size [Z]: a parabola over their logarithms through what is measured, for among
+    sizes that are about as good the luckiest would be taken. NaN for one size, and without labels."""
+    levels = np.full(len(sizes), np.nan)
+    if len(sizes) == 1:
+        return levels
+    classes = model.config.num_classes
+    engine = SkipEngine(cast(DynamicRoutingNetwork, model))
+    pairs = np.zeros((len(sizes), classes, classes), dtype=np.int64)
+    for batch in images():
+        for number, size in enumerate(sizes):
+            found = engine.labels(batch["image"].to(engine.device), model.route, size=size).labels.cpu()
+            pairs[number] += count_pairs(batch["labels"], found.long(), classes).numpy()
+    pairs = np.sum(gather(pairs), axis=0)
+    if pairs.any():
+        levels = np.array([_miou(AllExits.of(one[None, None]), np.array([0])) for one in pairs])
+        levels = np.polyval(np.polyfit(np.log(sizes), levels, min(2, len(sizes) - 1)), np.log(sizes))
+    return levels
+
+
+def _levelled(table: PriceTable, level: float) -> PriceTable:
+    """The table whose score of all layers is this one, known of more images than what leaving takes away from it."""
+    return table if np.isnan(level) else replace(table, scores=table.scores - table.scores[0] + level)
 
 
 def _whole(seen: np.ndarray) -> np.ndarray:
