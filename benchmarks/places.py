@@ -21,6 +21,10 @@ what the network costs with all layers at the image's own size,
             alone, and with per_image, the mean and the largest distance of an image; on the same images at half and
             twice the size, darkened, blurred and noisy, and on the images of the folders that --others names
 
+    follows of a calibrated network, whose images are looked at in their own size for a budget of half of the cost: rank
+            correlations of what an image costs with the size of things in it, and with the length of the borders
+            between its classes, each with the share of permutations that are as far from 0
+
 Legend: N images, K exits, hb, wb places of an image, H, W its size, C classes.
 """
 
@@ -38,6 +42,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from any_budget import rank_correlation
 from routeseg.budgets.asked import Asked
 from routeseg.budgets.budgeted import Budgeted
 from routeseg.budgets.worth import price_between
@@ -51,14 +56,17 @@ from routeseg.engine import SkipEngine
 from routeseg.evaluation import machine_facts
 from routeseg.evaluation.scores import count_pairs
 from routeseg.files import write_json
+from routeseg.labels import IGNORE
 from routeseg.model import DynamicRoutingNetwork, Segmentation, checkpoints
 from routeseg.model.decoder import most_likely
 from routeseg.space import MIN_IMAGE_SIZE
+from routeseg.survey.route_statistics import object_size
 
 PRICES = (0.01, 0.03, 0.06, 0.1, 0.15, 0.22, 0.32, 0.45, 0.65, 0.9)  # nats
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 SHUFFLES = 5
 ASKED = (0.35, 0.5, 0.75)
+HALF = 0.5  # the budget of `follows`
 KEPT_IMAGES = 40  # of each source
 FRONTIER = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0, 1.5, 2.0)
 
@@ -251,6 +259,27 @@ def kept(
     return found
 
 
+def follows(engine: SkipEngine[Segmentation], model: DynamicRoutingNetwork, images: list[Any]) -> dict[str, Any]:
+    """Whether costs at half of the budget follow what is in the images, by their labels."""
+    counted, rng = Counted(engine, model), np.random.default_rng(0)
+    for one in images:
+        counted(one, budget=HALF, size=1.0)
+    labels = [one["labels"][0].numpy() for one in images]
+    facts = {"size_of_things": [object_size(one) for one in labels], "borders": [border_length(one) for one in labels]}
+    costs, found = np.array(counted.costs), {"costs": counted.costs}
+    for name, values in facts.items():
+        known = np.isfinite(values)
+        correlation, chance = rank_correlation(np.array(values)[known], costs[known], rng)
+        found[name] = {"correlation": correlation, "chance": chance, "of_images": values}
+    return found
+
+
+def border_length(labels: np.ndarray) -> float:
+    """Neighbours of two classes, as a share of the pixels of a label map [H,W]."""
+    pairs = ((labels[1:], labels[:-1]), (labels[:, 1:], labels[:, :-1]))
+    return float(sum(((a != b) & (a != IGNORE) & (b != IGNORE)).sum() for a, b in pairs) / labels.size)
+
+
 def placed(model: DynamicRoutingNetwork, place: int) -> DynamicRoutingNetwork:
     """The network, whose places decide."""
     if model.config.place == place:
@@ -307,6 +336,8 @@ def main(words: list[str]) -> int:
         least, most = model.prices.tables[0].costs[0], max(1.0, *model.prices.sizes) ** 2
         asked = [one for one in FRONTIER if least <= one <= most]
         found["frontier"] = [frontier(engine, model, images, one) for one in asked]
+        write_json(args.output, found | machine_facts())
+        found["follows"] = follows(engine, model, images)
         write_json(args.output, found | machine_facts())
         found["kept"] = {name: kept(engine, model, some) for name, some in sources(images, args.others).items()}
     write_json(args.output, found | {"command": ["benchmarks/places.py", *words]} | machine_facts())
