@@ -33,8 +33,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import routeseg
+from places import spent_share
 from routeseg.budgets.asked import Asked
-from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.loaders import evaluation_loader
 from routeseg.data.subset import evenly_spread
@@ -50,12 +50,6 @@ from routeseg.stopwatch import take_turns
 SHARES = (0.35, 0.5, 0.65, 0.8)
 REST_S = 0.2
 BUDGETS = ("15%", "25%", "35%", "50%", "75%", "100%")
-
-
-def spent(model: DynamicRoutingNetwork, result: Any, own: tuple[int, int]) -> float:
-    """The share of the full network's MACs."""
-    macs = model_cost(model, result.seen or own).of_result(result.gates, result.exits)[0]
-    return float(macs) / model_cost(model, own).full
 
 
 def ways(model: DynamicRoutingNetwork, engine: Any, own: tuple[int, int]) -> dict[str, Callable[[Tensor], Any]]:
@@ -107,7 +101,7 @@ def main(words: list[str]) -> int:
             for image in images:
                 view = F.interpolate(image, own, mode="bilinear", antialias=True).clamp(0, 1).contiguous()
                 for way, run in asked.items():
-                    shares[way].append(spent(model, run(view), own))
+                    shares[way].append(spent_share(model, run(view), own))
                 turns: list[Callable[[], Any]] = [partial(run, view) for run in asked.values()]
                 pixels = (255 * view[0].permute(1, 2, 0)).round().to(torch.uint8).numpy()
                 turns += [partial(segmenter.predict, pixels), partial(onnx.run, view.numpy())]

@@ -189,9 +189,14 @@ class Counted:
         if "labels" in one:
             found = most_likely(result.logits)[0].numpy()
             self.pairs = self.pairs + pairs_of(one["labels"][0].numpy(), found, self.model.config.num_classes)
-        macs = model_cost(self.model, result.seen or own).of_result(result.gates, result.exits)[0]
-        self.costs.append(float(macs) / model_cost(self.reference, own).full)
+        self.costs.append(spent_share(self.model, result, own, self.reference))
         return result
+
+
+def spent_share(model: DynamicRoutingNetwork, result: Any, own: tuple[int, int], reference: Any = None) -> float:
+    """The MACs of a result, as a share of what `reference`, or else the model, costs at this size with all layers."""
+    macs = model_cost(model, result.seen or own).of_result(result.gates, result.exits)[0]
+    return float(macs) / model_cost(reference or model, own).full
 
 
 def walked(

@@ -350,10 +350,10 @@ def busy(facts: Sequence[Facts], words: str) -> str:
 
 
 def places(facts: Sequence[Facts], words: str) -> str:
-    """`chosen`: what choosing is worth, of one file. `kept`: what budgets cost on other sources. `frontier`: what
-    budgets bring, or some of them (`frontier 30 50`, in percent), beside smaller images of the same cost. `walked:
-    NAME, NAME`: the scores of networks at shares of the cost, between those that were measured, with places and with
-    smaller images.
+    """`chosen`: what choosing is worth, of one file. `follows`: whether cost follows what is in images. `kept`: what
+    budgets cost on other sources. `frontier`: what budgets bring, or some of them (`frontier 30 50`, in percent),
+    beside smaller images of the same cost. `walked: NAME, NAME`: the scores of networks at shares of the cost, between those
+    that were measured, with places and with smaller images.
     """
     if words.startswith("frontier"):
         some = {float(one) / 100 for one in words.split()[1:]}
@@ -371,6 +371,18 @@ def places(facts: Sequence[Facts], words: str) -> str:
             if not some or row["asked"] in some
         ]
         return table(["", "times the sides", "spent, %", "mIoU, %", "a smaller or larger image, all layers"], rows)
+    if words == "follows":
+        rows = []
+        for one in facts:
+            found = one["follows"]
+            cells = [
+                f"{found[name]['correlation']:+.2f} ({found[name]['chance']:.1g})"
+                for name in ("size_of_things", "borders")
+            ]
+            span = f"{_share(min(found['costs']))} to {_share(max(found['costs']))} %"
+            name = {"bundled": "camvid"}.get(one["network"], one["network"])
+            rows.append([f"`{name}`, {one['images']} images", *cells, span])
+        return table(["", "size of things", "length of borders", "cheapest to dearest"], rows)
     if words == "kept":
         rows = []
         for source, found in facts[0]["kept"].items():
