@@ -352,8 +352,8 @@ def busy(facts: Sequence[Facts], words: str) -> str:
 def places(facts: Sequence[Facts], words: str) -> str:
     """`chosen`: what choosing is worth, of one file. `follows`: whether cost follows what is in images. `kept`: what
     budgets cost on other sources. `frontier`: what budgets bring, or some of them (`frontier 30 50`, in percent),
-    beside smaller images of the same cost. `walked: NAME, NAME`: the scores of networks at shares of the cost, between those
-    that were measured, with places and with smaller images.
+    beside smaller images of the same cost. `walked: NAME, NAME`: the scores of networks at shares of the cost, between
+    those that were measured, with places and with smaller images.
     """
     if words.startswith("frontier"):
         some = {float(one) / 100 for one in words.split()[1:]}
