@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from routeseg.app.explorer import Explorer
 from routeseg.budgets import calibration
 from routeseg.budgets.asked import Asked
 from routeseg.budgets.budgeted import Budgeted
@@ -188,6 +192,15 @@ class TestNetwork:
         assert table.scores[0] == pytest.approx(0.7)
         assert np.diff(table.scores) == pytest.approx(np.diff(model.prices.at(0.5).scores))
         assert calibration._levelled(table, np.nan) is table
+
+    def test_the_explorer_goes_below_the_first_exit(self, model, images):
+        explorer, file = Explorer(model, "x"), io.BytesIO()
+        Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(file, "PNG")
+        opened = explorer.open({"file": base64.b64encode(file.getvalue()).decode()})
+        low = opened["range"]["share"][0]
+        assert low == pytest.approx(min(table.costs[0] for table in model.prices.tables)) and low < model.exits.costs[0]
+        view = explorer.look({"picture": opened["picture"], "budget": {"value": low, "unit": "share"}})
+        assert view["asked"] == pytest.approx(low)
 
     def test_bytes_are_resized_too(self, model, images):
         assert images.dtype == torch.uint8
