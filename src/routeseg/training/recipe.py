@@ -87,7 +87,8 @@ class Recipe(TrainingRecipe):
     class_balance   the loss of a pixel counts 1 / (its class's share of the training pixels)^class_balance, relative to
                     the others: 0 all pixels alike, 1 all classes alike; between them rare classes gain
     places_from     from this share of the iterations on, places of a network that has them leave while it learns, and
-                    BatchNorm keeps its statistics (training/segmentation.py); 1: never
+                    BatchNorm keeps its statistics (training/segmentation.py); 1: never. 0 is for a network that is
+                    trained already, with a small lr: while it learns much, this costs it points (docs/any_budget.md)
     class_offsets   the networks that are validated and saved have an offset for the logit of each class, with which the
                     mIoU of training images is highest (offsets.py): what `class_balance` says too often is said less
     """
@@ -98,7 +99,7 @@ class Recipe(TrainingRecipe):
     backbone_frozen_stages: int = 1
     class_balance: float = 0.0
     class_offsets: bool = False
-    places_from: float = 0.6
+    places_from: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
