@@ -457,9 +457,9 @@ bool label(const Map& in, int classes, int seen_h, int seen_w, uint8_t* out, int
     });
     if (!finite) return false;
     pool->rows(height, threads, [&](long y) {
-        const size_t floats = (long(w) + Taps::MOST) * c + c;
+        const size_t floats = (long(w) + 1) * c;
         float* line = reinterpret_cast<float*>(scratch(sizeof(float) * floats + sizeof(int16_t) * w));
-        float* score = line + (long(w) + Taps::MOST) * c;
+        float* score = line + long(w) * c;
         int16_t* alike = reinterpret_cast<int16_t*>(line + floats);  // the class of all rows that are read
         const int16_t* above = coarse.data() + long(rows[y].first) * w;
         bool blended = false;
