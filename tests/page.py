@@ -160,7 +160,7 @@ def route_file(path: Path) -> None:
 
 
 STAND_INS: dict[str, Callable[[Path], object]] = {
-    **dict.fromkeys(("my", "ROOT"), scenes("folder")),
+    **dict.fromkeys(("my", "ROOT", "VOC_ANIMALS"), scenes("folder")),
     **dict.fromkeys(("CAMVID", "path/to/camvid"), scenes("camvid")),
     **dict.fromkeys(("CITYSCAPES", "path/to/cityscapes"), scenes("cityscapes")),
     "path/to/voc": scenes("voc"),
