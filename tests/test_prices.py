@@ -190,8 +190,13 @@ class TestNetwork:
         assert found == pytest.approx(expected) and found[2] > found[1] and next(measured, None) is None
         table = calibration._levelled(model.prices.at(0.5), 0.7)
         assert table.scores[0] == pytest.approx(0.7)
-        assert np.diff(table.scores) == pytest.approx(np.diff(model.prices.at(0.5).scores))
+        assert (np.diff(table.scores) <= 1e-9).all()
         assert calibration._levelled(table, np.nan) is table
+
+    def test_scores_fall_with_the_price(self):
+        found = calibration._falling(np.array([5, 4, 4.5, 3, 3.5, 4, 1]))
+        assert found == pytest.approx([5, 4.25, 4.25, 3.5, 3.5, 3.5, 1])
+        assert calibration._falling(np.array([1.0, 2.0, 3.0])) == pytest.approx([2, 2, 2])
 
     def test_the_explorer_goes_below_the_first_exit(self, model, images):
         explorer, file = Explorer(model, "x"), io.BytesIO()

@@ -37,8 +37,8 @@ from routeseg.space import seen_size
 
 Network = TypeVar("Network", bound=RoutedNetwork)
 
-WATCHED, LEAST_PRICE = 10, 1e-7  # prices at which places are watched; the least of them
-WALKED = 30  # images at least in which they are, if there are so many
+WATCHED, LEAST_PRICE = 7, 1e-7  # prices at which places are watched; the least of them
+WALKED = 60  # images at least in which they are, if there are so many
 LEVELLED = 100  # images at least that tell which size is better
 ROUNDING = 1e-9  # of a mean
 
@@ -50,10 +50,11 @@ def calibrate(
     others: Iterable[dict[str, Any]],
     on_batch: Callable[[], None] = lambda: None,
     least: int = LEAST_IMAGES,
+    walked: int = WALKED,
 ) -> int:
     """Fits the exits of a network to images with labels: batches of image [B,3,H,W] and labels [B,H,W]; and its
     budgets to other images, of which only image is read, unless budgets also choose a size. `on_batch` is
-    called for each batch.
+    called for each batch. Of the other images `walked` tell what prices bring, evenly spread.
 
     In a job of several processes each brings its share, and all get the same. Returns the number of images with
     labels. Raises ValueError for a network without exits, and for fewer than `least` images.
@@ -66,7 +67,7 @@ def calibrate(
     found = copy.deepcopy(exits)  # all of it is new, or nothing
     try:
         count = _fit(model, found, readable(batches, on_batch), least)
-        _set_budgets(model, found, lambda: readable(others, on_batch), least)
+        _set_budgets(model, found, lambda: readable(others, on_batch), least, walked)
     finally:
         model.train(was_training)
     for own, new in zip(exits.calibration(), found.calibration(), strict=True):
@@ -94,14 +95,14 @@ def _fit(model: RoutedNetwork, exits: Exits, batches: Iterable[dict[str, Any]], 
 
 
 def _set_budgets(
-    model: RoutedNetwork, exits: Exits, images: Callable[[], Iterator[dict[str, Any]]], least: int
+    model: RoutedNetwork, exits: Exits, images: Callable[[], Iterator[dict[str, Any]]], least: int, walked: int
 ) -> None:
     """Sets the tables of prices of all sizes by where images leave, or their places."""
     seen, own = [], (0, 0)
     for batch in images():
         own = (batch["image"].shape[-2], batch["image"].shape[-1])
         seen.append(_glances(exits, model.exit_features(batch["image"].to(exits.costs.device))))
-    every, shares = max(1, len(seen) // WALKED), gather((seen, own))
+    every, shares = max(1, len(seen) // walked), gather((seen, own))
     seen, own = [one for share, _ in shares for one in share], max(size for _, size in shares)
     check_enough_images(sum(len(one[-1]) for one in seen), least, "images to set budgets with")
 
@@ -109,7 +110,8 @@ def _set_budgets(
         return itertools.islice(images(), 0, None, every)
 
     of_images = [[_whole(values) for values in one] for one in seen]
-    levels = _levels(model, exits.sizes, lambda: itertools.islice(images(), 0, None, max(1, len(seen) // LEVELLED)))
+    many = max(1, len(seen) // max(LEVELLED, walked))
+    levels = _levels(model, exits.sizes, lambda: itertools.islice(images(), 0, None, many))
     for number, size in enumerate(exits.sizes):
         costs = exit_costs(model, seen_size(own, size)) / model_cost(model, own).full
         looked = _looked(model, exits, size, some) if len(exits.sizes) > 1 else []
@@ -154,8 +156,23 @@ def _levels(model: RoutedNetwork, sizes: Sequence[float], images: Callable[[], I
 
 
 def _levelled(table: PriceTable, level: float) -> PriceTable:
-    """The table whose score of all layers is this one, known of more images than what leaving takes away from it."""
-    return table if np.isnan(level) else replace(table, scores=table.scores - table.scores[0] + level)
+    """The table whose score of all layers is this one, known of more images than what leaving takes away from it; and
+    whose scores fall with the price, for by chance some images score better if more of them leaves."""
+    return table if np.isnan(level) else replace(table, scores=_falling(table.scores - table.scores[0] + level))
+
+
+def _falling(values: np.ndarray) -> np.ndarray:
+    """The nearest values that do not rise: neighbours that do are pooled."""
+    means: list[float] = []
+    counts: list[int] = []
+    for value in values:
+        means.append(float(value))
+        counts.append(1)
+        while len(means) > 1 and means[-1] > means[-2]:
+            count = counts.pop() + counts[-1]
+            means[-2:] = [(means[-2] * counts[-1] + means[-1] * (count - counts[-1])) / count]
+            counts[-1] = count
+    return np.repeat(means, counts)
 
 
 def _whole(seen: np.ndarray) -> np.ndarray:

@@ -33,12 +33,11 @@ def run_calibrate(
             print(f"{name}: {offset:+.1f}")
     if model.exits is not None or not args.class_offsets:
         with progress_bar(f"calibrate {data.name}", len(images) + len(others)) as step:
-            count = calibrate(
-                model, evaluation_loader(images, data.workers), evaluation_loader(others, data.workers), step
-            )
+            labelled, budgets = (evaluation_loader(some, data.workers) for some in (images, others))
+            count = calibrate(model, labelled, budgets, step, walked=len(others))
         print_exits(model)
-        labelled = f" with {count} images" if count else ""  # a rule that is not fitted reads no labels
-        print(f"calibrated{labelled}: ask for a budget with --budget")
+        with_labels = f" with {count} images" if count else ""  # a rule that is not fitted reads no labels
+        print(f"calibrated{with_labels}: ask for a budget with --budget")
     model.save(args.checkpoint)
     print(f"{args.checkpoint} is changed: it keeps what was fitted here in place of what it had")
     return 0
