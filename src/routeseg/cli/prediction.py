@@ -64,7 +64,8 @@ def predict_command(words: Sequence[str]) -> int:
     named = [] if args.model is None else [args.model]
     network, inputs = _network_first([*named, *(args.inputs or ())])
     if named and network is None:
-        raise ValueError(f"--model {args.model} is no network: name a folder, an ONNX file, or a bundled one")
+        names = ", ".join(bundled_networks())
+        raise ValueError(f"--model {args.model} is no network: name a folder, an ONNX file, or one of {names}")
     if not args.inputs and args.source is None:
         raise ValueError("no inputs: name image files, folders, globs, URLs or videos, or a camera with --source")
     if network is not None and not inputs and args.source is None:
