@@ -611,7 +611,7 @@ class TestCommands:
     def test_with_few_validation_pictures_the_training_pictures_set_budgets(self, tmp_path, capsys, monkeypatch):
         images = []
         monkeypatch.setattr(
-            "routeseg.budgets.calibration._set_budgets", lambda model, exits, batches, least: images.extend(batches())
+            "routeseg.budgets.calibration._set_budgets", lambda model, exits, batches, *_: images.extend(batches())
         )
         words = ["train", *self.WORDS, "--model.gate=fixed", "--model.exits=[2]", "--model.depth=3"]
         words += [
