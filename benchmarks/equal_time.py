@@ -32,9 +32,7 @@ import numpy as np
 import torch
 import yaml
 
-from places import Counted, miou
-from routeseg.budgets.asked import Asked
-from routeseg.budgets.budgeted import Budgeted
+from places import frontier, walked
 from routeseg.cli.common import config_parser, new_network, parts_of
 from routeseg.data.config import DataConfig, open_data, pair
 from routeseg.data.loaders import evaluation_loader
@@ -115,22 +113,11 @@ def calibrated(folder: Path, sizes: list[float], data: list[str]) -> DynamicRout
 
 def looked_at(model: DynamicRoutingNetwork, images: list[Any], reference: DynamicRoutingNetwork) -> dict[str, Any]:
     """Scores and costs in each of SIZES with all layers, and of a network with exits at each of BUDGETS."""
-    engine = SkipEngine(model)
-    found: dict[str, Any] = {"sizes": [], "budgets": []}
-    for size in SIZES:
-        counted = Counted(engine, model, reference)
-        for one in images:
-            counted(one, size=size, **({} if model.exits is None else {"price": 0.0}))
-        found["sizes"].append({"size": size, "cost": float(np.mean(counted.costs)), "miou": miou(counted.pairs)})
-    for asked in BUDGETS if model.exits is not None else ():
-        budget = Asked.parse(f"{100 * asked:g}%")
-        counted = Counted(Budgeted(engine, model, budget), model, reference)
-        for one in images:
-            counted(one)
-        look = budget.look(model, (images[0]["image"].shape[-2], images[0]["image"].shape[-1]))
-        row = {"asked": asked, "size": look.size, "cost": float(np.mean(counted.costs)), "miou": miou(counted.pairs)}
-        found["budgets"].append(row)
-    return found
+    engine, asked = SkipEngine(model), BUDGETS if model.exits is not None else ()
+    return {
+        "sizes": [walked(engine, model, images, size, 0.0, reference) for size in SIZES],
+        "budgets": [frontier(engine, model, images, budget, reference) for budget in asked],
+    }
 
 
 def compared(dynamic: str, found: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -200,21 +200,31 @@ def spent_share(model: DynamicRoutingNetwork, result: Any, own: tuple[int, int],
 
 
 def walked(
-    engine: SkipEngine[Segmentation], model: DynamicRoutingNetwork, images: list[Any], size: float, price: float
+    engine: SkipEngine[Segmentation],
+    model: DynamicRoutingNetwork,
+    images: list[Any],
+    size: float,
+    price: float,
+    reference: DynamicRoutingNetwork | None = None,
 ) -> dict[str, float]:
-    """Cost and score of images at a size: all layers (price 0), or places at a price."""
-    counted = Counted(engine, model)
+    """Cost and score of images at a size: all layers (price 0, also without exits), or places at a price."""
+    counted = Counted(engine, model, reference)
+    asked = {} if model.exits is None else {"price": price}
     for one in images:
-        counted(one, size=size, price=price)
+        counted(one, size=size, **asked)
     return {"size": size, "price": price, "cost": float(np.mean(counted.costs)), "miou": miou(counted.pairs)}
 
 
 def frontier(
-    engine: SkipEngine[Segmentation], model: DynamicRoutingNetwork, images: list[Any], asked: float
+    engine: SkipEngine[Segmentation],
+    model: DynamicRoutingNetwork,
+    images: list[Any],
+    asked: float,
+    reference: DynamicRoutingNetwork | None = None,
 ) -> dict[str, float]:
     """What a budget makes of the images: the size that it chooses, what is spent, the score."""
     budget = Asked.parse(f"{100 * asked:g}%")
-    counted = Counted(Budgeted(engine, model, budget), model)
+    counted = Counted(Budgeted(engine, model, budget), model, reference)
     for one in images:
         counted(one)
     look = budget.look(model, (images[0]["image"].shape[-2], images[0]["image"].shape[-1]))
@@ -338,7 +348,7 @@ def main(words: list[str]) -> int:
     write_json(args.output, found | machine_facts())
     if model.exits is not None and model.exits.calibrated:
         assert model.prices is not None
-        least, most = model.prices.tables[0].costs[0], max(1.0, *model.prices.sizes) ** 2
+        least, most = model.prices.least, max(1.0, *model.prices.sizes) ** 2
         asked = [one for one in FRONTIER if least <= one <= most]
         found["frontier"] = [frontier(engine, model, images, one) for one in asked]
         write_json(args.output, found | machine_facts())

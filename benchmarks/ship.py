@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         CARD.format(
             classes=config.num_classes,
             million=sum(p.numel() for p in model.parameters()) / 1e6,
-            least=100.0 if model.prices is None else 100 * min(table.costs[0] for table in model.prices.tables),
+            least=100.0 if model.prices is None else 100 * model.prices.least,
             what=DEFAULT if args.folder == FOLDER else name,
             dataset=dataset,
             title=title,

@@ -12,14 +12,16 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"  # of a checkpoint: the names of huggingface_hub
 RUN_CONFIG_FILE = "config.yaml"  # of a run: what `routeseg train` was given
 RESUME_FILE = "last.ckpt"  # of a run: what it goes on from
+BUNDLED = Path(__file__).parent / "pretrained"
 SURVEY_FILE = "routes.json"  # of what `routeseg routes` found
 SAVING = ".saving-"  # what a folder begins with in which files are written before they are moved
 TEMPORARY = re.compile(rf"\.(\d+-[0-9a-f]{{8}}|last\.ckpt)\.tmp|{re.escape(SAVING)}\w+")
@@ -36,10 +38,11 @@ def sample() -> Path:
     return Path(__file__).parent / "street.jpg"
 
 
-def bundled_networks() -> dict[str, Path]:
-    """The networks that come with the package, name -> folder; benchmarks/ship.py makes them."""
-    folder = Path(__file__).parent / "pretrained"
-    return {path.name: path for path in sorted(folder.iterdir()) if (path / CONFIG_FILE).is_file()}
+@cache
+def bundled_networks() -> Mapping[str, Path]:
+    """The networks that come with the package, name -> folder; benchmarks/ship.py makes them. Looked up once: every
+    word of a long list of images is asked whether it is one."""
+    return {file.parent.name: file.parent for file in sorted(BUNDLED.glob(f"*/{CONFIG_FILE}"))}
 
 
 def best_of_run(word: str | Path) -> str:

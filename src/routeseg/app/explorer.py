@@ -342,16 +342,12 @@ class Explorer:
         """What can be asked for, in each unit: lowest and highest."""
         if self.model.exits is None or not self.model.exits.calibrated:
             return None
+        assert self.model.prices is not None
         costs = {unit: self._exit_costs(picture, unit) for unit in ("share", "gmacs", "ms")}
         found = {unit: [float(some[0]), float(some[-1])] for unit, some in costs.items()}
         for unit in ("share", "gmacs"):  # a smaller image costs less than the first exit
-            found[unit][0] = min(found[unit][0], self._least() * found[unit][1])
+            found[unit][0] = min(found[unit][0], self.model.prices.least * found[unit][1])
         return found
-
-    def _least(self) -> float:
-        """The cheapest budget, as a share of the full network's cost at the image's own size."""
-        tables = () if self.model.prices is None else self.model.prices.tables
-        return min((float(table.costs[0]) for table in tables if table.calibrated), default=1.0)
 
     def _share(self, picture: OpenImage, budget: Any) -> float | None:
         """The share of the full network that a budget stands for; None leaves it to the network."""
@@ -367,7 +363,8 @@ class Explorer:
         if value >= costs[-1]:
             return 1.0
         if unit != "ms" and value < costs[0]:
-            return max(value / float(costs[-1]), self._least())
+            assert self.model.prices is not None
+            return max(value / float(costs[-1]), self.model.prices.least)
         table = self.model.exits.table
         return min(1.0, table.cost_at(float(table.price_of(np.array(max(value, costs[0])), costs, f" {unit}"))))
 

@@ -43,9 +43,8 @@ from routeseg.space import DIRECTIONS, padded_size, seen_size
 
 BUILDS = ("generic", "avx2", "avx512", "avx512bf16", "amx")  # in the order of `routeseg_level`; see setup.py
 FOLDER = "ROUTESEG_KERNELS"  # environment variable: a folder whose builds are used in place of the installed ones
-DONE, NOT_FINITE_STATUS, NO_MEMORY, DIVERGED_STATUS = range(
-    4
-)  # `Status` of kernels/forward.cpp; any other value comes with a text
+# `Status` of kernels/forward.cpp; any other value comes with a text.
+DONE, NOT_FINITE_STATUS, NO_MEMORY, DIVERGED_STATUS = range(4)
 MOST_LABELS = 256  # that a label of the kernels tells apart
 # The only layers that the kernels compute, by their exact type: a subclass may do something else.
 LAYERS = (

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 from safetensors import SafetensorError, safe_open
 
 from routeseg.config import NetworkConfig
-from routeseg.files import CONFIG_FILE, MAX_JSON, WEIGHTS_FILE, best_of_run, bundled_networks, parse_json, read_json
+from routeseg.files import (
+    BUNDLED,
+    CONFIG_FILE,
+    MAX_JSON,
+    WEIGHTS_FILE,
+    best_of_run,
+    bundled_networks,
+    parse_json,
+    read_json,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +31,7 @@ if TYPE_CHECKING:
     from routeseg.model import DynamicRoutingNetwork
 
 Network = TypeVar("Network", bound="DynamicRoutingNetwork")
-PRETRAINED = bundled_networks()["camvid"]  # the one that is taken if none is named
+PRETRAINED = BUNDLED / "camvid"  # the one that is taken if none is named
 LENGTH_BYTES = 8  # at the start of a safetensors file: the length of its header
 FLOATS, COUNTS = ("F64", "F32", "F16", "BF16"), ("I64",)  # safetensors' dtypes for weights, and for counts
 

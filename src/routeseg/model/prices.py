@@ -100,6 +100,11 @@ class Prices:
     sizes: Sequence[float]
     tables: Sequence[PriceTable]
 
+    @property
+    def least(self) -> float:
+        """The cheapest budget that is kept in any of the sizes, a share; 1 without a calibration."""
+        return min((float(table.costs[0]) for table in self.tables if table.calibrated), default=1.0)
+
     def at(self, size: float = 1.0) -> PriceTable:
         """The table of a size. Raises ValueError if there is none."""
         if size not in self.sizes:
