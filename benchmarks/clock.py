@@ -11,6 +11,8 @@ For images at each of --sizes (HEIGHTxWIDTH, resized) it writes the time from an
     budgets    at each of BUDGETS as `routeseg predict --budget` keeps it, which may look at a smaller image
     bfloat16   full and budgets in it, on machines that compute in it
     call       of `routeseg.load()(array)`, which checks the weights and counts the cost as well
+    asked      at the first of the sizes: what budgets of --asked_ms take as the mean over the images, by tables that
+               are measured right before
 
 Times are medians over the images of the median of rounds in which all ways take turns. One process, threads as PyTorch
 takes them (OMP_NUM_THREADS); for an idle machine.
@@ -35,11 +37,13 @@ from torch.nn import functional as F
 import routeseg
 from places import spent_share
 from routeseg.budgets.asked import Asked
+from routeseg.budgets.budgeted import Budgeted
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.loaders import evaluation_loader
 from routeseg.data.subset import evenly_spread
 from routeseg.engine import SkipEngine
 from routeseg.engine.compiled import is_compiled
+from routeseg.engine.profiling import profile
 from routeseg.evaluation import machine_facts
 from routeseg.export import export
 from routeseg.files import write_json
@@ -80,6 +84,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sizes", nargs="*", default=["360x480", "512x1024", "1024x2048"])
+    parser.add_argument("--asked_ms", type=float, nargs="*", default=[])
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(words)
     segmenter = routeseg.load(None if args.network == "bundled" else args.network)
@@ -118,7 +123,26 @@ def main(words: list[str]) -> int:
                 for way, times in ms.items()
             }
             write_json(args.output, found | {"command": ["benchmarks/clock.py", *words]} | machine_facts())
+    if args.asked_ms:
+        height, width = map(int, args.sizes[0].split("x"))
+        found["asked"] = kept(model, engine, images, (height, width), args.asked_ms)
+        write_json(args.output, found | {"command": ["benchmarks/clock.py", *words]} | machine_facts())
     return 0
+
+
+def kept(
+    model: DynamicRoutingNetwork, engine: Any, images: list[Tensor], size: tuple[int, int], asked: list[float]
+) -> dict[str, Any]:
+    """The milliseconds of budgets in milliseconds over images of a size, all budgets in turns."""
+    tables = [profile(model, one) for one in model.config.looked_at(size)]
+    forwards = {f"{ms:g}": Budgeted(engine, model, Asked.parse(f"{ms:g}ms", tables, "profiled")) for ms in asked}
+    ms: dict[str, list[float]] = {name: [] for name in forwards}
+    for image in images:
+        view = F.interpolate(image, size, mode="bilinear", antialias=True).clamp(0, 1).contiguous()
+        times = take_turns([partial(forward.labels, view) for forward in forwards.values()], 3)
+        for name, some in zip(ms, times, strict=True):
+            ms[name].append(1000 * float(np.median(some)))
+    return {name: {"mean": float(np.mean(some)), "p95": float(np.percentile(some, 95))} for name, some in ms.items()}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ what the network costs with all layers at the image's own size,
     exits   all images leave at one exit
     sizes   all layers, of the image at other sizes, as labels of its own size
     walked  places at each of PRICES and each of --walked, as the network runs: places that have left stay as they are
+    closer  of each of --closer, two sizes, at CLOSER: a first look, and a closer one where that is unsure
     frontier  of a calibrated network: each of FRONTIER as a budget, which chooses the size, too
     chosen  at each of BUDGETS, from what every exit makes of the image if all layers run everywhere:
               images     each image leaves where its mean entropy is below a threshold
@@ -59,10 +60,11 @@ from routeseg.files import write_json
 from routeseg.labels import IGNORE
 from routeseg.model import DynamicRoutingNetwork, Segmentation, checkpoints
 from routeseg.model.decoder import most_likely
-from routeseg.space import MIN_IMAGE_SIZE
+from routeseg.space import MIN_IMAGE_SIZE, Size
 from routeseg.survey.route_statistics import object_size
 
 PRICES = (0.01, 0.03, 0.06, 0.1, 0.15, 0.22, 0.32, 0.45, 0.65, 0.9)  # nats
+CLOSER = (0.03, 0.06, 0.1, 0.15, 0.22, 0.32, 0.45, 0.65)  # nats
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 SHUFFLES = 5
 ASKED = (0.35, 0.5, 0.75)
@@ -195,7 +197,8 @@ class Counted:
 
 def spent_share(model: DynamicRoutingNetwork, result: Any, own: tuple[int, int], reference: Any = None) -> float:
     """The MACs of a result, as a share of what `reference`, or else the model, costs at this size with all layers."""
-    macs = model_cost(model, result.seen or own).of_result(result.gates, result.exits)[0]
+    first = None if result.first is None else model_cost(model, result.first)
+    macs = model_cost(model, result.seen or own).of_result(result.gates, result.exits, first)[0]
     return float(macs) / model_cost(reference or model, own).full
 
 
@@ -203,10 +206,10 @@ def walked(
     engine: SkipEngine[Segmentation],
     model: DynamicRoutingNetwork,
     images: list[Any],
-    size: float,
+    size: Size,
     price: float,
     reference: DynamicRoutingNetwork | None = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Cost and score of images at a size: all layers (price 0, also without exits), or places at a price."""
     counted = Counted(engine, model, reference)
     asked = {} if model.exits is None else {"price": price}
@@ -221,7 +224,7 @@ def frontier(
     images: list[Any],
     asked: float,
     reference: DynamicRoutingNetwork | None = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """What a budget makes of the images: the size that it chooses, what is spent, the score."""
     budget = Asked.parse(f"{100 * asked:g}%")
     counted = Counted(Budgeted(engine, model, budget), model, reference)
@@ -316,6 +319,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--images", type=int, default=None, help="at most so many")
     parser.add_argument("--sizes", type=float, nargs="*", default=[0.5, 0.7, 1.0, 1.4])
     parser.add_argument("--walked", type=float, nargs="*", default=[0.7, 1.0], help="sizes at which places are walked")
+    parser.add_argument("--closer", nargs="*", default=[], help="a first and a closer size, such as 0.5,1")
     parser.add_argument("--others", nargs="*", default=[], help="folders of images of other sources")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(words)
@@ -346,9 +350,11 @@ def main(words: list[str]) -> int:
     write_json(args.output, found | machine_facts())
     found["walked"] = [walked(engine, model, images, size, price) for size in args.walked for price in PRICES]
     write_json(args.output, found | machine_facts())
+    pairs: list[Any] = [tuple(map(float, one.split(","))) for one in args.closer]
+    found["closer"] = [walked(engine, model, images, pair, price) for pair in pairs for price in CLOSER]
     if model.exits is not None and model.exits.calibrated:
         assert model.prices is not None
-        least, most = model.prices.least, max(1.0, *model.prices.sizes) ** 2
+        least, most = model.prices.least, max(1.0, *model.prices.singles.sizes) ** 2  # type: ignore[type-var]
         asked = [one for one in FRONTIER if least <= one <= most]
         found["frontier"] = [frontier(engine, model, images, one) for one in asked]
         write_json(args.output, found | machine_facts())

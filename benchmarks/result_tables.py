@@ -352,8 +352,9 @@ def busy(facts: Sequence[Facts], words: str) -> str:
 def places(facts: Sequence[Facts], words: str) -> str:
     """`chosen`: what choosing is worth, of one file. `follows`: whether cost follows what is in images. `kept`: what
     budgets cost on other sources. `frontier`: what budgets bring, or some of them (`frontier 30 50`, in percent),
-    beside smaller images of the same cost. `walked: NAME, NAME`: the scores of networks at shares of the cost, between
-    those that were measured, with places and with smaller images.
+    beside smaller images of the same cost. `closer`: two looks beside places of one look and smaller images. `walked:
+    NAME, NAME`: the scores of networks at shares of the cost, between those that were measured, with places and with
+    smaller images.
     """
     if words.startswith("frontier"):
         some = {float(one) / 100 for one in words.split()[1:]}
@@ -362,7 +363,7 @@ def places(facts: Sequence[Facts], words: str) -> str:
         rows = [
             [
                 f"`--budget {100 * row['asked']:.0f}%`",
-                f"{row['size']:g}",
+                _sides(row["size"]),
                 _share(row["cost"]),
                 _share(row["miou"]),
                 _share(_between(row["cost"], costs, scores)),
@@ -402,6 +403,20 @@ def places(facts: Sequence[Facts], words: str) -> str:
             for asked, found in facts[0]["chosen"].items()
         ]
         return table(["share of the cost, %", *ways], rows)
+    if words == "closer":
+        shares = (0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8)
+        one = facts[0]
+        ways = {"a smaller image, all layers": one["sizes"]}
+        for size in sorted({row["size"] for row in one["walked"]}):
+            ways[f"places leave, times the sides: {size:g}"] = [row for row in one["walked"] if row["size"] == size]
+        for pair in sorted({tuple(row["size"]) for row in one["closer"]}):
+            ways[f"two looks: {_sides(list(pair))}"] = [row for row in one["closer"] if tuple(row["size"]) == pair]
+        rows = []
+        for way, points in ways.items():
+            points = sorted(points, key=lambda row: row["cost"])
+            costs, scores = [row["cost"] for row in points], [row["miou"] for row in points]
+            rows.append([way, *(_share(_between(share, costs, scores)) for share in shares)])
+        return table(["mIoU, % at a share of the cost of", *(f"{100 * share:.0f} %" for share in shares)], rows)
     shares, rows = (0.27, 0.3, 0.35, 0.5, 0.65, 0.8, 1.0), []
     names = [name.strip() for name in words.removeprefix("walked:").split(",")]
     for name, one in zip(names, facts, strict=True):
@@ -417,6 +432,11 @@ def places(facts: Sequence[Facts], words: str) -> str:
             found = [_share(_between(share, costs, scores)) for share in shares]
             rows.append([f"{name}: {way}", *found])
     return table(["mIoU, % at a share of the cost of", *(f"{100 * share:.0f} %" for share in shares)], rows)
+
+
+def _sides(size: Any) -> str:
+    """A size, or two, in words."""
+    return " and ".join(f"{one:g}" for one in size) if isinstance(size, list) else f"{size:g}"
 
 
 def clock(facts: Sequence[Facts], words: str) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from routeseg.architectures import architecture
 from routeseg.labels import Colour, default_palette
 from routeseg.registry import BACKBONES, CHOICES, GATES, HEADS, OPERATIONS
-from routeseg.space import DOWN, MAX_DEPTH, MAX_EDGES, Route, RoutingSpace, brief, padded_size
+from routeseg.space import DOWN, MAX_DEPTH, MAX_EDGES, Route, RoutingSpace, Size, brief, padded_size, seen_size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -52,8 +52,9 @@ class NetworkConfig:
                      default loss for whole images, entropy for places
     place            side of the squares of an image that leave by themselves (model/places.py), in pixels; a multiple
                      of the coarsest stride, and of 16. None: images leave as wholes
-    sizes            at which a budget may have images looked at, factors of their sides, 1 among them
-                     (model/prices.py). None: images are looked at as they are
+    sizes            at which a budget may have images looked at, factors of their sides, 1 among them; or two factors,
+                     of a first look and of a closer one, at the places where the first is unsure (model/closer.py):
+                     those need places and a backbone. None: images are looked at as they are
     backbone         a name in registry.BACKBONES: a pretrained network in the stem's place, whose stages run beside the
                      paths down the diagonal (model/backbone.py); stem_channels means nothing then
     head             a name in registry.HEADS: decoder (it segments), or classifier (of a whole image)
@@ -77,7 +78,7 @@ class NetworkConfig:
     exits: Sequence[int] | None = None
     choice: str | None = None
     place: int | None = None
-    sizes: Sequence[float] | None = None
+    sizes: Sequence[Any] | None = None
     backbone: str | None = None
     head: str = "decoder"
     zeros_arrive: bool = False
@@ -140,6 +141,10 @@ class NetworkConfig:
         ):
             raise ValueError(f"place is {brief(place)}: it must be a multiple of {least} up to {MAX_PLACE}")
         self._set("sizes", _sizes(self.sizes))
+        if any(isinstance(one, tuple) for one in self.sizes or ()) and (place is None or self.backbone is None):
+            raise ValueError(
+                f"sizes is {brief(self.sizes)}: a closer look needs a place and a backbone; leave the pairs out"
+            )
         self._set("choice", self.choice or ("loss" if place is None else "entropy"))
         if not isinstance(self.choice, str) or self.choice not in CHOICES:
             raise ValueError(f"choice is {brief(self.choice)}: choose one of {', '.join(CHOICES)}")
@@ -167,6 +172,12 @@ class NetworkConfig:
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON has them."""
         return asdict(self)
+
+    def looked_at(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """The sizes (height, width) at which a budget may have images of this size looked at, ascending; this one is
+        among them."""
+        parts = [one if isinstance(one, tuple) else (one,) for one in self.sizes or ()]
+        return sorted({size} | {seen_size(size, part) for one in parts for part in one})
 
     @cached_property
     def space(self) -> RoutingSpace:
@@ -269,17 +280,26 @@ def _exits(space: RoutingSpace, gate: str, whole: Route, exits: Any) -> tuple[in
     return found
 
 
-def _sizes(sizes: Any) -> tuple[float, ...] | None:
-    """Checked `sizes`, ascending."""
+def _sizes(sizes: Any) -> tuple[Size, ...] | None:
+    """Checked `sizes`, ascending, pairs behind all others."""
     if sizes is None:
         return None
-    listed = _list("sizes", sizes, MAX_SIZES)
-    real = all(isinstance(one, int | float) and not isinstance(one, bool) and 0 < one <= MAX_SIZE for one in listed)
-    if not real or 1 not in listed:
+    listed = [tuple(one) if isinstance(one, list) else one for one in _list("sizes", sizes, MAX_SIZES)]
+    singles = [one for one in listed if not isinstance(one, tuple)]
+    pairs = [one for one in listed if isinstance(one, tuple)]
+    if not all(is_size(one) for one in listed) or 1 not in singles:
         raise ValueError(
-            f"sizes is {brief(sizes)}: give factors of an image's sides, above 0 up to {MAX_SIZE:g}, 1 among them"
+            f"sizes is {brief(sizes)}: give factors of an image's sides, above 0 up to {MAX_SIZE:g}, 1 among them, or "
+            "two, the smaller one first"
         )
-    return tuple(sorted({float(one) for one in listed}))
+    return (*sorted({float(one) for one in singles}), *sorted({(float(a), float(b)) for a, b in pairs}))
+
+
+def is_size(size: Any) -> bool:
+    """Whether it is a factor of an image's sides, or a smaller and a larger one."""
+    if isinstance(size, tuple):
+        return len(size) == 2 and all(is_size(one) and not isinstance(one, tuple) for one in size) and size[0] < size[1]
+    return isinstance(size, int | float) and not isinstance(size, bool) and 0 < size <= MAX_SIZE
 
 
 def _list(name: str, value: Any, most: int) -> list[Any]:

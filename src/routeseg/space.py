@@ -29,6 +29,9 @@ SCALE_STEP = {UP: -1, KEEP: 0, DOWN: 1}  # scales that an edge climbs down
 STEM_STRIDE = 4  # the stem takes the image to 1/4 of its resolution
 SMALL_GATE_FACTOR = 4  # the small gate looks at its input at 1/4 of the size
 MIN_IMAGE_SIZE = 32
+FIRST_LOOK = -1  # in the place of an exit: a place that was not looked at closer
+# A factor of an image's sides; or two: of a first look, and of a closer one where that is unsure.
+Size = float | tuple[float, float]
 MAX_DEPTH, MAX_SCALES = 128, 6  # far beyond any network of the paper (33 and 4): what is larger is a mistake
 MAX_EDGES = 3 * (MAX_DEPTH + 1) * MAX_SCALES
 
@@ -304,11 +307,23 @@ def padded_size(space: RoutingSpace, height: int, width: int) -> tuple[int, int]
     return math.ceil(height / stride) * stride, math.ceil(width / stride) * stride
 
 
-def seen_size(own: tuple[int, int], size: float) -> tuple[int, int]:
+def seen_size(own: tuple[int, int], size: Size) -> tuple[int, int]:
     """The size (height, width) of an image whose sides are `size` times as long, but none below MIN_IMAGE_SIZE for
-    that."""
+    that; that of the closer look, of two."""
+    if isinstance(size, tuple):
+        return seen_size(own, size[1])
     height, width = (min(max(round(side * size), MIN_IMAGE_SIZE), max(side, round(side * size))) for side in own)
     return height, width
+
+
+def first_size(own: tuple[int, int], size: Size) -> tuple[int, int] | None:
+    """The size (height, width) at which an image is looked at first, if it is looked at twice."""
+    return seen_size(own, size[0]) if isinstance(size, tuple) else None
+
+
+def size_words(size: Size) -> str:
+    """A size as messages and files write it: 0.7, or 0.5-1."""
+    return "-".join(f"{one:g}" for one in size) if isinstance(size, tuple) else f"{size:g}"
 
 
 def over_pixels(

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from routeseg.cost.latency import LatencyTable, exit_ms, mean_ms, stretches_at
-from routeseg.cost.macs import exit_costs, model_cost
+from routeseg.cost.macs import look_costs, model_cost
 from routeseg.errors import NO_EXITS
-from routeseg.space import MIN_IMAGE_SIZE, brief, padded_size, seen_size
+from routeseg.space import MIN_IMAGE_SIZE, brief, first_size, padded_size, seen_size
 
 if TYPE_CHECKING:
     from routeseg.description import NetworkDescription
@@ -93,17 +93,21 @@ class Asked:
 
     def costs(self, network: RoutedNetwork | NetworkDescription, size: tuple[int, int]) -> list[np.ndarray]:
         """What leaving at each exit costs, in the unit of the budget (MMACs), for images (height, width) that are
-        looked at in each size that the network knows: float64 [Z][K].
+        looked at in each size that the network knows: float64 [Z][K]; of two looks, of the first one and of both.
 
         Raises ValueError for a network without exits, and for latency tables of another one.
         """
         prices = check_exits(network)
         if self.unit == "share":
             return [table.costs for table in prices.tables]
-        seen = [seen_size(size, one) for one in prices.sizes]
-        if self.unit == "ms":
-            return [exit_ms(self.latency, network.config, one, self.file) for one in seen]
-        return [exit_costs(network, one) / MMACS for one in seen]
+        if self.unit == "macs":
+            return [look_costs(network, size, one) / MMACS for one in prices.sizes]
+        found = []
+        for one in prices.sizes:
+            at = [seen_size(size, part) for part in (one if isinstance(one, tuple) else (one,))]
+            ms = [exit_ms(self.latency, network.config, part, self.file) for part in at]
+            found.append(ms[0] if len(ms) == 1 else np.cumsum([part[-1] for part in ms]))
+        return found
 
     @property
     def amount(self) -> float:
@@ -126,7 +130,7 @@ class Asked:
         if self.unit == "share":
             most = max(1.0, *(float(table.costs[-1]) for table in prices.tables))
             if self.value > most:
-                largest = max(prices.sizes)
+                largest = max(size for size in prices.sizes if isinstance(size, float))
                 larger = f" on images of {largest:g} times the sides, the largest that it knows" if largest > 1 else ""
                 raise ValueError(
                     f"budget is {self}, more than the full network costs{larger}, {100 * most:.0f}%: {FORMS}"
@@ -135,9 +139,15 @@ class Asked:
         if self.unit == "ms":
             means = []
             for one, table in zip(prices.sizes, prices.tables, strict=True):
-                seen = seen_size(size, one)
+                seen, first = seen_size(size, one), first_size(size, one)
                 stretches = stretches_at(self.latency, network.config, seen, self.file)
-                means.append(mean_ms(stretches, table.frequencies, network.config.place_count(seen)))
+                if first is None:
+                    means.append(mean_ms(stretches, table.frequencies, network.config.place_count(seen)))
+                else:  # the closer look is one stretch
+                    before = exit_ms(self.latency, network.config, first, self.file)[-1]
+                    fixed, running = stretches.sum(0)
+                    going_on = table.frequencies[:, 1]
+                    means.append(before + (going_on > 0) * fixed + going_on * running)
         return prices.look_up(self.amount, self.costs(network, size), self.unit_name, at, means)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from routeseg.budgets.worth import LARGEST_PRICE, AllExits, mean_iou, price_between, score_exits
 from routeseg.collectives import gather
-from routeseg.cost.macs import exit_costs, model_cost
+from routeseg.cost.macs import look_costs, model_cost
 from routeseg.data.subset import LEAST_IMAGES
 from routeseg.engine import SkipEngine
 from routeseg.evaluation.scores import count_pairs
@@ -33,13 +33,15 @@ from routeseg.model.exits import TABLE, Exits, Priced
 from routeseg.model.grid import RoutedNetwork
 from routeseg.model.prices import PriceTable
 from routeseg.model.sizes import look
-from routeseg.space import seen_size
+from routeseg.space import FIRST_LOOK, Size
 
 Network = TypeVar("Network", bound=RoutedNetwork)
 
 WATCHED, LEAST_PRICE = 7, 1e-7  # prices at which places are watched; the least of them
+UNSURE = np.geomspace(0.01, 0.5, WATCHED)  # the same of closer looks, as shares of the largest entropy
 WALKED = 60  # images at least in which they are, if there are so many
 LEVELLED = 100  # images at least that tell which size is better
+MANY_SIZES = 6  # through which a cubic parabola is drawn
 ROUNDING = 1e-9  # of a mean
 
 
@@ -113,7 +115,11 @@ def _set_budgets(
     many = max(1, len(seen) // max(LEVELLED, walked))
     levels = _levels(model, exits.sizes, lambda: itertools.islice(images(), 0, None, many))
     for number, size in enumerate(exits.sizes):
-        costs = exit_costs(model, seen_size(own, size)) / model_cost(model, own).full
+        costs = look_costs(model, own, size) / model_cost(model, own).full
+        if isinstance(size, tuple):
+            table = _walked(model, exits, size, some, UNSURE * np.log(model.config.num_classes), costs)
+            exits.at(size).table = _levelled(table, levels[number])
+            continue
         looked = _looked(model, exits, size, some) if len(exits.sizes) > 1 else []
         whole = of_images if size == 1 else [one for one, _ in looked]
         glances = [np.concatenate(of) for of in zip(*whole, strict=True)]
@@ -128,18 +134,21 @@ def _set_budgets(
         if exits.place is None:
             exits.at(size).table = table
             continue
-        cast(Priced, exits.wholes[number]).table = table
+        cast(Priced, exits.wholes[exits.singles.index(size)]).table = table
         # Places that have left change what the others see, so that images run; dense glances tell the prices.
         flat = [np.concatenate([one[exit].ravel() for one in seen]) for exit in range(len(exits.decoders))]
-        table = _walked(model, exits, size, some, price_table(exits, flat, costs)[0], costs)
+        inner = price_table(exits, flat, costs)[0][1:-1]
+        watched = np.unique(np.maximum(inner[np.linspace(0, len(inner) - 1, WATCHED).astype(int)], LEAST_PRICE))
+        table = _walked(model, exits, size, some, watched, costs)
         exits.at(size).table = _levelled(table, levels[number])
 
 
-def _levels(model: RoutedNetwork, sizes: Sequence[float], images: Callable[[], Iterator[dict[str, Any]]]) -> np.ndarray:
-    """The mIoU of all layers in each size [Z]: a parabola over their logarithms through what is measured, for among
-    sizes that are about as good the luckiest would be taken. NaN for one size, and without labels."""
-    levels = np.full(len(sizes), np.nan)
-    if len(sizes) == 1:
+def _levels(model: RoutedNetwork, looks: Sequence[Size], images: Callable[[], Iterator[dict[str, Any]]]) -> np.ndarray:
+    """The mIoU of all layers in each size, of two in the closer one [Z]: a parabola over their logarithms through what
+    is measured, for among sizes that are about as good the luckiest would be taken. NaN for one size, and without
+    labels."""
+    sizes, levels = [size for size in looks if isinstance(size, float)], np.full(len(looks), np.nan)
+    if len(looks) == 1:
         return levels
     classes = model.config.num_classes
     engine = SkipEngine(cast(DynamicRoutingNetwork, model))
@@ -150,8 +159,10 @@ def _levels(model: RoutedNetwork, sizes: Sequence[float], images: Callable[[], I
             pairs[number] += count_pairs(batch["labels"], found.long(), classes).numpy()
     pairs = np.sum(gather(pairs), axis=0)
     if pairs.any():
-        levels = np.array([_miou(AllExits.of(one[None, None]), np.array([0])) for one in pairs])
-        levels = np.polyval(np.polyfit(np.log(sizes), levels, min(2, len(sizes) - 1)), np.log(sizes))
+        scores = np.array([_miou(AllExits.of(one[None, None]), np.array([0])) for one in pairs])
+        closest = [size[1] if isinstance(size, tuple) else size for size in looks]
+        degree = min(3 if len(sizes) >= MANY_SIZES else 2, len(sizes) - 1)
+        levels = np.polyval(np.polyfit(np.log(sizes), scores, degree), np.log(closest))
     return levels
 
 
@@ -208,15 +219,14 @@ def _looked(
 def _walked(
     model: RoutedNetwork,
     exits: Exits,
-    size: float,
+    size: Size,
     images: Callable[[], Iterator[dict[str, Any]]],
-    prices: np.ndarray,
+    watched: np.ndarray,
     costs: np.ndarray,
 ) -> PriceTable:
-    """The table of a network whose places leave: images run at WATCHED of the prices [T], looked at in this size, and
-    what lies between these is interpolated. Scores only if the network knows several sizes."""
-    inner, scored = prices[1:-1], len(exits.sizes) > 1
-    watched = np.unique(np.maximum(inner[np.linspace(0, len(inner) - 1, WATCHED).astype(int)], LEAST_PRICE))
+    """The table of a network whose places leave, or are looked at closer: images run at some prices, looked at in this
+    size, and what lies between these is interpolated. Scores only if the network knows several sizes."""
+    scored = len(exits.sizes) > 1
     frequencies = np.zeros((len(watched), len(costs)))
     pairs = np.zeros((len(watched), model.config.num_classes, model.config.num_classes), dtype=np.int64)
     engine, count = SkipEngine(cast(DynamicRoutingNetwork, model)), 0
@@ -226,6 +236,8 @@ def _walked(
             result = engine(batch["image"].to(exits.costs.device), price=price, size=size)
             assert result.exits is not None
             left = result.exits.flatten().cpu().numpy()
+            if result.first is not None:
+                left = (left != FIRST_LOOK).astype(np.int64)
             frequencies[row] += len(batch["image"]) * np.bincount(left, minlength=len(costs)) / len(left)
             if scored:
                 pairs[row] += count_pairs(batch["labels"], result.labels.cpu(), model.config.num_classes).numpy()
@@ -258,8 +270,9 @@ def with_sizes(model: Network, sizes: Sequence[float]) -> Network:
     """The network with other sizes at which budgets may have images looked at, not calibrated yet. Raises ValueError
     for a network without exits, and for no sizes."""
     found = type(model)(replace(model.config, sizes=sizes))
-    weights = found.state_dict()
-    found.load_state_dict(weights | {key: value for key, value in model.state_dict().items() if key in weights})
+    weights, tables = found.state_dict(), ("exits.others.", "exits.wholes.")
+    known = {key: one for key, one in model.state_dict().items() if key in weights and not key.startswith(tables)}
+    found.load_state_dict(weights | known)
     return found.to(next(model.parameters()).device).train(model.training)
 
 

@@ -79,13 +79,21 @@ class Spending:
             return look
         return Look(look.size, float(table.price_of(np.array(max(self.keeper.next(), costs[0])), costs)))
 
-    def saw(self, size: tuple[int, int], look: Look, gates: Any, exits: Any, seen: tuple[int, int] | None) -> None:
-        """What images (height, width) made of a look: gates [B,L+1,S,3], exits [B,hb,wb] of places, and the size at
-        which they were looked at, if not their own."""
+    def saw(
+        self,
+        size: tuple[int, int],
+        look: Look,
+        gates: Any,
+        exits: Any,
+        seen: tuple[int, int] | None,
+        first: tuple[int, int] | None = None,
+    ) -> None:
+        """What images (height, width) made of a look: gates [B,L+1,S,3], exits [B,hb,wb] of places, and the sizes at
+        which they were looked at, if not their own, and first, if twice."""
         if self.keeper is None:
             return
         table: CostTable = self._cost_at(seen or size)
-        macs = table.of_result(gates, exits)
+        macs = table.of_result(gates, exits, None if first is None else self._cost_at(first))
         whole = MMACS if self.asked.unit == "macs" else self._cost_at(size).full
         promised = self.prices.at(look.size).cost_at(look.price, self._known[size][1])
         self.keeper.saw(promised, float(macs.mean()) / whole, len(macs))

@@ -31,7 +31,12 @@ def profile_command(words: Sequence[str]) -> int:
         default=None,
         help="a checkpoint folder; without one, a network with random weights, as the model section says",
     )
-    parser.add_argument("--size", type=str, default="1024x2048", help="HEIGHTxWIDTH of the image")
+    parser.add_argument(
+        "--size",
+        type=str,
+        default="1024x2048",
+        help="HEIGHTxWIDTH of the image; also measured in the sizes at which the network may look at it",
+    )
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
     parser.add_argument("--precision", type=str, default="float32", help=PRECISION_HELP)
     parser.add_argument(
@@ -60,15 +65,18 @@ def profile_command(words: Sequence[str]) -> int:
     check_writable(output)
     if args.json is not None:
         check_writable(Path(args.json).parent, "--json")
-    with enough_memory("give a smaller --size"), progress_bar("profile", 1 + args.repeats) as step:
-        table = profile(model, size, args.precision, args.repeats, step=step)
+    sizes = model.config.looked_at(size)
+    with enough_memory("give a smaller --size"), progress_bar("profile", len(sizes) * (1 + args.repeats)) as step:
+        tables = [profile(model, one, args.precision, args.repeats, step=step) for one in sizes]
+    table = next(one for one in tables if one.size == size)
     if "precision_reason" in table.facts:
         print(f"precision: {table.precision} ({table.facts['precision_reason']})")
-    table.facts.update({"command": ["profile", *words]} | machine_facts())
-    path = output / f"{table.name}.json"
-    table.write(path)
+    for one in tables:
+        one.facts.update({"command": ["profile", *words]} | machine_facts())
+        one.write(output / f"{one.name}.json")
     print_latency(table, model)
-    print(path)
+    for one in tables:
+        print(output / f"{one.name}.json")
     if args.json is not None:
         write_json(args.json, table.as_dict())
     return 0

@@ -116,12 +116,14 @@ def _effort_table(effort: dict[str, Any]) -> Table:
     """Where the pixels of each class that occurs leave, the dearest class first."""
     title = "Where pixels of each class leave, and their cost\n(% of them behind each layer, % of the full network)"
     table = Table(title=title, title_justify="left")
-    for name in ("class", *(f"layer {layer}" for layer in effort["behind_layers"]), "cost"):
+    first = ["first look"] if "first_look" in effort["all"] else []
+    for name in ("class", *first, *(f"layer {layer}" for layer in effort["behind_layers"]), "cost"):
         table.add_column(name, justify="right" if table.columns else "left")
     known = [(name, row) for name, row in effort["classes"].items() if row is not None]
     known.sort(key=lambda one: -one[1]["cost_share"])
     for name, row in [*known, ("all pixels", effort["all"])]:
-        table.add_row(escape(name), *(f"{100 * share:.1f}" for share in (*row["leave"], row["cost_share"])))
+        before = [row["first_look"]] if first else []
+        table.add_row(escape(name), *(f"{100 * share:.1f}" for share in (*before, *row["leave"], row["cost_share"])))
     return table
 
 

@@ -303,9 +303,10 @@ def calibrate_command(words: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--sizes",
-        type=list[float] | None,
+        type=list[Any] | None,
         default=None,
-        help="at which budgets may have images looked at, factors of their sides, such as [0.5,0.7,1,1.4]; by default "
+        help="at which budgets may have images looked at, factors of their sides, such as [0.5,0.7,1,1.4], "
+        "or pairs of a first and a closer look, such as [0.5,1,[0.5,1]]; by default "
         "those that the network has. Scores of each come from the labels of --budget_split",
     )
     args, data = read_data(parser, of_run(words))

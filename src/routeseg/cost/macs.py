@@ -10,13 +10,14 @@ Legend: L depth, S scales, B images.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from routeseg.config import NetworkConfig
-from routeseg.counting import CONVENTIONS
-from routeseg.space import DOWN, Route, RoutingSpace, padded_size
+from routeseg.counting import CONVENTIONS, PartMacs
+from routeseg.space import DOWN, Route, RoutingSpace, Size, first_size, padded_size, seen_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,14 +71,24 @@ class CostTable:
             + (open_edges * self.edge).sum((-1, -2, -3))
         )
 
-    def of_result(self, gates: Tensor | np.ndarray, exits: Tensor | np.ndarray | None) -> np.ndarray:
+    def of_result(
+        self, gates: Tensor | np.ndarray, exits: Tensor | np.ndarray | None, first: CostTable | None = None
+    ) -> np.ndarray:
         """Real cost of images from what a forward returns, MACs, float64 [B]: gates [B,L+1,S,3] and, if places have
-        left by themselves, where: [B,hb,wb]. Each place pays its share of the image."""
+        left by themselves, where: [B,hb,wb]. Each place pays its share of the image; `first` is the table of a first
+        look, which all of them pay."""
         if exits is None:
             return self.of_gates(gates)
-        assert self.exits is not None
         places = exits.cpu().numpy() if hasattr(exits, "cpu") else np.asarray(exits)
-        return self.exits[places].mean((-1, -2))
+        return self.of_exits(first)[places].mean((-1, -2))
+
+    def of_exits(self, first: CostTable | None = None) -> np.ndarray:
+        """What leaving at each exit costs, MACs, float64 [K]. With the table of a first look [K+1]: what places that
+        are looked at closer pay, and at last, as FIRST_LOOK reads it, what those do for which it was enough."""
+        assert self.exits is not None
+        if first is None:
+            return self.exits
+        return np.append(np.full(len(self.exits), first.full + self.full), first.full)
 
     def of_route(self, route: Route, count_gates: bool = False) -> float:
         """Cost of a fixed route in MACs. Its gates need not run, so they are counted only if asked: then those of every
@@ -110,9 +121,13 @@ def model_cost(
         config, macs = network, part_macs(network)
     else:
         config, macs = network.config, network.macs
-    unit, space = CONVENTIONS[convention], config.space
-    size = padded_size(space, *image_size)
+    return _table(config, macs, padded_size(config.space, *image_size), convention)
 
+
+@lru_cache(maxsize=256)
+def _table(config: NetworkConfig, macs: PartMacs, size: tuple[int, int], convention: str) -> CostTable:
+    """`model_cost` at a padded size."""
+    unit, space = CONVENTIONS[convention], config.space
     cell_macs = [part.count(size, unit) for part in macs.cell]
     gate_macs = [[part.count(size, unit) for part in row] for row in macs.gate]
     edge_macs = [[part.count(size, unit) for part in row] for row in macs.transform]
@@ -149,3 +164,12 @@ def exit_costs(network: RoutedNetwork | NetworkDescription, image_size: tuple[in
     table = model_cost(network, image_size)
     assert table.exits is not None
     return table.exits
+
+
+def look_costs(network: RoutedNetwork | NetworkDescription, own: tuple[int, int], size: Size) -> np.ndarray:
+    """MACs of the routes of a look at images (height, width) in a size: `exit_costs` [K]; or of two looks [2], of the
+    first one alone, and both."""
+    seen, first = seen_size(own, size), first_size(own, size)
+    if first is None:
+        return exit_costs(network, seen)
+    return np.cumsum([model_cost(network, one).full for one in (first, seen)])

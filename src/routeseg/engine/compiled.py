@@ -39,7 +39,7 @@ from routeseg.model.grid import RoutedNetwork
 from routeseg.model.layers import BatchNorm, InputNorm, Stem, Subsample, Transform, Upsample
 from routeseg.model.operations import Identity, Operation, SepConv3x3, SepConv5x5
 from routeseg.model.request import Request
-from routeseg.space import DIRECTIONS, padded_size, seen_size
+from routeseg.space import DIRECTIONS, first_size, padded_size, seen_size
 
 BUILDS = ("generic", "avx2", "avx512", "avx512bf16", "amx")  # in the order of `routeseg_level`; see setup.py
 FOLDER = "ROUTESEG_KERNELS"  # environment variable: a folder whose builds are used in place of the installed ones
@@ -146,6 +146,7 @@ class _Request(Structure):
     _fields_ = [
         ("image", _Image),
         *((name, c_int32) for name in ("seen_height", "seen_width", "padded_height", "padded_width")),
+        *((f"first_{name}", c_int32) for name in ("height", "width", "padded_height", "padded_width")),
         ("given", c_void_p),
         ("own", c_int32),
         *((name, c_void_p) for name in ("prices", "left", "most")),
@@ -215,8 +216,8 @@ class CompiledForward:
         """
         batch, _, height, width = images.shape
         logits = torch.empty((batch, self.config.num_classes, height, width), **FLOAT32)
-        gates, exits, seen = self._run(images, request, logits=logits)
-        return Segmentation(logits, gates, exits=exits, seen=seen)
+        gates, exits, seen, first = self._run(images, request, logits=logits)
+        return Segmentation(logits, gates, exits=exits, seen=seen, first=first)
 
     def labels(self, images: Tensor, request: Request) -> Labelled:
         """The most likely classes; up to 256 without writing their logits. Raises as `__call__`, and ValueError if
@@ -229,11 +230,13 @@ class CompiledForward:
 
     def _run(
         self, images: Tensor, request: Request, logits: Tensor | None = None, labels: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, tuple[int, int] | None]:
-        """The gates, the exits of places, and the size at which the images were looked at; writes what is given."""
+    ) -> tuple[Tensor, Tensor | None, tuple[int, int] | None, tuple[int, int] | None]:
+        """The gates, the exits of places, the size at which the images were looked at, and that of a first look; writes
+        what is given."""
         batch, _, height, width = images.shape
         own = height, width
-        seen = seen_size(own, request.size)
+        seen, first = seen_size(own, request.size), first_size(own, request.size)
+        before = (0,) * 4 if first is None else (*first, *padded_size(self.space, *first))
         pixels = images if images.dtype in (torch.uint8, torch.float32) else images.float()
         gates = torch.empty((batch, self.space.depth + 1, self.space.num_scales, len(DIRECTIONS)), **FLOAT32)
         mask, mean, std = request.mask.astype(np.float32), self.config.pixel_mean, self.config.pixel_std
@@ -243,6 +246,7 @@ class CompiledForward:
                 _Image(image.data_ptr(), *image.stride(), height, width, image.dtype == torch.uint8, mean, std),
                 *seen,
                 *padded_size(self.space, *seen),
+                *before,
                 mask[number % len(mask)].ctypes.data,
                 request.gated,
                 None if prices is None else prices[number].ctypes.data,
@@ -254,9 +258,9 @@ class CompiledForward:
             )
             status = self._forward(addressof(self._packed.network), addressof(asked), self._workspace)
             raise_failure(self._library, status, f"a forward of {height}x{width} pixels")
-        decided = places is not None and bool((places.price > 0).any())
+        decided = places is not None and (first is not None or bool((places.price > 0).any()))
         exits = places.left if places is not None and decided else None
-        return gates, exits, None if seen == own else seen
+        return gates, exits, None if seen == own else seen, first
 
     def _places(self, request: Request, images: int, height: int, width: int) -> _Places | None:
         """What places go by; None if they do not leave by themselves."""

@@ -30,16 +30,18 @@ View = tuple[int, int, bool]  # top and left of a window in the scaled image, an
 
 class Passes(NamedTuple):
     """n passes at one size (h, w): what they opened, [n,L+1,S,3]; where places left, [n,hb,wb], if they did so by
-    themselves; and the size at which the network looked at them, if it chose another."""
+    themselves; and the size at which the network looked at them, if it chose another, and first, if it did so twice."""
 
     size: tuple[int, int]
     gates: Tensor
     exits: Tensor | None = None
     seen: tuple[int, int] | None = None
+    first: tuple[int, int] | None = None
 
     def cost_macs(self, table: Callable[[tuple[int, int]], CostTable]) -> float:
         """What they cost together, by the tables of all sizes."""
-        return float(table(self.seen or self.size).of_result(self.gates, self.exits).sum())
+        first = None if self.first is None else table(self.first)
+        return float(table(self.seen or self.size).of_result(self.gates, self.exits, first).sum())
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ class MultiPass:
         height, width = image.shape[-2:]
         if self._is_plain(height, width):
             result = self.forward(image)
-            return Averaged(result.logits, (Passes((height, width), result.gates, result.exits, result.seen),))
+            seen = Passes((height, width), result.gates, result.exits, result.seen, result.first)
+            return Averaged(result.logits, (seen,))
         mean: Tensor | None = None
         passes = []
         for factor in self.scales:
@@ -162,7 +165,8 @@ class MultiPass:
                 cover[top : top + h, left : left + w] += 1
         assert total is not None
         places = [one for one in exits if one is not None]
-        return total.div_(cover), Passes((h, w), torch.cat(gates), torch.cat(places) if places else None, result.seen)
+        where = torch.cat(places) if places else None
+        return total.div_(cover), Passes((h, w), torch.cat(gates), where, result.seen, result.first)
 
     def _views(self, size: tuple[int, int], window: tuple[int, int]) -> list[View]:
         tops, lefts = (starts(side, part, self.overlap) for side, part in zip(size, window, strict=True))

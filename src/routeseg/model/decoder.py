@@ -35,8 +35,10 @@ class Segmentation:
     gates   [B,L+1,S,3] in [0,1] (those of soft gates are below 1): exactly 0 on illegal edges, closed paths and nodes
             that nothing reached. `routeseg.model_cost` turns them into MACs, `Route.from_gates` into a route.
     earlier in training, of a network with exits: the logits of each exit before the last
-    exits   where places have decided: the exit at which each of them left, int64 [B,h/b,w/b] (rounded up); else None
+    exits   where places have decided: the exit at which each of them left, int64 [B,h/b,w/b] (rounded up); else None.
+            FIRST_LOOK: the first look was enough
     seen    (h, w), the size at which the images were looked at, if it is not their own
+    first   (h, w) of a first look at all of them, if there was one (model/closer.py)
     """
 
     logits: Tensor
@@ -44,6 +46,7 @@ class Segmentation:
     earlier: tuple[Tensor, ...] = ()
     exits: Tensor | None = None
     seen: tuple[int, int] | None = None
+    first: tuple[int, int] | None = None
 
     @property
     def labels(self) -> Tensor:
@@ -54,7 +57,7 @@ class Segmentation:
         """Without logits. Raises ValueError if they are not finite, nor the gates."""
         if not (_finite(self.logits) and _finite(self.gates)):
             raise ValueError(DIVERGED)
-        return Labelled(self.labels, self.gates, self.exits, self.seen)
+        return Labelled(self.labels, self.gates, self.exits, self.seen, self.first)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Labelled:
     gates: Tensor
     exits: Tensor | None = None
     seen: tuple[int, int] | None = None
+    first: tuple[int, int] | None = None
 
 
 def _finite(values: Tensor) -> bool:

@@ -32,7 +32,7 @@ from routeseg.model.places import Running, enlarge
 from routeseg.model.prices import Prices, PriceTable
 from routeseg.model.request import Request
 from routeseg.registry import CHOICES
-from routeseg.space import STEM_STRIDE, walk
+from routeseg.space import STEM_STRIDE, Size, walk
 
 TABLE = 67  # prices
 
@@ -96,7 +96,7 @@ class Exits(Priced):
         assert config.exits is not None and config.choice is not None
         super().__init__(len(config.exits), config.sizes is not None)
         self.layers, self.place, self.scales = config.exits, config.place, config.num_scales
-        self.sizes = config.sizes or (1.0,)
+        self.sizes: Sequence[Size] = config.sizes or (1.0,)
         reached = [now.reached for now in walk(config.space, config.whole_route.to_gates())]
         self.reached = [reached[layer] for layer in self.layers]
         self.decoders = nn.ModuleList(head(config) for _ in self.layers[:-1])
@@ -104,8 +104,9 @@ class Exits(Priced):
         if self.place is not None and not choice.by_place:
             raise ValueError(f"choice is {config.choice}, about whole images: choose another, or leave place out")
         self.gates = choice(config)
-        self.others = nn.ModuleList(Priced(len(self.layers), True) for size in self.sizes if size != 1)
-        scored, sizes = config.sizes is not None, () if self.place is None else self.sizes
+        routes = [2 if isinstance(size, tuple) else len(self.layers) for size in self.sizes if size != 1]
+        self.others = nn.ModuleList(Priced(count, True) for count in routes)
+        scored, sizes = config.sizes is not None, () if self.place is None else self.singles
         self.wholes = nn.ModuleList(Priced(len(self.layers), scored) for _ in sizes)
 
     def calibration(self) -> list[Tensor]:
@@ -118,7 +119,12 @@ class Exits(Priced):
         """Whether it can be asked for a budget."""
         return bool(self.frequencies.any())
 
-    def at(self, size: float) -> Priced:
+    @property
+    def singles(self) -> list[float]:
+        """The sizes that are no closer looks."""
+        return [size for size in self.sizes if isinstance(size, float)]
+
+    def at(self, size: Size) -> Priced:
         """The table of a size."""
         others = [one for one in self.sizes if one != 1]
         return self if size == 1 else cast(Priced, self.others[others.index(size)])
@@ -137,6 +143,14 @@ class Exits(Priced):
         """Who leaves at this exit, given features by scale and prices [B]: bool [B], of places [B,hb,wb]."""
         seen = self.see(exit, features)
         return self.gates.leaves(exit, seen, price if self.place is None else price[:, None, None], self.costs)
+
+    def closer(self, need: Tensor, request: Request) -> Tensor:
+        """The places that are looked at closer, bool [B,hb,wb], by how unsure a first look is: those above the price,
+        or the share of them that a budget of each image allows."""
+        if request.quota is not None:
+            return _most(need, need.new_tensor(np.broadcast_to(request.quota[:, 0], len(need))))
+        price = need.new_tensor(np.broadcast_to(0.0 if request.price is None else request.price, len(need)))
+        return (need > price[:, None, None]) | (price <= 0)[:, None, None]
 
     def leaving(self, request: Request, images: int, size: tuple[int, int], training: bool) -> Leaving:
         """What happens at the exits in a forward of so many images of this padded size.
@@ -287,10 +301,7 @@ class LeavingPlaces(Leaving):
             assert self.price is not None
             return self.exits.leaves(exit, features, self.price)
         need = self.exits.gates.need(exit, self.exits.see(exit, features))
-        need = need.masked_fill(~self.running.flags, -torch.inf).flatten(1)
-        rank = need.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        most = (self.quota[:, exit, None] * need.shape[1]).round()
-        return (rank >= most).view_as(self.running.flags)
+        return ~_most(need.masked_fill(~self.running.flags, -torch.inf), self.quota[:, exit])
 
     def result(
         self, last: Head, features: Sequence[Any], gates: Tensor, size: tuple[int, int], compute: Compute, coarse: bool
@@ -311,3 +322,9 @@ class LeavingPlaces(Leaving):
                 output = torch.where(at == exit, one, output)
         found = last.result(enlarged(widened(output), self.size), gates, size)
         return replace(found, exits=self.left) if self.looks else found
+
+
+def _most(need: Tensor, shares: Tensor) -> Tensor:
+    """These shares [B] of the places, those that need most: bool [B,hb,wb]."""
+    rank = need.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return (rank < (shares[:, None] * rank.shape[1]).round()).view_as(need)

@@ -26,19 +26,21 @@ from routeseg.counting import Macs, PartMacs
 from routeseg.files import SAVING
 from routeseg.model.backbone import Backbone
 from routeseg.model.cell import RoutingNode
-from routeseg.model.compute import PLAIN, Compute, choose, each, fill_missing, rows_among
+from routeseg.model.closer import Closer, First, enlarged_by, unsure
+from routeseg.model.compute import PLAIN, Compute, choose, each, enlarged, fill_missing, rows_among
 from routeseg.model.decoder import Segmentation
-from routeseg.model.exits import Exits, Leaving
+from routeseg.model.exits import Exits, Leaving, LeavingPlaces
 from routeseg.model.gate import Gate
 from routeseg.model.head import Head
 from routeseg.model.layers import InputNorm, Stem, Transform, widened
 from routeseg.model.places import Running
 from routeseg.model.prices import Prices
 from routeseg.model.request import Options, Request, Routes
-from routeseg.model.sizes import look
+from routeseg.model.sizes import look, resized
 from routeseg.registry import BACKBONES, CHOICES, GATES, HEADS, OPERATIONS
 from routeseg.space import (
     DIRECTIONS,
+    FIRST_LOOK,
     MIN_IMAGE_SIZE,
     SCALE_STEP,
     STEM_STRIDE,
@@ -48,6 +50,7 @@ from routeseg.space import (
     Step,
     is_diagonal,
     padded_size,
+    seen_size,
     step,
 )
 
@@ -216,7 +219,39 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
             return self._run(images, request, drop_path, leaving, coarse)
 
         check_images(images)
+        if isinstance(request.size, tuple):
+            first = seen_size((images.shape[-2], images.shape[-1]), request.size[0])
+            return look(images, request.size[1], lambda closer: self._closer(images, first, closer, request))
         return look(images, request.size, run)
+
+    def _closer(self, images: Tensor, first: tuple[int, int], closer: Tensor, request: Request) -> Segmentation:
+        """A look at images [B,3,H,W] in this size, and another one at larger ones where it is unsure (closer.py)."""
+        assert self.exits is not None and self.exits.place is not None
+        place, seen = self.exits.place, (closer.shape[-2], closer.shape[-1])
+        size, ratio = padded_size(self.space, *seen), (seen[0] / first[0], seen[1] / first[1])
+        before = First(len(images), images.device)
+        scores, gates = self._scores(resized(images, first), before)
+        need = unsure(scores, ratio, place, [-(-side // place) for side in size])
+        goes_on = self.exits.closer(need, request)
+        known = enlarged_by(scores, ratio, [side // STEM_STRIDE for side in size])
+        if goes_on.any():
+            running = Closer(goes_on, size, place, before.maps, ratio)
+            again, later = self._scores(closer, running)
+            known = torch.where(running.mask(known), again, known)
+            gates = torch.where(goes_on.flatten(1).any(1)[:, None, None, None], later, gates)
+        found = self.head.result(enlarged(widened(known), size), gates, seen)
+        exits = torch.where(goes_on, len(self.exits.layers) - 1, FIRST_LOOK)
+        return replace(found, exits=exits, first=first)
+
+    def _scores(self, images: Tensor, running: Running) -> tuple[Tensor, Tensor]:
+        """The scores of the last decoder at a quarter of the size, where places run, all layers; and the gates."""
+        assert self.exits is not None
+        x = prepare(self, images)[0]
+        leaving = LeavingPlaces(self.exits, x.new_zeros(len(x)), (x.shape[-2], x.shape[-1]), False)
+        leaving.running = running
+        stem, raw = self._stem(x, PLAIN, running)
+        features, gates = self.walk(stem, Request(self.config.mask, gated=False), 0.0, PLAIN, leaving, raw)
+        return PLAIN.head(self.head, features, True, running), gates
 
     def all_exits(self, images: Tensor) -> tuple[Segmentation, list[Sequence[Any]]]:
         """Of a network with exits: what it gives in training, in the mode that it is in, and the features that arrive
@@ -252,10 +287,12 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
             return self.head.result(output if self.training else widened(output), gates, size)
         return self.exits.result(self.head, leaving, stem, features, gates, size, compute, coarse)
 
-    def _stem(self, x: Tensor, compute: Compute) -> tuple[Tensor, Tensor | None]:
+    def _stem(self, x: Tensor, compute: Compute, running: Running | None = None) -> tuple[Tensor, Tensor | None]:
         """Prepared images [B,3,H,W] -> [B,C,H/4,W/4], and of a backbone its own features of the same size."""
-        features = compute.stem(self.stem, x)
-        return (features, None) if self.backbone is None else (self.backbone.project[0](features), features)
+        if self.backbone is None:
+            return compute.stem(self.stem, x), None
+        features = compute.stem(self.stem, x) if running is None else self.backbone.run(0, x, running)
+        return self.backbone.project[0](features), features
 
     def walk(
         self,

@@ -78,9 +78,9 @@ class DynamicRoutingNetwork(
             raise ValueError(f"there is nothing to change: {NO_PLACES}")
         weights = self.state_dict()
         with next(self.parameters()).device:
-            found = type(self)(replace(self.config, place=None))
+            found = type(self)(replace(self.config, place=None, sizes=self.config.sizes and self.exits.singles))
         found.load_state_dict({key: weights[key] for key in found.state_dict()})
         assert found.exits is not None
-        for size, table in zip(self.exits.sizes, self.exits.wholes, strict=True):
+        for size, table in zip(self.exits.singles, self.exits.wholes, strict=True):
             found.exits.at(size).table = cast(Priced, table).table
         return found.to(next(self.parameters()).dtype).train(self.training)

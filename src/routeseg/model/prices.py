@@ -2,7 +2,8 @@
 torch here.
 
 An image can be looked at in several sizes, and each has a table of prices. Of all pairs of a size and a price that cost
-what was asked, a budget takes the one with the highest score.
+what was asked, a budget takes the one with the highest score. A size may be two, of a first look and of a closer one
+(model/closer.py): its table has two routes, the first look alone and both.
 
 Legend: K exits, T prices of a table, Z sizes.
 """
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from routeseg.errors import NOT_CALIBRATED, BudgetNotKept
+from routeseg.space import Size, size_words
 
 TOLERANCE = 1e-3  # by which a budget may be below the cheapest route: what is shown of that is rounded
 
@@ -23,7 +25,7 @@ TOLERANCE = 1e-3  # by which a budget may be below the cheapest route: what is s
 class Look(NamedTuple):
     """How images are looked at: the factor of their sides, and the price that the exits compare with."""
 
-    size: float
+    size: Size
     price: float
 
 
@@ -97,19 +99,25 @@ class Prices:
     """The tables [Z] of a network with exits for images of these sizes, factors of their sides, ascending; 1 is among
     them. All costs are shares of what the full network costs at size 1."""
 
-    sizes: Sequence[float]
+    sizes: Sequence[Size]
     tables: Sequence[PriceTable]
+
+    @property
+    def singles(self) -> Prices:
+        """Without closer looks."""
+        known = [(size, table) for size, table in zip(self.sizes, self.tables, strict=True) if isinstance(size, float)]
+        return Prices(*map(list, zip(*known, strict=True)))
 
     @property
     def least(self) -> float:
         """The cheapest budget that is kept in any of the sizes, a share; 1 without a calibration."""
         return min((float(table.costs[0]) for table in self.tables if table.calibrated), default=1.0)
 
-    def at(self, size: float = 1.0) -> PriceTable:
+    def at(self, size: Size = 1.0) -> PriceTable:
         """The table of a size. Raises ValueError if there is none."""
         if size not in self.sizes:
-            known = ", ".join(f"{one:g}" for one in self.sizes)
-            raise ValueError(f"budgets are known for images at {known} times their sides, not at {size:g}")
+            known = ", ".join(map(size_words, self.sizes))
+            raise ValueError(f"budgets are known for images at {known} times their sides, not at {size_words(size)}")
         return self.tables[list(self.sizes).index(size)]
 
     def look_up(
@@ -117,7 +125,7 @@ class Prices:
         budget: float,
         costs: Sequence[np.ndarray] | None = None,
         unit: str = "",
-        size: float | None = None,
+        size: Size | None = None,
         means: Sequence[np.ndarray] | None = None,
     ) -> Look:
         """The size and the price at which images cost this in the mean and score best; all of the full network at size
@@ -153,17 +161,25 @@ class Prices:
         """The inverse of `from_json`, with what each price costs in the mean, for other readers. What is known at size
         1 stands at the top."""
         known = [_as_json(table) for table in self.tables]
-        others = {f"{size:g}": one for size, one in zip(self.sizes, known, strict=True) if size != 1}
+        others = {size_words(size): one for size, one in zip(self.sizes, known, strict=True) if size != 1}
         return known[list(self.sizes).index(1)] | ({"sizes": others} if others else {})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], exits: int) -> Prices:
         """The tables of a network with so many exits. Raises ValueError if they are none."""
         try:
-            known = {1.0: data} | {float(size): one for size, one in data.get("sizes", {}).items()}
-            return cls(sorted(known), [_from_json(known[size], exits) for size in sorted(known)])
+            known: dict[Size, Any] = {1.0: data}
+            known |= {_size(text): one for text, one in data.get("sizes", {}).items()}
+            sizes = sorted(known, key=lambda size: (isinstance(size, tuple), size))
+            return cls(sizes, [_from_json(known[size], 2 if isinstance(size, tuple) else exits) for size in sizes])
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError("its table of prices is damaged") from error
+
+
+def _size(text: str) -> Size:
+    """The inverse of `size_words`."""
+    first, *closer = map(float, text.split("-"))
+    return (first, *closer) if closer else first  # type: ignore[return-value]
 
 
 def _as_json(table: PriceTable) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import Literal, SupportsFloat, TypedDict
 
 import numpy as np
 
-from routeseg.config import MAX_SIZE, NetworkConfig
+from routeseg.config import MAX_SIZE, NetworkConfig, is_size
 from routeseg.errors import NO_EXITS, NO_PLACES
 from routeseg.model.prices import Prices
-from routeseg.space import Route, brief, edge_name
+from routeseg.space import Route, Size, brief, edge_name
 
 Routes = Route | Sequence[Route] | None
 Shares = float | Sequence[float] | np.ndarray | None  # of the full network's cost; or prices
@@ -31,15 +31,15 @@ class Options(TypedDict, total=False):
     price       of the same, in the budget's place: what its rule compares with (model/choice.py), a number or one for
                 each image. In training places leave by it, and the logits of all exits come with where they left
     per_image   of a network whose places leave by themselves: each image keeps the budget, not the mean of them
-    size        images are looked at with sides so many times as long (model/sizes.py); None: as they are, unless a
-                budget chooses
+    size        images are looked at with sides so many times as long (model/sizes.py); two: first so, and closer where
+                that is unsure, which the price says (model/closer.py). None: as they are, unless a budget chooses
     """
 
     activation: Activation
     budget: Shares
     price: Shares
     per_image: bool
-    size: float | None
+    size: Size | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class Request:
     price   of a network with exits: what its rule compares with, float64 [N]; None: what helps
     quota   [N,K-1] of each image, whose places do not compare with a price but with each other: the shares of them that
             go on behind each exit, those that need it most; None: the price decides
-    size    images are looked at with sides so many times as long
+    size    images are looked at with sides so many times as long, or first so and then so
     exits   of given routes in a network with exits: the exits [N] at which they end; None: the network decides
     """
 
@@ -60,7 +60,7 @@ class Request:
     exits: np.ndarray | None = None
     price: np.ndarray | None = None
     quota: np.ndarray | None = None
-    size: float = 1.0
+    size: Size = 1.0
 
     @classmethod
     def of(
@@ -74,7 +74,7 @@ class Request:
         budget: Shares = None,
         price: Shares = None,
         per_image: bool = False,
-        size: float | None = None,
+        size: Size | None = None,
     ) -> Request:
         """The request for a forward of so many images: a route or one for each, and `Options`. `prices` are the tables
         of a network with exits.
@@ -89,11 +89,18 @@ class Request:
             )
         if budget is not None and price is not None:
             raise ValueError("give a budget or a price, not both")
-        if size is not None and not 0 < size <= MAX_SIZE:
-            raise ValueError(f"size is {brief(size)}: it is a factor of an image's sides, above 0 up to {MAX_SIZE:g}")
+        if size is not None and not is_size(size):
+            raise ValueError(
+                f"size is {brief(size)}: it is a factor of an image's sides, above 0 up to {MAX_SIZE:g}, or a smaller "
+                "and a larger one"
+            )
+        if isinstance(size, tuple) and (route is not None or config.place is None or config.backbone is None):
+            raise ValueError(
+                "a closer look is for a network with places and a backbone, without a route: give one size"
+            )
         shares = None if budget is None else _shares(config, images, route, budget)
         found = None if price is None else _prices(config, images, route, price)
-        at = 1.0 if size is None else float(size)
+        at = 1.0 if size is None else size if isinstance(size, tuple) else float(size)
         if route is None:
             if per_image and config.place is None:
                 raise ValueError(f"a budget cannot be kept by each image: {NO_PLACES}")

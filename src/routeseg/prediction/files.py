@@ -70,7 +70,7 @@ class Ran(NamedTuple):
     labels  [H,W] (`label_map`)
     gates   float32 [L+1,S,3]
     exits   where its places left, if they did so by themselves, int64 [hb,wb]
-    seen    (h, w), the size at which it was looked at, if it is not its own
+    seen    (h, w), the size at which it was looked at, if it is not its own; `first` that of a first look, if any
     confidence  the probability of each label, float32 [H,W], of a file that gives labels (`routeseg export --labels`)
     """
 
@@ -79,6 +79,7 @@ class Ran(NamedTuple):
     exits: np.ndarray | None = None
     confidence: np.ndarray | None = None
     seen: tuple[int, int] | None = None
+    first: tuple[int, int] | None = None
 
 
 class Runner(Protocol):
@@ -286,7 +287,7 @@ class Segmenter:
 class Segmented(NamedTuple):
     """One image, segmented: labels [H,W], gates float32 [L+1,S,3], how long the network took, in how many windows,
     whose mean the gates are, what else the result depends on (`asked_of`); of an image that is one window where its
-    places left [hb,wb], and the size (h, w) at which it was looked at, if not its own."""
+    places left [hb,wb], the size (h, w) at which it was looked at, if not its own, and that of a first look."""
 
     prediction: Prediction
     labels: np.ndarray
@@ -296,6 +297,7 @@ class Segmented(NamedTuple):
     asked: Mapping[str, str | None] = MappingProxyType({})
     exits: np.ndarray | None = None
     seen: tuple[int, int] | None = None
+    first: tuple[int, int] | None = None
 
 
 def asked_of(runner: Runner) -> dict[str, str | None]:
@@ -321,18 +323,19 @@ def segment(runner: Runner, image: np.ndarray, source: Source, name: str) -> Seg
         own = (view.shape[0], view.shape[1])
         table = model_cost(runner.network, own)
         seen = table if ran.seen in (None, own) else model_cost(runner.network, ran.seen)
-        cost, full = cost + float(seen.of_result(ran.gates, ran.exits)), full + table.full
+        first = None if ran.first is None else model_cost(runner.network, ran.first)
+        cost, full = cost + float(seen.of_result(ran.gates, ran.exits, first)), full + table.full
         opened.append(ran.gates)
     prediction = Prediction(source, name, (height, width), cost, full)
     mean = opened[0] if len(opened) == 1 else np.asarray(np.mean(opened, axis=0, dtype=np.float32))
     found = np.ascontiguousarray(labels[:height, :width])
-    whole = (ran.exits, ran.seen) if len(views) == 1 else (None, None)
+    whole = (ran.exits, ran.seen, ran.first) if len(views) == 1 else ()
     return Segmented(prediction, found, mean, seconds, len(views), asked_of(runner), *whole)
 
 
 def effort_of(network: NetworkDescription, found: Segmented) -> np.ndarray:
     """What each place of an image cost, as shares of what it costs in the full network at the size at which it was
-    looked at: float64 [hb,wb].
+    looked at, or in both looks: float64 [hb,wb].
 
     Raises ValueError, with the remedy, if its places did not decide.
     """
@@ -343,8 +346,9 @@ def effort_of(network: NetworkDescription, found: Segmented) -> np.ndarray:
         raise ValueError(f"there is no map of effort of {found.prediction.image}: {why}")
     height, width = (max(side, MIN_IMAGE_SIZE) for side in found.prediction.size)
     table = model_cost(network, found.seen or (height, width))
-    assert table.exits is not None
-    shares: np.ndarray = table.exits[found.exits] / table.full
+    first = None if found.first is None else model_cost(network, found.first)
+    whole = table.full if first is None else first.full + table.full
+    shares: np.ndarray = table.of_exits(first)[found.exits] / whole
     return shares
 
 
@@ -426,6 +430,7 @@ def _route_json(
         ),
         **({} if found.exits is None else {"exits": found.exits.tolist()}),
         **({} if found.seen is None else {"seen_size": list(found.seen)}),
+        **({} if found.first is None else {"first_size": list(found.first)}),
         "pictures": target.pictures,
         "network": target.network,
         **found.asked,
@@ -508,6 +513,8 @@ def decode_file(data: bytes, image: Source, max_pixels: int = MAX_PIXELS) -> np.
 def pad_small(image: np.ndarray) -> np.ndarray:
     """The image [H,W,3], with grey to the right and below if a side is shorter than the network takes."""
     height, width = (max(side, MIN_IMAGE_SIZE) for side in image.shape[:2])
+    if (height, width) == image.shape[:2]:
+        return image
     padded = np.full((height, width, 3), PADDING_RGB, dtype=np.uint8)
     padded[: image.shape[0], : image.shape[1]] = image
     return padded

@@ -55,7 +55,7 @@ class TorchNetwork:
             result = result.labelled()
         labels = label_map(result.labels[0].cpu().numpy(), self.model.config.num_classes)
         exits = None if result.exits is None else result.exits[0].cpu().numpy()
-        return Ran(labels, result.gates[0].float().cpu().numpy(), exits, seen=result.seen)
+        return Ran(labels, result.gates[0].float().cpu().numpy(), exits, seen=result.seen, first=result.first)
 
 
 def open_network(

@@ -18,7 +18,7 @@ from routeseg.cost.macs import model_cost
 from routeseg.evaluation import Forward
 from routeseg.labels import IGNORE
 from routeseg.model import DynamicRoutingNetwork, Segmentation
-from routeseg.space import over_pixels
+from routeseg.space import FIRST_LOOK, over_pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,8 @@ class Effort:
 
     class_names  of the C classes
     layers       those behind which the K exits are
-    pixels       int64 [C+1,K]: how many of each class by the labels, and of those without a label, left at each exit
+    pixels       int64 [C+1,K+1]: how many of each class by the labels, and of those without a label, left at each exit;
+                 at last those for which a first look was enough
     spent        float64 [C+1]: the costs of these pixels, added up
     images       how many there are
     image        uint8 [H,W,3], their mean, and shares float64 [H,W], the mean cost at each point of it: all images are
@@ -45,17 +46,20 @@ class Effort:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: of each class (None: it does not occur) and of all pixels the shares that leave at each exit, and
-        the mean cost; all 0..1."""
+        the mean cost, and if images were looked at twice the share for which the first look was enough; all 0..1."""
         return {
             "behind_layers": list(self.layers),
-            "all": _row(self.pixels.sum(0), self.spent.sum()),
-            "classes": {name: _row(self.pixels[c], self.spent[c]) for c, name in enumerate(self.class_names)},
+            "all": self._row(self.pixels.sum(0), self.spent.sum()),
+            "classes": {name: self._row(self.pixels[c], self.spent[c]) for c, name in enumerate(self.class_names)},
         }
 
-
-def _row(pixels: np.ndarray, spent: float) -> dict[str, Any] | None:
-    count = pixels.sum()
-    return {"leave": (pixels / count).tolist(), "cost_share": float(spent / count)} if count else None
+    def _row(self, pixels: np.ndarray, spent: float) -> dict[str, Any] | None:
+        count = pixels.sum()
+        if not count:
+            return None
+        *leave, first = (pixels / count).tolist()
+        twice = {"first_look": first} if self.pixels[:, -1].any() else {}
+        return {"leave": leave, **twice, "cost_share": float(spent / count)}
 
 
 class EffortNotes:
@@ -65,7 +69,7 @@ class EffortNotes:
         assert model.config.exits is not None and model.config.place is not None
         self.forward, self.model, self.place = forward, model, model.config.place
         self.layers, self.class_names = tuple(model.config.exits), tuple(model.config.class_names)
-        self.pixels = np.zeros((len(self.class_names) + 1, len(self.layers)), np.int64)
+        self.pixels = np.zeros((len(self.class_names) + 1, len(self.layers) + 1), np.int64)
         self.spent = np.zeros(len(self.pixels))
         self.images, self.decided = 0, False
         self._cost_at = cache(lambda size: model_cost(model, size))
@@ -90,11 +94,11 @@ class EffortNotes:
             shares = np.full(own, table.of_gates(gates)[0] / full)
         else:
             self.decided = True
-            assert table.exits is not None
             at = over_pixels(result.exits[0].cpu().numpy(), self.place, own, result.seen)
-            shares = (table.exits / full)[at]
+            shares = table.of_exits(None if result.first is None else self._cost_at(result.first))[at] / full
+            at = np.where(at == FIRST_LOOK, len(self.layers), at)
         classes = np.where(labels == IGNORE, len(self.class_names), labels)
-        counts = np.bincount((classes * len(self.layers) + at).ravel(), minlength=self.pixels.size)
+        counts = np.bincount((classes * self.pixels.shape[1] + at).ravel(), minlength=self.pixels.size)
         self.pixels += counts.reshape(self.pixels.shape)
         self.spent += np.bincount(classes.ravel(), shares.ravel(), minlength=len(self.spent))
         pixels = image[0].permute(1, 2, 0).cpu().numpy().astype(np.float64)

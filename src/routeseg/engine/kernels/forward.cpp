@@ -88,21 +88,25 @@ struct Network {
 };
 
 // What a forward is asked for. The image is resized to `seen` before it is looked at; `padded` are multiples of the
-// stride.
+// stride. `first` are those of a first look, if there is one (model/closer.py): then `price` and `most` say which
+// places are looked at closer.
 struct Request {
     Image image;
     int32_t seen_height, seen_width, padded_height, padded_width;
+    int32_t first_height, first_width, first_padded_height, first_padded_width;
     const float* given;     // gates of a given route, or null
     int32_t own;            // a given route's open paths have the network's own activations
     const float* prices;    // null, or [exits] price times cost: the image leaves where its gate says so. Without gates
                             // the price itself: where its entropy is not above that
-    int64_t* left;          // null, or the exit of each place, [places]: they leave by their entropy
+    int64_t* left;          // null, or the exit of each place, [places]: they leave by their entropy; or FIRST_LOOK
     const int32_t* most;    // null, or how many of them go on behind each exit, [exits - 1]: those that need it most
     float price;            // the entropy at which they leave, if there is no `most`; at 0 or less none does
     float *gates, *logits;  // of the image's own size; null: not wanted
     uint8_t* labels;        // the most likely class of each pixel, likewise
     int32_t threads;
 };
+
+constexpr int FIRST_LOOK = -1;  // in the place of an exit: a place that was not looked at closer
 
 // How a call from Python ended.
 enum Status { DONE, NOT_FINITE, NO_MEMORY, DIVERGED, FAILED };
@@ -144,11 +148,11 @@ class Workspace {
         constant_bytes += bytes;
     }
 
-    // Lets go of what images of another size have left.
-    void expect(int height, int width) {
+    // Lets go of what images of other sizes have left.
+    void expect(const Key& sizes) {
         std::unique_lock<std::mutex> guard(lock, std::try_to_lock);
-        if (!guard.owns_lock() || (height == last_height && width == last_width)) return;
-        last_height = height, last_width = width;
+        if (!guard.owns_lock() || sizes == last_sizes) return;
+        last_sizes = sizes;
         release();
     }
 
@@ -197,7 +201,7 @@ class Workspace {
     std::map<Key, Held> constants;
     size_t constant_bytes = 0;
     uint64_t constants_so_far = 0;
-    int last_height = 0, last_width = 0;
+    Key last_sizes;
 };
 
 // Memory of the maps of one forward: first that of its logits, which are written last, then a workspace's.
@@ -258,16 +262,35 @@ using Arrivals = std::vector<std::vector<Arrival>>;  // by scale
 template <class T>
 class Forward {
   public:
-    Forward(const Network& net, const Request& request, Workspace& workspace)
+    // keeps  what a closer look may read of this one stays
+    Forward(const Network& net, const Request& request, Workspace& workspace, bool keeps = false)
         : net(net), request(request), workspace(workspace),
           arena(workspace, request.logits,
                 request.logits ? sizeof(float) * net.classes * request.image.height * request.image.width : 0),
-          threads(request.threads) {}
+          threads(request.threads), keeps(keeps) {}
 
     // Whether the image's values were finite, and the scores.
     Status run() {
+        if (!(request.first_height > 0 ? twice() : walk())) return NOT_FINITE;
+        stem_map = {};
+        const Image& image = request.image;
+        const int seen_height = request.seen_height, seen_width = request.seen_width;
+        if (request.labels && !label(scores.map, net.classes, seen_height, seen_width, request.labels, image.height,
+                                     image.width, threads))
+            return DIVERGED;
+        if (request.logits && seen_height == image.height && seen_width == image.width)
+            enlarge(scores.map, net.classes, request.logits, image.height, image.width, threads);
+        else if (request.logits)
+            enlarge_twice(scores.map, net.classes, seen_height, seen_width, request.logits, image.height, image.width,
+                          threads);
+        return DONE;
+    }
+
+  private:
+    // The scores of the image; false if its values are not finite.
+    bool walk() {
         const int scales = net.scales;
-        if (!stem()) return NOT_FINITE;
+        if (!stem()) return false;
         Arrivals arrivals(scales);
         arrivals[0].push_back({stem_map, 1, false});
         std::vector<char> reached(scales, false);
@@ -300,21 +323,79 @@ class Forward {
         }
         if (!still) scores = decoded(arrivals, net.exit[exit]);
         else if (runs) score(net.exit[exit], features, still->places);
-        stem_map = {};
-        const Image& image = request.image;
-        const int seen_height = request.seen_height, seen_width = request.seen_width;
-        if (request.labels && !label(scores.map, net.classes, seen_height, seen_width, request.labels, image.height,
-                                     image.width, threads))
-            return DIVERGED;
-        if (request.logits && seen_height == image.height && seen_width == image.width)
-            enlarge(scores.map, net.classes, request.logits, image.height, image.width, threads);
-        else if (request.logits)
-            enlarge_twice(scores.map, net.classes, seen_height, seen_width, request.logits, image.height, image.width,
-                          threads);
-        return DONE;
+        return true;
     }
 
-  private:
+    // The same of two looks, one at all of the image and a closer one at the places where that is unsure.
+    bool twice() {
+        Request asked = request;
+        asked.seen_height = request.first_height, asked.seen_width = request.first_width;
+        asked.padded_height = request.first_padded_height, asked.padded_width = request.first_padded_width;
+        asked.logits = nullptr, asked.left = nullptr;
+        Forward first(net, asked, workspace, true);
+        if (!first.walk()) return false;
+        step_y = float(double(request.first_height) / request.seen_height);
+        step_x = float(double(request.first_width) / request.seen_width);
+        const int side = net.place, height = request.padded_height, width = request.padded_width;
+        Mask closer((height + side - 1) / side, (width + side - 1) / side, 0);
+        const std::vector<float> need = first.unsure(closer, 1 / step_y, 1 / step_x);
+        if (request.most) {
+            mark(closer, need, Mask(closer.h, closer.w, 1), request.most[0]);
+        } else {
+            for (size_t place = 0; place < need.size(); ++place)
+                closer.flags[place] = !(request.price > 0) || need[place] > request.price;
+        }
+        for (size_t place = 0; place < need.size(); ++place)
+            request.left[place] = closer.flags[place] ? net.exits - 1 : FIRST_LOOK;
+        const Map& known = first.scores.map;
+        scores = make(height / STEM_STRIDE, width / STEM_STRIDE, known.c, 0, height / STEM_STRIDE, true);
+        enlarge_around<float>(scores.map, Pixels(Mask(scores.map.h, scores.map.w, 1)), known, step_y, step_x, 0,
+                              scores.map.h, threads);
+        if (!closer.any()) return true;
+        if (!closer.all()) {
+            still.emplace(closer, side, height, width);
+            before = &first;
+        }
+        const bool finite = walk();
+        before = nullptr;
+        return finite;
+    }
+
+    // Of each place of a closer look, the mean entropy of the classes over it; 0 if nothing of it is here.
+    std::vector<float> unsure(const Mask& places, float ratio_y, float ratio_x) {
+        const Map& map = scores.map;
+        std::vector<float> found(size_t(map.h) * map.w);
+        pool->run(map.h, glance_threads(), [&](long y) {
+            std::vector<float> share(net.classes);
+            float total;
+            for (int x = 0; x < map.w; ++x)
+                found[y * map.w + x] =
+                    entropy_of(row_of<float>(map, int(y)) + long(x) * map.c, net.classes, share.data(), total);
+        });
+        std::vector<double> sums(places.flags.size(), 0.0), counts(places.flags.size(), 0.0);
+        const auto at = [&](int pixel, float ratio, int most) {
+            return std::min(int((float(pixel) + 0.5f) * STEM_STRIDE * ratio / float(net.place)), most - 1);
+        };
+        for (int y = 0; y < map.h; ++y)
+            for (int x = 0; x < map.w; ++x) {
+                const size_t place = size_t(at(y, ratio_y, places.h)) * places.w + at(x, ratio_x, places.w);
+                sums[place] += found[size_t(y) * map.w + x], counts[place] += 1;
+            }
+        std::vector<float> means(sums.size());
+        for (size_t place = 0; place < sums.size(); ++place)
+            means[place] = float(sums[place] / std::max(counts[place], 1.0));
+        return means;
+    }
+
+    // Marks so many of these places, those that need it most.
+    static void mark(Mask& marked, const std::vector<float>& need, const Mask& among, int most) {
+        std::vector<int> order;
+        for (int place = 0; place < int(need.size()); ++place)
+            if (among.flags[place]) order.push_back(place);
+        std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return need[a] > need[b]; });
+        for (int i = 0; i < std::min(int(order.size()), most); ++i) marked.flags[order[i]] = 1;
+    }
+
     Held make(int h, int w, int c, int first, int rows, bool wide = false) {
         const size_t bytes = (wide ? sizeof(float) : sizeof(T)) * rows * w * c;
         Held held{{nullptr, h, w, c, first, rows}, arena.take(bytes, wide)};  // only the scores are wide
@@ -376,20 +457,28 @@ class Forward {
     const Pixels* over(const Map& map) { return still ? &still->area(stride_of(map)).pixels : nullptr; }
     int stride_of(const Map& map) const { return request.padded_height / map.h; }
 
-    // `Running.filled`, in place, of these rows.
-    void fill_around(const Map& map, int reach, int first, int end) {
-        if (still)
-            fill<T>(map, still->area(stride_of(map)).mask, still->around(stride_of(map), reach), reach, first, end,
-                    threads);
+    // What the first look had in the place of a map of which pixels are filled; null if there was none. To be asked
+    // once for each such map: a first look keeps it.
+    const Map* known_of(const Held& map) {
+        if (keeps) kept_maps.push_back(map);
+        return before ? &before->kept_maps.at(before_count++).map : nullptr;
+    }
+
+    // `Running.filled`, in place, of these rows: by what is known, or by the mean of the pixels around.
+    void fill_rows(const Map& map, const Pixels& around, int reach, int first, int end, const Map* known) {
+        if (known) enlarge_around<T>(map, around, *known, step_y, step_x, first, end, threads);
+        else fill<T>(map, still->area(stride_of(map)).mask, around, reach, first, end, threads);
+    }
+    void fill_around(const Map& map, int reach, int first, int end, const Map* known) {
+        if (still) fill_rows(map, still->around(stride_of(map), reach), reach, first, end, known);
     }
     Held filled(Held x, int reach) {
-        fill_around(x.map, reach, 0, x.map.h);
+        fill_around(x.map, reach, 0, x.map.h, known_of(x));
         return x;
     }
 
     bool stem() {
         const int height = request.padded_height, width = request.padded_width;
-        workspace.expect(height, width);
         Held image = make(height, width, 3, 0, height);
         if (!normalized<T>(request.image, request.seen_height, request.seen_width, image.map, threads)) return false;
         if (net.stages) {
@@ -438,7 +527,7 @@ class Forward {
     }
 
     // A block of a backbone, in bands of rows. What it has in the middle is held as far as a band reads it, and all of
-    // it where places have left: little of that is written.
+    // it where places have left, since little of that is written, or if it is kept.
     Held inverted(const Block& block, const Held& x) {
         const Conv& last = block.depthwise;
         const int reach = last.kernel / 2;
@@ -455,7 +544,9 @@ class Forward {
         const float row_bytes = share * float(sizeof(T)) * float(shape.w) * float(shape.c) * float(last.stride);
         const int band = std::max(2, int(std::min(float(block_bytes()) / row_bytes, float(behind.h))));
         const int most = std::min(shape.h, (band - 1) * last.stride + last.kernel);
-        const Held memory = make(shape.h, shape.w, shape.c, 0, still ? shape.h : most);
+        const bool whole = still || keeps;
+        const Held memory = make(shape.h, shape.w, shape.c, 0, whole ? shape.h : most);
+        const Map* known = known_of(memory);
         Map middle = memory.map;
         middle.rows = 0;
         for (int begin = 0, ready = 0; begin < behind.h; begin += band) {
@@ -463,7 +554,7 @@ class Forward {
             const int first = std::max(0, begin * last.stride - last.padding);
             const int end = std::min(shape.h, (begin + to.rows - 1) * last.stride - last.padding + last.kernel);
             const int made = middle.first + middle.rows;
-            if (!still) {  // rows that the band before has read, too
+            if (!whole) {  // rows that the band before has read, too
                 const size_t bytes = sizeof(T) * shape.w * shape.c * std::max(0, made - first);
                 std::memmove(middle.data, row_of<T>(middle, first), bytes);
                 middle.first = first;
@@ -472,7 +563,7 @@ class Forward {
             middle.rows = enough - middle.first;
             const Map fresh = rows_of(middle, std::max(made, middle.first), enough);
             if (fresh.rows > 0) convolve_into(block.expand, x.map, fresh, nullptr, true, false, over(shape));
-            fill_around(middle, reach, ready, end);
+            fill_around(middle, reach, ready, end, known);
             ready = end;
             const Map beside = added ? rows_of(x.map, begin, begin + to.rows) : Map{};
             convolve_into(last, middle, to, added ? &beside : nullptr, false, false, over(to));
@@ -597,7 +688,7 @@ class Forward {
     // At an exit, given the features by scale and which scales are reached: which places leave there, with their
     // scores. False if none is left.
     bool places_run(int number, std::vector<Held>& features, const std::vector<char>& reached) {
-        if (!(request.price > 0)) return true;
+        if (request.first_height > 0 || !(request.price > 0)) return true;
         const int side = net.place, height = request.padded_height, width = request.padded_width;
         const Mask runs = still ? still->places : Mask((height + side - 1) / side, (width + side - 1) / side, 1);
         std::vector<Held> seen(features);
@@ -607,11 +698,7 @@ class Forward {
         seen.clear();
         Mask stays(runs.h, runs.w, 0);
         if (request.most) {
-            std::vector<int> order;
-            for (int place = 0; place < int(need.size()); ++place)
-                if (runs.flags[place]) order.push_back(place);
-            std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return need[a] > need[b]; });
-            for (int i = 0; i < std::min(int(order.size()), int(request.most[number])); ++i) stays.flags[order[i]] = 1;
+            mark(stays, need, runs, request.most[number]);
         } else {
             for (size_t place = 0; place < need.size(); ++place)
                 stays.flags[place] = runs.flags[place] && !(need[place] <= request.price);
@@ -653,8 +740,7 @@ class Forward {
             }
             const int outputs = channels(std::max(scale - 1, 0));
             total = convolved_at(&made[scale], exit.merges[scale], x, outputs, true, false);
-            const Map& map = total.map;
-            fill<T>(map, still->area(STEM_STRIDE << scale).mask, around[scale], 1, 0, map.h, threads);
+            fill_rows(total.map, around[scale], 1, 0, total.map.h, known_of(total));
         }
         const Pixels pixels(wanted);
         require(scores.map.c == exit.predictor.outputs, "exits have scores of other numbers of classes");
@@ -819,7 +905,9 @@ class Forward {
             arrivals[scale].clear();
             incoming.clear();
             running.clear();
-            running = {{convolved(exit.merges[scale], x, channels(std::max(scale - 1, 0))), 1, true}};
+            const Held merged = convolved(exit.merges[scale], x, channels(std::max(scale - 1, 0)));
+            known_of(merged);
+            running = {{merged, 1, true}};
         }
         return convolved_at(nullptr, exit.predictor, running[0].from, exit.predictor.outputs, false, true);
     }
@@ -831,6 +919,11 @@ class Forward {
     int threads;
     Held stem_map, pretrained, scores;
     std::optional<Running> still;  // the places that are still in, once some have left
+    bool keeps;
+    std::vector<Held> kept_maps;   // by a first look, in the order in which they are filled
+    Forward* before = nullptr;     // the first look, of a closer one at some places
+    size_t before_count = 0;       // of its maps that were read
+    float step_y = 1, step_x = 1;  // pixels of the first look that one of the closer look is
 };
 
 thread_local char failure[256];  // what FAILED says, of this thread's last call
@@ -865,6 +958,13 @@ void check(const Network& net, const Request& request) {
     require(request.seen_height > 0 && request.seen_width > 0 && request.seen_height <= height &&
                 request.seen_width <= width,
             "an image does not fit into its map");
+    require(
+        !request.first_height ||
+            (request.left && net.stages && std::min(request.first_height, request.first_width) > 0 &&
+             request.first_height <= request.first_padded_height && request.first_width <= request.first_padded_width &&
+             request.first_padded_height % stride == 0 && request.first_padded_width % stride == 0 &&
+             std::max(request.first_padded_height, request.first_padded_width) <= MOST_SIDE),
+        "a first look has no size that fits");
     require(request.gates && (request.logits || request.labels), "there is no memory for the results");
     require(!request.labels || net.classes <= 256, "there are more classes than labels hold");
     require(request.threads > 0, "there is no thread");
@@ -876,7 +976,10 @@ template <class T>
 int forward(const Network* net, const Request* request, void* workspace) {
     return guarded([&] {
         check(*net, *request);
-        return Forward<T>(*net, *request, *static_cast<Workspace*>(workspace)).run();
+        Workspace& memory = *static_cast<Workspace*>(workspace);
+        memory.expect({uint64_t(request->padded_height), uint64_t(request->padded_width),
+                       uint64_t(request->first_padded_height), uint64_t(request->first_padded_width)});
+        return Forward<T>(*net, *request, memory).run();
     });
 }
 
@@ -909,7 +1012,8 @@ constexpr Field LAYOUT[] = {
     FIELD(Network, classes), FIELD(Network, exits), FIELD(Network, stages), FIELD(Network, place),
     FIELD(Network, stem), FIELD(Network, nodes), FIELD(Network, exit), FIELD(Network, stage),
     STRUCTURE(Request), FIELD(Request, image), FIELD(Request, seen_height), FIELD(Request, seen_width), FIELD(Request, padded_height), FIELD(Request, padded_width),
-    FIELD(Request, given), FIELD(Request, own), FIELD(Request, prices), FIELD(Request, left),
+    FIELD(Request, first_height), FIELD(Request, first_width), FIELD(Request, first_padded_height),
+    FIELD(Request, first_padded_width), FIELD(Request, given), FIELD(Request, own), FIELD(Request, prices), FIELD(Request, left),
     FIELD(Request, most), FIELD(Request, price), FIELD(Request, gates), FIELD(Request, logits),
     FIELD(Request, labels), FIELD(Request, threads),
     {nullptr, 0, 0},
@@ -1017,6 +1121,15 @@ ENTRY_POINTS(float32, float)
 ENTRY_POINTS(bfloat16, bfloat16)
 #endif
 #undef ENTRY_POINTS
+
+// Whether pieces of memory hold the same bytes as others do.
+int routeseg_same(const void* const* ours, const void* const* theirs, const size_t* bytes, int count, int threads) {
+    std::atomic<bool> same{true};
+    pool->run(count, threads, [&](long i) {
+        if (same.load(std::memory_order_relaxed) && std::memcmp(ours[i], theirs[i], bytes[i])) same = false;
+    });
+    return same;
+}
 
 int routeseg_enlarge(const Map* in, int classes, float* out, int height, int width, int threads) {
     return guarded([&] { return enlarge(*in, classes, out, height, width, threads), true; });

@@ -271,6 +271,34 @@ struct Between {
     }
 };
 
+// Pixels of a map become what another look at the image had there, in another size: bilinear. One is `step` of that
+// look's.
+template <class T>
+void enlarge_around(const Map& map, const Pixels& around, const Map& known, float step_y, float step_x, int first,
+                    int end, int threads) {
+    check(&around, map);
+    require(known.c == map.c && map.c % V == 0 && known.first == 0 && known.rows == known.h,
+            "the map of a first look is another one");
+    require(first >= map.first && end <= map.first + map.rows, "a map lacks rows");
+    pool->rows(std::max(0, end - first), threads, [&](long line) {
+        const int y = first + int(line), c = map.c;
+        const Between rows(y, step_y, known.h);
+        const T *top = row_of<T>(known, rows.near), *bottom = row_of<T>(known, rows.far);
+        const vec lower = splat(rows.weight), upper = splat(1 - rows.weight);
+        for (long i = around.rows[y]; i < around.rows[y + 1]; ++i) {
+            const int x = around.at[i] - y * map.w;
+            const Between columns(x, step_x, known.w);
+            const vec right = splat(columns.weight), left = splat(1 - columns.weight);
+            T* to = const_cast<T*>(row_of<T>(map, y)) + long(x) * c;
+            for (int j = 0; j < c; j += V) {
+                const long a = long(columns.near) * c + j, b = long(columns.far) * c + j;
+                store(to + j, upper * (left * load(top + a) + right * load(top + b)) +
+                                  lower * (left * load(bottom + a) + right * load(bottom + b)));
+            }
+        }
+    });
+}
+
 // The small gate's view of a map: a quarter of the size, at least one pixel (`shrink` of model/gate.py).
 template <class T>
 void shrink(const Map& in, const Map& out, int threads) {
