@@ -1,7 +1,9 @@
-"""Draws how far the places of an image go: the image, its labels, and the effort at some budgets, in a row.
+"""Draws how far the places of images go: an image, its labels, and the effort at some budgets, in a row.
 
 python benchmarks/effort_figure.py bundled results/effort.png
-python benchmarks/effort_figure.py runs/my/best effort.png --image photo.jpg --budgets 30% 50% 70%
+python benchmarks/effort_figure.py runs/my/best effort.png --images a.jpg b.jpg --budgets 30% 50% --mean
+
+With --mean a budget is one of the mean over many images, so that hard images spend more; else each image spends it.
 """
 
 from __future__ import annotations
@@ -27,16 +29,25 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("network", help="a checkpoint folder, or `bundled`")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--image", default=None, help="by default the street that comes with the package")
+    parser.add_argument("--images", nargs="*", default=[routeseg.sample()], help="by default the street of the package")
+    parser.add_argument("--mean", action="store_true")
     parser.add_argument("--budgets", nargs="*", default=["30%", "50%", "70%"])
     args = parser.parse_args(words)
     torch.set_num_threads(1)
     model = routeseg.load(None if args.network == "bundled" else args.network)
-    image = args.image or routeseg.sample()
+    rows = [row(model, image, args.budgets, not args.mean) for image in args.images]
+    canvas = Image.new("RGB", (max(one.width for one in rows), len(rows) * rows[0].height), "white")
+    for number, one in enumerate(rows):
+        canvas.paste(one, (0, number * one.height))
+    args.output.write_bytes(figures.png_bytes(canvas))
+    return 0
+
+
+def row(model: routeseg.Segmenter, image: str | Path, budgets: list[str], per_image: bool) -> Image.Image:
     whole = model.predict(image)
     pictures = {"the image": whole.image, "all of the network": np.asarray(whole.overlay(legend=False))}
-    for budget in args.budgets:
-        found = model.predict(image, budget=budget, per_image=True)
+    for budget in budgets:
+        found = model.predict(image, budget=budget, per_image=per_image)
         share, differs = found.found.prediction.share, float((found.labels != whole.labels).mean())
         heat = found.effort(legend=False) if found.exits is not None else Image.fromarray(found.image)
         words_of = f"{100 * share:.0f} % of its cost, other labels in {100 * differs:.1f} %"
@@ -48,8 +59,7 @@ def main(words: list[str]) -> int:
         left = number * (width + GAP)
         canvas.paste(Image.fromarray(cv2.resize(picture, (width, HEIGHT), interpolation=cv2.INTER_AREA)), (left, 0))
         draw.text((left, HEIGHT + TEXT // 3), title, fill=INK, font=text_font(TEXT))
-    args.output.write_bytes(figures.png_bytes(canvas))
-    return 0
+    return canvas
 
 
 if __name__ == "__main__":

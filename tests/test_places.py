@@ -317,10 +317,14 @@ class TestTraining:
         model = network()
         model.exits.frequencies.fill_(0.25)
         model.save(tmp_path)
-        same, other = network(), network(place=64)
-        initialize(same, tmp_path)
-        initialize(other, tmp_path)
-        assert same.exits.calibrated and not other.exits.calibrated
+        same, other, looked_at = network(), network(place=64), network(sizes=[0.5, 1])
+        for one in (same, other, looked_at):
+            initialize(one, tmp_path)
+        assert same.exits.calibrated and not other.exits.calibrated and not looked_at.exits.calibrated
+        looked_at.exits.at(0.5).frequencies.fill_(0.25)
+        looked_at.save(tmp_path / "sizes")
+        initialize(other := network(sizes=[0.7, 1]), tmp_path / "sizes")
+        assert not other.exits.at(0.7).table.calibrated
 
 
 class TestBudgets:

@@ -367,6 +367,7 @@ def _load(build: str) -> ctypes.CDLL | None:
         library.routeseg_open.restype = c_void_p
         library.routeseg_close.argtypes = [c_void_p]
         library.routeseg_failure.restype = c_char_p
+        library.routeseg_same.argtypes = [c_void_p, c_void_p, c_void_p, c_int, c_int]
     except (OSError, AttributeError) as error:  # AttributeError: a library that lacks a function
         logging.getLogger("routeseg").warning("running without compiled kernels, install routeseg again: %s", error)
         return None

@@ -231,7 +231,8 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         size, ratio = padded_size(self.space, *seen), (seen[0] / first[0], seen[1] / first[1])
         before = First(len(images), images.device)
         scores, gates = self._scores(resized(images, first), before)
-        need = unsure(scores, ratio, place, [-(-side // place) for side in size])
+        there = scores[..., : -(-first[0] // STEM_STRIDE), : -(-first[1] // STEM_STRIDE)]  # not of the padding
+        need = unsure(there, ratio, place, [-(-side // place) for side in size])
         goes_on = self.exits.closer(need, request)
         known = enlarged_by(scores, ratio, [side // STEM_STRIDE for side in size])
         if goes_on.any():

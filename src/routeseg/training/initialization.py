@@ -17,7 +17,10 @@ SIZE_FIELDS = ("depth", "num_scales", "base_channels", "stem_channels", "cell_op
 FREE_FIELDS = frozenset(
     ("num_classes", "class_names", "palette", "pixel_mean", "pixel_std", "head")
 )  # may differ without a word
-CALIBRATED = tuple(f"exits.{name}" for name in ("costs", "prices", "frequencies", "gates"))  # what budgets rest on
+# What budgets rest on.
+CALIBRATED = tuple(
+    f"exits.{name}" for name in ("costs", "prices", "frequencies", "scores", "gates", "others", "wholes")
+)
 LISTED = 4  # names in a line of a report
 
 
@@ -68,7 +71,7 @@ def initialize(model: RoutedNetwork, folder: str | Path) -> InitReport:
     folder = Path(best_of_run(folder))
     config, stored, here = read_config(folder), read_header(folder), model.state_dict()
     there = {key: value for key, value in stored.items() if key in here}
-    if any(getattr(config, name) != getattr(model.config, name) for name in ("exits", "choice", "place")):
+    if any(getattr(config, name) != getattr(model.config, name) for name in ("exits", "choice", "place", "sizes")):
         there = {key: value for key, value in there.items() if not key.startswith(CALIBRATED)}  # another's budgets
     used = [key for key in here if key in there and there[key].shape == tuple(here[key].shape)]
     other = [key for key in here if key in there and there[key].shape != tuple(here[key].shape)]

@@ -364,22 +364,24 @@ class Forward {
     // Of each place of a closer look, the mean entropy of the classes over it; 0 if nothing of it is here.
     std::vector<float> unsure(const Mask& places, float ratio_y, float ratio_x) {
         const Map& map = scores.map;
-        std::vector<float> found(size_t(map.h) * map.w);
-        pool->run(map.h, glance_threads(), [&](long y) {
+        const int h = (request.seen_height + STEM_STRIDE - 1) / STEM_STRIDE;  // without the padding
+        const int w = (request.seen_width + STEM_STRIDE - 1) / STEM_STRIDE;
+        std::vector<float> found(size_t(h) * w);
+        pool->run(h, glance_threads(), [&](long y) {
             std::vector<float> share(net.classes);
             float total;
-            for (int x = 0; x < map.w; ++x)
-                found[y * map.w + x] =
+            for (int x = 0; x < w; ++x)
+                found[y * w + x] =
                     entropy_of(row_of<float>(map, int(y)) + long(x) * map.c, net.classes, share.data(), total);
         });
         std::vector<double> sums(places.flags.size(), 0.0), counts(places.flags.size(), 0.0);
         const auto at = [&](int pixel, float ratio, int most) {
             return std::min(int((float(pixel) + 0.5f) * STEM_STRIDE * ratio / float(net.place)), most - 1);
         };
-        for (int y = 0; y < map.h; ++y)
-            for (int x = 0; x < map.w; ++x) {
+        for (int y = 0; y < h; ++y)
+            for (int x = 0; x < w; ++x) {
                 const size_t place = size_t(at(y, ratio_y, places.h)) * places.w + at(x, ratio_x, places.w);
-                sums[place] += found[size_t(y) * map.w + x], counts[place] += 1;
+                sums[place] += found[size_t(y) * w + x], counts[place] += 1;
             }
         std::vector<float> means(sums.size());
         for (size_t place = 0; place < sums.size(); ++place)
