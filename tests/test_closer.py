@@ -95,7 +95,7 @@ class TestLook:
         assert unsure(scores, (2.0, 2.0), 32, (3, 3))[0, 2].eq(0).all(), "the first look has nothing of it"
 
     def test_without_a_price_all_is_looked_at_again(self, model):
-        twice, once = model(images(), price=0.0, size=TWICE), model(images(), price=0.0)
+        twice, once = model(images(), price=0.0, size=list(TWICE)), model(images(), price=0.0)
         assert torch.allclose(twice.logits, once.logits, atol=1e-5) and (twice.exits == 2).all()
         assert twice.first == (80, 100) and twice.seen is None
 

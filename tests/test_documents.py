@@ -21,6 +21,7 @@ from routeseg.cli import common, main
 from routeseg.cli.parser import Parser
 from routeseg.cost.macs import exit_costs
 from routeseg.data.scenes import draw_scene
+from routeseg.registry import BACKBONES, CHOICES, GATES, HEADS, OPERATIONS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -154,6 +155,8 @@ NOT_RUN = 8  # blocks of all documents; each says why
 def test_the_blocks_run(path, tmp_path, monkeypatch, one_thread):
     """In the order of the page, on small stand-ins for data and trainings: page.py."""
     monkeypatch.chdir(tmp_path)
+    for registry in (GATES, OPERATIONS, HEADS, CHOICES, BACKBONES):  # what a page registers is its own
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     page.Page(path, tmp_path, monkeypatch).run()
 
 

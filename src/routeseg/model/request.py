@@ -89,6 +89,8 @@ class Request:
             )
         if budget is not None and price is not None:
             raise ValueError("give a budget or a price, not both")
+        if isinstance(size, list):
+            size = tuple(size)
         if size is not None and not is_size(size):
             raise ValueError(
                 f"size is {brief(size)}: it is a factor of an image's sides, above 0 up to {MAX_SIZE:g}, or a smaller "
