@@ -19,10 +19,11 @@ from routeseg.cost.latency import LatencyTable, network_shape
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.loaders import evaluation_loader
 from routeseg.data.scenes import CLASSES, PALETTE
+from routeseg.description import fingerprint
 from routeseg.engine.compiled import is_compiled
 from routeseg.errors import BudgetNotKept
 from routeseg.model import grid
-from routeseg.model.closer import enlarged_by, unsure
+from routeseg.model.closer import enlarged_by, over_places
 from routeseg.model.prices import Prices
 from routeseg.space import FIRST_LOOK
 from routeseg.survey.effort import EffortNotes
@@ -65,7 +66,7 @@ def price_of(model, batch, share: float, size=TWICE) -> float:
     """At which about this share of the places is not looked at again, halfway between two of them."""
     seen: list[torch.Tensor] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grid, "unsure", lambda *what: seen.append(unsure(*what)) or seen[-1])
+        patch.setattr(grid, "over_places", lambda *what: seen.append(over_places(*what)) or seen[-1])
         model(batch, price=100.0, size=size)
     need = seen[0].flatten().sort().values
     last = min(int(share * len(need)), len(need) - 2)
@@ -86,13 +87,22 @@ class TestLook:
         assert torch.allclose(beyond[..., :10, :14], expected, atol=1e-6)
         assert torch.equal(beyond[..., 10:, :], beyond[..., 9:10, :].expand_as(beyond[..., 10:, :]))
 
-    def test_how_unsure_a_place_is(self):
-        scores = torch.zeros(1, 4, 8, 12)  # at a quarter of 32x48, looked at in twice the size: places of 16 there
+    def test_how_unsure_a_place_is(self, model):
+        scores = torch.zeros(1, 10, 8, 12)  # at a quarter of 32x48, looked at in twice the size: places of 32 there
         scores[:, 0, :4] = 50.0
-        found = unsure(scores, (2.0, 2.0), 32, (2, 3))
+        found = over_places(model.exits.gates.unsure(scores), (2.0, 2.0), 32, (2, 3))
         assert torch.allclose(found[0, 0], torch.zeros(3), atol=1e-6)
-        assert torch.allclose(found[0, 1], torch.full((3,), float(np.log(4))), atol=1e-6)
-        assert unsure(scores, (2.0, 2.0), 32, (3, 3))[0, 2].eq(0).all(), "the first look has nothing of it"
+        assert torch.allclose(found[0, 1], torch.full((3,), float(np.log(10))), atol=1e-5)
+        beyond = over_places(model.exits.gates.unsure(scores), (2.0, 2.0), 32, (3, 3))
+        assert beyond[0, 2].eq(0).all(), "the first look has nothing of it"
+
+    def test_a_pixel_counts_as_the_classes_that_it_may_be_of(self):
+        choice, scores = network().exits.gates, torch.zeros(1, 10, 1, 2)
+        scores[0, :2, 0, 0] = scores[0, 2:4, 0, 1] = 50.0
+        assert torch.allclose(choice.unsure(scores), torch.full((1, 1, 2), float(np.log(2))), atol=1e-5)
+        choice.weights.copy_(torch.tensor([1.0, 3.0] + 8 * [0.5]))
+        expected = torch.tensor([[[2 * np.log(2), 0.5 * np.log(2)]]]).float()
+        assert torch.allclose(choice.unsure(scores), expected, atol=1e-5)
 
     def test_without_a_price_all_is_looked_at_again(self, model):
         twice, once = model(images(), price=0.0, size=list(TWICE)), model(images(), price=0.0)
@@ -140,6 +150,7 @@ class TestLook:
     @pytest.mark.skipif(not is_compiled(torch.float32), reason="there are no kernels")
     def test_kernels_equal_the_network(self, size, sides, changes):
         model, batch = network(**changes), images(2, *sides)
+        model.exits.gates.weights.copy_(torch.rand(10) + 0.5)
         engine = SkipEngine(model, backend="kernels")
         prices = [0.0, price_of(model, batch, 0.3, size), price_of(model, batch, 0.7, size), 100.0]
         for price in prices:
@@ -192,6 +203,30 @@ class TestBudgets:
         assert table.frequencies.shape == (len(table.prices), 2) and np.allclose(table.frequencies.sum(1), 1)
         assert np.isfinite(table.scores).all() and (np.diff(table.scores) <= 1e-9).all()
         assert (np.diff(table.frequencies[:, 0]) >= -1e-9).all(), "a higher price, fewer places"
+
+    def test_rare_classes_count_more(self, model):
+        labels = torch.cat([one["labels"].flatten() for one in evaluation_loader(open_data(DATA, "val"))])
+        shares = torch.bincount(labels[labels < 10].long(), minlength=10) / (labels < 10).sum()
+        weights = model.exits.gates.weights
+        assert float(weights @ shares.float()) == pytest.approx(1, abs=1e-4)
+        common = shares > 0.05
+        assert torch.allclose(
+            weights[common] * shares[common], (weights * shares)[common].mean().expand(common.sum()), atol=1e-4
+        )
+        assert weights.argmax() == shares.argmin()
+
+    def test_a_network_of_before_has_no_weights(self, model, tmp_path):
+        from safetensors.torch import load_file, save_file
+
+        plain = network()
+        plain.save(tmp_path)
+        file = tmp_path / "model.safetensors"
+        stored = load_file(file)
+        assert "exits.gates.weights" in stored
+        save_file({key: one for key, one in stored.items() if key != "exits.gates.weights"}, file)
+        loaded = routeseg.load(tmp_path)
+        assert loaded.exits.gates.weights.eq(1).all() and fingerprint(loaded) == fingerprint(plain)
+        assert fingerprint(model) != fingerprint(plain)
 
     def test_a_budget_takes_it_if_it_scores_best(self, model):
         known = model.prices

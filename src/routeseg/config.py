@@ -29,6 +29,7 @@ MAX_SIZE, MAX_SIZES = 4.0, 16  # a factor of an image's sides, and how many of t
 MAX_NAME = 256  # characters of a class name
 MAX_PIXEL, MIN_STD = 1e6, 1e-6  # of the input normalisation
 NamedEdge = tuple[int, int, str]
+LATER = frozenset({"exits.gates.weights"})  # tensors that networks of before lack; all 1 in them
 
 
 @dataclass(frozen=True)

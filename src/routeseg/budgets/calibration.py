@@ -29,6 +29,7 @@ from routeseg.data.subset import LEAST_IMAGES
 from routeseg.engine import SkipEngine
 from routeseg.evaluation.scores import count_pairs
 from routeseg.model import DynamicRoutingNetwork
+from routeseg.model.choice import EntropyChoice
 from routeseg.model.exits import TABLE, Exits, Priced
 from routeseg.model.grid import RoutedNetwork
 from routeseg.model.prices import PriceTable
@@ -42,6 +43,7 @@ UNSURE = np.geomspace(0.01, 0.5, WATCHED)  # the same of closer looks, as shares
 WALKED = 60  # images at least in which they are, if there are so many
 LEVELLED = 100  # images at least that tell which size is better
 MANY_SIZES = 6  # through which a cubic parabola is drawn
+LEAST_SHARE = 0.05  # of a class that hardly occurs, as a share of what it would have if all occurred alike
 ROUNDING = 1e-9  # of a mean
 
 
@@ -100,6 +102,9 @@ def _set_budgets(
     model: RoutedNetwork, exits: Exits, images: Callable[[], Iterator[dict[str, Any]]], least: int, walked: int
 ) -> None:
     """Sets the tables of prices of all sizes by where images leave, or their places."""
+    if isinstance(exits.gates, EntropyChoice) and len(exits.sizes) > 1:
+        exits.gates.weights.copy_(_class_weights(model.config.num_classes, images()))
+    model = _with_exits(model, exits)
     seen, own = [], (0, 0)
     for batch in images():
         own = (batch["image"].shape[-2], batch["image"].shape[-1])
@@ -117,7 +122,8 @@ def _set_budgets(
     for number, size in enumerate(exits.sizes):
         costs = look_costs(model, own, size) / model_cost(model, own).full
         if isinstance(size, tuple):
-            table = _walked(model, exits, size, some, UNSURE * np.log(model.config.num_classes), costs)
+            watched = UNSURE * np.log(model.config.num_classes)
+            table = _walked(model, exits, size, some, watched, costs)
             exits.at(size).table = _levelled(table, levels[number])
             continue
         looked = _looked(model, exits, size, some) if len(exits.sizes) > 1 else []
@@ -141,6 +147,28 @@ def _set_budgets(
         watched = np.unique(np.maximum(inner[np.linspace(0, len(inner) - 1, WATCHED).astype(int)], LEAST_PRICE))
         table = _walked(model, exits, size, some, watched, costs)
         exits.at(size).table = _levelled(table, levels[number])
+
+
+def _class_weights(classes: int, images: Iterator[dict[str, Any]]) -> Tensor:
+    """What a pixel of each class counts [C], 1 in the mean over the pixels: 1 / its share of the labels, since each
+    class has the same part in the mIoU. All 1 without labels."""
+    counts = np.zeros(classes)
+    for batch in images:
+        labels = batch["labels"].flatten()
+        counts += np.bincount(labels[labels < classes].cpu().numpy(), minlength=classes)
+    counts = np.sum(gather(counts), axis=0)
+    if not counts.any():
+        return torch.ones(classes)
+    shares = counts / counts.sum()
+    weights = 1 / np.maximum(shares, LEAST_SHARE / classes)
+    return torch.from_numpy(weights / (weights @ shares)).float()
+
+
+def _with_exits(model: RoutedNetwork, exits: Exits) -> RoutedNetwork:
+    """The network with other exits; all else is its own."""
+    other = copy.copy(model)
+    other._modules = {**model._modules, "exits": exits}
+    return other
 
 
 def _levels(model: RoutedNetwork, looks: Sequence[Size], images: Callable[[], Iterator[dict[str, Any]]]) -> np.ndarray:

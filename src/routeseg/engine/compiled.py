@@ -137,6 +137,7 @@ class _Network(Structure):
         ("nodes", POINTER(_Node)),
         ("exit", POINTER(_Exit)),
         ("stage", POINTER(_Stage)),
+        ("class_weights", c_void_p),
     ]
 
 
@@ -478,7 +479,14 @@ class _Packed(Weights):
             space.depth, space.num_scales, folded.config.zeros_arrive, folded.config.num_classes,
             len(exits), len(stages), folded.config.place or 0,
             self._convs([self.conv(_layers(part), image=not i) for i, part in enumerate(stem)]), nodes, exits, stages,
+            self._class_weights(folded),
         )  # fmt: skip
+
+    def _class_weights(self, folded: RoutedNetwork) -> int | None:
+        choice = None if folded.exits is None else folded.exits.gates
+        if not isinstance(choice, EntropyChoice) or bool((choice.weights == 1).all()):
+            return None
+        return self._keep(choice.weights.to(**FLOAT32).contiguous())
 
     def _stages(self, backbone: Backbone) -> ctypes.Array[_Stage]:
         stages = []

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from safetensors import SafetensorError, safe_open
 
-from routeseg.config import NetworkConfig
+from routeseg.config import LATER, NetworkConfig
 from routeseg.files import (
     BUNDLED,
     CONFIG_FILE,
@@ -67,9 +67,11 @@ def load(folder: str | Path | None = None, kind: type[DynamicRoutingNetwork] | N
     kind = kind or DynamicRoutingNetwork
     with torch.device("meta"):
         expected = kind(config).state_dict()
-    check_fit(expected, stored, folder / WEIGHTS_FILE)
+    later = LATER - stored.keys()
+    check_fit({key: one for key, one in expected.items() if key not in later}, stored, folder / WEIGHTS_FILE)
     model = kind(config)
-    model.load_state_dict(read_weights(folder))
+    own = model.state_dict()
+    model.load_state_dict(read_weights(folder) | {key: own[key] for key in later & own.keys()})
     return model.eval()
 
 

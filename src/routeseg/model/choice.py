@@ -7,7 +7,8 @@ registry.CHOICES.
                leaves at k  <=>  loss_k + price * cost_k <= loss_j + price * cost_j   for all later exits j
 
 `entropy`  of images or places: they leave if the mean entropy of the classes, as a glance sees it there, is at most the
-           price (nats). It has nothing to fit, so that it is the same on images of any source
+           price (nats). A pixel counts as much as the classes that it may be of: an error of a rare class costs more of
+           the mIoU. Beside these weights it has nothing to fit, so that it is the same on images of any source
 
 Legend: N images, or places of images, K exits, F features of a glance, B images, hb, wb places of an image.
 """
@@ -56,6 +57,10 @@ class Choice(nn.ModuleList):
     def need(self, exit: int, seen: Tensor) -> Tensor:
         """How much it would help to go on, given what `see` gave; only the order counts. For `by_place` alone."""
         raise NotImplementedError
+
+    def unsure(self, scores: Tensor) -> Tensor:
+        """How unsure scores [B,K,h,w] are, pixel by pixel [B,h,w]: their entropy, in nats."""
+        return -(scores.softmax(1) * scores.log_softmax(1)).sum(1)
 
     def fit(self, seen: Sequence[np.ndarray], losses: np.ndarray) -> None:
         """Fits the rule to images with labels, if it `fits`: what was seen [N,F] at each exit but the last, and what
@@ -136,17 +141,25 @@ class LossChoice(Choice):
 
 
 class EntropyChoice(Choice):
-    """The mean entropy over an image, or over each of its places."""
+    """The mean entropy over an image, or over each of its places.
+
+    weights  float32 [C]: what a pixel of each class counts; all 1 before a calibration that reads labels
+    """
 
     by_place = True
+    weights: Tensor
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.place = config.place
+        self.register_buffer("weights", torch.ones(config.num_classes))
 
     def see(self, head: Head, features: Sequence[Tensor | None]) -> Tensor:
-        logits = head.glance(features, even=True).float()
-        return self.over_places(-(logits.softmax(1) * logits.log_softmax(1)).sum(1))
+        return self.over_places(self.unsure(head.glance(features, even=True).float()))
+
+    def unsure(self, scores: Tensor) -> Tensor:
+        weights = torch.tensordot(scores.softmax(1), self.weights.to(scores.dtype), dims=([1], [0]))
+        return weights * super().unsure(scores)
 
     def over_places(self, values: Tensor) -> Tensor:
         """The mean of an even glance's values [B,h,w] over each image [B], or over each of its places [B,hb,wb]."""
@@ -169,7 +182,11 @@ class EntropyChoice(Choice):
         self, graph: Graph, exit: int, head: Head, maps: Sequence[str | None], price: str, costs: np.ndarray
     ) -> str:
         assert self.place is None
-        _, entropy = _onnx_entropy(graph, head.onnx_glance(graph, maps, even=True))
+        share, entropy = _onnx_entropy(graph, head.onnx_glance(graph, maps, even=True))
+        if bool((self.weights != 1).any()):
+            weights = graph.constant(self.weights.cpu().numpy().reshape(1, -1, 1, 1))
+            weight = graph.op("ReduceSum", graph.op("Mul", share, weights), graph.integers([1]), keepdims=1)
+            entropy = graph.op("Mul", entropy, weight)
         return graph.op("LessOrEqual", graph.op("Squeeze", graph.op("GlobalAveragePool", entropy)), price)
 
 

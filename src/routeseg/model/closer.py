@@ -63,17 +63,15 @@ def enlarged_by(map: Tensor, ratio: Ratio, size: Sequence[int]) -> Tensor:
     return map
 
 
-def unsure(scores: Tensor, ratio: Ratio, place: int, places: Sequence[int]) -> Tensor:
-    """The mean entropy of the classes over each place of a closer look [B,hb,wb], in nats, by the first look's scores
-    [B,K,h',w'] at a quarter of its size; 0 for a place of which it has nothing."""
-    share = scores.float().log_softmax(1)
-    entropy = -(share.exp() * share).sum(1)
-    sums, counts = (one.new_zeros(len(one), places[0] * places[1]) for one in (entropy, entropy))
+def over_places(values: Tensor, ratio: Ratio, place: int, places: Sequence[int]) -> Tensor:
+    """The mean over each place of a closer look [B,hb,wb] of what the first look has at a quarter of its size
+    [B,h',w']; 0 for a place of which it has nothing."""
+    sums, counts = (values.new_zeros(len(values), places[0] * places[1]) for _ in range(2))
     rows, columns = (
-        ((torch.arange(length, device=scores.device) + 0.5) * STEM_STRIDE * factor / place).long().clamp(max=most - 1)
-        for length, factor, most in zip(entropy.shape[1:], ratio, places, strict=True)
+        ((torch.arange(length, device=values.device) + 0.5) * STEM_STRIDE * factor / place).long().clamp(max=most - 1)
+        for length, factor, most in zip(values.shape[1:], ratio, places, strict=True)
     )
-    at = (rows[:, None] * places[1] + columns).flatten().expand(len(entropy), -1)
-    sums.scatter_add_(1, at, entropy.flatten(1))
+    at = (rows[:, None] * places[1] + columns).flatten().expand(len(values), -1)
+    sums.scatter_add_(1, at, values.flatten(1))
     counts.scatter_add_(1, at, torch.ones_like(at, dtype=counts.dtype))
     return (sums / counts.clamp(min=1)).view(-1, *places)

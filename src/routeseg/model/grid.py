@@ -26,7 +26,7 @@ from routeseg.counting import Macs, PartMacs
 from routeseg.files import SAVING
 from routeseg.model.backbone import Backbone
 from routeseg.model.cell import RoutingNode
-from routeseg.model.closer import Closer, First, enlarged_by, unsure
+from routeseg.model.closer import Closer, First, enlarged_by, over_places
 from routeseg.model.compute import PLAIN, Compute, choose, each, enlarged, fill_missing, rows_among
 from routeseg.model.decoder import Segmentation
 from routeseg.model.exits import Exits, Leaving, LeavingPlaces
@@ -232,7 +232,8 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         before = First(len(images), images.device)
         scores, gates = self._scores(resized(images, first), before)
         there = scores[..., : -(-first[0] // STEM_STRIDE), : -(-first[1] // STEM_STRIDE)]  # not of the padding
-        need = unsure(there, ratio, place, [-(-side // place) for side in size])
+        unsure = self.exits.gates.unsure(there.float())
+        need = over_places(unsure, ratio, place, [-(-side // place) for side in size])
         goes_on = self.exits.closer(need, request)
         known = enlarged_by(scores, ratio, [side // STEM_STRIDE for side in size])
         if goes_on.any():

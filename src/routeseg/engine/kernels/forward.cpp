@@ -85,6 +85,7 @@ struct Network {
     const Node* nodes;   // [L+1][S]
     const Exit* exit;    // [exits], the last one behind layer L
     const Stage* stage;  // [stages] of a backbone: the first behind the stem, the others beside paths down the diagonal
+    const float* class_weights;  // what a pixel of each class counts where entropy decides, [classes]; null: 1
 };
 
 // What a forward is asked for. The image is resized to `seen` before it is looked at; `padded` are multiples of the
@@ -369,10 +370,8 @@ class Forward {
         std::vector<float> found(size_t(h) * w);
         pool->run(h, glance_threads(), [&](long y) {
             std::vector<float> share(net.classes);
-            float total;
             for (int x = 0; x < w; ++x)
-                found[y * w + x] =
-                    entropy_of(row_of<float>(map, int(y)) + long(x) * map.c, net.classes, share.data(), total);
+                found[y * w + x] = unsure_of(row_of<float>(map, int(y)) + long(x) * map.c, share.data());
         });
         std::vector<double> sums(places.flags.size(), 0.0), counts(places.flags.size(), 0.0);
         const auto at = [&](int pixel, float ratio, int most) {
@@ -645,6 +644,15 @@ class Forward {
         return std::log(total) - expected / total;
     }
 
+    // The same, times what the pixel counts: as much as the classes that it may be of.
+    float unsure_of(const float* score, float* share) {
+        float total, weight = 0;
+        const float entropy = entropy_of(score, net.classes, share, total);
+        if (!net.class_weights) return entropy;
+        for (int k = 0; k < net.classes; ++k) weight += net.class_weights[k] * share[k];
+        return entropy * weight / total;
+    }
+
     // What a glance's scores say of the image: the share of each class, then its entropy where it is.
     std::vector<double> classes_of(const Held& scores) {
         const int h = scores.map.h, w = scores.map.w, classes = net.classes;
@@ -678,10 +686,9 @@ class Forward {
                 const int top = row * side, bottom = std::min(top + side, int(map.h));
                 const int left = column * side, right = std::min(left + side, int(map.w));
                 double sum = 0;
-                float total;
                 for (int y = top; y < bottom; ++y)
                     for (int x = left; x < right; ++x)
-                        sum += entropy_of(row_of<float>(map, y) + long(x) * map.c, net.classes, share.data(), total);
+                        sum += unsure_of(row_of<float>(map, y) + long(x) * map.c, share.data());
                 means[long(row) * runs.w + column] = float(sum / ((bottom - top) * (right - left)));
             }
         return means;
@@ -1013,6 +1020,7 @@ constexpr Field LAYOUT[] = {
     STRUCTURE(Network), FIELD(Network, depth), FIELD(Network, scales), FIELD(Network, zeros_arrive),
     FIELD(Network, classes), FIELD(Network, exits), FIELD(Network, stages), FIELD(Network, place),
     FIELD(Network, stem), FIELD(Network, nodes), FIELD(Network, exit), FIELD(Network, stage),
+    FIELD(Network, class_weights),
     STRUCTURE(Request), FIELD(Request, image), FIELD(Request, seen_height), FIELD(Request, seen_width), FIELD(Request, padded_height), FIELD(Request, padded_width),
     FIELD(Request, first_height), FIELD(Request, first_width), FIELD(Request, first_padded_height),
     FIELD(Request, first_padded_width), FIELD(Request, given), FIELD(Request, own), FIELD(Request, prices), FIELD(Request, left),
