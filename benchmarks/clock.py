@@ -63,14 +63,14 @@ def ways(model: DynamicRoutingNetwork, engine: Any, own: tuple[int, int]) -> dic
     for share in SHARES:
         if model.config.place is not None and share > least:
             found[f"places {share:g}"] = partial(engine.labels, budget=share, per_image=True, size=1.0)
-    engines = {"": engine}
+    precisions: dict[str, Any] = {"": "float32"}
     if is_compiled(torch.bfloat16):
-        engines[" bfloat16"] = SkipEngine(model, "bfloat16")
-        found["full bfloat16"] = partial(engines[" bfloat16"].labels, price=0.0)
-    for precision, one in engines.items():
-        for text in BUDGETS:
-            look = Asked.parse(text).look(model, own)
-            found[f"budget {text}{precision}"] = partial(one.labels, price=look.price, size=look.size)
+        precisions[" bfloat16"] = "bfloat16"
+        found["full bfloat16"] = partial(SkipEngine(model, "bfloat16").labels, price=0.0)
+    for name, precision in precisions.items():
+        for text in BUDGETS:  # each with an engine of its own, whose memory stays that of its sizes
+            look, one = Asked.parse(text).look(model, own), SkipEngine(model, precision)
+            found[f"budget {text}{name}"] = partial(one.labels, price=look.price, size=look.size)
     return found
 
 
@@ -125,17 +125,19 @@ def main(words: list[str]) -> int:
             write_json(args.output, found | {"command": ["benchmarks/clock.py", *words]} | machine_facts())
     if args.asked_ms:
         height, width = map(int, args.sizes[0].split("x"))
-        found["asked"] = kept(model, engine, images, (height, width), args.asked_ms)
+        found["asked"] = kept(model, images, (height, width), args.asked_ms)
         write_json(args.output, found | {"command": ["benchmarks/clock.py", *words]} | machine_facts())
     return 0
 
 
 def kept(
-    model: DynamicRoutingNetwork, engine: Any, images: list[Tensor], size: tuple[int, int], asked: list[float]
+    model: DynamicRoutingNetwork, images: list[Tensor], size: tuple[int, int], asked: list[float]
 ) -> dict[str, Any]:
     """The milliseconds of budgets in milliseconds over images of a size, all budgets in turns."""
     tables = [profile(model, one) for one in model.config.looked_at(size)]
-    forwards = {f"{ms:g}": Budgeted(engine, model, Asked.parse(f"{ms:g}ms", tables, "profiled")) for ms in asked}
+    forwards = {
+        f"{ms:g}": Budgeted(SkipEngine(model), model, Asked.parse(f"{ms:g}ms", tables, "profiled")) for ms in asked
+    }
     ms: dict[str, list[float]] = {name: [] for name in forwards}
     for image in images:
         view = F.interpolate(image, size, mode="bilinear", antialias=True).clamp(0, 1).contiguous()

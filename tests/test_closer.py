@@ -203,6 +203,7 @@ class TestBudgets:
         assert table.frequencies.shape == (len(table.prices), 2) and np.allclose(table.frequencies.sum(1), 1)
         assert np.isfinite(table.scores).all() and (np.diff(table.scores) <= 1e-9).all()
         assert (np.diff(table.frequencies[:, 0]) >= -1e-9).all(), "a higher price, fewer places"
+        assert table.frequencies[-2, 1] < 0.01, "at the last price that was tried nobody is left to go on"
 
     def test_rare_classes_count_more(self, model):
         labels = torch.cat([one["labels"].flatten() for one in evaluation_loader(open_data(DATA, "val"))])

@@ -39,10 +39,10 @@ from routeseg.space import FIRST_LOOK, Size
 Network = TypeVar("Network", bound=RoutedNetwork)
 
 WATCHED, LEAST_PRICE = 7, 1e-7  # prices at which places are watched; the least of them
-UNSURE = np.geomspace(0.01, 0.5, WATCHED)  # the same of closer looks, as shares of the largest entropy
+# The same of closer looks, as shares of the largest entropy; at the last one no place is looked at again.
+UNSURE = np.array([*np.geomspace(0.01, 2.5, WATCHED + 1), LARGEST_PRICE / 100])
 WALKED = 60  # images at least in which they are, if there are so many
 LEVELLED = 100  # images at least that tell which size is better
-MANY_SIZES = 6  # through which a cubic parabola is drawn
 LEAST_SHARE = 0.05  # of a class that hardly occurs, as a share of what it would have if all occurred alike
 ROUNDING = 1e-9  # of a mean
 
@@ -172,9 +172,9 @@ def _with_exits(model: RoutedNetwork, exits: Exits) -> RoutedNetwork:
 
 
 def _levels(model: RoutedNetwork, looks: Sequence[Size], images: Callable[[], Iterator[dict[str, Any]]]) -> np.ndarray:
-    """The mIoU of all layers in each size, of two in the closer one [Z]: a parabola over their logarithms through what
-    is measured, for among sizes that are about as good the luckiest would be taken. NaN for one size, and without
-    labels."""
+    """The mIoU of all layers in each size, of two in the closer one [Z]: what is measured, moved half of the way to a
+    parabola over the logarithms of the sizes, for among sizes that are about as good the luckiest would be taken. NaN
+    for one size, and without labels."""
     sizes, levels = [size for size in looks if isinstance(size, float)], np.full(len(looks), np.nan)
     if len(looks) == 1:
         return levels
@@ -189,8 +189,9 @@ def _levels(model: RoutedNetwork, looks: Sequence[Size], images: Callable[[], It
     if pairs.any():
         scores = np.array([_miou(AllExits.of(one[None, None]), np.array([0])) for one in pairs])
         closest = [size[1] if isinstance(size, tuple) else size for size in looks]
-        degree = min(3 if len(sizes) >= MANY_SIZES else 2, len(sizes) - 1)
-        levels = np.polyval(np.polyfit(np.log(sizes), scores, degree), np.log(closest))
+        smooth = np.polyfit(np.log(sizes), scores, min(2, len(sizes) - 1))
+        known = dict(zip(sizes, (scores + np.polyval(smooth, np.log(sizes))) / 2, strict=True))
+        levels = np.array([known.get(one, np.polyval(smooth, np.log(one))) for one in closest])
     return levels
 
 
