@@ -358,15 +358,13 @@ def places(facts: Sequence[Facts], words: str) -> str:
     """
     if words.startswith("frontier"):
         some = {float(one) / 100 for one in words.split()[1:]}
-        points = sorted(facts[0]["sizes"], key=lambda row: row["cost"])
-        costs, scores = [row["cost"] for row in points], [row["miou"] for row in points]
         rows = [
             [
                 f"`--budget {100 * row['asked']:.0f}%`",
                 _sides(row["size"]),
                 _share(row["cost"]),
                 _share(row["miou"]),
-                _share(_between(row["cost"], costs, scores)),
+                *_at_shares(facts[0]["sizes"], [row["cost"]]),
             ]
             for row in facts[0]["frontier"]
             if not some or row["asked"] in some
@@ -411,11 +409,7 @@ def places(facts: Sequence[Facts], words: str) -> str:
             ways[f"places leave, times the sides: {size:g}"] = [row for row in one["walked"] if row["size"] == size]
         for pair in sorted({tuple(row["size"]) for row in one["closer"]}):
             ways[f"two looks: {_sides(list(pair))}"] = [row for row in one["closer"] if tuple(row["size"]) == pair]
-        rows = []
-        for way, points in ways.items():
-            points = sorted(points, key=lambda row: row["cost"])
-            costs, scores = [row["cost"] for row in points], [row["miou"] for row in points]
-            rows.append([way, *(_share(_between(share, costs, scores)) for share in shares)])
+        rows = [[way, *_at_shares(points, shares)] for way, points in ways.items()]
         return table(["mIoU, % at a share of the cost of", *(f"{100 * share:.0f} %" for share in shares)], rows)
     shares, rows = (0.27, 0.3, 0.35, 0.5, 0.65, 0.8, 1.0), []
     names = [name.strip() for name in words.removeprefix("walked:").split(",")]
@@ -427,11 +421,15 @@ def places(facts: Sequence[Facts], words: str) -> str:
             ways[f"places of {one['place']}{at}"] = [row for row in one["walked"] if row["size"] == size] + whole
         ways["smaller images"] = one["sizes"]
         for way, points in ways.items():
-            points = sorted((row for row in points if row["cost"] <= 1), key=lambda row: row["cost"])
-            costs, scores = [row["cost"] for row in points], [row["miou"] for row in points]
-            found = [_share(_between(share, costs, scores)) for share in shares]
-            rows.append([f"{name}: {way}", *found])
+            rows.append([f"{name}: {way}", *_at_shares([row for row in points if row["cost"] <= 1], shares)])
     return table(["mIoU, % at a share of the cost of", *(f"{100 * share:.0f} %" for share in shares)], rows)
+
+
+def _at_shares(points: Sequence[Any], shares: Sequence[float]) -> list[str]:
+    """The scores at shares of the cost, between points that were measured."""
+    points = sorted(points, key=lambda row: row["cost"])
+    costs, scores = [row["cost"] for row in points], [row["miou"] for row in points]
+    return [_share(_between(share, costs, scores)) for share in shares]
 
 
 def _sides(size: Any) -> str:

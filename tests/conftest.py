@@ -200,3 +200,22 @@ def web_server():
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+def uneven(model):
+    """A network whose exits are sure of some places and not of others, and whose BatchNorms do something."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    for decoder in [*model.exits.decoders, model.head]:
+        decoder.predictor.weight.normal_(std=0.5)
+    return model
+
+
+def uneven_images(batch: int, height: int, width: int, seed: int = 0, side: int = 24) -> torch.Tensor:
+    """Noise that is stronger in some regions, squares of this side, than in others."""
+    generator = torch.Generator().manual_seed(seed)
+    strength = torch.rand(batch, 1, -(-height // side), -(-width // side), generator=generator)
+    strength = torch.nn.functional.interpolate(strength, (height, width))
+    return 0.5 + strength * (torch.rand(batch, 3, height, width, generator=generator) - 0.5)

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import routeseg
+from conftest import uneven, uneven_images
 from pictures import noise
 from routeseg import Segmenter, SkipEngine, model_cost
 from routeseg.budgets.asked import Asked
@@ -44,22 +45,11 @@ def network(**options) -> Segmenter:
         **{"place": 32, "backbone": "efficientnet_lite0", "sizes": [0.5, 1, list(TWICE)]},
         **{"class_names": CLASSES, "palette": PALETTE},
     }
-    model = Segmenter(**(known | options)).eval().requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    for decoder in [*model.exits.decoders, model.head]:
-        decoder.predictor.weight.normal_(std=0.5)
-    return model
+    return uneven(Segmenter(**(known | options)).eval().requires_grad_(False))
 
 
 def images(batch: int = 2, height: int = 160, width: int = 200) -> torch.Tensor:
-    """Noise that is stronger in some regions than in others."""
-    generator = torch.Generator().manual_seed(0)
-    strength = torch.rand(batch, 1, -(-height // 40), -(-width // 40), generator=generator)
-    strength = torch.nn.functional.interpolate(strength, (height, width))
-    return 0.5 + strength * (torch.rand(batch, 3, height, width, generator=generator) - 0.5)
+    return uneven_images(batch, height, width, side=40)
 
 
 def price_of(model, batch, share: float, size=TWICE) -> float:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import uneven
+from conftest import uneven_images as images
 from routeseg import DynamicRoutingNetwork, SkipEngine
 from routeseg.engine import compiled
 from routeseg.engine.compiled import BUILDS, CompiledForward, find_library, is_compiled
@@ -40,26 +42,12 @@ def network(seed: int = 0, **changes) -> DynamicRoutingNetwork:
         **{"num_classes": 5, "depth": 5, "base_channels": 8, "stem_channels": 8, "gate": "fixed"},
         **{"route": "diagonal", "exits": [0, 2, 3], "place": 32},
     }
-    model = DynamicRoutingNetwork(**{**options, **changes}).eval().requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    for decoder in [*model.exits.decoders, model.head]:
-        decoder.predictor.weight.normal_(std=0.5)
+    model = uneven(DynamicRoutingNetwork(**{**options, **changes}).eval().requires_grad_(False))
     shares = torch.rand(model.exits.frequencies.shape)
     model.exits.frequencies.copy_(shares / shares.sum(1, keepdim=True))
     model.exits.prices.copy_(torch.linspace(0, 1, len(shares)))
     model.exits.costs.copy_(torch.linspace(0.2, 1, len(model.exits.layers)))
     return model
-
-
-def images(batch: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
-    """Noise that is stronger in some regions than in others."""
-    generator = torch.Generator().manual_seed(seed)
-    strength = torch.rand(batch, 1, -(-height // 24), -(-width // 24), generator=generator)
-    strength = torch.nn.functional.interpolate(strength, (height, width))
-    return 0.5 + strength * (torch.rand(batch, 3, height, width, generator=generator) - 0.5)
 
 
 def price_between(model: DynamicRoutingNetwork, batch: torch.Tensor, share: float) -> float:

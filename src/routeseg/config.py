@@ -17,7 +17,18 @@ import numpy as np
 from routeseg.architectures import architecture
 from routeseg.labels import Colour, default_palette
 from routeseg.registry import BACKBONES, CHOICES, GATES, HEADS, OPERATIONS
-from routeseg.space import DOWN, MAX_DEPTH, MAX_EDGES, Route, RoutingSpace, Size, brief, padded_size, seen_size
+from routeseg.space import (
+    DOWN,
+    MAX_DEPTH,
+    MAX_EDGES,
+    Route,
+    RoutingSpace,
+    Size,
+    brief,
+    looks_of,
+    padded_size,
+    seen_size,
+)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -177,8 +188,7 @@ class NetworkConfig:
     def looked_at(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         """The sizes (height, width) at which a budget may have images of this size looked at, ascending; this one is
         among them."""
-        parts = [one if isinstance(one, tuple) else (one,) for one in self.sizes or ()]
-        return sorted({size} | {seen_size(size, part) for one in parts for part in one})
+        return sorted({size} | {seen_size(size, look) for one in self.sizes or () for look in looks_of(one)})
 
     @cached_property
     def space(self) -> RoutingSpace:

@@ -316,6 +316,11 @@ def seen_size(own: tuple[int, int], size: Size) -> tuple[int, int]:
     return height, width
 
 
+def looks_of(size: Size) -> tuple[float, ...]:
+    """The factors of the looks at an image, one or two."""
+    return size if isinstance(size, tuple) else (size,)
+
+
 def first_size(own: tuple[int, int], size: Size) -> tuple[int, int] | None:
     """The size (height, width) at which an image is looked at first, if it is looked at twice."""
     return seen_size(own, size[0]) if isinstance(size, tuple) else None
@@ -323,7 +328,7 @@ def first_size(own: tuple[int, int], size: Size) -> tuple[int, int] | None:
 
 def size_words(size: Size) -> str:
     """A size as messages and files write it: 0.7, or 0.5-1."""
-    return "-".join(f"{one:g}" for one in size) if isinstance(size, tuple) else f"{size:g}"
+    return "-".join(f"{one:g}" for one in looks_of(size))
 
 
 def over_pixels(

@@ -20,7 +20,7 @@ import numpy as np
 from routeseg.cost.latency import LatencyTable, exit_ms, mean_ms, stretches_at
 from routeseg.cost.macs import look_costs, model_cost
 from routeseg.errors import NO_EXITS
-from routeseg.space import MIN_IMAGE_SIZE, brief, first_size, padded_size, seen_size
+from routeseg.space import MIN_IMAGE_SIZE, brief, first_size, looks_of, padded_size, seen_size
 
 if TYPE_CHECKING:
     from routeseg.description import NetworkDescription
@@ -104,8 +104,8 @@ class Asked:
             return [look_costs(network, size, one) / MMACS for one in prices.sizes]
         found = []
         for one in prices.sizes:
-            at = [seen_size(size, part) for part in (one if isinstance(one, tuple) else (one,))]
-            ms = [exit_ms(self.latency, network.config, part, self.file) for part in at]
+            at = [seen_size(size, look) for look in looks_of(one)]
+            ms = [exit_ms(self.latency, network.config, seen, self.file) for seen in at]
             found.append(ms[0] if len(ms) == 1 else np.cumsum([part[-1] for part in ms]))
         return found
 
