@@ -134,7 +134,7 @@ def kept(
     model: DynamicRoutingNetwork, images: list[Tensor], size: tuple[int, int], asked: list[float]
 ) -> dict[str, Any]:
     """The milliseconds of budgets in milliseconds over images of a size, all budgets in turns."""
-    tables = [profile(model, one) for one in model.config.looked_at(size)]
+    tables = [profile(model, size, look=look) for look in model.config.sizes or (1.0,)]
     forwards = {
         f"{ms:g}": Budgeted(SkipEngine(model), model, Asked.parse(f"{ms:g}ms", tables, "profiled")) for ms in asked
     }

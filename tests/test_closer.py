@@ -22,6 +22,7 @@ from routeseg.data.loaders import evaluation_loader
 from routeseg.data.scenes import CLASSES, PALETTE
 from routeseg.description import fingerprint
 from routeseg.engine.compiled import is_compiled
+from routeseg.engine.profiling import profile
 from routeseg.errors import BudgetNotKept
 from routeseg.model import grid
 from routeseg.model.closer import enlarged_by, over_places
@@ -250,18 +251,28 @@ class TestBudgets:
         assert np.mean(spent) == pytest.approx(0.7, abs=0.05)
 
     def test_milliseconds(self, model, monkeypatch):
-        monkeypatch.setattr(Prices, "look_up", _twice(Prices.look_up))
-        stretches = np.array([[1.0, 4.0], [1.0, 6.0], [1.0, 7.0]])
-        tables = [
-            LatencyTable(size, "cpu", "float32", network_shape(model.config), scale * stretches)
-            for size, scale in (((96, 128), 1.0), ((64, 64), 1 / 3))
-        ]
-        asked = Asked.parse("15ms", tables, "x.json")
-        costs = asked.costs(model, (96, 128))[-1]
-        assert costs[1] - costs[0] == pytest.approx(20.0), "both looks"
+        """A look has a table of its own; one that nobody has measured is not chosen."""
+        shape, times = network_shape(model.config), np.array([[0.0, 4.0], [2.0, 16.0]])
+        closer = LatencyTable((96, 128), "cpu", "float32", shape, times, look=TWICE)
+        asked = Asked.parse("15ms", closer, "x.json")
+        costs = asked.costs(model, (96, 128))
+        assert costs[-1].tolist() == [4, 22] and all(np.isinf(some).all() for some in costs[:-1])
         look = asked.look(model, (96, 128))
+        assert look.size == TWICE
         going_on = 1 - np.interp(look.price, model.prices.at(TWICE).prices, model.prices.at(TWICE).frequencies[:, 0])
-        assert costs[0] + 3 + 17 * going_on == pytest.approx(15.0, abs=1.0)
+        assert 4 + 2 + 16 * going_on == pytest.approx(15.0, abs=1.0)
+        with pytest.raises(BudgetNotKept, match="the cheapest route costs 4 ms, the full network 22 ms"):
+            Asked.parse("3ms", closer, "x.json").look(model, (96, 128))
+
+    def test_profile(self, model, tmp_path):
+        """Nothing, all and half of the places are looked at again; the file knows the look."""
+        table = profile(model, (96, 128), repeats=1, look=TWICE)
+        assert table.stretches_ms.shape == (2, 2) and table.exits_ms[1] >= table.exits_ms[0] > 0
+        assert table.name == "latency_cpu_96x128_in_0.5-1_float32"
+        table.write(tmp_path / "t.json")
+        assert LatencyTable.read(tmp_path / "t.json").as_dict() == table.as_dict()
+        with pytest.raises(ValueError, match="knows no images at 0.3 times their sides"):
+            profile(model, (96, 128), look=0.3)
 
     def test_below_the_first_look(self, model):
         with pytest.raises(BudgetNotKept):

@@ -129,13 +129,17 @@ SEEN = [1.0, 0.33, 0.5, 0.71, 1.4, 2.3]  # sizes at which images are looked at
 @pytest.mark.parametrize("own", [(93, 141), (40, 33)])
 @torch.no_grad()
 def test_images_are_resized_within_the_forward(own, size):
-    """As PyTorch does it, to rounding: what is read, and the logits."""
+    """As PyTorch does it, to rounding: what is read, and the logits; however the image lies in memory."""
     model = network(gate="fixed")
     engine = SkipEngine(model, backend="kernels")
     for batch in (images(2, *own), (images(1, *own) * 255).to(torch.uint8)):
         found, expected = engine(batch, size=size), model(batch, size=size)
         assert found.seen == expected.seen and (found.seen is None) == (size == 1)
         assert relative_error(found, expected) < 1e-5
+        side_by_side = batch.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        every_second = batch.repeat_interleave(2, dim=3)[..., ::2]
+        for other in (side_by_side, every_second):
+            assert torch.equal(engine(other, size=size).logits, found.logits)
 
 
 @pytest.mark.parametrize("size", SEEN)
@@ -522,11 +526,12 @@ class TestAsALibrary:
     @torch.no_grad()
     def test_memory_is_used_again_and_results_are_their_own(self):
         engine = SkipEngine(network(), backend="kernels")
-        first = engine(images(1, 64, 64, 1)).logits
-        copy = first.clone()
-        for seed, size in enumerate([(64, 64), (96, 32), (64, 64)]):
-            engine(images(2, *size, seed))
-        assert torch.equal(first, copy) and torch.equal(engine(images(1, 64, 64, 1)).logits, first)
+        sizes = [(64, 64), (96, 32), (64, 64), (64, 96), (32, 32), (128, 64), (64, 160)]  # more than it keeps memory of
+        first = [engine(images(1, *size)).logits for size in sizes]
+        copies = [logits.clone() for logits in first]
+        for _ in range(2):
+            again = [engine(images(1, *size)).logits for size in sizes]
+            assert all(map(torch.equal, first, copies)) and all(map(torch.equal, again, copies))
 
     @torch.no_grad()
     @pytest.mark.parametrize("zeros_arrive", [False, True])

@@ -20,7 +20,7 @@ from routeseg.budgets.budgeted import Budgeted
 from routeseg.budgets.calibration import calibrate, choose, price_table
 from routeseg.budgets.worth import AllExits, mean_iou, oracle
 from routeseg.cli import main
-from routeseg.cost.latency import exit_ms, network_shape
+from routeseg.cost.latency import network_shape, stretches_at
 from routeseg.cost.macs import exit_costs
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.loaders import evaluation_loader
@@ -508,7 +508,8 @@ class TestAsked:
         for size, factor in (
             ((64, 64), 1), ((50, 60), 1), ((128, 128), 3), ((64, 160), 2), ((256, 128), 6), ((32, 64), 0.5)
         ):  # fmt: skip
-            assert np.allclose(exit_ms(tables[:2], model.config, size, "t"), factor * small.exits_ms), size
+            found = stretches_at(tables[:2], model.config, size, "t")
+            assert np.allclose(found, factor * small.stretches_ms), size
         engine = Budgeted(SkipEngine(model), model, Asked.parse("20ms", tables, tmp_path))
         assert [one.precision for one in engine.asked.latency] == ["float32"] * 2
         for size in ((64, 64), (96, 128), (128, 128)):

@@ -103,8 +103,8 @@ class TestProfile:
         ran = []
 
         class Engine(SkipEngine):
-            def __call__(self, images, **how):
-                found = super().__call__(images, **how)
+            def labels(self, images, **how):
+                found = super().labels(images, **how)
                 ran.append(np.bincount(found.exits.flatten(), minlength=4).tolist())
                 return found
 
@@ -119,8 +119,8 @@ class TestProfile:
         last = []
 
         class Engine(SkipEngine):
-            def __call__(self, images, **how):
-                found = super().__call__(images, **how)
+            def labels(self, images, **how):
+                found = super().labels(images, **how)
                 if "price" in how:
                     last.append(found.gates[0, -1].any().item())
                 return found

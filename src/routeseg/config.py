@@ -25,9 +25,7 @@ from routeseg.space import (
     RoutingSpace,
     Size,
     brief,
-    looks_of,
     padded_size,
-    seen_size,
 )
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -184,11 +182,6 @@ class NetworkConfig:
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON has them."""
         return asdict(self)
-
-    def looked_at(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """The sizes (height, width) at which a budget may have images of this size looked at, ascending; this one is
-        among them."""
-        return sorted({size} | {seen_size(size, look) for one in self.sizes or () for look in looks_of(one)})
 
     @cached_property
     def space(self) -> RoutingSpace:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from routeseg.cost.latency import LatencyTable, exit_ms, mean_ms, stretches_at
+from routeseg.cost.latency import LatencyTable, mean_ms, stretches_at
 from routeseg.cost.macs import look_costs, model_cost
 from routeseg.errors import NO_EXITS
-from routeseg.space import MIN_IMAGE_SIZE, brief, first_size, looks_of, padded_size, seen_size
+from routeseg.space import MIN_IMAGE_SIZE, brief, padded_size, seen_size
 
 if TYPE_CHECKING:
     from routeseg.description import NetworkDescription
@@ -94,6 +94,7 @@ class Asked:
     def costs(self, network: RoutedNetwork | NetworkDescription, size: tuple[int, int]) -> list[np.ndarray]:
         """What leaving at each exit costs, in the unit of the budget (MMACs), for images (height, width) that are
         looked at in each size that the network knows: float64 [Z][K]; of two looks, of the first one and of both.
+        Infinity in milliseconds where no table tells.
 
         Raises ValueError for a network without exits, and for latency tables of another one.
         """
@@ -102,12 +103,15 @@ class Asked:
             return [table.costs for table in prices.tables]
         if self.unit == "macs":
             return [look_costs(network, size, one) / MMACS for one in prices.sizes]
-        found = []
-        for one in prices.sizes:
-            at = [seen_size(size, look) for look in looks_of(one)]
-            ms = [exit_ms(self.latency, network.config, seen, self.file) for seen in at]
-            found.append(ms[0] if len(ms) == 1 else np.cumsum([part[-1] for part in ms]))
-        return found
+        return [
+            np.full_like(table.costs, np.inf) if stretches is None else np.cumsum(stretches.sum(1))
+            for table, stretches in zip(prices.tables, self._stretches(network, size), strict=True)
+        ]
+
+    def _stretches(self, network: RoutedNetwork | NetworkDescription, size: tuple[int, int]) -> list[np.ndarray | None]:
+        """Of images (height, width) in each size [Z] that the network knows; None: nobody measured it."""
+        sizes = check_exits(network).sizes
+        return [stretches_at(self.latency, network.config, size, self.file, one) for one in sizes]
 
     @property
     def amount(self) -> float:
@@ -137,17 +141,14 @@ class Asked:
                 )
             return prices.look_up(self.value, size=at)
         if self.unit == "ms":
-            means = []
-            for one, table in zip(prices.sizes, prices.tables, strict=True):
-                seen, first = seen_size(size, one), first_size(size, one)
-                stretches = stretches_at(self.latency, network.config, seen, self.file)
-                if first is None:
-                    means.append(mean_ms(stretches, table.frequencies, network.config.place_count(seen)))
-                else:  # the closer look is one stretch
-                    before = exit_ms(self.latency, network.config, first, self.file)[-1]
-                    fixed, running = stretches.sum(0)
-                    going_on = table.frequencies[:, 1]
-                    means.append(before + (going_on > 0) * fixed + going_on * running)
+            means = [
+                None
+                if stretches is None
+                else mean_ms(stretches, table.frequencies, network.config.place_count(seen_size(size, one)))
+                for one, table, stretches in zip(
+                    prices.sizes, prices.tables, self._stretches(network, size), strict=True
+                )
+            ]
         return prices.look_up(self.amount, self.costs(network, size), self.unit_name, at, means)
 
 

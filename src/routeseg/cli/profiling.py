@@ -65,10 +65,10 @@ def profile_command(words: Sequence[str]) -> int:
     check_writable(output)
     if args.json is not None:
         check_writable(Path(args.json).parent, "--json")
-    sizes = model.config.looked_at(size)
-    with enough_memory("give a smaller --size"), progress_bar("profile", len(sizes) * (1 + args.repeats)) as step:
-        tables = [profile(model, one, args.precision, args.repeats, step=step) for one in sizes]
-    table = next(one for one in tables if one.size == size)
+    looks = model.config.sizes or (1.0,)
+    with enough_memory("give a smaller --size"), progress_bar("profile", len(looks) * (1 + args.repeats)) as step:
+        tables = [profile(model, size, args.precision, args.repeats, step=step, look=look) for look in looks]
+    table = next(one for one in tables if one.look == 1)
     if "precision_reason" in table.facts:
         print(f"precision: {table.precision} ({table.facts['precision_reason']})")
     for one in tables:

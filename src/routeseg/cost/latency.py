@@ -6,7 +6,8 @@ each exit to the next. What an image takes is the sum over the stretches that it
     fixed + share * running        share: of its places that go on there; 1 for whole images, whose fixed part is 0
 
 Decisions, and the decoder of the exit, are in it. A network without exits is one stretch, with all of its paths open.
-Here nothing is measured, and torch is not imported.
+An image that is looked at twice (model/closer.py) has two, the first look and the closer one. An image may be looked at
+in several sizes: each has a table. Here nothing is measured, and torch is not imported.
 
 Legend: K exits, T rows of a table of prices.
 """
@@ -23,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from routeseg.config import NO_GATE, NetworkConfig
+from routeseg.config import NO_GATE, NetworkConfig, is_size
 from routeseg.files import read_json, write_json
-from routeseg.space import padded_size
+from routeseg.space import Size, padded_size, size_words
 
 FORMAT = 2  # of the file; 1 had times by part
 REPEATS = 11  # medians of 5 were off by 6 % on a restless machine
@@ -36,14 +37,15 @@ UNTIMED = ("gate", "sizes", "class_names", "palette", "pixel_mean", "pixel_std")
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Milliseconds of a network on one machine, for one image of one size.
+    """Milliseconds of a network on one machine, for one image of one size, from the image to its labels.
 
     size          height, width of the image
     device        cpu, cuda, ...
     precision     of the weights and maps, as the engine ran
     network       what the times depend on (`network_shape`); `fingerprint` is made of it
-    stretches_ms  [K,2], fixed and running; [1,2] without exits
+    stretches_ms  [K,2], fixed and running; [1,2] without exits, [2,2] of two looks
     facts         how it was measured, machine, date, versions: kept in the file
+    look          the size in which the image is looked at
     """
 
     size: tuple[int, int]
@@ -52,6 +54,7 @@ class LatencyTable:
     network: dict[str, Any]
     stretches_ms: np.ndarray
     facts: dict[str, Any] = field(default_factory=dict)
+    look: Size = 1.0
 
     @property
     def exits_ms(self) -> np.ndarray:
@@ -66,8 +69,10 @@ class LatencyTable:
 
     @property
     def name(self) -> str:
-        """`latency_<device>_<HxW>_<precision>`, the file's name without its suffix."""
-        return f"latency_{self.device}_{self.size[0]}x{self.size[1]}_{self.precision}".replace(":", "")
+        """`latency_<device>_<HxW>_<precision>`, the file's name without its suffix; `_in_<look>` behind the size if it
+        is not 1."""
+        look = "" if self.look == 1 else f"_in_{size_words(self.look)}"
+        return f"latency_{self.device}_{self.size[0]}x{self.size[1]}{look}_{self.precision}".replace(":", "")
 
     def check(self, config: NetworkConfig, name: str | Path) -> None:
         """Raises ValueError, naming the file, if the table belongs to another shape of network."""
@@ -84,6 +89,7 @@ class LatencyTable:
         return {
             "format": FORMAT,
             "size": list(self.size),
+            "look": self.look,
             "device": self.device,
             "precision": self.precision,
             "fingerprint": self.fingerprint,
@@ -126,9 +132,14 @@ class LatencyTable:
         (height, width), device, precision, network, stretches, fingerprint = (
             rest.pop(key) for key in ("size", "device", "precision", "network", "stretches_ms", "fingerprint")
         )
+        look = rest.pop("look", 1.0)  # files of earlier versions have none
+        look = tuple(look) if isinstance(look, list) else look
+        if not is_size(look):
+            raise ValueError(f"it has the look {look!r}")
         shape, count = _checked(network)
+        count = len(look) if isinstance(look, tuple) else count
         times = np.array([[float(row[kind]) for kind in KINDS] for row in stretches])
-        table = cls((int(height), int(width)), str(device), str(precision), shape, times, rest)
+        table = cls((int(height), int(width)), str(device), str(precision), shape, times, rest, look)
         if times.shape != (count, len(KINDS)):
             raise ValueError(f"times of {len(times)} stretches, the network has {count}")
         if not (np.isfinite(times) & (times >= 0)).all():
@@ -139,10 +150,11 @@ class LatencyTable:
 
 
 def stretches_at(
-    tables: Sequence[LatencyTable], config: NetworkConfig, size: tuple[int, int], name: str | Path
-) -> np.ndarray:
-    """The stretches [K,2] of an image (height, width), in milliseconds, from tables of any sizes. Between two of them
-    they are linear in the number of pixels, beyond the last one in proportion to it.
+    tables: Sequence[LatencyTable], config: NetworkConfig, size: tuple[int, int], name: str | Path, look: Size = 1.0
+) -> np.ndarray | None:
+    """The stretches [K,2] of an image (height, width) that is looked at in this size, in milliseconds, from tables of
+    images of any sizes. Between two of them they are linear in the number of pixels, beyond the last one in proportion
+    to it. None: there is no table of the look.
 
     Raises ValueError, naming the file, if a table belongs to another network.
     """
@@ -152,21 +164,16 @@ def stretches_at(
 
     for table in tables:
         table.check(config, name)
-    known = {pixels(table.size): table for table in sorted(tables, key=lambda table: table.size == size)}
+    in_order = sorted(tables, key=lambda table: table.size == size)
+    known = {pixels(table.size): table.stretches_ms for table in in_order if table.look == look}
+    if not known:
+        return None
     asked, sizes = pixels(size), sorted(known)
     if sizes[0] <= asked <= sizes[-1]:
-        times = np.stack([known[one].stretches_ms for one in sizes], axis=-1)  # [K,2,sizes]
+        times = np.stack([known[one] for one in sizes], axis=-1)  # [K,2,sizes]
         return np.apply_along_axis(lambda ms: np.interp(asked, sizes, ms), -1, times)
     nearest = sizes[0] if asked < sizes[0] else sizes[-1]
-    return known[nearest].stretches_ms * asked / nearest
-
-
-def exit_ms(
-    tables: Sequence[LatencyTable], config: NetworkConfig, size: tuple[int, int], name: str | Path
-) -> np.ndarray:
-    """Milliseconds of an image (height, width) that leaves at each exit as a whole, float64 [K], from tables of any
-    sizes. Raises ValueError as `stretches_at`."""
-    return np.cumsum(stretches_at(tables, config, size, name).sum(1))
+    return known[nearest] * asked / nearest
 
 
 def mean_ms(stretches: np.ndarray, frequencies: np.ndarray, places: int | None = None) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Measuring a LatencyTable (cost/latency.py) on this machine: a network runs as far as each of its exits.
 
 An image that leaves at an exit as a whole gives the sum of each stretch. Of a network whose places leave, a second
-point splits it: half of the places go on there, the others have left at the exit before. Forwards run in turns, and the
-median of each counts.
+point splits it: half of the places go on there, the others have left at the exit before. Likewise of two looks
+(model/closer.py): the closer one sees nothing, all, and half. Forwards run in turns, and the median of each counts.
 
 Legend: K exits.
 """
@@ -19,12 +19,13 @@ import torch
 from PIL import Image
 
 from routeseg.cost.latency import REPEATS, LatencyTable, network_shape
-from routeseg.cost.macs import exit_costs, model_cost
+from routeseg.cost.macs import model_cost
 from routeseg.engine import Precision, SkipEngine
 from routeseg.engine.skip import Backend
 from routeseg.files import sample
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.model.grid import check_images
+from routeseg.space import Size, seen_size, size_words
 from routeseg.stopwatch import take_turns
 
 MS = 1000.0
@@ -38,19 +39,24 @@ def profile(
     repeats: int = REPEATS,
     backend: Backend = "auto",
     step: Callable[[], None] = lambda: None,
+    look: Size = 1.0,
 ) -> LatencyTable:
     """The latency table of a network for images of this size, on the device where it is, with as many threads as
-    PyTorch uses.
+    PyTorch uses: from an image of bytes to its labels, or to the result of a head that segments nothing.
 
     repeats  how many rounds count, after one that does not; their medians are in the table
     backend  as SkipEngine takes it
     step     called after each of the 1 + repeats rounds
+    look     the size in which the images are looked at, one of those that the network knows
 
-    Raises ValueError for fewer than one repeat, and what SkipEngine raises.
+    Raises ValueError for fewer than one repeat and for a size that the network does not know, and what SkipEngine
+    raises.
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}: it must be at least 1")
     config, device = model.config, next(model.parameters()).device
+    if look not in (config.sizes or (1.0,)):
+        raise ValueError(f"the network knows no images at {size_words(look)} times their sides: --model.sizes")
     with Image.open(sample()) as file:
         pixels = np.array(file.convert("RGB").resize(size[::-1]))
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device)  # uint8 [1,3,H,W]
@@ -59,8 +65,10 @@ def profile(
     def median_ms(engine: SkipEngine, asked: Sequence[dict[str, Any]]) -> np.ndarray:
         """The milliseconds of each of these forwards."""
 
+        run = engine.labels if model.head.segments else engine
+
         def forward(how: dict[str, Any]) -> None:
-            engine(image, **how)
+            run(image, size=look, **how)
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
 
@@ -77,9 +85,10 @@ def profile(
             share = float(cost.of_gates(engine(image).gates)[0] / cost.full)
             facts["own_gates"] = {"ms": float(ms[1]), "share_of_full": share}
     else:
-        whole, places = np.eye(len(config.exits)), config.place_count(size)
+        whole = np.eye(2 if isinstance(look, tuple) else len(config.exits))
+        places = config.place_count(seen_size(size, look))
         halves = (whole[1:] + whole[:-1]) / 2
-        engine = SkipEngine(_asking(model, size, np.concatenate([whole, halves])), precision, backend)
+        engine = SkipEngine(_asking(model, look, np.concatenate([whole, halves])), precision, backend)
         if places is None:
             asked: list[dict[str, Any]] = [{"route": route} for route in config.exit_routes]
             ms = median_ms(engine, [*asked, {"price": STAY}])
@@ -92,19 +101,18 @@ def profile(
             stretches = _stretches(ms[: len(whole)], ms[len(whole) :], round(places / 2) / places)
     if engine.precision_reason is not None:
         facts["precision_reason"] = engine.precision_reason
-    return LatencyTable(size, str(device), engine.precision, network_shape(config), stretches, facts)
+    return LatencyTable(size, str(device), engine.precision, network_shape(config), stretches, facts, look)
 
 
-def _asking(model: DynamicRoutingNetwork, size: tuple[int, int], frequencies: np.ndarray) -> DynamicRoutingNetwork:
-    """A copy of a network with exits, calibrated or not, with a table of prices 1, 2, ...: at each, these shares [T,K]
-    of an image's places leave."""
+def _asking(model: DynamicRoutingNetwork, look: Size, frequencies: np.ndarray) -> DynamicRoutingNetwork:
+    """A copy of a network with exits, calibrated or not, with a table of prices 1, 2, ... for this look: at each, these
+    shares [T,K] of an image's places leave."""
     model = deepcopy(model)
-    exits = model.exits
-    assert exits is not None
-    costs = exit_costs(model, size)
-    exits.costs = exits.costs.new_tensor(costs / costs[-1])
-    exits.prices = exits.prices.new_tensor(1 + np.arange(len(frequencies)))
-    exits.frequencies = exits.frequencies.new_tensor(frequencies)
+    assert model.exits is not None
+    table = model.exits.at(look)
+    table.costs = table.costs.new_tensor(1 + np.arange(frequencies.shape[1]))
+    table.prices = table.prices.new_tensor(1 + np.arange(len(frequencies)))
+    table.frequencies = table.frequencies.new_tensor(frequencies)
     return model
 
 

@@ -126,7 +126,7 @@ class Prices:
         costs: Sequence[np.ndarray] | None = None,
         unit: str = "",
         size: Size | None = None,
-        means: Sequence[np.ndarray] | None = None,
+        means: Sequence[np.ndarray | None] | None = None,
     ) -> Look:
         """The size and the price at which images cost this in the mean and score best; all of the full network at size
         1 if that is what was asked.
@@ -152,7 +152,8 @@ class Prices:
             if found is None or rank > found[0]:
                 found = rank, Look(at, price)
         if found is None:  # says why
-            of = self.sizes.index(size) if size is not None else 0
+            least = min(range(len(costs)), key=lambda number: float(costs[number][0]))
+            of = least if size is None else list(self.sizes).index(size)
             self.tables[of].price_of(np.array(budget), costs[of], unit)
         assert found is not None
         return found[1]

@@ -42,7 +42,8 @@ class TorchNetwork:
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> Ran:
-        pixels = torch.from_numpy(image.transpose(2, 0, 1).copy())[None].to(self.device)  # [1,3,H,W]
+        own = image if image.flags.writeable else image.copy()  # PyTorch has no tensors that are not
+        pixels = torch.from_numpy(own).permute(2, 0, 1)[None].to(self.device)  # [1,3,H,W]
         was_training = self.forward is self.model and self.model.training  # engines do not care
         if was_training:
             self.model.eval()

@@ -26,9 +26,9 @@
 namespace {
 
 constexpr int UP = 0, KEEP = 1, DOWN = 2, DIRECTIONS = 3;
-constexpr int STEM_CONVOLUTIONS = 3, STEM_STRIDE = 4;
+constexpr int STEM_CONVOLUTIONS = 3;
 constexpr int GLANCE = 4;                 // of decoder.py
-constexpr long SMALL_GLANCE = 128 * 128;  // pixels of the finest features
+constexpr long SMALL_GLANCE = 2048;       // pixels of the finest features
 constexpr int MOST_SCALES = 12;           // MOST_CHANNELS allows no more
 constexpr int STEM_BAND = 8;  // rows of the stem's output computed at a time: what lies before them stays in the cache
 constexpr float BELOW_ONE = 1 - 1.1920929e-7f;  // activations of gates are below 1
@@ -149,24 +149,27 @@ class Workspace {
         constant_bytes += bytes;
     }
 
-    // Lets go of what images of other sizes have left.
+    // What images of other sizes have left stays, for they may come again, unless it is much, or many others came.
     void expect(const Key& sizes) {
         std::unique_lock<std::mutex> guard(lock, std::try_to_lock);
         if (!guard.owns_lock() || sizes == last_sizes) return;
         last_sizes = sizes;
-        release();
+        ++now;
+        if (spare_bytes > MOST_SPARE_BYTES) return release();
+        for (auto block = spare.begin(); block != spare.end();)
+            block = now - block->second.last > MOST_SIZES ? drop(block) : std::next(block);
     }
 
     void* take(size_t bytes) {
         if (std::unique_lock<std::mutex> guard(lock, std::try_to_lock); guard.owns_lock()) {
-            std::vector<void*>& blocks = spare[bytes];
-            if (!blocks.empty()) {
-                void* block = blocks.back();
-                blocks.pop_back();
+            if (const auto found = spare.find(bytes); found != spare.end()) {
+                void* block = std::exchange(found->second.block, nullptr);
+                drop(found);
                 return block;
             }
         }
         void* block = std::aligned_alloc(LINE, bytes);
+        if (!block && forgo()) block = std::aligned_alloc(LINE, bytes);
         if (!block) throw std::bad_alloc();
         large_pages(block, bytes);
         return block;
@@ -175,19 +178,39 @@ class Workspace {
     void give(void* block, size_t bytes) noexcept {
         try {
             std::unique_lock<std::mutex> guard(lock, std::try_to_lock);
-            if (!guard.owns_lock()) std::free(block);
-            else if (block) spare[bytes].push_back(block);
+            if (!guard.owns_lock()) {
+                std::free(block);
+            } else if (block) {
+                spare.emplace(bytes, Spare{block, now});
+                spare_bytes += bytes;
+            }
         } catch (const std::bad_alloc&) {  // for the list itself
             std::free(block);
         }
     }
 
   private:
+    struct Spare {
+        void* block;
+        uint64_t last;  // when it was used, in changes of size
+    };
+    using Spares = std::multimap<size_t, Spare>;
+
+    Spares::iterator drop(Spares::iterator which) {
+        std::free(which->second.block);
+        spare_bytes -= which->first;
+        return spare.erase(which);
+    }
+
     void release() {
-        for (auto& [size, blocks] : spare)
-            for (void* block : blocks) std::free(block);
-        spare.clear();
+        while (!spare.empty()) drop(spare.begin());
         forget();
+    }
+
+    bool forgo() {  // what is spare, for memory that is needed now
+        std::unique_lock<std::mutex> guard(lock, std::try_to_lock);
+        if (guard.owns_lock()) release();
+        return guard.owns_lock();
     }
 
     void forget() {
@@ -196,9 +219,13 @@ class Workspace {
     }
 
     static constexpr size_t MOST_CONSTANT_BYTES = size_t(256) << 20;  // of routes that change, many may come up
+    static constexpr size_t MOST_SPARE_BYTES = size_t(1) << 30;
+    static constexpr uint64_t MOST_SIZES = 4;  // a video's frames, or images of a budget, alternate between so many
 
     std::mutex lock;
-    std::map<size_t, std::vector<void*>> spare;
+    Spares spare;
+    size_t spare_bytes = 0;
+    uint64_t now = 0;
     std::map<Key, Held> constants;
     size_t constant_bytes = 0;
     uint64_t constants_so_far = 0;
@@ -368,7 +395,7 @@ class Forward {
         const int h = (request.seen_height + STEM_STRIDE - 1) / STEM_STRIDE;  // without the padding
         const int w = (request.seen_width + STEM_STRIDE - 1) / STEM_STRIDE;
         std::vector<float> found(size_t(h) * w);
-        pool->run(h, glance_threads(), [&](long y) {
+        pool->rows(h, threads, [&](long y) {
             std::vector<float> share(net.classes);
             for (int x = 0; x < w; ++x)
                 found[y * w + x] = unsure_of(row_of<float>(map, int(y)) + long(x) * map.c, share.data());
@@ -481,7 +508,11 @@ class Forward {
     bool stem() {
         const int height = request.padded_height, width = request.padded_width;
         Held image = make(height, width, 3, 0, height);
-        if (!normalized<T>(request.image, request.seen_height, request.seen_width, image.map, threads)) return false;
+        std::optional<Pixels> needed;
+        if (still) needed.emplace(grown(still->area(STEM_STRIDE).mask, 1));
+        if (!normalized<T>(request.image, request.seen_height, request.seen_width, image.map, threads,
+                           needed ? &*needed : nullptr))
+            return false;
         if (net.stages) {
             stem_map = staged(0, convolved(net.stem[0], image, net.stem[0].outputs));
             require(stem_map.map.h * STEM_STRIDE == height && stem_map.map.w * STEM_STRIDE == width,
@@ -770,9 +801,12 @@ class Forward {
         if (!before.memory || before.number) {  // a map that is remembered stays as it is
             const int h = stem_map.map.h >> scale, w = stem_map.map.w >> scale;
             Held own = make(h, w, channels(scale), 0, h);
-            const size_t bytes = sizeof(T) * own.map.h * own.map.w * own.map.c;
-            if (before.memory) std::memcpy(own.map.data, before.map.data, bytes);
-            else std::memset(own.map.data, 0, bytes);
+            const size_t bytes = sizeof(T) * own.map.w * own.map.c;
+            pool->rows(h, threads, [&](long y) {
+                void* to = static_cast<char*>(own.map.data) + y * bytes;
+                if (before.memory) std::memcpy(to, static_cast<const char*>(before.map.data) + y * bytes, bytes);
+                else std::memset(to, 0, bytes);
+            });
             before = own;
         }
         if (arrivals.empty()) arrivals.push_back({gathered({}, scale, channels(scale)), 1, false});

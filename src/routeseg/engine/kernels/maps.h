@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <utility>
 
 #include "convolution.h"
@@ -49,10 +50,20 @@ inline void check(const Map& map) {
     require(map.c > 0 && map.c <= MOST_CHANNELS && map.c % V == 0, "a map's channels are no whole vectors");
 }
 
+constexpr int STEM_STRIDE = 4;
+
+// Calls work(x0, x1) for the stretches of a row of an image that are looked at: those of `needed`, the pixels of the
+// stem's map, or all of it.
+template <class Work>
+void looked_at(const Pixels* needed, long y, const Map& out, const Work& work) {
+    if (!needed) return work(0, int(out.w));
+    stretches(needed, y / STEM_STRIDE, needed->w, [&](int x0, int x1) { work(STEM_STRIDE * x0, STEM_STRIDE * x1); });
+}
+
 // An image [3][height][width], float or uint8, to (x - mean) / std [out.h][out.w][3], with zeros right and below.
 // False where a value is not finite.
 template <class T, class Pixel>
-bool normalize(const Image& image, const Map& out, int threads) {
+bool normalize(const Image& image, const Map& out, int threads, const Pixels* needed) {
     require(image.data && out.data && out.c == 3 && out.rows == out.h, "an image has no map to go to");
     require(image.height > 0 && image.width > 0 && image.height <= out.h && image.width <= out.w &&
                 std::max(out.h, out.w) <= MOST_SIDE,
@@ -63,107 +74,135 @@ bool normalize(const Image& image, const Map& out, int threads) {
             of_byte[channel][value] = (float(value) / 255 - image.mean[channel]) / image.std[channel];
     std::atomic<bool> finite{true};
     pool->rows(out.h, threads, [&](long y) {
-        T* to = static_cast<T*>(out.data) + y * out.w * 3;
-        std::memset(to, 0, sizeof(T) * out.w * 3);
-        if (y >= image.height) return;
-        for (int channel = 0; channel < 3; ++channel) {
-            const Pixel* plane = static_cast<const Pixel*>(image.data) + channel * image.channel_step;
-            const Pixel* from = plane + y * image.row_step;
-            const float mean = image.mean[channel], std = image.std[channel];
-            if constexpr (sizeof(Pixel) == 1) {
-                for (int x = 0; x < image.width; ++x)
-                    put(to + 3 * x + channel, of_byte[channel][from[x * image.column_step]]);
-                continue;
+        float check = 0;
+        looked_at(needed, y, out, [&](int x0, int x1) {
+            T* to = static_cast<T*>(out.data) + y * out.w * 3;
+            const int end = y < image.height ? std::min<int>(x1, image.width) : x0;
+            for (int channel = 0; channel < 3 && x0 < end; ++channel) {
+                const Pixel* plane = static_cast<const Pixel*>(image.data) + channel * image.channel_step;
+                const Pixel* from = plane + y * image.row_step;
+                const float mean = image.mean[channel], std = image.std[channel];
+                for (int x = x0; x < end; ++x) {
+                    if constexpr (sizeof(Pixel) == 1) {
+                        put(to + 3 * x + channel, of_byte[channel][from[x * image.column_step]]);
+                    } else {
+                        const float value = from[x * image.column_step];
+                        check += value * 0;  // NaN from NaN and from infinity
+                        put(to + 3 * x + channel, (value - mean) / std);
+                    }
+                }
             }
-            float check = 0;
-            for (int x = 0; x < image.width; ++x) {
-                const float value = from[x * image.column_step];
-                check += value * 0;  // NaN from NaN and from infinity
-                put(to + 3 * x + channel, (value - mean) / std);
-            }
-            if (check != 0) finite = false;
-        }
+            const int rest = std::max(end, x0);
+            if (rest < x1) std::memset(to + 3 * rest, 0, sizeof(T) * 3 * (x1 - rest));
+        });
+        if (check != 0) finite = false;
     });
     return finite;
 }
 
 // Where resizing that averages over all pixels a smaller one stands for reads: a triangle around each output index.
 struct Windows {
-    int most;                    // indices that one reads
+    int most = 0;                // indices that one reads
     std::vector<int> first;      // of each output index
-    std::vector<float> weights;  // [out][most]
+    std::vector<float> weights;  // [out][most]; zeros beyond the last index
 
-    Windows(int in, int out) {
+    Windows(int in, int out) : first(out) {
         const float scale = float(in) / float(out), support = std::max(scale, 1.0f);
-        most = int(2 * support) + 2;
-        first.resize(out), weights.assign(size_t(out) * most, 0.0f);
+        const auto end_of = [&](int i) { return std::min(int(scale * (float(i) + 0.5f) + support + 0.5f), in); };
         for (int i = 0; i < out; ++i) {
-            const float center = scale * (float(i) + 0.5f);
-            const int begin = std::max(int(center - support + 0.5f), 0);
-            const int end = std::min({int(center + support + 0.5f), in, begin + most});
+            first[i] = std::max(int(scale * (float(i) + 0.5f) - support + 0.5f), 0);
+            most = std::max(most, end_of(i) - first[i]);
+        }
+        weights.assign(size_t(out) * most, 0.0f);
+        for (int i = 0; i < out; ++i) {
             float* to = weights.data() + size_t(i) * most;
+            const float center = scale * (float(i) + 0.5f);
+            const int count = end_of(i) - first[i];
             float total = 0;
-            for (int j = begin; j < end; ++j) {
-                to[j - begin] = std::max(0.0f, 1 - std::fabs((float(j) - center + 0.5f) / support));
-                total += to[j - begin];
+            for (int j = 0; j < count; ++j) {
+                to[j] = std::max(0.0f, 1 - std::fabs((float(first[i] + j) - center + 0.5f) / support));
+                total += to[j];
             }
-            for (int j = begin; j < end; ++j) to[j - begin] /= total;
-            first[i] = begin;
+            for (int j = 0; j < count; ++j) to[j] /= total;
         }
     }
     const float* of(long i) const { return weights.data() + i * most; }
 };
 
-// The same of an image that is looked at as height x width.
+// The same of an image that is looked at as height x width. A row of it is made first, [width][step]: three channels
+// side by side, so that one multiplication weighs them all.
 template <class T, class Pixel>
-bool resize(const Image& image, int height, int width, const Map& out, int threads) {
+bool resize(const Image& image, int height, int width, const Map& out, int threads, const Pixels* needed) {
     require(image.data && out.data && out.c == 3 && out.rows == out.h, "an image has no map to go to");
     require(std::min({image.height, image.width, height, width}) > 0 && height <= out.h && width <= out.w &&
                 std::max({out.h, out.w, image.height, image.width}) <= MOST_SIDE,
             "an image does not fit into its map");
     const Windows rows(image.height, height), columns(image.width, width);
+    const bool side_by_side = image.channel_step == 1 && image.column_step == 3;
+    const int step = side_by_side ? 3 : 4;
+    const float range = sizeof(Pixel) == 1 ? 255.0f : 1.0f;
+    const vec4 mean = {image.mean[0], image.mean[1], image.mean[2], 0};
+    const vec4 scale = {1 / image.std[0], 1 / image.std[1], 1 / image.std[2], 0};
     std::atomic<bool> finite{true};
     pool->rows(out.h, threads, [&](long y) {
-        T* to = static_cast<T*>(out.data) + y * out.w * 3;
-        std::memset(to, 0, sizeof(T) * out.w * 3);
-        if (y >= height) return;
-        float* line = reinterpret_cast<float*>(scratch(sizeof(float) * image.width));
-        const int count = std::min(rows.most, image.height - rows.first[y]);
-        for (int channel = 0; channel < 3; ++channel) {
-            const Pixel* plane = static_cast<const Pixel*>(image.data) + channel * image.channel_step;
-            std::fill_n(line, image.width, 0.0f);
-            for (int j = 0; j < count; ++j) {
-                const Pixel* from = plane + (rows.first[y] + j) * image.row_step;
-                const float weight = rows.of(y)[j] / (sizeof(Pixel) == 1 ? 255.0f : 1.0f);
-                if (weight == 0) continue;
-                if (image.column_step == 1)
-                    for (int x = 0; x < image.width; ++x) line[x] += weight * float(from[x]);
-                else
-                    for (int x = 0; x < image.width; ++x) line[x] += weight * float(from[x * image.column_step]);
+        const long size = long(step) * image.width, more = long(step) * columns.most + 4;  // zeros that are read, too
+        float* line = reinterpret_cast<float*>(scratch(sizeof(float) * (size + more + image.width)));
+        float* plane = line + size + more;
+        vec4 check{};
+        if (y < height) {
+            std::fill_n(line, size + more, 0.0f);
+            const int count = std::min(rows.most, image.height - rows.first[y]);
+            const auto add = [&](const Pixel* from, long length, float* to) {  // the mean of rows
+                for (int j = 0; j < count; ++j, from += image.row_step) {
+                    const float weight = rows.of(y)[j] / range;
+                    for (long i = 0; weight != 0 && i < length; ++i) to[i] += weight * float(from[i]);
+                }
+            };
+            const Pixel* top = static_cast<const Pixel*>(image.data) + rows.first[y] * image.row_step;
+            if (side_by_side) add(top, size, line);
+            for (int channel = 0; channel < 3 && !side_by_side; ++channel, top += image.channel_step) {
+                std::fill_n(plane, image.width, 0.0f);
+                if (image.column_step == 1) {
+                    add(top, image.width, plane);
+                } else {
+                    for (int j = 0; j < count; ++j)
+                        for (int x = 0; x < image.width; ++x)
+                            plane[x] += rows.of(y)[j] / range * float(top[j * image.row_step + x * image.column_step]);
+                }
+                for (int x = 0; x < image.width; ++x) line[4L * x + channel] = plane[x];
             }
-            const float mean = image.mean[channel], scale = 1 / image.std[channel];
-            float check = 0;
-            for (int x = 0; x < width; ++x) {
-                const int here = std::min(columns.most, image.width - columns.first[x]);
-                const float* from = line + columns.first[x];
-                const float* weight = columns.of(x);
-                float value = 0;
-                for (int j = 0; j < here; ++j) value += weight[j] * from[j];
-                check += value * 0;
-                put(to + 3 * x + channel, (value - mean) * scale);
-            }
-            if (check != 0) finite = false;
         }
+        looked_at(needed, y, out, [&](int x0, int x1) {
+            T* to = static_cast<T*>(out.data) + y * out.w * 3;
+            const int end = y < height ? std::min(x1, width) : x0;
+            for (int x = x0; x < end; ++x) {
+                const float* from = line + long(step) * columns.first[x];
+                const float* weight = columns.of(x);
+                vec4 value{};
+                for (int j = 0; j < columns.most; ++j)
+                    value += weight[j] * *reinterpret_cast<const vec4*>(from + long(step) * j);
+                check += value * 0;
+                value = (value - mean) * scale;
+                for (int channel = 0; channel < 3; ++channel) put(to + 3 * x + channel, value[channel]);
+            }
+            const int rest = std::max(end, x0);
+            if (rest < x1) std::memset(to + 3 * rest, 0, sizeof(T) * 3 * (x1 - rest));
+        });
+        if (!(check[0] + check[1] + check[2] == 0)) finite = false;
     });
     return finite;
 }
 
-// The image as it is looked at, height x width, normalised.
+// The image as it is looked at, height x width, normalised; with `needed` only what these pixels of the stem's map read,
+// which are given with those around them.
 template <class T>
-bool normalized(const Image& image, int height, int width, const Map& out, int threads) {
+bool normalized(const Image& image, int height, int width, const Map& out, int threads,
+                const Pixels* needed = nullptr) {
+    require(!needed || (needed->h * STEM_STRIDE == out.h && needed->w * STEM_STRIDE == out.w),
+            "an image has pixels of another map");
     if (height == image.height && width == image.width)
-        return (image.is_uint8 ? normalize<T, uint8_t> : normalize<T, float>)(image, out, threads);
-    return (image.is_uint8 ? resize<T, uint8_t> : resize<T, float>)(image, height, width, out, threads);
+        return (image.is_uint8 ? normalize<T, uint8_t> : normalize<T, float>)(image, out, threads, needed);
+    return (image.is_uint8 ? resize<T, uint8_t> : resize<T, float>)(image, height, width, out, threads, needed);
 }
 
 // That `pixels`, if there are any, are those of this map.
@@ -484,34 +523,40 @@ bool label(const Map& in, int classes, int seen_h, int seen_w, uint8_t* out, int
         if (check != 0) finite = false;
     });
     if (!finite) return false;
+    std::vector<int> until(w, 0);  // of each column of scores: the pixels of the image that read none beyond it
+    for (const Taps& taps : columns) ++until[taps.first + taps.count - 1];
+    std::partial_sum(until.begin(), until.end(), until.begin());
     pool->rows(height, threads, [&](long y) {
         const size_t floats = (long(w) + 1) * c;
-        float* line = reinterpret_cast<float*>(scratch(sizeof(float) * floats + sizeof(int16_t) * w));
+        float* line = reinterpret_cast<float*>(scratch(sizeof(float) * floats + sizeof(int16_t) * (w + 1)));
         float* score = line + long(w) * c;
         int16_t* alike = reinterpret_cast<int16_t*>(line + floats);  // the class of all rows that are read
         const int16_t* above = coarse.data() + long(rows[y].first) * w;
+        uint8_t* to = out + y * width;
         bool blended = false;
-        for (int x = 0; x < w; ++x) {
-            alike[x] = above[x];
-            for (int k = 1; k < rows[y].count; ++k)
-                if (above[long(k) * w + x] != above[x]) alike[x] = SEVERAL;
-        }
-        for (int x = 0; x < width; ++x) {
+        std::copy_n(above, w, alike);
+        for (int k = 1; k < rows[y].count; ++k)
+            for (int x = 0; x < w; ++x) alike[x] = above[long(k) * w + x] == alike[x] ? alike[x] : SEVERAL;
+        alike[w] = SEVERAL;
+        for (int x = 0, last = 0; x < width;) {
             const Taps& taps = columns[x];
-            int found = alike[taps.first];
-            for (int k = 1; k < taps.count; ++k)
-                if (alike[taps.first + k] != found) found = SEVERAL;
-            if (found == SEVERAL) {
-                if (!std::exchange(blended, true)) blend(in, rows[y], line);
-                const float* from = line + long(taps.first) * c;
-                for (int i = 0; i < c; i += V) {
-                    vec sum{};
-                    for (int k = 0; k < taps.count; ++k) sum += splat(taps.weight[k]) * load(from + long(k) * c + i);
-                    store(score + i, sum);
-                }
-                found = most_likely(score, classes);
+            const int found = alike[taps.first];
+            last = std::max(last, taps.first);
+            while (found != SEVERAL && alike[last + 1] == found) ++last;  // the columns that are alike
+            const int stop = found == SEVERAL ? x : until[last];
+            if (stop > x) {
+                std::memset(to + x, found, stop - x);
+                x = stop;
+                continue;
             }
-            out[y * width + x] = uint8_t(found);
+            if (!std::exchange(blended, true)) blend(in, rows[y], line);
+            const float* from = line + long(taps.first) * c;
+            for (int i = 0; i < c; i += V) {
+                vec sum{};
+                for (int k = 0; k < taps.count; ++k) sum += splat(taps.weight[k]) * load(from + long(k) * c + i);
+                store(score + i, sum);
+            }
+            to[x++] = uint8_t(most_likely(score, classes));
         }
     });
     return true;

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <map>
 #include <optional>
 #include <vector>
@@ -48,34 +49,39 @@ inline Mask pixels_of(const Mask& places, int side, int h, int w) {
     return mask;
 }
 
+// to[i] |= from[i]
+inline void join(char* __restrict to, const char* __restrict from, int count) {
+    for (int i = 0; i < count; ++i) to[i] |= from[i];
+}
+
 // The pixels that are `reach` away from one with a flag, or nearer.
 inline Mask grown(const Mask& mask, int reach) {
-    Mask wide(mask), out(mask.h, mask.w, 0);
+    Mask wide(mask);
     for (int y = 0; y < mask.h; ++y)
         for (int by = 1; by <= std::min(reach, mask.w - 1); ++by) {
-            for (int x = by; x < mask.w; ++x) wide.row(y)[x] |= mask.row(y)[x - by];
-            for (int x = by; x < mask.w; ++x) wide.row(y)[x - by] |= mask.row(y)[x];
+            join(wide.row(y) + by, mask.row(y), mask.w - by);
+            join(wide.row(y), mask.row(y) + by, mask.w - by);
         }
+    Mask out(wide);
     for (int y = 0; y < mask.h; ++y)
-        for (int from = std::max(0, y - reach); from < std::min(mask.h, y + reach + 1); ++from) {
-            char* to = out.row(y);
-            const char* row = wide.row(from);
-            for (int x = 0; x < mask.w; ++x) to[x] |= row[x];
-        }
+        for (int from = std::max(0, y - reach); from < std::min(mask.h, y + reach + 1); ++from)
+            if (from != y) join(out.row(y), wide.row(from), mask.w);
     return out;
 }
 
 // The pixels of a map of half the size that bilinear resizing reads for those of a mask.
 inline Mask halved(const Mask& mask) {
     Mask out(mask.h / 2, mask.w / 2, 0);
-    for (int y = 0; y < mask.h; ++y)
-        for (int x = 0; x < mask.w; ++x) {
-            if (!mask.row(y)[x]) continue;
-            const int rows[] = {y / 2, std::clamp(y / 2 + (y % 2 ? 1 : -1), 0, out.h - 1)};
-            const int columns[] = {x / 2, std::clamp(x / 2 + (x % 2 ? 1 : -1), 0, out.w - 1)};
-            for (int row : rows)
-                for (int column : columns) out.row(row)[column] = 1;
+    std::vector<char> rows(size_t(mask.w) + 2);  // those of the four rows that one is read for
+    for (int y = 0; y < out.h; ++y) {
+        std::fill(rows.begin(), rows.end(), 0);
+        for (int from = std::max(0, 2 * y - 1); from < std::min(mask.h, 2 * y + 3); ++from)
+            join(rows.data() + 1, mask.row(from), mask.w);
+        for (int x = 0; x < out.w; ++x) {
+            const char* four = rows.data() + 2 * x;
+            out.row(y)[x] = four[0] | four[1] | four[2] | four[3];
         }
+    }
     return out;
 }
 
@@ -88,8 +94,17 @@ struct Pixels {
     explicit Pixels(const Mask& mask) : h(mask.h), w(mask.w), rows(mask.h + 1, 0) {
         at.reserve(std::count(mask.flags.begin(), mask.flags.end(), 1));
         for (int y = 0; y < h; ++y) {
-            for (int x = 0; x < w; ++x)
-                if (mask.row(y)[x]) at.push_back(y * w + x);
+            const char* row = mask.row(y);
+            const long before = rows[std::max(0, y - 1)];
+            if (y > 0 && !std::memcmp(row, mask.row(y - 1), w)) {  // places have many rows that are alike
+                for (long i = before; i < rows[y]; ++i) at.push_back(at[i] + w);
+            } else {
+                for (const char *from = row, *end = row + w; from < end;) {
+                    from = static_cast<const char*>(std::memchr(from, 1, end - from));
+                    if (!from) break;
+                    for (; from < end && *from; ++from) at.push_back(y * w + int(from - row));
+                }
+            }
             rows[y + 1] = long(at.size());
         }
     }
