@@ -475,7 +475,7 @@ class TestAsked:
         """Twice the time of everything, and the same share for twice the milliseconds; the cheapest and the dearest
         routes are the ends."""
         table = LatencyTable(
-            SIZE, "cpu", "float32", network_shape(model.config), np.array([[0, 3], [0, 1], [0, 2], [0, 4]])
+            SIZE, "cpu", "float32", network_shape(model.config), np.array([[0, 3, 3], [0, 1, 1], [0, 2, 2], [0, 4, 4]])
         )
         slower = replace(table, stretches_ms=2 * table.stretches_ms)
         assert table.exits_ms.tolist() == [3, 4, 6, 10]
@@ -499,7 +499,7 @@ class TestAsked:
 
     def test_milliseconds_at_other_sizes(self, model, tmp_path):
         """Between two tables linear in the pixels, beyond them in proportion."""
-        times = np.array([[0, 3], [0, 1], [0, 2], [0, 4]])
+        times = np.array([[0, 3, 3], [0, 1, 1], [0, 2, 2], [0, 4, 4]])
         small = LatencyTable((64, 64), "cpu", "float32", network_shape(model.config), times)
         large = replace(small, size=(128, 128), stretches_ms=3 * times)
         for number, one in enumerate((large, small, replace(small, precision="bfloat16"))):

@@ -18,7 +18,7 @@ from routeseg.engine import profiling
 from routeseg.engine.profiling import profile
 
 SIZE = (64, 96)
-TIMES = np.array([[0.0, 4.0], [2.0, 2.0], [1.0, 5.0], [0.0, 8.0]])
+TIMES = np.array([[0.0, 4.0, 4.0], [2.0, 2.0, 3.5], [1.0, 5.0, 6.0], [0.0, 8.0, 8.0]])  # fixed, running, whole
 EXITS = {"gate": "fixed", "route": "diagonal", "exits": [0, 2, 4]}
 NETWORKS = {
     "gates": {},
@@ -42,25 +42,27 @@ def table_of(model: DynamicRoutingNetwork) -> LatencyTable:
 
 class TestArithmetic:
     def test_whole_images(self):
-        """The mean over images that leave at one exit each; what a stretch takes in any case is paid by those in it."""
-        ends = np.cumsum(TIMES.sum(1))
+        """The mean over images that leave at one exit each."""
+        ends = np.cumsum(TIMES[:, 2])
         assert np.allclose(mean_ms(TIMES, np.eye(4)), ends)
         assert mean_ms(TIMES, np.array([[0.5, 0.0, 0.25, 0.25]])) == pytest.approx([ends @ [0.5, 0, 0.25, 0.25]])
 
     def test_places(self):
-        """The fixed part is paid as soon as one place goes on, and a share of less than half a place is none."""
+        """The fixed part is paid as soon as one place goes on, but not if all do; less than half a place is none."""
         frequencies = np.array([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 0.75, 0.25], [0, 0, 0, 1]])
-        expected = [4, 4 + 2 + 1, 4 + 4 + 6 + 2, 22]
+        expected = [4, 4 + 2 + 1, 4 + 3.5 + 6 + 2, 21.5]
         assert mean_ms(TIMES, frequencies, places=8).tolist() == expected
         assert mean_ms(TIMES, np.array([[0.95, 0.05, 0, 0]]), places=8).tolist() == [4]
 
     def test_a_stretch_from_two_points(self):
         """Noise does not turn time back, and no part of a sum is negative or more than the sum."""
         whole = np.array([4.0, 8.0, 7.0, 20.0])
-        found = profiling._stretches(whole, np.array([7.0, 9.0, 7.0]), 0.5)
-        assert found.tolist() == [[0, 4], [2, 2], [0, 0], [0, 12]]
-        assert profiling._stretches(whole).tolist() == [[0, 4], [0, 4], [0, 0], [0, 12]]
-        assert profiling._stretches(whole[:2], np.array([4.0]), 0.0).tolist() == [[0, 4], [0, 4]]  # of a single place
+        parts = np.array([[7.0, 9.0, 14.0], [5.5, 7.0, 14.0]])
+        found = profiling._stretches(whole, parts, [0.5, 0.25])
+        assert found.tolist() == [[0, 4, 4], [0, 6, 4], [0, 4, 0], [6, 0, 12]]
+        whole_only = [[0, 4, 4], [0, 4, 4], [0, 0, 0], [0, 12, 12]]
+        assert profiling._stretches(whole).tolist() == whole_only
+        assert profiling._stretches(whole[:2], parts[:, :1], [1.0, 0.0]).tolist() == whole_only[:2]  # of a single place
 
 
 def test_a_budget_in_milliseconds_of_places():
@@ -73,7 +75,7 @@ def test_a_budget_in_milliseconds_of_places():
     table = table_of(model)
     image = torch.rand(1, 3, *SIZE)
     spent = []
-    asked = [4, 4 + 2 + 1, 4 + 4 + 1 + 2.5, 4 + 4 + 6 + 4, 22]
+    asked = [4, 4 + 2 + 1, 4 + 3.5 + 1 + 2.5, 4 + 3.5 + 6 + 4, 21.5]
     for ms in asked:
         engine = Budgeted(SkipEngine(model), model, Asked.parse(f"{ms}ms", table))
         left = engine(image).exits
@@ -93,12 +95,12 @@ class TestProfile:
         assert len(steps) == 3 and table.size == SIZE and table.precision == "float32"
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
         count = 1 if model.config.exits is None else len(model.config.exits)
-        assert table.stretches_ms.shape == (count, 2) and (table.stretches_ms >= 0).all()
+        assert table.stretches_ms.shape == (count, 3) and (table.stretches_ms >= 0).all()
         assert table.exits_ms[0] > 0 and (np.diff(table.exits_ms) >= 0).all()
         assert ("own_gates" in table.facts) == (kind == "gates")
         assert kind == "places" or (table.stretches_ms[:, 0] == 0).all(), "whole images"
 
-    def test_of_places_each_exit_is_reached_by_all_and_by_half(self, monkeypatch):
+    def test_of_places_each_exit_is_reached_by_all_by_half_and_by_an_eighth(self, monkeypatch):
         """With as many decisions as there are exits on the way."""
         ran = []
 
@@ -112,7 +114,8 @@ class TestProfile:
         profile(network(**NETWORKS["places"]), SIZE, repeats=1)
         whole = (6 * np.eye(4, dtype=int)).tolist()
         halves = [[3, 3, 0, 0], [0, 3, 3, 0], [0, 0, 3, 3]]
-        assert ran == 2 * (whole + halves)
+        eighths = [[5, 1, 0, 0], [0, 5, 1, 0], [0, 0, 5, 1]]  # of six places: one
+        assert ran == 2 * (whole + halves + eighths)
 
     @pytest.mark.parametrize("kind", ["exits", "entropy"])
     def test_decisions_are_measured_with_an_image_that_stays(self, kind, monkeypatch):
@@ -143,11 +146,12 @@ def test_file(kind, tmp_path):
         read.check(wider, file)
     data = json.loads(file.read_text())
     for damage in (
-        {"stretches_ms": [{"fixed": -1, "running": 1}] * len(table.stretches_ms)},
+        {"stretches_ms": [{"fixed": -1, "running": 1, "whole": 1}] * len(table.stretches_ms)},
         {"stretches_ms": [{"fixed": 1}] * len(table.stretches_ms)},
         {"stretches_ms": data["stretches_ms"][1:]},
         {"stretches_ms": None},
         {"size": [64]},
+        {"look": "half"},
         {"fingerprint": "0" * 16},
         {"format": 1, "scales_ms": [{"gate": 1.0}]},
         {"network": {}},

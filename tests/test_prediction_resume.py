@@ -137,8 +137,8 @@ class TestResume:
         assert (labels_of(tmp_path / "out", "b") == labels_of(tmp_path / "fresh", "b")).all() and fresh.resumed == 0
 
     def test_a_budget_in_words(self):
-        table = LatencyTable((32, 64), "cpu", "float32", {}, np.ones((2, 2)))
-        slower = replace(table, stretches_ms=np.full((2, 2), 2.0))
+        table = LatencyTable((32, 64), "cpu", "float32", {}, np.ones((2, 3)))
+        slower = replace(table, stretches_ms=np.full((2, 3), 2.0))
         for one, other, same in (
             (Asked.parse("30%"), Asked.parse("0.3"), True),
             (Asked.parse("30%"), Asked.parse("30.01%"), False),

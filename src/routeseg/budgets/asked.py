@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from routeseg.cost.latency import LatencyTable, mean_ms, stretches_at
+from routeseg.cost.latency import WHOLE, LatencyTable, mean_ms, stretches_at
 from routeseg.cost.macs import look_costs, model_cost
 from routeseg.errors import NO_EXITS
 from routeseg.space import MIN_IMAGE_SIZE, brief, padded_size, seen_size
@@ -104,7 +104,7 @@ class Asked:
         if self.unit == "macs":
             return [look_costs(network, size, one) / MMACS for one in prices.sizes]
         return [
-            np.full_like(table.costs, np.inf) if stretches is None else np.cumsum(stretches.sum(1))
+            np.full_like(table.costs, np.inf) if stretches is None else np.cumsum(stretches[:, WHOLE])
             for table, stretches in zip(prices.tables, self._stretches(network, size), strict=True)
         ]
 

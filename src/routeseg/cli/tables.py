@@ -230,7 +230,8 @@ def print_latency(table: LatencyTable, model: DynamicRoutingNetwork) -> None:
         shown.add_column(column, justify="right" if shown.columns else "left")
     if config.place is not None:
         shown.add_column("ms if half of the places left before", justify="right")
-        halves = ["", *(f"{half:.2f}" for half in (ms - table.stretches_ms[:, 1] / 2)[1:])]
+        fixed, running, _ = table.stretches_ms.T
+        halves = ["", *(f"{half:.2f}" for half in ms[:-1] + (fixed + running / 2)[1:])]
         rows = [[*row, half] for row, half in zip(rows, halves, strict=True)]
     for row in rows:
         shown.add_row(*row)

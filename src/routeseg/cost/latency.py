@@ -3,7 +3,8 @@
 A network with exits (model/exits.py) has a time for each stretch of its way: from the image to the first exit, and from
 each exit to the next. What an image takes is the sum over the stretches that it enters:
 
-    fixed + share * running        share: of its places that go on there; 1 for whole images, whose fixed part is 0
+    fixed + share * running        if a share of its places goes on there
+    whole                          if all of them do, or it decides as a whole
 
 Decisions, and the decoder of the exit, are in it. A network without exits is one stretch, with all of its paths open.
 An image that is looked at twice (model/closer.py) has two, the first look and the closer one. An image may be looked at
@@ -28,9 +29,10 @@ from routeseg.config import NO_GATE, NetworkConfig, is_size
 from routeseg.files import read_json, write_json
 from routeseg.space import Size, padded_size, size_words
 
-FORMAT = 2  # of the file; 1 had times by part
+FORMAT = 3  # of the file; 1 had times by part, 2 no time of a whole image
 REPEATS = 11  # medians of 5 were off by 6 % on a restless machine
-KINDS = ("fixed", "running")  # the two times of a stretch
+KINDS = ("fixed", "running", "whole")  # the times of a stretch
+WHOLE = KINDS.index("whole")
 # Fields that the time does not depend on.
 UNTIMED = ("gate", "sizes", "class_names", "palette", "pixel_mean", "pixel_std")
 
@@ -43,7 +45,7 @@ class LatencyTable:
     device        cpu, cuda, ...
     precision     of the weights and maps, as the engine ran
     network       what the times depend on (`network_shape`); `fingerprint` is made of it
-    stretches_ms  [K,2], fixed and running; [1,2] without exits, [2,2] of two looks
+    stretches_ms  [K,3], fixed, running, whole; [1,3] without exits, [2,3] of two looks
     facts         how it was measured, machine, date, versions: kept in the file
     look          the size in which the image is looked at
     """
@@ -60,7 +62,7 @@ class LatencyTable:
     def exits_ms(self) -> np.ndarray:
         """Milliseconds of an image that leaves at each exit as a whole, float64 [K]; without exits, with all paths
         open [1]."""
-        return np.cumsum(self.stretches_ms.sum(1))
+        return np.cumsum(self.stretches_ms[:, WHOLE])
 
     @property
     def fingerprint(self) -> str:
@@ -129,10 +131,9 @@ class LatencyTable:
         rest = dict(data)
         if (form := rest.pop("format")) != FORMAT:
             raise ValueError(f"it has format {form!r}, this version reads {FORMAT}")
-        (height, width), device, precision, network, stretches, fingerprint = (
-            rest.pop(key) for key in ("size", "device", "precision", "network", "stretches_ms", "fingerprint")
+        (height, width), look, device, precision, network, stretches, fingerprint = (
+            rest.pop(key) for key in ("size", "look", "device", "precision", "network", "stretches_ms", "fingerprint")
         )
-        look = rest.pop("look", 1.0)  # files of earlier versions have none
         look = tuple(look) if isinstance(look, list) else look
         if not is_size(look):
             raise ValueError(f"it has the look {look!r}")
@@ -152,7 +153,7 @@ class LatencyTable:
 def stretches_at(
     tables: Sequence[LatencyTable], config: NetworkConfig, size: tuple[int, int], name: str | Path, look: Size = 1.0
 ) -> np.ndarray | None:
-    """The stretches [K,2] of an image (height, width) that is looked at in this size, in milliseconds, from tables of
+    """The stretches [K,3] of an image (height, width) that is looked at in this size, in milliseconds, from tables of
     images of any sizes. Between two of them they are linear in the number of pixels, beyond the last one in proportion
     to it. None: there is no table of the look.
 
@@ -170,7 +171,7 @@ def stretches_at(
         return None
     asked, sizes = pixels(size), sorted(known)
     if sizes[0] <= asked <= sizes[-1]:
-        times = np.stack([known[one] for one in sizes], axis=-1)  # [K,2,sizes]
+        times = np.stack([known[one] for one in sizes], axis=-1)  # [K,3,sizes]
         return np.apply_along_axis(lambda ms: np.interp(asked, sizes, ms), -1, times)
     nearest = sizes[0] if asked < sizes[0] else sizes[-1]
     return known[nearest] * asked / nearest
@@ -179,16 +180,17 @@ def stretches_at(
 def mean_ms(stretches: np.ndarray, frequencies: np.ndarray, places: int | None = None) -> np.ndarray:
     """Milliseconds of an image in the mean, float64 [T], if these shares [T,K] leave at each exit.
 
-    stretches  [K,2]
+    stretches  [K,3]
     places     how many each image has, if the shares are of its places; None: they are of images
     """
+    fixed, running, whole = stretches.T
     shares = 1 - frequencies.cumsum(1) + frequencies  # that enter each stretch
-    entered = shares
-    if places is not None:
-        shares = (shares * places).round() / places
-        entered = shares > 0
-    means: np.ndarray = entered @ stretches[:, 0] + shares @ stretches[:, 1]
-    return means
+    if places is None:
+        means: np.ndarray = shares @ whole
+        return means
+    shares = (shares * places).round() / places
+    some = fixed + shares * running
+    return np.select([shares == 0, shares == 1], [0, whole], some).sum(1)
 
 
 def _checked(network: Mapping[str, Any]) -> tuple[dict[str, Any], int]:

@@ -1,8 +1,9 @@
 """Measuring a LatencyTable (cost/latency.py) on this machine: a network runs as far as each of its exits.
 
-An image that leaves at an exit as a whole gives the sum of each stretch. Of a network whose places leave, a second
-point splits it: half of the places go on there, the others have left at the exit before. Likewise of two looks
-(model/closer.py): the closer one sees nothing, all, and half. Forwards run in turns, and the median of each counts.
+An image that leaves at an exit as a whole gives one time of each stretch. Of a network whose places leave, two more
+give the others: half of the places go on there, and an eighth; all others have left at the exit before. Likewise of two
+looks (model/closer.py): the closer one sees nothing, all, half, and an eighth. Forwards run in turns, and the median of
+each counts.
 
 Legend: K exits.
 """
@@ -30,6 +31,7 @@ from routeseg.stopwatch import take_turns
 
 MS = 1000.0
 STAY = -1e6  # a price at which no image leaves early
+PARTS = (0.5, 0.125)  # of the places that go on
 
 
 def profile(
@@ -79,7 +81,7 @@ def profile(
     if config.exits is None:
         engine = SkipEngine(model, precision, backend)
         ms = median_ms(engine, [{"route": model.route}, {}][: 1 + config.gated])
-        stretches = np.array([[0.0, ms[0]]])
+        stretches = _stretches(ms[:1])
         if config.gated:
             cost = model_cost(model, size)
             share = float(cost.of_gates(engine(image).gates)[0] / cost.full)
@@ -87,8 +89,9 @@ def profile(
     else:
         whole = np.eye(2 if isinstance(look, tuple) else len(config.exits))
         places = config.place_count(seen_size(size, look))
-        halves = (whole[1:] + whole[:-1]) / 2
-        engine = SkipEngine(_asking(model, look, np.concatenate([whole, halves])), precision, backend)
+        parts = [part * whole[1:] + (1 - part) * whole[:-1] for part in PARTS]
+        asked_for = np.concatenate([whole, *parts])
+        engine = SkipEngine(_asking(model, look, asked_for), precision, backend)
         if places is None:
             asked: list[dict[str, Any]] = [{"route": route} for route in config.exit_routes]
             ms = median_ms(engine, [*asked, {"price": STAY}])
@@ -96,9 +99,10 @@ def profile(
             decision_ms = max(0.0, ms[-1] - ms[-2]) / decisions[-1]
             stretches = _stretches(ms[:-1] + decisions * decision_ms)
         else:
-            prices = 1 + np.arange(len(whole) + len(halves))
+            prices = 1 + np.arange(len(asked_for))
             ms = median_ms(engine, [{"price": price, "per_image": True} for price in prices])
-            stretches = _stretches(ms[: len(whole)], ms[len(whole) :], round(places / 2) / places)
+            part_ms = ms[len(whole) :].reshape(len(PARTS), -1)
+            stretches = _stretches(ms[: len(whole)], part_ms, [round(part * places) / places for part in PARTS])
     if engine.precision_reason is not None:
         facts["precision_reason"] = engine.precision_reason
     return LatencyTable(size, str(device), engine.precision, network_shape(config), stretches, facts, look)
@@ -116,13 +120,18 @@ def _asking(model: DynamicRoutingNetwork, look: Size, frequencies: np.ndarray) -
     return model
 
 
-def _stretches(whole_ms: np.ndarray, part_ms: np.ndarray | None = None, share: float = 0.0) -> np.ndarray:
-    """The stretches [K,2] of a table, from the milliseconds of an image that leaves at each exit as a whole [K], and of
-    one of which this share goes on behind each exit but the last [K-1] and leaves at the next. Noise does not make a
-    time negative."""
+def _stretches(
+    whole_ms: np.ndarray, part_ms: np.ndarray | None = None, shares: Sequence[float] = (0.0, 0.0)
+) -> np.ndarray:
+    """The stretches [K,3] of a table, from the milliseconds of an image that leaves at each exit as a whole [K], and of
+    one of which two shares, the larger first, go on behind each exit but the last [2,K-1] and leave at the next. Noise
+    does not make a time negative."""
     whole_ms = np.maximum.accumulate(whole_ms)
-    both = np.diff(whole_ms, prepend=0.0)
-    running = both.copy()
-    if part_ms is not None:
-        running[1:] = ((whole_ms[1:] - part_ms) / (1 - share)).clip(0, both[1:])
-    return np.stack([both - running, running], axis=1)
+    whole = np.diff(whole_ms, prepend=0.0)
+    fixed, running = np.zeros_like(whole), whole.copy()
+    larger, smaller = shares
+    if part_ms is not None and larger > smaller > 0:
+        some = (part_ms - whole_ms[:-1]).clip(0)
+        running[1:] = ((some[0] - some[1]) / (larger - smaller)).clip(0)
+        fixed[1:] = (some[1] - smaller * running[1:]).clip(0)
+    return np.stack([fixed, running, whole], axis=1)
