@@ -155,20 +155,21 @@ def late(found: dict[str, Any], frame_ms: float) -> dict[str, Any]:
 def measure_pace(
     images: Sequence[np.ndarray], rounds: int, model: DynamicRoutingNetwork, truth: Sequence[np.ndarray]
 ) -> dict[str, Any]:
-    """`paced` keeps the time; `fixed` has the same mean cost as a budget; `whole` and `cheapest` are the last exit and
+    """`paced` keeps the time; `fixed` has the same mean cost as a budget; `whole` and `cheapest` are the last level and
     the first."""
-    engine, exits = SkipEngine(model), len(model.config.exit_routes)
+    engine = SkipEngine(model)
+    dearest = len(Steered(engine, model).levels) - 1
     with tempfile.TemporaryDirectory() as folder:
         once = write_clip(Path(folder) / "once.mp4", images)
         clip = write_clip(Path(folder) / "clip.mp4", list(images) * rounds)
 
-        def at(exit: int) -> Scored:
+        def at(level: int) -> Scored:
             scored = Scored(Steered(engine, model), model)
-            scored.forward.exit = exit
+            scored.forward.level = level
             return scored
 
-        alone = run(once, at(exits - 1), truth, loaded=False)
-        ends = {"whole": run(clip, at(exits - 1), truth), "cheapest": run(clip, at(0), truth)}
+        alone = run(once, at(dearest), truth, loaded=False)
+        ends = {"whole": run(clip, at(dearest), truth), "cheapest": run(clip, at(0), truth)}
         targets = []
         for factor in TARGETS:
             frame_ms = factor * alone["median_ms"]

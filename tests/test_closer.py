@@ -12,7 +12,7 @@ from conftest import uneven, uneven_images
 from pictures import noise
 from routeseg import Segmenter, SkipEngine, model_cost
 from routeseg.budgets.asked import Asked
-from routeseg.budgets.budgeted import Budgeted
+from routeseg.budgets.budgeted import Budgeted, Steered
 from routeseg.budgets.calibration import calibrate, with_sizes
 from routeseg.cli import main
 from routeseg.config import NetworkConfig
@@ -273,6 +273,21 @@ class TestBudgets:
         assert LatencyTable.read(tmp_path / "t.json").as_dict() == table.as_dict()
         with pytest.raises(ValueError, match="knows no images at 0.3 times their sides"):
             profile(model, (96, 128), look=0.3)
+
+    def test_frames_of_a_video_cost_what_they_are_told(self, model):
+        """Each of them: so many of its places go on, in whichever look; never more than was told, but for a place."""
+        steered, batch = Steered(SkipEngine(model), model), images(3, 96, 128)
+        shares, full = steered.costs((96, 128)), model_cost(model, (96, 128)).full
+        assert (np.diff(shares) > 0).all() and shares[-1] == 1
+        spent = []
+        for steered.level in range(len(shares)):
+            result = steered(batch)
+            first = None if result.first is None else model_cost(model, result.first)
+            macs = model_cost(model, result.seen or (96, 128)).of_result(result.gates, result.exits, first)
+            assert np.ptp(macs) == pytest.approx(0), "all images the same"
+            spent.append(float(macs[0]) / full)
+        assert (np.array(spent) <= shares + 1 / 12 + 0.01).all() and spent[-1] == 1
+        assert (np.diff(spent) >= 0).all() and len(set(spent)) > 4
 
     def test_below_the_first_look(self, model):
         with pytest.raises(BudgetNotKept):

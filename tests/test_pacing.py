@@ -31,7 +31,7 @@ def drive(machine, loads, target=TARGET_MS, weights=None):
     pacer = Pacer(COSTS, target, weights)
     exits, times = [], []
     for load in loads:
-        exit = pacer.next().exit
+        exit = pacer.next().level
         network, frame = machine.run(exit, load)
         pacer.saw(exit, network, frame)
         exits.append(exit)
@@ -74,7 +74,7 @@ def test_quality_follows_what_the_machine_has_left():
 def test_times_that_are_not_proportional_to_cost(base, weighed, target):
     """Nor if nothing of that was measured beforehand: fewer than 5 in 100 are late in any case."""
     machine = Machine(base=base)
-    weights = time_weights(COSTS, machine.times[0], machine.times[-1]) if weighed else None
+    weights = time_weights(COSTS, machine.times) if weighed else None
     exits, times = drive(machine, np.ones(1200), target, weights)
     if machine.times[0] + REST_MS > 0.9 * target:
         assert (exits == 0).all()
@@ -94,7 +94,7 @@ def test_heavy_tails_and_slow_writing():
     for every in (25, 12):
         machine, pacer, found = Machine(2), Pacer(COSTS, TARGET_MS), []
         for number in range(1000):
-            exit = pacer.next().exit
+            exit = pacer.next().level
             network, frame = machine.run(exit)
             frame += 60 * (number % every == 0)
             pacer.saw(exit, network, frame)
@@ -118,10 +118,10 @@ def test_one_slow_frame_counts_at_once_and_is_forgotten():
     exit, share = pacer.next()
     assert exit == 0 and share == pytest.approx(np.interp(95 / 180, COSTS, COSTS)) and share < COSTS[1]
     remembered = 1
-    while pacer.next().exit == 0:
+    while pacer.next().level == 0:
         pacer.saw(0, 90.0 * COSTS[0], 5 + 90.0 * COSTS[0])
         remembered += 1
-    assert remembered == (FEWEST + LESSON) / 2 and pacer.next().exit == 5
+    assert remembered == (FEWEST + LESSON) / 2 and pacer.next().level == 5
     pacer.saw(5, 90.0, 300.0)
     assert pacer.next() == (0, COSTS[0]), "writing alone took too long"
 
@@ -133,9 +133,18 @@ def test_a_load_that_was_there_all_the_time_is_soon_forgotten():
 
 
 def test_weights():
-    assert time_weights(COSTS, 28, 100) == pytest.approx(COSTS)
-    assert time_weights(COSTS, 64, 100)[[0, -1]] == pytest.approx([0.64, 1])
-    assert np.diff(time_weights(COSTS, 64, 100)).min() > 0
-    assert time_weights(COSTS, 1, 100) == pytest.approx(COSTS), "never less than the cost"
-    assert time_weights(COSTS, 200, 100) == pytest.approx(np.ones(6))
-    assert time_weights(np.array([1.0]), 5, 5) == pytest.approx([1])
+    assert time_weights(COSTS, 100 * COSTS) == pytest.approx(COSTS)
+    times = np.array([64.0, 70, 80, 90, 95, 100])
+    assert time_weights(COSTS, times) == pytest.approx(np.maximum(times / 100, COSTS))
+    assert time_weights(COSTS, np.linspace(1, 100, 6))[0] == COSTS[0], "never less than the cost"
+    assert time_weights(COSTS, np.linspace(200, 100, 6)) == pytest.approx(np.ones(6))
+    assert time_weights(np.array([1.0]), np.array([5.0])) == pytest.approx([1])
+
+
+def test_a_level_that_takes_longer_than_a_dearer_one_is_passed_over():
+    times = np.array([40.0, 60, 85, 120, 110, 100])
+    weights = time_weights(COSTS, times)
+    assert (np.diff(weights) >= 0).all() and weights[3:].tolist() == [1, 1, 1]
+    pacer = Pacer(COSTS, 150.0, weights)
+    pacer.saw(5, 100.0, 105.0)
+    assert pacer.next().level == 5

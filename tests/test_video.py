@@ -335,7 +335,7 @@ class TestPredict:
         image, costs = noise(*SIZE), steered.costs(SIZE)
         runner = TorchNetwork(steered, model)
         for exit, route in enumerate(model.config.exit_routes):
-            steered.exit = exit
+            steered.level = exit
             assert np.array_equal(runner(image).gates > 0, route.to_gates() > 0)
         assert (np.diff(costs) > 0).all() and costs[-1] == 1
         with pytest.raises(ValueError, match="this network takes no budget: it has no exits"):

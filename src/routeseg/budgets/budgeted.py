@@ -15,6 +15,8 @@ from routeseg.errors import NO_PLACES
 from routeseg.model.grid import RoutedNetwork
 from routeseg.space import MIN_IMAGE_SIZE
 
+LEVELS = 12  # of cost, between which the frames of a video change
+
 
 class _Asked:
     """A network with exits, or an engine of it, that is asked for something in each forward. Raises ValueError for a
@@ -76,23 +78,31 @@ class Budgeted(_Asked):
 
 
 class Steered(_Asked):
-    """A network with exits, or an engine of it, whose images all leave at one exit, which may change from one forward
-    to the next: no image goes further, and none decides anything.
+    """A network with exits, or an engine of it, whose images all cost what a level says, which may change from one
+    forward to the next. Images leave at one exit, and none decides anything; of a calibrated network whose places leave
+    by themselves, the same share of every image's places go on.
 
-    exit  the number of the exit, 0 the cheapest
+    level  the number of the level, 0 the cheapest
 
     Raises ValueError for a network without exits.
     """
 
     def __init__(self, forward: Any, model: RoutedNetwork) -> None:
         super().__init__(forward, model)
-        self.exit = 0
-        self.routes = model.config.exit_routes
+        prices, self.level = check_exits(model), 0
+        self.shares: np.ndarray | None = None
+        self.levels: list[dict[str, Any]] = [{"route": route} for route in model.config.exit_routes]
+        if model.config.place is not None and prices.at().calibrated:
+            self.shares = np.linspace(prices.least, 1, LEVELS)
+            looks = [prices.look_up(float(share)) for share in self.shares]
+            self.levels = [{"price": look.price, "size": look.size, "per_image": True} for look in looks]
 
     def costs(self, size: tuple[int, int]) -> np.ndarray:
-        """What the exits cost for images (height, width), as shares of the full network's: float64 [K]."""
+        """What the levels cost for images (height, width), as shares of the full network's: float64 [N], ascending."""
+        if self.shares is not None:
+            return self.shares
         macs = exit_costs(self.model, size)
         return macs / macs[-1]
 
     def _run(self, forward: Any, images: Tensor, how: dict[str, Any]) -> Any:
-        return forward(images, route=self.routes[self.exit], **how)
+        return forward(images, **self.levels[self.level], **how)

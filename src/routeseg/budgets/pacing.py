@@ -1,28 +1,29 @@
-"""A frame time that holds: how far each frame of a video may go through a network with exits. Nothing is measured here,
+"""A frame time that holds: how much each frame of a video may cost in a network with exits. Nothing is measured here,
 and torch is not imported.
 
-A budget keeps the mean of many images (model/exits.py). A deadline is about each frame, so here a frame is told where
-it leaves: it runs as far as that exit, takes the same time as the frame before, and pays for no decision. Which exit
-that is, the frames before it say:
+A budget keeps the mean of many images (model/exits.py). A deadline is about each frame, so here a frame is told what
+it costs, one of a few levels: where it leaves, or how many of its places go on. Which level that is, the frames before
+it say:
 
-    the dearest exit at which each of the last n frames would have been in time.
+    the dearest level at which each of the last n frames would have been in time.
 
 So one slow frame counts at once, and it is forgotten once n others were faster. If times only scatter, the next frame
-is the slowest of n + 1 with a chance of 1 in n + 1, whatever their distribution. Where exits lie far apart a few frames
-are enough, and they let a frame go far again soon after a load has gone; where a time lies just at what was asked, more
-are needed. So n learns: it grows by LESSON with each frame that was late and need not have been, and shrinks by 1 with
-each other. It stands still if 1 frame in LESSON + 1 is late, whatever the times do: fewer than 5 in 100, without a
-margin that somebody would have to choose. A load that begins makes one frame late each time; that frame has felt only
-the end of what comes, so the one behind a late frame leaves at the first exit, and shows how slow the machine is now.
+is the slowest of n + 1 with a chance of 1 in n + 1, whatever their distribution. Where levels lie far apart a few
+frames are enough, and they let a frame go far again soon after a load has gone; where a time lies just at what was
+asked, more are needed. So n learns: it grows by LESSON with each frame that was late and need not have been, and
+shrinks by 1 with each other. It stands still if 1 frame in LESSON + 1 is late, whatever the times do: fewer than 5 in
+100, without a margin that somebody would have to choose. A load that begins makes one frame late each time; that frame
+has felt only the end of what comes, so the one behind a late frame has the first level, and shows how slow the machine
+is now.
 
-What a frame would have taken at another exit:
+What a frame would have taken at another level:
 
-    rest + pace * weight of the exit
+    rest + pace * weight of the level
 
 where `rest` is all but the network (decoding, drawing, writing), `pace` what the network took for a weight of 1, and
-the weights say how the exits' times compare on this machine when nothing else runs.
+the weights say how the levels' times compare on this machine when nothing else runs.
 
-Legend: K exits.
+Legend: N levels.
 """
 
 from __future__ import annotations
@@ -37,19 +38,19 @@ FEWEST, MOST = 8, 75  # frames that are remembered
 LESSON = 24  # of them, for each frame that is late
 
 
-class Leave(NamedTuple):
-    """Where the next frame leaves, and the share of the full network's cost that its time would have allowed."""
+class Allowed(NamedTuple):
+    """The level of the next frame, and the share of the full network's cost that its time would have allowed."""
 
-    exit: int
+    level: int
     share: float
 
 
 class Pacer:
     """Says of each frame how far it goes, and is told afterwards what it took.
 
-    costs     [K] of the exits, as shares of the full network's, ascending
+    costs     [N] of the levels, as shares of the full network's, ascending
     frame_ms  what a frame may take
-    weights   [K], how the times of the exits compare; None: as their costs do
+    weights   [N], how the times of the levels compare, ascending; None: as their costs do
     """
 
     def __init__(self, costs: np.ndarray, frame_ms: float, weights: np.ndarray | None = None) -> None:
@@ -59,33 +60,30 @@ class Pacer:
         self._memory = FEWEST  # n
         self._was_late = False  # the last frame, and need not have been
 
-    def next(self) -> Leave:
-        """Where the next frame leaves: at the cheapest exit as long as nothing is known, behind a late frame, and if no
-        other is in time."""
+    def next(self) -> Allowed:
+        """The level of the next frame: the cheapest as long as nothing is known, behind a late frame, and if no other
+        is in time."""
         if self._was_late:
-            return Leave(0, float(self.costs[0]))
+            return Allowed(0, float(self.costs[0]))
         last = itertools.islice(self._seen, self._memory)
         room = min(((self.frame_ms - rest) / pace for pace, rest in last), default=0.0)
-        exit = int(np.searchsorted(self.weights, room, side="right")) - 1
-        return Leave(max(exit, 0), float(np.interp(room, self.weights, self.costs)))
+        level = int(np.searchsorted(self.weights, room, side="right")) - 1
+        return Allowed(max(level, 0), float(np.interp(room, self.weights, self.costs)))
 
-    def saw(self, exit: int, network_ms: float, frame_ms: float) -> None:
-        """What a frame that left there took: the network, and all in all."""
-        self._was_late = frame_ms > self.frame_ms and exit > 0
+    def saw(self, level: int, network_ms: float, frame_ms: float) -> None:
+        """What a frame of this level took: the network, and all in all."""
+        self._was_late = frame_ms > self.frame_ms and level > 0
         self._memory = int(np.clip(self._memory + (LESSON if self._was_late else -1), FEWEST, MOST))
-        self._seen.appendleft((max(network_ms, 1e-6) / self.weights[exit], max(frame_ms - network_ms, 0.0)))
+        self._seen.appendleft((max(network_ms, 1e-6) / self.weights[level], max(frame_ms - network_ms, 0.0)))
 
 
-def time_weights(costs: np.ndarray, cheapest_ms: float, dearest_ms: float) -> np.ndarray:
-    """How the times of the exits compare, given those of the first and of the last: float64 [K], the last is 1. Between
-    them, time is linear in the cost.
+def time_weights(costs: np.ndarray, times_ms: np.ndarray) -> np.ndarray:
+    """How the times of the levels compare, given those that were measured [N]: float64 [N], the last is 1. A level that
+    takes longer than a dearer one counts as that, and so is passed over.
 
     A measurement that something disturbed does no great harm: weights lie between the costs (time and cost are
-    proportional) and 1 (all exits take the same time).
+    proportional) and 1 (all levels take the same time).
     """
     costs = np.asarray(costs, float) / costs[-1]
-    first = min(max(cheapest_ms / dearest_ms, costs[0]), 1.0)
-    if costs[0] == 1:
-        return np.ones_like(costs)
-    weights: np.ndarray = first + (costs - costs[0]) * (1 - first) / (1 - costs[0])
-    return weights
+    faster = np.minimum.accumulate(np.asarray(times_ms, float)[::-1])[::-1]
+    return np.clip(faster / faster[-1], costs, 1.0)

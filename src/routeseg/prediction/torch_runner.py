@@ -71,7 +71,7 @@ def open_network(
 
     threads  of PyTorch, in this process; None: as they are
     budget   what images may cost in the mean, for a network with exits; None: what helps
-    steered  images of a network with exits leave where `forward.exit` says (`Steered`)
+    steered  images of a network with exits cost what `forward.level` says (`Steered`)
 
     Raises ValueError for a precision that there is not, and if a network without exits is steered.
     """

@@ -28,7 +28,7 @@ import cv2
 import numpy as np
 
 from routeseg import figures
-from routeseg.budgets.pacing import Leave, Pacer, time_weights
+from routeseg.budgets.pacing import Allowed, Pacer, time_weights
 from routeseg.description import NetworkDescription
 from routeseg.errors import NO_PLACES, BudgetNotKept, lacks_memory
 from routeseg.files import check_writable, expand_user, write_atomically, write_json, written_whole
@@ -39,7 +39,7 @@ from routeseg.prediction.sources import Source, is_url
 OVERLAY, STILL, FRAMES, SUMMARY = "_overlay.mp4", "_overlay.png", "_frames.csv", "_summary.json"
 MS = 1000.0
 LATEST = 95  # percentile of the frame time that is reported
-PROBES = 2  # of the cheapest and of the dearest exit, before the first frame
+PROBES = 2  # of each level, before the first frame
 
 
 class Row(NamedTuple):
@@ -109,9 +109,9 @@ class VideoSummary:
 
 
 class Steering(Protocol):
-    """A forward that is told at which exit its images leave: `budgets.budgeted.Steered`."""
+    """A forward that is told what its images cost: `budgets.budgeted.Steered`."""
 
-    exit: int
+    level: int
 
     def costs(self, size: tuple[int, int]) -> np.ndarray: ...
 
@@ -127,27 +127,27 @@ class FramePace:
         self._pacer: Pacer | None = None
 
     def begin(self, size: tuple[int, int], run: Callable[[], object]) -> None:
-        """Finds out how the times of the exits compare; `run` segments the first frame, of this size."""
+        """Finds out how the times of the levels compare; `run` segments the first frame, of this size."""
         costs = self.steering.costs(size)
-        found: dict[int, list[float]] = {0: [], len(costs) - 1: []}
-        for exit in list(found) * PROBES:
-            self.steering.exit, start = exit, time.perf_counter()
+        seconds: list[list[float]] = [[] for _ in costs]
+        for level in list(range(len(costs))) * PROBES:
+            self.steering.level, start = level, time.perf_counter()
             run()
-            found[exit].append(time.perf_counter() - start)
-        cheapest, dearest = min(found[0]), min(found[len(costs) - 1])
-        self._pacer = Pacer(costs, self.frame_ms, time_weights(costs, cheapest, dearest))
+            seconds[level].append(time.perf_counter() - start)
+        weights = time_weights(costs, MS * np.min(seconds, axis=1))
+        self._pacer = Pacer(costs, self.frame_ms, weights)
 
-    def next(self) -> Leave:
-        """Has the next frame leave where it is in time, and says where that is."""
+    def next(self) -> Allowed:
+        """Has the next frame cost what its time allows, and says what that is."""
         assert self._pacer is not None
-        leave = self._pacer.next()
-        self.steering.exit = leave.exit
-        return leave
+        allowed = self._pacer.next()
+        self.steering.level = allowed.level
+        return allowed
 
     def saw(self, row: Row) -> None:
-        assert self._pacer is not None and row.exit is not None
+        assert self._pacer is not None
         if row.frame > 0:  # what begins with the first frame, such as the encoder, takes its time once
-            self._pacer.saw(row.exit, row.ms, row.frame_ms)
+            self._pacer.saw(self.steering.level, row.ms, row.frame_ms)
 
 
 def predict_video(
@@ -274,7 +274,7 @@ def _rows(
         if pace is not None and number == 0:
             pace.begin(frame.pixels.shape[:2], run)
             start = time.perf_counter()
-        leave = None if pace is None else pace.next()
+        allowed = None if pace is None else pace.next()
         found = run()
         if overlays is not None:
             overlays.add(frame, found)
@@ -284,7 +284,7 @@ def _rows(
             frame.time_s,
             found.prediction.cost_macs / GIGA,
             found.prediction.share,
-            None if leave is None else leave.share,
+            None if allowed is None else allowed.share,
             next((exit for exit, route in enumerate(routes) if np.array_equal(found.gates > 0, route)), None),
             MS * found.seconds,
             frame_ms,
