@@ -213,11 +213,12 @@ def exits_times(facts: Sequence[Facts], words: str) -> str:
 def workers(facts: Sequence[Facts], words: str) -> str:
     """Images a second of benchmarks/prediction.py: a row with images and one without."""
     (found,) = facts
-    rates = {(row["workers"], row["pictures"]): row["images_per_s"] for row in found["results"]}
-    settings = list(dict.fromkeys(row["workers"] for row in found["results"]))
+    rates = {(row["way"], row["workers"], row["pictures"]): row["images_per_s"] for row in found["results"]}
+    ways = list(dict.fromkeys((row["way"], row["workers"]) for row in found["results"]))
     names = {True: "with overlays and drawings of the route", False: "labels and JSON only (`--pictures false`)"}
-    rows = [[name, *(f"{rates[number, kind]:.1f}" for number in settings)] for kind, name in names.items()]
-    in_words = ["one process" if n is None else f"{n} {_plural('worker', n)}" for n in settings]
+    rows = [[name, *(f"{rates[*way, kind]:.1f}" for way in ways)] for kind, name in names.items()]
+    known = {"plain": "one process", "50%": "`--budget 50%`", "onnx": "ONNX Runtime"}
+    in_words = [known[way] if n is None else f"Ray, {n} {_plural('worker', n)}" for way, n in ways]
     return table(["images a second", *in_words], rows)
 
 
