@@ -194,6 +194,13 @@ class TestAnswers:
         assert view["effort"]["seen"] == list(image.shape[:2]) and view["against"]["effort"] is None
         assert json.loads(json.dumps(view))["effort"] == view["effort"]
 
+        effort, exits = view["effort"], np.array(view["effort"]["exits"])
+        assert np.array_equal(exits, alone.exits) and effort["choices"] == [0, 1, 2, 3] and effort["size"] == 1
+        exits[0, 0] = (exits[0, 0] + 1) % 4  # as a click does it
+        mine = places.look(asked | {"places": {"exits": exits.tolist(), "size": effort["size"]}})
+        assert mine["effort"]["exits"] == exits.tolist() and mine["share"] != view["share"]
+        assert mine["against"]["effort"] == effort and 0 <= mine["changed"] < 1, "beside what the network chose"
+
         run = Explorer._segment
         monkeypatch.setattr(Explorer, "_segment", lambda *given, **how: run(*given, price=0.5, size=2.0))
         view = places.look(asked)
@@ -275,6 +282,13 @@ class TestRefusals:
             ({"route": {}}, "no route"),
             ({"against": [[1e400, 0, 1]]}, "no route"),
             ({"against": True}, "no route"),
+            ({"places": 5}, "places are the exits and the size"),
+            ({"places": {"exits": [[0]]}}, "places are the exits and the size"),
+            ({"places": {"exits": [["far"]], "size": 1}}, "places are the exits and the size"),
+            ({"places": {"exits": [[10**30]], "size": 1}}, "places are the exits and the size"),
+            ({"places": {"exits": [[0]], "size": 1}}, "exits are of 1x1 places"),
+            ({"places": {"exits": [[99]], "size": 1}}, "exits go from 99"),
+            ({"places": {"exits": [[0]], "size": "large"}}, "size is"),
         ],
     )
     def test_of_questions(self, explorer, opened, question, words):
@@ -597,6 +611,24 @@ class TestBrowser:
         assert window.locator("[data-edge='0,0,2']").get_attribute("aria-checked") == "false"
         page.after(lambda: window.locator(".rs-reset").click())
         assert path.get_attribute("aria-checked") == "true" and not page.elsewhere
+
+    def test_a_place_goes_on_or_leaves_earlier(self, page, picture):
+        window = page.page
+        page.after(lambda: window.set_input_files(".rs-file", picture))
+        page.after(lambda: page.slide(250))
+        window.check(".rs-effort")
+        share, exits = page.state("view.share"), page.state("view.effort.exits")
+        at = {"position": {"x": 30, "y": 30}}
+        page.after(lambda: window.locator(".rs-this canvas").click(**at))
+        assert (
+            page.state("view.share") != share and page.state("places.exits") == page.state("view.effort.exits") != exits
+        )
+        assert "what the network chose" in window.locator(".rs-effect").inner_text()
+        page.keep("places")
+        page.after(lambda: window.locator(".rs-this canvas").click(modifiers=["Shift"], **at))
+        assert page.state("view.effort.exits") == exits
+        page.after(lambda: window.locator(".rs-reset").click())
+        assert page.state("places") is None and page.state("view.share") == share
 
     def test_the_keyboard_alone(self, page):
         window = page.page

@@ -153,6 +153,10 @@ class TestLook:
             assert float((found.logits - expected.logits).abs().max() / expected.logits.abs().max()) < 1e-5
             labels = engine.labels(batch, price=price, size=size)
             assert torch.equal(labels.labels.long(), found.labels) and torch.equal(labels.exits, found.exits)
+            for one in (model, engine):
+                assert torch.equal(
+                    one(batch, exits=found.exits, size=size).logits, one(batch, price=price, size=size).logits
+                )
 
     @pytest.mark.skipif(not is_compiled(torch.bfloat16), reason="this CPU has no AVX512_BF16")
     def test_in_bfloat16(self, model):

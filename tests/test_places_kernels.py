@@ -88,6 +88,21 @@ def test_each_image_keeps_its_budget(changes):
     assert isinstance(model.exits.table, PriceTable) and len(found.exits.unique()) == len(model.exits.layers)
 
 
+@pytest.mark.parametrize("changes", [CHANGES["plain"], CHANGES["backbone"]], ids=["plain", "backbone"])
+@torch.inference_mode()
+def test_places_leave_where_they_are_told(changes):
+    """Drawn exits, also of all at once, and those that a price chose."""
+    model, batch = network(1, **changes), images(2, 135, 230)
+    engine, last = SkipEngine(model, backend="kernels"), len(model.exits.layers) - 1
+    told = torch.randint(last + 1, (2, 5, 8))
+    for exits in (told, told[0].numpy(), told.clamp(max=1), torch.full((5, 8), last), torch.zeros(5, 8, dtype=int)):
+        found = engine(batch, exits=exits)
+        assert_same(found, model(batch, exits=exits))
+        assert torch.equal(found.exits, torch.as_tensor(exits).expand(2, 5, 8))
+    chosen = engine(batch, price=price_between(model, batch, 0.5))
+    assert torch.equal(engine(batch, exits=chosen.exits).logits, chosen.logits)
+
+
 @torch.inference_mode()
 def test_images_are_independent_and_have_prices_of_their_own():
     model, batch = network(), images(3, 96, 130)
@@ -192,6 +207,26 @@ def test_bfloat16_is_close(changes):
 
 
 class TestMistakes:
+    @pytest.mark.parametrize(
+        ("asked", "words"),
+        [
+            ({"exits": np.zeros((2, 2), int)}, "exits are of 2x2 places, images of this size have 3x4"),
+            ({"exits": np.zeros((3, 3, 4), int)}, r"give integers \[hb,wb\] or \[B,hb,wb\], B = 1"),
+            ({"exits": np.zeros((3, 4))}, "exits are float64"),
+            ({"exits": np.full((3, 4), 4)}, "exits go from 4 to 4: they are numbers from 0 to 3"),
+            ({"exits": np.full((3, 4), -1)}, "they are numbers from 0 to 3"),
+            ({"exits": np.zeros((3, 4), int), "price": 0.3}, "give no route, budget or price with them"),
+        ],
+    )
+    @pytest.mark.parametrize("backend", ["kernels", "eager"])
+    def test_exits_that_are_none(self, asked, words, backend):
+        with pytest.raises(ValueError, match=words):
+            SkipEngine(network(), backend=backend)(images(1, 96, 128), **asked)
+
+    def test_exits_without_places(self):
+        with pytest.raises(ValueError, match="exits cannot be told to places"):
+            network(place=None)(images(1, 96, 128), exits=np.zeros((3, 4), int))
+
     def test_a_place_that_is_no_whole_pixels(self):
         model, batch = network(), images(1, 64, 96)
         forward = CompiledForward(model, torch.float32)

@@ -39,7 +39,7 @@ from routeseg.labels import IGNORE, see_through
 from routeseg.model import DynamicRoutingNetwork
 from routeseg.prediction.files import GIGA, Segmented, class_shares, effort_of, pad_small, segment
 from routeseg.prediction.torch_runner import TorchNetwork, open_network
-from routeseg.space import Route, padded_size
+from routeseg.space import FIRST_LOOK, Route, Size, padded_size
 
 MAX_BYTES = 20_000_000  # of a file that is sent
 MAX_PIXELS = 50_000_000  # of an image that is decoded
@@ -171,6 +171,8 @@ class Explorer:
         picture    what `open` called it
         budget     {"value", "unit": share, gmacs or ms}: the mean cost that is asked for
         route      edges [layer, scale, direction] that may be used; then no budget
+        places     {"exits", "size"} of an earlier answer's effort, with exits that were changed: what the network chose
+                   for the budget stands beside
         precision  as `SkipEngine` takes it
         against    a known route (`about`), or edges: what it makes of the image stands beside
         """
@@ -182,12 +184,16 @@ class Explorer:
         precision = _text(question, "precision", "float32")
         route = None if question.get("route") is None else self._route(question["route"])
         budget = None if route is not None else self._share(picture, question.get("budget"))
-        view, labels = self._view(picture, precision, route, budget)
+        places = None if route is not None else question.get("places")
+        view, labels = self._view(picture, precision, route, budget, places)
         against = question.get("against")
-        if against:
-            named = self.known.get(against) if isinstance(against, str) else None
-            other = self._route(against) if named is None else named.route
-            view["against"], theirs = self._view(picture, precision, other, None, remembered=True)
+        if places or against:
+            other = None
+            if not places:
+                named = self.known.get(against) if isinstance(against, str) else None
+                other = self._route(against) if named is None else named.route
+            of = budget if places else None
+            view["against"], theirs = self._view(picture, precision, other, of, remembered=True)
             view["changed"] = float((labels != theirs).mean())
         return view
 
@@ -270,6 +276,7 @@ class Explorer:
         precision: str,
         route: Route | None,
         budget: float | None,
+        places: Any = None,
         remembered: bool = False,
     ) -> tuple[dict[str, Any], np.ndarray]:
         """What a forward gives, for the page, and its labels [H,W]. With `remembered` it need not be a new one."""
@@ -277,10 +284,21 @@ class Explorer:
         if remembered and key in picture.seen:
             return dict(picture.seen[key]["view"]), picture.seen[key]["labels"]
         runner = self._runner(precision)
-        how: dict[str, Any] = {} if budget is None else {"budget": budget}
+        how: dict[str, Any] = {"size": 1.0}
         if route is not None:
-            how = {"route": route, "activation": "own" if self.config.gated else "one"}
-        found = self._segment(picture, runner, **how)
+            how |= {"route": route, "activation": "own" if self.config.gated else "one"}
+        elif places is not None:
+            how = self._told(places)
+        elif budget is not None:
+            assert self.model.prices is not None
+            look = self.model.prices.look_up(budget)
+            how = {"price": look.price, "size": look.size}
+        try:
+            found = self._segment(picture, runner, **how)
+        except ValueError as error:
+            if places is None:
+                raise
+            raise Refused(str(error)) from error
         labels, gates, space = found.labels, found.gates, self.config.space
         runs, arrived = np.any(gates > 0, axis=-1), space.reached(gates)
         view = {
@@ -294,23 +312,36 @@ class Explorer:
             "open": [[*edge, round(float(gates[edge]), 3)] for edge in space.edges if gates[edge] > 0],
             "runs": [node for node in space.nodes if runs[node]],
             "passes": [node for node in space.nodes if arrived[node] and not runs[node]],
-            "effort": self._effort(runner, found),
+            "effort": self._effort(runner, found, how["size"]),
             "score": None if picture.labels is None else image_score(picture.labels, labels),
         }
-        picture.seen[key] = {"view": view, "labels": labels}
+        if places is None:
+            picture.seen[key] = {"view": view, "labels": labels}
         while len(picture.seen) > len(self.known) + 2:
             picture.seen.popitem(last=False)
         return dict(view), labels
 
-    def _effort(self, runner: TorchNetwork, found: Segmented) -> dict[str, Any] | None:
-        """What each place cost (`effort_of`), and the size of the image of which they are places; None: no place
-        decided."""
+    def _effort(self, runner: TorchNetwork, found: Segmented, size: Size) -> dict[str, Any] | None:
+        """What each place cost (`effort_of`), where it left and where it may, the size of the image of which they are
+        places, and that in which it was looked at; None: no place decided."""
         if found.exits is None:
             return None
+        assert self.config.exits is not None
+        last = len(self.config.exits) - 1
         return {
             "shares": effort_of(runner.network, found).round(3).tolist(),
             "seen": list(found.seen or found.labels.shape),
+            "exits": found.exits.tolist(),
+            "choices": [FIRST_LOOK, last] if isinstance(size, tuple) else list(range(last + 1)),
+            "size": size,
         }
+
+    def _told(self, places: Any) -> dict[str, Any]:
+        """What the forward takes. Raises Refused for what says no places."""
+        try:
+            return {"exits": np.array(places["exits"], dtype=np.int64), "size": places["size"]}
+        except (TypeError, LookupError, ValueError, OverflowError) as error:
+            raise Refused("places are the exits and the size of an answer's effort") from error
 
     def _route(self, edges: Any) -> Route:
         """The route of these edges. Raises Refused for what is none of this network's."""

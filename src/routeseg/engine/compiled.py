@@ -152,6 +152,7 @@ class _Request(Structure):
         ("own", c_int32),
         *((name, c_void_p) for name in ("prices", "left", "most")),
         ("price", c_float),
+        ("told", c_int32),
         *((name, c_void_p) for name in ("gates", "logits", "labels")),
         ("threads", c_int32),
     ]
@@ -251,7 +252,7 @@ class CompiledForward:
                 mask[number % len(mask)].ctypes.data,
                 request.gated,
                 None if prices is None else prices[number].ctypes.data,
-                *(None, None, 0.0) if places is None else places.of(number),
+                *(None, None, 0.0, False) if places is None else places.of(number),
                 gates[number].data_ptr(),
                 None if logits is None else logits[number].data_ptr(),
                 None if labels is None else labels[number].data_ptr(),
@@ -270,12 +271,13 @@ class CompiledForward:
             return None
         price = np.broadcast_to(np.zeros(1) if request.price is None else request.price, images)
         sides = [-(-side // place) for side in padded_size(self.space, height, width)]
-        left = torch.full((images, *sides), len(self.config.exits) - 1)
+        told = request.told_to(images, sides)
+        left = torch.full((images, *sides), len(self.config.exits) - 1) if told is None else torch.from_numpy(told)
         most = None
         if request.quota is not None:
             quota = np.broadcast_to(request.quota, (images, request.quota.shape[1]))
             most = (quota * math.prod(sides)).round().astype(np.int32)
-        return _Places(price.astype(np.float32), left, most)
+        return _Places(price.astype(np.float32), left, most, told is not None)
 
     def _prices(self, request: Request, images: int) -> np.ndarray | None:
         """Price times cost of each exit for each image, or the price where entropy decides, float32 [B,K]; None if the
@@ -289,16 +291,17 @@ class CompiledForward:
 @dataclass(frozen=True)
 class _Places:
     """What the places of the images of a batch go by: price [B] or, if there is one, the number of places that go on
-    behind each exit, `most` [B,K-1]; and the exits at which they leave [B,hb,wb]."""
+    behind each exit, `most` [B,K-1]; and the exits at which they leave [B,hb,wb], which are `told` or found out."""
 
     price: np.ndarray
     left: Tensor
     most: np.ndarray | None
+    told: bool
 
-    def of(self, image: int) -> tuple[int, int | None, float]:
+    def of(self, image: int) -> tuple[int, int | None, float, bool]:
         """The fields of `_Request`."""
         most = None if self.most is None else self.most[image].ctypes.data
-        return self.left[image].data_ptr(), most, float(self.price[image])
+        return self.left[image].data_ptr(), most, float(self.price[image]), self.told
 
 
 def raise_failure(library: ctypes.CDLL, status: int, what: str) -> None:

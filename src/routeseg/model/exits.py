@@ -32,7 +32,7 @@ from routeseg.model.places import Running, enlarge
 from routeseg.model.prices import Prices, PriceTable
 from routeseg.model.request import Request
 from routeseg.registry import CHOICES
-from routeseg.space import STEM_STRIDE, Size, walk
+from routeseg.space import FIRST_LOOK, STEM_STRIDE, Size, walk
 
 TABLE = 67  # prices
 
@@ -146,7 +146,9 @@ class Exits(Priced):
 
     def closer(self, need: Tensor, request: Request) -> Tensor:
         """The places that are looked at closer, bool [B,hb,wb], by how unsure a first look is: those above the price,
-        or the share of them that a budget of each image allows."""
+        or the share of them that a budget of each image allows; or those that were told to."""
+        if (told := request.told_to(len(need), need.shape[1:])) is not None:
+            return torch.from_numpy(told != FIRST_LOOK).to(need.device)
         if request.quota is not None:
             return _most(need, need.new_tensor(np.broadcast_to(request.quota[:, 0], len(need))))
         price = need.new_tensor(np.broadcast_to(0.0 if request.price is None else request.price, len(need)))
@@ -171,7 +173,15 @@ class Exits(Priced):
             if request.quota is not None:
                 shares = np.broadcast_to(request.quota, (images, request.quota.shape[1]))
                 quota = torch.tensor(shares, device=on_device.device)
-            return LeavingPlaces(self, on_device, size, training, quota)
+            told = request.told_to(images, [-(-side // self.place) for side in size])
+            return LeavingPlaces(
+                self,
+                on_device,
+                size,
+                training,
+                quota,
+                None if told is None else torch.from_numpy(told).to(on_device.device),
+            )
         return Leaving(self, np.full(images, last), on_device if self.calibrated else None)
 
     def result(
@@ -256,6 +266,7 @@ class LeavingPlaces(Leaving):
     price    [B]; at 0 or less nobody leaves, and if it is so for all images nobody looks
     quota    [B,K-1], the shares of the places that go on behind each exit: those that need it most, whatever the price;
              None: the price decides
+    told     [B,hb,wb], where they leave, whatever they need; None: the quota or the price decides
     left     int64 [B,hb,wb]: the exit at which each place leaves
     outputs  what the decoder of each exit but the last made, where somebody left there (in training, all of them)
     """
@@ -263,12 +274,19 @@ class LeavingPlaces(Leaving):
     running: Running
 
     def __init__(
-        self, exits: Exits, price: Tensor, size: tuple[int, int], training: bool, quota: Tensor | None = None
+        self,
+        exits: Exits,
+        price: Tensor,
+        size: tuple[int, int],
+        training: bool,
+        quota: Tensor | None = None,
+        told: Tensor | None = None,
     ) -> None:
         assert exits.place is not None
         last, sides = len(exits.layers) - 1, [-(-side // exits.place) for side in size]
         super().__init__(exits, np.full(len(price), last), price)
-        self.size, self.training, self.quota, self.looks = size, training, quota, bool((price > 0).any())
+        self.size, self.training, self.quota, self.told = size, training, quota, told
+        self.looks = bool((price > 0).any())
         self.left = torch.full((len(price), *sides), last, device=price.device)
         self.running = Running(torch.ones_like(self.left, dtype=torch.bool), size, exits.place)
         self.outputs: list[Any] = []
@@ -297,6 +315,8 @@ class LeavingPlaces(Leaving):
 
     def _leave(self, exit: int, features: Sequence[Tensor | None]) -> Tensor:
         """Which places leave, [B,hb,wb], of those that run."""
+        if self.told is not None:
+            return self.told <= exit
         if self.quota is None:
             assert self.price is not None
             return self.exits.leaves(exit, features, self.price)

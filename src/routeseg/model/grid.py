@@ -193,7 +193,7 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
                     something arrives at them (`Route.check` finds dead ends); or a sequence, one Route for each image.
         drop_path   in training, the probability that an operation of the last layer is dropped. It is lower in the
                     other layers, in proportion to their number (scheduled drop path)
-        options     activation, budget, price, per_image, size: see `Options`
+        options     activation, budget, price, per_image, exits, size: see `Options`
 
         In training a network with exits gives the logits of all of them, unless routes are given.
         The result for an image does not depend on the other images of the batch (in eval mode).

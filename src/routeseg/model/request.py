@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, SupportsFloat, TypedDict
+from typing import Any, Literal, SupportsFloat, TypedDict
 
 import numpy as np
 
 from routeseg.config import MAX_SIZE, NetworkConfig, is_size
 from routeseg.errors import NO_EXITS, NO_PLACES
 from routeseg.model.prices import Prices
-from routeseg.space import Route, Size, brief, edge_name
+from routeseg.space import FIRST_LOOK, Route, Size, brief, edge_name
 
 Routes = Route | Sequence[Route] | None
 Shares = float | Sequence[float] | np.ndarray | None  # of the full network's cost; or prices
@@ -31,6 +31,8 @@ class Options(TypedDict, total=False):
     price       of the same, in the budget's place: what its rule compares with (model/choice.py), a number or one for
                 each image. In training places leave by it, and the logits of all exits come with where they left
     per_image   of a network whose places leave by themselves: each image keeps the budget, not the mean of them
+    exits       of the same, in the budget's place: where each place leaves, integers [hb,wb] or [B,hb,wb], as results
+                have them
     size        images are looked at with sides so many times as long (model/sizes.py); two: first so, and closer where
                 that is unsure, which the price says (model/closer.py). None: as they are, unless a budget chooses
     """
@@ -39,6 +41,7 @@ class Options(TypedDict, total=False):
     budget: Shares
     price: Shares
     per_image: bool
+    exits: Any
     size: Size | None
 
 
@@ -51,6 +54,7 @@ class Request:
     price   of a network with exits: what its rule compares with, float64 [N]; None: what helps
     quota   [N,K-1] of each image, whose places do not compare with a price but with each other: the shares of them that
             go on behind each exit, those that need it most; None: the price decides
+    told    where places leave, whatever they compare, int64 [N,hb,wb]
     size    images are looked at with sides so many times as long, or first so and then so
     exits   of given routes in a network with exits: the exits [N] at which they end; None: the network decides
     """
@@ -61,6 +65,19 @@ class Request:
     price: np.ndarray | None = None
     quota: np.ndarray | None = None
     size: Size = 1.0
+    told: np.ndarray | None = None
+
+    def told_to(self, images: int, sides: Sequence[int]) -> np.ndarray | None:
+        """`told` of so many images of sides[0] x sides[1] places, a copy [B,hb,wb]; None if nothing was. Raises
+        ValueError if it is of others."""
+        if self.told is None:
+            return None
+        if self.told.shape[1:] != tuple(sides):
+            raise ValueError(
+                f"exits are of {self.told.shape[1]}x{self.told.shape[2]} places, images of this size have "
+                f"{sides[0]}x{sides[1]}"
+            )
+        return np.array(np.broadcast_to(self.told, (images, *sides)), order="C")
 
     @classmethod
     def of(
@@ -74,6 +91,7 @@ class Request:
         budget: Shares = None,
         price: Shares = None,
         per_image: bool = False,
+        exits: Any = None,
         size: Size | None = None,
     ) -> Request:
         """The request for a forward of so many images: a route or one for each, and `Options`. `prices` are the tables
@@ -81,7 +99,7 @@ class Request:
 
         Raises ValueError for a route that the network does not have, for another number of routes or budgets than of
         images, for another activation, for a budget that is no share or that the network does not take, and for one of
-        each image if its places do not leave by themselves; and BudgetNotKept.
+        each image, or exits of places, if its places do not leave by themselves; and BudgetNotKept.
         """
         if activation not in ("one", "own"):
             raise ValueError(
@@ -103,6 +121,11 @@ class Request:
         shares = None if budget is None else _shares(config, images, route, budget)
         found = None if price is None else _prices(config, images, route, price)
         at = 1.0 if size is None else size if isinstance(size, tuple) else float(size)
+        if exits is not None:
+            if route is not None or budget is not None or price is not None or per_image:
+                raise ValueError("exits say where places leave: give no route, budget or price with them")
+            told = _told(config, images, exits, FIRST_LOOK if isinstance(at, tuple) else 0)
+            return cls(config.mask, config.gated, price=np.ones(1), size=at, told=told)
         if route is None:
             if per_image and config.place is None:
                 raise ValueError(f"a budget cannot be kept by each image: {NO_PLACES}")
@@ -156,6 +179,22 @@ def _prices(config: NetworkConfig, images: int, route: Routes, price: Shares) ->
     if not np.isfinite(prices).all():
         raise ValueError(f"a price of {prices[~np.isfinite(prices)][0]} is none: give finite numbers")
     return prices
+
+
+def _told(config: NetworkConfig, images: int, exits: Any, least: int) -> np.ndarray:
+    """Checked exits of places, int64 [N,hb,wb]."""
+    if config.place is None or config.exits is None:
+        raise ValueError(f"exits cannot be told to places: {NO_PLACES}")
+    told = np.asarray(exits.cpu() if hasattr(exits, "cpu") else exits)
+    told = told[None] if told.ndim == 2 else told
+    if not np.issubdtype(told.dtype, np.integer) or told.ndim != 3 or len(told) not in (1, images):
+        raise ValueError(
+            f"exits are {told.dtype} {list(told.shape)}: give integers [hb,wb] or [B,hb,wb], B = {images}, one a place"
+        )
+    last = len(config.exits) - 1
+    if told.size and not least <= told.min() <= told.max() <= last:
+        raise ValueError(f"exits go from {told.min()} to {told.max()}: they are numbers from {least} to {last}")
+    return told.astype(np.int64)
 
 
 def exit_of(config: NetworkConfig, route: Route) -> int:

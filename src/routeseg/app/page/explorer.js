@@ -9,7 +9,7 @@ const STEP = [-1, 0, 1]; // scales that an edge climbs down: up, keep, down
 const CHANGED = [213, 94, 0];
 
 const state = {
-  about: null, picture: null, image: null, unit: "share", asks: false, route: null, own: null, kept: null, against: "",
+  about: null, picture: null, image: null, unit: "share", asks: false, route: null, places: null, own: null, kept: null, against: "",
   source: null, view: null, labels: null, other: null, busy: false, stale: false, marked: null, answers: 0,
 };
 element.routeseg = state; // for tests, and for the curious
@@ -24,7 +24,8 @@ async function ask() {
     state.stale = false;
     const question = {
       picture: state.picture.picture, precision: $("precision").value,
-      route: state.route && [...state.route].map(edgeOf), budget: state.asks && !state.route ? budget() : null, against: against(),
+      route: state.route && [...state.route].map(edgeOf), budget: state.asks && !state.route ? budget() : null,
+      places: state.places, against: against(),
     };
     try { await show(await server.look(question)); } catch (error) { complain("The server does not answer: " + (error.message || error)); }
   } while (state.stale);
@@ -47,7 +48,7 @@ async function open(question) {
   const image = new Image();
   image.src = answer.image;
   await image.decode();
-  Object.assign(state, { picture: answer, image: pixelsOf(image), view: null, labels: null, route: null, own: null });
+  Object.assign(state, { picture: answer, image: pixelsOf(image), view: null, labels: null, route: null, places: null, own: null });
   if (state.against === "own") $("against").value = state.against = "";
   $("labels").disabled = $("keep").disabled = false;
   setRange();
@@ -74,7 +75,7 @@ function setRange() {
   slider.disabled = !known;
   const asked = known ? budget() : null;
   const text = !asked || !state.asks ? "what helps" : UNITS[state.unit](asked.value);
-  $("asked").textContent = state.route ? "a route of your own" : text;
+  $("asked").textContent = state.route ? "a route of your own" : state.places ? "places of your own" : text;
   slider.setAttribute("aria-valuetext", text);
 }
 
@@ -87,9 +88,9 @@ async function show(view) {
   state.other = view.against ? await unpack(view.against.labels) : null;
   state.view = view;
   state.answers += 1;
-  if (!state.route) state.own = view.open.map((edge) => edge.slice(0, 3));
+  if (!state.route && !state.places) state.own = view.open.map((edge) => edge.slice(0, 3));
   element.querySelector('[data-page="picture"]').classList.add("rs-shown");
-  $("reset").hidden = !state.route;
+  $("reset").hidden = !state.route && !state.places;
   setRange();
   paint();
   numbers(view);
@@ -122,22 +123,44 @@ function paint() {
   $("scale").hidden = !effort;
   $("this").querySelector("canvas").setAttribute("aria-label", effort ? "How far each place went" : "Segmentation");
   paintOn($("this"), state.labels, changes.checked && state.other, effort);
-  const name = state.picture.name, title = state.route ? "your route" : state.asks ? "the network, for this budget" : "the network's own choice";
+  const name = state.picture.name, title = state.route ? "your route" : state.places ? "places as you want them" : state.asks ? "the network, for this budget" : "the network's own choice";
   $("this").querySelector("figcaption").textContent = name + ": " + title + (effort ? "; how far each place went" : "");
   if (!state.other) return;
   paintOn($("other"), state.other, null, null);
   const other = state.view.against;
   const score = other.score === null ? "" : ", mIoU " + (100 * other.score).toFixed(1) + " %";
-  $("other").querySelector("figcaption").textContent = $("against").selectedOptions[0].textContent + ": " +
+  $("other").querySelector("figcaption").textContent = theirs() + ": " +
     other.gmacs.toPrecision(3) + " GMACs, " + other.ms.toFixed(0) + " ms" + score;
 }
 
 const effortShown = () => $("effort").checked && state.view.effort;
+const theirs = () => state.places ? "what the network chose" : $("against").selectedOptions[0].textContent;
 
-// What the place of a pixel cost, as a share of the full network; places are squares of the image as it was looked at.
-function costAt(effort, x, y) {
+// Row and column of the place of a pixel; places are squares of the image as it was looked at.
+function placeAt(effort, x, y) {
   const side = state.about.place, { width, height } = state.image, [tall, wide] = effort.seen;
-  return effort.shares[Math.floor(((y + 0.5) * tall) / (height * side))][Math.floor(((x + 0.5) * wide) / (width * side))];
+  return [Math.floor(((y + 0.5) * tall) / (height * side)), Math.floor(((x + 0.5) * wide) / (width * side))];
+}
+
+// What the place of a pixel cost, as a share of the full network.
+function costAt(effort, x, y) {
+  const [row, column] = placeAt(effort, x, y);
+  return effort.shares[row][column];
+}
+
+// The place of a pixel leaves at the exit behind the one at which it left, or before; behind the last it is the first.
+function goOn(x, y, back) {
+  const effort = state.view.effort, [row, column] = placeAt(effort, x, y), count = effort.choices.length;
+  const exits = effort.exits.map((line) => [...line]), now = effort.choices.indexOf(exits[row][column]);
+  exits[row][column] = effort.choices[(now + (back ? count - 1 : 1)) % count];
+  state.places = { exits, size: effort.size };
+  setRange();
+  ask();
+}
+
+function pixelAt(canvas, event) {
+  const box = canvas.getBoundingClientRect();
+  return [Math.floor(((event.clientX - box.left) / box.width) * canvas.width), Math.floor(((event.clientY - box.top) / box.height) * canvas.height)];
 }
 
 function paintOn(figure, labels, other, effort) {
@@ -180,7 +203,7 @@ function numbers(view) {
   const other = view.against;
   let effect = "";
   if (other) {
-    const cost = 100 * (view.gmacs / other.gmacs - 1), than = $("against").selectedOptions[0].textContent;
+    const cost = 100 * (view.gmacs / other.gmacs - 1), than = theirs();
     effect = (100 * view.changed).toFixed(view.changed < 0.1 ? 2 : 1) + " % of the pixels differ; " +
       (Math.abs(cost) < 0.05 ? "it costs the same as " : Math.abs(cost).toFixed(1) + (cost < 0 ? " % cheaper than " : " % dearer than ")) + than;
     if (view.score !== null) effect += "; mIoU " + (view.score < other.score ? "−" : "+") + Math.abs(100 * (view.score - other.score)).toFixed(1);
@@ -209,7 +232,7 @@ function nameAt(figure, event) {
   const canvas = figure.querySelector("canvas"), tip = figure.querySelector(".rs-tip"), box = canvas.getBoundingClientRect();
   const labels = figure === $("other") ? state.other : state.labels;
   if (!labels || !box.width) return;
-  const x = Math.floor(((event.clientX - box.left) / box.width) * canvas.width), y = Math.floor(((event.clientY - box.top) / box.height) * canvas.height);
+  const [x, y] = pixelAt(canvas, event);
   tip.hidden = x < 0 || y < 0 || x >= canvas.width || y >= canvas.height;
   if (tip.hidden) return;
   const effort = figure === $("this") && effortShown();
@@ -306,7 +329,7 @@ function edit(target) {
     if (own.some((key) => route.has(key))) own.forEach((key) => route.delete(key));
     else own.forEach((key) => route.add(key));
   }
-  state.route = route;
+  Object.assign(state, { route, places: null });
   if (!state.against) { state.against = "own"; $("against").value = "own"; }
   ask();
 }
@@ -464,8 +487,8 @@ function wire(about) {
   drop.addEventListener("drop", (event) => take(event.dataTransfer.files[0]));
   document.addEventListener("paste", (event) => { const file = [...event.clipboardData.files][0]; if (file) take(file); });
 
-  $("range").oninput = () => { state.asks = true; state.route = null; setRange(); ask(); };
-  for (const unit of element.querySelectorAll('[name="rs-unit"]')) unit.onchange = () => { state.unit = unit.value; setRange(); if (state.asks) ask(); };
+  $("range").oninput = () => { state.asks = true; state.route = state.places = null; setRange(); ask(); };
+  for (const unit of element.querySelectorAll('[name="rs-unit"]')) unit.onchange = () => { state.unit = unit.value; state.places = null; setRange(); if (state.asks) ask(); };
   $("precision").onchange = ask;
   $("alpha").oninput = $("changes").onchange = $("effort").onchange = paint;
   $("places").hidden = about.place === null;
@@ -479,7 +502,7 @@ function wire(about) {
     select.value = state.against = "kept";
     ask();
   };
-  $("reset").onclick = () => { state.route = null; if (state.against === "own") $("against").value = state.against = ""; ask(); };
+  $("reset").onclick = () => { state.route = state.places = null; if (state.against === "own") $("against").value = state.against = ""; ask(); };
   $("route").onclick = (event) => { const part = event.target.closest(".edge, .node"); if (part) edit(part); };
   $("route").onkeydown = walkRoute;
   for (const figure of [$("this"), $("other")]) {
@@ -487,6 +510,9 @@ function wire(about) {
     canvas.onpointermove = canvas.onpointerdown = (event) => nameAt(figure, event);
     canvas.onpointerleave = () => { figure.querySelector(".rs-tip").hidden = true; };
   }
+  $("this").querySelector("canvas").onclick = (event) => {
+    if (state.view && effortShown()) goOn(...pixelAt(event.target, event), event.shiftKey);
+  };
   for (const button of $("tabs").children) button.onclick = () => tab(button.dataset.tab);
 }
 

@@ -102,6 +102,7 @@ struct Request {
     int64_t* left;          // null, or the exit of each place, [places]: they leave by their entropy; or FIRST_LOOK
     const int32_t* most;    // null, or how many of them go on behind each exit, [exits - 1]: those that need it most
     float price;            // the entropy at which they leave, if there is no `most`; at 0 or less none does
+    int32_t told;           // 1: neither counts, `left` says where they leave
     float *gates, *logits;  // of the image's own size; null: not wanted
     uint8_t* labels;        // the most likely class of each pixel, likewise
     int32_t threads;
@@ -366,14 +367,15 @@ class Forward {
         step_x = float(double(request.first_width) / request.seen_width);
         const int side = net.place, height = request.padded_height, width = request.padded_width;
         Mask closer((height + side - 1) / side, (width + side - 1) / side, 0);
-        const std::vector<float> need = first.unsure(closer, 1 / step_y, 1 / step_x);
-        if (request.most) {
-            mark(closer, need, Mask(closer.h, closer.w, 1), request.most[0]);
-        } else {
-            for (size_t place = 0; place < need.size(); ++place)
-                closer.flags[place] = !(request.price > 0) || need[place] > request.price;
-        }
-        for (size_t place = 0; place < need.size(); ++place)
+        const size_t places = closer.flags.size();
+        std::vector<float> need;
+        if (!request.told) need = first.unsure(closer, 1 / step_y, 1 / step_x);
+        if (request.most && !request.told) mark(closer, need, Mask(closer.h, closer.w, 1), request.most[0]);
+        else
+            for (size_t place = 0; place < places; ++place)
+                closer.flags[place] = request.told ? request.left[place] != FIRST_LOOK
+                                                   : !(request.price > 0) || need[place] > request.price;
+        for (size_t place = 0; place < places; ++place)
             request.left[place] = closer.flags[place] ? net.exits - 1 : FIRST_LOOK;
         const Map& known = first.scores.map;
         scores = make(height / STEM_STRIDE, width / STEM_STRIDE, known.c, 0, height / STEM_STRIDE, true);
@@ -731,21 +733,23 @@ class Forward {
         if (request.first_height > 0 || !(request.price > 0)) return true;
         const int side = net.place, height = request.padded_height, width = request.padded_width;
         const Mask runs = still ? still->places : Mask((height + side - 1) / side, (width + side - 1) / side, 1);
-        std::vector<Held> seen(features);
-        for (int scale = 0; scale < net.scales; ++scale)
-            if (!reached[scale]) seen[scale] = {};
-        const std::vector<float> need = entropies(glanced(net.exit[number], seen), runs);
-        seen.clear();
-        Mask stays(runs.h, runs.w, 0);
-        if (request.most) {
-            mark(stays, need, runs, request.most[number]);
-        } else {
-            for (size_t place = 0; place < need.size(); ++place)
-                stays.flags[place] = runs.flags[place] && !(need[place] <= request.price);
+        const size_t places = runs.flags.size();
+        std::vector<float> need;
+        if (!request.told) {
+            std::vector<Held> seen(features);
+            for (int scale = 0; scale < net.scales; ++scale)
+                if (!reached[scale]) seen[scale] = {};
+            need = entropies(glanced(net.exit[number], seen), runs);
         }
+        Mask stays(runs.h, runs.w, 0);
+        if (request.most && !request.told) mark(stays, need, runs, request.most[number]);
+        else
+            for (size_t place = 0; place < places; ++place)
+                stays.flags[place] = runs.flags[place] && (request.told ? request.left[place] > number
+                                                                        : !(need[place] <= request.price));
         const Mask leave = both(runs, stays, false);
         if (!leave.any()) return true;
-        for (size_t place = 0; place < need.size(); ++place)
+        for (size_t place = 0; place < places; ++place)
             if (leave.flags[place]) request.left[place] = number;
         if (!still && leave.all()) return false;  // all of the image, as a whole
         if (!still) still.emplace(runs, side, height, width);
@@ -1058,7 +1062,7 @@ constexpr Field LAYOUT[] = {
     STRUCTURE(Request), FIELD(Request, image), FIELD(Request, seen_height), FIELD(Request, seen_width), FIELD(Request, padded_height), FIELD(Request, padded_width),
     FIELD(Request, first_height), FIELD(Request, first_width), FIELD(Request, first_padded_height),
     FIELD(Request, first_padded_width), FIELD(Request, given), FIELD(Request, own), FIELD(Request, prices), FIELD(Request, left),
-    FIELD(Request, most), FIELD(Request, price), FIELD(Request, gates), FIELD(Request, logits),
+    FIELD(Request, most), FIELD(Request, price), FIELD(Request, told), FIELD(Request, gates), FIELD(Request, logits),
     FIELD(Request, labels), FIELD(Request, threads),
     {nullptr, 0, 0},
 };
