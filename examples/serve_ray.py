@@ -4,8 +4,8 @@
     curl --data-binary @street.jpg "http://127.0.0.1:8000/segment?budget=40%25"
 
 What it takes and answers is that of serve_fastapi.py, which must lie beside it. A batch may hold images of any sizes
-and budgets: images of one size run together, each for its own budget, and each leaves the network where it wants to.
-It needs the extra `routeseg[serve]` and `ray[serve]`.
+and budgets: images of one size that are looked at alike run together, each for its own budget, and each leaves the
+network where it wants to. It needs the extra `routeseg[serve]` and `ray[serve]`.
 """
 
 import argparse
@@ -30,10 +30,12 @@ from serve_fastapi import Answer, admit, decode, parse, read, respond
 import routeseg
 from routeseg.cost.macs import model_cost
 from routeseg.description import describe
-from routeseg.errors import DIVERGED, BudgetNotKept
+from routeseg.errors import BudgetNotKept
 from routeseg.labels import label_map
+from routeseg.model.prices import Look
 from routeseg.prediction.files import Prediction, Segmented, pad_small
 from routeseg.prediction.image import SegmentedImage
+from routeseg.space import Size
 
 BATCH, BATCH_SECONDS = 8, 0.005  # images that run as one, and how long the first waits for others
 BATCH_PIXELS = 20_000_000  # of them; what is beyond that runs next
@@ -43,10 +45,10 @@ app = FastAPI(title="routeseg")
 
 
 class Job(NamedTuple):
-    """An image uint8 [H,W,3], and the price at which it keeps its budget; None: what helps."""
+    """An image uint8 [H,W,3], and how it is looked at so that its budget is kept; None: what helps."""
 
     image: np.ndarray
-    price: float | None
+    look: Look | None
 
 
 class Batches:
@@ -61,34 +63,35 @@ class Batches:
         padded = [pad_small(job.image) for job in jobs]
         alike: dict[tuple, list[int]] = defaultdict(list)
         for place, job in enumerate(jobs):
-            alike[padded[place].shape, job.price is None].append(place)
+            how = (None, False) if job.look is None else (job.look.size, job.look.price > 0)  # else nobody decides
+            alike[padded[place].shape, *how].append(place)
         found: dict[int, SegmentedImage] = {}
-        for (shape, free), places in alike.items():
+        for (shape, size, _), places in alike.items():
             most = max(1, BATCH_PIXELS // (shape[0] * shape[1]))
             for first in range(0, len(places), most):
                 some = places[first : first + most]
                 images = np.stack([padded[place] for place in some]).transpose(0, 3, 1, 2)
-                found |= zip(some, self.run(images, [jobs[place] for place in some], free), strict=True)
+                found |= zip(some, self.run(images, [jobs[place] for place in some], size), strict=True)
         return [found[place] for place in range(len(jobs))]
 
-    def run(self, images: np.ndarray, jobs: Sequence[Job], free: bool) -> list[SegmentedImage]:
-        """Images uint8 [B,3,H,W], which are those of the jobs or padded; all have a budget, unless they are free."""
+    def run(self, images: np.ndarray, jobs: Sequence[Job], size: Size | None) -> list[SegmentedImage]:
+        """Images uint8 [B,3,H,W], which are those of the jobs or padded; all have a budget that looks at them in this
+        size, or none has one."""
         start = time.perf_counter()
-        prices = None if free else [job.price for job in jobs]
-        result = self.engine(torch.from_numpy(images.copy()).to(self.engine.device), price=prices)
-        if not result.logits.isfinite().all():
-            raise ValueError(DIVERGED)
-        labels, gates = (
-            label_map(result.labels.cpu().numpy(), result.logits.shape[1]),
-            result.gates.float().cpu().numpy(),
-        )
-        seconds, table = time.perf_counter() - start, model_cost(self.network, images.shape[2:])
+        prices = [job.look.price for job in jobs if job.look is not None] or None
+        found = self.engine.labels(torch.from_numpy(images.copy()).to(self.engine.device), price=prices, size=size)
+        labels = label_map(found.labels.cpu().numpy(), self.network.config.num_classes)
+        gates = found.gates.float().cpu().numpy()
+        seconds, own = time.perf_counter() - start, (images.shape[2], images.shape[3])
+        table, full = model_cost(self.network, found.seen or own), model_cost(self.network, own).full
+        before = None if found.first is None else model_cost(self.network, found.first)
         made = []
-        exits = [None] * len(jobs) if result.exits is None else result.exits.cpu().numpy()
+        exits = [None] * len(jobs) if found.exits is None else found.exits.cpu().numpy()
         for job, label, gate, left in zip(jobs, labels, gates, exits, strict=True):
             height, width = job.image.shape[:2]
-            prediction = Prediction("image", "image", (height, width), float(table.of_result(gate, left)), table.full)
-            segmented = Segmented(prediction, np.ascontiguousarray(label[:height, :width]), gate, seconds, exits=left)
+            prediction = Prediction("image", "image", (height, width), float(table.of_result(gate, left, before)), full)
+            whole = np.ascontiguousarray(label[:height, :width])
+            segmented = Segmented(prediction, whole, gate, seconds, exits=left, seen=found.seen, first=found.first)
             made.append(SegmentedImage(job.image, segmented, self.network, self.engine.precision))
         return made
 
@@ -109,10 +112,10 @@ class Replica:
         asked = parse(budget, model)
         image = await asyncio.to_thread(decode, body)
         try:
-            price = None if asked is None else asked.look(model, pad_small(image).shape[:2], 1.0).price
+            look = None if asked is None else asked.look(model, pad_small(image).shape[:2])
         except BudgetNotKept as error:
             raise HTTPException(400, str(error)) from error
-        return await asyncio.to_thread(respond, await self.batch(Job(image, price)), answer)
+        return await asyncio.to_thread(respond, await self.batch(Job(image, look)), answer)
 
     @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=BATCH_SECONDS)
     async def batch(self, jobs: list[Job]) -> list[SegmentedImage]:

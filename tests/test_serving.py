@@ -25,7 +25,14 @@ from PIL import Image
 import routeseg
 from conftest import environment_with, with_exits
 from routeseg import DynamicRoutingNetwork
+from routeseg.budgets.asked import Asked
+from routeseg.budgets.calibration import calibrate
+from routeseg.data.config import open_data
+from routeseg.data.loaders import evaluation_loader
 from routeseg.data.scenes import draw_scene
+from routeseg.model.prices import Look
+from routeseg.prediction.files import pad_small
+from test_closer import DATA, network
 
 httpx = pytest.importorskip("httpx", reason="the extra routeseg[dev]")
 pytest.importorskip("uvicorn", reason="the extra routeseg[serve]")
@@ -221,11 +228,27 @@ class TestRayServe:
         alone, jobs = routeseg.load(checkpoint), []
         for case in cases:
             asked = serve_fastapi.parse(case.query.get("budget"), alone)
-            jobs.append(serve_ray.Job(case.result.image, asked and asked.look(alone, SIZES[0], 1.0).price))
+            jobs.append(
+                serve_ray.Job(case.result.image, asked and asked.look(alone, pad_small(case.result.image).shape[:2]))
+            )
         for case, found in zip(cases, serve_ray.Batches(model)(jobs), strict=True):
             assert np.array_equal(found.labels, case.result.labels)
             assert np.array_equal(found.gates, case.result.gates)
             assert found.cost_gmacs == case.result.cost_gmacs and found.shares == case.result.shares
+
+    def test_a_budget_chooses_the_size_as_alone(self, serve_ray):
+        """Also two looks."""
+        model = network()
+        assert calibrate(model, [], list(evaluation_loader(open_data(DATA, "val"))), least=1) == 0
+        budgets, image = ("30%", "60%", "100%", "30%"), draw_scene(0, 1, (96, 128), "mixed")[0]
+        jobs = [serve_ray.Job(image, Asked.parse(text).look(model, image.shape[:2])) for text in budgets]
+        assert len({job.look.size for job in jobs}) > 1
+        jobs += [serve_ray.Job(image, Look((0.5, 1.0), 0.5))] * 2
+        found = serve_ray.Batches(model)(jobs)
+        for budget, one in zip(budgets, found, strict=False):
+            alone = model.predict(image, budget)
+            assert np.array_equal(one.labels, alone.labels) and one.cost_gmacs == alone.cost_gmacs
+        assert found[-1].exits is not None and found[-1].cost_gmacs == found[-2].cost_gmacs
 
 
 @pytest.mark.slow
