@@ -6,9 +6,11 @@ Legend: H, W image size, L depth, S scales.
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +23,22 @@ from matplotlib.legend_handler import HandlerBase
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.transforms import ScaledTranslation
+from PIL import Image, ImageDraw
 
 from routeseg.figures.common import (
     FAINT,
     INK,
     MUTED,
     ORANGE,
+    PNG_DPI,
     POINTS_PER_INCH,
     figure_bytes,
     new_figure,
     picture_kind,
+    png_bytes,
     save_figure,
 )
-from routeseg.figures.words import cut, drawable
+from routeseg.figures.words import cut, drawable, fitted
 from routeseg.files import write_atomically
 from routeseg.space import DOWN, KEEP, SCALE_STEP, STEM_STRIDE, RoutingSpace
 
@@ -272,7 +277,28 @@ def save_route(
 def route_picture(
     space: RoutingSpace, gates: np.ndarray, title: str | None = None, kind: str = "png", stages: int = 0
 ) -> bytes:
-    """The image of `save_route` as the bytes of a file, `kind` "png" or "svg"."""
+    """The image of `save_route` as the bytes of a file, `kind` "png" or "svg". As PNG, images of one route are drawn
+    once, and each gets its own title."""
+    if kind != "png" or not title or "\n" in title:
+        return _drawn(space, gates, title, kind, stages)
+    checked = _checked_gates(space, gates)
+    drawn = _untitled(space, checked.tobytes(), stages)
+    size = round(TITLE_SIZES[True] * PNG_DPI / POINTS_PER_INCH)
+    text, font = fitted(title, size, drawn.width - 2 * size)
+    canvas = Image.new("RGB", (drawn.width, drawn.height + size), "white")
+    canvas.paste(drawn, (0, size))
+    ImageDraw.Draw(canvas).text((drawn.width / 2, size), text, fill=INK, font=font, anchor="mm")
+    return png_bytes(canvas)
+
+
+@lru_cache(maxsize=64)
+def _untitled(space: RoutingSpace, gates: bytes, stages: int) -> Image.Image:
+    """A route, of which the gates are the bytes, without a title."""
+    data = _drawn(space, np.frombuffer(gates).reshape(space.legal.shape), None, "png", stages)
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def _drawn(space: RoutingSpace, gates: np.ndarray, title: str | None, kind: str, stages: int) -> bytes:
     wide = (space.depth + 2.9) * float(np.clip(10 / (space.depth + 2.9), 0.42, 0.64))  # inches
     tall = 0.6 * space.num_scales
     figure = new_figure(wide, tall)
