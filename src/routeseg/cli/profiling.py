@@ -12,6 +12,7 @@ from routeseg.cli.common import config_parser, network_options
 from routeseg.cli.logs import quiet_libraries
 from routeseg.cli.options import PRECISION_HELP, enough_memory, parse_size, progress_bar
 from routeseg.files import best_of_run, check_writable, write_json
+from routeseg.space import size_words
 
 if TYPE_CHECKING:
     from routeseg.model import DynamicRoutingNetwork
@@ -76,7 +77,9 @@ def profile_command(words: Sequence[str]) -> int:
         one.write(output / f"{one.name}.json")
     print_latency(table, model)
     for one in tables:
-        print(output / f"{one.name}.json")
+        least, most = one.exits_ms[[0, -1]]
+        looked = f": looked at in {size_words(one.look)} of its sides {least:.3g} to {most:.3g} ms" if looks[1:] else ""
+        print(f"{output / one.name}.json{looked}")
     if args.json is not None:
         write_json(args.json, table.as_dict())
     return 0
