@@ -37,7 +37,7 @@ NOT_HERE = (
     "results/inference_cuda.json",
     "configs/camvid/small_cpu.yaml",  # before presets: CHANGELOG.md
 )
-LONG = ("data", "index", "results", "training")  # pages with several trainings
+LONG = ("data", "export", "index", "prediction", "results", "training")  # pages that take a minute or more
 PAGES = [
     pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in LONG else [])
     for path in DOCUMENTS

@@ -215,6 +215,7 @@ class TestOptionsOfTheCommand:
 
 @pytest.mark.usefixtures("local_ray")
 class TestPredictWithRay:
+    @pytest.mark.slow
     def test_from_urls_and_files_to_a_url_it_gives_the_files_of_the_plain_run(self, checkpoint, tmp_path, web_server):
         """Corrupt images among them."""
         network = routeseg.load(checkpoint)
