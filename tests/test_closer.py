@@ -271,6 +271,9 @@ class TestBudgets:
         assert look.size == TWICE
         going_on = 1 - np.interp(look.price, model.prices.at(TWICE).prices, model.prices.at(TWICE).frequencies[:, 0])
         assert 4 + 2 + 16 * going_on == pytest.approx(15.0, abs=1.0)
+        nearly = Asked.parse("18.9ms", closer, "x.json").look(model, (96, 128))
+        going_on = 1 - np.interp(nearly.price, model.prices.at(TWICE).prices, model.prices.at(TWICE).frequencies[:, 0])
+        assert 0.6 < going_on < 0.95, "all of them would be faster than nearly all, but take longer than was asked"
         with pytest.raises(BudgetNotKept, match="the cheapest route costs 4 ms, the full network 19 ms"):
             Asked.parse("3ms", closer, "x.json").look(model, (96, 128))
 

@@ -178,7 +178,8 @@ def stretches_at(
 
 
 def mean_ms(stretches: np.ndarray, frequencies: np.ndarray, places: int | None = None) -> np.ndarray:
-    """Milliseconds of an image in the mean, float64 [T], if these shares [T,K] leave at each exit.
+    """Milliseconds of an image in the mean, float64 [T], if these shares [T,K] leave at each exit. Where all places go
+    all the way, it is the time of nearly all of them, from which a budget's price is interpolated: that of all is less.
 
     stretches  [K,3]
     places     how many each image has, if the shares are of its places; None: they are of images
@@ -190,7 +191,8 @@ def mean_ms(stretches: np.ndarray, frequencies: np.ndarray, places: int | None =
         return means
     shares = (shares * places).round() / places
     some = fixed + shares * running
-    return np.select([shares == 0, shares == 1], [0, whole], some).sum(1)
+    nearly = (shares == 1).all(1, keepdims=True) & (np.arange(len(stretches)) > 0)
+    return np.select([shares == 0, (shares == 1) & ~nearly], [0, whole], some).sum(1)
 
 
 def _checked(network: Mapping[str, Any]) -> tuple[dict[str, Any], int]:

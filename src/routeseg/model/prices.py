@@ -72,7 +72,8 @@ class PriceTable:
                     f"full network {costs[-1]:.4g}{unit}"
                 )
         means = self.frequencies @ costs if means is None else means
-        found = np.interp(budget, means[::-1], self.prices[::-1])
+        means = np.maximum.accumulate(means[::-1])  # a list of nearly all places takes longer than all of them
+        found = np.interp(budget, means, self.prices[::-1])
         found = np.where(np.asarray(budget) >= whole, self.prices[0], found)  # nobody decides then
         return np.where(np.asarray(budget) <= costs[0] * (1 + TOLERANCE), self.prices[-1], found)
 
