@@ -56,7 +56,7 @@ class Batches:
 
     def __init__(self, model: routeseg.DynamicRoutingNetwork) -> None:
         self.model, self.network = model, describe(model)
-        self.engine = routeseg.SkipEngine(model, "auto")
+        self.engine = routeseg.SkipEngine(model)
 
     def __call__(self, jobs: Sequence[Job]) -> list[SegmentedImage]:
         """The results, in the order of the jobs; `milliseconds` are those of the images that ran together."""
