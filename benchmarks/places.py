@@ -35,6 +35,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,7 +48,7 @@ from any_budget import rank_correlation
 from routeseg.budgets.asked import Asked
 from routeseg.budgets.budgeted import Budgeted
 from routeseg.budgets.worth import price_between
-from routeseg.cost.macs import model_cost
+from routeseg.cost.macs import model_cost, spent_macs
 from routeseg.data.config import DataConfig, open_data
 from routeseg.data.decoding import read_image
 from routeseg.data.loaders import evaluation_loader
@@ -197,8 +198,7 @@ class Counted:
 
 def spent_share(model: DynamicRoutingNetwork, result: Any, own: tuple[int, int], reference: Any = None) -> float:
     """The MACs of a result, as a share of what `reference`, or else the model, costs at this size with all layers."""
-    first = None if result.first is None else model_cost(model, result.first)
-    macs = model_cost(model, result.seen or own).of_result(result.gates, result.exits, first)[0]
+    macs = spent_macs(result, own, partial(model_cost, model))[0]
     return float(macs) / model_cost(reference or model, own).full
 
 

@@ -26,6 +26,7 @@ from routeseg.space import (
     Size,
     brief,
     padded_size,
+    place_sides,
 )
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -226,7 +227,7 @@ class NetworkConfig:
         """How many places an image (height, width) has; None if images leave as wholes."""
         if self.place is None:
             return None
-        return math.prod(math.ceil(side / self.place) for side in padded_size(self.space, *size))
+        return math.prod(place_sides(padded_size(self.space, *size), self.place))
 
     @property
     def gated(self) -> bool:

@@ -307,6 +307,11 @@ def padded_size(space: RoutingSpace, height: int, width: int) -> tuple[int, int]
     return math.ceil(height / stride) * stride, math.ceil(width / stride) * stride
 
 
+def place_sides(padded: tuple[int, int], place: int) -> tuple[int, int]:
+    """How many places of `place` pixels a padded image (height, width) has along each side."""
+    return math.ceil(padded[0] / place), math.ceil(padded[1] / place)
+
+
 def seen_size(own: tuple[int, int], size: Size) -> tuple[int, int]:
     """The size (height, width) of an image whose sides are `size` times as long, but none below MIN_IMAGE_SIZE for
     that; that of the closer look, of two."""

@@ -73,7 +73,7 @@ class Budgeted(_Asked):
         size = (images.shape[-2], images.shape[-1])
         look = self.spending.look(size)
         result = forward(images, price=look.price, size=look.size, per_image=self.per_image, **how)
-        self.spending.saw(size, look, result.gates, result.exits, result.seen, result.first)
+        self.spending.saw(size, look, result)
         return result
 
 

@@ -12,12 +12,12 @@ the start or is owed (below 0), is paid back over the images that come.
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from routeseg.budgets.asked import MMACS, Asked, check_exits
-from routeseg.cost.macs import CostTable, model_cost
+from routeseg.cost.macs import Outcome, model_cost, spent_macs
 from routeseg.model.prices import Look
 
 if TYPE_CHECKING:
@@ -79,21 +79,11 @@ class Spending:
             return look
         return Look(look.size, float(table.price_of(np.array(max(self.keeper.next(), costs[0])), costs)))
 
-    def saw(
-        self,
-        size: tuple[int, int],
-        look: Look,
-        gates: Any,
-        exits: Any,
-        seen: tuple[int, int] | None,
-        first: tuple[int, int] | None = None,
-    ) -> None:
-        """What images (height, width) made of a look: gates [B,L+1,S,3], exits [B,hb,wb] of places, and the sizes at
-        which they were looked at, if not their own, and first, if twice."""
+    def saw(self, size: tuple[int, int], look: Look, made: Outcome) -> None:
+        """What a forward made of a look at images (height, width)."""
         if self.keeper is None:
             return
-        table: CostTable = self._cost_at(seen or size)
-        macs = table.of_result(gates, exits, None if first is None else self._cost_at(first))
+        macs = np.atleast_1d(spent_macs(made, size, self._cost_at))
         whole = MMACS if self.asked.unit == "macs" else self._cost_at(size).full
         promised = self.prices.at(look.size).cost_at(look.price, self._known[size][1])
         self.keeper.saw(promised, float(macs.mean()) / whole, len(macs))

@@ -9,9 +9,10 @@ Legend: L depth, S scales, B images.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -100,6 +101,26 @@ class CostTable:
         """Eq. 7 summed over the space: max_j(alpha_j) C(cell) + sum_j alpha_j C(T_j); MACs [B], differentiable."""
         cell, edge = gates.new_tensor(self.cell), gates.new_tensor(self.edge)
         return (gates.amax(-1) * cell).sum((-1, -2)) + (gates * edge).sum((-1, -2, -3))
+
+
+class Outcome(Protocol):
+    """What a forward made of images: gates [B,L+1,S,3]; where places left, [B,hb,wb], if they did so by themselves; and
+    the sizes at which it looked at them, if not their own, and first, if twice."""
+
+    @property
+    def gates(self) -> Any: ...
+    @property
+    def exits(self) -> Any: ...
+    @property
+    def seen(self) -> tuple[int, int] | None: ...
+    @property
+    def first(self) -> tuple[int, int] | None: ...
+
+
+def spent_macs(made: Outcome, own: tuple[int, int], table: Callable[[tuple[int, int]], CostTable]) -> np.ndarray:
+    """Real cost of images (height, width), MACs, float64 [B], by what a forward made of them; `table` is of a size."""
+    first = None if made.first is None else table(made.first)
+    return table(made.seen or own).of_result(made.gates, made.exits, first)
 
 
 def model_cost(

@@ -39,7 +39,7 @@ from routeseg.model.grid import RoutedNetwork
 from routeseg.model.layers import BatchNorm, InputNorm, Stem, Subsample, Transform, Upsample
 from routeseg.model.operations import Identity, Operation, SepConv3x3, SepConv5x5
 from routeseg.model.request import Request
-from routeseg.space import DIRECTIONS, first_size, padded_size, seen_size
+from routeseg.space import DIRECTIONS, first_size, padded_size, place_sides, seen_size
 
 BUILDS = ("generic", "avx2", "avx512", "avx512bf16", "amx")  # in the order of `routeseg_level`; see setup.py
 FOLDER = "ROUTESEG_KERNELS"  # environment variable: a folder whose builds are used in place of the installed ones
@@ -270,7 +270,7 @@ class CompiledForward:
         if place is None or self.config.exits is None or request.exits is not None:
             return None
         price = np.broadcast_to(np.zeros(1) if request.price is None else request.price, images)
-        sides = [-(-side // place) for side in padded_size(self.space, height, width)]
+        sides = place_sides(padded_size(self.space, height, width), place)
         told = request.told_to(images, sides)
         left = torch.full((images, *sides), len(self.config.exits) - 1) if told is None else torch.from_numpy(told)
         most = None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from routeseg.cost.macs import CostTable
+from routeseg.cost.macs import CostTable, spent_macs
 from routeseg.evaluation.windows import OVERLAP, starts
 from routeseg.model import Segmentation
 from routeseg.model.decoder import most_likely
@@ -40,8 +40,7 @@ class Passes(NamedTuple):
 
     def cost_macs(self, table: Callable[[tuple[int, int]], CostTable]) -> float:
         """What they cost together, by the tables of all sizes."""
-        first = None if self.first is None else table(self.first)
-        return float(table(self.seen or self.size).of_result(self.gates, self.exits, first).sum())
+        return float(spent_macs(self, self.size, table).sum())
 
 
 @dataclass(frozen=True)

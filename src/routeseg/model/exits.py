@@ -32,7 +32,7 @@ from routeseg.model.places import Running, enlarge
 from routeseg.model.prices import Prices, PriceTable
 from routeseg.model.request import Request
 from routeseg.registry import CHOICES
-from routeseg.space import FIRST_LOOK, STEM_STRIDE, Size, walk
+from routeseg.space import FIRST_LOOK, STEM_STRIDE, Size, place_sides, walk
 
 TABLE = 67  # prices
 
@@ -173,7 +173,7 @@ class Exits(Priced):
             if request.quota is not None:
                 shares = np.broadcast_to(request.quota, (images, request.quota.shape[1]))
                 quota = torch.tensor(shares, device=on_device.device)
-            told = request.told_to(images, [-(-side // self.place) for side in size])
+            told = request.told_to(images, place_sides(size, self.place))
             return LeavingPlaces(
                 self,
                 on_device,
@@ -283,7 +283,7 @@ class LeavingPlaces(Leaving):
         told: Tensor | None = None,
     ) -> None:
         assert exits.place is not None
-        last, sides = len(exits.layers) - 1, [-(-side // exits.place) for side in size]
+        last, sides = len(exits.layers) - 1, place_sides(size, exits.place)
         super().__init__(exits, np.full(len(price), last), price)
         self.size, self.training, self.quota, self.told = size, training, quota, told
         self.looks = bool((price > 0).any())

@@ -50,6 +50,7 @@ from routeseg.space import (
     Step,
     is_diagonal,
     padded_size,
+    place_sides,
     seen_size,
     step,
 )
@@ -233,7 +234,7 @@ class RoutedNetwork(nn.Module, PyTorchModelHubMixin):
         scores, gates = self._scores(resized(images, first), before)
         there = scores[..., : -(-first[0] // STEM_STRIDE), : -(-first[1] // STEM_STRIDE)]  # not of the padding
         unsure = self.exits.gates.unsure(there.float())
-        need = over_places(unsure, ratio, place, [-(-side // place) for side in size])
+        need = over_places(unsure, ratio, place, place_sides(size, place))
         goes_on = self.exits.closer(need, request)
         known = enlarged_by(scores, ratio, [side // STEM_STRIDE for side in size])
         if goes_on.any():

@@ -24,6 +24,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
@@ -34,7 +35,7 @@ from PIL import Image, UnidentifiedImageError
 
 from routeseg import figures
 from routeseg.budgets.asked import levels
-from routeseg.cost.macs import model_cost
+from routeseg.cost.macs import model_cost, spent_macs
 from routeseg.data.decoding import MAX_PIXELS, UnreadableImage, decode_image
 from routeseg.data.transforms import PADDING_RGB
 from routeseg.description import NetworkDescription
@@ -314,6 +315,7 @@ def segment(runner: Runner, image: np.ndarray, source: Source, name: str) -> Seg
     labels = np.empty(padded.shape[:2], label_type(config.num_classes))
     opened: list[np.ndarray] = []
     cost, full, seconds = 0.0, 0.0, 0.0
+    table = partial(model_cost, runner.network)
     for rows, columns in views:
         view = np.ascontiguousarray(padded[rows.taken, columns.taken])
         start = time.perf_counter()
@@ -321,10 +323,7 @@ def segment(runner: Runner, image: np.ndarray, source: Source, name: str) -> Seg
         seconds += time.perf_counter() - start
         labels[rows.kept, columns.kept] = ran.labels[rows.inside, columns.inside]
         own = (view.shape[0], view.shape[1])
-        table = model_cost(runner.network, own)
-        seen = table if ran.seen in (None, own) else model_cost(runner.network, ran.seen)
-        first = None if ran.first is None else model_cost(runner.network, ran.first)
-        cost, full = cost + float(seen.of_result(ran.gates, ran.exits, first)), full + table.full
+        cost, full = cost + float(spent_macs(ran, own, table)), full + table(own).full
         opened.append(ran.gates)
     prediction = Prediction(source, name, (height, width), cost, full)
     mean = opened[0] if len(opened) == 1 else np.asarray(np.mean(opened, axis=0, dtype=np.float32))

@@ -79,20 +79,20 @@ class OnnxNetwork:
         seen = seen_size((height, width), look.size)
         looked_at = image if seen == (height, width) else _resized(image, seen)
         price = look.price if self.kind == "exits" else None
-        first, *confidence, gates = self.run(looked_at.transpose(2, 0, 1)[None], price)
-        labels, certain = (first[0], confidence[0][0]) if self.labels else most_likely(first[0])
+        first, *known, gates = self.run(looked_at.transpose(2, 0, 1)[None], price)
+        labels, certain = (first[0], known[0][0]) if self.labels else most_likely(first[0])
         if not np.isfinite(certain).all() or not np.isfinite(gates).all():
             raise ValueError(DIVERGED)
-        if self._spending is not None:
-            self._spending.saw((height, width), look, gates, None, seen)
-        if looked_at is image:
-            return Ran(labels, gates[0], confidence=certain if self.labels else None)
-        if self.labels:
+        if looked_at is not image and self.labels:
             labels = _resized(labels, (height, width), Image.Resampling.NEAREST)
             certain = _resized(certain, (height, width))
-        else:
+        elif looked_at is not image:
             labels, certain = most_likely(np.stack([_resized(one, (height, width)) for one in first[0]]))
-        return Ran(labels, gates[0], confidence=certain if self.labels else None, seen=seen)
+        confidence = certain if self.labels else None
+        ran = Ran(labels, gates[0], confidence=confidence, seen=None if looked_at is image else seen)
+        if self._spending is not None:
+            self._spending.saw((height, width), look, ran)
+        return ran
 
     def run(self, images: np.ndarray, price: float | None = None) -> tuple[np.ndarray, ...]:
         """Images [B,3,H,W] RGB, uint8 or floating point in 0..1, H and W at least 32 -> float32 logits [B,K,H,W],
