@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import routeseg
-from conftest import spread_gates
+from conftest import spread_gates, with_exits
 from routeseg import DynamicRoutingNetwork, Route, RoutingSpace, SkipEngine
 from routeseg.architectures import architecture
+from routeseg.model import checkpoints
 from routeseg.space import DIRECTIONS, DOWN
 
 ENGINES = {
@@ -267,6 +268,35 @@ def test_save_and_load(tmp_path, tiny_network):
     with torch.no_grad():
         assert close(routeseg.load(half)(images()).logits, expected, 0.05)
     assert routeseg.load(half).decoder.predictor.weight.dtype == torch.float32
+
+
+def test_networks_are_averaged(tmp_path):
+    calibrated = with_exits((64, 96))
+    folders = [calibrated.save(tmp_path / "a")]
+    other = routeseg.load(folders[0])
+    with torch.no_grad():
+        for name, tensor in other.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.add_(1.0 if name.startswith("exits.") else 0.5)
+    folders.append(other.save(tmp_path / "b"))
+    mean = checkpoints.average([*folders, folders[0]])
+    decided = {tensor.data_ptr() for tensor in mean.exits.calibration()}
+    for name, tensor in mean.state_dict().items():
+        before, changed = calibrated.state_dict()[name], other.state_dict()[name]
+        expected = before if tensor.data_ptr() in decided else before + (changed - before) / 3
+        assert torch.allclose(tensor.double(), expected.double(), atol=1e-5), name
+    assert torch.equal(mean.exits.frequencies, calibrated.exits.frequencies) and mean.exits.calibrated
+    alone = checkpoints.average(folders[:1]).state_dict()
+    assert all(torch.equal(alone[name], tensor) for name, tensor in calibrated.state_dict().items())
+
+
+def test_other_networks_are_not_averaged(tmp_path, tiny_network):
+    folder = tiny_network.save(tmp_path / "net")
+    other = DynamicRoutingNetwork(num_classes=5, depth=5, base_channels=8, stem_channels=8).save(tmp_path / "deeper")
+    with pytest.raises(ValueError, match=f"{other} is another network than {folder}"):
+        checkpoints.average([folder, other])
+    with pytest.raises(ValueError, match="nothing to average"):
+        checkpoints.average([])
 
 
 @pytest.mark.parametrize("damage", ["no folder", "no weights", "truncated", "other config", "no json", "unknown key"])

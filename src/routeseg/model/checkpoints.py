@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import operator
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -73,6 +73,28 @@ def load(folder: str | Path | None = None, kind: type[DynamicRoutingNetwork] | N
     own = model.state_dict()
     model.load_state_dict(read_weights(folder) | {key: own[key] for key in later & own.keys()})
     return model.eval()
+
+
+def average(folders: Sequence[str | Path]) -> DynamicRoutingNetwork:
+    """The network of which every weight is the mean over those of several, in eval mode. Trainings that began with the
+    same weights, with other seeds, make one that is better than each of them (Wortsman et al. 2022, "Model soups").
+
+    BatchNorm's statistics are averaged, too. Budgets are the first one's: calibrate it anew. Raises ValueError if there
+    is none, or if they are of different networks.
+    """
+    if not folders:
+        raise ValueError("there is nothing to average: give checkpoint folders")
+    models = [load(folder) for folder in folders]
+    mean = models[0]
+    for folder, model in zip(folders, models, strict=True):
+        if replace(model.config, sizes=mean.config.sizes) != mean.config:
+            raise ValueError(f"{folder} is another network than {folders[0]}: only the same ones can be averaged")
+    kept = set() if mean.exits is None else {tensor.data_ptr() for tensor in mean.exits.calibration()}
+    others = [model.state_dict() for model in models[1:]]
+    for name, tensor in mean.state_dict().items():
+        if tensor.is_floating_point() and tensor.data_ptr() not in kept:
+            tensor.copy_(sum((other[name] for other in others), tensor) / len(models))
+    return mean
 
 
 def load_segmenter(folder: str | Path | None = None) -> DynamicRoutingNetwork:
