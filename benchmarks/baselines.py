@@ -1,16 +1,8 @@
-"""Networks that one would take instead, trained on the same data by the same recipe: Fast-SCNN from scratch, U-Net and
-DeepLabV3+ on EfficientNet-Lite0 with the same ImageNet weights as `--model.backbone efficientnet_lite0`.
+"""Networks that one would take instead, for equal_time.py to train and clock.py to time: Fast-SCNN from scratch, U-Net
+and DeepLabV3+ on EfficientNet-Lite0 with the same ImageNet weights as `--model.backbone efficientnet_lite0`.
 
-    python benchmarks/baselines.py --config camvid/pretrained --data.root FOLDER --minutes 80
-    python benchmarks/baselines.py --clock --ours shipped= --ours small=runs/camvid_scratch/last
-
-Takes the sections `data` and `recipe` of a configuration of `routeseg train`: loaders, crops, AdamW or SGD with the
-schedule, class balance, average of the weights, a frozen backbone at first. With --minutes some steps measure how many
-fit. Afterwards: mIoU on the validation images, parameters, MACs. Writes OUTPUT, a JSON with a row for each network;
-rows of other networks that it has already stay. A run that is interrupted starts anew.
-
---clock trains nothing: milliseconds of one image of 360x480, all networks in turns, with PyTorch and, exported, with
-ONNX Runtime; networks of ours (NAME=FOLDER; no folder: the bundled network) with `SkipEngine` in place of PyTorch.
+They learn by the recipe of `routeseg train`, from the same crops: AdamW or SGD with the schedule, class balance,
+average of the weights, precise statistics of BatchNorm, a frozen backbone at first, offsets of classes.
 
 The networks follow their papers (Poudel et al. 2019; Ronneberger et al. 2015; Chen et al. 2018), with the widths of
 decoders of segmentation_models.pytorch, which needs torchvision.
@@ -20,16 +12,10 @@ Legend: B images, K classes, H, W image size.
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
-import statistics
-import sys
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -40,29 +26,17 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
-from inference_methods import Method, alternate
-from routeseg.cli.common import config_parser, parts_of
 from routeseg.config import NetworkConfig
-from routeseg.data.config import open_data, pair
+from routeseg.data.config import DataConfig
 from routeseg.data.datamodule import SegmentationDataModule
-from routeseg.data.loaders import evaluation_loader
 from routeseg.data.subset import class_weights
-from routeseg.engine import SkipEngine
-from routeseg.evaluation import machine_facts
-from routeseg.evaluation.scores import count_pairs
-from routeseg.export import build_onnx
-from routeseg.files import write_json
 from routeseg.labels import IGNORE
-from routeseg.model import checkpoints
 from routeseg.model.backbone import EfficientNetLite0
-from routeseg.model.decoder import most_likely
 from routeseg.model.layers import InputNorm
+from routeseg.training.offsets import PIXELS, best_offsets
 from routeseg.training.recipe import Recipe
 from routeseg.training.segmentation import freeze_stages
 from routeseg.training.task import optimizer_of
-
-PACE_STEPS = 5
-CLOCKED, CLASSES = (360, 480), 11  # CamVid
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -101,7 +75,7 @@ class Bottleneck(nn.Module):
 
 
 class PyramidPooling(nn.Module):
-    """Means over 1, 2, 3 and 6 parts of the sides, as far as there are so many pixels."""
+    """Means over 1, 2, 3 and 6 parts of the sides, as adaptive pooling has them, which ONNX has not."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -111,13 +85,10 @@ class PyramidPooling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pooled = []
         for bins, part in zip((1, 2, 3, 6), self.parts, strict=True):
-            windows = [[round(i * side / bins) for i in range(bins + 1)] for side in map(int, x.shape[-2:])]
-            rows = [
-                torch.stack(
-                    [x[..., a:b, c:d].mean((2, 3)) for c, d in zip(windows[1], windows[1][1:], strict=False)], -1
-                )
-                for a, b in zip(windows[0], windows[0][1:], strict=False)
-            ]
+            down, across = (
+                [(i * side // bins, -(-(i + 1) * side // bins)) for i in range(bins)] for side in map(int, x.shape[-2:])
+            )
+            rows = [torch.stack([x[..., a:b, c:d].mean((2, 3)) for c, d in across], -1) for a, b in down]
             pooled.append(resized(part(torch.stack(rows, -2)), x))
         return self.merge(torch.cat([x, *pooled], 1))
 
@@ -224,6 +195,7 @@ class Baseline(nn.Module):
         self.network = NETWORKS[name](classes)
         mean, std = EfficientNetLite0.pixel_mean, EfficientNetLite0.pixel_std
         self.normalize = InputNorm(mean, std)
+        self.register_buffer("offsets", torch.zeros(classes, 1, 1))
 
     @property
     def backbone(self) -> EfficientNetLite0 | None:
@@ -235,7 +207,8 @@ class Baseline(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
         x = F.pad(self.normalize(images), (0, -width % 32, 0, -height % 32))
-        return self.network(x.contiguous(memory_format=torch.channels_last))[..., :height, :width]
+        logits = self.network(x.contiguous(memory_format=torch.channels_last))[..., :height, :width]
+        return logits if self.training else logits + self.offsets
 
 
 class Training:
@@ -280,24 +253,44 @@ class Training:
         return model.eval()
 
 
+def train(name: str, data: DataConfig, recipe: Recipe) -> Baseline:
+    """A network after the steps of a recipe."""
+    torch.manual_seed(recipe.seed)
+    module = SegmentationDataModule(data, recipe.iterations, recipe.seed)
+    training = Training(
+        Baseline(name, len(module.classes)),
+        recipe,
+        class_weights(module.train_data, recipe.class_balance) if recipe.class_balance else None,
+    )
+    for number, batch in enumerate(module.train_dataloader()):
+        loss = training.step(number, batch)
+        if (number + 1) % recipe.log_every == 0:
+            print(f"{name} {number + 1} of {recipe.iterations}: loss {loss:.3f}", flush=True)
+    model = training.averaged(module.norm_dataloader(0, recipe.precise_bn_batches))
+    if recipe.class_offsets:
+        model.offsets += fitted_offsets(model, module.calibration_dataloader("train"))[:, None, None]
+    return model
+
+
 @torch.no_grad()
-def measure(model: Baseline, pictures: Any) -> dict[str, Any]:
-    """Scores on the images, parameters and MACs."""
-    classes = len(pictures.classes)
-    confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    for picture in evaluation_loader(pictures):
-        confusion += count_pairs(picture["labels"], most_likely(model(picture["image"])), classes)
-    counts = confusion.double()
-    iou = counts.diag() / (counts.sum(0) + counts.sum(1) - counts.diag())
-    image = torch.rand(1, 3, *pictures.read(0)[1].shape)
-    with FlopCounterMode(display=False) as counter:
-        model(image)
-    return {
-        "miou": iou.nanmean().item(),
-        "iou": dict(zip(pictures.classes.names, iou.tolist(), strict=True)),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "gmacs": counter.get_total_flops() / 2e9,
-    }
+def fitted_offsets(model: Baseline, images: Any) -> Tensor:
+    """The offsets [K] with which the mIoU of these images is highest, as networks of ours have them."""
+    generator, seen = torch.Generator().manual_seed(0), []
+    for one in images:
+        labels = one["labels"].flatten()
+        known = torch.nonzero(labels != IGNORE).flatten()
+        places = known[torch.randint(len(known), (PIXELS,), generator=generator)]
+        seen.append((model(one["image"])[0].flatten(1)[:, places], labels[places]))
+    return best_offsets(torch.cat([logits for logits, _ in seen], 1), torch.cat([labels for _, labels in seen]))
+
+
+@lru_cache
+def macs(name: str, classes: int, height: int, width: int) -> float:
+    """Of an image of this size, padded as the network pads it."""
+    model = Baseline(name, classes).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.rand(1, 3, height, width))
+    return counter.get_total_flops() / 2
 
 
 def folded(model: Baseline) -> Baseline:
@@ -310,99 +303,28 @@ def folded(model: Baseline) -> Baseline:
     return model
 
 
-def clock(ours: Mapping[str, str], seconds: float) -> dict[str, Any]:
-    """Milliseconds of one image of all networks in turns, name -> way -> facts."""
-    warnings.filterwarnings("ignore", module="torch")  # of the older way to export, which is enough for these
-    image, methods = torch.rand(1, 3, *CLOCKED), []
-    padded = F.pad(image, (0, -CLOCKED[1] % 32, 0, -CLOCKED[0] % 32))  # files of ours are for sizes that 32 divides
-    for name in NETWORKS:
-        model = folded(Baseline(name, CLASSES).eval())
-        file = io.BytesIO()
-        torch.onnx.export(model, (image,), file, dynamo=False, opset_version=17)
-        methods += [Method(f"{name}: pytorch", partial(model, image)), onnx_method(name, file.getvalue(), image)]
-    for name, folder in ours.items():
-        model = checkpoints.load(folder or None)
-        model = model.specialize(model.route)  # all of its layers
-        methods += [Method(f"{name}: routeseg", partial(SkipEngine(model), image))]
-        methods += [onnx_method(name, build_onnx(model).SerializeToString(), padded)]
-    found = alternate(methods, seconds)
-    return {"size": CLOCKED, "ms": {name: facts["median_ms"] for name, facts in found.items()}, **machine_facts()}
-
-
-def onnx_method(name: str, network: bytes, image: Tensor) -> Method:
+def in_onnx_runtime(name: str, classes: int, height: int, width: int, threads: int) -> Callable[[np.ndarray], Any]:
+    """What makes an image float32 [1,3,H,W] of this size in 0..1 the most likely class of each pixel, with weights as
+    they are before a training."""
     import onnxruntime
 
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the older way to export, which is enough for these
+        model, image = Labels(folded(Baseline(name, classes).eval())), torch.rand(1, 3, height, width)
+        torch.onnx.export(model, (image,), file, dynamo=False, opset_version=17)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(network, options, providers=["CPUExecutionProvider"])
-    return Method(f"{name}: onnxruntime", partial(session.run, None, {session.get_inputs()[0].name: image.numpy()}))
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    return lambda pixels: session.run(None, {session.get_inputs()[0].name: pixels})
 
 
-def train(name: str, data: Any, recipe: Recipe, minutes: float | None) -> dict[str, Any]:
-    """Trains a network, and measures it."""
-    torch.manual_seed(recipe.seed)
-    pictures = open_data(data, "val", recipe.seed)
-    model = Baseline(name, len(pictures.classes))
-    module = SegmentationDataModule(data, recipe.iterations, recipe.seed)
-    weights = class_weights(module.train_data, recipe.class_balance) if recipe.class_balance else None
-    if minutes is not None:
-        recipe.iterations = fitting(name, module, recipe, weights, minutes)
-        module = SegmentationDataModule(data, recipe.iterations, recipe.seed)
-    print(f"{name}: {recipe.iterations} iterations of {data.batch_size} crops of {pair(data.crop)}", flush=True)
-    training, start = Training(model, recipe, weights), time.monotonic()
-    for number, batch in enumerate(module.train_dataloader()):
-        loss = training.step(number, batch)
-        if (number + 1) % recipe.log_every == 0:
-            print(f"{name} {number + 1}: loss {loss:.3f}, {time.monotonic() - start:.0f} s", flush=True)
-    seconds = time.monotonic() - start
-    found = measure(training.averaged(module.norm_dataloader(0, recipe.precise_bn_batches)), pictures)
-    return {"name": name, **found, "iterations": recipe.iterations, "seconds": seconds, **machine_facts()}
+class Labels(nn.Module):
+    """Images [B,3,H,W] -> the most likely class of each pixel, uint8 [B,H,W]."""
 
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
 
-def fitting(name: str, module: SegmentationDataModule, recipe: Recipe, weights: Any, minutes: float) -> int:
-    """How many iterations fit into the minutes, from the pace of some of them."""
-    training = Training(Baseline(name, len(module.classes)), recipe, weights)
-    batches = iter(module.train_dataloader())
-    times = []
-    for number in range(PACE_STEPS):
-        start = time.monotonic()
-        training.step(recipe.iterations - 1 - number, next(batches))  # as it is once the backbone learns
-        times.append(time.monotonic() - start)
-    return max(1, int(60 * minutes / statistics.median(times[1:])))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    command = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--networks", default=",".join(NETWORKS), help="names, comma-separated")
-    parser.add_argument("--minutes", type=float, help="of each training, instead of recipe.iterations")
-    parser.add_argument("--clock", action="store_true", help="train nothing, measure milliseconds")
-    parser.add_argument("--ours", action="append", default=[], help="NAME=FOLDER of a network of ours, for --clock")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of --clock")
-    parser.add_argument("--output", type=Path, default=Path("results/camvid_baselines_cpu.json"))
-    args, words = parser.parse_known_args(command)
-    known = json.loads(args.output.read_text()) if args.output.exists() else {"rows": []}
-    if args.clock:
-        ours = {name: folder for name, _, folder in (one.partition("=") for one in args.ours)}
-        found = clock(ours, args.seconds) | {"command": ["benchmarks/baselines.py", *command]}
-        write_json(args.output, known | {"clock": found} | machine_facts())
-        for name, ms in found["ms"].items():
-            print(f"{name}: {ms:.1f} ms")
-        return 0
-    data, recipe, _ = parts_of(config_parser("baselines").parse_args(words))
-    asked = args.networks.split(",")
-    if unknown := [name for name in asked if name not in NETWORKS]:
-        print(f"baselines: error: no network {unknown[0]}: choose from {', '.join(NETWORKS)}", file=sys.stderr)
-        return 2
-    for name in asked:
-        row = train(name, data, recipe, args.minutes) | {"command": ["benchmarks/baselines.py", *command]}
-        known["rows"] = [*(other for other in known["rows"] if other["name"] != name), row]
-        write_json(args.output, known | machine_facts())
-        print(f"{name}: mIoU {100 * row['miou']:.1f} %, {row['gmacs']:.2f} GMACs", flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images).argmax(1).to(torch.uint8)

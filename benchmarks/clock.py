@@ -5,7 +5,8 @@
 For images at each of --sizes (HEIGHTxWIDTH, resized) it writes the time from an image to its labels,
 
     full       all layers, by the kernels; `onnx`: the exported full network in ONNX Runtime, beside it in turns, whose
-               file has the most likely class in it, too; `openvino` the same, if that is installed
+               file has the most likely class in it, too; `openvino` the same, if that is installed; and the networks
+               of baselines.py in ONNX Runtime, by their names
     smaller    all layers of the image at each of SMALLER of its sides; `onnx` of an image that was made smaller before
     places     at each of SHARES as a budget of each image, which is looked at as it is: the share of the MACs that is
                spent, and of the full network's time
@@ -37,6 +38,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import baselines
 import routeseg
 from inference_methods import openvino_method
 from places import miou, spent_share
@@ -86,16 +88,20 @@ def ways(model: DynamicRoutingNetwork, engine: Any, own: tuple[int, int]) -> dic
 
 
 def runtimes(
-    file: Path, onnx: OnnxNetwork, view: Tensor, smaller: Mapping[float, Tensor]
+    file: Path,
+    onnx: OnnxNetwork,
+    others: Mapping[str, Callable[[np.ndarray], Any]],
+    view: Tensor,
+    smaller: Mapping[float, Tensor],
 ) -> dict[str, Callable[[], Any]]:
-    """The full network in other runtimes, on this image."""
+    """The full network in other runtimes, and other networks, on this image."""
     found: dict[str, Callable[[], Any]] = {"onnx": partial(onnx.run, view.numpy())}
     found |= {f"onnx {size:g}": partial(onnx.run, image.numpy()) for size, image in smaller.items()}
     if find_spec("openvino"):
         for precision in ("float32", *(["bfloat16"] if is_compiled(torch.bfloat16) else [])):
             name = "openvino" if precision == "float32" else f"openvino {precision}"
             found[name] = openvino_method(name, file, view.numpy(), torch.get_num_threads(), precision).run
-    return found
+    return found | {name: partial(run, view.numpy()) for name, run in others.items()}
 
 
 def scores(
@@ -162,7 +168,11 @@ def main(words: list[str]) -> int:
         for name in args.sizes:
             height, width = map(int, name.split("x"))
             own = height, width
-            asked = ways(model, engine, own)
+            asked, threads = ways(model, engine, own), torch.get_num_threads()
+            others = {
+                one: baselines.in_onnx_runtime(one, model.config.num_classes, height, width, threads)
+                for one in baselines.NETWORKS
+            }
             if "miou" not in found:
                 found["miou"] = scores(asked, model, evenly_spread(everything, args.scored), own)
             ms: dict[str, list[float]] = {}
@@ -180,13 +190,13 @@ def main(words: list[str]) -> int:
                 pixels = (255 * view[0].permute(1, 2, 0)).round().to(torch.uint8).numpy()
                 turns: dict[str, Callable[[], Any]] = {way: partial(run, view) for way, run in asked.items()}
                 turns["call"] = partial(segmenter.predict, pixels)
-                others = runtimes(file, onnx, view, views)
-                rested = [turn for run in others.values() for turn in (run, partial(time.sleep, REST_S))]
+                rivals = runtimes(file, onnx, others, view, views)
+                rested = [turn for run in rivals.values() for turn in (run, partial(time.sleep, REST_S))]
                 # The first one behind a rest takes longer, and does not count.
                 ours = [turns["full"], *turns.values(), partial(time.sleep, REST_S)]
                 times = take_turns([*ours, *rested], args.rounds)
                 times = [*times[1 : len(ours) - 1], *times[len(ours) :: 2]]
-                turns |= others
+                turns |= rivals
                 for way, some in zip(turns, times, strict=True):
                     ms.setdefault(way, []).append(1000 * float(np.median(some)))
             full = float(np.median(ms["full"]))

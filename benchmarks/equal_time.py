@@ -2,12 +2,13 @@
 
     python benchmarks/equal_time.py configs/equal_time/voc_animals.yaml --data.root FOLDER --seeds 0,1,2
 
-The experiment file has the words of a training that all networks share, and what is different in each; those with exits
-are asked for budgets, the others cost what their layers cost. Each is trained for as many steps as fit into the same
-time: --steps measures what a step of each takes, in turns, and says how many that are; the file has these numbers as
-recipe.iterations. A run that is there is not trained again, nor looked at again. Networks with exits are calibrated in
-several sizes afterwards. Then each looks at the validation images in each of SIZES, with all layers, and networks with
-exits keep each of BUDGETS, which choose size and places.
+The experiment file has the words of a training that all networks share, and what is different in each; those with
+exits are asked for budgets, the others cost what their layers cost. `baseline` is a network of baselines.py, which
+learns by the same recipe with PyTorch's operations. Each is trained for as many steps as fit into the same time:
+--steps measures what a step of each takes, in turns, and says how many that are; the file has these numbers as
+recipe.iterations. A run that is there is not trained again, nor looked at again. Networks with exits are calibrated
+in several sizes afterwards. Then each looks at the validation images in each of SIZES, with all layers, and networks
+with exits keep each of BUDGETS, which choose size and places.
 
 Costs are shares of what the first network costs with all layers at the image's own size. `rows` has, for each network
 with exits and each budget, the mean over the seeds of what it spends and scores, and the best static network and size
@@ -23,17 +24,21 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from torch.nn import functional as F
 
-from places import frontier, walked
+import baselines
+from places import frontier, miou, pairs_of, walked
 from routeseg.cli.common import config_parser, new_network, parts_of
+from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig, open_data, pair
 from routeseg.data.loaders import evaluation_loader
 from routeseg.data.subset import evenly_spread
@@ -41,33 +46,46 @@ from routeseg.engine import SkipEngine
 from routeseg.evaluation import machine_facts
 from routeseg.files import write_json
 from routeseg.model import DynamicRoutingNetwork, checkpoints
+from routeseg.model.decoder import most_likely
+from routeseg.space import seen_size
 from routeseg.training.segmentation import SegmentationTask, freeze_stages
 
 SIZES = (0.35, 0.42, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.4)
-BUDGETS = (0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)
+BUDGETS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.75, 1.0)
 ROUNDS = 6  # of steps, of which the fastest counts
+BASELINE = "baseline"
 
 
 def words_of(network: Mapping[str, Any], shared: list[str]) -> list[str]:
     return [
         *shared,
-        *(f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in network.items()),
+        *(
+            f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for key, value in network.items()
+            if key != BASELINE
+        ),
     ]
 
 
 def step_seconds(networks: Mapping[str, Mapping[str, Any]], shared: list[str]) -> dict[str, float]:
     """Seconds of a core that a step takes, all networks in turns, a mean over the training of those whose places leave
     from some step on."""
-    turns, shares = {}, {}
+    turns: dict[str, Callable[[], Any]] = {}
+    shares: dict[str, tuple[str, float]] = {}
     for name, network in networks.items():
         args = config_parser("train").parse_args(words_of(network, shared))
         data, recipe, budget = parts_of(args)
-        model = new_network(args, data, recipe, pretrained=False)
-        sides = pair(data.crop)
+        classes, sides = len(open_data(data, "val").classes), pair(data.crop)
         batch = {
             "image": torch.randint(0, 256, (data.batch_size, 3, *sides), dtype=torch.uint8),
-            "labels": torch.randint(0, model.config.num_classes, (data.batch_size, *sides)),
+            "labels": torch.randint(0, classes, (data.batch_size, *sides)),
         }
+        if BASELINE in network:
+            training = baselines.Training(baselines.Baseline(network[BASELINE], classes), recipe, None)
+            turns[name] = partial(training.step, recipe.iterations - 1, batch)
+            shares[name] = (name, 1.0)
+            continue
+        model = new_network(args, data, recipe, pretrained=False)
         leaving = 0.0 if model.config.place is None else 1 - recipe.places_from
         for way, start, share in (("", 1.0, 1 - leaving), (" places", 0.0, leaving)):
             if share > 0:
@@ -75,20 +93,30 @@ def step_seconds(networks: Mapping[str, Mapping[str, Any]], shared: list[str]) -
                 task.model.train()
                 task.precision = recipe.precision
                 freeze_stages(model.backbone, recipe, recipe.iterations)
-                turns[name + way] = (task, batch, torch.optim.SGD(model.parameters(), lr=0.0))
+                turns[name + way] = partial(one_step, task, batch, torch.optim.SGD(model.parameters(), lr=0.0))
                 shares[name + way] = (name, share)
     best = dict.fromkeys(turns, math.inf)
     for _ in range(ROUNDS):
-        for way, (task, batch, optimizer) in turns.items():
+        for way, step in turns.items():
             start = time.process_time()
-            task.parts(batch, task.count(batch["labels"]), lambda loss, _: loss.backward())
-            optimizer.step()
-            optimizer.zero_grad()
+            step()
             best[way] = min(best[way], time.process_time() - start)
     found = dict.fromkeys(networks, 0.0)
     for way, (name, share) in shares.items():
         found[name] += share * best[way]
     return found
+
+
+def one_step(task: SegmentationTask, batch: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    task.parts(batch, task.count(batch["labels"]), lambda loss, _: loss.backward())
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def untrained(own: Mapping[str, Any], shared: list[str]) -> DynamicRoutingNetwork:
+    """A network of ours, to count costs of."""
+    args = config_parser("train").parse_args(words_of(own, shared))
+    return new_network(args, *parts_of(args)[:2], pretrained=False)
 
 
 def trained(name: str, own: Mapping[str, Any], shared: list[str], seed: int, runs: Path) -> Path:
@@ -120,6 +148,31 @@ def looked_at(model: DynamicRoutingNetwork, images: list[Any], reference: Dynami
     }
 
 
+def baseline_looked_at(
+    own: Mapping[str, Any], shared: list[str], seed: int, images: list[Any], reference: DynamicRoutingNetwork
+) -> dict[str, Any]:
+    """Scores and costs of a network of baselines.py in each of SIZES, trained on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    words = [*words_of(own, shared), "--recipe.seed", str(seed)]
+    data, recipe, _ = parts_of(config_parser("train").parse_args(words))
+    with torch.enable_grad():
+        model = baselines.train(own[BASELINE], data, recipe)
+    torch.set_num_threads(threads)
+    classes, points = reference.config.num_classes, []
+    for size in SIZES:
+        pairs, costs = np.zeros((classes, classes), np.int64), []
+        for one in images:
+            sides = one["image"].shape[-2:]
+            seen = seen_size(sides, size)
+            image = F.interpolate(one["image"].float() / 255, seen, mode="bilinear", antialias=True).clamp(0, 1)
+            logits = F.interpolate(model(image), sides, mode="bilinear", align_corners=False)
+            pairs += pairs_of(one["labels"][0].numpy(), most_likely(logits)[0].numpy(), classes)
+            costs.append(baselines.macs(own[BASELINE], classes, *seen) / model_cost(reference, tuple(sides)).full)
+        points.append({"size": size, "cost": float(np.mean(costs)), "miou": miou(pairs)})
+    return {"sizes": points, "budgets": []}
+
+
 def compared(dynamic: str, found: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """A row for each budget: means over the seeds, and the best of the others that costs no more; the same of the
     network's own sizes, with all layers."""
@@ -141,7 +194,7 @@ def compared(dynamic: str, found: Mapping[str, list[dict[str, Any]]]) -> list[di
         return max(cheaper, key=lambda one: one["miou"], default=None)
 
     rows = []
-    for number in range(len(BUDGETS)):
+    for number in range(len(found[dynamic][0]["budgets"])):
         own = mean(dynamic, "budgets", number)
         others = [name for name in found if not found[name][0]["budgets"]]
         rows.append(own | {"static": best(others, own["cost"]), "sizes_alone": best([dynamic], own["cost"])})
@@ -180,14 +233,17 @@ def main(words: list[str]) -> int:
         )
         if not one["skipped"]
     ]
+    reference = untrained(networks[dynamic], shared)
     found: dict[str, list[dict[str, Any]]] = {}
     for seed in map(int, args.seeds.split(",")):
         for network, own in networks.items():
-            folder = trained(network, own, shared, seed, runs)
-            model = calibrated(folder, experiment["sizes"], [f"--data.name={kind}", "--data.root", args.root])
-            reference = checkpoints.load(runs / f"{dynamic}_{seed}" / "last")
-            kept = folder / "equal_time.json"
-            if not kept.is_file():
+            kept = runs / f"{network}_{seed}" / "equal_time.json"
+            if not kept.is_file() and BASELINE in own:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                write_json(kept, baseline_looked_at(own, shared, seed, images, reference))
+            elif not kept.is_file():
+                folder = trained(network, own, shared, seed, runs)
+                model = calibrated(folder, experiment["sizes"], [f"--data.name={kind}", "--data.root", args.root])
                 write_json(kept, looked_at(model, images, reference))
             found.setdefault(network, []).append(json.loads(kept.read_text()))
             done = {key: some for key, some in found.items() if len(some) == len(found[dynamic])}

@@ -6,10 +6,12 @@ it returns Markdown. benchmarks/tables.py puts what they make into the documents
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Facts = Mapping[str, Any]  # a results file
+ALTERNATIVES = (0.35, 0.5, 0.75, 1.0)  # budgets beside other networks
 THIN = ("pole", "sign symbol", "pedestrian", "bicyclist")  # classes of CamVid that a short training loses
 
 
@@ -110,30 +112,6 @@ def classes(facts: Sequence[Facts], words: str) -> str:
     rows.append(["**mean**", *(f"**{_share(one['miou'])}**" for one in facts)])
     rows.append(["real cost, GMACs", *(f"{one['cost_gmacs']['mean']:.3f}" for one in facts)])
     return table(["IoU, %", *names], rows)
-
-
-def baselines(facts: Sequence[Facts], words: str) -> str:
-    """Networks that one would take instead (benchmarks/baselines.py), after evaluations of ours, whose names in `clock`
-    and in the table the words give: name = text; name = text."""
-    *ours, found = facts
-    ms = found["clock"]["ms"]
-    rows = []
-    for word, row in zip(words.split(";"), ours, strict=True):
-        name, text = (part.strip() for part in word.split("="))
-        cost = row["cost_gmacs"]["mean"]
-        rows.append((row["miou"], text, cost, "", ms[f"{name}: routeseg"], ms[f"{name}: onnxruntime"]))
-    for row in found["rows"]:
-        name, trained = row["name"], f"{row['iterations']} in {row['seconds'] / 60:.0f}"
-        times = ms[f"{name}: pytorch"], ms[f"{name}: onnxruntime"]
-        rows.append((row["miou"], name, row["gmacs"], trained, *times))
-    head = ["", "mIoU, %", "GMACs", "iterations in minutes", "ms, SkipEngine or PyTorch", "ms, ONNX Runtime"]
-    return table(
-        head,
-        [
-            [text, f"{100 * miou:.1f}", f"{gmacs:.2f}", trained, f"{own:.1f}", f"{onnx:.1f}"]
-            for miou, text, gmacs, trained, own, onnx in sorted(rows, reverse=True)
-        ],
-    )
 
 
 def trials(facts: Sequence[Facts], words: str) -> str:
@@ -484,6 +462,36 @@ def equal_time(facts: Sequence[Facts], words: str) -> str:
         "best static network (times the sides)",
     ]
     return table(head, rows)
+
+
+def alternatives(facts: Sequence[Facts], words: str) -> str:
+    """Networks that were trained for the same time (benchmarks/equal_time.py), their scores over the seeds at the
+    images' own size and at the best one, beside the milliseconds of benchmarks/clock.py at 360x480: of budgets by the
+    kernels, of networks of baselines.py in ONNX Runtime. The words say which of those with exits."""
+    found, clock = facts
+    ms, dynamic, rows = clock["sizes"]["360x480"], words.strip(), []
+    for asked in ALTERNATIVES:
+        some = [row for run in found["networks"][dynamic] for row in run["budgets"] if row["asked"] == asked]
+        if some:
+            text = f"{100 * asked:.0f}%"
+            rows.append([f"`--budget {text}`", *_scored(some), "", f"{ms[f'budget {text}']['ms']:.0f}"])
+    for name, runs in found["networks"].items():
+        if not runs[0]["budgets"]:
+            sizes = [[run["sizes"][k] for run in runs] for k in range(len(runs[0]["sizes"]))]
+            own = next(some for some in sizes if some[0]["size"] == 1)
+            best = max(sizes, key=lambda some: sum(row["miou"] for row in some))
+            time = ms.get(found["experiment"]["networks"][name].get("baseline"))
+            times = f"{_scored(best)[1]} ({best[0]['size']:g})"
+            rows.append([name, *_scored(own), times, "" if time is None else f"{time['ms']:.0f}"])
+    head = ["", "cost, %", "mIoU, %", "at its best size (times the sides)", "ms at 360x480"]
+    return table(head, rows)
+
+
+def _scored(runs: Sequence[Facts]) -> tuple[str, str]:
+    """Mean cost, and mean score with its standard deviation over the seeds."""
+    scores = [100 * run["miou"] for run in runs]
+    spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+    return _share(statistics.fmean(run["cost"] for run in runs)), f"{statistics.fmean(scores):.1f}{spread}"
 
 
 def _between(share: float, costs: Sequence[float], scores: Sequence[float]) -> float | None:

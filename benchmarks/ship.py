@@ -70,8 +70,9 @@ ABOUT = {
         "street scenes (CamVid)",
         101,
         """the 367 training frames of CamVid at 480x360, in the split and the 11 classes of SegNet; 101 validation
-  frames chose it. CamVid: G. Brostow, J. Fauqueur, R. Cipolla, "Semantic object classes in video", 2009. Frames of one
-  city from a car, by daylight: expect less elsewhere, and try before you rely on it.""",
+  frames chose it, seven seconds of a drive of which the rest is trained on. CamVid: G. Brostow, J. Fauqueur,
+  R. Cipolla, "Semantic object classes in video", 2009. Frames of one city from a car, by daylight: expect ten points
+  less on other streets, and try before you rely on it.""",
     ),
     "animals": (
         "pascal_voc",

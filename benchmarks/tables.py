@@ -27,9 +27,9 @@ INFERENCE = "results/inference"
 FIGURE = Path("results/inference_cpu.png")
 FIGURE_FACTS = "results/inference_cpu.json"
 MAKERS: dict[str, Callable[[Sequence[Facts], str], str]] = {
+    "alternatives": result_tables.alternatives,
     "any budget": result_tables.any_budget,
     "architectures": result_tables.architectures,
-    "baselines": result_tables.baselines,
     "busy": result_tables.busy,
     "classes": result_tables.classes,
     "clock": result_tables.clock,
