@@ -197,13 +197,15 @@ def test_the_python_of_the_readme(capsys, tmp_path, monkeypatch):
 
 
 def test_the_python_of_training(tmp_path, monkeypatch, capsys):
-    short, pieces = blocks(ROOT / "docs" / "training.md", "python")[:2]
+    averaged, short, pieces = blocks(ROOT / "docs" / "training.md", "python")[:3]
     monkeypatch.chdir(tmp_path)
     quick = '"train_images": 8, "val_images": 4, "image_size": [32, 64], "crop": [32, 64], "batch_size": 2'
     assert '"iterations": 2' in short and '"train_images": 16' in short
     short = short.replace('"iterations": 2', '"iterations": 2, "precise_bn_batches": 1')
     exec(short.replace('"train_images": 16', quick), {})
     assert (tmp_path / "runs" / "tried" / "report.html").is_file()
+    exec(averaged.replace("first", "tried").replace("second", "tried"), {})
+    assert routeseg.load("runs/average").config == routeseg.load("runs/tried/last").config
     exec(pieces, {})
     miou, steps, _ = capsys.readouterr().out.splitlines()[-1].split()
     assert 0 <= float(miou) <= 1 and int(steps) == 4 and (tmp_path / "runs" / "small" / "last").is_dir()
