@@ -36,7 +36,7 @@ import yaml
 from torch.nn import functional as F
 
 import baselines
-from places import frontier, miou, pairs_of, walked
+from places import frontier, miou, pairs_of, resized, walked
 from routeseg.cli.common import config_parser, new_network, parts_of
 from routeseg.cost.macs import model_cost
 from routeseg.data.config import DataConfig, open_data, pair
@@ -47,7 +47,6 @@ from routeseg.evaluation import machine_facts
 from routeseg.files import write_json
 from routeseg.model import DynamicRoutingNetwork, checkpoints
 from routeseg.model.decoder import most_likely
-from routeseg.space import seen_size
 from routeseg.training.segmentation import SegmentationTask, freeze_stages
 
 SIZES = (0.35, 0.42, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.4)
@@ -163,12 +162,12 @@ def baseline_looked_at(
     for size in SIZES:
         pairs, costs = np.zeros((classes, classes), np.int64), []
         for one in images:
-            sides = one["image"].shape[-2:]
-            seen = seen_size(sides, size)
-            image = F.interpolate(one["image"].float() / 255, seen, mode="bilinear", antialias=True).clamp(0, 1)
+            sides, image = one["image"].shape[-2:], resized(one["image"], size)
             logits = F.interpolate(model(image), sides, mode="bilinear", align_corners=False)
             pairs += pairs_of(one["labels"][0].numpy(), most_likely(logits)[0].numpy(), classes)
-            costs.append(baselines.macs(own[BASELINE], classes, *seen) / model_cost(reference, tuple(sides)).full)
+            costs.append(
+                baselines.macs(own[BASELINE], classes, *image.shape[-2:]) / model_cost(reference, tuple(sides)).full
+            )
         points.append({"size": size, "cost": float(np.mean(costs)), "miou": miou(pairs)})
     return {"sizes": points, "budgets": []}
 
