@@ -33,7 +33,7 @@ from routeseg.data.subset import class_weights
 from routeseg.labels import IGNORE
 from routeseg.model.backbone import EfficientNetLite0
 from routeseg.model.layers import InputNorm
-from routeseg.training.offsets import PIXELS, best_offsets
+from routeseg.training.offsets import offsets_of
 from routeseg.training.recipe import Recipe
 from routeseg.training.segmentation import freeze_stages
 from routeseg.training.task import optimizer_of
@@ -268,20 +268,9 @@ def train(name: str, data: DataConfig, recipe: Recipe) -> Baseline:
             print(f"{name} {number + 1} of {recipe.iterations}: loss {loss:.3f}", flush=True)
     model = training.averaged(module.norm_dataloader(0, recipe.precise_bn_batches))
     if recipe.class_offsets:
-        model.offsets += fitted_offsets(model, module.calibration_dataloader("train"))[:, None, None]
+        (offsets,) = offsets_of(lambda image: [model(image)], module.calibration_dataloader("train"))
+        model.offsets += offsets[:, None, None]
     return model
-
-
-@torch.no_grad()
-def fitted_offsets(model: Baseline, images: Any) -> Tensor:
-    """The offsets [K] with which the mIoU of these images is highest, as networks of ours have them."""
-    generator, seen = torch.Generator().manual_seed(0), []
-    for one in images:
-        labels = one["labels"].flatten()
-        known = torch.nonzero(labels != IGNORE).flatten()
-        places = known[torch.randint(len(known), (PIXELS,), generator=generator)]
-        seen.append((model(one["image"])[0].flatten(1)[:, places], labels[places]))
-    return best_offsets(torch.cat([logits for logits, _ in seen], 1), torch.cat([labels for _, labels in seen]))
 
 
 @lru_cache

@@ -44,23 +44,38 @@ def fit_offsets(
 ) -> list[Tensor]:
     """The offsets [K] of each of `biases_of`, fitted to images: batches of image [1,3,H,W] and labels [1,H,W].
 
-    The network stays as it is. In a job of several processes each brings its share, and all get the same. Without a
+    The network stays as it is. In a job of several processes each brings its share, and all get the same. Without an
     image that has labels there are none.
     """
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     engine = None if model.exits is not None else SkipEngine(model)
+
+    def outputs(image: Tensor) -> Sequence[Tensor]:
+        result = model.all_exits(image.to(device))[0] if engine is None else engine(image.to(device))
+        return (*result.earlier, result.logits)
+
+    found = offsets_of(outputs, batches, on_batch)
+    model.train(was_training)
+    return found
+
+
+@torch.no_grad()
+def offsets_of(
+    outputs: Callable[[Tensor], Sequence[Tensor]],
+    batches: Iterable[dict[str, Any]],
+    on_batch: Callable[[], None] = lambda: None,
+) -> list[Tensor]:
+    """The offsets [K] of each of the outputs, logits [1,K,H,W], that a network has for an image [1,3,H,W]."""
     generator, seen = torch.Generator().manual_seed(0), []
     for batch in readable(batches, on_batch):
-        image, labels = batch["image"].to(device), batch["labels"].flatten()
+        labels = batch["labels"].flatten()
         known = torch.nonzero(labels != IGNORE).flatten()
         if not len(known):
             continue
         places = known[torch.randint(len(known), (PIXELS,), generator=generator)]
-        result = model.all_exits(image)[0] if engine is None else engine(image)
-        outputs = (*result.earlier, result.logits)
-        seen.append(([one[0].flatten(1)[:, places.to(device)].float().cpu() for one in outputs], labels[places]))
-    model.train(was_training)
+        sampled = [one[0].flatten(1)[:, places.to(one.device)].float().cpu() for one in outputs(batch["image"])]
+        seen.append((sampled, labels[places]))
     seen = [one for share in gather(seen) for one in share]
     if not seen:
         return []
