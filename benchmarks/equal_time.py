@@ -4,11 +4,12 @@
 
 The experiment file has the words of a training that all networks share, and what is different in each; those with
 exits are asked for budgets, the others cost what their layers cost. `baseline` is a network of baselines.py, which
-learns by the same recipe with PyTorch's operations. Each is trained for as many steps as fit into the same time:
---steps measures what a step of each takes, in turns, and says how many that are; the file has these numbers as
-recipe.iterations. A run that is there is not trained again, nor looked at again. Networks with exits are calibrated
-in several sizes afterwards. Then each looks at the validation images in each of SIZES, with all layers, and networks
-with exits keep each of BUDGETS, which choose size and places.
+learns by the same recipe with PyTorch's operations; `seeds` are those of a network that is not trained with all of
+--seeds. Each is trained for as many steps as fit into the same time: --steps measures what a step of each takes, in
+turns, and says how many that are; the file has these numbers as recipe.iterations. A run that is there is not trained
+again, nor looked at again. Networks with exits are calibrated in several sizes afterwards. Then each looks at the
+validation images in each of SIZES, with all layers, and networks with exits keep each of BUDGETS, which choose size
+and places.
 
 Costs are shares of what the first network costs with all layers at the image's own size. `rows` has, for each network
 with exits and each budget, the mean over the seeds of what it spends and scores, and the best static network and size
@@ -52,7 +53,7 @@ from routeseg.training.segmentation import SegmentationTask, freeze_stages
 SIZES = (0.35, 0.42, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.4)
 BUDGETS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.75, 1.0)
 ROUNDS = 6  # of steps, of which the fastest counts
-BASELINE = "baseline"
+BASELINE, SEEDS = "baseline", "seeds"  # words of a network that are not of a training
 
 
 def words_of(network: Mapping[str, Any], shared: list[str]) -> list[str]:
@@ -61,7 +62,7 @@ def words_of(network: Mapping[str, Any], shared: list[str]) -> list[str]:
         *(
             f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
             for key, value in network.items()
-            if key != BASELINE
+            if key not in (BASELINE, SEEDS)
         ),
     ]
 
@@ -236,6 +237,8 @@ def main(words: list[str]) -> int:
     found: dict[str, list[dict[str, Any]]] = {}
     for seed in map(int, args.seeds.split(",")):
         for network, own in networks.items():
+            if seed not in own.get(SEEDS, [seed]):
+                continue
             kept = runs / f"{network}_{seed}" / "equal_time.json"
             if not kept.is_file() and BASELINE in own:
                 kept.parent.mkdir(parents=True, exist_ok=True)
@@ -244,21 +247,21 @@ def main(words: list[str]) -> int:
                 folder = trained(network, own, shared, seed, runs)
                 model = calibrated(folder, experiment["sizes"], [f"--data.name={kind}", "--data.root", args.root])
                 write_json(kept, looked_at(model, images, reference))
-            found.setdefault(network, []).append(json.loads(kept.read_text()))
-            done = {key: some for key, some in found.items() if len(some) == len(found[dynamic])}
+            found = {one: found.get(one, []) for one in networks if one in found or one == network}
+            found[network].append(json.loads(kept.read_text()))
             write_json(
                 output,
                 {
                     "experiment": experiment,
                     "seeds": args.seeds,
                     "images": len(images),
-                    "rows": {one: compared(one, done) for one in done if done[one][0]["budgets"]},
+                    "rows": {one: compared(one, found) for one in found if found[one][0]["budgets"]},
                     "networks": found,
                     "command": ["benchmarks/equal_time.py", *words],
                     **machine_facts(),
                 },
             )
-    for one in networks:
+    for one in found:
         for row in compared(one, found) if found[one][0]["budgets"] else ():
             static = row["static"]
             beside = (

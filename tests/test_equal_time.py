@@ -78,15 +78,15 @@ train: [--config, small, --data.name, folder, --data.crop, "[64,96]", --data.bat
         --recipe.pretrained, "false", --recipe.precise_bn_batches, 2, --recipe.warmup_steps, 0, --model.sizes, "[1]"]
 networks:
   any-budget: {recipe.iterations: 2}
-  diagonal: {model.exits: null, model.place: null, model.sizes: null, recipe.iterations: 2}
+  diagonal: {model.exits: null, model.place: null, model.sizes: null, seeds: [1], recipe.iterations: 2}
   fast: {baseline: fast-scnn, recipe.iterations: 3}
 """
     )
     output = tmp_path / "found.json"
-    words = [str(experiment), "--data.root", data, "--runs", str(tmp_path / "runs")]
+    words = [str(experiment), "--data.root", data, "--seeds", "0,1", "--runs", str(tmp_path / "runs")]
     assert equal_time.main([*words, "--output", str(output)]) == 0
     found = json.loads(output.read_text())
-    assert set(found["networks"]) == {"any-budget", "diagonal", "fast"}
+    assert {name: len(runs) for name, runs in found["networks"].items()} == {"any-budget": 2, "diagonal": 1, "fast": 2}
     for runs in found["networks"].values():
         assert [one["size"] for one in runs[0]["sizes"]] == list(equal_time.SIZES)
         assert all(0 <= one["miou"] <= 1 and one["cost"] > 0 for one in runs[0]["sizes"])
