@@ -187,14 +187,15 @@ class Explorer:
         places = None if route is not None else question.get("places")
         view, labels = self._view(picture, precision, route, budget, places)
         against = question.get("against")
-        if places or against:
-            other = None
-            if not places:
-                named = self.known.get(against) if isinstance(against, str) else None
-                other = self._route(against) if named is None else named.route
-            of = budget if places else None
-            view["against"], theirs = self._view(picture, precision, other, of, remembered=True)
-            view["changed"] = float((labels != theirs).mean())
+        if not (places or against):
+            return view
+        if places:
+            beside, of = None, budget
+        else:
+            named = self.known.get(against) if isinstance(against, str) else None
+            beside, of = self._route(against) if named is None else named.route, None
+        view["against"], theirs = self._view(picture, precision, beside, of, remembered=True)
+        view["changed"] = float((labels != theirs).mean())
         return view
 
     # --- Images ------------------------------------------------------------------------------------------------
