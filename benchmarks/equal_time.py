@@ -9,7 +9,7 @@ learns by the same recipe with PyTorch's operations; `seeds` are those of a netw
 turns, and says how many that are; the file has these numbers as recipe.iterations. A run that is there is not trained
 again, nor looked at again. Networks with exits are calibrated in several sizes afterwards. Then each looks at the
 validation images in each of SIZES, with all layers, and networks with exits keep each of BUDGETS, which choose size
-and places.
+and places. Other words, such as --data.train_share 0.05, are for all of the trainings.
 
 Costs are shares of what the first network costs with all layers at the image's own size. `rows` has, for each network
 with exits and each budget, the mean over the seeds of what it spends and scores, and the best static network and size
@@ -211,10 +211,10 @@ def main(words: list[str]) -> int:
     parser.add_argument("--images", type=int, default=None, help="of the validation, at most")
     parser.add_argument("--runs", type=Path, help="runs/equal_time_NAME unless given")
     parser.add_argument("--output", type=Path, help="results/equal_time_NAME.json unless given")
-    args = parser.parse_args(words)
+    args, others = parser.parse_known_args(words)
     experiment = yaml.safe_load(args.experiment.read_text(encoding="utf-8"))
     networks, name = experiment["networks"], args.experiment.stem
-    shared = [*map(str, experiment["train"]), "--data.root", args.root]
+    shared = [*map(str, experiment["train"]), "--data.root", args.root, *others]
     if args.steps:
         torch.set_num_threads(1)
         with torch.enable_grad():

@@ -467,11 +467,13 @@ def equal_time(facts: Sequence[Facts], words: str) -> str:
 def alternatives(facts: Sequence[Facts], words: str) -> str:
     """Networks that were trained for the same time (benchmarks/equal_time.py), their scores over the seeds at the
     images' own size and at the best one, beside the milliseconds of benchmarks/clock.py at 360x480: of budgets by the
-    kernels, of networks of baselines.py in ONNX Runtime. The words say which of those with exits."""
-    found, clock = facts
-    ms, dynamic, rows = clock["sizes"]["360x480"], words.strip(), []
+    kernels, of networks of baselines.py in ONNX Runtime, if its file is given. The words say which of those with
+    exits."""
+    found, *clocks = facts
+    ms, rows = clocks[0]["sizes"]["360x480"] if clocks else {}, []
     for asked in ALTERNATIVES:
-        some = [row for run in found["networks"][dynamic] for row in run["budgets"] if row["asked"] == asked]
+        runs = found["networks"].get(words.strip(), [])
+        some = [row for run in runs for row in run["budgets"] if row["asked"] == asked]
         if some:
             text = f"{100 * asked:.0f}%"
             rows.append([f"`--budget {text}`", *_scored(some), "", f"{ms[f'budget {text}']['ms']:.0f}"])
@@ -484,7 +486,7 @@ def alternatives(facts: Sequence[Facts], words: str) -> str:
             times = f"{_scored(best)[1]} ({best[0]['size']:g})"
             rows.append([name, *_scored(own), times, "" if time is None else f"{time['ms']:.0f}"])
     head = ["", "cost, %", "mIoU, %", "at its best size (times the sides)", "ms at 360x480"]
-    return table(head, rows)
+    return table(head, rows) if clocks else table(head[:-1], [row[:-1] for row in rows])
 
 
 def _scored(runs: Sequence[Facts]) -> tuple[str, str]:

@@ -94,3 +94,5 @@ networks:
     ms = {f"budget {100 * asked:.0f}%": {"ms": 10 * asked} for asked in result_tables.ALTERNATIVES}
     table = result_tables.alternatives([found, {"sizes": {"360x480": ms | {"fast-scnn": {"ms": 7}}}}], "any-budget")
     assert "| fast |" in table and table.splitlines()[-1].endswith("| 7 |")
+    without = result_tables.alternatives([found], "")
+    assert "| fast |" in without and "ms" not in without and "`--budget" not in without
