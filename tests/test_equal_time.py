@@ -13,7 +13,7 @@ from routeseg.cli import main as routeseg
 from routeseg.data.config import DataConfig
 from routeseg.training.recipe import Recipe
 
-DATA = DataConfig(name="scenes", crop=[64, 96], batch_size=2, workers=0)
+DATA = DataConfig(name="scenes", train_share=0.02, crop=[64, 96], batch_size=2, workers=0)
 RECIPE = Recipe(iterations=3, warmup_steps=0, optimizer="adamw", lr=0.01, precise_bn_batches=2, class_offsets=True)
 
 
