@@ -268,8 +268,8 @@ def train(name: str, data: DataConfig, recipe: Recipe) -> Baseline:
             print(f"{name} {number + 1} of {recipe.iterations}: loss {loss:.3f}", flush=True)
     model = training.averaged(module.norm_dataloader(0, recipe.precise_bn_batches))
     if recipe.class_offsets:
-        (offsets,) = offsets_of(lambda image: [model(image)], module.calibration_dataloader("train"))
-        model.offsets += offsets[:, None, None]
+        for offsets in offsets_of(lambda image: [model(image)], module.calibration_dataloader("train")):
+            model.offsets += offsets[:, None, None]
     return model
 
 
