@@ -235,6 +235,7 @@ def main(words: list[str]) -> int:
     ]
     reference = untrained(networks[dynamic], shared)
     found: dict[str, list[dict[str, Any]]] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
     for seed in map(int, args.seeds.split(",")):
         for network, own in networks.items():
             if seed not in own.get(SEEDS, [seed]):
@@ -249,20 +250,21 @@ def main(words: list[str]) -> int:
                 write_json(kept, looked_at(model, images, reference))
             found = {one: found.get(one, []) for one in networks if one in found or one == network}
             found[network].append(json.loads(kept.read_text()))
+            rows = {one: compared(one, found) for one in found if found[one][0]["budgets"]}
             write_json(
                 output,
                 {
                     "experiment": experiment,
                     "seeds": args.seeds,
                     "images": len(images),
-                    "rows": {one: compared(one, found) for one in found if found[one][0]["budgets"]},
+                    "rows": rows,
                     "networks": found,
                     "command": ["benchmarks/equal_time.py", *words],
                     **machine_facts(),
                 },
             )
-    for one in found:
-        for row in compared(one, found) if found[one][0]["budgets"] else ():
+    for one, some in rows.items():
+        for row in some:
             static = row["static"]
             beside = (
                 "" if static is None else f", {static['name']} at size {static['size']:g} {100 * static['miou']:.1f}"
